@@ -1,0 +1,46 @@
+# How tests, examples and benchmarks are compiled: they link moe_developer, which is never exported.
+
+add_library(moe_developer INTERFACE)
+target_link_libraries(moe_developer INTERFACE moe::moe)
+target_compile_options(moe_developer INTERFACE
+  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion)
+
+# GCC takes for a fault what Eigen and its own AVX-512 intrinsics leave uninitialised on purpose.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  target_compile_options(moe_developer INTERFACE -Wno-maybe-uninitialized)
+  if(MOE_NATIVE)
+    target_compile_options(moe_developer INTERFACE -Wno-uninitialized)
+  endif()
+endif()
+
+if(MOE_WARNINGS_AS_ERRORS)
+  target_compile_options(moe_developer INTERFACE -Werror)
+endif()
+
+if(MOE_NATIVE)
+  # Older clang for Apple silicon knows the other spelling alone.
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag(-march=native MOE_HAS_MARCH_NATIVE)
+  if(MOE_HAS_MARCH_NATIVE)
+    target_compile_options(moe_developer INTERFACE -march=native)
+  else()
+    target_compile_options(moe_developer INTERFACE -mcpu=native)
+  endif()
+endif()
+
+if(MOE_SANITIZE)
+  # float-cast-overflow is no part of "undefined", and finds a NaN on its way to become an index.
+  set(sanitizers -fsanitize=address,undefined,float-cast-overflow)
+  target_compile_options(moe_developer INTERFACE
+    ${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(moe_developer INTERFACE ${sanitizers})
+endif()
+
+# Each header is compiled alone, with these settings too, as part of every build of the tests. CMake
+# makes the target for that in moe's folder, and only options of the folder reach it.
+if(MOE_BUILD_TESTS)
+  set_target_properties(moe PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON)
+  set_directory_properties(PROPERTIES
+    COMPILE_OPTIONS "$<TARGET_PROPERTY:moe_developer,INTERFACE_COMPILE_OPTIONS>")
+  add_custom_target(moe_headers ALL DEPENDS moe_verify_interface_header_sets)
+endif()

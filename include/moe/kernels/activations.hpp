@@ -1,0 +1,124 @@
+#pragma once
+
+#include <numbers>
+
+#include "moe/kernels/packet.hpp"
+
+/// \file
+/// Element-wise activation functions and their derivatives.
+
+namespace moe {
+
+/// Where an activation can be chosen. `gelu` is x·Φ(x) by the error function, `gelu_tanh` its usual
+/// approximation (Hendrycks & Gimpel 2016); `silu` is x·sigmoid(x).
+enum class Activation { identity, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+
+namespace detail {
+
+/// The functions of one activation on packets: value(x) and derivative(x).
+template <Activation activation, class Scalar>
+struct ActivationFunction {
+  using P = Packet<Scalar>;
+
+  static P constant(double value) { return broadcast(static_cast<Scalar>(value)); }
+
+  /// gelu_tanh(x) = x·sigmoid(2·sqrt(2/π)·(x + c·x³)): the sigmoid's argument.
+  static constexpr double c = 0.044715;
+  static constexpr double slope = 2.0 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi;
+  static P gelu_argument(const P& x) {
+    using namespace Eigen::internal;
+    return pmul(pmul(constant(slope), x), pmadd(constant(c), pmul(x, x), constant(1.0)));
+  }
+
+  static P value(const P& x) {
+    using namespace Eigen::internal;
+    if constexpr (activation == Activation::relu) {
+      return pselect(pcmp_lt(x, constant(0.0)), constant(0.0), x);  // keeps NaN, unlike a maximum
+    } else if constexpr (activation == Activation::gelu) {
+      return pmul(x, detail::normal_cdf<Scalar>(x));
+    } else if constexpr (activation == Activation::gelu_tanh) {
+      return pmul(x, detail::sigmoid<Scalar>(gelu_argument(x)));
+    } else if constexpr (activation == Activation::silu) {
+      return pmul(x, detail::sigmoid<Scalar>(x));
+    } else if constexpr (activation == Activation::sigmoid) {
+      return detail::sigmoid<Scalar>(x);
+    } else if constexpr (activation == Activation::tanh) {
+      return detail::tanh<Scalar>(x);
+    } else {
+      return x;
+    }
+  }
+
+  static P derivative(const P& x) {
+    using namespace Eigen::internal;
+    const P one = constant(1.0);
+    if constexpr (activation == Activation::relu) {
+      return pselect(pcmp_lt(constant(0.0), x), one, constant(0.0));
+    } else if constexpr (activation == Activation::gelu) {
+      return pmadd(x, detail::normal_density<Scalar>(x), detail::normal_cdf<Scalar>(x));
+    } else if constexpr (activation == Activation::gelu_tanh) {
+      const P s = detail::sigmoid<Scalar>(gelu_argument(x));
+      const P argument_slope = pmul(constant(slope), pmadd(constant(3.0 * c), pmul(x, x), one));
+      return pmul(s, pmadd(pmul(x, psub(one, s)), argument_slope, one));
+    } else if constexpr (activation == Activation::silu) {
+      const P s = detail::sigmoid<Scalar>(x);
+      return pmul(s, pmadd(x, psub(one, s), one));
+    } else if constexpr (activation == Activation::sigmoid) {
+      const P s = detail::sigmoid<Scalar>(x);
+      return pmul(s, psub(one, s));
+    } else if constexpr (activation == Activation::tanh) {
+      const P t = detail::tanh<Scalar>(x);
+      return psub(one, pmul(t, t));
+    } else {
+      return one;
+    }
+  }
+};
+
+/// Calls f with the functions of an activation known only at run time.
+template <class Scalar, class F>
+void with_activation(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::identity:
+      return f(ActivationFunction<Activation::identity, Scalar>{});
+    case Activation::relu:
+      return f(ActivationFunction<Activation::relu, Scalar>{});
+    case Activation::gelu:
+      return f(ActivationFunction<Activation::gelu, Scalar>{});
+    case Activation::gelu_tanh:
+      return f(ActivationFunction<Activation::gelu_tanh, Scalar>{});
+    case Activation::silu:
+      return f(ActivationFunction<Activation::silu, Scalar>{});
+    case Activation::sigmoid:
+      return f(ActivationFunction<Activation::sigmoid, Scalar>{});
+    case Activation::tanh:
+      return f(ActivationFunction<Activation::tanh, Scalar>{});
+  }
+  MOE_ASSERT(false && "an Activation outside its enumeration");
+}
+
+/// y[i] = activation(x[i]); y may be x.
+template <class Scalar>
+void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
+  with_activation<Scalar>(activation, [&](auto function) {
+    map(
+        count, y, [=](const Packet<Scalar>& v) { return function.value(v); }, x);
+  });
+}
+
+/// dx[i] = dy[i]·activation'(x[i]); dx may be dy.
+template <class Scalar>
+void activate_backward(Activation activation, Index count, const Scalar* x, const Scalar* dy,
+                       Scalar* dx) {
+  with_activation<Scalar>(activation, [&](auto function) {
+    map(
+        count, dx,
+        [=](const Packet<Scalar>& v, const Packet<Scalar>& d) {
+          return Eigen::internal::pmul(d, function.derivative(v));
+        },
+        x, dy);
+  });
+}
+
+}  // namespace detail
+}  // namespace moe

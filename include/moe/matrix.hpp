@@ -1,0 +1,131 @@
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "moe/config.hpp"
+
+/// \file
+/// Matrices and views of them.
+///
+/// The letters that shapes are written in, here and in every other file:
+///
+///     T  tokens, the rows of a batch          E  experts
+///     D  width of the model                   K  experts chosen for a token
+///     H  hidden width of an expert            S  slots; a slot is one (token, expert) pair,
+///                                                S = T·K when nothing is dropped
+
+namespace moe {
+
+using Eigen::Index;
+
+/// Dense and row-major, one token a row: the memory of a NumPy array or a PyTorch tensor.
+template <class Scalar>
+using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+template <class Scalar>
+using Vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
+
+/// A matrix argument that is only read. A row-major matrix, block or map is taken as it is; any
+/// other expression is evaluated into a temporary, which costs an allocation.
+template <class Scalar>
+using MatrixRef = Eigen::Ref<const Matrix<Scalar>>;
+
+/// Somebody else's memory seen as a matrix, to write and to read.
+template <class Scalar>
+using MatrixView = Eigen::Map<Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
+template <class Scalar>
+using ConstMatrixView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+/// `count` whole rows from row `first` on.
+template <class Scalar>
+MatrixView<Scalar> rows_of(Matrix<Scalar>& matrix, Index first, Index count) {
+  MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());
+  return {matrix.data() + first * matrix.cols(), count, matrix.cols(),
+          Eigen::OuterStride<>(matrix.cols())};
+}
+template <class Scalar>
+ConstMatrixView<Scalar> rows_of(const Matrix<Scalar>& matrix, Index first, Index count) {
+  MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());
+  return {matrix.data() + first * matrix.cols(), count, matrix.cols(),
+          Eigen::OuterStride<>(matrix.cols())};
+}
+template <class Scalar>
+MatrixView<Scalar> view(Matrix<Scalar>& matrix) {
+  return rows_of(matrix, 0, matrix.rows());
+}
+template <class Scalar>
+ConstMatrixView<Scalar> view(const Matrix<Scalar>& matrix) {
+  return rows_of(matrix, 0, matrix.rows());
+}
+
+/// `count` columns of a view from column `first` on.
+template <class Scalar>
+MatrixView<Scalar> columns_of(MatrixView<Scalar> matrix, Index first, Index count) {
+  MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
+  return {matrix.data() + first, matrix.rows(), count, Eigen::OuterStride<>(matrix.outerStride())};
+}
+template <class Scalar>
+ConstMatrixView<Scalar> columns_of(ConstMatrixView<Scalar> matrix, Index first, Index count) {
+  MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
+  return {matrix.data() + first, matrix.rows(), count, Eigen::OuterStride<>(matrix.outerStride())};
+}
+
+/// Chosen rows of a matrix in the order of a list, which may name a row twice; without a list, all
+/// rows in their own order. A view: neither the matrix nor the list is copied.
+template <class Scalar>
+class GatheredRows {
+ public:
+  GatheredRows(const Scalar* data, Index stride, Index count, Index width,
+               const Index* list = nullptr)
+      : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
+
+  template <class Derived>
+  explicit GatheredRows(const Eigen::MatrixBase<Derived>& matrix)
+      : GatheredRows(matrix.derived().data(), matrix.derived().outerStride(), matrix.rows(),
+                     matrix.cols()) {
+    static_assert(Derived::IsRowMajor && Derived::InnerStrideAtCompileTime == 1);
+  }
+
+  template <class Derived>
+  GatheredRows(const Eigen::MatrixBase<Derived>& matrix, const Index* list, Index count)
+      : GatheredRows(matrix.derived().data(), matrix.derived().outerStride(), count, matrix.cols(),
+                     list) {
+    static_assert(Derived::IsRowMajor && Derived::InnerStrideAtCompileTime == 1);
+  }
+
+  Index count() const { return count_; }
+  Index width() const { return width_; }
+  const Scalar* row(Index i) const { return data_ + (list_ ? list_[i] : i) * stride_; }
+
+  GatheredRows slice(Index first, Index count) const {
+    return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,
+            list_ ? list_ + first : nullptr};
+  }
+
+ private:
+  const Scalar* data_;
+  Index stride_;
+  Index count_;
+  Index width_;
+  const Index* list_;
+};
+
+namespace detail {
+
+constexpr std::size_t to_size(Index index) { return static_cast<std::size_t>(index); }
+
+/// Where row i of a row-major matrix or view starts.
+template <class Matrix>
+auto* row_data(Matrix&& matrix, Index i) {
+  return matrix.data() + i * matrix.outerStride();
+}
+
+/// Resizes a scratch vector; like Eigen's resize it keeps its memory when nothing changed.
+template <class Value>
+void resize(std::vector<Value>& vector, Index size) {
+  vector.resize(to_size(size));
+}
+
+}  // namespace detail
+}  // namespace moe

@@ -1,0 +1,109 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "moe/kernels/packet.hpp"
+#include "moe/parallel.hpp"
+#include "moe/parameter.hpp"
+#include "moe/random.hpp"
+
+namespace moe {
+
+/// y[t] = weight[ids[t]]: a row of D = `width` trained numbers for every word of a vocabulary.
+template <class Scalar = float>
+class Embedding {
+ public:
+  struct Config {
+    Index vocabulary = 0;    ///< at least 1
+    Index width = 0;         ///< at least 1
+    double deviation = 0.1;  ///< of the normal distribution that the weights start from
+  };
+
+  /// The caller's scratch: what one pass computes and what its backward needs.
+  struct Tape {
+    Matrix<Scalar> y;        ///< T x D
+    std::vector<Index> ids;  ///< T, a copy
+  };
+
+  Parameter<Scalar> weight;  ///< vocabulary x D
+
+  explicit Embedding(const Config& config, std::uint64_t seed = 0) : config_(config) {
+    detail::require(config.vocabulary >= 1, "Embedding::Config.vocabulary = ", config.vocabulary,
+                    ", must be at least 1");
+    detail::require(config.width >= 1, "Embedding::Config.width = ", config.width,
+                    ", must be at least 1");
+    detail::require(config.deviation >= 0 && std::isfinite(config.deviation),
+                    "Embedding::Config.deviation = ", config.deviation,
+                    ", must be finite and at least 0");
+    weight = Parameter<Scalar>(config.vocabulary, config.width);
+    fill_normal(weight.value, static_cast<Scalar>(config.deviation), seed);
+  }
+
+  const Config& config() const { return config_; }
+
+  /// Throws std::invalid_argument if an id is not in [0, vocabulary).
+  const Matrix<Scalar>& forward(std::span<const Index> ids, Tape& tape) const {
+    evaluate(ids, tape);
+    tape.ids.assign(ids.begin(), ids.end());
+    return tape.y;
+  }
+
+  /// Adds row t of dy (T x D, else std::invalid_argument) to the gradient of word ids[t]. A word may
+  /// come more than once, so the work is split by columns: each then sums over tokens in order.
+  void backward(const MatrixRef<Scalar>& dy, const Tape& tape) {
+    const auto tokens = static_cast<Index>(tape.ids.size());
+    detail::require(dy.rows() == tokens, "Embedding::backward: dy has ", dy.rows(),
+                    " rows, there were ", tokens, " ids");
+    detail::require(dy.cols() == config_.width, "Embedding::backward: dy has ", dy.cols(),
+                    " columns, the embedding ", config_.width);
+    const Index block = std::max<Index>(64, elements_in_task / std::max<Index>(1, tokens));
+    parallel_for_blocks(config_.width, block, [&](Index column, Index columns) {
+      for (Index t = 0; t < tokens; ++t) {
+        const Scalar* from = dy.data() + t * dy.outerStride() + column;
+        Scalar* to = weight.gradient.row(tape.ids[detail::to_size(t)]).data() + column;
+        detail::add_scaled(columns, Scalar{1}, from, to);
+      }
+    });
+  }
+
+  /// forward() without the copy of the ids, so no backward can follow.
+  const Matrix<Scalar>& evaluate(std::span<const Index> ids, Tape& tape) const {
+    for (const Index id : ids) {
+      detail::require(id >= 0 && id < config_.vocabulary, "Embedding: id ", id,
+                      " is outside the vocabulary of ", config_.vocabulary);
+    }
+    const auto tokens = static_cast<Index>(ids.size());
+    tape.y.resize(tokens, config_.width);
+    const Index block = std::max<Index>(1, elements_in_task / config_.width);
+    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        tape.y.row(t) = weight.value.row(ids[detail::to_size(t)]);
+      }
+    });
+    return tape.y;
+  }
+
+  Matrix<Scalar> evaluate(std::span<const Index> ids) const {
+    Tape tape;
+    evaluate(ids, tape);
+    return std::move(tape.y);
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight);
+  }
+
+ private:
+  /// Fewer are copied or added sooner than another worker wakes.
+  static constexpr Index elements_in_task = Index{1} << 15;
+
+  Config config_;
+};
+
+}  // namespace moe

@@ -1,0 +1,107 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "moe/kernels/gemm.hpp"
+#include "moe/nn/column_sums.hpp"
+#include "moe/parameter.hpp"
+#include "moe/random.hpp"
+
+namespace moe {
+
+/// y = x·weight + bias, x T x inputs, y T x outputs.
+///
+///     moe::Linear<> layer({.inputs = 512, .outputs = 8000});
+///     moe::Linear<>::Tape tape;
+///     const auto& y = layer.forward(x, tape);
+///     const auto& dx = layer.backward(dy, tape);
+///
+/// The weight is the transpose of PyTorch's. Both parameters start uniform in ±1/√inputs, which is
+/// PyTorch's default.
+template <class Scalar = float>
+class Linear {
+ public:
+  struct Config {
+    Index inputs = 0;   ///< at least 1
+    Index outputs = 0;  ///< at least 1
+    bool bias = true;
+  };
+
+  /// The caller's scratch: what one pass computes and what its backward needs.
+  struct Tape {
+    Matrix<Scalar> y;   ///< T x outputs
+    Matrix<Scalar> x;   ///< T x inputs, a copy
+    Matrix<Scalar> dx;  ///< T x inputs
+  };
+
+  Parameter<Scalar> weight;  ///< inputs x outputs
+  Parameter<Scalar> bias;    ///< 1 x outputs; empty without a bias
+
+  explicit Linear(const Config& config, std::uint64_t seed = 0) : config_(config) {
+    detail::require(config.inputs >= 1, "Linear::Config.inputs = ", config.inputs,
+                    ", must be at least 1");
+    detail::require(config.outputs >= 1, "Linear::Config.outputs = ", config.outputs,
+                    ", must be at least 1");
+    const Scalar bound = Scalar{1} / std::sqrt(static_cast<Scalar>(config.inputs));
+    weight = Parameter<Scalar>(config.inputs, config.outputs);
+    fill_uniform(weight.value, bound, derive_seed(seed, 0));
+    if (config.bias) {
+      bias = Parameter<Scalar>(1, config.outputs);
+      fill_uniform(bias.value, bound, derive_seed(seed, 1));
+    }
+  }
+
+  const Config& config() const { return config_; }
+
+  /// Throws std::invalid_argument if x is not T x inputs.
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
+    evaluate(x, tape);
+    tape.x = x;
+    return tape.y;
+  }
+
+  /// Adds xᵀ·dy and the column sums of dy to the gradients and returns dx = dy·weightᵀ. The tape
+  /// is that of forward; dy T x outputs, else std::invalid_argument.
+  const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    detail::require(dy.rows() == tape.x.rows(), "Linear::backward: dy has ", dy.rows(),
+                    " rows, x had ", tape.x.rows());
+    detail::require(dy.cols() == config_.outputs, "Linear::backward: dy has ", dy.cols(),
+                    " columns, the layer ", config_.outputs, " outputs");
+    const GatheredRows<Scalar> dy_rows(dy);
+    detail::product_tn(GatheredRows<Scalar>(tape.x), dy_rows, view(weight.gradient));
+    if (config_.bias) detail::add_column_sums(dy_rows, bias.gradient);
+    tape.dx.resize(dy.rows(), config_.inputs);
+    detail::product_nt(dy_rows, view(std::as_const(weight.value)), view(tape.dx));
+    return tape.dx;
+  }
+
+  /// forward() without the copy of x, so no backward can follow.
+  const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
+    detail::require(x.cols() == config_.inputs, "Linear: x has ", x.cols(), " columns, the layer ",
+                    config_.inputs, " inputs");
+    tape.y.resize(x.rows(), config_.outputs);
+    detail::product_nn(GatheredRows<Scalar>(x), view(weight.value), view(tape.y),
+                       config_.bias ? detail::Start::bias : detail::Start::zero,
+                       config_.bias ? bias.value.data() : nullptr);
+    return tape.y;
+  }
+
+  Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
+    Tape tape;
+    evaluate(x, tape);
+    return std::move(tape.y);
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight);
+    if (self.config_.bias) visit("bias", self.bias);
+  }
+
+ private:
+  Config config_;
+};
+
+}  // namespace moe

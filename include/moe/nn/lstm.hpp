@@ -1,0 +1,314 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "moe/kernels/gemm.hpp"
+#include "moe/nn/column_sums.hpp"
+#include "moe/parameter.hpp"
+#include "moe/random.hpp"
+
+namespace moe {
+
+namespace detail {
+
+/// One sequence, one step. z (4H) holds x·W_ih + h·W_hh + b and becomes the activations i, f, g, o:
+///
+///     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
+///     c = f ⊙ c_before + i ⊙ g                                h = o ⊙ tanh(c)
+template <class Scalar>
+void lstm_step(Index H, Scalar* z, const Scalar* c_before, Scalar* c, Scalar* h) {
+  using namespace Eigen::internal;
+  using P = Packet<Scalar>;
+  const auto squash = [](const P& a) { return moe::detail::sigmoid<Scalar>(a); };
+  Scalar* i = z;
+  Scalar* f = z + H;
+  Scalar* g = z + 2 * H;
+  Scalar* o = z + 3 * H;
+  moe::detail::map(2 * H, i, squash, i);  // i and f
+  moe::detail::map(H, g, [](const P& a) { return moe::detail::tanh<Scalar>(a); }, g);
+  moe::detail::map(H, o, squash, o);
+  const auto next_cell = [](const P& pi, const P& pf, const P& pg, const P& before) {
+    return pmadd(pf, before, pmul(pi, pg));
+  };
+  moe::detail::map(H, c, next_cell, i, f, g, c_before);
+  const auto next_hidden = [](const P& po, const P& pc) {
+    return pmul(po, moe::detail::tanh<Scalar>(pc));
+  };
+  moe::detail::map(H, h, next_hidden, o, c);
+}
+
+/// The gradient of lstm_step. On entry dh and dc are the gradients by h and c that come from the
+/// steps after; on return dc is that by c_before, and dz is that by z.
+///
+///     dc += dh ⊙ o ⊙ (1 - tanh²(c)) = dh ⊙ (o - h ⊙ tanh(c))
+///     dz_i = dc ⊙ g ⊙ i ⊙ (1 - i)       dz_f = dc ⊙ c_before ⊙ f ⊙ (1 - f)
+///     dz_g = dc ⊙ i ⊙ (1 - g²)          dz_o = dh ⊙ tanh(c) ⊙ o ⊙ (1 - o) = dh ⊙ h ⊙ (1 - o)
+///     dc_before = dc ⊙ f
+template <class Scalar>
+void lstm_step_backward(Index H, const Scalar* activations, const Scalar* c_before,
+                        const Scalar* c, const Scalar* h, const Scalar* dh, Scalar* dc,
+                        Scalar* dz) {
+  using namespace Eigen::internal;
+  using P = Packet<Scalar>;
+  const Scalar* i = activations;
+  const Scalar* f = activations + H;
+  const Scalar* g = activations + 2 * H;
+  const Scalar* o = activations + 3 * H;
+  const P one = broadcast(Scalar{1});
+  const auto through_cell = [](const P& pc, const P& ph, const P& po, const P& pdh, const P& pdc) {
+    return pmadd(pdh, psub(po, pmul(ph, moe::detail::tanh<Scalar>(pc))), pdc);
+  };
+  const auto through_sigmoid = [one](const P& d, const P& factor, const P& s) {
+    return pmul(pmul(d, factor), pmul(s, psub(one, s)));
+  };
+  const auto through_tanh = [one](const P& d, const P& factor, const P& t) {
+    return pmul(pmul(d, factor), pmul(psub(one, t), padd(one, t)));
+  };
+  const auto through_output = [one](const P& d, const P& ph, const P& po) {
+    return pmul(pmul(d, ph), psub(one, po));
+  };
+  moe::detail::map(H, dc, through_cell, c, h, o, dh, dc);
+  moe::detail::map(H, dz, through_sigmoid, dc, g, i);
+  moe::detail::map(H, dz + H, through_sigmoid, dc, c_before, f);
+  moe::detail::map(H, dz + 2 * H, through_tanh, dc, i, g);
+  moe::detail::map(H, dz + 3 * H, through_output, dh, h, o);
+  moe::detail::map(H, dc, [](const P& d, const P& pf) { return pmul(d, pf); }, dc, f);
+}
+
+}  // namespace detail
+
+/// Long short-term memory with forget gates, over B sequences side by side.
+/// S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", Neural Computation 9, 1997;
+/// F. Gers, J. Schmidhuber, F. Cummins, "Learning to Forget", Neural Computation 12, 2000.
+///
+/// Rows are time-major: row t·B + b of x and y is step t of sequence b, so T = steps·B. B is the
+/// number of rows of the state, which a pass takes in and hands on: long sequences are trained in
+/// pieces, the gradient stopping where a piece starts (truncated backpropagation through time).
+///
+///     moe::LSTM<> lstm({.inputs = 512, .hidden = 512});
+///     auto state = lstm.initial_state(32);
+///     for (...) {
+///       const auto& y = lstm.forward(x, state, tape);   // state is now that after x
+///       const auto& dx = lstm.backward(dy, tape);
+///     }
+///
+/// Names and the order of the gates (i, f, g, o) are PyTorch's, whose matrices are the transposes
+/// and whose two biases are one here. Weights start uniform in ±1/√hidden; the bias is 0, that of
+/// the forget gates 1, so that a new network remembers.
+template <class Scalar = float>
+class LSTM {
+ public:
+  struct Config {
+    Index inputs = 0;  ///< at least 1
+    Index hidden = 0;  ///< H, at least 1
+  };
+
+  /// What a sequence carries from step to step, or the gradient by it.
+  struct State {
+    Matrix<Scalar> hidden;  ///< B x H
+    Matrix<Scalar> cell;    ///< B x H
+  };
+
+  /// The caller's scratch: what one pass computes and what its backward needs.
+  struct Tape {
+    Matrix<Scalar> y;       ///< T x H
+    Matrix<Scalar> x;       ///< T x inputs, a copy
+    State initial;          ///< B x H, a copy
+    Matrix<Scalar> gates;   ///< T x 4H, activations
+    Matrix<Scalar> cell;    ///< T x H
+    Matrix<Scalar> dgates;  ///< T x 4H, before the activations
+    Matrix<Scalar> dx;      ///< T x inputs
+    State dstate;           ///< B x H, gradient by the initial state
+  };
+
+  Parameter<Scalar> weight_ih;  ///< inputs x 4H
+  Parameter<Scalar> weight_hh;  ///< H x 4H
+  Parameter<Scalar> bias;       ///< 1 x 4H
+
+  explicit LSTM(const Config& config, std::uint64_t seed = 0) : config_(config) {
+    detail::require(config.inputs >= 1, "LSTM::Config.inputs = ", config.inputs,
+                    ", must be at least 1");
+    detail::require(config.hidden >= 1, "LSTM::Config.hidden = ", config.hidden,
+                    ", must be at least 1");
+    const Index H = config.hidden;
+    const Scalar bound = Scalar{1} / std::sqrt(static_cast<Scalar>(H));
+    weight_ih = Parameter<Scalar>(config.inputs, 4 * H);
+    weight_hh = Parameter<Scalar>(H, 4 * H);
+    bias = Parameter<Scalar>(1, 4 * H);
+    fill_uniform(weight_ih.value, bound, derive_seed(seed, 0));
+    fill_uniform(weight_hh.value, bound, derive_seed(seed, 1));
+    bias.value.middleCols(H, H).setOnes();
+  }
+
+  const Config& config() const { return config_; }
+
+  /// All zero, for the beginning of `sequences` sequences.
+  State initial_state(Index sequences) const {
+    return {Matrix<Scalar>::Zero(sequences, config_.hidden),
+            Matrix<Scalar>::Zero(sequences, config_.hidden)};
+  }
+
+  /// y, and the state after the last step in `state`. x is T x inputs, T a multiple of B, the state
+  /// B x H, else std::invalid_argument.
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
+    evaluate(x, state, tape);
+    tape.x = x;
+    return tape.y;
+  }
+
+  /// Adds to the gradients; returns dx and leaves the gradient by the initial state in tape.dstate.
+  /// `dfinal` is the gradient by the final state, from whatever took it over; empty means zero. So
+  /// the gradient of a decoder that started from an encoder's final state goes on as
+  ///
+  ///     decoder.backward(dy, decoder_tape);
+  ///     encoder.backward(dy_encoder, encoder_tape, decoder_tape.dstate);
+  ///
+  /// The tape is that of forward; dy is T x H, dfinal B x H, else std::invalid_argument.
+  const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape,
+                                 const State& dfinal = {}) {
+    const Index H = config_.hidden;
+    const Index sequences = tape.initial.hidden.rows();
+    detail::require(dy.rows() == tape.x.rows(), "LSTM::backward: dy has ", dy.rows(),
+                    " rows, x had ", tape.x.rows());
+    detail::require(dy.cols() == H, "LSTM::backward: dy has ", dy.cols(), " columns, hidden is ",
+                    H);
+    if (dfinal.hidden.size() == 0 && dfinal.cell.size() == 0) {
+      tape.dstate.hidden.setZero(sequences, H);
+      tape.dstate.cell.setZero(sequences, H);
+    } else {
+      check_state(dfinal, sequences);
+      tape.dstate = dfinal;
+    }
+    tape.dgates.resize(dy.rows(), 4 * H);
+    parallel_for_blocks(sequences, sequences_in_task(dy.rows(), sequences),
+                        [&](Index first, Index count) { run_back(dy, first, count, tape); });
+
+    // The rows of the hidden state before each step are the initial state, then y.
+    const Matrix<Scalar>& dgates = tape.dgates;
+    const Index later = dy.rows() > 0 ? dy.rows() - sequences : 0;
+    detail::product_tn(GatheredRows<Scalar>(tape.x), GatheredRows<Scalar>(dgates),
+                       view(weight_ih.gradient));
+    if (dy.rows() > 0) {
+      detail::product_tn(GatheredRows<Scalar>(tape.initial.hidden),
+                         GatheredRows<Scalar>(rows_of(dgates, 0, sequences)),
+                         view(weight_hh.gradient));
+      detail::product_tn(GatheredRows<Scalar>(rows_of(tape.y, 0, later)),
+                         GatheredRows<Scalar>(rows_of(dgates, sequences, later)),
+                         view(weight_hh.gradient));
+    }
+    detail::add_column_sums(GatheredRows<Scalar>(dgates), bias.gradient);
+    tape.dx.resize(dy.rows(), config_.inputs);
+    detail::product_nt(GatheredRows<Scalar>(dgates), view(std::as_const(weight_ih.value)),
+                       view(tape.dx));
+    return tape.dx;
+  }
+
+  /// forward() without the copy of x, so no backward can follow.
+  const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
+    const Index sequences = state.hidden.rows();
+    detail::require(x.cols() == config_.inputs, "LSTM: x has ", x.cols(), " columns, the layer ",
+                    config_.inputs, " inputs");
+    check_state(state, sequences);
+    detail::require(sequences > 0 ? x.rows() % sequences == 0 : x.rows() == 0, "LSTM: x has ",
+                    x.rows(), " rows, not a multiple of the ", sequences, " sequences");
+    tape.initial = state;
+    tape.gates.resize(x.rows(), 4 * config_.hidden);
+    tape.cell.resize(x.rows(), config_.hidden);
+    tape.y.resize(x.rows(), config_.hidden);
+    detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
+                       detail::Start::bias, bias.value.data());
+    parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences),
+                        [&](Index first, Index count) { run(first, count, tape); });
+    if (x.rows() > 0) {
+      state.hidden = tape.y.bottomRows(sequences);
+      state.cell = tape.cell.bottomRows(sequences);
+    }
+    return tape.y;
+  }
+
+  Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x, State& state) const {
+    Tape tape;
+    evaluate(x, state, tape);
+    return std::move(tape.y);
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight_ih", self.weight_ih);
+    visit("weight_hh", self.weight_hh);
+    visit("bias", self.bias);
+  }
+
+ private:
+  void check_state(const State& state, Index sequences) const {
+    const auto check = [&](const char* name, const Matrix<Scalar>& part) {
+      detail::require(part.rows() == sequences && part.cols() == config_.hidden, "LSTM: state.",
+                      name, " is ", part.rows(), " x ", part.cols(), ", must be ", sequences,
+                      " x ", config_.hidden);
+    };
+    check("hidden", state.hidden);
+    check("cell", state.cell);
+  }
+
+  /// Sequences never meet, so a worker takes some of them through all steps and waits for nobody.
+  /// Little work stays in one task.
+  Index sequences_in_task(Index rows, Index sequences) const {
+    const Index multiply_adds = rows * 4 * config_.hidden * config_.hidden;
+    return multiply_adds < (Index{1} << 18) ? std::max<Index>(1, sequences) : 16;
+  }
+
+  /// What came before step t of sequences from `first` on.
+  struct Before {
+    const Matrix<Scalar>& hidden;
+    const Matrix<Scalar>& cell;
+    Index row;
+  };
+  static Before before(const Tape& tape, Index t, Index first) {
+    if (t == 0) return {tape.initial.hidden, tape.initial.cell, first};
+    return {tape.y, tape.cell, (t - 1) * tape.initial.hidden.rows() + first};
+  }
+
+  /// All steps of sequences [first, first + count), whose rows of `gates` hold x·W_ih + b.
+  void run(Index first, Index count, Tape& tape) const {
+    const Index sequences = tape.initial.hidden.rows();
+    for (Index t = 0; t < tape.y.rows() / sequences; ++t) {
+      const Index row = t * sequences + first;
+      const Before from = before(tape, t, first);
+      detail::product_nn(GatheredRows<Scalar>(rows_of(from.hidden, from.row, count)),
+                         view(weight_hh.value), rows_of(tape.gates, row, count),
+                         detail::Start::accumulate);
+      for (Index b = 0; b < count; ++b) {
+        detail::lstm_step(config_.hidden, tape.gates.row(row + b).data(),
+                          from.cell.row(from.row + b).data(), tape.cell.row(row + b).data(),
+                          tape.y.row(row + b).data());
+      }
+    }
+  }
+
+  /// The gradient of run(), from the last step to the first: fills `dgates` and moves `dstate` from
+  /// the final state to the initial one.
+  void run_back(const MatrixRef<Scalar>& dy, Index first, Index count, Tape& tape) const {
+    const Index sequences = tape.initial.hidden.rows();
+    for (Index t = dy.rows() / sequences - 1; t >= 0; --t) {
+      const Index row = t * sequences + first;
+      const Before from = before(tape, t, first);
+      for (Index b = 0; b < count; ++b) {
+        Scalar* dh = tape.dstate.hidden.row(first + b).data();
+        detail::add_scaled(config_.hidden, Scalar{1}, dy.data() + (row + b) * dy.outerStride(), dh);
+        detail::lstm_step_backward(
+            config_.hidden, tape.gates.row(row + b).data(), from.cell.row(from.row + b).data(),
+            tape.cell.row(row + b).data(), tape.y.row(row + b).data(), dh,
+            tape.dstate.cell.row(first + b).data(), tape.dgates.row(row + b).data());
+      }
+      detail::product_nt(GatheredRows<Scalar>(rows_of(std::as_const(tape.dgates), row, count)),
+                         view(weight_hh.value), rows_of(tape.dstate.hidden, first, count));
+    }
+  }
+
+  Config config_;
+};
+
+}  // namespace moe

@@ -1,0 +1,143 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <vector>
+
+#include "moe/kernels/packet.hpp"
+#include "moe/parallel.hpp"
+
+namespace moe {
+
+namespace detail {
+
+/// The largest of `count` >= 1 values; any of them if one is NaN.
+template <class Scalar>
+Scalar largest(Index count, const Scalar* x) {
+  constexpr Index size = packet_size<Scalar>;
+  Packet<Scalar> packet = broadcast(x[0]);
+  Index i = 0;
+  for (; i + size <= count; i += size) packet = Eigen::internal::pmax(packet, load(x + i));
+  Scalar result = Eigen::internal::predux_max(packet);
+  for (; i < count; ++i) result = std::max(result, x[i]);
+  return result;
+}
+
+/// Σ e^(x[i] - shift) in one fixed order; the terms go to `terms` unless that is null.
+template <class Scalar>
+Scalar sum_exponentials(Index count, const Scalar* x, Scalar shift, Scalar* terms) {
+  using namespace Eigen::internal;
+  constexpr Index size = packet_size<Scalar>;
+  const Packet<Scalar> shifts = broadcast(shift);
+  Packet<Scalar> sum = broadcast(Scalar{0});
+  Index i = 0;
+  for (; i + size <= count; i += size) {
+    const Packet<Scalar> term = moe::detail::exp<Scalar>(psub(load(x + i), shifts));
+    if (terms != nullptr) store(terms + i, term);
+    sum = padd(sum, term);
+  }
+  if (i < count) {
+    Scalar rest[packet_size<Scalar>];  // without the lanes past the end, which are e^-shift
+    store(rest, moe::detail::exp<Scalar>(psub(load_first(x + i, count - i), shifts)));
+    if (terms != nullptr) std::copy_n(rest, count - i, terms + i);
+    sum = padd(sum, load_first(rest, count - i));
+  }
+  return predux(sum);
+}
+
+}  // namespace detail
+
+/// The mean over tokens of -log softmax(logits[t])[targets[t]], in nats; e to it is the perplexity.
+///
+/// T tokens, V classes. A token with a negative target is ignored: it does not count in the mean and
+/// has no gradient. Without any token that counts the loss is 0. A NaN in a row of logits makes the
+/// loss and this row of the gradient NaN.
+template <class Scalar = float>
+class SoftmaxCrossEntropy {
+ public:
+  /// The caller's scratch: what one pass computes.
+  struct Tape {
+    std::vector<double> losses;  ///< T, 0 where ignored
+    Matrix<Scalar> dlogits;      ///< T x V, gradient of the mean
+  };
+
+  /// The loss; leaves its gradient in the tape. A row is read while it is in the nearest caches, so
+  /// the pass costs one read of the logits from memory and one write of the gradient.
+  /// Throws std::invalid_argument unless there are T targets, all smaller than V.
+  Scalar forward(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
+                 Tape& tape) const {
+    const Index counted = check(logits, targets);
+    tape.dlogits.resize(logits.rows(), logits.cols());
+    return run(logits, targets, counted, tape.losses, tape.dlogits.data());
+  }
+
+  /// d loss / d logits = (softmax(logits) - onehot(target)) / counted tokens, T x V.
+  const Matrix<Scalar>& backward(const Tape& tape) const { return tape.dlogits; }
+
+  /// The loss without its gradient, to the same bits.
+  Scalar evaluate(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
+                  Tape& tape) const {
+    return run(logits, targets, check(logits, targets), tape.losses, nullptr);
+  }
+  Scalar evaluate(const MatrixRef<Scalar>& logits, std::span<const Index> targets) const {
+    Tape tape;
+    return evaluate(logits, targets, tape);
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self&, Visitor) {}
+
+ private:
+  /// Returns the number of tokens that count.
+  static Index check(const MatrixRef<Scalar>& logits, std::span<const Index> targets) {
+    const auto count = static_cast<Index>(targets.size());
+    detail::require(count == logits.rows(), "SoftmaxCrossEntropy: ", count, " targets for ",
+                    logits.rows(), " rows of logits");
+    Index counted = 0;
+    for (const Index target : targets) {
+      detail::require(target < logits.cols(), "SoftmaxCrossEntropy: target ", target,
+                      " is outside the ", logits.cols(), " classes");
+      counted += target >= 0;
+    }
+    return counted;
+  }
+
+  /// `dlogits` may be null.
+  static Scalar run(const MatrixRef<Scalar>& logits, std::span<const Index> targets, Index counted,
+                    std::vector<double>& losses, Scalar* dlogits) {
+    const Index classes = logits.cols();
+    detail::resize(losses, logits.rows());
+    const Index block = std::max<Index>(1, (Index{1} << 14) / std::max<Index>(1, classes));
+    parallel_for_blocks(logits.rows(), block, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        losses[detail::to_size(t)] =
+            run_row(classes, logits.data() + t * logits.outerStride(), targets[detail::to_size(t)],
+                    counted, dlogits != nullptr ? dlogits + t * classes : nullptr);
+      }
+    });
+    double sum = 0;
+    for (const double loss : losses) sum += loss;
+    return static_cast<Scalar>(counted == 0 ? 0.0 : sum / static_cast<double>(counted));
+  }
+
+  static double run_row(Index classes, const Scalar* x, Index target, Index counted, Scalar* dx) {
+    if (target < 0) {
+      if (dx != nullptr) std::fill_n(dx, classes, Scalar{0});
+      return 0;
+    }
+    const Scalar shift = detail::largest(classes, x);
+    const double sum = detail::sum_exponentials(classes, x, shift, dx);
+    if (dx != nullptr) {
+      const double tokens = static_cast<double>(counted);
+      const auto scale = detail::broadcast(static_cast<Scalar>(1 / (sum * tokens)));
+      detail::map(
+          classes, dx,
+          [scale](const detail::Packet<Scalar>& e) { return Eigen::internal::pmul(e, scale); }, dx);
+      dx[target] -= static_cast<Scalar>(1 / tokens);
+    }
+    return std::log(sum) + (static_cast<double>(shift) - static_cast<double>(x[target]));
+  }
+};
+
+}  // namespace moe

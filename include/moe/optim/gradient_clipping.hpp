@@ -1,0 +1,78 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <type_traits>
+
+#include "moe/kernels/packet.hpp"
+#include "moe/optim/parameter_state.hpp"
+#include "moe/parallel.hpp"
+#include "moe/parameter.hpp"
+
+namespace moe {
+
+namespace detail {
+
+/// Σ x[i]² in double, where the square of no float overflows or is lost.
+template <class Scalar>
+double squared_norm(Index count, const Scalar* x) {
+  if constexpr (std::is_same_v<Scalar, double>) {
+    return dot(count, x, x);
+  } else {
+    constexpr Index chunk = 512;
+    double wide[chunk];
+    double sum = 0;
+    for (Index i = 0; i < count; i += chunk) {
+      const Index size = std::min(chunk, count - i);
+      std::copy_n(x + i, size, wide);
+      sum += dot(size, wide, wide);
+    }
+    return sum;
+  }
+}
+
+}  // namespace detail
+
+/// The Euclidean norm of all gradients of a module together. Does not allocate.
+template <class Module>
+double gradient_norm(const Module& module) {
+  double sum = 0;
+  for_each_parameter(module, [&](const ParameterName&, const auto& parameter) {
+    // At most 64 blocks whose bounds depend on the size alone, so neither do the bits on anything
+    // else and the partial sums fit on the stack.
+    std::array<double, 64> partial;
+    const Index size = parameter.size();
+    const Index block = std::max(detail::optimizer_block, (size + 63) / 64);
+    parallel_for_blocks(size, block, [&](Index first, Index count) {
+      partial[detail::to_size(first / block)] =
+          detail::squared_norm(count, parameter.gradient.data() + first);
+    });
+    for (Index i = 0; i * block < size; ++i) sum += partial[detail::to_size(i)];
+  });
+  return std::sqrt(sum);
+}
+
+/// Scales all gradients of a module by one factor so that their norm is at most `max_norm`, and
+/// returns the norm they had.
+/// R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks",
+/// ICML 2013.
+///
+/// A norm that is not finite is returned and leaves the gradients as they are: no factor would mend
+/// them, and the caller can skip the update. Throws std::invalid_argument unless max_norm > 0.
+template <class Module>
+double clip_gradients(Module& module, double max_norm) {
+  detail::require(max_norm > 0, "clip_gradients: max_norm = ", max_norm, ", must be above 0");
+  const double norm = gradient_norm(module);
+  if (!std::isfinite(norm) || norm <= max_norm) return norm;
+  for_each_parameter(module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& parameter) {
+    const auto factor = static_cast<Scalar>(max_norm / norm);
+    Scalar* g = parameter.gradient.data();
+    parallel_for_blocks(parameter.size(), detail::optimizer_block, [&](Index first, Index count) {
+      for (Index i = first; i < first + count; ++i) g[i] *= factor;
+    });
+  });
+  return norm;
+}
+
+}  // namespace moe

@@ -1,0 +1,80 @@
+#pragma once
+
+#include "moe/kernels/packet.hpp"
+#include "moe/optim/parameter_state.hpp"
+#include "moe/parallel.hpp"
+
+namespace moe {
+
+/// Stochastic gradient descent with momentum and decoupled weight decay:
+///
+///     v = momentum·v + g                    v starts at 0
+///     w = (1 - η·weight_decay)·w - η·v      η the learning rate
+///
+/// B. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. After the
+/// first update of a module no further one allocates.
+template <class Scalar = float>
+class Sgd {
+ public:
+  struct Config {
+    double momentum = 0;      ///< in [0, 1)
+    double weight_decay = 0;  ///< at least 0
+  };
+
+  Sgd() : Sgd(Config{}) {}
+  explicit Sgd(const Config& config) : config_(config) {
+    detail::require(config.momentum >= 0 && config.momentum < 1,
+                    "Sgd::Config.momentum = ", config.momentum, ", must be in [0, 1)");
+    detail::require(config.weight_decay >= 0 && std::isfinite(config.weight_decay),
+                    "Sgd::Config.weight_decay = ", config.weight_decay,
+                    ", must be finite and at least 0");
+  }
+
+  const Config& config() const { return config_; }
+
+  /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
+  /// the learning rate is negative or not finite, or the module is not that of the first update.
+  template <class Module>
+  void update(Module& module, double learning_rate) {
+    detail::check_learning_rate("Sgd", learning_rate);
+    velocity_.match(module, "Sgd");
+    const Constants constants{
+        detail::broadcast(static_cast<Scalar>(config_.momentum)),
+        detail::broadcast(static_cast<Scalar>(1 - learning_rate * config_.weight_decay)),
+        detail::broadcast(static_cast<Scalar>(-learning_rate))};
+    Index index = 0;
+    for_each_parameter(module, [&](const ParameterName&, Parameter<Scalar>& parameter) {
+      Scalar* v = velocity_[index++].data();
+      Scalar* w = parameter.value.data();
+      const Scalar* g = parameter.gradient.data();
+      parallel_for_blocks(parameter.size(), detail::optimizer_block, [&](Index first, Index count) {
+        update_block(constants, count, w + first, g + first, v + first);
+      });
+    });
+  }
+
+ private:
+  using Packet = detail::Packet<Scalar>;
+
+  struct Constants {
+    Packet momentum;
+    Packet decay;
+    Packet step;
+  };
+
+  static void update_block(const Constants& k, Index count, Scalar* w, const Scalar* g, Scalar* v) {
+    using namespace Eigen::internal;
+    detail::map(
+        count, v, [&k](const Packet& pv, const Packet& pg) { return pmadd(k.momentum, pv, pg); }, v,
+        g);
+    detail::map(
+        count, w,
+        [&k](const Packet& pw, const Packet& pv) { return pmadd(k.step, pv, pmul(k.decay, pw)); },
+        w, v);
+  }
+
+  Config config_;
+  detail::ParameterState<Scalar> velocity_;
+};
+
+}  // namespace moe

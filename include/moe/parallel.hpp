@@ -1,0 +1,66 @@
+#pragma once
+
+#include <exception>
+
+#include "moe/matrix.hpp"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/// \file
+/// The only place that knows of threads: OpenMP where the user compiles with it, else serial.
+///
+/// Work is split by what it writes and every sum keeps one order, so the number of threads
+/// (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result.
+
+namespace moe {
+
+/// How many workers the next parallel_for may use: 1 without OpenMP and inside a parallel region.
+inline Index worker_count() {
+#ifdef _OPENMP
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+/// Calls f(i, worker) once for every i in [0, count), in any order, worker in [0, worker_count()).
+/// Two calls with the same worker never overlap, so a worker may own scratch. Of several
+/// exceptions the one with the smallest i is thrown on, whatever the number of threads.
+template <class F>
+void parallel_for(Index count, F&& f) {
+#ifdef _OPENMP
+  if (count > 1 && worker_count() > 1) {
+    std::exception_ptr error;
+    Index error_index = count;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (Index i = 0; i < count; ++i) {
+      try {
+        f(i, static_cast<Index>(omp_get_thread_num()));
+      } catch (...) {
+#pragma omp critical(moe_parallel_for)
+        if (i < error_index) {
+          error_index = i;
+          error = std::current_exception();
+        }
+      }
+    }
+    if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  for (Index i = 0; i < count; ++i) f(i, Index{0});
+}
+
+/// Calls f(first, size) for consecutive blocks that cover [0, count): parallel_for for loops whose
+/// single step is too small to be a task.
+template <class F>
+void parallel_for_blocks(Index count, Index block, F&& f) {
+  parallel_for((count + block - 1) / block, [&](Index i, Index) {
+    const Index first = i * block;
+    f(first, first + block < count ? block : count - first);
+  });
+}
+
+}  // namespace moe

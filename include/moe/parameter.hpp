@@ -1,0 +1,135 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// Parameters, and the one door through which optimizers, checkpoints, gradient checks and
+/// clipping reach them.
+
+namespace moe {
+
+/// A trained matrix and the gradient of the loss by it, of the same shape. A bias is 1 x N.
+/// Backward passes add to the gradient; zero_gradients() clears it.
+template <class Scalar>
+struct Parameter {
+  Matrix<Scalar> value;
+  Matrix<Scalar> gradient;
+
+  Parameter() = default;
+  Parameter(Index rows, Index columns)
+      : value(Matrix<Scalar>::Zero(rows, columns)), gradient(Matrix<Scalar>::Zero(rows, columns)) {}
+
+  Index size() const { return value.size(); }
+};
+
+/// A parameter's name in the dotted form of a PyTorch state dict, "experts.3.up.weight". It is put
+/// together only when asked for, so walking over the parameters takes no memory. Valid only inside
+/// the call that received it.
+class ParameterName {
+ public:
+  ParameterName() = default;
+  ParameterName(const ParameterName& parent, std::string_view part)
+      : parent_(&parent), part_(part) {}
+  ParameterName(const ParameterName& parent, Index index) : parent_(&parent), index_(index) {}
+
+  std::string string() const {
+    if (parent_ == nullptr) return {};
+    std::string text = parent_->string();
+    if (!text.empty()) text += '.';
+    return text += part_.empty() ? std::to_string(index_) : std::string(part_);
+  }
+  operator std::string() const { return string(); }  // NOLINT(google-explicit-constructor)
+
+ private:
+  const ParameterName* parent_ = nullptr;
+  std::string_view part_;
+  Index index_ = 0;
+};
+
+namespace detail {
+
+template <class Module, class F>
+void visit_parameters(Module& module, const ParameterName& name, F& f);
+
+/// What a module's visit_parameters receives: called with a name and a member, it hands a parameter
+/// to the user's function and walks into a module or a vector of modules.
+template <class F>
+class ParameterVisitor {
+ public:
+  ParameterVisitor(const ParameterName& prefix, F& f) : prefix_(prefix), f_(f) {}
+
+  template <class Member>
+  void operator()(std::string_view part, Member& member) const {
+    visit_parameters(member, ParameterName(prefix_, part), f_);
+  }
+
+ private:
+  const ParameterName& prefix_;
+  F& f_;
+};
+
+template <class T>
+inline constexpr bool is_parameter = false;
+template <class Scalar>
+inline constexpr bool is_parameter<Parameter<Scalar>> = true;
+
+template <class T>
+inline constexpr bool is_vector = false;
+template <class T>
+inline constexpr bool is_vector<std::vector<T>> = true;
+
+template <class Module, class F>
+void visit_parameters(Module& module, const ParameterName& name, F& f) {
+  using Type = std::remove_const_t<Module>;
+  if constexpr (is_parameter<Type>) {
+    f(name, module);
+  } else if constexpr (is_vector<Type>) {
+    Index index = 0;
+    for (auto& element : module) visit_parameters(element, ParameterName(name, index++), f);
+  } else {
+    Type::visit_parameters(module, ParameterVisitor<F>(name, f));
+  }
+}
+
+}  // namespace detail
+
+/// Calls f(name, parameter) for every parameter of a module, in an order that never changes.
+/// `name` converts to std::string; `parameter` is const when the module is.
+///
+///     moe::for_each_parameter(layer, [](const std::string& name, auto& parameter) {
+///       std::printf("%s: %td\n", name.c_str(), parameter.size());
+///     });
+///
+/// A module takes part by naming its parameters and its parts:
+///
+///     template <class Self, class Visitor>
+///     static void visit_parameters(Self& self, Visitor visit) {
+///       visit("weight", self.weight);   // a Parameter, a module, or a std::vector of either
+///       visit("bias", self.bias);
+///     }
+template <class Module, class F>
+void for_each_parameter(Module& module, F&& f) {
+  detail::visit_parameters(module, ParameterName(), f);
+}
+
+/// Number of trained scalars.
+template <class Module>
+Index parameter_count(const Module& module) {
+  Index count = 0;
+  for_each_parameter(module, [&](const ParameterName&, const auto& p) { count += p.size(); });
+  return count;
+}
+
+/// Sets every gradient to zero: before the first backward pass of an update.
+template <class Module>
+void zero_gradients(Module& module) {
+  for_each_parameter(module, [](const ParameterName&, auto& p) { p.gradient.setZero(); });
+}
+
+}  // namespace moe

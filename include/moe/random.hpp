@@ -1,0 +1,178 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// Randomness without state: every random number is a function of a key and a counter, so noise
+/// can be replayed, does not depend on the number of threads, and is the same on every platform.
+
+namespace moe {
+
+/// Philox 4x32-10: four random words from a counter and a key.
+/// J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
+                                              std::uint64_t key) {
+  auto key_low = static_cast<std::uint32_t>(key);
+  auto key_high = static_cast<std::uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t a = std::uint64_t{0xD2511F53} * counter[0];
+    const std::uint64_t b = std::uint64_t{0xCD9E8D57} * counter[2];
+    counter = {
+        static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key_low, static_cast<std::uint32_t>(b),
+        static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key_high, static_cast<std::uint32_t>(a)};
+    key_low += 0x9E3779B9;
+    key_high += 0xBB67AE85;
+  }
+  return counter;
+}
+
+/// A seed for part `stream` of something that was seeded with `seed`; different streams are
+/// independent. A model derives one seed a module from its own.
+constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {
+  const auto words = philox(
+      {static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32), 0x6D6F65u, 0},
+      seed);
+  return words[0] | (std::uint64_t{words[1]} << 32);
+}
+
+/// Which random numbers a training pass draws: those of update `step`, the rows of the batch being
+/// tokens first_token, first_token + 1, ... of a larger whole. The same key replays the same noise.
+struct NoiseKey {
+  std::uint64_t step = 0;
+  std::uint32_t first_token = 0;
+};
+
+namespace detail {
+
+/// The words of one row of noise, four columns at a time: keyed by (seed, step, token, column / 4).
+inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseKey& key, Index row,
+                                                Index column_block) {
+  return philox(
+      {static_cast<std::uint32_t>(column_block), key.first_token + static_cast<std::uint32_t>(row),
+       static_cast<std::uint32_t>(key.step), static_cast<std::uint32_t>(key.step >> 32)},
+      seed);
+}
+
+/// a·b + c rounded to float. The product of two floats is exact in double, so a compiler that fuses
+/// the multiply-add and one that does not give the same bits: everything below is made of it.
+inline float multiply_add(float a, float b, float c) {
+  return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) +
+                            static_cast<double>(c));
+}
+
+/// Natural logarithm of a normal positive float, to about 1e-7, the same bits on every platform:
+/// log(m·2^e) = e·log 2 + 2·atanh((m - 1) / (m + 1)) with m in [2/3, 4/3).
+inline float portable_log(float x) {
+  const auto bits = std::bit_cast<std::int32_t>(x);
+  const std::int32_t two_thirds = 0x3F2AAAAB;
+  const std::int32_t exponent = (bits - two_thirds) >> 23;
+  const float mantissa = std::bit_cast<float>(bits - (exponent << 23));
+  const float s = (mantissa - 1.0f) / (mantissa + 1.0f);
+  const float s2 = s * s;
+  float series = 1.0f / 11.0f;
+  series = multiply_add(series, s2, 1.0f / 9.0f);
+  series = multiply_add(series, s2, 1.0f / 7.0f);
+  series = multiply_add(series, s2, 1.0f / 5.0f);
+  series = multiply_add(series, s2, 1.0f / 3.0f);
+  series = multiply_add(series, s2, 1.0f);
+  return multiply_add(static_cast<float>(exponent), 0.693147180559945f, 2.0f * s * series);
+}
+
+template <class... Coefficients>
+float polynomial(float x, Coefficients... coefficients) {
+  float sum = 0.0f;
+  ((sum = multiply_add(sum, x, coefficients)), ...);
+  return sum;
+}
+
+/// erfinv(y)/y as a function of w = -log(1 - y²), in the middle and in the tails: M. Giles'
+/// single-precision approximation ("Approximating the erfinv function", GPU Computing Gems 2,
+/// 2011).
+inline float erfinv_middle(float w) {
+  return polynomial(w - 2.5f, 2.81022636e-08f, 3.43273939e-07f, -3.5233877e-06f, -4.39150654e-06f,
+                    2.1858087e-04f, -1.25372503e-03f, -4.17768164e-03f, 0.246640727f, 1.50140941f);
+}
+inline float erfinv_tail(float w) {
+  return polynomial(std::sqrt(w) - 3.0f, -2.00214257e-04f, 1.00950558e-04f, 1.34934322e-03f,
+                    -3.67342844e-03f, 5.73950773e-03f, -7.6224613e-03f, 9.43887047e-03f,
+                    1.00167406f, 2.83297682f);
+}
+
+}  // namespace detail
+
+/// Standard normal deviates, each from 32 random bits: the quantile of ((bits >> 1) + 1/2) / 2^32
+/// with the lowest bit for its sign, so |n| < 6.4. The bits of the result depend on no platform.
+template <std::size_t N>
+std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) {
+  std::array<float, N> w;
+  std::array<float, N> y;
+  std::array<float, N> normal;
+  // Two loops, so that the compiler can turn the first into vector code: it has no branch, and
+  // only one deviate in three hundred needs the second.
+  for (std::size_t i = 0; i < N; ++i) {
+    const float tail = (static_cast<float>(static_cast<std::int32_t>(bits[i] >> 1)) + 0.5f) *
+                       0x1p-32f;  // in (0, 1/2]
+    const float sign = static_cast<float>(1 - 2 * static_cast<std::int32_t>(bits[i] & 1u));
+    w[i] = -detail::portable_log(4.0f * tail * (1.0f - tail));
+    y[i] = sign * (1.0f - 2.0f * tail) * 1.41421356f;
+    normal[i] = detail::erfinv_middle(w[i]) * y[i];
+  }
+  for (std::size_t i = 0; i < N; ++i) {
+    if (w[i] >= 5.0f) normal[i] = detail::erfinv_tail(w[i]) * y[i];
+  }
+  return normal;
+}
+
+inline float standard_normal(std::uint32_t bits) { return standard_normals(std::array{bits})[0]; }
+
+namespace detail {
+
+/// One row of normal noise, keyed by (seed, step, token, column): n[0 .. count).
+template <class Scalar>
+void fill_noise_row(std::uint64_t seed, const NoiseKey& key, Index row, Index count, Scalar* n) {
+  constexpr Index batch = 16;
+  for (Index first = 0; first < count; first += batch) {
+    std::array<std::uint32_t, batch> bits;
+    for (Index i = 0; i < batch; i += 4) {
+      const auto words = noise_words(seed, key, row, (first + i) / 4);
+      std::copy(words.begin(), words.end(), bits.begin() + i);
+    }
+    const auto normals = standard_normals(bits);
+    for (Index i = 0; i < std::min(batch, count - first); ++i) {
+      n[first + i] = static_cast<Scalar>(normals[to_size(i)]);
+    }
+  }
+}
+
+}  // namespace detail
+
+/// A uniform deviate in [0, 1) with 24 random bits, exact in float.
+inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
+
+/// Fills a matrix with uniform deviates in [-bound, bound): how weights start.
+template <class Scalar>
+void fill_uniform(Matrix<Scalar>& matrix, Scalar bound, std::uint64_t seed) {
+  for (Index i = 0; i < matrix.size(); ++i) {
+    const auto words = detail::noise_words(seed, {}, i >> 32, (i & 0xFFFFFFFF) / 4);
+    const float unit = uniform(words[detail::to_size(i % 4)]);
+    matrix.data()[i] = bound * (Scalar{2} * static_cast<Scalar>(unit) - Scalar{1});
+  }
+}
+
+/// Fills a matrix with normal deviates of the given standard deviation.
+template <class Scalar>
+void fill_normal(Matrix<Scalar>& matrix, Scalar deviation, std::uint64_t seed) {
+  for (Index i = 0; i < matrix.size(); ++i) {
+    const auto words = detail::noise_words(seed, {}, i >> 32, (i & 0xFFFFFFFF) / 4);
+    matrix.data()[i] =
+        deviation * static_cast<Scalar>(standard_normal(words[detail::to_size(i % 4)]));
+  }
+}
+
+}  // namespace moe

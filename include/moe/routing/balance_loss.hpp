@@ -1,0 +1,86 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// The losses that keep experts in balance, and the figures by which a user watches them.
+///
+/// N. Shazeer, A. Mirhoseini, K. Maziarz, A. Davis, Q. Le, G. Hinton, J. Dean, "Outrageously Large
+/// Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", ICLR 2017 (arXiv 1701.06538),
+/// cited as [S17] throughout the library.
+
+namespace moe {
+
+/// CV², the squared coefficient of variation: population variance / (mean² + 1e-10); 0 for fewer
+/// than two values.
+template <class Scalar>
+Scalar cv_squared(const Vector<Scalar>& values) {
+  const Index count = values.size();
+  if (count < 2) return Scalar{0};
+  Scalar mean{0};
+  for (Index i = 0; i < count; ++i) mean += values[i];
+  mean /= static_cast<Scalar>(count);
+  Scalar variance{0};
+  for (Index i = 0; i < count; ++i) variance += (values[i] - mean) * (values[i] - mean);
+  variance /= static_cast<Scalar>(count);
+  return variance / (mean * mean + static_cast<Scalar>(1e-10));
+}
+
+/// scale·∂CV²/∂values: with m the mean, q the variance and ε = 1e-10,
+/// ∂CV²/∂v_i = (2/E)·[(v_i − m)/(m² + ε) − q·m/(m² + ε)²].
+template <class Scalar>
+void cv_squared_backward(const Vector<Scalar>& values, Scalar scale, Vector<Scalar>& gradient) {
+  const Index count = values.size();
+  gradient.resize(count);
+  if (count < 2) {
+    gradient.setZero();
+    return;
+  }
+  const auto n = static_cast<Scalar>(count);
+  Scalar mean{0};
+  for (Index i = 0; i < count; ++i) mean += values[i];
+  mean /= n;
+  const Scalar square = mean * mean + static_cast<Scalar>(1e-10);
+  const Scalar cv2 = cv_squared(values);
+  for (Index i = 0; i < count; ++i) {
+    gradient[i] = scale * (Scalar{2} / n) * ((values[i] - mean) - cv2 * mean) / square;
+  }
+}
+
+/// How evenly a batch was spread over the experts, and the loss that asks for more evenness.
+/// A collapsed gate shows as cv_load() and max_over_mean_load() far above 0 and 1, and as
+/// unused_experts() above 0.
+template <class Scalar>
+struct Balance {
+  /// w_importance·CV²(importance) + w_load·CV²(load) [S17 eq. 7 and 11]; its gradient is part of
+  /// every backward pass.
+  Scalar loss{0};
+  Vector<Scalar> importance;  ///< E, Σ_t G_ti [S17 eq. 6]
+  Vector<Scalar> load;        ///< E, Σ_t P(x_t, i) [S17 eq. 10]; the count without noise
+  std::vector<Index> tokens_per_expert;  ///< E, how many tokens each expert got
+
+  Scalar cv_importance() const { return std::sqrt(cv_squared(importance)); }
+  Scalar cv_load() const { return std::sqrt(cv_squared(load)); }
+
+  /// The fullest expert's load over the mean; 1 in perfect balance, 0 when there is no load.
+  Scalar max_over_mean_load() const {
+    Scalar total{0};
+    Scalar largest{0};
+    for (Index i = 0; i < load.size(); ++i) {
+      total += load[i];
+      largest = std::max(largest, load[i]);
+    }
+    return total > Scalar{0} ? largest * static_cast<Scalar>(load.size()) / total : Scalar{0};
+  }
+
+  Index unused_experts() const {
+    return static_cast<Index>(
+        std::count(tokens_per_expert.begin(), tokens_per_expert.end(), Index{0}));
+  }
+};
+
+}  // namespace moe

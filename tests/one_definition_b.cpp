@@ -1,0 +1,2 @@
+// See one_definition_a.cpp.
+#include "all_headers.hpp"

@@ -1,0 +1,11 @@
+#!/bin/sh
+# Installs what is missing, builds all tests and runs them. Arguments go to ctest.
+set -eu
+
+cd -- "$(dirname -- "$0")/.."
+
+sh cmake/install_packages.sh
+echo "Building in $PWD/build/tests"
+cmake --preset tests >/dev/null
+cmake --build --preset tests --parallel "$(getconf _NPROCESSORS_ONLN)"
+ctest --preset tests "$@"

@@ -1,0 +1,107 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+#include "moe/parallel.hpp"
+#include "moe/parameter.hpp"
+#include "moe/random.hpp"
+
+/// \file
+/// What several test files need: reproducible matrices, gradient checks against differences,
+/// comparison of bits, and a fixed number of threads.
+
+namespace moe::test {
+
+/// Normal deviates: the same on every platform, so a test's point stays away from ties everywhere.
+template <class Scalar = double>
+Matrix<Scalar> random_matrix(Index rows, Index columns, std::uint64_t seed, double scale = 1.0) {
+  Matrix<Scalar> matrix(rows, columns);
+  fill_normal(matrix, static_cast<Scalar>(scale), derive_seed(seed, 0x7E57));
+  return matrix;
+}
+
+/// Largest error over largest entry; 0 when both are zero.
+template <class A, class B>
+double relative_error(const A& actual, const B& expected) {
+  if (actual.size() == 0) return 0.0;
+  const double scale = std::max(static_cast<double>(actual.cwiseAbs().maxCoeff()),
+                                static_cast<double>(expected.cwiseAbs().maxCoeff()));
+  const double error = static_cast<double>((actual - expected).cwiseAbs().maxCoeff());
+  return scale == 0.0 ? error : error / scale;
+}
+
+/// Derivative of loss() by every entry of `value`, by the five-point rule, whose error is of
+/// fourth order: with step 1e-4 about 1e-16 from cutting off and 1e-12·|loss| from rounding.
+template <class Loss>
+Matrix<double> difference_gradient(Matrix<double>& value, const Loss& loss, double step = 1e-4) {
+  Matrix<double> gradient(value.rows(), value.cols());
+  for (Index i = 0; i < value.size(); ++i) {
+    double& x = value.data()[i];
+    const double saved = x;
+    const auto at = [&](double offset) {
+      x = saved + offset;
+      return loss();
+    };
+    const double near = at(step) - at(-step);
+    const double far = at(2 * step) - at(-2 * step);
+    x = saved;
+    gradient.data()[i] = (8.0 * near - far) / (12.0 * step);
+  }
+  return gradient;
+}
+
+/// Checks the gradients that a backward pass left in every parameter of `module`; loss() must give
+/// the loss at the parameters as they are.
+template <class Module, class Loss>
+void check_parameter_gradients(Module& module, const Loss& loss, double tolerance = 1e-7,
+                               double step = 1e-4) {
+  for_each_parameter(module, [&](const std::string& name, Parameter<double>& parameter) {
+    INFO("parameter " << name);
+    const Matrix<double> expected = difference_gradient(parameter.value, loss, step);
+    CHECK(relative_error(parameter.gradient, expected) < tolerance);
+  });
+}
+
+/// Equal to the last bit; NaN equals the same NaN.
+template <class A, class B>
+bool same_bits(const A& a, const B& b) {
+  if (a.rows() != b.rows() || a.cols() != b.cols()) return false;
+  for (Index i = 0; i < a.rows(); ++i) {
+    for (Index j = 0; j < a.cols(); ++j) {
+      const auto x = a(i, j);
+      const auto y = b(i, j);
+      if (std::memcmp(&x, &y, sizeof(x)) != 0) return false;
+    }
+  }
+  return true;
+}
+
+/// Sets the number of OpenMP threads for a scope; without OpenMP there is always one.
+class Threads {
+ public:
+  explicit Threads(int count) : before_(static_cast<int>(worker_count())) { set(count); }
+  ~Threads() { set(before_); }
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+
+ private:
+  static void set([[maybe_unused]] int count) {
+#ifdef _OPENMP
+    omp_set_num_threads(count);
+#endif
+  }
+  int before_;
+};
+
+/// Accuracy that a computation in Scalar can be held to.
+template <class Scalar>
+inline constexpr double tolerance = sizeof(Scalar) == sizeof(float) ? 2e-5 : 1e-12;
+
+}  // namespace moe::test
