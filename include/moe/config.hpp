@@ -2,6 +2,7 @@
 
 #include <Eigen/Core>
 #include <cassert>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -32,7 +33,11 @@ namespace moe::detail {
 
 template <class Part>
 void append(std::string& text, const Part& part) {
-  if constexpr (std::is_arithmetic_v<Part>) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char digits[32];
+    std::snprintf(digits, sizeof(digits), "%g", static_cast<double>(part));
+    text += digits;
+  } else if constexpr (std::is_integral_v<Part>) {
     text += std::to_string(part);
   } else {
     text += std::string_view(part);

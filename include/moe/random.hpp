@@ -35,9 +35,9 @@ constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> count
 /// A seed for part `stream` of something that was seeded with `seed`; different streams are
 /// independent. A model derives one seed a module from its own.
 constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {
-  const auto words = philox(
-      {static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32), 0x6D6F65u, 0},
-      seed);
+  const auto words = philox({static_cast<std::uint32_t>(stream),
+                             static_cast<std::uint32_t>(stream >> 32), 0x6D6F65u, 0xFFFFFFFFu},
+                            seed);
   return words[0] | (std::uint64_t{words[1]} << 32);
 }
 
@@ -91,17 +91,19 @@ float polynomial(float x, Coefficients... coefficients) {
   return sum;
 }
 
-/// erfinv(y)/y as a function of w = -log(1 - y²), in the middle and in the tails: M. Giles'
+/// erfinv(y)/y as a function of w = -log(1 - y²), in the middle (w < 5): M. Giles'
 /// single-precision approximation ("Approximating the erfinv function", GPU Computing Gems 2,
 /// 2011).
 inline float erfinv_middle(float w) {
   return polynomial(w - 2.5f, 2.81022636e-08f, 3.43273939e-07f, -3.5233877e-06f, -4.39150654e-06f,
                     2.1858087e-04f, -1.25372503e-03f, -4.17768164e-03f, 0.246640727f, 1.50140941f);
 }
+/// The published tail ends at w = 16 and 32 bits reach 21.5, so this one was fitted anew, to 7e-6
+/// in the tail's probability.
 inline float erfinv_tail(float w) {
-  return polynomial(std::sqrt(w) - 3.0f, -2.00214257e-04f, 1.00950558e-04f, 1.34934322e-03f,
-                    -3.67342844e-03f, 5.73950773e-03f, -7.6224613e-03f, 9.43887047e-03f,
-                    1.00167406f, 2.83297682f);
+  return polynomial(std::sqrt(w) - 3.0f, 3.64533917e-05f, -1.47937535e-04f, -3.40692932e-05f,
+                    1.28576276e-03f, -3.55479051e-03f, 5.76756196e-03f, -7.65693327e-03f,
+                    9.43400245e-03f, 1.00167668f, 2.83297706f);
 }
 
 }  // namespace detail

@@ -266,7 +266,7 @@ Strip<Scalar> copy_strip(Index depth, Index width, Index padded, const RowAt& ro
 template <class Scalar>
 void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
                 Start start = Start::zero, const Scalar* bias = nullptr) {
-  MOE_ASSERT(a.width() == b.rows() && (start == Start::bias) == (bias != nullptr));
+  MOE_ASSERT(a.width() == b.rows() && (start == Start::bias || bias == nullptr));
   // Copying a strip pays from a few tiles below each other on; until then it is read in place.
   const bool in_place = a.count() <= 2 * tile_rows;
   const auto strip = [&](Index k, Index depth, Index column, Index width, Index padded,

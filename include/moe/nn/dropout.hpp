@@ -56,6 +56,8 @@ class Dropout {
                     " rows, x had ", tape.y.rows());
     detail::require(dy.cols() == tape.y.cols(), "Dropout::backward: dy has ", dy.cols(),
                     " columns, x had ", tape.y.cols());
+    detail::require(static_cast<Index>(tape.kept.size()) == dy.size(),
+                    "Dropout::backward: the last pass on this tape was an evaluation");
     tape.dx.resize(dy.rows(), dy.cols());
     for_row_blocks(dy.rows(), dy.cols(), [&](Index row) {
       apply(dy.cols(), dy.data() + row * dy.outerStride(), tape.kept.data() + row * dy.cols(),
@@ -65,6 +67,7 @@ class Dropout {
   }
 
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
+    tape.kept.clear();
     return tape.y = x;
   }
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const { return x; }

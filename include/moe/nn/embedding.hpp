@@ -53,8 +53,8 @@ class Embedding {
     return tape.y;
   }
 
-  /// Adds row t of dy (T x D, else std::invalid_argument) to the gradient of word ids[t]. A word may
-  /// come more than once, so the work is split by columns: each then sums over tokens in order.
+  /// Adds row t of dy (T x D, else std::invalid_argument) to the gradient of word ids[t]. A word
+  /// may come more than once, so the work is split by columns: each then sums over tokens in order.
   void backward(const MatrixRef<Scalar>& dy, const Tape& tape) {
     const auto tokens = static_cast<Index>(tape.ids.size());
     detail::require(dy.rows() == tokens, "Embedding::backward: dy has ", dy.rows(),

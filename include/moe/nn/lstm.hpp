@@ -22,14 +22,15 @@ template <class Scalar>
 void lstm_step(Index H, Scalar* z, const Scalar* c_before, Scalar* c, Scalar* h) {
   using namespace Eigen::internal;
   using P = Packet<Scalar>;
-  const auto squash = [](const P& a) { return moe::detail::sigmoid<Scalar>(a); };
+  const auto sigmoid_of = [](const P& a) { return moe::detail::sigmoid<Scalar>(a); };
+  const auto tanh_of = [](const P& a) { return moe::detail::tanh<Scalar>(a); };
   Scalar* i = z;
   Scalar* f = z + H;
   Scalar* g = z + 2 * H;
   Scalar* o = z + 3 * H;
-  moe::detail::map(2 * H, i, squash, i);  // i and f
-  moe::detail::map(H, g, [](const P& a) { return moe::detail::tanh<Scalar>(a); }, g);
-  moe::detail::map(H, o, squash, o);
+  moe::detail::map(2 * H, i, sigmoid_of, i);  // and f
+  moe::detail::map(H, g, tanh_of, g);
+  moe::detail::map(H, o, sigmoid_of, o);
   const auto next_cell = [](const P& pi, const P& pf, const P& pg, const P& before) {
     return pmadd(pf, before, pmul(pi, pg));
   };
@@ -48,9 +49,8 @@ void lstm_step(Index H, Scalar* z, const Scalar* c_before, Scalar* c, Scalar* h)
 ///     dz_g = dc ⊙ i ⊙ (1 - g²)          dz_o = dh ⊙ tanh(c) ⊙ o ⊙ (1 - o) = dh ⊙ h ⊙ (1 - o)
 ///     dc_before = dc ⊙ f
 template <class Scalar>
-void lstm_step_backward(Index H, const Scalar* activations, const Scalar* c_before,
-                        const Scalar* c, const Scalar* h, const Scalar* dh, Scalar* dc,
-                        Scalar* dz) {
+void lstm_step_backward(Index H, const Scalar* activations, const Scalar* c_before, const Scalar* c,
+                        const Scalar* h, const Scalar* dh, Scalar* dc, Scalar* dz) {
   using namespace Eigen::internal;
   using P = Packet<Scalar>;
   const Scalar* i = activations;
@@ -70,12 +70,13 @@ void lstm_step_backward(Index H, const Scalar* activations, const Scalar* c_befo
   const auto through_output = [one](const P& d, const P& ph, const P& po) {
     return pmul(pmul(d, ph), psub(one, po));
   };
+  const auto through_forget_gate = [](const P& d, const P& pf) { return pmul(d, pf); };
   moe::detail::map(H, dc, through_cell, c, h, o, dh, dc);
   moe::detail::map(H, dz, through_sigmoid, dc, g, i);
   moe::detail::map(H, dz + H, through_sigmoid, dc, c_before, f);
   moe::detail::map(H, dz + 2 * H, through_tanh, dc, i, g);
   moe::detail::map(H, dz + 3 * H, through_output, dh, h, o);
-  moe::detail::map(H, dc, [](const P& d, const P& pf) { return pmul(d, pf); }, dc, f);
+  moe::detail::map(H, dc, through_forget_gate, dc, f);
 }
 
 }  // namespace detail
@@ -171,6 +172,8 @@ class LSTM {
                                  const State& dfinal = {}) {
     const Index H = config_.hidden;
     const Index sequences = tape.initial.hidden.rows();
+    detail::require(tape.x.rows() == tape.y.rows(),
+                    "LSTM::backward: the last pass on this tape was ", "an evaluation");
     detail::require(dy.rows() == tape.x.rows(), "LSTM::backward: dy has ", dy.rows(),
                     " rows, x had ", tape.x.rows());
     detail::require(dy.cols() == H, "LSTM::backward: dy has ", dy.cols(), " columns, hidden is ",
@@ -246,8 +249,8 @@ class LSTM {
   void check_state(const State& state, Index sequences) const {
     const auto check = [&](const char* name, const Matrix<Scalar>& part) {
       detail::require(part.rows() == sequences && part.cols() == config_.hidden, "LSTM: state.",
-                      name, " is ", part.rows(), " x ", part.cols(), ", must be ", sequences,
-                      " x ", config_.hidden);
+                      name, " is ", part.rows(), " x ", part.cols(), ", must be ", sequences, " x ",
+                      config_.hidden);
     };
     check("hidden", state.hidden);
     check("cell", state.cell);

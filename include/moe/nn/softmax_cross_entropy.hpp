@@ -50,9 +50,9 @@ Scalar sum_exponentials(Index count, const Scalar* x, Scalar shift, Scalar* term
 
 /// The mean over tokens of -log softmax(logits[t])[targets[t]], in nats; e to it is the perplexity.
 ///
-/// T tokens, V classes. A token with a negative target is ignored: it does not count in the mean and
-/// has no gradient. Without any token that counts the loss is 0. A NaN in a row of logits makes the
-/// loss and this row of the gradient NaN.
+/// T tokens, V classes. A token with a negative target is ignored: it does not count in the mean
+/// and has no gradient. Without any token that counts the loss is 0. A NaN in a row of logits makes
+/// the loss and this row of the gradient NaN.
 template <class Scalar = float>
 class SoftmaxCrossEntropy {
  public:

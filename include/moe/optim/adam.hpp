@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "moe/kernels/packet.hpp"
+#include "moe/optim/parameter_blocks.hpp"
 #include "moe/optim/parameter_state.hpp"
-#include "moe/parallel.hpp"
 
 namespace moe {
 
@@ -53,17 +53,12 @@ class Adam {
     second_moment_.match(module, "Adam");
     ++steps_;
     const Constants constants(config_, learning_rate, steps_);
-    Index index = 0;
-    for_each_parameter(module, [&](const ParameterName&, Parameter<Scalar>& parameter) {
-      Scalar* m = first_moment_[index].data();
-      Scalar* v = second_moment_[index].data();
-      Scalar* w = parameter.value.data();
-      const Scalar* g = parameter.gradient.data();
-      ++index;
-      parallel_for_blocks(parameter.size(), detail::optimizer_block, [&](Index first, Index count) {
-        update_block(constants, count, w + first, g + first, m + first, v + first);
-      });
-    });
+    detail::for_each_parameter_block(
+        module, [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
+          update_block(constants, count, parameter.value.data() + first,
+                       parameter.gradient.data() + first, first_moment_[index].data() + first,
+                       second_moment_[index].data() + first);
+        });
   }
 
  private:

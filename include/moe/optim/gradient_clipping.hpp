@@ -6,9 +6,7 @@
 #include <type_traits>
 
 #include "moe/kernels/packet.hpp"
-#include "moe/optim/parameter_state.hpp"
-#include "moe/parallel.hpp"
-#include "moe/parameter.hpp"
+#include "moe/optim/parameter_blocks.hpp"
 
 namespace moe {
 
@@ -37,19 +35,14 @@ double squared_norm(Index count, const Scalar* x) {
 /// The Euclidean norm of all gradients of a module together. Does not allocate.
 template <class Module>
 double gradient_norm(const Module& module) {
+  std::array<double, detail::optimizer_lanes> partial{};
+  detail::for_each_parameter_block(
+      module, [&](Index lane, Index, const auto& parameter, Index first, Index count) {
+        partial[detail::to_size(lane)] +=
+            detail::squared_norm(count, parameter.gradient.data() + first);
+      });
   double sum = 0;
-  for_each_parameter(module, [&](const ParameterName&, const auto& parameter) {
-    // At most 64 blocks whose bounds depend on the size alone, so neither do the bits on anything
-    // else and the partial sums fit on the stack.
-    std::array<double, 64> partial;
-    const Index size = parameter.size();
-    const Index block = std::max(detail::optimizer_block, (size + 63) / 64);
-    parallel_for_blocks(size, block, [&](Index first, Index count) {
-      partial[detail::to_size(first / block)] =
-          detail::squared_norm(count, parameter.gradient.data() + first);
-    });
-    for (Index i = 0; i * block < size; ++i) sum += partial[detail::to_size(i)];
-  });
+  for (const double part : partial) sum += part;
   return std::sqrt(sum);
 }
 
@@ -65,13 +58,13 @@ double clip_gradients(Module& module, double max_norm) {
   detail::require(max_norm > 0, "clip_gradients: max_norm = ", max_norm, ", must be above 0");
   const double norm = gradient_norm(module);
   if (!std::isfinite(norm) || norm <= max_norm) return norm;
-  for_each_parameter(module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& parameter) {
-    const auto factor = static_cast<Scalar>(max_norm / norm);
-    Scalar* g = parameter.gradient.data();
-    parallel_for_blocks(parameter.size(), detail::optimizer_block, [&](Index first, Index count) {
-      for (Index i = first; i < first + count; ++i) g[i] *= factor;
-    });
-  });
+  detail::for_each_parameter_block(
+      module,
+      [&]<class Scalar>(Index, Index, Parameter<Scalar>& parameter, Index first, Index count) {
+        const auto factor = static_cast<Scalar>(max_norm / norm);
+        Scalar* g = parameter.gradient.data() + first;
+        for (Index i = 0; i < count; ++i) g[i] *= factor;
+      });
   return norm;
 }
 

@@ -9,10 +9,6 @@
 
 namespace moe::detail {
 
-/// Elements of a parameter in one task of an optimizer: what its passes touch of them stays in the
-/// second-level cache, so memory is read and written once.
-inline constexpr Index optimizer_block = 4096;
-
 inline void check_learning_rate(std::string_view optimizer, double learning_rate) {
   require(learning_rate >= 0 && std::isfinite(learning_rate), optimizer,
           "::update: learning_rate = ", learning_rate, ", must be finite and at least 0");

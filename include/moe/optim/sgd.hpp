@@ -1,8 +1,8 @@
 #pragma once
 
 #include "moe/kernels/packet.hpp"
+#include "moe/optim/parameter_blocks.hpp"
 #include "moe/optim/parameter_state.hpp"
-#include "moe/parallel.hpp"
 
 namespace moe {
 
@@ -12,7 +12,7 @@ namespace moe {
 ///     w = (1 - η·weight_decay)·w - η·v      η the learning rate
 ///
 /// B. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. After the
-/// first update of a module no further one allocates.
+/// first update of a module no further one allocates; without momentum nothing is remembered.
 template <class Scalar = float>
 class Sgd {
  public:
@@ -37,20 +37,18 @@ class Sgd {
   template <class Module>
   void update(Module& module, double learning_rate) {
     detail::check_learning_rate("Sgd", learning_rate);
-    velocity_.match(module, "Sgd");
+    const bool plain = config_.momentum == 0;
+    if (!plain) velocity_.match(module, "Sgd");
     const Constants constants{
         detail::broadcast(static_cast<Scalar>(config_.momentum)),
         detail::broadcast(static_cast<Scalar>(1 - learning_rate * config_.weight_decay)),
         detail::broadcast(static_cast<Scalar>(-learning_rate))};
-    Index index = 0;
-    for_each_parameter(module, [&](const ParameterName&, Parameter<Scalar>& parameter) {
-      Scalar* v = velocity_[index++].data();
-      Scalar* w = parameter.value.data();
-      const Scalar* g = parameter.gradient.data();
-      parallel_for_blocks(parameter.size(), detail::optimizer_block, [&](Index first, Index count) {
-        update_block(constants, count, w + first, g + first, v + first);
-      });
-    });
+    detail::for_each_parameter_block(
+        module, [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
+          update_block(constants, count, parameter.value.data() + first,
+                       parameter.gradient.data() + first,
+                       plain ? nullptr : velocity_[index].data() + first);
+        });
   }
 
  private:
@@ -62,15 +60,17 @@ class Sgd {
     Packet step;
   };
 
+  /// Without momentum `v` is null and g takes its place.
   static void update_block(const Constants& k, Index count, Scalar* w, const Scalar* g, Scalar* v) {
     using namespace Eigen::internal;
-    detail::map(
-        count, v, [&k](const Packet& pv, const Packet& pg) { return pmadd(k.momentum, pv, pg); }, v,
-        g);
-    detail::map(
-        count, w,
-        [&k](const Packet& pw, const Packet& pv) { return pmadd(k.step, pv, pmul(k.decay, pw)); },
-        w, v);
+    const auto accumulate = [&k](const Packet& pv, const Packet& pg) {
+      return pmadd(k.momentum, pv, pg);
+    };
+    const auto move = [&k](const Packet& pw, const Packet& direction) {
+      return pmadd(k.step, direction, pmul(k.decay, pw));
+    };
+    if (v != nullptr) detail::map(count, v, accumulate, v, g);
+    detail::map(count, w, move, w, v != nullptr ? v : g);
   }
 
   Config config_;

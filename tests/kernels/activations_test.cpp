@@ -1,0 +1,146 @@
+#include "moe/kernels/activations.hpp"
+
+#include "../naive_layer.hpp"
+
+using namespace moe;
+using test::naive_activation;
+using test::naive_derivative;
+
+namespace {
+
+/// From deep in the lower tail to deep in the upper one, and 0.
+template <class Scalar>
+Matrix<Scalar> points(Index count) {
+  Matrix<Scalar> x(1, count);
+  for (Index i = 0; i < count; ++i) {
+    x(0, i) = static_cast<Scalar>(12.0 * static_cast<double>(i - count / 2) /
+                                  static_cast<double>(std::max<Index>(count / 2, 1)));
+  }
+  return x;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("activations: values and derivatives equal the formulas", "[kernels]", float,
+                   double) {
+  const Matrix<TestType> x = points<TestType>(1001);
+  for (const Activation activation : test::all_activations()) {
+    INFO("activation " << static_cast<int>(activation));
+    Matrix<TestType> y(1, x.cols());
+    Matrix<TestType> dx(1, x.cols());
+    const Matrix<TestType> dy = test::random_matrix<TestType>(1, x.cols(), 3);
+    detail::activate(activation, x.cols(), x.data(), y.data());
+    detail::activate_backward(activation, x.cols(), x.data(), dy.data(), dx.data());
+    double value_error = 0;
+    double derivative_error = 0;
+    for (Index i = 0; i < x.cols(); ++i) {
+      const auto at = static_cast<double>(x(0, i));
+      const double value = naive_activation(activation, at);
+      const double derivative = static_cast<double>(dy(0, i)) * naive_derivative(activation, at);
+      const double scale = std::max(1.0, std::abs(at));
+      value_error = std::max(value_error, std::abs(static_cast<double>(y(0, i)) - value) / scale);
+      derivative_error =
+          std::max(derivative_error, std::abs(static_cast<double>(dx(0, i)) - derivative) / scale);
+    }
+    CHECK(value_error < (sizeof(TestType) == 4 ? 5e-7 : 1e-15));
+    CHECK(derivative_error < (sizeof(TestType) == 4 ? 5e-6 : 5e-15));
+  }
+}
+
+TEST_CASE("activations: derivatives are those of the values", "[kernels]") {
+  Matrix<double> x = test::random_matrix(1, 37, 11, 2.0);
+  const Matrix<double> dy = test::random_matrix(1, 37, 12);
+  REQUIRE(x.cwiseAbs().minCoeff() > 1e-3);  // away from the kink of ReLU
+  for (const Activation activation : test::all_activations()) {
+    INFO("activation " << static_cast<int>(activation));
+    Matrix<double> dx(1, x.cols());
+    detail::activate_backward(activation, x.size(), x.data(), dy.data(), dx.data());
+    const Matrix<double> expected = test::difference_gradient(x, [&] {
+      Matrix<double> y(1, x.cols());
+      detail::activate(activation, x.size(), x.data(), y.data());
+      return y.cwiseProduct(dy).sum();
+    });
+    CHECK(test::relative_error(dx, expected) < 1e-9);
+  }
+}
+
+TEMPLATE_TEST_CASE("activations: a value has the same bits wherever it stands in a row",
+                   "[kernels]", float, double) {
+  const Matrix<TestType> x = test::random_matrix<TestType>(1, 40, 5, 3.0);
+  for (const Activation activation : test::all_activations()) {
+    INFO("activation " << static_cast<int>(activation));
+    Matrix<TestType> whole(1, 40);
+    detail::activate(activation, 40, x.data(), whole.data());
+    for (Index first = 0; first < 40; ++first) {
+      for (const Index count : {Index{1}, Index{40} - first}) {
+        Matrix<TestType> part(1, count);
+        detail::activate(activation, count, x.data() + first, part.data());
+        CHECK(test::same_bits(part, whole.middleCols(first, count)));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("activations: work in place and write nothing past the end", "[kernels]", float,
+                   double) {
+  for (const Activation activation : test::all_activations()) {
+    for (Index count = 0; count <= 35; ++count) {
+      const Matrix<TestType> x = test::random_matrix<TestType>(1, count + 1, 7);
+      Matrix<TestType> y(1, count);
+      detail::activate(activation, count, x.data(), y.data());
+      Matrix<TestType> in_place = x;
+      detail::activate(activation, count, in_place.data(), in_place.data());
+      CHECK(test::same_bits(in_place.leftCols(count), y));
+      CHECK(in_place(0, count) == x(0, count));
+
+      Matrix<TestType> dx(1, count);
+      detail::activate_backward(activation, count, x.data(), x.data(), dx.data());
+      in_place = x;
+      detail::activate_backward(activation, count, x.data(), in_place.data(), in_place.data());
+      CHECK(test::same_bits(in_place.leftCols(count), dx));
+      CHECK(in_place(0, count) == x(0, count));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("activations: NaN stays NaN and touches no neighbour", "[kernels]", float,
+                   double) {
+  const Matrix<TestType> clean = test::random_matrix<TestType>(1, 20, 9);
+  for (const Activation activation : test::all_activations()) {
+    INFO("activation " << static_cast<int>(activation));
+    Matrix<TestType> x = clean;
+    Matrix<TestType> expected(1, 20);
+    Matrix<TestType> y(1, 20);
+    detail::activate(activation, 20, x.data(), expected.data());
+    x(0, 6) = std::numeric_limits<TestType>::quiet_NaN();
+    detail::activate(activation, 20, x.data(), y.data());
+    CHECK(std::isnan(y(0, 6)));
+    y(0, 6) = expected(0, 6);
+    CHECK(test::same_bits(y, expected));
+  }
+}
+
+TEMPLATE_TEST_CASE("activations: saturate at infinity", "[kernels]", float, double) {
+  const TestType infinity = std::numeric_limits<TestType>::infinity();
+  const auto at = [&](Activation activation, TestType x) {
+    TestType y = 0;
+    detail::activate(activation, 1, &x, &y);
+    return static_cast<double>(y);
+  };
+  CHECK(at(Activation::relu, infinity) == static_cast<double>(infinity));
+  CHECK(at(Activation::relu, -infinity) == 0);
+  CHECK(at(Activation::sigmoid, infinity) == 1);
+  CHECK_THAT(at(Activation::sigmoid, -infinity), Catch::Matchers::WithinAbs(0, 1e-37));
+  CHECK(at(Activation::tanh, infinity) == 1);
+  CHECK(at(Activation::tanh, -infinity) == -1);
+  CHECK(at(Activation::silu, TestType{1000}) == 1000);
+  CHECK_THAT(at(Activation::silu, TestType{-1000}), Catch::Matchers::WithinAbs(0, 1e-30));
+}
+
+TEST_CASE("activations: the derivative of ReLU at its kink is zero", "[kernels]") {
+  const double zero = 0;
+  const double dy = 5;
+  double dx = -1;
+  detail::activate_backward(Activation::relu, 1, &zero, &dy, &dx);
+  CHECK(dx == 0);
+}

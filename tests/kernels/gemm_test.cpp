@@ -1,0 +1,379 @@
+#include "moe/kernels/gemm.hpp"
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../support.hpp"
+
+using namespace moe;
+using namespace moe::detail;  // NOLINT(google-build-using-namespace)
+using test::random_matrix;
+using test::same_bits;
+
+namespace {
+
+using List = std::vector<Index>;
+
+enum class Form { nn, nt, tn };
+
+/// A block of a larger matrix, off its first row and column; around it are NaNs, so a value that
+/// is read from outside shows in the product, and one that is written outside shows here.
+template <class Scalar>
+class Framed {
+ public:
+  explicit Framed(const Matrix<Scalar>& inside)
+      : all_(Matrix<Scalar>::Constant(inside.rows() + 3, inside.cols() + 5,
+                                      std::numeric_limits<Scalar>::quiet_NaN())),
+        rows_(inside.rows()),
+        columns_(inside.cols()) {
+    view() = inside;
+  }
+
+  MatrixView<Scalar> view() { return columns_of(rows_of(all_, 1, rows_), 3, columns_); }
+  ConstMatrixView<Scalar> view() const { return columns_of(rows_of(all_, 1, rows_), 3, columns_); }
+  bool frame_is_whole() const {
+    Index nans = 0;
+    for (Index i = 0; i < all_.size(); ++i) nans += std::isnan(all_.data()[i]) ? 1 : 0;
+    return nans == all_.size() - rows_ * columns_;
+  }
+
+ private:
+  Matrix<Scalar> all_;
+  Index rows_;
+  Index columns_;
+};
+
+/// `count` rows out of `rows`, chosen with repeats and in no order.
+List random_list(Index count, Index rows, std::uint64_t seed) {
+  List list(to_size(count));
+  for (Index i = 0; i < count; ++i) {
+    list[to_size(i)] = static_cast<Index>(noise_words(seed, {}, i, 0)[0]) % rows;
+  }
+  return list;
+}
+
+template <class Scalar>
+Matrix<Scalar> gather(const Matrix<Scalar>& matrix, const List& list) {
+  Matrix<Scalar> rows(static_cast<Index>(list.size()), matrix.cols());
+  for (Index i = 0; i < rows.rows(); ++i) rows.row(i) = matrix.row(list[to_size(i)]);
+  return rows;
+}
+
+/// What a product is to give, as plain matrices: left (M x K) times right (K x N) from `initial`.
+template <class Scalar>
+struct Expected {
+  Matrix<Scalar> left;
+  Matrix<Scalar> right;
+  Matrix<Scalar> initial;
+
+  /// Each element the chain of multiply-adds that the header promises.
+  Matrix<Scalar> chain() const {
+    Matrix<Scalar> c = initial;
+    for (Index i = 0; i < c.rows(); ++i) {
+      for (Index j = 0; j < c.cols(); ++j) {
+        Packet<Scalar> sum = broadcast(c(i, j));
+        for (Index k = 0; k < left.cols(); ++k) {
+          sum = Eigen::internal::pmadd(broadcast(left(i, k)), broadcast(right(k, j)), sum);
+        }
+        c(i, j) = Eigen::internal::pfirst(sum);
+      }
+    }
+    return c;
+  }
+
+  /// Checks against Eigen's product in double.
+  void check_accuracy(const ConstMatrixView<Scalar>& c) const {
+    REQUIRE(c.rows() == initial.rows());
+    REQUIRE(c.cols() == initial.cols());
+    if (c.size() == 0) return;
+    const Matrix<double> a = left.template cast<double>();
+    const Matrix<double> b = right.template cast<double>();
+    const Matrix<double> start = initial.template cast<double>();
+    Matrix<double> exact = start;
+    exact += a.lazyProduct(b);
+    Matrix<double> scale = start.cwiseAbs();
+    scale += a.cwiseAbs().lazyProduct(b.cwiseAbs());
+    const Matrix<double> error = (c.template cast<double>() - exact).cwiseAbs();
+    const double epsilon = static_cast<double>(std::numeric_limits<Scalar>::epsilon());
+    const double terms = static_cast<double>(left.cols()) + 1.0;
+    REQUIRE((error.array() <= 4.0 * epsilon * terms * scale.array()).all());  // NaN fails as well
+    REQUIRE(error.sum() <= 4.0 * epsilon * std::sqrt(terms) * scale.sum());
+  }
+};
+
+/// One product of the given form, shape and start, with framed operands and maybe through lists.
+template <class Scalar>
+void check_product(Form form, Index rows, Index columns, Index depth, Start start, bool listed,
+                   bool exactly) {
+  INFO("form " << static_cast<int>(form) << ", start " << static_cast<int>(start) << ", M " << rows
+               << ", N " << columns << ", K " << depth << ", listed " << listed);
+  const auto seed = static_cast<std::uint64_t>((rows * 1000 + columns) * 1000 + depth);
+  const bool tn = form == Form::tn;
+  const Index gathered = tn ? depth : rows;  // rows of A that go in
+  const Index held = listed ? gathered / 2 + 1 : gathered;
+  const Matrix<Scalar> a = random_matrix<Scalar>(held, tn ? rows : depth, seed + 1);
+  const List list_a = random_list(gathered, held, seed + 2);
+  const Matrix<Scalar> a_rows = listed ? gather(a, list_a) : a;
+  const Index b_rows = form == Form::nt ? columns : depth;
+  const Index b_held = listed && tn ? depth / 3 + 1 : b_rows;
+  const Matrix<Scalar> b =
+      random_matrix<Scalar>(b_held, form == Form::nt ? depth : columns, seed + 3);
+  const List list_b = tn ? random_list(depth, b_held, seed + 4) : List();
+  const Matrix<Scalar> b_gathered = listed && tn ? gather(b, list_b) : b;
+  const Matrix<Scalar> before = random_matrix<Scalar>(rows, columns, seed + 5);
+  const Matrix<Scalar> bias = random_matrix<Scalar>(1, columns, seed + 6);
+  // A vector of its own size, so that a sanitizer sees a read beyond the bias.
+  const std::vector<Scalar> bias_values(bias.data(), bias.data() + columns);
+
+  Expected<Scalar> expected;
+  expected.left = tn ? Matrix<Scalar>(a_rows.transpose()) : a_rows;
+  expected.right = form == Form::nt ? Matrix<Scalar>(b.transpose()) : b_gathered;
+  expected.initial = start == Start::accumulate ? before : Matrix<Scalar>::Zero(rows, columns);
+  if (start == Start::bias) expected.initial.rowwise() += bias.row(0);
+
+  const Framed<Scalar> framed_a(a);
+  const Framed<Scalar> framed_b(b);
+  Framed<Scalar> c(before);
+  const GatheredRows<Scalar> left =
+      listed ? GatheredRows<Scalar>(framed_a.view(), list_a.data(), gathered)
+             : GatheredRows<Scalar>(framed_a.view());
+  if (form == Form::nn) {
+    // An empty vector may have no memory, and null means no bias.
+    const Scalar none{};
+    const Scalar* bias_data = bias_values.empty() ? &none : bias_values.data();
+    product_nn(left, framed_b.view(), c.view(), start, start == Start::bias ? bias_data : nullptr);
+  } else if (form == Form::nt) {
+    product_nt(left, framed_b.view(), c.view(), start);
+  } else {
+    const GatheredRows<Scalar> right =
+        listed ? GatheredRows<Scalar>(framed_b.view(), list_b.data(), depth)
+               : GatheredRows<Scalar>(framed_b.view());
+    product_tn(left, right, c.view());
+  }
+  REQUIRE(c.frame_is_whole());
+  expected.check_accuracy(std::as_const(c).view());
+  if (exactly) REQUIRE(same_bits(c.view(), expected.chain()));
+}
+
+template <class Scalar, class F>
+void for_each_form_and_start(const F& f) {
+  for (const Start start : {Start::zero, Start::bias, Start::accumulate}) f(Form::nn, start);
+  for (const Start start : {Start::zero, Start::accumulate}) f(Form::nt, start);
+  f(Form::tn, Start::accumulate);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("gemm: worked by hand", "[kernels][gemm]", float, double) {
+  Matrix<TestType> a(2, 3);
+  a << 1, 2, 3, 4, 5, 6;
+  Matrix<TestType> b(3, 2);
+  b << 1, 0, -1, 2, 1, 1;
+  Matrix<TestType> ab(2, 2);
+  ab << 2, 7, 5, 16;
+  Matrix<TestType> c = Matrix<TestType>::Constant(2, 2, 100);
+  const std::array<TestType, 2> bias = {10, 20};
+  const GatheredRows<TestType> rows(a);
+
+  product_nn(rows, view(std::as_const(b)), view(c));
+  CHECK(c == ab);
+  product_nn(rows, view(std::as_const(b)), view(c), Start::accumulate);
+  CHECK(c == 2 * ab);
+  product_nn(rows, view(std::as_const(b)), view(c), Start::bias, bias.data());
+  CHECK(c.row(0) == ab.row(0) + Eigen::Matrix<TestType, 1, 2>(10, 20));
+  CHECK(c.row(1) == ab.row(1) + Eigen::Matrix<TestType, 1, 2>(10, 20));
+
+  const Matrix<TestType> bt = b.transpose();
+  product_nt(rows, view(bt), view(c));
+  CHECK(c == ab);
+  const Matrix<TestType> at = a.transpose();
+  product_tn(GatheredRows<TestType>(at), GatheredRows<TestType>(b), view(c));
+  CHECK(c == 2 * ab);
+
+  const std::array<Index, 3> list = {1, 1, 0};
+  Matrix<TestType> listed(3, 2);
+  product_nn(GatheredRows<TestType>(a, list.data(), 3), view(std::as_const(b)), view(listed));
+  CHECK(listed.row(0) == ab.row(1));
+  CHECK(listed.row(1) == ab.row(1));
+  CHECK(listed.row(2) == ab.row(0));
+}
+
+TEMPLATE_TEST_CASE("gemm: small and odd shapes are right to the last bit", "[kernels][gemm]", float,
+                   double) {
+  constexpr Index packet = packet_size<TestType>;
+  constexpr Index tile = tile_columns<TestType>;
+  const List rows = {0, 1, 2, tile_rows - 1, tile_rows, tile_rows + 1, 2 * tile_rows + 1};
+  const List columns = {0, 1, packet - 1, packet, packet + 1, tile - 1, tile, tile + 1};
+  for (const Index m : rows) {
+    for (const Index n : columns) {
+      for (const Index k : {0, 1, 2, 9, 17}) {
+        const bool listed = (m + n + k) % 2 == 1;
+        for_each_form_and_start<TestType>([&](Form form, Start start) {
+          check_product<TestType>(form, m, n, k, start, listed, true);
+        });
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernels][gemm]", float,
+                   double) {
+  constexpr Index tile = tile_columns<TestType>;
+  constexpr Index task = task_columns<TestType>;
+  const auto check = [](Index m, Index n, Index k, bool exactly) {
+    for_each_form_and_start<TestType>([&](Form form, Start start) {
+      check_product<TestType>(form, m, n, k, start, start == Start::accumulate, exactly);
+    });
+  };
+  for (const Index k : {strip_depth - 1, strip_depth, strip_depth + 1, 2 * strip_depth + 3}) {
+    check(tile_rows + 1, tile + 1, k, true);
+  }
+  // Enough rows that a whole strip of B is copied.
+  check(2 * tile_rows + 3, tile, strip_depth + 1, true);
+  for (const Index m : {task_rows - 1, task_rows, task_rows + 1, 2 * task_rows + 5}) {
+    check(m, tile - 1, 5, true);
+  }
+  for (const Index n : {4 * tile / 3, 5 * tile / 3, 2 * tile + 1, task - 1, task, task + 1}) {
+    check(tile_rows + 3, n, 7, true);
+  }
+  check(task_rows + 1, task + 1, strip_depth + 1, false);
+}
+
+TEMPLATE_TEST_CASE("gemm: long sums keep their accuracy", "[kernels][gemm]", float, double) {
+  for_each_form_and_start<TestType>([&](Form form, Start start) {
+    check_product<TestType>(form, 9, 35, 5000, start, false, false);
+  });
+}
+
+TEMPLATE_TEST_CASE("gemm: the same bits on any number of threads", "[kernels][gemm]", float,
+                   double) {
+  constexpr Index m = task_rows + 60;
+  constexpr Index n = 2 * task_columns<TestType> + 5;
+  constexpr Index k = strip_depth + 30;
+  STATIC_REQUIRE(m * n * k > Index{1} << 18);  // or one thread would do it all
+  const auto a = random_matrix<TestType>(m, k, 1);
+  const auto b = random_matrix<TestType>(k, n, 2);
+  const Matrix<TestType> at = a.transpose();
+  const Matrix<TestType> bt = b.transpose();
+  const auto before = random_matrix<TestType>(m, n, 3);
+  Matrix<TestType> nn;
+  Matrix<TestType> nt;
+  Matrix<TestType> tn;
+  for (const int threads : {1, 2, 3, 8}) {
+    CAPTURE(threads);
+    const test::Threads scope(threads);
+    Matrix<TestType> c = before;
+    product_nn(GatheredRows<TestType>(a), view(b), view(c), Start::accumulate);
+    if (threads == 1) nn = c;
+    CHECK(same_bits(c, nn));
+    c = before;
+    product_nt(GatheredRows<TestType>(a), view(bt), view(c), Start::accumulate);
+    if (threads == 1) nt = c;
+    CHECK(same_bits(c, nt));
+    c = before;
+    product_tn(GatheredRows<TestType>(at), GatheredRows<TestType>(b), view(c));
+    if (threads == 1) tn = c;
+    CHECK(same_bits(c, tn));
+  }
+  // The three forms add the same products in the same order.
+  CHECK(same_bits(nn, nt));
+  CHECK(same_bits(nn, tn));
+}
+
+TEMPLATE_TEST_CASE("gemm: a row has the same bits whatever rows it is multiplied with",
+                   "[kernels][gemm]", float, double) {
+  constexpr Index total = 500;
+  const Index columns = GENERATE(as<Index>{}, 1, 47, task_columns<double> + 3);
+  const Index depth = GENERATE(as<Index>{}, 3, strip_depth + 44);
+  CAPTURE(columns, depth);
+  const auto a = random_matrix<TestType>(total, depth, 1);
+  const auto b = random_matrix<TestType>(depth, columns, 2);
+  const Matrix<TestType> bt = b.transpose();
+  const auto bias = random_matrix<TestType>(1, columns, 3);
+  const auto product = [&](const List& list, bool transposed) {
+    const GatheredRows<TestType> rows(a, list.data(), static_cast<Index>(list.size()));
+    Matrix<TestType> c(rows.count(), columns);
+    if (transposed) {
+      product_nt(rows, view(bt), view(c));
+    } else {
+      product_nn(rows, view(b), view(c), Start::bias, bias.data());
+    }
+    return c;
+  };
+  for (const bool transposed : {false, true}) {
+    CAPTURE(transposed);
+    List everything(to_size(total));
+    for (Index i = 0; i < total; ++i) everything[to_size(i)] = i;
+    const Matrix<TestType> all = product(everything, transposed);
+    const std::array<Index, 9> sizes = {1, 2, 3, 7, 8, 2 * tile_rows, 2 * tile_rows + 1, 30, 200};
+    for (const Index size : sizes) {
+      const List list = random_list(size, total, static_cast<std::uint64_t>(size));
+      const Matrix<TestType> some = product(list, transposed);
+      for (Index i = 0; i < size; ++i) {
+        REQUIRE(same_bits(some.row(i), all.row(list[to_size(i)])));
+      }
+    }
+    for (const Index row : {Index{0}, task_rows, total - 1}) {
+      REQUIRE(same_bits(product({row}, transposed), all.row(row)));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("gemm: NaN and infinity stay in their row and in their column",
+                   "[kernels][gemm]", float, double) {
+  const TestType strange = GENERATE(std::numeric_limits<TestType>::quiet_NaN(),
+                                    std::numeric_limits<TestType>::infinity());
+  constexpr Index n = tile_columns<TestType> + 5;
+  constexpr Index k = 19;
+  const Index rows = GENERATE(as<Index>{}, tile_rows + 3, 4 * tile_rows + 1);
+  const auto b = random_matrix<TestType>(k, n, 2);
+  const Matrix<TestType> bt = b.transpose();
+  const auto clean = random_matrix<TestType>(rows, k, 1);
+  for (Index place = 0; place < rows; ++place) {
+    Matrix<TestType> a = clean;
+    a(place, place % k) = strange;
+    const Matrix<TestType> at = a.transpose();
+    const Matrix<TestType> clean_t = clean.transpose();
+    for (const Form form : {Form::nn, Form::nt, Form::tn}) {
+      const auto product = [&](const Matrix<TestType>& left, const Matrix<TestType>& left_t) {
+        Matrix<TestType> c = Matrix<TestType>::Zero(rows, n);
+        if (form == Form::nn) product_nn(GatheredRows<TestType>(left), view(b), view(c));
+        if (form == Form::nt) product_nt(GatheredRows<TestType>(left), view(bt), view(c));
+        if (form == Form::tn) {
+          product_tn(GatheredRows<TestType>(left_t), GatheredRows<TestType>(b), view(c));
+        }
+        return c;
+      };
+      const Matrix<TestType> expected = product(clean, clean_t);
+      const Matrix<TestType> c = product(a, at);
+      for (Index i = 0; i < rows; ++i) {
+        if (i == place) {
+          REQUIRE(!c.row(i).array().isFinite().any());
+        } else {
+          REQUIRE(same_bits(c.row(i), expected.row(i)));
+        }
+      }
+    }
+  }
+  for (const Index column : {Index{0}, Index{7}, n - 1}) {
+    Matrix<TestType> changed = b;
+    changed(3, column) = strange;
+    const Matrix<TestType> strange_b = changed;
+    const Matrix<TestType> strange_bt = changed.transpose();
+    Matrix<TestType> c(rows, n);
+    for (const bool transposed : {false, true}) {
+      if (transposed) {
+        product_nt(GatheredRows<TestType>(clean), view(strange_bt), view(c));
+      } else {
+        product_nn(GatheredRows<TestType>(clean), view(strange_b), view(c));
+      }
+      for (Index j = 0; j < n; ++j) {
+        REQUIRE(c.col(j).array().isFinite().any() == (j != column));
+        REQUIRE(c.col(j).array().isFinite().all() == (j != column));
+      }
+    }
+  }
+}

@@ -1,0 +1,174 @@
+#include "moe/parameter.hpp"
+
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "catch.hpp"
+
+using namespace moe;
+
+namespace {
+
+struct Linear {
+  Parameter<float> weight{2, 3};
+  Parameter<float> bias{1, 3};
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight);
+    visit("bias", self.bias);
+  }
+};
+
+struct Block {
+  Linear up;
+  Parameter<double> scale{1, 5};
+  std::vector<Parameter<float>> extra{2};
+  Linear down;
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("up", self.up);
+    visit("scale", self.scale);
+    visit("extra", self.extra);
+    visit("down", self.down);
+  }
+};
+
+struct Model {
+  std::vector<std::vector<Linear>> heads{1};
+  std::vector<Block> blocks;
+  Parameter<float> output{4, 1};
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("heads", self.heads);
+    visit("blocks", self.blocks);
+    visit("output", self.output);
+  }
+};
+
+Model make_model(std::size_t blocks) {
+  Model model;
+  model.heads[0].resize(1);
+  model.blocks.resize(blocks);
+  return model;
+}
+
+template <class Module>
+std::vector<std::string> names_of(Module& module) {
+  std::vector<std::string> names;
+  for_each_parameter(module, [&](const std::string& name, auto&) { names.push_back(name); });
+  return names;
+}
+
+}  // namespace
+
+TEST_CASE("parameter: starts at zero, the gradient in the value's shape", "[parameter]") {
+  const Parameter<double> parameter(3, 4);
+  CHECK(parameter.size() == 12);
+  CHECK(parameter.value == Matrix<double>::Zero(3, 4));
+  CHECK(parameter.gradient == Matrix<double>::Zero(3, 4));
+  CHECK(Parameter<float>().size() == 0);
+}
+
+TEST_CASE("parameter: names are dotted, numbered in vectors, in the order of the members",
+          "[parameter]") {
+  const std::vector<std::string> expected = {"heads.0.0.weight",
+                                             "heads.0.0.bias",
+                                             "blocks.0.up.weight",
+                                             "blocks.0.up.bias",
+                                             "blocks.0.scale",
+                                             "blocks.0.extra.0",
+                                             "blocks.0.extra.1",
+                                             "blocks.0.down.weight",
+                                             "blocks.0.down.bias",
+                                             "blocks.1.up.weight",
+                                             "blocks.1.up.bias",
+                                             "blocks.1.scale",
+                                             "blocks.1.extra.0",
+                                             "blocks.1.extra.1",
+                                             "blocks.1.down.weight",
+                                             "blocks.1.down.bias",
+                                             "output"};
+  Model model = make_model(2);
+  CHECK(names_of(model) == expected);
+  CHECK(names_of(model) == expected);
+  CHECK(names_of(std::as_const(model)) == expected);
+}
+
+TEST_CASE("parameter: a vector counts past nine and may be empty", "[parameter]") {
+  std::vector<Parameter<float>> many(12);
+  const auto names = names_of(many);
+  REQUIRE(names.size() == 12);
+  CHECK(names[0] == "0");
+  CHECK(names[9] == "9");
+  CHECK(names[11] == "11");
+  CHECK(names_of(std::as_const(many)) == names);
+  std::vector<Linear> none;
+  CHECK(names_of(none).empty());
+}
+
+TEST_CASE("parameter: a parameter by itself has no name", "[parameter]") {
+  Parameter<float> parameter(1, 1);
+  CHECK(names_of(parameter) == std::vector<std::string>{""});
+}
+
+TEST_CASE("parameter: the walk hands out the members themselves", "[parameter]") {
+  Model model = make_model(1);
+  for_each_parameter(model, [](const ParameterName& name, auto& parameter) {
+    parameter.value.setConstant(name.string() == "blocks.0.down.bias" ? 2 : 1);
+  });
+  CHECK(model.blocks[0].down.bias.value == Matrix<float>::Constant(1, 3, 2));
+  CHECK(model.blocks[0].down.weight.value == Matrix<float>::Constant(2, 3, 1));
+  CHECK(model.output.value == Matrix<float>::Constant(4, 1, 1));
+}
+
+TEST_CASE("parameter: parameters of a const module are const", "[parameter]") {
+  Model model = make_model(1);
+  for_each_parameter(model, [](const ParameterName&, auto& parameter) {
+    STATIC_REQUIRE(!std::is_const_v<std::remove_reference_t<decltype(parameter)>>);
+  });
+  Index visited = 0;
+  for_each_parameter(std::as_const(model), [&](const ParameterName&, auto& parameter) {
+    STATIC_REQUIRE(std::is_const_v<std::remove_reference_t<decltype(parameter)>>);
+    ++visited;
+  });
+  CHECK(visited == 10);
+}
+
+TEST_CASE("parameter: count is that of the scalars", "[parameter]") {
+  CHECK(parameter_count(Linear{}) == 6 + 3);
+  Model model = make_model(3);
+  CHECK(parameter_count(model) == 9 + 3 * (9 + 5 + 9) + 4);
+  model.blocks[1].extra[0] = Parameter<float>(7, 2);
+  CHECK(parameter_count(model) == 9 + 3 * (9 + 5 + 9) + 4 + 14);
+}
+
+TEST_CASE("parameter: zero_gradients clears every gradient and no value", "[parameter]") {
+  Model model = make_model(2);
+  for_each_parameter(model, [](const ParameterName&, auto& parameter) {
+    parameter.value.setConstant(3);
+    parameter.gradient.setConstant(4);
+  });
+  zero_gradients(model);
+  Index visited = 0;
+  for_each_parameter(model, [&](const ParameterName&, auto& parameter) {
+    CHECK((parameter.gradient.array() == 0).all());
+    CHECK((parameter.value.array() == 3).all());
+    ++visited;
+  });
+  CHECK(visited == 17);
+}
+
+TEST_CASE("parameter: a name that is not asked for takes no memory", "[parameter]") {
+  // What is trivial to copy and to destroy owns nothing, and the walk hands out just that.
+  STATIC_REQUIRE(std::is_trivially_copyable_v<ParameterName>);
+  STATIC_REQUIRE(std::is_trivially_destructible_v<ParameterName>);
+  Model model = make_model(1);
+  for_each_parameter(model, [](auto&& name, auto&) {
+    STATIC_REQUIRE(std::is_same_v<decltype(name), const ParameterName&>);
+  });
+}
