@@ -222,24 +222,24 @@ TEMPLATE_TEST_CASE("gemm: small and odd shapes are right to the last bit", "[ker
 TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernels][gemm]", float,
                    double) {
   constexpr Index tile = tile_columns<TestType>;
-  constexpr Index task = task_columns<TestType>;
+  constexpr Index task = panel_columns<TestType>;
   const auto check = [](Index m, Index n, Index k, bool exactly) {
     for_each_form_and_start<TestType>([&](Form form, Start start) {
       check_product<TestType>(form, m, n, k, start, start == Start::accumulate, exactly);
     });
   };
-  for (const Index k : {strip_depth - 1, strip_depth, strip_depth + 1, 2 * strip_depth + 3}) {
+  for (const Index k : {panel_depth - 1, panel_depth, panel_depth + 1, 2 * panel_depth + 3}) {
     check(tile_rows + 1, tile + 1, k, true);
   }
-  // Enough rows that a whole strip of B is copied.
-  check(2 * tile_rows + 3, tile, strip_depth + 1, true);
-  for (const Index m : {task_rows - 1, task_rows, task_rows + 1, 2 * task_rows + 5}) {
+  // Enough rows that a whole panel of B is copied.
+  check(2 * tile_rows + 3, tile, panel_depth + 1, true);
+  for (const Index m : {Index{63}, Index{64}, Index{65}, task_rows + 1}) {
     check(m, tile - 1, 5, true);
   }
   for (const Index n : {4 * tile / 3, 5 * tile / 3, 2 * tile + 1, task - 1, task, task + 1}) {
     check(tile_rows + 3, n, 7, true);
   }
-  check(task_rows + 1, task + 1, strip_depth + 1, false);
+  check(64 + 1, task + 1, panel_depth + 1, false);
 }
 
 TEMPLATE_TEST_CASE("gemm: long sums keep their accuracy", "[kernels][gemm]", float, double) {
@@ -250,9 +250,9 @@ TEMPLATE_TEST_CASE("gemm: long sums keep their accuracy", "[kernels][gemm]", flo
 
 TEMPLATE_TEST_CASE("gemm: the same bits on any number of threads", "[kernels][gemm]", float,
                    double) {
-  constexpr Index m = task_rows + 60;
-  constexpr Index n = 2 * task_columns<TestType> + 5;
-  constexpr Index k = strip_depth + 30;
+  constexpr Index m = 124;
+  constexpr Index n = 2 * panel_columns<TestType> + 5;
+  constexpr Index k = panel_depth + 30;
   STATIC_REQUIRE(m * n * k > Index{1} << 18);  // or one thread would do it all
   const auto a = random_matrix<TestType>(m, k, 1);
   const auto b = random_matrix<TestType>(k, n, 2);
@@ -286,8 +286,8 @@ TEMPLATE_TEST_CASE("gemm: the same bits on any number of threads", "[kernels][ge
 TEMPLATE_TEST_CASE("gemm: a row has the same bits whatever rows it is multiplied with",
                    "[kernels][gemm]", float, double) {
   constexpr Index total = 500;
-  const Index columns = GENERATE(as<Index>{}, 1, 47, task_columns<double> + 3);
-  const Index depth = GENERATE(as<Index>{}, 3, strip_depth + 44);
+  const Index columns = GENERATE(as<Index>{}, 1, 47, panel_columns<double> + 3);
+  const Index depth = GENERATE(as<Index>{}, 3, panel_depth + 44);
   CAPTURE(columns, depth);
   const auto a = random_matrix<TestType>(total, depth, 1);
   const auto b = random_matrix<TestType>(depth, columns, 2);
@@ -316,7 +316,7 @@ TEMPLATE_TEST_CASE("gemm: a row has the same bits whatever rows it is multiplied
         REQUIRE(same_bits(some.row(i), all.row(list[to_size(i)])));
       }
     }
-    for (const Index row : {Index{0}, task_rows, total - 1}) {
+    for (const Index row : {Index{0}, Index{64}, total - 1}) {
       REQUIRE(same_bits(product({row}, transposed), all.row(row)));
     }
   }

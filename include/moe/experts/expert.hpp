@@ -51,7 +51,8 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///     backward(x, kept, dy, weight, dx, dweight, scratch)
 ///
 /// dy is the gradient of the weighted sum: dx = weight·(network's dx for dy), and
-/// dweight = ⟨network(x), dy⟩. `Scratch` is default-constructible and keeps its memory.
+/// dweight = ⟨network(x), dy⟩. `Scratch` is default-constructible and keeps its memory; a member
+/// reserve(scratch) const, which takes it all at once, is optional.
 template <class N>
 concept GatheringNetwork = requires {
   typename N::Scratch;
@@ -108,6 +109,16 @@ class Expert {
 
   /// Numbers that a slot keeps between forward and backward.
   Index tape_width() const { return network_.tape_width() + (gathers ? 0 : width_); }
+
+  /// Readies the memory of a worker that may get its first rows in a later pass only.
+  void reserve(Scratch& scratch) const {
+    if constexpr (!gathers) {
+      scratch.x.resize(expert_block_rows, width_);
+      scratch.dy.resize(expert_block_rows, width_);
+    } else if constexpr (requires { network_.reserve(scratch); }) {
+      network_.reserve(scratch);
+    }
+  }
 
   /// y (n x D) = network of the rows x, whatever n; fills kept (n x tape_width()).
   void forward(const GatheredRows<Scalar>& x, MatrixView<Scalar> kept, MatrixView<Scalar> y,

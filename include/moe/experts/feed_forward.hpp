@@ -62,11 +62,16 @@ class FeedForward {
   const Config& config() const { return config_; }
   Index tape_width() const { return config_.gated ? 2 * config_.hidden : config_.hidden; }
 
+  void reserve(Scratch& scratch) const {
+    scratch.hidden.resize(expert_block_rows, config_.hidden);
+    scratch.pre.resize(expert_block_rows, tape_width());
+  }
+
   /// y (n x D) from the rows x; leaves the pre-activations in kept (n x tape_width()).
   void forward(const GatheredRows<Scalar>& x, MatrixView<Scalar> kept, MatrixView<Scalar> y,
                Scratch& scratch) const {
     using detail::Start;
-    scratch.hidden.resize(expert_block_rows, config_.hidden);
+    reserve(scratch);
     const MatrixView<Scalar> hidden = rows_of(scratch.hidden, 0, x.count());
     const MatrixView<Scalar> pre = columns_of<Scalar>(kept, 0, config_.hidden);
     if (config_.gated) {
@@ -90,8 +95,7 @@ class FeedForward {
                 Scalar* dweight, Scratch& scratch) {
     using detail::Start;
     const Index n = x.count();
-    scratch.hidden.resize(expert_block_rows, config_.hidden);
-    scratch.pre.resize(expert_block_rows, tape_width());
+    reserve(scratch);
     const MatrixView<Scalar> hidden = rows_of(scratch.hidden, 0, n);
     const MatrixView<Scalar> dkept = rows_of(scratch.pre, 0, n);
     const MatrixView<Scalar> dpre = columns_of<Scalar>(dkept, 0, config_.hidden);
@@ -126,7 +130,7 @@ class FeedForward {
 
   /// y (n x D) from the rows x, keeping nothing.
   void evaluate(const GatheredRows<Scalar>& x, MatrixView<Scalar> y, Scratch& scratch) const {
-    scratch.pre.resize(expert_block_rows, tape_width());
+    reserve(scratch);
     forward(x, rows_of(scratch.pre, 0, x.count()), y, scratch);
   }
 

@@ -21,8 +21,9 @@
 ///
 /// How it is fast: a tile of C (8 x 3 packets where there are 32 registers, 4 x 3 where there are
 /// 16) stays in registers while k runs, fed by one broadcast of A and three packets of B a row. The
-/// strip of B that belongs to a column of tiles is first copied into consecutive memory, so that
-/// the tiles below each other read it from the nearest cache.
+/// panel of B that belongs to some neighbouring tiles is first copied into consecutive memory, long
+/// rows at a time, so that memory is read in order and the tiles below each other read from the
+/// nearest caches.
 
 // A packet as a template argument of Eigen's PacketBlock loses its alignment attribute, which is
 // harmless there; Eigen's own headers silence it the same way.
@@ -46,13 +47,14 @@ inline constexpr Index tile_packets = 3;
 template <class Scalar>
 inline constexpr Index tile_columns = tile_packets* packet_size<Scalar>;
 
-/// Depth of a strip: with 3 packets of 64 bytes a strip takes 48 KiB of stack and stays in the
-/// second-level cache beside the rows of A.
-inline constexpr Index strip_depth = 256;
-/// Rows and columns of C in one task; the rows' part of A stays in the second-level cache.
-inline constexpr Index task_rows = 192;
+/// Columns and depth of a panel: 4 tiles of 3 packets of 64 bytes take 96 KiB of stack, and the
+/// part that one tile reads stays in the first-level cache.
 template <class Scalar>
-inline constexpr Index task_columns = 4 * tile_columns<Scalar>;
+inline constexpr Index panel_columns = 4 * tile_columns<Scalar>;
+inline constexpr Index panel_depth = 128;
+
+/// Rows of C in one task, at most: their part of A stays in the second-level cache.
+inline constexpr Index task_rows = 512;
 
 template <Index... I, class F>
 EIGEN_ALWAYS_INLINE void unroll(std::integer_sequence<Index, I...>, F&& f) {
@@ -104,16 +106,16 @@ struct ColumnsAlongDepth {
   }
 };
 
-/// `depth` rows of `tile_columns` or fewer values, `stride` apart: the strip of B of one tile.
+/// Rows of B along the depth, `stride` apart, where they are or copied.
 template <class Scalar>
-struct Strip {
+struct Panel {
   const Scalar* data;
   Index stride;
 };
 
 /// The tile: C (R rows, V packets) = start + Σ_k left(·, k)·right(k, ·). A null `start` is zero.
 template <Index R, Index V, class Scalar, class Left>
-void multiply_tile(const Left& left, Strip<Scalar> right, Index depth, const Scalar* start,
+void multiply_tile(const Left& left, Panel<Scalar> right, Index depth, const Scalar* start,
                    Index start_stride, Scalar* c, Index c_stride) {
   constexpr Index size = packet_size<Scalar>;
   Packet<Scalar> sum[to_size(R)][to_size(V)];
@@ -137,129 +139,120 @@ void multiply_tile(const Left& left, Strip<Scalar> right, Index depth, const Sca
       [&](auto r) { unroll<V>([&](auto v) { store(c + r * c_stride + v * size, sum[r][v]); }); });
 }
 
-/// Tiles from the first to the last of `rows` rows, the highest tiles first.
+/// The tiles below each other, the highest first. Of their columns `width` belong to C; a tile that
+/// sticks out is computed beside C and copied.
 template <Index R, Index V, class Scalar, class Source>
 void multiply_column(const Source& source, Index first_row, Index rows, Index first_k, Index depth,
-                     Strip<Scalar> right, const Scalar* start, Index start_stride, Scalar* c,
-                     Index c_stride) {
+                     Panel<Scalar> right, Index width, const Scalar* start, Index start_stride,
+                     Scalar* c, Index c_stride) {
+  constexpr Index columns = V * packet_size<Scalar>;
   Index r = 0;
   for (; r + R <= rows; r += R) {
     const auto left = source.template tile<R>(first_row + r, first_k);
-    multiply_tile<R, V>(left, right, depth, start != nullptr ? start + r * start_stride : nullptr,
-                        start_stride, c + r * c_stride, c_stride);
+    const Scalar* from = start != nullptr ? start + r * start_stride : nullptr;
+    Scalar* to = c + r * c_stride;
+    if (width == columns) {
+      multiply_tile<R, V>(left, right, depth, from, start_stride, to, c_stride);
+    } else {
+      Scalar tile[to_size(R * columns)] = {};
+      for (Index i = 0; from != nullptr && i < R; ++i) {
+        std::copy_n(from + i * start_stride, width, tile + i * columns);
+      }
+      multiply_tile<R, V>(left, right, depth, static_cast<const Scalar*>(tile), columns, tile,
+                          columns);
+      for (Index i = 0; i < R; ++i) std::copy_n(tile + i * columns, width, to + i * c_stride);
+    }
   }
   if constexpr (R > 1) {
     if (r < rows) {
-      multiply_column<R / 2, V>(source, first_row + r, rows - r, first_k, depth, right,
+      multiply_column<R / 2, V>(source, first_row + r, rows - r, first_k, depth, right, width,
                                 start != nullptr ? start + r * start_stride : nullptr, start_stride,
                                 c + r * c_stride, c_stride);
     }
   }
 }
 
-/// One block of C, rows x columns, over the whole depth. `strip(first_k, depth, column, width,
-/// buffer)` gives the strip of B at a column, in place or copied into the buffer; a strip narrower
-/// than its tile is always copied and filled up with zeros.
-template <class Scalar, class Source, class MakeStrip>
+/// One block of C, rows x columns, over the whole depth. `panel(first_k, depth, column, columns,
+/// buffer)` gives rows of B, filled up with zeros to whole packets.
+template <class Scalar, class Source, class MakePanel>
 void multiply_block(const Source& source, Index first_row, Index rows, Index first_column,
-                    Index columns, Index depth, const MakeStrip& strip, Start start,
+                    Index columns, Index depth, const MakePanel& panel, Start start,
                     const Scalar* bias, Scalar* c, Index c_stride) {
   constexpr Index size = packet_size<Scalar>;
-  alignas(64) Scalar buffer[strip_depth * tile_columns<Scalar>];
-  // The last tile of C may stick out over its edge; it is computed here and copied.
-  alignas(64) Scalar edge[task_rows * tile_columns<Scalar>];
-
+  alignas(64) Scalar buffer[to_size(panel_depth * panel_columns<Scalar>)];
   const Index packets = (columns + size - 1) / size;
   const Index tiles = (packets + tile_packets - 1) / tile_packets;
-  for (Index k = 0; k == 0 || k < depth; k += strip_depth) {
-    const Index block_depth = std::min(strip_depth, depth - k);
+  for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
+    const Index block_depth = std::min(panel_depth, depth - k);
+    const Panel<Scalar> right = panel(k, block_depth, first_column, columns, buffer);
     const Start from = k == 0 ? start : Start::accumulate;
     Index packet = 0;
     for (Index t = 0; t < tiles; ++t) {
       // As even as possible: 4 packets are 2 + 2, since a tile of one packet wastes the broadcasts.
       const Index tile_width = (packets - packet + tiles - t - 1) / (tiles - t);
       const Index column = packet * size;
-      const Index width = std::min(tile_width * size, columns - column);
       packet += tile_width;
-
-      const Strip<Scalar> right =
-          strip(k, block_depth, first_column + column, width, tile_width * size, buffer);
       Scalar* out = c + first_row * c_stride + first_column + column;
-      Index out_stride = c_stride;
       const Scalar* initial = nullptr;
-      Index initial_stride = 0;
-      if (from == Start::accumulate) {
-        initial = out;
-        initial_stride = out_stride;
-      } else if (from == Start::bias) {
-        initial = bias + first_column + column;
-      }
-      const bool sticks_out = width < tile_width * size;
-      if (sticks_out) {
-        const Index stride = tile_width * size;
-        for (Index r = 0; r < rows; ++r) {
-          for (Index j = 0; j < stride; ++j) {
-            edge[r * stride + j] =
-                initial != nullptr && j < width ? initial[r * initial_stride + j] : Scalar{0};
-          }
-        }
-        initial = out = edge;
-        initial_stride = out_stride = stride;
-      }
+      if (from == Start::accumulate) initial = out;
+      if (from == Start::bias) initial = bias + first_column + column;
       const auto run = [&](auto v) {
-        multiply_column<tile_rows, v>(source, first_row, rows, k, block_depth, right, initial,
-                                      initial_stride, out, out_stride);
+        multiply_column<tile_rows, v>(source, first_row, rows, k, block_depth,
+                                      Panel<Scalar>{right.data + column, right.stride},
+                                      std::min(tile_width * size, columns - column), initial,
+                                      from == Start::bias ? 0 : c_stride, out, c_stride);
       };
       if (tile_width == 3) run(std::integral_constant<Index, 3>{});
       if (tile_width == 2) run(std::integral_constant<Index, 2>{});
       if (tile_width == 1) run(std::integral_constant<Index, 1>{});
-      if (sticks_out) {
-        Scalar* to = c + first_row * c_stride + first_column + column;
-        for (Index r = 0; r < rows; ++r) {
-          std::copy_n(edge + r * out_stride, width, to + r * c_stride);
-        }
-      }
     }
   }
 }
 
 /// Splits C into blocks and the blocks over the workers. Small products stay on one worker, since
 /// waking another takes some microseconds.
-template <class Scalar, class Source, class MakeStrip>
-void multiply(const Source& source, Index rows, Index columns, Index depth, const MakeStrip& strip,
+template <class Scalar, class Source, class MakePanel>
+void multiply(const Source& source, Index rows, Index columns, Index depth, const MakePanel& panel,
               Start start, const Scalar* bias, MatrixView<Scalar> c) {
   MOE_ASSERT(c.rows() == rows && c.cols() == columns);
-  const Index row_blocks = (rows + task_rows - 1) / task_rows;
-  const Index column_blocks = (columns + task_columns<Scalar> - 1) / task_columns<Scalar>;
+  constexpr Index worth_waking = Index{1} << 18;  // multiply-adds
+  const bool parallel = rows * columns * depth >= worth_waking;
+  const Index column_blocks = (columns + panel_columns<Scalar> - 1) / panel_columns<Scalar>;
+  // High blocks copy panels less often, but there should be some for every worker.
+  const Index wanted = parallel ? 4 * worker_count() : 1;
+  Index block_rows = task_rows;
+  while (block_rows > 64 && (rows + block_rows - 1) / block_rows * column_blocks < wanted) {
+    block_rows /= 2;
+  }
+  const Index row_blocks = (rows + block_rows - 1) / block_rows;
   const auto run = [&](Index task, Index) {
-    const Index row = task / column_blocks * task_rows;
-    const Index column = task % column_blocks * task_columns<Scalar>;
-    multiply_block(source, row, std::min(task_rows, rows - row), column,
-                   std::min(task_columns<Scalar>, columns - column), depth, strip, start, bias,
+    const Index row = task / column_blocks * block_rows;
+    const Index column = task % column_blocks * panel_columns<Scalar>;
+    multiply_block(source, row, std::min(block_rows, rows - row), column,
+                   std::min(panel_columns<Scalar>, columns - column), depth, panel, start, bias,
                    c.data(), c.outerStride());
   };
   const Index tasks = row_blocks * column_blocks;
-  constexpr Index worth_waking = Index{1} << 18;  // multiply-adds
-  if (tasks > 1 && rows * columns * depth >= worth_waking) {
+  if (parallel) {
     parallel_for(tasks, run);
   } else {
     for (Index task = 0; task < tasks; ++task) run(task, 0);
   }
 }
 
-/// Copies rows of `width` values next to each other, each filled up with zeros to `padded`.
+/// Copies rows of `width` values next to each other, the last packet of each filled up with zeros.
 template <class Scalar, class RowAt>
-Strip<Scalar> copy_strip(Index depth, Index width, Index padded, const RowAt& row_at,
-                         Scalar* buffer) {
+Panel<Scalar> copy_panel(Index depth, Index width, const RowAt& row_at, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
+  const Index stride = (width + size - 1) / size * size;
   for (Index k = 0; k < depth; ++k) {
     const Scalar* from = row_at(k);
-    Scalar* to = buffer + k * padded;
+    Scalar* to = buffer + k * stride;
     Index j = 0;
     for (; j + size <= width; j += size) store(to + j, load(from + j));
     if (j < width) store(to + j, load_first(from + j, width - j));
   }
-  return {buffer, padded};
+  return {buffer, stride};
 }
 
 /// C = A·B, from zero, from a bias (N values), or added to what C holds.
@@ -267,47 +260,48 @@ template <class Scalar>
 void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
                 Start start = Start::zero, const Scalar* bias = nullptr) {
   MOE_ASSERT(a.width() == b.rows() && (start == Start::bias || bias == nullptr));
-  // Copying a strip pays from a few tiles below each other on; until then it is read in place.
+  // Copying pays from a few tiles below each other on; until then B is read in place.
   const bool in_place = a.count() <= 2 * tile_rows;
-  const auto strip = [&](Index k, Index depth, Index column, Index width, Index padded,
-                         Scalar* buffer) -> Strip<Scalar> {
+  const auto panel = [&](Index k, Index depth, Index column, Index width,
+                         Scalar* buffer) -> Panel<Scalar> {
     const Scalar* from = b.data() + k * b.outerStride() + column;
-    if (in_place && width == padded) return {from, b.outerStride()};
-    return copy_strip(
-        depth, width, padded, [&](Index i) { return from + i * b.outerStride(); }, buffer);
+    if (in_place && width % packet_size<Scalar> == 0) return {from, b.outerStride()};
+    return copy_panel(
+        depth, width, [&](Index i) { return from + i * b.outerStride(); }, buffer);
   };
-  multiply(RowsAlongDepth<Scalar>{a}, a.count(), b.cols(), a.width(), strip, start, bias, c);
+  multiply(RowsAlongDepth<Scalar>{a}, a.count(), b.cols(), a.width(), panel, start, bias, c);
 }
 
 /// Copies `width` rows of B, `depth` values each, as columns next to each other.
 template <class Scalar>
-Strip<Scalar> transpose_strip(const Scalar* from, Index stride, Index depth, Index width,
-                              Index padded, Scalar* buffer) {
+Panel<Scalar> transpose_panel(const Scalar* from, Index from_stride, Index depth, Index width,
+                              Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
   using Block = Eigen::internal::PacketBlock<Packet<Scalar>, static_cast<int>(size)>;
+  const Index stride = (width + size - 1) / size * size;
   Index column = 0;
   for (; column + size <= width; column += size) {
     Index k = 0;
     for (; k + size <= depth; k += size) {
       Block block;
       for (Index i = 0; i < size; ++i) {
-        block.packet[i] = load(from + (column + i) * stride + k);
+        block.packet[i] = load(from + (column + i) * from_stride + k);
       }
       if constexpr (size > 1) Eigen::internal::ptranspose(block);
-      for (Index i = 0; i < size; ++i) store(buffer + (k + i) * padded + column, block.packet[i]);
+      for (Index i = 0; i < size; ++i) store(buffer + (k + i) * stride + column, block.packet[i]);
     }
     for (; k < depth; ++k) {
       for (Index i = 0; i < size; ++i) {
-        buffer[k * padded + column + i] = from[(column + i) * stride + k];
+        buffer[k * stride + column + i] = from[(column + i) * from_stride + k];
       }
     }
   }
   for (Index k = 0; k < depth; ++k) {
-    for (Index j = column; j < padded; ++j) {
-      buffer[k * padded + j] = j < width ? from[j * stride + k] : Scalar{0};
+    for (Index j = column; j < stride; ++j) {
+      buffer[k * stride + j] = j < width ? from[j * from_stride + k] : Scalar{0};
     }
   }
-  return {buffer, padded};
+  return {buffer, stride};
 }
 
 /// C = A·Bᵀ, or added to what C holds.
@@ -315,13 +309,12 @@ template <class Scalar>
 void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
                 Start start = Start::zero) {
   MOE_ASSERT(a.width() == b.cols() && start != Start::bias);
-  const auto strip = [&](Index k, Index depth, Index column, Index width, Index padded,
-                         Scalar* buffer) {
-    return transpose_strip(b.data() + column * b.outerStride() + k, b.outerStride(), depth, width,
-                           padded, buffer);
+  const auto panel = [&](Index k, Index depth, Index column, Index width, Scalar* buffer) {
+    return transpose_panel(b.data() + column * b.outerStride() + k, b.outerStride(), depth, width,
+                           buffer);
   };
   const Scalar* no_bias = nullptr;
-  multiply(RowsAlongDepth<Scalar>{a}, a.count(), b.rows(), a.width(), strip, start, no_bias, c);
+  multiply(RowsAlongDepth<Scalar>{a}, a.count(), b.rows(), a.width(), panel, start, no_bias, c);
 }
 
 /// C += Aᵀ·B, the rows of A and B going in pairs.
@@ -330,13 +323,12 @@ void product_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
                 MatrixView<Scalar> c) {
   MOE_ASSERT(a.count() == b.count());
   if (a.count() == 0) return;
-  const auto strip = [&](Index k, Index depth, Index column, Index width, Index padded,
-                         Scalar* buffer) {
-    return copy_strip(
-        depth, width, padded, [&](Index i) { return b.row(k + i) + column; }, buffer);
+  const auto panel = [&](Index k, Index depth, Index column, Index width, Scalar* buffer) {
+    return copy_panel(
+        depth, width, [&](Index i) { return b.row(k + i) + column; }, buffer);
   };
   const Scalar* no_bias = nullptr;
-  multiply(ColumnsAlongDepth<Scalar>{a}, a.width(), b.width(), a.count(), strip, Start::accumulate,
+  multiply(ColumnsAlongDepth<Scalar>{a}, a.width(), b.width(), a.count(), panel, Start::accumulate,
            no_bias, c);
 }
 

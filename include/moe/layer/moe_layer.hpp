@@ -69,11 +69,14 @@ class MoELayer {
     };
     std::vector<Task> tasks;
     std::vector<typename Expert::Scratch> scratch;  ///< one a worker
+    bool trained = false;                           ///< whether backward() has what it needs
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
   explicit MoELayer(const Config& config)
       : config_(completed(config)), gate_(config_.gate, derive_seed(config.seed, 0)) {
+    detail::require(gate_.experts() >= 1, "MoELayer: the gate has ", gate_.experts(),
+                    " experts, must be at least 1");
     experts_.reserve(detail::to_size(gate_.experts()));
     for (Index e = 0; e < gate_.experts(); ++e) {
       experts_.emplace_back(config_.expert,
@@ -92,8 +95,9 @@ class MoELayer {
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                 const NoiseKey& key = {}) const {
     check_width(x, "x");
+    tape.trained = false;
     gate_.forward(x, tape, key);
-    dispatch(tape);
+    dispatch(tape, x.rows());
     const Index slots = tape.routing.slots();
     tape.kept.resize(slots, experts_.front().tape_width());
     const GatheredRows<Scalar> rows(tape.x, tape.routing.row_token.data(), slots);
@@ -102,6 +106,7 @@ class MoELayer {
           rows.slice(task.first, task.count), rows_of(tape.kept, task.first, task.count),
           rows_of(tape.rows, task.first, task.count), scratch);
     });
+    tape.trained = true;
     return combine(tape);
   }
 
@@ -110,12 +115,11 @@ class MoELayer {
   /// loss by x (T x D), which is tape.dx. Throws std::invalid_argument when dy has another shape
   /// than y, before anything is changed.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
     check_width(dy, "dy");
     const Index tokens = tape.x.rows();
     const Index slots = tape.routing.slots();
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
-    detail::require(tape.kept.rows() == slots && tape.routing.tokens() == tokens,
-                    "MoELayer::backward without a forward pass on this tape");
     const GatheredRows<Scalar> x(tape.x, tape.routing.row_token.data(), slots);
     const MatrixRef<Scalar> dsum = output_backward(dy, tape);
     const GatheredRows<Scalar> dy_rows(dsum, tape.routing.row_token.data(), slots);
@@ -142,10 +146,10 @@ class MoELayer {
   /// batch can be watched, but nothing that backward() could use.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_width(x, "x");
+    tape.trained = false;
     gate_.evaluate(x, tape);
-    dispatch(tape);
+    dispatch(tape, x.rows());
     const Index slots = tape.routing.slots();
-    tape.kept.resize(0, 0);
     const GatheredRows<Scalar> rows(x, tape.routing.row_token.data(), slots);
     run(tape, [&](const Task& task, Scratch& scratch) {
       experts_[detail::to_size(task.expert)].evaluate(
@@ -188,10 +192,17 @@ class MoELayer {
                     " columns, Config.width = ", config_.width);
   }
 
-  /// Sorts the slots by expert and readies the memory for the experts' rows.
-  void dispatch(Tape& tape) const {
+  /// Sorts the slots by expert and readies the memory for the experts' rows, as much as any
+  /// routing of so many slots can need.
+  void dispatch(Tape& tape, Index tokens) const {
+    const Index experts = gate_.experts();
+    detail::require(tape.routing.experts == experts, "MoELayer: the gate's routing has ",
+                    tape.routing.experts, " experts, the layer has ", experts);
+    detail::require(tape.routing.tokens() == tokens, "MoELayer: the gate's routing has ",
+                    tape.routing.tokens(), " tokens, x has ", tokens);
     group_by_expert(tape.routing);
     const Index slots = tape.routing.slots();
+    tape.tasks.reserve(detail::to_size(experts + slots / expert_block_rows));
     tape.rows.resize(slots, config_.width);
     detail::resize(tape.row_weight, slots);
     for (Index row = 0; row < slots; ++row) {
@@ -201,6 +212,7 @@ class MoELayer {
     // Scratch is never given back: a pass inside somebody's parallel region has one worker only.
     const auto workers = detail::to_size(worker_count());
     if (tape.scratch.size() < workers) tape.scratch.resize(workers);
+    for (Scratch& scratch : tape.scratch) experts_.front().reserve(scratch);
   }
 
   /// Calls f(task, scratch) for blocks of rows, which are independent in a forward pass.

@@ -1,0 +1,126 @@
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "corpus.hpp"
+#include "model.hpp"
+
+/// \file
+/// One of the models that are trained side by side, with all that its training carries along.
+
+namespace language_model {
+
+inline double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/// What a pass over held-out text tells.
+struct Evaluation {
+  double perplexity = 0;
+  moe::Balance<float> balance;  ///< of all its tokens together
+};
+
+inline Evaluation evaluate(const Model& model, const Batches& batches, Index sequences) {
+  Model::Tape tape;
+  Model::State state = model.initial_state(sequences);
+  Batches::Batch batch;
+  Evaluation result;
+  moe::Balance<float>& total = result.balance;
+  total.importance.setZero(model.config().experts);
+  total.load.setZero(model.config().experts);
+  total.tokens_per_expert.assign(static_cast<std::size_t>(model.config().experts), 0);
+  double loss = 0;
+  for (Index i = 0; i < batches.count(); ++i) {
+    batches.get(i, batch);
+    loss += model.evaluate(batch.input, batch.target, state, tape);
+    const moe::Balance<float>& balance = tape.mixture.balance;
+    total.importance += balance.importance;
+    total.load += balance.load;
+    for (std::size_t e = 0; e < total.tokens_per_expert.size(); ++e) {
+      total.tokens_per_expert[e] += balance.tokens_per_expert[e];
+    }
+  }
+  result.perplexity = std::exp(loss / static_cast<double>(batches.count()));
+  return result;
+}
+
+class Contestant {
+ public:
+  struct Config {
+    std::string name;
+    Model::Config model;
+    Index sequences = 0;
+    double clip = 0;
+  };
+
+  explicit Contestant(Config config)
+      : config_(std::move(config)),
+        model_(config_.model),
+        state_(model_.initial_state(config_.sequences)) {}
+
+  const std::string& name() const { return config_.name; }
+  const Model& model() const { return model_; }
+
+  /// Seconds and tokens of all updates so far, and the recent training loss in nats.
+  double seconds() const { return seconds_; }
+  double tokens_per_second() const { return seconds_ > 0 ? tokens_ / seconds_ : 0; }
+  double loss() const { return loss_; }
+
+  void start_epoch() { state_ = model_.initial_state(config_.sequences); }
+
+  void update(const Batches::Batch& batch, std::uint64_t step, double learning_rate) {
+    const double start = seconds_now();
+    moe::zero_gradients(model_);
+    const double loss = model_.train(batch.input, batch.target, state_, tape_, {.step = step});
+    moe::clip_gradients(model_, config_.clip);
+    adam_.update(model_, learning_rate);
+    seconds_ += seconds_now() - start;
+    tokens_ += static_cast<double>(batch.input.size());
+    loss_ = tokens_ > static_cast<double>(batch.input.size()) ? 0.98 * loss_ + 0.02 * loss : loss;
+  }
+
+ private:
+  Config config_;
+  Model model_;
+  moe::Adam<float> adam_;
+  Model::State state_;
+  Model::Tape tape_;
+  double seconds_ = 0;
+  double tokens_ = 0;
+  double loss_ = 0;
+};
+
+/// `count` words drawn from the model, one after the other, from the start of a document on.
+inline std::string sample(const Model& model, const Vocabulary& vocabulary, Index count,
+                          std::uint64_t seed) {
+  constexpr double temperature = 0.8;
+  Model::Tape tape;
+  Model::State state = model.initial_state(1);
+  std::string text;
+  Index word = Vocabulary::end;
+  std::vector<double> mass(static_cast<std::size_t>(vocabulary.size()));
+  for (Index i = 0; i < count; ++i) {
+    const Matrix& logits = model.evaluate(std::vector<Index>{word}, state, tape);
+    const double largest = logits.maxCoeff();
+    double total = 0;
+    for (Index v = 0; v < vocabulary.size(); ++v) {
+      const bool allowed = v != Vocabulary::unknown;
+      total += allowed ? std::exp((logits(0, v) - largest) / temperature) : 0;
+      mass[static_cast<std::size_t>(v)] = total;
+    }
+    const auto bits = moe::philox({static_cast<std::uint32_t>(i), 0, 0, 0}, seed)[0];
+    const double dice = static_cast<double>(moe::uniform(bits)) * total;
+    word = static_cast<Index>(std::upper_bound(mass.begin(), mass.end(), dice) - mass.begin());
+    word = std::min(word, vocabulary.size() - 1);
+    text += (text.empty() ? "" : " ") + (word == Vocabulary::end ? ";" : vocabulary.word(word));
+  }
+  return text;
+}
+
+}  // namespace language_model

@@ -1,0 +1,241 @@
+/// Trains the language model of Shazeer et al. 2017 twice, side by side: with a sparse mixture of
+/// experts, and with a dense one of the same operations a token. See README.md beside this file.
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "contestant.hpp"
+#include "corpus.hpp"
+#include "report.hpp"
+
+namespace language_model {
+
+struct Options {
+  std::vector<std::string> data;
+  std::string wordnet = "/usr/share/wordnet";
+  Index vocabulary = 8000;
+  Index width = 128;
+  Index hidden = 256;
+  Index experts = 64;
+  Index active = 4;
+  Index sequences = 32;
+  Index steps = 32;
+  double epochs = 1.4;
+  double minutes = 0;
+  double learning_rate = 2e-3;
+  Index warm_up = 100;
+  double dropout = 0.1;
+  double clip = 1.0;
+  double importance_weight = 0.1;
+  double load_weight = 0.1;
+  Index evaluations = 5;
+  std::uint64_t seed = 1;
+  int threads = static_cast<int>(moe::worker_count());
+  std::string csv = "language_model.csv";
+};
+
+volatile std::sig_atomic_t interrupted = 0;
+
+extern "C" void on_interrupt(int) {
+  interrupted = 1;
+  std::signal(SIGINT, SIG_DFL);  // whoever presses twice means it
+}
+
+void add_options(CLI::App& app, Options& o) {
+  const auto at_least = [](double lowest) { return CLI::Range(lowest, 1e9); };
+  app.add_option("--data", o.data, "UTF-8 text files, a document a line, instead of WordNet")
+      ->check(CLI::ExistingFile);
+  app.add_option("--wordnet", o.wordnet, "folder with WordNet's data.noun and its sisters")
+      ->capture_default_str();
+  app.add_option("--vocabulary", o.vocabulary, "how many of the most frequent words are known")
+      ->check(at_least(3))
+      ->capture_default_str();
+  app.add_option("--width", o.width, "width D of the model")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--hidden", o.hidden, "hidden width H of an expert")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--experts", o.experts, "experts E of the sparse model")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--active", o.active,
+                 "experts K used for a word; the dense model has as many and uses them all")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--sequences", o.sequences, "sequences in a batch")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--steps", o.steps, "words of a sequence in a batch")
+      ->check(at_least(1))
+      ->capture_default_str();
+  auto* epochs = app.add_option("--epochs", o.epochs, "how often the training text is read")
+                     ->check(at_least(0))
+                     ->capture_default_str();
+  app.add_option("--minutes", o.minutes, "train for so long instead, evaluations included")
+      ->check(at_least(0))
+      ->excludes(epochs);
+  app.add_option("--learning-rate", o.learning_rate,
+                 "highest learning rate of Adam; it grows at first, then falls linearly to 0")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--warm-up", o.warm_up, "updates during which the learning rate grows")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--dropout", o.dropout, "probability of dropping an activation")
+      ->check(CLI::Range(0.0, 0.99))
+      ->capture_default_str();
+  app.add_option("--clip", o.clip, "largest norm of the gradient of an update")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--importance-weight", o.importance_weight, "weight of the importance loss")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--load-weight", o.load_weight, "weight of the load loss")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--evaluations", o.evaluations, "how often the validation part is read")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--seed", o.seed, "of the weights, the noise and dropout")->capture_default_str();
+  app.add_option("--threads", o.threads, "OpenMP threads; results do not depend on it")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  app.add_option("--csv", o.csv, "file for every row, to plot")->capture_default_str();
+}
+
+std::vector<Contestant> make_contestants(const Options& o, Index vocabulary) {
+  const Model::Config sparse{.vocabulary = vocabulary,
+                             .width = o.width,
+                             .hidden = o.hidden,
+                             .experts = o.experts,
+                             .active = o.active,
+                             .dropout = o.dropout,
+                             .importance_weight = o.importance_weight,
+                             .load_weight = o.load_weight,
+                             .seed = o.seed};
+  Model::Config dense = sparse;
+  dense.experts = o.active;
+  // The sparse model's larger gate costs operations too; the dense one gets them as hidden units.
+  const Index gate = 2 * o.width * (o.experts - o.active);
+  const Index unit = 2 * o.width * o.active;
+  dense.hidden += (gate + unit - 1) / unit;
+  std::vector<Contestant> contestants;
+  contestants.emplace_back(Contestant::Config{"dense", dense, o.sequences, o.clip});
+  contestants.emplace_back(Contestant::Config{"sparse", sparse, o.sequences, o.clip});
+  return contestants;
+}
+
+void run(const Options& o) {
+#ifdef _OPENMP
+  omp_set_num_threads(o.threads);
+#endif
+  CsvFile csv(o.csv);
+  const Corpus corpus =
+      make_corpus(o.data.empty() ? read_wordnet(o.wordnet) : read_text(o.data), o.vocabulary);
+  const Batches training(corpus.train, o.sequences, o.steps);
+  const Batches validation(corpus.validation, o.sequences, o.steps);
+  const Batches test(corpus.test, o.sequences, o.steps);
+  std::vector<Contestant> contestants = make_contestants(o, corpus.vocabulary.size());
+
+  std::printf("%zu words to train on, %zu for validation, %zu for the test; vocabulary %td\n",
+              corpus.train.size(), corpus.validation.size(), corpus.test.size(),
+              corpus.vocabulary.size());
+  std::printf("batches of %td x %td words, %d threads, seed %ju\n", o.sequences, o.steps,
+              o.threads, static_cast<std::uintmax_t>(o.seed));
+  std::puts("operations: multiply-adds a word between embedding and softmax; "
+            "perplexity: on the validation part\n");
+  std::puts(row_header);
+
+  const double start = seconds_now();
+  const auto planned = static_cast<double>(training.count()) * o.epochs;
+  Index total = o.minutes > 0 ? o.warm_up + 1 : std::max<Index>(1, static_cast<Index>(planned));
+  Index update = 0;
+  Index evaluated_at = 0;
+  Index evaluations = 0;
+  std::vector<Evaluation> latest(contestants.size());
+  const auto evaluate_all = [&] {
+    for (std::size_t i = 0; i < contestants.size(); ++i) {
+      latest[i] = evaluate(contestants[i].model(), validation, o.sequences);
+      print_row(contestants[i], update, latest[i]);
+      csv.add("validation", contestants[i], update, update * o.sequences * o.steps, latest[i]);
+    }
+    evaluated_at = update;
+  };
+
+  {
+    ProgressBar progress;
+    Batches::Batch batch;
+    double fraction = 0;
+    while (fraction < 1 && !interrupted) {
+      ++update;
+      if (o.minutes > 0) {
+        // How many updates there will be is an estimate that gets better; the learning rate and
+        // the evaluations follow it.
+        fraction = (seconds_now() - start) / (60 * o.minutes);
+        total = std::max({update, o.warm_up + 1,
+                          static_cast<Index>(static_cast<double>(update) / fraction)});
+      } else {
+        fraction = static_cast<double>(update) / static_cast<double>(total);
+      }
+      const Index index = (update - 1) % training.count();
+      training.get(index, batch);
+      const moe::WarmUpLinearDecay learning_rate{
+          .peak = o.learning_rate,
+          .warm_up = std::min(o.warm_up, total),
+          .total = total + 1};
+      for (Contestant& contestant : contestants) {
+        if (index == 0) contestant.start_epoch();
+        contestant.update(batch, static_cast<std::uint64_t>(update), learning_rate(update));
+      }
+      progress.draw(fraction, update, total, contestants);
+      if (fraction * static_cast<double>(o.evaluations) >= static_cast<double>(evaluations + 1)) {
+        ++evaluations;
+        progress.clear();
+        evaluate_all();
+      }
+    }
+  }
+  if (evaluated_at != update) evaluate_all();
+
+  if (interrupted) std::printf("\ninterrupted after update %td of %td\n", update, total);
+  std::printf("\nPerplexity after %td updates, %.0f s; balance on the test part\n\n", update,
+              seconds_now() - start);
+  print_result_header();
+  for (std::size_t i = 0; i < contestants.size(); ++i) {
+    const Evaluation result = evaluate(contestants[i].model(), test, o.sequences);
+    print_result(contestants[i], latest[i], result);
+    csv.add("test", contestants[i], update, update * o.sequences * o.steps, result);
+  }
+  std::puts("");
+  for (const Contestant& contestant : contestants) {
+    std::printf("%s writes: %s\n", contestant.name().c_str(),
+                sample(contestant.model(), corpus.vocabulary, 40, o.seed).c_str());
+  }
+  std::printf("\nevery row is in %s\n", o.csv.c_str());
+}
+
+}  // namespace language_model
+
+int main(int argc, char** argv) {
+  CLI::App app(
+      "Trains a language model with a sparse mixture of experts on real text, beside a dense model "
+      "of the same operations a word, and compares them on held-out text.\n"
+      "Ctrl-C ends the training early and still shows the results.");
+  language_model::Options options;
+  language_model::add_options(app, options);
+  CLI11_PARSE(app, argc, argv);
+  std::signal(SIGINT, language_model::on_interrupt);
+  try {
+    language_model::run(options);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "language_model: %s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,151 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+
+#include <moe/moe.hpp>
+
+/// \file
+/// The language model of N. Shazeer et al. 2017, App. C.1: embedding, LSTM, mixture of experts, LSTM
+/// and softmax. Each of the three layers in the middle is followed by dropout and added to its own
+/// input; the mixture has a sigmoid on its output and works on all time steps of a batch at once.
+
+namespace language_model {
+
+using moe::Index;
+using Matrix = moe::Matrix<float>;
+
+class Model {
+ public:
+  using Mixture = moe::MoELayer<moe::Expert<moe::FeedForward>>;
+
+  struct Config {
+    Index vocabulary = 0;
+    Index width = 0;    ///< D, of the embedding, both LSTMs and the mixture
+    Index hidden = 0;   ///< H, of an expert
+    Index experts = 0;  ///< E
+    Index active = 0;   ///< K
+    double dropout = 0;
+    double importance_weight = 0;
+    double load_weight = 0;
+    std::uint64_t seed = 0;
+  };
+
+  /// What is carried from one batch to the next.
+  struct State {
+    moe::LSTM<float>::State first;
+    moe::LSTM<float>::State second;
+  };
+
+  struct Tape {
+    moe::Embedding<float>::Tape embedding;
+    moe::LSTM<float>::Tape first, second;
+    Mixture::Tape mixture;
+    moe::Dropout<float>::Tape drop_embedding, drop_first, drop_mixture, drop_second;
+    moe::Linear<float>::Tape softmax;
+    moe::SoftmaxCrossEntropy<float>::Tape loss;
+    Matrix after_first, after_mixture, after_second;
+    Matrix dx;
+  };
+
+  explicit Model(const Config& config)
+      : config_(config),
+        embedding_({.vocabulary = config.vocabulary, .width = config.width}, seed(0)),
+        first_({.inputs = config.width, .hidden = config.width}, seed(1)),
+        mixture_({.width = config.width,
+                  .expert = {.hidden = config.hidden},
+                  .gate = {.experts = config.experts,
+                           .active = config.active,
+                           .importance_weight = config.importance_weight,
+                           .load_weight = config.load_weight},
+                  .output = moe::Activation::sigmoid,
+                  .seed = seed(2)}),
+        second_({.inputs = config.width, .hidden = config.width}, seed(3)),
+        softmax_({.inputs = config.width, .outputs = config.vocabulary}, seed(4)),
+        drop_embedding_({.rate = config.dropout}, seed(5)),
+        drop_first_({.rate = config.dropout}, seed(6)),
+        drop_mixture_({.rate = config.dropout}, seed(7)),
+        drop_second_({.rate = config.dropout}, seed(8)) {}
+
+  const Config& config() const { return config_; }
+
+  State initial_state(Index sequences) const {
+    return {first_.initial_state(sequences), second_.initial_state(sequences)};
+  }
+
+  /// Multiply-adds a token in the layers between embedding and softmax, which is how the paper
+  /// counts operations: two LSTMs, the gate with its noise, and the experts that are used.
+  Index operations() const {
+    const Index d = config_.width;
+    return 2 * (2 * d * 4 * d) + 2 * d * config_.experts + config_.active * 2 * d * config_.hidden;
+  }
+
+  /// Mean cross-entropy of a batch in nats, without the balance loss, which is in
+  /// tape.mixture.balance. Adds the gradient of both to the parameters.
+  double train(std::span<const Index> input, std::span<const Index> target, State& state,
+               Tape& tape, const moe::NoiseKey& key) {
+    const Matrix& x =
+        drop_embedding_.forward(embedding_.forward(input, tape.embedding), tape.drop_embedding, key);
+    tape.after_first =
+        x + drop_first_.forward(first_.forward(x, state.first, tape.first), tape.drop_first, key);
+    tape.after_mixture =
+        tape.after_first +
+        drop_mixture_.forward(mixture_.forward(tape.after_first, tape.mixture, key),
+                              tape.drop_mixture, key);
+    tape.after_second =
+        tape.after_mixture +
+        drop_second_.forward(second_.forward(tape.after_mixture, state.second, tape.second),
+                             tape.drop_second, key);
+    const double loss =
+        loss_.forward(softmax_.forward(tape.after_second, tape.softmax), target, tape.loss);
+
+    // Backwards, each residual sum passing its gradient on twice.
+    const Matrix& dlogits = loss_.backward(tape.loss);
+    tape.dx = softmax_.backward(dlogits, tape.softmax);
+    tape.dx += second_.backward(drop_second_.backward(tape.dx, tape.drop_second), tape.second);
+    tape.dx += mixture_.backward(drop_mixture_.backward(tape.dx, tape.drop_mixture), tape.mixture);
+    tape.dx += first_.backward(drop_first_.backward(tape.dx, tape.drop_first), tape.first);
+    embedding_.backward(drop_embedding_.backward(tape.dx, tape.drop_embedding), tape.embedding);
+    return loss;
+  }
+
+  /// Logits of a batch, without dropout and noise; leaves the balance in tape.mixture.balance.
+  const Matrix& evaluate(std::span<const Index> input, State& state, Tape& tape) const {
+    const Matrix& x = embedding_.evaluate(input, tape.embedding);
+    tape.after_first = x + first_.evaluate(x, state.first, tape.first);
+    tape.after_mixture = tape.after_first + mixture_.evaluate(tape.after_first, tape.mixture);
+    tape.after_second =
+        tape.after_mixture + second_.evaluate(tape.after_mixture, state.second, tape.second);
+    return softmax_.evaluate(tape.after_second, tape.softmax);
+  }
+
+  /// Mean cross-entropy of a batch in nats.
+  double evaluate(std::span<const Index> input, std::span<const Index> target, State& state,
+                  Tape& tape) const {
+    return loss_.evaluate(evaluate(input, state, tape), target, tape.loss);
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("embedding", self.embedding_);
+    visit("first", self.first_);
+    visit("mixture", self.mixture_);
+    visit("second", self.second_);
+    visit("softmax", self.softmax_);
+  }
+
+ private:
+  std::uint64_t seed(std::uint64_t part) const { return moe::derive_seed(config_.seed, part); }
+
+  Config config_;
+  moe::Embedding<float> embedding_;
+  moe::LSTM<float> first_;
+  Mixture mixture_;
+  moe::LSTM<float> second_;
+  moe::Linear<float> softmax_;
+  moe::SoftmaxCrossEntropy<float> loss_;
+  moe::Dropout<float> drop_embedding_, drop_first_, drop_mixture_, drop_second_;
+};
+
+}  // namespace language_model

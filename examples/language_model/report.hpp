@@ -1,0 +1,131 @@
+#pragma once
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "contestant.hpp"
+
+/// \file
+/// What the program shows: a progress bar, a row after every evaluation, the final table and a CSV.
+
+namespace language_model {
+
+template <class... Values>
+std::string print(const char* format, Values... values) {
+  char buffer[512];
+  std::snprintf(buffer, sizeof(buffer), format, values...);
+  return buffer;
+}
+inline std::string print(const char* text) { return text; }
+
+/// 1234567 as "1.23 M".
+inline std::string in_millions(Index count) {
+  return print("%.2f M", static_cast<double>(count) * 1e-6);
+}
+
+/// A bar on the terminal, drawn over itself; nothing where the output is no terminal.
+class ProgressBar {
+ public:
+  ProgressBar() : visible_(isatty(STDERR_FILENO) != 0) {}
+  ~ProgressBar() { clear(); }
+  ProgressBar(const ProgressBar&) = delete;
+  ProgressBar& operator=(const ProgressBar&) = delete;
+
+  void draw(double fraction, Index update, Index total,
+            const std::vector<Contestant>& contestants) {
+    if (!visible_ || seconds_now() - drawn_ < 0.1) return;
+    drawn_ = seconds_now();
+    constexpr int width = 24;
+    const int full = std::min(width, static_cast<int>(fraction * width));
+    std::string line = "\r[" + std::string(static_cast<std::size_t>(full), '#') +
+                       std::string(static_cast<std::size_t>(width - full), '.') + "] " +
+                       std::to_string(update) + "/" + std::to_string(total);
+    for (const Contestant& c : contestants) {
+      line += print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(),
+                    c.tokens_per_second());
+    }
+    std::fputs((line + "\x1b[K").c_str(), stderr);
+  }
+
+  void clear() {
+    if (visible_) std::fputs("\r\x1b[K", stderr);
+    drawn_ = 0;
+  }
+
+ private:
+  bool visible_;
+  double drawn_ = 0;
+};
+
+/// Every row that is printed, for plotting.
+class CsvFile {
+ public:
+  explicit CsvFile(const std::string& path) : path_(path), file_(path) {
+    file_ << "part,model,update,tokens,seconds,training_loss,perplexity,operations,parameters,"
+             "cv_importance,cv_load,max_over_mean_load,unused_experts,tokens_per_second\n";
+    check();
+  }
+
+  void add(const char* part, const Contestant& c, Index update, Index tokens,
+           const Evaluation& e) {
+    file_ << print("%s,%s,%td,%td,%.2f,%.5f,%.4f,%td,%td,%.5f,%.5f,%.5f,%td,%.0f\n", part,
+                   c.name().c_str(), update, tokens, c.seconds(), c.loss(), e.perplexity,
+                   c.model().operations(), moe::parameter_count(c.model()),
+                   static_cast<double>(e.balance.cv_importance()),
+                   static_cast<double>(e.balance.cv_load()),
+                   static_cast<double>(e.balance.max_over_mean_load()),
+                   e.balance.unused_experts(), c.tokens_per_second())
+          << std::flush;
+    check();
+  }
+
+ private:
+  void check() {
+    if (!file_) throw std::runtime_error("cannot write " + path_);
+  }
+  std::string path_;
+  std::ofstream file_;
+};
+
+/// The columns of the rows and of the final table; both have the same width.
+inline const char* const row_header =
+    "  update  model    loss   perplexity  operations  parameters  CV(imp.)  CV(load)  max/mean  "
+    "tokens/s";
+
+inline void print_row(const Contestant& c, Index update, const Evaluation& e) {
+  std::printf("%8td  %-6s %6.3f  %11.2f  %10s  %10s  %8.3f  %8.3f  %8.2f  %8.0f\n", update,
+              c.name().c_str(), c.loss(), e.perplexity,
+              in_millions(c.model().operations()).c_str(),
+              in_millions(moe::parameter_count(c.model())).c_str(),
+              static_cast<double>(e.balance.cv_importance()),
+              static_cast<double>(e.balance.cv_load()),
+              static_cast<double>(e.balance.max_over_mean_load()), c.tokens_per_second());
+  std::fflush(stdout);
+}
+
+/// One line of the final table, in Markdown.
+inline void print_result(const Contestant& c, const Evaluation& validation,
+                         const Evaluation& test) {
+  const Model::Config& config = c.model().config();
+  std::printf("| %-6s | %7td | %6td | %10s | %10s | %10.2f | %6.2f | %8.3f | %8.3f | %8.2f | %8.0f |\n",
+              c.name().c_str(), config.experts, config.active,
+              in_millions(c.model().operations()).c_str(),
+              in_millions(moe::parameter_count(c.model())).c_str(), validation.perplexity,
+              test.perplexity, static_cast<double>(test.balance.cv_importance()),
+              static_cast<double>(test.balance.cv_load()),
+              static_cast<double>(test.balance.max_over_mean_load()), c.tokens_per_second());
+}
+inline void print_result_header() {
+  std::puts(
+      "| model  | experts | active | operations | parameters | validation |   test | CV(imp.) | "
+      "CV(load) | max/mean | tokens/s |\n"
+      "| ------ | ------: | -----: | ---------: | ---------: | ---------: | -----: | -------: | "
+      "-------: | -------: | -------: |");
+}
+
+}  // namespace language_model

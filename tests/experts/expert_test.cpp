@@ -1,0 +1,253 @@
+#include "moe/experts/expert.hpp"
+
+#include "../support.hpp"
+#include "moe/experts/feed_forward.hpp"
+
+using namespace moe;
+using test::random_matrix;
+using test::relative_error;
+using test::same_bits;
+
+namespace {
+
+/// A user's network: y = tanh(x·W), keeping y.
+template <class Scalar_>
+struct TanhMap {
+  using Scalar = Scalar_;
+  struct Config {
+    Index width = 0;
+  };
+
+  explicit TanhMap(const Config& config, std::uint64_t seed) : w(config.width, config.width) {
+    fill_normal(w.value, Scalar{0.7}, seed);
+  }
+  Index tape_width() const { return w.value.cols(); }
+  void forward(ConstMatrixView<Scalar> x, MatrixView<Scalar> kept, MatrixView<Scalar> y) const {
+    largest_block = std::max(largest_block, x.rows());
+    y = (x * w.value).array().tanh().matrix();
+    kept = y;
+  }
+  void evaluate(ConstMatrixView<Scalar> x, MatrixView<Scalar> y) const {
+    largest_block = std::max(largest_block, x.rows());
+    y = (x * w.value).array().tanh().matrix();
+  }
+  void backward(ConstMatrixView<Scalar> x, ConstMatrixView<Scalar> kept, ConstMatrixView<Scalar> dy,
+                MatrixView<Scalar> dx) {
+    const Matrix<Scalar> dpre = dy.cwiseProduct((1 - kept.array().square()).matrix());
+    w.gradient += x.transpose() * dpre;
+    dx = dpre * w.value.transpose();
+  }
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("w", self.w);
+  }
+
+  Parameter<Scalar> w;
+  mutable Index largest_block = 0;
+};
+
+template <class Scalar>
+struct WithoutBackward : TanhMap<Scalar> {
+  using TanhMap<Scalar>::TanhMap;
+  void backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,
+                MatrixView<Scalar>) = delete;
+};
+template <class Scalar>
+struct WithoutSeed : TanhMap<Scalar> {
+  explicit WithoutSeed(const typename TanhMap<Scalar>::Config& config)
+      : TanhMap<Scalar>(config, 0) {}
+};
+template <class Scalar>
+struct WithoutWidth : TanhMap<Scalar> {
+  struct Config {
+    Index size = 0;
+  };
+  explicit WithoutWidth(const Config&, std::uint64_t) : TanhMap<Scalar>({.width = 1}, 0) {}
+};
+template <class Scalar>
+struct ForwardNotConst : TanhMap<Scalar> {
+  using TanhMap<Scalar>::TanhMap;
+  void forward(ConstMatrixView<Scalar> x, MatrixView<Scalar> kept, MatrixView<Scalar> y) {
+    TanhMap<Scalar>::forward(x, kept, y);
+  }
+};
+
+static_assert(PlainNetwork<TanhMap<float>> && !GatheringNetwork<TanhMap<float>>);
+static_assert(GatheringNetwork<FeedForward<float>> && !PlainNetwork<FeedForward<float>>);
+static_assert(ExpertNetwork<TanhMap<double>> && ExpertNetwork<FeedForward<double>>);
+static_assert(!ExpertNetwork<int>);
+static_assert(!ExpertNetwork<WithoutBackward<float>>);
+static_assert(!ExpertNetwork<WithoutSeed<float>>);
+static_assert(!ExpertNetwork<WithoutWidth<float>>);
+static_assert(!ExpertNetwork<ForwardNotConst<float>>);
+static_assert(std::same_as<Expert<FeedForward>::Scalar, float>);
+static_assert(std::same_as<Expert<FeedForward, double>::Scalar, double>);
+
+/// x, dy and the rows of them that an expert gets, some of them twice.
+struct Slice {
+  static constexpr Index width = 5;
+  Slice(Index n, double scale)
+      : x(random_matrix(n + 3, width, 31, scale)), dy(random_matrix(n + 3, width, 32)) {
+    for (Index i = 0; i < n; ++i) list.push_back((i * i + 1) % (n + 3));
+    weight = random_matrix(1, n, 33);
+  }
+  Index count() const { return static_cast<Index>(list.size()); }
+  GatheredRows<double> rows_of_x() const { return {x, list.data(), count()}; }
+  GatheredRows<double> rows_of_dy() const { return {dy, list.data(), count()}; }
+
+  Matrix<double> x, dy, weight;
+  std::vector<Index> list;
+};
+
+/// Σ weight·⟨network(x), dy⟩ over the slice.
+template <class Expert>
+double weighted_sum(const Expert& expert, const Slice& slice) {
+  Matrix<double> y(slice.count(), Slice::width);
+  typename Expert::Scratch scratch;
+  expert.evaluate(slice.rows_of_x(), view(y), scratch);
+  double sum = 0;
+  for (Index i = 0; i < slice.count(); ++i) {
+    sum += slice.weight(0, i) * y.row(i).dot(slice.dy.row(slice.list[detail::to_size(i)]));
+  }
+  return sum;
+}
+
+template <class Expert>
+void check_gradients(Expert& expert, Slice& slice) {
+  const Index n = slice.count();
+  Matrix<double> kept(n, expert.tape_width());
+  Matrix<double> y(n, Slice::width);
+  Matrix<double> dx(n, Slice::width);
+  Matrix<double> dweight(1, n);
+  typename Expert::Scratch scratch;
+  zero_gradients(expert);
+  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
+  expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(),
+                  slice.weight.data(), view(dx), dweight.data(), scratch);
+
+  const auto loss = [&] { return weighted_sum(expert, slice); };
+  test::check_parameter_gradients(expert, loss);
+  CHECK(relative_error(dweight, test::difference_gradient(slice.weight, loss)) < 1e-7);
+  Matrix<double> dx_by_token = Matrix<double>::Zero(slice.x.rows(), Slice::width);
+  for (Index i = 0; i < n; ++i) dx_by_token.row(slice.list[detail::to_size(i)]) += dx.row(i);
+  CHECK(relative_error(dx_by_token, test::difference_gradient(slice.x, loss)) < 1e-7);
+}
+
+}  // namespace
+
+TEST_CASE("expert: a plain network is handed its rows of x and nothing else", "[experts]") {
+  const Expert<TanhMap, double> expert({.width = Slice::width}, 4);
+  const Slice slice(20, 1.0);
+  Matrix<double> kept(20, expert.tape_width());
+  Matrix<double> y(20, Slice::width);
+  Matrix<double> served(20, Slice::width);
+  Expert<TanhMap, double>::Scratch scratch;
+  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
+  expert.evaluate(slice.rows_of_x(), view(served), scratch);
+  Matrix<double> expected(20, Slice::width);
+  for (Index i = 0; i < 20; ++i) {
+    expected.row(i) = (slice.x.row(slice.list[detail::to_size(i)]) * expert.network().w.value)
+                          .array()
+                          .tanh()
+                          .matrix();
+  }
+  CHECK(relative_error(y, expected) < 1e-14);
+  CHECK(same_bits(y, served));
+}
+
+TEST_CASE("expert: the gradients of a plain network are those of the weighted sum", "[experts]") {
+  for (const Index n : {1, 7}) {
+    for (const double scale : {0.01, 1.0}) {
+      INFO(n << " rows, x times " << scale);
+      Expert<TanhMap, double> expert({.width = Slice::width}, 4);
+      Slice slice(n, scale);
+      check_gradients(expert, slice);
+    }
+  }
+}
+
+TEST_CASE("expert: the gradients of a gathering network are those of the weighted sum",
+          "[experts]") {
+  for (const bool gated : {false, true}) {
+    Expert<FeedForward, double> expert(
+        {.width = Slice::width, .hidden = 6, .activation = Activation::silu, .gated = gated}, 4);
+    Slice slice(9, 1.0);
+    check_gradients(expert, slice);
+  }
+}
+
+TEST_CASE("expert: a long slice comes in pieces and changes nothing by it", "[experts]") {
+  const Index n = 2 * expert_block_rows + 3;
+  Expert<TanhMap, double> expert({.width = Slice::width}, 4);
+  Slice slice(n, 1.0);
+  Matrix<double> kept(n, expert.tape_width());
+  Matrix<double> y(n, Slice::width);
+  Matrix<double> dx(n, Slice::width);
+  Matrix<double> dweight(1, n);
+  Expert<TanhMap, double>::Scratch scratch;
+  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
+  CHECK(expert.network().largest_block == expert_block_rows);
+  expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(),
+                  slice.weight.data(), view(dx), dweight.data(), scratch);
+  const Matrix<double> gradient = expert.network().w.gradient;
+
+  // The same, a row at a time.
+  zero_gradients(expert);
+  for (Index i = 0; i < n; ++i) {
+    Matrix<double> one_kept(1, expert.tape_width());
+    Matrix<double> one_y(1, Slice::width);
+    Matrix<double> one_dx(1, Slice::width);
+    double one_dweight = 0;
+    expert.forward(slice.rows_of_x().slice(i, 1), view(one_kept), view(one_y), scratch);
+    expert.backward(slice.rows_of_x().slice(i, 1), view(std::as_const(one_kept)),
+                    slice.rows_of_dy().slice(i, 1), slice.weight.data() + i, view(one_dx),
+                    &one_dweight, scratch);
+    REQUIRE(relative_error(one_y, y.row(i)) < 1e-14);
+    REQUIRE(relative_error(one_dx, dx.row(i)) < 1e-13);
+    REQUIRE(std::abs(one_dweight - dweight(0, i)) < 1e-13);
+  }
+  CHECK(relative_error(expert.network().w.gradient, gradient) < 1e-13);
+}
+
+TEST_CASE("expert: backward adds to the gradients", "[experts]") {
+  Expert<TanhMap, double> expert({.width = Slice::width}, 4);
+  const Slice slice(8, 1.0);
+  Matrix<double> kept(8, expert.tape_width());
+  Matrix<double> y(8, Slice::width);
+  Matrix<double> dweight(1, 8);
+  Expert<TanhMap, double>::Scratch scratch;
+  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
+  const auto backward = [&] {
+    expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(),
+                    slice.weight.data(), view(y), dweight.data(), scratch);
+    return Matrix<double>(expert.network().w.gradient);
+  };
+  const Matrix<double> once = backward();
+  CHECK(once.cwiseAbs().minCoeff() > 0);
+  CHECK(relative_error(backward(), Matrix<double>(2 * once)) < 1e-15);
+}
+
+TEST_CASE("expert: no rows are no work", "[experts]") {
+  Expert<TanhMap, double> expert({.width = Slice::width}, 4);
+  const Slice slice(0, 1.0);
+  Matrix<double> none(0, Slice::width);
+  Matrix<double> kept(0, expert.tape_width());
+  Expert<TanhMap, double>::Scratch scratch;
+  expert.forward(slice.rows_of_x(), view(kept), view(none), scratch);
+  expert.evaluate(slice.rows_of_x(), view(none), scratch);
+  expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(), nullptr,
+                  view(none), nullptr, scratch);
+  CHECK(expert.network().largest_block == 0);
+  CHECK(expert.network().w.gradient.cwiseAbs().maxCoeff() == 0);
+}
+
+TEST_CASE("expert: parameters are the network's", "[experts]") {
+  const Expert<TanhMap, double> expert({.width = 3}, 4);
+  std::vector<std::string> names;
+  for_each_parameter(expert, [&](const std::string& name, const Parameter<double>& parameter) {
+    names.push_back(name);
+    CHECK(&parameter == &expert.network().w);
+  });
+  CHECK(names == std::vector<std::string>{"w"});
+  CHECK(same_bits(expert.network().w.value, TanhMap<double>({.width = 3}, 4).w.value));
+}

@@ -1,0 +1,256 @@
+#include "moe/experts/feed_forward.hpp"
+
+#include "../naive_layer.hpp"
+
+using namespace moe;
+using test::random_matrix;
+using test::relative_error;
+using test::same_bits;
+
+namespace {
+
+/// Everything one pass gives.
+template <class Scalar>
+struct Result {
+  Matrix<Scalar> kept, y, dx, dweight;
+};
+
+template <class Scalar>
+Result<Scalar> pass(FeedForward<Scalar>& network, const Matrix<Scalar>& x, const Matrix<Scalar>& dy,
+                    const Matrix<Scalar>& weight) {
+  const Index n = x.rows();
+  Result<Scalar> r;
+  r.kept.resize(n, network.tape_width());
+  r.y.resize(n, x.cols());
+  r.dx.resize(n, x.cols());
+  r.dweight.resize(1, n);
+  typename FeedForward<Scalar>::Scratch scratch;
+  network.forward(GatheredRows<Scalar>(x), view(r.kept), view(r.y), scratch);
+  network.backward(GatheredRows<Scalar>(x), view(std::as_const(r.kept)), GatheredRows<Scalar>(dy),
+                   weight.data(), view(r.dx), r.dweight.data(), scratch);
+  return r;
+}
+
+template <class Scalar>
+Matrix<Scalar> evaluate(const FeedForward<Scalar>& network, const Matrix<Scalar>& x) {
+  Matrix<Scalar> y(x.rows(), x.cols());
+  typename FeedForward<Scalar>::Scratch scratch;
+  network.evaluate(GatheredRows<Scalar>(x), view(y), scratch);
+  return y;
+}
+
+void check_gradients(const FeedForward<double>::Config& config, Index n, double weights,
+                     double inputs) {
+  INFO("D " << config.width << ", H " << config.hidden << ", activation "
+            << static_cast<int>(config.activation) << ", gated " << config.gated << ", n " << n
+            << ", weights times " << weights << ", x times " << inputs);
+  FeedForward<double> network(config);
+  Matrix<double> x;
+  Result<double> result;
+  const Matrix<double> dy = random_matrix(n, config.width, 41);
+  Matrix<double> weight = random_matrix(1, n, 42);
+  // The first point whose pre-activations are all out of reach of a kink.
+  bool smooth = false;
+  for (std::uint64_t seed = 1; !smooth && seed < 50; ++seed) {
+    test::randomize(network, seed, weights);
+    zero_gradients(network);
+    x = random_matrix(n, config.width, seed, inputs);
+    result = pass(network, x, dy, weight);
+    const auto pre = result.kept.leftCols(config.hidden).cwiseAbs();
+    smooth = config.activation != Activation::relu || pre.minCoeff() > 2e-3 * pre.maxCoeff();
+  }
+  REQUIRE(smooth);
+
+  const auto loss = [&] { return (weight * evaluate(network, x).cwiseProduct(dy)).sum(); };
+  // Steps in proportion to what they change: 1e-4 of it, or less where functions are steep.
+  const double relative_step = weights * inputs > 5 ? 2e-6 : 1e-4;
+  for_each_parameter(network, [&](const std::string& name, Parameter<double>& parameter) {
+    INFO("parameter " << name);
+    CHECK(relative_error(
+              parameter.gradient,
+              test::difference_gradient(parameter.value, loss, relative_step * weights)) < 1e-7);
+  });
+  CHECK(relative_error(result.dx, test::difference_gradient(x, loss, relative_step * inputs)) <
+        1e-7);
+  CHECK(relative_error(result.dweight, test::difference_gradient(weight, loss)) < 1e-7);
+}
+
+}  // namespace
+
+TEST_CASE("feed forward: gradients are derivatives for every activation and form", "[experts]") {
+  for (const Activation activation : test::all_activations()) {
+    for (const bool gated : {false, true}) {
+      check_gradients({.width = 5, .hidden = 7, .activation = activation, .gated = gated}, 4, 1, 1);
+    }
+  }
+}
+
+TEST_CASE("feed forward: gradients are derivatives at every scale", "[experts]") {
+  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::silu}) {
+    for (const bool gated : {false, true}) {
+      for (const double weights : {1e-2, 1.0, 10.0}) {
+        for (const double inputs : {1e-2, 1.0, 10.0}) {
+          check_gradients({.width = 3, .hidden = 4, .activation = activation, .gated = gated}, 3,
+                          weights, inputs);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("feed forward: gradients are derivatives at every size", "[experts]") {
+  for (const bool gated : {false, true}) {
+    for (const Index width : {1, 9}) {
+      for (const Index hidden : {1, 17}) {
+        for (const Index n : {1, 6}) {
+          check_gradients(
+              {.width = width, .hidden = hidden, .activation = Activation::silu, .gated = gated}, n,
+              0.5, 1);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("feed forward: a small network worked by hand", "[experts]") {
+  // x = (1, 2), W_1 = (1 -1; 1 1), b_1 = (0, -2): pre = (3, -1), ReLU gives a = (3, 0).
+  // W_2 = (2 0; 5 7), b_2 = (1, -1): y = (6, 0) + (1, -1) = (7, -1).
+  FeedForward<double> network({.width = 2, .hidden = 2});
+  std::vector<Matrix<double>> values(4);
+  values[0] = Matrix<double>{{1, -1}, {1, 1}};
+  values[1] = Matrix<double>{{0, -2}};
+  values[2] = Matrix<double>{{2, 0}, {5, 7}};
+  values[3] = Matrix<double>{{1, -1}};
+  std::size_t next = 0;
+  for_each_parameter(network, [&](const ParameterName&, Parameter<double>& parameter) {
+    parameter.value = values[next++];
+  });
+  const Matrix<double> x{{1, 2}};
+  // dy = (1, 10), weight 0.5: u = dy·W_2ᵀ = (2, 75); dweight = ⟨u, a⟩ + ⟨b_2, dy⟩ = 6 - 9 = -3,
+  // which is ⟨y, dy⟩. dpre = 0.5·u ⊙ (1, 0) = (1, 0); dx = dpre·W_1ᵀ = (1, 1).
+  const Result<double> r = pass<double>(network, x, Matrix<double>{{1, 10}}, Matrix<double>{{0.5}});
+  CHECK(same_bits(r.kept, Matrix<double>{{3, -1}}));
+  CHECK(same_bits(r.y, Matrix<double>{{7, -1}}));
+  CHECK(same_bits(evaluate(network, x), r.y));
+  CHECK(r.dweight(0, 0) == -3);
+  CHECK(r.dx == Matrix<double>{{1, 1}});
+  const test::Named gradients = test::gradients_of(network);
+  CHECK(gradients.at("up.weight") == Matrix<double>{{1, 0}, {2, 0}});
+  CHECK(gradients.at("up.bias") == Matrix<double>{{1, 0}});
+  CHECK(gradients.at("down.weight") == Matrix<double>{{1.5, 15}, {0, 0}});
+  CHECK(gradients.at("down.bias") == Matrix<double>{{0.5, 5}});
+}
+
+TEST_CASE("feed forward: a small gated network worked by hand", "[experts]") {
+  // x = (1, 2): x·W_1 = 3 by W_1 = (1; 1), x·W_3 = -2 by W_3 = (0; -1); a = 3·(-2) = -6 with
+  // the identity; y = a·W_2 = (-6, -12) by W_2 = (1 2).
+  FeedForward<double> network(
+      {.width = 2, .hidden = 1, .activation = Activation::identity, .gated = true});
+  std::vector<Matrix<double>> values(3);
+  values[0] = Matrix<double>{{1}, {1}};
+  values[1] = Matrix<double>{{0}, {-1}};
+  values[2] = Matrix<double>{{1, 2}};
+  std::size_t next = 0;
+  for_each_parameter(network, [&](const ParameterName&, Parameter<double>& parameter) {
+    parameter.value = values[next++];
+  });
+  const Matrix<double> x{{1, 2}};
+  // dy = (1, 1), weight 2: u = 3, dweight = -18; d(x·W_1) = 2·3·(-2) = -12, d(x·W_3) = 2·3·3 = 18;
+  // dx = -12·(1, 1) + 18·(0, -1) = (-12, -30).
+  const Result<double> r = pass<double>(network, x, Matrix<double>{{1, 1}}, Matrix<double>{{2}});
+  CHECK(r.kept == Matrix<double>{{3, -2}});
+  CHECK(r.y == Matrix<double>{{-6, -12}});
+  CHECK(r.dweight(0, 0) == -18);
+  CHECK(r.dx == Matrix<double>{{-12, -30}});
+  const test::Named gradients = test::gradients_of(network);
+  CHECK(gradients.at("gate.weight") == Matrix<double>{{-12}, {-24}});
+  CHECK(gradients.at("up.weight") == Matrix<double>{{18}, {36}});
+  CHECK(gradients.at("down.weight") == Matrix<double>{{-12, -12}});
+}
+
+TEST_CASE("feed forward: parameters have their names and shapes in order", "[experts]") {
+  const auto shapes = [](const FeedForward<float>& network) {
+    std::vector<std::string> list;
+    for_each_parameter(network, [&](const std::string& name, const Parameter<float>& parameter) {
+      list.push_back(name + " " + std::to_string(parameter.value.rows()) + "x" +
+                     std::to_string(parameter.value.cols()));
+      CHECK(parameter.gradient.rows() == parameter.value.rows());
+      CHECK(parameter.gradient.cols() == parameter.value.cols());
+      CHECK(parameter.gradient.cwiseAbs().sum() == 0);
+    });
+    return list;
+  };
+  CHECK(
+      shapes(FeedForward<float>({.width = 3, .hidden = 5})) ==
+      std::vector<std::string>{"up.weight 3x5", "up.bias 1x5", "down.weight 5x3", "down.bias 1x3"});
+  CHECK(shapes(FeedForward<float>({.width = 3, .hidden = 5, .gated = true})) ==
+        std::vector<std::string>{"gate.weight 3x5", "up.weight 3x5", "down.weight 5x3"});
+  CHECK(FeedForward<float>({.width = 3, .hidden = 5}).tape_width() == 5);
+  CHECK(FeedForward<float>({.width = 3, .hidden = 5, .gated = true}).tape_width() == 10);
+}
+
+TEMPLATE_TEST_CASE("feed forward: weights start uniform within one over the root of the inputs",
+                   "[experts]", float, double) {
+  for (const bool gated : {false, true}) {
+    const FeedForward<TestType> network({.width = 64, .hidden = 100, .gated = gated}, 7);
+    std::vector<Matrix<double>> seen;
+    for_each_parameter(network, [&](const std::string& name, const Parameter<TestType>& p) {
+      INFO(name);
+      const double bound = 1 / std::sqrt(name.starts_with("down") ? 100.0 : 64.0);
+      const Matrix<double> value = p.value.template cast<double>();
+      CHECK(value.cwiseAbs().maxCoeff() <= bound * (1 + 1e-6));
+      CHECK(value.maxCoeff() > 0.9 * bound);
+      CHECK(value.minCoeff() < -0.9 * bound);
+      // A uniform deviate in ±b has variance b²/3.
+      CHECK_THAT(value.squaredNorm() / static_cast<double>(value.size()) * 3 / (bound * bound),
+                 Catch::Matchers::WithinAbs(1, p.size() > 1000 ? 0.05 : 0.35));
+      for (const Matrix<double>& other : seen) CHECK(other(0, 0) * value(0, 0) != 0);
+      for (const Matrix<double>& other : seen) {
+        CHECK(std::abs(other(0, 0) / other.cwiseAbs().maxCoeff() -
+                       value(0, 0) / value.cwiseAbs().maxCoeff()) > 1e-4);
+      }
+      seen.push_back(value);
+    });
+  }
+}
+
+TEST_CASE("feed forward: the seed decides the start", "[experts]") {
+  const auto start = [](std::uint64_t seed) {
+    return test::values_of(FeedForward<float>({.width = 3, .hidden = 5}, seed));
+  };
+  CHECK(start(1) == start(1));
+  CHECK(start(1) != start(2));
+}
+
+TEMPLATE_TEST_CASE("feed forward: evaluate gives the bits of forward and a row those of the batch",
+                   "[experts]", float, double) {
+  for (const bool gated : {false, true}) {
+    FeedForward<TestType> network(
+        {.width = 19, .hidden = 37, .activation = Activation::gelu, .gated = gated}, 3);
+    const Matrix<TestType> x = random_matrix<TestType>(expert_block_rows, 19, 5);
+    const Matrix<TestType> weight = random_matrix<TestType>(1, expert_block_rows, 6);
+    const Result<TestType> whole = pass(network, x, x, weight);
+    CHECK(same_bits(evaluate(network, x), whole.y));
+    for (const Index row : {0, 1, 77, 127}) {
+      const Result<TestType> one =
+          pass<TestType>(network, x.row(row), x.row(row), weight.middleCols(row, 1));
+      CHECK(same_bits(one.y, whole.y.row(row)));
+      CHECK(same_bits(one.kept, whole.kept.row(row)));
+      CHECK(same_bits(one.dx, whole.dx.row(row)));
+      CHECK(same_bits(one.dweight, whole.dweight.middleCols(row, 1)));
+    }
+  }
+}
+
+TEST_CASE("feed forward: a bad configuration is refused with its field and number", "[experts]") {
+  CHECK_THROWS_AS(FeedForward<float>({.width = 0, .hidden = 1}), std::invalid_argument);
+  CHECK_THROWS_WITH(FeedForward<float>({.width = 0, .hidden = 1}),
+                    "moe: FeedForward::Config.width = 0, must be at least 1");
+  CHECK_THROWS_WITH(FeedForward<float>({.width = -2, .hidden = 1}),
+                    "moe: FeedForward::Config.width = -2, must be at least 1");
+  CHECK_THROWS_WITH(FeedForward<double>({.width = 1, .hidden = 0}),
+                    "moe: FeedForward::Config.hidden = 0, must be at least 1");
+  CHECK_THROWS_WITH(FeedForward<double>({.width = 1, .hidden = -1}),
+                    "moe: FeedForward::Config.hidden = -1, must be at least 1");
+  CHECK_NOTHROW(FeedForward<float>({.width = 1, .hidden = 1}));
+}

@@ -1,0 +1,193 @@
+#include "moe/routing/routing.hpp"
+
+#include <random>
+
+#include "../support.hpp"
+
+using namespace moe;
+using Indices = std::vector<Index>;
+
+namespace {
+
+/// Four tokens, three experts. Token 1 goes nowhere, token 3 everywhere.
+Routing<float> small_routing() {
+  Routing<float> routing;
+  routing.experts = 3;
+  routing.token_offsets = {0, 2, 2, 3, 6};
+  routing.expert = {0, 2, 2, 0, 1, 2};
+  routing.weight = {0.25f, 0.75f, 1.0f, 0.5f, 0.25f, 0.25f};
+  return routing;
+}
+
+/// Any number of slots a token, none included.
+Routing<double> random_routing(Index tokens, Index experts, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  const auto below = [&](Index n) {
+    return static_cast<Index>(random() % static_cast<std::uint32_t>(n));
+  };
+  Routing<double> routing;
+  routing.experts = experts;
+  routing.token_offsets = {0};
+  for (Index t = 0; t < tokens; ++t) {
+    const Index probability = below(5);
+    for (Index e = 0; e < experts; ++e) {
+      if (below(4) < probability) {
+        routing.expert.push_back(e);
+        routing.weight.push_back(static_cast<double>(random()));
+      }
+    }
+    routing.token_offsets.push_back(routing.slots());
+  }
+  return routing;
+}
+
+}  // namespace
+
+TEST_CASE("routing: offsets are the running count of slots by expert", "[routing]") {
+  Indices offsets = {9, 9};  // what was there is forgotten
+  detail::count_offsets(Indices{2, 0, 2, 3, 2}, 5, offsets);
+  CHECK(offsets == Indices{0, 1, 1, 4, 5, 5});
+  detail::count_offsets({}, 2, offsets);
+  CHECK(offsets == Indices{0, 0, 0});
+}
+
+TEST_CASE("routing: slots are sorted by expert and keep their order within one", "[routing]") {
+  const Indices expert = {2, 0, 2, 3, 2};
+  Indices offsets = {0, 1, 1, 4, 5, 5};
+  Indices row_slot;
+  detail::sort_slots(expert, offsets, row_slot);
+  CHECK(row_slot == Indices{1, 0, 2, 4, 3});
+  CHECK(offsets == Indices{0, 1, 1, 4, 5, 5});
+}
+
+TEST_CASE("routing: grouping gives rows by expert and their way back", "[routing]") {
+  Routing<float> routing = small_routing();
+  group_by_expert(routing);
+  // slot    0 1 2 3 4 5
+  // expert  0 2 2 0 1 2
+  // token   0 0 2 3 3 3
+  CHECK(routing.expert_offsets == Indices{0, 2, 3, 6});
+  CHECK(routing.row_slot == Indices{0, 3, 4, 1, 2, 5});
+  CHECK(routing.row_token == Indices{0, 3, 3, 0, 2, 3});
+  CHECK(routing.slot_row == Indices{0, 3, 4, 1, 2, 5});
+  CHECK(routing.tokens() == 4);
+  CHECK(routing.slots() == 6);
+  CHECK(routing.slots_of(0) == 2);
+  CHECK(routing.slots_of(1) == 1);
+  CHECK(routing.slots_of(2) == 3);
+}
+
+TEST_CASE("routing: a row's slot and a slot's row are not the same list", "[routing]") {
+  // In small_routing() the two lists happen to be equal.
+  Routing<float> routing;
+  routing.experts = 2;
+  routing.token_offsets = {0, 1, 2, 3};
+  routing.expert = {1, 1, 0};
+  routing.weight = {1, 1, 1};
+  group_by_expert(routing);
+  CHECK(routing.row_slot == Indices{2, 0, 1});
+  CHECK(routing.slot_row == Indices{1, 2, 0});
+  CHECK(routing.row_token == Indices{2, 0, 1});
+}
+
+TEST_CASE("routing: every slot is in the rows of its expert exactly once", "[routing]") {
+  for (std::uint32_t seed = 0; seed < 60; ++seed) {
+    const Index tokens = static_cast<Index>(seed * seed % 97);
+    const Index experts = 1 + static_cast<Index>(seed % 13);
+    Routing<double> routing = random_routing(tokens, experts, seed);
+    const Routing<double> made = routing;
+    group_by_expert(routing);
+    CHECK(routing.expert == made.expert);
+    CHECK(routing.weight == made.weight);
+    CHECK(routing.token_offsets == made.token_offsets);
+
+    REQUIRE(static_cast<Index>(routing.expert_offsets.size()) == experts + 1);
+    CHECK(routing.expert_offsets.front() == 0);
+    CHECK(routing.expert_offsets.back() == routing.slots());
+    CHECK(std::is_sorted(routing.expert_offsets.begin(), routing.expert_offsets.end()));
+
+    REQUIRE(routing.row_slot.size() == routing.expert.size());
+    REQUIRE(routing.slot_row.size() == routing.expert.size());
+    REQUIRE(routing.row_token.size() == routing.expert.size());
+    Indices sorted = routing.row_slot;
+    std::sort(sorted.begin(), sorted.end());
+    bool permutation = true;
+    for (std::size_t i = 0; i < sorted.size(); ++i) {
+      permutation = permutation && sorted[i] == static_cast<Index>(i);
+    }
+    CHECK(permutation);
+
+    bool at_home = true;
+    bool stable = true;
+    bool token = true;
+    bool inverse = true;
+    for (Index e = 0; e < experts; ++e) {
+      const Index first = routing.expert_offsets[detail::to_size(e)];
+      for (Index row = first; row < routing.expert_offsets[detail::to_size(e) + 1]; ++row) {
+        const Index slot = routing.row_slot[detail::to_size(row)];
+        const Index t = routing.row_token[detail::to_size(row)];
+        at_home = at_home && routing.expert[detail::to_size(slot)] == e;
+        stable = stable && (row == first || routing.row_slot[detail::to_size(row) - 1] < slot);
+        token = token && routing.token_offsets[detail::to_size(t)] <= slot &&
+                slot < routing.token_offsets[detail::to_size(t) + 1];
+        inverse = inverse && routing.slot_row[detail::to_size(slot)] == row;
+      }
+    }
+    CHECK(at_home);
+    CHECK(stable);
+    CHECK(token);
+    CHECK(inverse);
+  }
+}
+
+TEST_CASE("routing: a routing can be grouped again with another size", "[routing]") {
+  Routing<double> used = random_routing(50, 7, 1);
+  group_by_expert(used);
+  Routing<double> fresh = random_routing(3, 4, 2);
+  used.experts = fresh.experts;
+  used.token_offsets = fresh.token_offsets;
+  used.expert = fresh.expert;
+  used.weight = fresh.weight;
+  group_by_expert(used);
+  group_by_expert(fresh);
+  CHECK(used.expert_offsets == fresh.expert_offsets);
+  CHECK(used.row_slot == fresh.row_slot);
+  CHECK(used.row_token == fresh.row_token);
+  CHECK(used.slot_row == fresh.slot_row);
+}
+
+TEST_CASE("routing: no tokens make no rows", "[routing]") {
+  Routing<float> routing;
+  CHECK(routing.tokens() == 0);
+  CHECK(routing.slots() == 0);
+  routing.experts = 2;
+  routing.token_offsets = {0};
+  group_by_expert(routing);
+  CHECK(routing.tokens() == 0);
+  CHECK(routing.expert_offsets == Indices{0, 0, 0});
+  CHECK(routing.row_slot.empty());
+}
+
+TEST_CASE("routing: a contradiction is refused before anything is grouped", "[routing]") {
+  const auto refuse = [](auto&& spoil, const std::string& message) {
+    Routing<float> routing = small_routing();
+    spoil(routing);
+    CHECK_THROWS_AS(group_by_expert(routing), std::invalid_argument);
+    CHECK_THROWS_WITH(group_by_expert(routing), message);
+    CHECK(routing.expert_offsets.empty());
+    CHECK(routing.row_slot.empty());
+    CHECK(routing.row_token.empty());
+    CHECK(routing.slot_row.empty());
+  };
+  const std::string offsets =
+      "moe: Routing.token_offsets must run from 0 to the number of slots, 6";
+  refuse([](auto& r) { r.weight.pop_back(); }, "moe: Routing.weight has 5 entries for 6 slots");
+  refuse([](auto& r) { r.token_offsets.clear(); }, offsets);
+  refuse([](auto& r) { r.token_offsets.front() = 1; }, offsets);
+  refuse([](auto& r) { r.token_offsets.back() = 5; }, offsets);
+  refuse([](auto& r) { r.token_offsets.back() = 7; }, offsets);
+  refuse([](auto& r) { r.token_offsets[2] = 1; }, "moe: Routing.token_offsets descends at token 2");
+  refuse([](auto& r) { r.token_offsets[2] = 4; }, "moe: Routing.token_offsets descends at token 3");
+  refuse([](auto& r) { r.expert[4] = 3; }, "moe: Routing.expert = 3 with 3 experts");
+  refuse([](auto& r) { r.expert[4] = -1; }, "moe: Routing.expert = -1 with 3 experts");
+}
