@@ -1,6 +1,9 @@
 #include "moe/layer/moe_layer.hpp"
 
+#include <array>
 #include <set>
+#include <thread>
+#include <vector>
 
 #include "../naive_layer.hpp"
 
@@ -951,4 +954,30 @@ TEST_CASE("layer: a bad input is refused and changes nothing", "[layer]") {
   CHECK_THROWS_WITH(layer.backward(x, tape), no_forward);
   layer.evaluate(x.topRows(0), tape);
   CHECK_THROWS_WITH(layer.backward(x.topRows(0), tape), no_forward);
+}
+
+TEST_CASE("layer: a const layer serves and trains in several threads at once", "[layer]") {
+  Layer<float> layer(
+      {.width = 9, .expert = {.hidden = 12}, .gate = {.experts = 6, .active = 2}, .seed = 1});
+  test::randomize(layer, 1);
+  const Layer<float>& shared = layer;
+  const Matrix<float> x = test::random_matrix<float>(70, 9, 2);
+  Layer<float>::Tape tape;
+  const Matrix<float> served = shared.evaluate(x);
+  const Matrix<float> trained = shared.forward(x, tape, {.step = 3});
+
+  std::array<bool, 4> same{};
+  std::vector<std::thread> threads;
+  for (bool& mine : same) {
+    threads.emplace_back([&] {
+      Layer<float>::Tape own;
+      mine = true;
+      for (int i = 0; i < 5; ++i) {
+        mine = mine && same_bits(shared.evaluate(x), served) &&
+               same_bits(shared.forward(x, own, {.step = 3}), trained);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(same == std::array{true, true, true, true});
 }

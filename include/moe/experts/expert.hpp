@@ -26,10 +26,10 @@ inline constexpr Index expert_block_rows = 128;
 ///     Network(config, seed)           config.width is D; 0 inside a layer's configuration stands
 ///                                     for the layer's width
 ///     tape_width()                    how many numbers a row must keep for backward
-///     forward(x, kept, y) const       x (n x D), kept (n x tape_width()) and y (n x D) to be
-///     filled evaluate(x, y) const            the same without kept backward(x, kept, dy, dx) adds
-///     to the parameters' gradients, fills dx (n x D) visit_parameters(self, visit)   see
-///     for_each_parameter()
+///     forward(x, kept, y) const       fills kept (n x tape_width()) and y (n x D) from x (n x D)
+///     evaluate(x, y) const            the same without kept
+///     backward(x, kept, dy, dx)       adds to the parameters' gradients, fills dx (n x D)
+///     visit_parameters(self, visit)   see for_each_parameter()
 ///
 /// Rows must not influence each other, and n is at most expert_block_rows.
 /// The views are Eigen maps, so `y = x * weight` is a whole forward pass.
@@ -53,27 +53,30 @@ concept PlainNetwork = requires(const N& network, N& trained,
 /// dy is the gradient of the weighted sum: dx = weight·(network's dx for dy), and
 /// dweight = ⟨network(x), dy⟩. `Scratch` is default-constructible and keeps its memory; a member
 /// reserve(scratch) const, which takes it all at once, is optional.
+// clang-format off
 template <class N>
-concept GatheringNetwork = requires {
-  typename N::Scratch;
-}
-&&requires(const N& network, N& trained, const GatheredRows<typename N::Scalar>& rows,
-           ConstMatrixView<typename N::Scalar> kept, MatrixView<typename N::Scalar> out,
-           const typename N::Scalar* weight, typename N::Scalar* dweight,
-           typename N::Scratch& scratch) {
-  { network.tape_width() } -> std::same_as<Index>;
-  network.forward(rows, out, out, scratch);
-  network.evaluate(rows, out, scratch);
-  trained.backward(rows, kept, rows, weight, out, dweight, scratch);
-};
+concept GatheringNetwork =
+    requires { typename N::Scratch; } &&
+    requires(const N& network, N& trained, const GatheredRows<typename N::Scalar>& rows,
+             ConstMatrixView<typename N::Scalar> kept, MatrixView<typename N::Scalar> out,
+             const typename N::Scalar* weight, typename N::Scalar* dweight,
+             typename N::Scratch& scratch) {
+      { network.tape_width() } -> std::same_as<Index>;
+      network.forward(rows, out, out, scratch);
+      network.evaluate(rows, out, scratch);
+      trained.backward(rows, kept, rows, weight, out, dweight, scratch);
+    };
 
+/// Either kind of network.
 template <class N>
-concept ExpertNetwork = requires(typename N::Config config) {
-  typename N::Scalar;
-  { config.width } -> std::convertible_to<Index>;
-}
-&&std::constructible_from<N, const typename N::Config&, std::uint64_t> &&
+concept ExpertNetwork =
+    requires(typename N::Config config) {
+      typename N::Scalar;
+      { config.width } -> std::convertible_to<Index>;
+    } &&
+    std::constructible_from<N, const typename N::Config&, std::uint64_t> &&
     (PlainNetwork<N> || GatheringNetwork<N>);
+// clang-format on
 
 /// A network over its slice of the slots. `Expert<FeedForward>` is float,
 /// `Expert<FeedForward, double>` double; a user's network is a class template over its scalar too.

@@ -69,7 +69,6 @@ class MoELayer {
     };
     std::vector<Task> tasks;
     std::vector<typename Expert::Scratch> scratch;  ///< one a worker
-    bool trained = false;                           ///< whether backward() has what it needs
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
@@ -95,8 +94,8 @@ class MoELayer {
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                 const NoiseKey& key = {}) const {
     check_width(x, "x");
-    tape.trained = false;
     gate_.forward(x, tape, key);
+    tape.trained = false;  // until the experts have run too
     dispatch(tape, x.rows());
     const Index slots = tape.routing.slots();
     tape.kept.resize(slots, experts_.front().tape_width());
@@ -146,8 +145,8 @@ class MoELayer {
   /// batch can be watched, but nothing that backward() could use.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_width(x, "x");
-    tape.trained = false;
     gate_.evaluate(x, tape);
+    tape.trained = false;
     dispatch(tape, x.rows());
     const Index slots = tape.routing.slots();
     const GatheredRows<Scalar> rows(x, tape.routing.row_token.data(), slots);

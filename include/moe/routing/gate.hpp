@@ -21,6 +21,7 @@ struct GateTape {
   Routing<Scalar> routing;  ///< the slots
   Balance<Scalar> balance;  ///< importance, load and their loss
   Matrix<Scalar> dx;        ///< T x D, the gradient of the input, left by backward
+  bool trained = false;     ///< whether the last pass was a forward() that ended well
 };
 
 /// A gate makes a Routing and takes back the gradient of its weights.
@@ -33,21 +34,24 @@ struct GateTape {
 ///                               the balance loss included, and sets tape.dx to the gate's share
 ///
 /// Its Config has a member `width`; a width of 0 stands for the layer's.
+// clang-format off
 template <class G>
-concept Gate = requires {
-  typename G::Scalar;
-  typename G::Config;
-  typename G::Tape;
-}
-&&std::derived_from<typename G::Tape, GateTape<typename G::Scalar>>&&
-    std::constructible_from<G, const typename G::Config&, std::uint64_t>&& requires(
-        const G& gate, G& trained, typename G::Config config, typename G::Tape& tape,
-        const MatrixRef<typename G::Scalar>& x, std::span<const typename G::Scalar> dweight) {
-  { config.width } -> std::convertible_to<Index>;
-  { gate.experts() } -> std::same_as<Index>;
-  gate.forward(x, tape, NoiseKey{});
-  gate.evaluate(x, tape);
-  trained.backward(dweight, tape);
-};
+concept Gate =
+    requires {
+      typename G::Scalar;
+      typename G::Config;
+      typename G::Tape;
+    } &&
+    std::derived_from<typename G::Tape, GateTape<typename G::Scalar>> &&
+    std::constructible_from<G, const typename G::Config&, std::uint64_t> &&
+    requires(const G& gate, G& trained, typename G::Config config, typename G::Tape& tape,
+             const MatrixRef<typename G::Scalar>& x, std::span<const typename G::Scalar> dweight) {
+      { config.width } -> std::convertible_to<Index>;
+      { gate.experts() } -> std::same_as<Index>;
+      gate.forward(x, tape, NoiseKey{});
+      gate.evaluate(x, tape);
+      trained.backward(dweight, tape);
+    };
+// clang-format on
 
 }  // namespace moe

@@ -128,6 +128,7 @@ class NoisyTopKGate {
       count_load(tape);
     }
     compute_losses(tape);
+    tape.trained = true;
     return tape.routing;
   }
 
@@ -135,6 +136,7 @@ class NoisyTopKGate {
   /// backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_width(x);
+    tape.trained = false;
     compute_scores(x, tape, false);
     choose(tape.clean, tape);
     count_load(tape);
@@ -152,10 +154,9 @@ class NoisyTopKGate {
   /// load through its threshold included. Throws std::invalid_argument when dweight does not
   /// belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+    detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
-    detail::require(tape.x.rows() == tape.routing.tokens() && tape.clean.rows() == tape.x.rows(),
-                    "NoisyTopKGate::backward without a forward pass on this tape");
     compute_losses_backward(tape);
     tape.dclean.resize(tape.clean.rows(), experts());
     tape.draw.resize(tape.clean.rows(), experts());
