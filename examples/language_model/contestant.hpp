@@ -57,12 +57,16 @@ class Contestant {
     Model::Config model;
     Index sequences = 0;
     double clip = 0;
+    std::vector<double> frequencies;  ///< of the words in the training part
   };
 
   explicit Contestant(Config config)
       : config_(std::move(config)),
         model_(config_.model),
-        state_(model_.initial_state(config_.sequences)) {}
+        adam_({.beta2 = 0.99}),
+        state_(model_.initial_state(config_.sequences)) {
+    model_.start_from_frequencies(config_.frequencies);
+  }
 
   const std::string& name() const { return config_.name; }
   const Model& model() const { return model_; }

@@ -5,14 +5,13 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <moe/moe.hpp>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
-
-#include <moe/moe.hpp>
 
 /// \file
 /// Text as numbers: documents, the vocabulary, and the three parts of the data.
@@ -129,6 +128,16 @@ struct Corpus {
   std::vector<Index> validation;
   std::vector<Index> test;
 };
+
+/// The share of each word in a stream; a word that never comes counts as if it came once.
+inline std::vector<double> frequencies_of(const std::vector<Index>& stream, Index vocabulary) {
+  std::vector<double> frequencies(static_cast<std::size_t>(vocabulary), 0.0);
+  for (const Index word : stream) ++frequencies[static_cast<std::size_t>(word)];
+  for (double& frequency : frequencies) {
+    frequency = std::max(frequency, 1.0) / static_cast<double>(stream.size());
+  }
+  return frequencies;
+}
 
 inline Corpus make_corpus(const std::vector<Document>& documents, Index vocabulary_size) {
   // Four documents of a hundred for validation, four for the test.

@@ -24,13 +24,14 @@ struct Options {
   Index hidden = 256;
   Index experts = 64;
   Index active = 4;
-  Index sequences = 32;
-  Index steps = 32;
+  Index sequences = 64;
+  Index steps = 16;
   double epochs = 1.4;
   double minutes = 0;
-  double learning_rate = 2e-3;
+  double learning_rate = 5e-3;
   Index warm_up = 100;
-  double dropout = 0.1;
+  double embedding_deviation = 1;
+  double dropout = 0;
   double clip = 1.0;
   double importance_weight = 0.1;
   double load_weight = 0.1;
@@ -88,6 +89,10 @@ void add_options(CLI::App& app, Options& o) {
   app.add_option("--warm-up", o.warm_up, "updates during which the learning rate grows")
       ->check(at_least(0))
       ->capture_default_str();
+  app.add_option("--embedding-deviation", o.embedding_deviation,
+                 "deviation of the normal distribution that embeddings start from")
+      ->check(at_least(0))
+      ->capture_default_str();
   app.add_option("--dropout", o.dropout, "probability of dropping an activation")
       ->check(CLI::Range(0.0, 0.99))
       ->capture_default_str();
@@ -110,12 +115,14 @@ void add_options(CLI::App& app, Options& o) {
   app.add_option("--csv", o.csv, "file for every row, to plot")->capture_default_str();
 }
 
-std::vector<Contestant> make_contestants(const Options& o, Index vocabulary) {
+std::vector<Contestant> make_contestants(const Options& o, const Corpus& corpus) {
+  const Index vocabulary = corpus.vocabulary.size();
   const Model::Config sparse{.vocabulary = vocabulary,
                              .width = o.width,
                              .hidden = o.hidden,
                              .experts = o.experts,
                              .active = o.active,
+                             .embedding_deviation = o.embedding_deviation,
                              .dropout = o.dropout,
                              .importance_weight = o.importance_weight,
                              .load_weight = o.load_weight,
@@ -126,9 +133,10 @@ std::vector<Contestant> make_contestants(const Options& o, Index vocabulary) {
   const Index gate = 2 * o.width * (o.experts - o.active);
   const Index unit = 2 * o.width * o.active;
   dense.hidden += (gate + unit - 1) / unit;
+  const std::vector<double> frequencies = frequencies_of(corpus.train, vocabulary);
   std::vector<Contestant> contestants;
-  contestants.emplace_back(Contestant::Config{"dense", dense, o.sequences, o.clip});
-  contestants.emplace_back(Contestant::Config{"sparse", sparse, o.sequences, o.clip});
+  contestants.emplace_back(Contestant::Config{"dense", dense, o.sequences, o.clip, frequencies});
+  contestants.emplace_back(Contestant::Config{"sparse", sparse, o.sequences, o.clip, frequencies});
   return contestants;
 }
 
@@ -142,15 +150,16 @@ void run(const Options& o) {
   const Batches training(corpus.train, o.sequences, o.steps);
   const Batches validation(corpus.validation, o.sequences, o.steps);
   const Batches test(corpus.test, o.sequences, o.steps);
-  std::vector<Contestant> contestants = make_contestants(o, corpus.vocabulary.size());
+  std::vector<Contestant> contestants = make_contestants(o, corpus);
 
   std::printf("%zu words to train on, %zu for validation, %zu for the test; vocabulary %td\n",
               corpus.train.size(), corpus.validation.size(), corpus.test.size(),
               corpus.vocabulary.size());
-  std::printf("batches of %td x %td words, %d threads, seed %ju\n", o.sequences, o.steps,
-              o.threads, static_cast<std::uintmax_t>(o.seed));
-  std::puts("operations: multiply-adds a word between embedding and softmax; "
-            "perplexity: on the validation part\n");
+  std::printf("batches of %td x %td words, %d threads, seed %ju\n", o.sequences, o.steps, o.threads,
+              static_cast<std::uintmax_t>(o.seed));
+  std::puts(
+      "operations: multiply-adds a word between embedding and softmax; "
+      "perplexity: on the validation part\n");
   std::puts(row_header);
 
   const double start = seconds_now();
@@ -179,17 +188,15 @@ void run(const Options& o) {
         // How many updates there will be is an estimate that gets better; the learning rate and
         // the evaluations follow it.
         fraction = (seconds_now() - start) / (60 * o.minutes);
-        total = std::max({update, o.warm_up + 1,
-                          static_cast<Index>(static_cast<double>(update) / fraction)});
+        total = std::max(
+            {update, o.warm_up + 1, static_cast<Index>(static_cast<double>(update) / fraction)});
       } else {
         fraction = static_cast<double>(update) / static_cast<double>(total);
       }
       const Index index = (update - 1) % training.count();
       training.get(index, batch);
       const moe::WarmUpLinearDecay learning_rate{
-          .peak = o.learning_rate,
-          .warm_up = std::min(o.warm_up, total),
-          .total = total + 1};
+          .peak = o.learning_rate, .warm_up = std::min(o.warm_up, total), .total = total + 1};
       for (Contestant& contestant : contestants) {
         if (index == 0) contestant.start_epoch();
         contestant.update(batch, static_cast<std::uint64_t>(update), learning_rate(update));

@@ -1,10 +1,11 @@
 #pragma once
 
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <moe/moe.hpp>
 #include <span>
 #include <utility>
-
-#include <moe/moe.hpp>
 
 /// \file
 /// The language model of N. Shazeer et al. 2017, App. C.1: embedding, LSTM, mixture of experts, LSTM
@@ -22,10 +23,11 @@ class Model {
 
   struct Config {
     Index vocabulary = 0;
-    Index width = 0;    ///< D, of the embedding, both LSTMs and the mixture
-    Index hidden = 0;   ///< H, of an expert
-    Index experts = 0;  ///< E
-    Index active = 0;   ///< K
+    Index width = 0;                 ///< D, of the embedding, both LSTMs and the mixture
+    Index hidden = 0;                ///< H, of an expert
+    Index experts = 0;               ///< E
+    Index active = 0;                ///< K
+    double embedding_deviation = 0;  ///< of the normal distribution that embeddings start from
     double dropout = 0;
     double importance_weight = 0;
     double load_weight = 0;
@@ -51,7 +53,10 @@ class Model {
 
   explicit Model(const Config& config)
       : config_(config),
-        embedding_({.vocabulary = config.vocabulary, .width = config.width}, seed(0)),
+        embedding_({.vocabulary = config.vocabulary,
+                    .width = config.width,
+                    .deviation = config.embedding_deviation},
+                   seed(0)),
         first_({.inputs = config.width, .hidden = config.width}, seed(1)),
         mixture_({.width = config.width,
                   .expert = {.hidden = config.hidden},
@@ -70,6 +75,15 @@ class Model {
 
   const Config& config() const { return config_; }
 
+  /// Starts the bias of every word at the logarithm of its frequency, which is the best guess of a
+  /// model that knows nothing else, and costs a hundred updates to learn.
+  void start_from_frequencies(std::span<const double> frequencies) {
+    for (Index v = 0; v < config_.vocabulary; ++v) {
+      softmax_.bias.value(0, v) =
+          static_cast<float>(std::log(frequencies[static_cast<std::size_t>(v)]));
+    }
+  }
+
   State initial_state(Index sequences) const {
     return {first_.initial_state(sequences), second_.initial_state(sequences)};
   }
@@ -85,8 +99,8 @@ class Model {
   /// tape.mixture.balance. Adds the gradient of both to the parameters.
   double train(std::span<const Index> input, std::span<const Index> target, State& state,
                Tape& tape, const moe::NoiseKey& key) {
-    const Matrix& x =
-        drop_embedding_.forward(embedding_.forward(input, tape.embedding), tape.drop_embedding, key);
+    const Matrix& x = drop_embedding_.forward(embedding_.forward(input, tape.embedding),
+                                              tape.drop_embedding, key);
     tape.after_first =
         x + drop_first_.forward(first_.forward(x, state.first, tape.first), tape.drop_first, key);
     tape.after_mixture =

@@ -23,9 +23,9 @@ std::string print(const char* format, Values... values) {
 }
 inline std::string print(const char* text) { return text; }
 
-/// 1234567 as "1.23 M".
+/// 1234567 as "1.235 M".
 inline std::string in_millions(Index count) {
-  return print("%.2f M", static_cast<double>(count) * 1e-6);
+  return print("%.3f M", static_cast<double>(count) * 1e-6);
 }
 
 /// A bar on the terminal, drawn over itself; nothing where the output is no terminal.
@@ -46,8 +46,8 @@ class ProgressBar {
                        std::string(static_cast<std::size_t>(width - full), '.') + "] " +
                        std::to_string(update) + "/" + std::to_string(total);
     for (const Contestant& c : contestants) {
-      line += print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(),
-                    c.tokens_per_second());
+      line +=
+          print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(), c.tokens_per_second());
     }
     std::fputs((line + "\x1b[K").c_str(), stderr);
   }
@@ -71,15 +71,14 @@ class CsvFile {
     check();
   }
 
-  void add(const char* part, const Contestant& c, Index update, Index tokens,
-           const Evaluation& e) {
+  void add(const char* part, const Contestant& c, Index update, Index tokens, const Evaluation& e) {
     file_ << print("%s,%s,%td,%td,%.2f,%.5f,%.4f,%td,%td,%.5f,%.5f,%.5f,%td,%.0f\n", part,
                    c.name().c_str(), update, tokens, c.seconds(), c.loss(), e.perplexity,
                    c.model().operations(), moe::parameter_count(c.model()),
                    static_cast<double>(e.balance.cv_importance()),
                    static_cast<double>(e.balance.cv_load()),
-                   static_cast<double>(e.balance.max_over_mean_load()),
-                   e.balance.unused_experts(), c.tokens_per_second())
+                   static_cast<double>(e.balance.max_over_mean_load()), e.balance.unused_experts(),
+                   c.tokens_per_second())
           << std::flush;
     check();
   }
@@ -99,8 +98,7 @@ inline const char* const row_header =
 
 inline void print_row(const Contestant& c, Index update, const Evaluation& e) {
   std::printf("%8td  %-6s %6.3f  %11.2f  %10s  %10s  %8.3f  %8.3f  %8.2f  %8.0f\n", update,
-              c.name().c_str(), c.loss(), e.perplexity,
-              in_millions(c.model().operations()).c_str(),
+              c.name().c_str(), c.loss(), e.perplexity, in_millions(c.model().operations()).c_str(),
               in_millions(moe::parameter_count(c.model())).c_str(),
               static_cast<double>(e.balance.cv_importance()),
               static_cast<double>(e.balance.cv_load()),
@@ -112,13 +110,13 @@ inline void print_row(const Contestant& c, Index update, const Evaluation& e) {
 inline void print_result(const Contestant& c, const Evaluation& validation,
                          const Evaluation& test) {
   const Model::Config& config = c.model().config();
-  std::printf("| %-6s | %7td | %6td | %10s | %10s | %10.2f | %6.2f | %8.3f | %8.3f | %8.2f | %8.0f |\n",
-              c.name().c_str(), config.experts, config.active,
-              in_millions(c.model().operations()).c_str(),
-              in_millions(moe::parameter_count(c.model())).c_str(), validation.perplexity,
-              test.perplexity, static_cast<double>(test.balance.cv_importance()),
-              static_cast<double>(test.balance.cv_load()),
-              static_cast<double>(test.balance.max_over_mean_load()), c.tokens_per_second());
+  std::printf(
+      "| %-6s | %7td | %6td | %10s | %10s | %10.2f | %6.2f | %8.3f | %8.3f | %8.2f | %8.0f |\n",
+      c.name().c_str(), config.experts, config.active, in_millions(c.model().operations()).c_str(),
+      in_millions(moe::parameter_count(c.model())).c_str(), validation.perplexity, test.perplexity,
+      static_cast<double>(test.balance.cv_importance()),
+      static_cast<double>(test.balance.cv_load()),
+      static_cast<double>(test.balance.max_over_mean_load()), c.tokens_per_second());
 }
 inline void print_result_header() {
   std::puts(

@@ -146,13 +146,11 @@ TEST_CASE("feed forward: a small gated network worked by hand", "[experts]") {
   // the identity; y = a·W_2 = (-6, -12) by W_2 = (1 2).
   FeedForward<double> network(
       {.width = 2, .hidden = 1, .activation = Activation::identity, .gated = true});
-  std::vector<Matrix<double>> values(3);
-  values[0] = Matrix<double>{{1}, {1}};
-  values[1] = Matrix<double>{{0}, {-1}};
-  values[2] = Matrix<double>{{1, 2}};
-  std::size_t next = 0;
-  for_each_parameter(network, [&](const ParameterName&, Parameter<double>& parameter) {
-    parameter.value = values[next++];
+  const std::map<std::string, Matrix<double>> values{{"gate.weight", Matrix<double>{{1}, {1}}},
+                                                     {"up.weight", Matrix<double>{{0}, {-1}}},
+                                                     {"down.weight", Matrix<double>{{1, 2}}}};
+  for_each_parameter(network, [&](const std::string& name, Parameter<double>& parameter) {
+    parameter.value = values.at(name);
   });
   const Matrix<double> x{{1, 2}};
   // dy = (1, 1), weight 2: u = 3, dweight = -18; d(x·W_1) = 2·3·(-2) = -12, d(x·W_3) = 2·3·3 = 18;
