@@ -1,5 +1,8 @@
 #include "moe/experts/feed_forward.hpp"
 
+#include <map>
+#include <string>
+
 #include "../naive_layer.hpp"
 
 using namespace moe;

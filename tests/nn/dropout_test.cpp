@@ -102,9 +102,9 @@ TEST_CASE("dropout: no rows, no parameters", "[nn][dropout]") {
 
 TEST_CASE("dropout: what is wrong is named", "[nn][dropout]") {
   CHECK_THROWS_WITH(Dropout<float>({.rate = 1.0}),
-                    "moe: Dropout::Config.rate = 1.000000, must be in [0, 1)");
+                    "moe: Dropout::Config.rate = 1, must be in [0, 1)");
   CHECK_THROWS_WITH(Dropout<float>({.rate = -0.5}),
-                    "moe: Dropout::Config.rate = -0.500000, must be in [0, 1)");
+                    "moe: Dropout::Config.rate = -0.5, must be in [0, 1)");
   CHECK_THROWS_AS(Dropout<float>({.rate = std::nan("")}), std::invalid_argument);
   const Dropout<float> dropout({.rate = 0.5});
   Dropout<float>::Tape tape;
