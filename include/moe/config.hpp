@@ -19,8 +19,9 @@
 #error "moe needs Eigen 3.4 or newer"
 #endif
 
-#ifdef __FAST_MATH__
-#error "moe relies on IEEE arithmetic (NaN, fixed order of sums): compile without -ffast-math"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error \
+    "moe relies on IEEE arithmetic (NaN, fixed order of sums): compile without -ffast-math and -ffinite-math-only"
 #endif
 
 /// Checks an internal invariant; what a caller can get wrong is an exception instead.
@@ -30,6 +31,8 @@
 #endif
 
 namespace moe::detail {
+
+static_assert(sizeof(Eigen::Index) >= 8, "moe counts in 64 bits");
 
 template <class Part>
 void append(std::string& text, const Part& part) {

@@ -12,7 +12,8 @@
 /// The only place that knows of threads: OpenMP where the user compiles with it, else serial.
 ///
 /// Work is split by what it writes and every sum keeps one order, so the number of threads
-/// (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result.
+/// (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result. Compile all files of a
+/// program alike, with OpenMP or without: these are inline functions, of which the linker keeps one.
 
 namespace moe {
 
@@ -27,7 +28,8 @@ inline Index worker_count() {
 
 /// Calls f(i, worker) once for every i in [0, count), in any order, worker in [0, worker_count()).
 /// Two calls with the same worker never overlap, so a worker may own scratch. Of several
-/// exceptions the one with the smallest i is thrown on, whatever the number of threads.
+/// exceptions the one with the smallest i is thrown on, whatever the number of threads; which other
+/// calls were made by then is unspecified.
 template <class F>
 void parallel_for(Index count, F&& f) {
 #ifdef _OPENMP

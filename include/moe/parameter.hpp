@@ -15,7 +15,8 @@
 namespace moe {
 
 /// A trained matrix and the gradient of the loss by it, of the same shape. A bias is 1 x N.
-/// Backward passes add to the gradient; zero_gradients() clears it.
+/// Backward passes add to the gradient; zero_gradients() clears it. New values may be assigned to
+/// both, but the shape must stay what the module made it.
 template <class Scalar>
 struct Parameter {
   Matrix<Scalar> value;
@@ -74,6 +75,12 @@ class ParameterVisitor {
   F& f_;
 };
 
+/// Stands for any visitor where a concept asks whether a type has visit_parameters.
+struct AnyVisitor {
+  template <class Member>
+  void operator()(std::string_view, Member&) const {}
+};
+
 template <class T>
 inline constexpr bool is_parameter = false;
 template <class Scalar>
@@ -113,6 +120,8 @@ void visit_parameters(Module& module, const ParameterName& name, F& f) {
 ///       visit("weight", self.weight);   // a Parameter, a module, or a std::vector of either
 ///       visit("bias", self.bias);
 ///     }
+///
+/// It may be called from several threads at once (an optimizer does), so it should do no more.
 template <class Module, class F>
 void for_each_parameter(Module& module, F&& f) {
   detail::visit_parameters(module, ParameterName(), f);

@@ -144,3 +144,12 @@ TEST_CASE("activations: the derivative of ReLU at its kink is zero", "[kernels]"
   detail::activate_backward(Activation::relu, 1, &zero, &dy, &dx);
   CHECK(dx == 0);
 }
+
+TEST_CASE("activations: far from zero the gradient of gelu_tanh is 0 or 1", "[kernels]") {
+  for (const float x : {-3e38f, -1e20f, -50.0f, 50.0f, 1e20f, 3e38f}) {
+    const float dy = 1;
+    float dx = 7;
+    detail::activate_backward(Activation::gelu_tanh, 1, &x, &dy, &dx);
+    CHECK(std::abs(dx - (x > 0 ? 1.0f : 0.0f)) < 1e-6f);
+  }
+}

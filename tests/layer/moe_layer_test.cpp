@@ -981,3 +981,145 @@ TEST_CASE("layer: a const layer serves and trains in several threads at once", "
   for (std::thread& thread : threads) thread.join();
   CHECK(same == std::array{true, true, true, true});
 }
+
+namespace {
+
+/// y = x·W by Eigen's own product, as a user would write it.
+template <class S>
+class OwnProduct {
+ public:
+  using Scalar = S;
+  struct Config {
+    Index width = 0;
+  };
+  explicit OwnProduct(const Config& config, std::uint64_t seed)
+      : weight_(config.width, config.width) {
+    fill_uniform(weight_.value, S{1}, seed);
+  }
+  Index tape_width() const { return 0; }
+  void forward(ConstMatrixView<S> x, MatrixView<S>, MatrixView<S> y) const { evaluate(x, y); }
+  void evaluate(ConstMatrixView<S> x, MatrixView<S> y) const { y.noalias() = x * weight_.value; }
+  void backward(ConstMatrixView<S> x, ConstMatrixView<S>, ConstMatrixView<S> dy, MatrixView<S> dx) {
+    weight_.gradient.noalias() += x.transpose() * dy;
+    dx.noalias() = dy * weight_.value.transpose();
+  }
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight_);
+  }
+
+ private:
+  Parameter<S> weight_;
+};
+
+/// Sends token t to expert t mod 2 and does only what a layer cannot do for it, or less.
+struct CarelessGate {
+  using Scalar = float;
+  struct Config {
+    Index width = 0;
+    bool keeps_x = true;
+  };
+  using Tape = GateTape<float>;
+  explicit CarelessGate(const Config& config, std::uint64_t) : keeps_x(config.keeps_x) {}
+  Index experts() const { return 2; }
+  void forward(const MatrixRef<float>& x, Tape& tape, const NoiseKey&) const {
+    if (keeps_x) tape.x = x;
+    evaluate(x, tape);
+  }
+  void evaluate(const MatrixRef<float>& x, Tape& tape) const {
+    tape.routing.experts = 2;
+    tape.routing.token_offsets.resize(detail::to_size(x.rows()) + 1);
+    tape.routing.expert.resize(detail::to_size(x.rows()));
+    tape.routing.weight.assign(detail::to_size(x.rows()), 1.0f);
+    for (Index t = 0; t <= x.rows(); ++t) tape.routing.token_offsets[detail::to_size(t)] = t;
+    for (Index t = 0; t < x.rows(); ++t) tape.routing.expert[detail::to_size(t)] = t % 2;
+  }
+  void backward(std::span<const float>, Tape&) {}
+  template <class Self, class Visitor>
+  static void visit_parameters(Self&, Visitor) {}
+  bool keeps_x;
+};
+
+}  // namespace
+
+TEST_CASE("layer: forward and backward may run on different numbers of threads", "[layer]") {
+  Layer<float> layer({.width = 5, .expert = {.hidden = 8}, .gate = {.experts = 9, .active = 2}});
+  test::randomize(layer, 1);
+  const Matrix<float> x = random_matrix<float>(90, 5, 2);
+  const auto gradients = [&](int forward_threads, int backward_threads) {
+    Layer<float>::Tape tape;
+    zero_gradients(layer);
+    {
+      const Threads threads(forward_threads);
+      layer.forward(x, tape);
+    }
+    const Threads threads(backward_threads);
+    return Matrix<float>(layer.backward(x, tape));
+  };
+  CHECK(same_bits(gradients(1, 8), gradients(1, 1)));
+}
+
+TEST_CASE("layer: a plain network's bits do not depend on the threads", "[layer]") {
+  // Wide enough that Eigen would split its product, and one expert, so that there is one task.
+  MoELayer<Expert<OwnProduct>> layer(
+      {.width = 640, .gate = {.experts = 1, .active = 1}, .seed = 1});
+  const Matrix<float> x = random_matrix<float>(100, 640, 2);
+  const auto run = [&](int count) {
+    const Threads threads(count);
+    MoELayer<Expert<OwnProduct>>::Tape tape;
+    zero_gradients(layer);
+    const Matrix<float> y = layer.forward(x, tape);
+    const Matrix<float> dx = layer.backward(x, tape);
+    return std::array{y, dx, layer.evaluate(x)};
+  };
+  const auto expected = run(1);
+  for (const int count : {2, 3, 8}) {
+    const auto actual = run(count);
+    for (std::size_t i = 0; i < 3; ++i) CHECK(same_bits(actual[i], expected[i]));
+  }
+}
+
+TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[layer]") {
+  using Careless = MoELayer<Expert<FeedForward>, CarelessGate>;
+  const Matrix<float> x = random_matrix<float>(6, 3, 1);
+  Careless::Tape tape;
+
+  Careless forgetful({.width = 3, .expert = {.hidden = 4}, .gate = {.keeps_x = false}});
+  CHECK_THROWS_WITH(forgetful.forward(x, tape),
+                    "moe: MoELayer: the gate left a tape.x of 0 x 0 for an x of 6 x 3");
+  CHECK_THROWS_AS(forgetful.backward(x, tape), std::invalid_argument);
+
+  // A gate without a gradient need not touch tape.dx: it comes as zeros.
+  Careless layer({.width = 3, .expert = {.hidden = 4}});
+  layer.forward(x, tape);
+  const Matrix<float> first = layer.backward(x, tape);
+  CHECK(first.rows() == 6);
+  CHECK(same_bits(layer.backward(x, tape), first));
+}
+
+TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
+  Layer<float> few({.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}});
+  const Layer<float> many(
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 8, .active = 1}});
+  const Layer<float> deep(
+      {.width = 3, .expert = {.hidden = 9}, .gate = {.experts = 2, .active = 1}});
+  const Matrix<float> x = random_matrix<float>(6, 3, 1);
+  Layer<float>::Tape tape;
+  many.forward(x, tape);
+  CHECK_THROWS_WITH(
+      few.backward(x, tape),
+      "moe: MoELayer::backward: the tape is another layer's, of 8 experts and width 3");
+  deep.forward(x, tape);
+  CHECK_THROWS_AS(few.backward(x, tape), std::invalid_argument);
+}
+
+TEST_CASE("layer: an activation outside its enumeration is refused", "[layer]") {
+  const auto unknown = static_cast<Activation>(99);
+  const std::string is = " = 99, must be one of the 7 activations";
+  Config<float> config{
+      .width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}, .output = unknown};
+  CHECK_THROWS_WITH(Layer<float>(config), "moe: MoELayer::Config.output" + is);
+  config.output = Activation::identity;
+  config.expert.activation = unknown;
+  CHECK_THROWS_WITH(Layer<float>(config), "moe: FeedForward::Config.activation" + is);
+}

@@ -98,3 +98,17 @@ TEST_CASE("embedding: what is wrong is named and changes nothing", "[nn][embeddi
                     "moe: Embedding::backward: dy has 5 columns, the embedding 2");
   CHECK(embedding.weight.gradient.isZero(0));
 }
+
+TEST_CASE("embedding: no backward after an evaluation or another's forward", "[nn][embedding]") {
+  Embedding<float> embedding({.vocabulary = 3, .width = 2});
+  const Embedding<float> larger({.vocabulary = 9, .width = 2});
+  Embedding<float>::Tape tape;
+  const Matrix<float> dy = Matrix<float>::Ones(1, 2);
+  const char* const refused = "moe: Embedding::backward without a forward pass on this tape";
+  embedding.forward(std::vector<Index>{1}, tape);
+  embedding.evaluate(std::vector<Index>{2}, tape);
+  CHECK_THROWS_WITH(embedding.backward(dy, tape), refused);
+  larger.forward(std::vector<Index>{8}, tape);
+  CHECK_THROWS_WITH(embedding.backward(dy, tape), refused);
+  CHECK(embedding.weight.gradient.isZero(0));
+}

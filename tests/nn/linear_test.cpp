@@ -122,3 +122,29 @@ TEST_CASE("linear: NaN stays in its row", "[nn][linear]") {
   CHECK(y.row(0).array().isNaN().all());
   CHECK_FALSE(y.row(1).array().isNaN().any());
 }
+
+TEST_CASE("linear: a tape that no forward pass of such a layer left is refused", "[nn][linear]") {
+  Linear<double> linear({.inputs = 3, .outputs = 3}, 1);
+  Linear<double> wide({.inputs = 5, .outputs = 3}, 1);
+  Linear<double>::Tape tape;
+  const Matrix<double> x = test::random_matrix(4, 3, 1);
+  const char* const refused = "moe: Linear::backward without a forward pass on this tape";
+  CHECK_THROWS_WITH(linear.backward(x, tape), refused);
+  linear.forward(x, tape);
+  linear.evaluate(x, tape);
+  CHECK_THROWS_WITH(linear.backward(x, tape), refused);
+  wide.forward(test::random_matrix(4, 5, 2), tape);
+  CHECK_THROWS_WITH(linear.backward(x, tape), refused);
+  CHECK(linear.weight.gradient.isZero(0));
+}
+
+TEST_CASE("linear: x may be the tape's y of the pass before, in forward", "[nn][linear]") {
+  const Linear<double> linear({.inputs = 3, .outputs = 3}, 1);
+  Linear<double>::Tape tape;
+  linear.forward(test::random_matrix(4, 3, 1), tape);
+  const Matrix<double> x = tape.y;
+  CHECK_THROWS_WITH(linear.evaluate(tape.y, tape), "moe: Linear::evaluate: x is this tape's own y");
+  CHECK(test::same_bits(tape.y, x));
+  CHECK(test::same_bits(linear.forward(tape.y, tape), linear.evaluate(x)));
+  CHECK(test::same_bits(tape.x, x));
+}

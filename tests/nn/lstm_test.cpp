@@ -252,6 +252,24 @@ TEST_CASE("lstm: what is wrong is named and changes nothing", "[nn][lstm]") {
                     "moe: LSTM: state.hidden is 3 x 4, must be 2 x 4");
   lstm.evaluate(ones(2, 3), state, tape);
   CHECK_THROWS_WITH(lstm.backward(ones(6, 4), tape),
-                    "moe: LSTM::backward: the last pass on this tape was an evaluation");
+                    "moe: LSTM::backward without a forward pass on this tape");
+  lstm.evaluate(ones(6, 3), state, tape);  // of the same shape, but not what tape.x belongs to
+  CHECK_THROWS_WITH(lstm.backward(ones(6, 4), tape),
+                    "moe: LSTM::backward without a forward pass on this tape");
   CHECK(lstm.weight_ih.gradient.isZero(0));
+}
+
+TEST_CASE("lstm: x may be the tape's y of the pass before, in forward", "[nn][lstm]") {
+  LSTM<double> lstm({.inputs = 4, .hidden = 4}, 1);
+  LSTM<double>::Tape tape;
+  LSTM<double>::Tape other;
+  auto state = lstm.initial_state(2);
+  lstm.forward(test::random_matrix(6, 4, 1), state, tape);
+  const Matrix<double> x = tape.y;
+  auto same_state = state;
+  CHECK_THROWS_WITH(lstm.evaluate(tape.y, state, tape),
+                    "moe: LSTM::evaluate: x is this tape's own y");
+  const Matrix<double> y = lstm.forward(tape.y, state, tape);
+  CHECK(test::same_bits(y, lstm.forward(x, same_state, other)));
+  CHECK(test::same_bits(tape.x, x));
 }

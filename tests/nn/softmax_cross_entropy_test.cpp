@@ -145,3 +145,17 @@ TEST_CASE("cross-entropy: what is wrong is named and changes nothing",
                     "moe: SoftmaxCrossEntropy: 3 targets for 2 rows of logits");
   CHECK(tape.losses.size() == 2);
 }
+
+TEST_CASE("softmax cross-entropy: no backward after an evaluation", "[nn]") {
+  const SoftmaxCrossEntropy<float> loss;
+  SoftmaxCrossEntropy<float>::Tape tape;
+  const Matrix<float> logits = Matrix<float>::Ones(2, 3);
+  const std::vector<Index> targets{0, 2};
+  const char* const refused =
+      "moe: SoftmaxCrossEntropy::backward without a forward pass on this tape";
+  CHECK_THROWS_WITH(loss.backward(tape), refused);
+  loss.forward(logits, targets, tape);
+  CHECK_NOTHROW(loss.backward(tape));
+  loss.evaluate(logits, targets, tape);
+  CHECK_THROWS_WITH(loss.backward(tape), refused);
+}

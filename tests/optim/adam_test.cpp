@@ -93,10 +93,8 @@ TEMPLATE_TEST_CASE("adam: the same bits on any number of threads", "[optim][adam
 }
 
 TEST_CASE("adam: what is wrong is named and changes nothing", "[optim][adam]") {
-  CHECK_THROWS_WITH(Adam<float>({.beta1 = 1}),
-                    "moe: Adam::Config.beta1 = 1, must be in [0, 1)");
-  CHECK_THROWS_WITH(Adam<float>({.beta2 = -1}),
-                    "moe: Adam::Config.beta2 = -1, must be in [0, 1)");
+  CHECK_THROWS_WITH(Adam<float>({.beta1 = 1}), "moe: Adam::Config.beta1 = 1, must be in [0, 1)");
+  CHECK_THROWS_WITH(Adam<float>({.beta2 = -1}), "moe: Adam::Config.beta2 = -1, must be in [0, 1)");
   CHECK_THROWS_WITH(Adam<float>({.epsilon = 0}),
                     "moe: Adam::Config.epsilon = 0, must be finite and above 0");
   CHECK_THROWS_WITH(Adam<float>({.weight_decay = -1}),
@@ -131,4 +129,13 @@ TEST_CASE("adam: what is wrong is named and changes nothing", "[optim][adam]") {
   unharmed.update(twin, 0.1);
   adam.update(module, 0.1);
   CHECK(test::same_bits(module.weight.value, twin.weight.value));
+}
+
+TEST_CASE("adam: a value of another shape than its gradient is refused", "[optim][adam]") {
+  Linear<float> module({.inputs = 2, .outputs = 3, .bias = false});
+  const char* const refused = "moe: weight is 5 x 3, its gradient 2 x 3";
+  module.weight.value = Matrix<float>::Ones(5, 3);  // a checkpoint of another model
+  Adam<float> adam;
+  CHECK_THROWS_WITH(adam.update(module, 0.1), refused);
+  CHECK(module.weight.value == Matrix<float>::Ones(5, 3));
 }

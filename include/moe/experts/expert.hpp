@@ -31,7 +31,8 @@ inline constexpr Index expert_block_rows = 128;
 ///     backward(x, kept, dy, dx)       adds to the parameters' gradients, fills dx (n x D)
 ///     visit_parameters(self, visit)   see for_each_parameter()
 ///
-/// Rows must not influence each other, and n is at most expert_block_rows.
+/// n is at most expert_block_rows. Rows must not influence each other; where even the last bit must
+/// not depend on n, mind that Eigen's own product treats a single row differently from several.
 /// The views are Eigen maps, so `y = x * weight` is a whole forward pass.
 template <class N>
 concept PlainNetwork = requires(const N& network, N& trained,
@@ -75,6 +76,7 @@ concept ExpertNetwork =
       { config.width } -> std::convertible_to<Index>;
     } &&
     std::constructible_from<N, const typename N::Config&, std::uint64_t> &&
+    requires(N& network) { N::visit_parameters(network, detail::AnyVisitor{}); } &&
     (PlainNetwork<N> || GatheringNetwork<N>);
 // clang-format on
 
@@ -103,6 +105,10 @@ class Expert {
   using Scalar = Scalar_;
   using Config = typename Net::Config;
   using Scratch = typename ScratchOf<Net>::Type;
+
+  /// Whether the network multiplies by the library's products, which may be split over workers
+  /// without a change of bits; of a plain network nothing is known.
+  static constexpr bool splits_products = gathers;
 
   explicit Expert(const Config& config, std::uint64_t seed = 0)
       : width_(config.width), network_(config, seed) {}

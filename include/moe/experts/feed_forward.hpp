@@ -156,6 +156,7 @@ class FeedForward {
                     ", must be at least 1");
     detail::require(config.hidden >= 1, "FeedForward::Config.hidden = ", config.hidden,
                     ", must be at least 1");
+    detail::require_activation("FeedForward::Config.activation", config.activation);
     return config;
   }
 

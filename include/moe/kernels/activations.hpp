@@ -25,6 +25,11 @@ struct ActivationFunction {
   /// gelu_tanh(x) = x·sigmoid(2·sqrt(2/π)·(x + c·x³)): the sigmoid's argument.
   static constexpr double c = 0.044715;
   static constexpr double slope = 2.0 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi;
+  /// Beyond 30 the sigmoid is 0 or 1 to the last bit, and x³ would overflow.
+  static P bounded(const P& x) {
+    using namespace Eigen::internal;
+    return pmin(pmax(x, constant(-30.0)), constant(30.0));
+  }
   static P gelu_argument(const P& x) {
     using namespace Eigen::internal;
     return pmul(pmul(constant(slope), x), pmadd(constant(c), pmul(x, x), constant(1.0)));
@@ -37,7 +42,7 @@ struct ActivationFunction {
     } else if constexpr (activation == Activation::gelu) {
       return pmul(x, detail::normal_cdf<Scalar>(x));
     } else if constexpr (activation == Activation::gelu_tanh) {
-      return pmul(x, detail::sigmoid<Scalar>(gelu_argument(x)));
+      return pmul(x, detail::sigmoid<Scalar>(gelu_argument(bounded(x))));
     } else if constexpr (activation == Activation::silu) {
       return pmul(x, detail::sigmoid<Scalar>(x));
     } else if constexpr (activation == Activation::sigmoid) {
@@ -57,9 +62,10 @@ struct ActivationFunction {
     } else if constexpr (activation == Activation::gelu) {
       return pmadd(x, detail::normal_density<Scalar>(x), detail::normal_cdf<Scalar>(x));
     } else if constexpr (activation == Activation::gelu_tanh) {
-      const P s = detail::sigmoid<Scalar>(gelu_argument(x));
-      const P argument_slope = pmul(constant(slope), pmadd(constant(3.0 * c), pmul(x, x), one));
-      return pmul(s, pmadd(pmul(x, psub(one, s)), argument_slope, one));
+      const P b = bounded(x);
+      const P s = detail::sigmoid<Scalar>(gelu_argument(b));
+      const P argument_slope = pmul(constant(slope), pmadd(constant(3.0 * c), pmul(b, b), one));
+      return pmul(s, pmadd(pmul(b, psub(one, s)), argument_slope, one));
     } else if constexpr (activation == Activation::silu) {
       const P s = detail::sigmoid<Scalar>(x);
       return pmul(s, pmadd(x, psub(one, s), one));
@@ -95,6 +101,13 @@ void with_activation(Activation activation, F&& f) {
       return f(ActivationFunction<Activation::tanh, Scalar>{});
   }
   MOE_ASSERT(false && "an Activation outside its enumeration");
+}
+
+/// For the check of a configuration that came from a file.
+inline void require_activation(const char* field, Activation activation) {
+  require(activation >= Activation::identity && activation <= Activation::tanh, field, " = ",
+          static_cast<int>(activation), ", must be one of the ",
+          static_cast<int>(Activation::tanh) + 1, " activations");
 }
 
 /// y[i] = activation(x[i]); y may be x.

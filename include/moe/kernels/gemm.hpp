@@ -56,9 +56,9 @@ inline constexpr Index panel_depth = 128;
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 512;
 
-template <Index... I, class F>
-EIGEN_ALWAYS_INLINE void unroll(std::integer_sequence<Index, I...>, F&& f) {
-  (f(std::integral_constant<Index, I>{}), ...);
+template <Index... indices, class F>
+EIGEN_ALWAYS_INLINE void unroll(std::integer_sequence<Index, indices...>, F&& f) {
+  (f(std::integral_constant<Index, indices>{}), ...);
 }
 /// f(0), f(1), ... f(N - 1) with constant arguments, so that arrays they index become registers.
 template <Index N, class F>

@@ -90,12 +90,18 @@ class MoELayer {
   std::vector<Expert>& experts() { return experts_; }
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
-  /// in tape.balance. Throws std::invalid_argument when x is not D wide.
+  /// in tape.balance. Give every update its own key.step: the same key draws the same noise.
+  /// O(T·D·E) for the gate and O(S·D·H) for the experts. Throws std::invalid_argument when x is not
+  /// D wide, and when a gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                 const NoiseKey& key = {}) const {
     check_width(x, "x");
+    tape.trained = false;
     gate_.forward(x, tape, key);
     tape.trained = false;  // until the experts have run too
+    detail::require(tape.x.rows() == x.rows() && tape.x.cols() == config_.width,
+                    "MoELayer: the gate left a tape.x of ", tape.x.rows(), " x ", tape.x.cols(),
+                    " for an x of ", x.rows(), " x ", config_.width);
     dispatch(tape, x.rows());
     const Index slots = tape.routing.slots();
     tape.kept.resize(slots, experts_.front().tape_width());
@@ -111,14 +117,19 @@ class MoELayer {
 
   /// Takes dy, the gradient of the loss by y (T x D), after forward() on the same tape. Adds to
   /// every parameter's gradient, the balance losses' included once; returns the gradient of the
-  /// loss by x (T x D), which is tape.dx. Throws std::invalid_argument when dy has another shape
-  /// than y, before anything is changed.
+  /// loss by x (T x D), which is tape.dx. The parameters must be those of the forward pass. Throws
+  /// std::invalid_argument when dy has another shape than y or the tape is not of a forward pass of
+  /// such a layer, before anything is changed.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
     check_width(dy, "dy");
     const Index tokens = tape.x.rows();
     const Index slots = tape.routing.slots();
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
+    detail::require(tape.routing.experts == gate_.experts() && tape.x.cols() == config_.width &&
+                        tape.kept.cols() == experts_.front().tape_width(),
+                    "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
+                    " experts and width ", tape.x.cols());
     const GatheredRows<Scalar> x(tape.x, tape.routing.row_token.data(), slots);
     const MatrixRef<Scalar> dsum = output_backward(dy, tape);
     const GatheredRows<Scalar> dy_rows(dsum, tape.routing.row_token.data(), slots);
@@ -136,7 +147,11 @@ class MoELayer {
       tape.dweight[detail::to_size(tape.routing.row_slot[detail::to_size(row)])] =
           tape.row_dweight[detail::to_size(row)];
     }
+    tape.dx.setZero(tokens, config_.width);
     gate_.backward(std::span<const Scalar>(tape.dweight), tape);
+    detail::require(tape.dx.rows() == tokens && tape.dx.cols() == config_.width,
+                    "MoELayer: the gate left a tape.dx of ", tape.dx.rows(), " x ", tape.dx.cols(),
+                    " for an x of ", tokens, " x ", config_.width);
     detail::combine<Scalar>(tape.routing, {}, tape.rows, tape.dx);
     return tape.dx;
   }
@@ -145,6 +160,7 @@ class MoELayer {
   /// batch can be watched, but nothing that backward() could use.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_width(x, "x");
+    tape.trained = false;
     gate_.evaluate(x, tape);
     tape.trained = false;
     dispatch(tape, x.rows());
@@ -183,6 +199,7 @@ class MoELayer {
     detail::require(config.gate.width == config.width,
                     "MoELayer::Config.gate.width = ", config.gate.width,
                     ", must be 0 or Config.width = ", config.width);
+    detail::require_activation("MoELayer::Config.output", config.output);
     return config;
   }
 
@@ -208,7 +225,12 @@ class MoELayer {
       tape.row_weight[detail::to_size(row)] =
           tape.routing.weight[detail::to_size(tape.routing.row_slot[detail::to_size(row)])];
     }
-    // Scratch is never given back: a pass inside somebody's parallel region has one worker only.
+    reserve_scratch(tape);
+  }
+
+  /// One scratch a worker of the pass at hand, since forward and backward may run on different
+  /// numbers of threads. None is given back: a pass inside somebody's parallel region has one worker.
+  void reserve_scratch(Tape& tape) const {
     const auto workers = detail::to_size(worker_count());
     if (tape.scratch.size() < workers) tape.scratch.resize(workers);
     for (Scratch& scratch : tape.scratch) experts_.front().reserve(scratch);
@@ -225,9 +247,7 @@ class MoELayer {
         tape.tasks.push_back({e, first, std::min(expert_block_rows, end - first)});
       }
     }
-    parallel_for(static_cast<Index>(tape.tasks.size()), [&](Index i, Index worker) {
-      f(tape.tasks[detail::to_size(i)], tape.scratch[detail::to_size(worker)]);
-    });
+    run_tasks(tape, f);
   }
 
   /// Calls f(task, scratch) for whole slices, since the rows of an expert add up in its gradient.
@@ -235,7 +255,9 @@ class MoELayer {
   /// products being split over the workers instead; that changes no bit.
   template <class F>
   void run_whole_experts(Tape& tape, F&& f) const {
-    const Index alone = tape.routing.slots() / (2 * worker_count());
+    const bool splits = Expert::splits_products && worker_count() > 1;
+    const Index alone = splits ? tape.routing.slots() / (2 * worker_count()) : tape.routing.slots();
+    reserve_scratch(tape);
     tape.tasks.clear();
     for (Index e = 0; e < tape.routing.experts; ++e) {
       const Task task{e, tape.routing.expert_offsets[detail::to_size(e)], tape.routing.slots_of(e)};
@@ -245,8 +267,17 @@ class MoELayer {
         tape.tasks.push_back(task);
       }
     }
-    parallel_for(static_cast<Index>(tape.tasks.size()), [&](Index i, Index worker) {
-      f(tape.tasks[detail::to_size(i)], tape.scratch[detail::to_size(worker)]);
+    run_tasks(tape, f);
+  }
+
+  /// In a parallel region even if there is one task only where a network may use Eigen's own
+  /// products: outside of one, Eigen would split them over threads, with other bits for each number.
+  template <class F>
+  static void run_tasks(Tape& tape, F&& f) {
+    const auto count = static_cast<Index>(tape.tasks.size());
+    const Index calls = Expert::splits_products ? count : std::max<Index>(2, count);
+    parallel_for(calls, [&](Index i, Index worker) {
+      if (i < count) f(tape.tasks[detail::to_size(i)], tape.scratch[detail::to_size(worker)]);
     });
   }
 

@@ -28,6 +28,8 @@ class Embedding {
   struct Tape {
     Matrix<Scalar> y;        ///< T x D
     std::vector<Index> ids;  ///< T, a copy
+    Index vocabulary = 0;    ///< what the ids are within
+    bool trained = false;    ///< whether the last pass was a forward()
   };
 
   Parameter<Scalar> weight;  ///< vocabulary x D
@@ -50,6 +52,8 @@ class Embedding {
   const Matrix<Scalar>& forward(std::span<const Index> ids, Tape& tape) const {
     evaluate(ids, tape);
     tape.ids.assign(ids.begin(), ids.end());
+    tape.vocabulary = config_.vocabulary;
+    tape.trained = true;
     return tape.y;
   }
 
@@ -57,6 +61,8 @@ class Embedding {
   /// may come more than once, so the work is split by columns: each then sums over tokens in order.
   void backward(const MatrixRef<Scalar>& dy, const Tape& tape) {
     const auto tokens = static_cast<Index>(tape.ids.size());
+    detail::require(tape.trained && tape.vocabulary == config_.vocabulary,
+                    "Embedding::backward without a forward pass on this tape");
     detail::require(dy.rows() == tokens, "Embedding::backward: dy has ", dy.rows(),
                     " rows, there were ", tokens, " ids");
     detail::require(dy.cols() == config_.width, "Embedding::backward: dy has ", dy.cols(),
@@ -78,6 +84,7 @@ class Embedding {
                       " is outside the vocabulary of ", config_.vocabulary);
     }
     const auto tokens = static_cast<Index>(ids.size());
+    tape.trained = false;
     tape.y.resize(tokens, config_.width);
     const Index block = std::max<Index>(1, elements_in_task / config_.width);
     parallel_for_blocks(tokens, block, [&](Index first, Index count) {

@@ -31,9 +31,10 @@ class Linear {
 
   /// The caller's scratch: what one pass computes and what its backward needs.
   struct Tape {
-    Matrix<Scalar> y;   ///< T x outputs
-    Matrix<Scalar> x;   ///< T x inputs, a copy
-    Matrix<Scalar> dx;  ///< T x inputs
+    Matrix<Scalar> y;      ///< T x outputs
+    bool trained = false;  ///< whether the last pass was a forward()
+    Matrix<Scalar> x;      ///< T x inputs, a copy
+    Matrix<Scalar> dx;     ///< T x inputs
   };
 
   Parameter<Scalar> weight;  ///< inputs x outputs
@@ -57,14 +58,18 @@ class Linear {
 
   /// Throws std::invalid_argument if x is not T x inputs.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
-    evaluate(x, tape);
-    tape.x = x;
+    check_input(x);
+    tape.x = x;  // first, since x may be this tape's y of a pass before
+    run(tape.x, tape);
+    tape.trained = true;
     return tape.y;
   }
 
   /// Adds xᵀ·dy and the column sums of dy to the gradients and returns dx = dy·weightᵀ. The tape
   /// is that of forward; dy T x outputs, else std::invalid_argument.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    detail::require(tape.trained && tape.x.cols() == config_.inputs,
+                    "Linear::backward without a forward pass on this tape");
     detail::require(dy.rows() == tape.x.rows(), "Linear::backward: dy has ", dy.rows(),
                     " rows, x had ", tape.x.rows());
     detail::require(dy.cols() == config_.outputs, "Linear::backward: dy has ", dy.cols(),
@@ -79,12 +84,11 @@ class Linear {
 
   /// forward() without the copy of x, so no backward can follow.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::require(x.cols() == config_.inputs, "Linear: x has ", x.cols(), " columns, the layer ",
-                    config_.inputs, " inputs");
-    tape.y.resize(x.rows(), config_.outputs);
-    detail::product_nn(GatheredRows<Scalar>(x), view(weight.value), view(tape.y),
-                       config_.bias ? detail::Start::bias : detail::Start::zero,
-                       config_.bias ? bias.value.data() : nullptr);
+    check_input(x);
+    detail::require(x.size() == 0 || x.data() != tape.y.data(),
+                    "Linear::evaluate: x is this tape's own y");
+    tape.trained = false;
+    run(x, tape);
     return tape.y;
   }
 
@@ -101,6 +105,18 @@ class Linear {
   }
 
  private:
+  void check_input(const MatrixRef<Scalar>& x) const {
+    detail::require(x.cols() == config_.inputs, "Linear: x has ", x.cols(), " columns, the layer ",
+                    config_.inputs, " inputs");
+  }
+
+  void run(const MatrixRef<Scalar>& x, Tape& tape) const {
+    tape.y.resize(x.rows(), config_.outputs);
+    detail::product_nn(GatheredRows<Scalar>(x), view(weight.value), view(tape.y),
+                       config_.bias ? detail::Start::bias : detail::Start::zero,
+                       config_.bias ? bias.value.data() : nullptr);
+  }
+
   Config config_;
 };
 

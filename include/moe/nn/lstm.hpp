@@ -116,6 +116,7 @@ class LSTM {
   /// The caller's scratch: what one pass computes and what its backward needs.
   struct Tape {
     Matrix<Scalar> y;       ///< T x H
+    bool trained = false;   ///< whether the last pass was a forward()
     Matrix<Scalar> x;       ///< T x inputs, a copy
     State initial;          ///< B x H, a copy
     Matrix<Scalar> gates;   ///< T x 4H, activations
@@ -155,8 +156,10 @@ class LSTM {
   /// y, and the state after the last step in `state`. x is T x inputs, T a multiple of B, the state
   /// B x H, else std::invalid_argument.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
-    evaluate(x, state, tape);
-    tape.x = x;
+    check_input(x, state);
+    tape.x = x;  // first, since x may be this tape's y of a pass before
+    run_all(tape.x, state, tape);
+    tape.trained = true;
     return tape.y;
   }
 
@@ -172,8 +175,8 @@ class LSTM {
                                  const State& dfinal = {}) {
     const Index H = config_.hidden;
     const Index sequences = tape.initial.hidden.rows();
-    detail::require(tape.x.rows() == tape.y.rows(),
-                    "LSTM::backward: the last pass on this tape was ", "an evaluation");
+    detail::require(tape.trained && tape.x.cols() == config_.inputs && tape.y.cols() == H,
+                    "LSTM::backward without a forward pass on this tape");
     detail::require(dy.rows() == tape.x.rows(), "LSTM::backward: dy has ", dy.rows(),
                     " rows, x had ", tape.x.rows());
     detail::require(dy.cols() == H, "LSTM::backward: dy has ", dy.cols(), " columns, hidden is ",
@@ -211,24 +214,11 @@ class LSTM {
 
   /// forward() without the copy of x, so no backward can follow.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
-    const Index sequences = state.hidden.rows();
-    detail::require(x.cols() == config_.inputs, "LSTM: x has ", x.cols(), " columns, the layer ",
-                    config_.inputs, " inputs");
-    check_state(state, sequences);
-    detail::require(sequences > 0 ? x.rows() % sequences == 0 : x.rows() == 0, "LSTM: x has ",
-                    x.rows(), " rows, not a multiple of the ", sequences, " sequences");
-    tape.initial = state;
-    tape.gates.resize(x.rows(), 4 * config_.hidden);
-    tape.cell.resize(x.rows(), config_.hidden);
-    tape.y.resize(x.rows(), config_.hidden);
-    detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
-                       detail::Start::bias, bias.value.data());
-    parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences),
-                        [&](Index first, Index count) { run(first, count, tape); });
-    if (x.rows() > 0) {
-      state.hidden = tape.y.bottomRows(sequences);
-      state.cell = tape.cell.bottomRows(sequences);
-    }
+    check_input(x, state);
+    detail::require(x.size() == 0 || x.data() != tape.y.data(),
+                    "LSTM::evaluate: x is this tape's own y");
+    tape.trained = false;
+    run_all(x, state, tape);
     return tape.y;
   }
 
@@ -246,6 +236,15 @@ class LSTM {
   }
 
  private:
+  void check_input(const MatrixRef<Scalar>& x, const State& state) const {
+    const Index sequences = state.hidden.rows();
+    detail::require(x.cols() == config_.inputs, "LSTM: x has ", x.cols(), " columns, the layer ",
+                    config_.inputs, " inputs");
+    check_state(state, sequences);
+    detail::require(sequences > 0 ? x.rows() % sequences == 0 : x.rows() == 0, "LSTM: x has ",
+                    x.rows(), " rows, not a multiple of the ", sequences, " sequences");
+  }
+
   void check_state(const State& state, Index sequences) const {
     const auto check = [&](const char* name, const Matrix<Scalar>& part) {
       detail::require(part.rows() == sequences && part.cols() == config_.hidden, "LSTM: state.",
@@ -254,6 +253,22 @@ class LSTM {
     };
     check("hidden", state.hidden);
     check("cell", state.cell);
+  }
+
+  void run_all(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
+    const Index sequences = state.hidden.rows();
+    tape.initial = state;
+    tape.gates.resize(x.rows(), 4 * config_.hidden);
+    tape.cell.resize(x.rows(), config_.hidden);
+    tape.y.resize(x.rows(), config_.hidden);
+    detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
+                       detail::Start::bias, bias.value.data());
+    parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences),
+                        [&](Index first, Index count) { run(first, count, tape); });
+    if (x.rows() > 0) {
+      state.hidden = tape.y.bottomRows(sequences);
+      state.cell = tape.cell.bottomRows(sequences);
+    }
   }
 
   /// Sequences never meet, so a worker takes some of them through all steps and waits for nobody.

@@ -59,6 +59,7 @@ class SoftmaxCrossEntropy {
   /// The caller's scratch: what one pass computes.
   struct Tape {
     std::vector<double> losses;  ///< T, 0 where ignored
+    bool trained = false;        ///< whether the last pass was a forward()
     Matrix<Scalar> dlogits;      ///< T x V, gradient of the mean
   };
 
@@ -69,16 +70,24 @@ class SoftmaxCrossEntropy {
                  Tape& tape) const {
     const Index counted = check(logits, targets);
     tape.dlogits.resize(logits.rows(), logits.cols());
+    tape.trained = true;
     return run(logits, targets, counted, tape.losses, tape.dlogits.data());
   }
 
   /// d loss / d logits = (softmax(logits) - onehot(target)) / counted tokens, T x V.
-  const Matrix<Scalar>& backward(const Tape& tape) const { return tape.dlogits; }
+  /// Throws std::invalid_argument when the last pass on the tape was no forward().
+  const Matrix<Scalar>& backward(const Tape& tape) const {
+    detail::require(tape.trained,
+                    "SoftmaxCrossEntropy::backward without a forward pass on this tape");
+    return tape.dlogits;
+  }
 
   /// The loss without its gradient, to the same bits.
   Scalar evaluate(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
                   Tape& tape) const {
-    return run(logits, targets, check(logits, targets), tape.losses, nullptr);
+    const Index counted = check(logits, targets);
+    tape.trained = false;
+    return run(logits, targets, counted, tape.losses, nullptr);
   }
   Scalar evaluate(const MatrixRef<Scalar>& logits, std::span<const Index> targets) const {
     Tape tape;

@@ -18,7 +18,8 @@ inline constexpr Index optimizer_lanes = 16;
 /// Calls f(lane, index, parameter, first, count) for every block of every parameter, the blocks of
 /// a lane in order, several lanes at once; index counts the parameters. It is one parallel region
 /// for the whole module, since a layer of many experts has a thousand small parameters and waking
-/// the workers for each would cost more than the work. Does not allocate.
+/// the workers for each would cost more than the work. Does not allocate. Throws
+/// std::invalid_argument, before the first call, if a gradient has another shape than its value.
 template <class Module, class F>
 void for_each_parameter_block(Module& module, F&& f) {
   const auto run = [&](Index lane, Index) {
@@ -36,6 +37,12 @@ void for_each_parameter_block(Module& module, F&& f) {
       ++index;
     });
   };
+  for_each_parameter(module, [](const ParameterName& name, const auto& parameter) {
+    const auto& [value, gradient] = parameter;
+    if (value.rows() == gradient.rows() && value.cols() == gradient.cols()) return;
+    require(false, name.string(), " is ", value.rows(), " x ", value.cols(), ", its gradient ",
+            gradient.rows(), " x ", gradient.cols());
+  });
   constexpr Index worth_waking = Index{1} << 15;
   if (parameter_count(module) >= worth_waking) {
     parallel_for(optimizer_lanes, run);

@@ -31,9 +31,11 @@ struct GateTape {
 ///     evaluate(x, tape)         const; serving: the same without noise, and without tape.x
 ///     backward(dweight, tape)   after forward: dweight is S numbers, the gradient of the loss by
 ///                               the weight of each slot; adds to the gate's parameters' gradients,
-///                               the balance loss included, and sets tape.dx to the gate's share
+///                               the balance loss included, and fills tape.dx, which comes as T x D
+///                               zeros, with the gate's share
 ///
-/// Its Config has a member `width`; a width of 0 stands for the layer's.
+/// Its Config has a member `width`; a width of 0 stands for the layer's. It names its parameters in
+/// visit_parameters(self, visit), see for_each_parameter().
 // clang-format off
 template <class G>
 concept Gate =
@@ -51,6 +53,7 @@ concept Gate =
       gate.forward(x, tape, NoiseKey{});
       gate.evaluate(x, tape);
       trained.backward(dweight, tape);
+      G::visit_parameters(trained, detail::AnyVisitor{});
     };
 // clang-format on
 

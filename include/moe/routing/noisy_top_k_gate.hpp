@@ -113,10 +113,12 @@ class NoisyTopKGate {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
-  /// Training pass over x (T x D). Throws std::invalid_argument when x is not D wide.
+  /// Training pass over x (T x D). Give every update its own key.step: the same key draws the same
+  /// noise. Throws std::invalid_argument when x is not D wide. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& key = {}) const {
     check_width(x);
+    tape.trained = false;
     tape.x = x;
     compute_scores(x, tape, config_.noise);
     if (config_.noise) {
@@ -155,6 +157,10 @@ class NoisyTopKGate {
   /// belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
+    detail::require(tape.x.cols() == config_.width && tape.clean.cols() == experts() &&
+                        tape.routing.slots() == tape.x.rows() * config_.active,
+                    "NoisyTopKGate::backward: the tape is another gate's, of width ", tape.x.cols(),
+                    " and ", tape.clean.cols(), " experts");
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
     compute_losses_backward(tape);

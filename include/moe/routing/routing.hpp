@@ -63,7 +63,8 @@ inline void sort_slots(std::span<const Index> expert, std::vector<Index>& offset
 }  // namespace detail
 
 /// Groups the slots by expert. Throws std::invalid_argument when the gate's part contradicts
-/// itself: offsets that do not ascend from 0 to S, or an expert outside [0, E).
+/// itself: offsets that do not ascend from 0 to S, an expert outside [0, E), or experts of a token
+/// that do not ascend. O(S + E).
 template <class Scalar>
 void group_by_expert(Routing<Scalar>& routing) {
   using detail::require;
@@ -81,6 +82,13 @@ void group_by_expert(Routing<Scalar>& routing) {
   for (const Index e : routing.expert) {
     require(e >= 0 && e < routing.experts, "Routing.expert = ", e, " with ", routing.experts,
             " experts");
+  }
+
+  for (std::size_t t = 0; t + 1 < routing.token_offsets.size(); ++t) {
+    for (Index s = routing.token_offsets[t] + 1; s < routing.token_offsets[t + 1]; ++s) {
+      require(routing.expert[to_size(s - 1)] < routing.expert[to_size(s)],
+              "Routing.expert does not ascend at slot ", s, " of token ", t);
+    }
   }
 
   detail::count_offsets(routing.expert, routing.experts, routing.expert_offsets);
