@@ -53,11 +53,15 @@ inline Evaluation evaluate(const Model& model, const Batches& batches, Index seq
 class Contestant {
  public:
   struct Config {
-    std::string name;
-    Model::Config model;
+    std::string name{};
+    Model::Config model{};
     Index sequences = 0;
     double clip = 0;
-    std::vector<double> frequencies;  ///< of the words in the training part
+    /// Learning rates of parts of the mixture, as factors of everything else's.
+    double gate_rate = 1;
+    double noise_rate = 1;
+    double expert_rate = 1;
+    std::vector<double> frequencies{};  ///< of the words in the training part
   };
 
   explicit Contestant(Config config)
@@ -66,6 +70,12 @@ class Contestant {
         adam_({.beta2 = 0.99}),
         state_(model_.initial_state(config_.sequences)) {
     model_.start_from_frequencies(config_.frequencies);
+    moe::for_each_parameter(model_, [&](const std::string& name, const auto&) {
+      rate_factors_.push_back(name == "mixture.gate.weight"          ? config_.gate_rate
+                              : name == "mixture.gate.noise_weight"  ? config_.noise_rate
+                              : name.starts_with("mixture.experts.") ? config_.expert_rate
+                                                                     : 1.0);
+    });
   }
 
   const std::string& name() const { return config_.name; }
@@ -83,7 +93,7 @@ class Contestant {
     moe::zero_gradients(model_);
     const double loss = model_.train(batch.input, batch.target, state_, tape_, {.step = step});
     moe::clip_gradients(model_, config_.clip);
-    adam_.update(model_, learning_rate);
+    adam_.update(model_, learning_rate, rate_factors_);
     seconds_ += seconds_now() - start;
     tokens_ += static_cast<double>(batch.input.size());
     loss_ = tokens_ > static_cast<double>(batch.input.size()) ? 0.98 * loss_ + 0.02 * loss : loss;
@@ -93,6 +103,7 @@ class Contestant {
   Config config_;
   Model model_;
   moe::Adam<float> adam_;
+  std::vector<double> rate_factors_;
   Model::State state_;
   Model::Tape tape_;
   double seconds_ = 0;

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "contestant.hpp"
@@ -26,10 +27,13 @@ struct Options {
   Index active = 4;
   Index sequences = 64;
   Index steps = 16;
-  double epochs = 1.7;
+  double epochs = 1.4;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
+  double gate_rate = 3;
+  double noise_rate = 0.03;
+  double expert_rate = 0.3;
   double embedding_deviation = 0.1;
   double dropout = 0;
   double clip = 1.0;
@@ -86,6 +90,16 @@ void add_options(CLI::App& app, Options& o) {
                  "highest learning rate of Adam; it grows at first, then falls linearly to 0")
       ->check(at_least(0))
       ->capture_default_str();
+  app.add_option("--gate-rate", o.gate_rate, "learning rate of the gate's scores, as a factor")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--noise-rate", o.noise_rate, "learning rate of the gate's noise, as a factor")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--expert-rate", o.expert_rate,
+                 "learning rate of the experts, as a factor; each sees few of the words")
+      ->check(at_least(0))
+      ->capture_default_str();
   app.add_option("--warm-up", o.warm_up, "updates during which the learning rate grows")
       ->check(at_least(0))
       ->capture_default_str();
@@ -133,10 +147,18 @@ std::vector<Contestant> make_contestants(const Options& o, const Corpus& corpus)
   const Index gate = 2 * o.width * (o.experts - o.active);
   const Index unit = 2 * o.width * o.active;
   dense.hidden += (gate + unit - 1) / unit;
-  const std::vector<double> frequencies = frequencies_of(corpus.train, vocabulary);
+  Contestant::Config config{.sequences = o.sequences,
+                            .clip = o.clip,
+                            .gate_rate = o.gate_rate,
+                            .noise_rate = o.noise_rate,
+                            .expert_rate = o.expert_rate,
+                            .frequencies = frequencies_of(corpus.train, vocabulary)};
   std::vector<Contestant> contestants;
-  contestants.emplace_back(Contestant::Config{"dense", dense, o.sequences, o.clip, frequencies});
-  contestants.emplace_back(Contestant::Config{"sparse", sparse, o.sequences, o.clip, frequencies});
+  for (const auto& [name, model] : {std::pair{"dense", dense}, std::pair{"sparse", sparse}}) {
+    config.name = name;
+    config.model = model;
+    contestants.emplace_back(config);
+  }
   return contestants;
 }
 

@@ -139,3 +139,23 @@ TEST_CASE("adam: a value of another shape than its gradient is refused", "[optim
   CHECK_THROWS_WITH(adam.update(module, 0.1), refused);
   CHECK(module.weight.value == Matrix<float>::Ones(5, 3));
 }
+
+TEST_CASE("adam: factors scale the learning rate of each parameter", "[optim][adam]") {
+  const auto moved = [](double learning_rate, const std::vector<double>& factors) {
+    Linear<double> module({.inputs = 2, .outputs = 3}, 1);
+    module.weight.gradient.setOnes();
+    module.bias.gradient.setOnes();
+    Adam<double> adam({.weight_decay = 0.1});
+    adam.update(module, learning_rate, factors);
+    return module;
+  };
+  const auto plain = moved(0.1, {});
+  const auto scaled = moved(0.2, {0.5, 0.0});
+  CHECK(test::same_bits(scaled.weight.value, plain.weight.value));
+  CHECK(test::same_bits(scaled.bias.value,
+                        Linear<double>({.inputs = 2, .outputs = 3}, 1).bias.value));
+  CHECK(test::same_bits(moved(0.1, {1.0, 1.0}).bias.value, plain.bias.value));
+  CHECK_THROWS_WITH(moved(0.1, {1.0}), "moe: Adam::update: 1 factors for 2 parameters");
+  CHECK_THROWS_WITH(moved(0.1, {1.0, -1.0}),
+                    "moe: Adam::update: learning_rate = -0.1, must be finite and at least 0");
+}

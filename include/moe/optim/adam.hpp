@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <span>
 
 #include "moe/kernels/packet.hpp"
 #include "moe/optim/parameter_blocks.hpp"
@@ -44,20 +45,27 @@ class Adam {
 
   const Config& config() const { return config_; }
 
-  /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
-  /// the learning rate is negative or not finite, or the module is not that of the first update.
+  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter, in
+  /// the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument, with
+  /// nothing changed, if the learning rate or a factor is negative or not finite, if there are not as
+  /// many factors as parameters, or if the module is not that of the first update.
   template <class Module>
-  void update(Module& module, double learning_rate) {
+  void update(Module& module, double learning_rate, std::span<const double> factors = {}) {
     detail::check_learning_rate("Adam", learning_rate);
+    for (const double factor : factors) detail::check_learning_rate("Adam", factor * learning_rate);
     first_moment_.match(module, "Adam");
     second_moment_.match(module, "Adam");
+    detail::require(factors.empty() || static_cast<Index>(factors.size()) == first_moment_.size(),
+                    "Adam::update: ", factors.size(), " factors for ", first_moment_.size(),
+                    " parameters");
     ++steps_;
-    const Constants constants(config_, learning_rate, steps_);
+    const Constants common(config_, steps_);
     detail::for_each_parameter_block(
         module, [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
-          update_block(constants, count, parameter.value.data() + first,
-                       parameter.gradient.data() + first, first_moment_[index].data() + first,
-                       second_moment_[index].data() + first);
+          const double factor = factors.empty() ? 1.0 : factors[detail::to_size(index)];
+          update_block(common.at_rate(learning_rate * factor), count,
+                       parameter.value.data() + first, parameter.gradient.data() + first,
+                       first_moment_[index].data() + first, second_moment_[index].data() + first);
         });
   }
 
@@ -66,15 +74,24 @@ class Adam {
 
   /// The factors of one update. 1 - β^t is a small difference at first, so it is made in double.
   struct Constants {
-    Constants(const Config& config, double learning_rate, Index t)
+    Constants(const Config& config, Index t)
         : beta1(packet(config.beta1)),
           one_minus_beta1(packet(1 - config.beta1)),
           beta2(packet(config.beta2)),
           one_minus_beta2(packet(1 - config.beta2)),
           epsilon(packet(config.epsilon)),
           root_scale(packet(1 / std::sqrt(correction(config.beta2, t)))),
-          step(packet(learning_rate / correction(config.beta1, t))),
-          decay(packet(1 - learning_rate * config.weight_decay)) {}
+          step(packet(0)),
+          decay(packet(1)),
+          first_correction(correction(config.beta1, t)),
+          weight_decay(config.weight_decay) {}
+
+    Constants at_rate(double learning_rate) const {
+      Constants constants = *this;
+      constants.step = packet(learning_rate / first_correction);
+      constants.decay = packet(1 - learning_rate * weight_decay);
+      return constants;
+    }
 
     static double correction(double beta, Index t) {
       return 1 - std::pow(beta, static_cast<double>(t));
@@ -85,6 +102,8 @@ class Adam {
     Packet root_scale;  // √v̂ = √v · root_scale
     Packet step;        // η·m̂ = step · m
     Packet decay;
+    double first_correction;
+    double weight_decay;
   };
 
   static void update_block(const Constants& k, Index count, Scalar* w, const Scalar* g, Scalar* m,

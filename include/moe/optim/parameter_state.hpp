@@ -45,6 +45,7 @@ class ParameterState {
             known, " at the first update");
   }
 
+  Index size() const { return static_cast<Index>(matrices_.size()); }
   Matrix<Scalar>& operator[](Index parameter) { return matrices_[to_size(parameter)]; }
   const Matrix<Scalar>& operator[](Index parameter) const { return matrices_[to_size(parameter)]; }
 
