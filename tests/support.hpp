@@ -69,6 +69,31 @@ void check_parameter_gradients(Module& module, const Loss& loss, double toleranc
   });
 }
 
+/// Checks dx, and the gradients that a backward pass left in every parameter of `module`, with steps
+/// in proportion to what they change: 1e-4·steep of the parameters' and of x's scale, `steep` below 1
+/// where the loss is steep. A gradient that is small beside the loss cannot be seen better than the
+/// differences' rounding, which is allowed for.
+template <class Module, class Loss>
+void check_scaled_gradients(Module& module, const Matrix<double>& dx, Matrix<double>& x,
+                            const Loss& loss, double parameter_scale, double x_scale,
+                            double steep) {
+  const double size = std::max(1.0, std::abs(loss()));
+  const auto check = [&](const Matrix<double>& actual, Matrix<double>& value, double scale) {
+    const double step = 1e-4 * steep * scale;
+    const Matrix<double> expected = difference_gradient(value, loss, step);
+    const double error = (actual - expected).cwiseAbs().maxCoeff();
+    CHECK(error <= 1e-7 * expected.cwiseAbs().maxCoeff() + 2e-15 * size / step);
+  };
+  {
+    INFO("x");
+    check(dx, x, x_scale);
+  }
+  for_each_parameter(module, [&](const std::string& name, Parameter<double>& parameter) {
+    INFO("parameter " << name);
+    check(parameter.gradient, parameter.value, parameter_scale);
+  });
+}
+
 /// Equal to the last bit; NaN equals the same NaN.
 template <class A, class B>
 bool same_bits(const A& a, const B& b) {

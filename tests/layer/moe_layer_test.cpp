@@ -47,23 +47,7 @@ void check_against_differences(Layer& layer, Matrix<double>& x, const NoiseKey& 
     typename Layer::Tape fresh;
     return layer.forward(x, fresh, key).cwiseProduct(r).sum() + fresh.balance.loss;
   };
-  const double size = std::max(1.0, std::abs(loss()));
-  // Steps in proportion to what they change; a gradient that is small beside the loss cannot be
-  // seen better than the differences' rounding.
-  const auto check = [&](const Matrix<double>& actual, Matrix<double>& value, double scale) {
-    const double step = 1e-4 * steep * scale;
-    const Matrix<double> expected = test::difference_gradient(value, loss, step);
-    const double error = (actual - expected).cwiseAbs().maxCoeff();
-    CHECK(error <= 1e-7 * expected.cwiseAbs().maxCoeff() + 2e-15 * size / step);
-  };
-  {
-    INFO("x");
-    check(dx, x, inputs);
-  }
-  for_each_parameter(layer, [&](const std::string& name, Parameter<double>& parameter) {
-    INFO("parameter " << name);
-    check(parameter.gradient, parameter.value, weights);
-  });
+  test::check_scaled_gradients(layer, dx, x, loss, weights, inputs, steep);
 }
 
 /// Puts a layer of feed-forward experts at a point away from ties and kinks and checks it there.
