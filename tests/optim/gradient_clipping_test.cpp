@@ -1,6 +1,7 @@
 #include "moe/optim/gradient_clipping.hpp"
 
 #include "../support.hpp"
+#include "lazy_updates.hpp"
 #include "moe/nn/linear.hpp"
 
 using namespace moe;
@@ -87,4 +88,37 @@ TEST_CASE("gradient clipping: what is wrong is named", "[optim][gradient_clippin
                     "moe: clip_gradients: max_norm = 0, must be above 0");
   CHECK_THROWS_AS(clip_gradients(module, std::nan("")), std::invalid_argument);
   CHECK(module.weight.gradient(0, 0) == 3);
+}
+
+TEMPLATE_TEST_CASE("gradient clipping: the same bits lazy and dense, on any number of threads",
+                   "[optim][gradient_clipping][lazy]", float, double) {
+  test::Mixture<TestType> dense;
+  dense.backward(0, test::to_some);
+  const double norm = gradient_norm(dense);
+  clip_gradients(dense, 1.0);
+  for (const int threads : {1, 2, 3, 8}) {
+    const test::Threads scope(threads);
+    test::Mixture<TestType> lazy;
+    lazy.backward(0, test::to_some);
+    CHECK(gradient_norm(lazy, Updates::lazy) == norm);
+    CHECK(clip_gradients(lazy, 1.0, Updates::lazy) == norm);
+    CHECK(test::same_bits(lazy.gate.gradient, dense.gate.gradient));
+    for (Index e = 0; e < lazy.size(); ++e) {
+      CHECK(test::same_bits(lazy[e].gradient, dense[e].gradient));
+    }
+  }
+}
+
+TEST_CASE("gradient clipping: gradients written by hand", "[optim][gradient_clipping][lazy]") {
+  std::vector<Parameter<float>> parameters(2, Parameter<float>(1, 1));
+  detail::track_gradients(parameters[1]);
+  parameters[0].gradient(0, 0) = 3;
+  parameters[1].gradient(0, 0) = 4;
+  CHECK(gradient_norm(parameters) == 5);
+  CHECK(gradient_norm(parameters, Updates::lazy) == 3);
+  CHECK(clip_gradients(parameters, 1.5, Updates::lazy) == 3);
+  CHECK(parameters[0].gradient(0, 0) == 1.5f);
+  CHECK(parameters[1].gradient(0, 0) == 4);
+  CHECK(clip_gradients(parameters, 1e-3) > 4);
+  CHECK(parameters[1].gradient(0, 0) < 1e-3f);
 }
