@@ -41,10 +41,15 @@ if(MOE_OPENMP)
 endif()
 
 if(MOE_BUILD_TESTS)
+  # A cross build can use the system's Catch2 only where its header is all of it, as in version 2.
+  set(catch2_version)
+  if(CMAKE_CROSSCOMPILING)
+    set(catch2_version 2.13)
+  endif()
   FetchContent_Declare(Catch2
     URL https://github.com/catchorg/Catch2/archive/refs/tags/v3.7.1.tar.gz
     URL_HASH SHA256=c991b247a1a0d7bb9c39aa35faf0fe9e19764213f28ffba3109388e62ee0269c
-    FIND_PACKAGE_ARGS CONFIG)
+    FIND_PACKAGE_ARGS ${catch2_version} CONFIG)
   FetchContent_MakeAvailable(Catch2)
   moe_check_version(Catch2 2.13)
   if(NOT TARGET Catch2::Catch2WithMain)

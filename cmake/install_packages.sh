@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs what is missing of debian-packages.txt, and makes sure that a build can begin.
+# Installs what is missing of debian-packages.txt, and of the further lists given as arguments, and
+# makes sure that a build can begin.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -11,11 +12,12 @@ fail() {
 
 missing=''
 if command -v apt-get >/dev/null; then
-  while read -r package; do
+  packages=$(cat -- "$here/debian-packages.txt" "$@")
+  for package in $packages; do
     # dpkg-query fails where it has never heard of the package.
     { dpkg-query -W -f='${db:Status-Status}\n' "$package" 2>/dev/null || true; } |
       grep -qx installed || missing="$missing $package"
-  done <"$here/debian-packages.txt"
+  done
 
   as_root=''
   [ "$(id -u)" -eq 0 ] || as_root=sudo
