@@ -14,7 +14,7 @@
 namespace moe::test {
 
 /// A gate, of whose gradient nobody keeps track, and experts that are kept track of: one a single
-/// number, the others of two blocks, half of them enough for two tasks an update.
+/// number, the others of two blocks, half of them enough for several tasks an update.
 template <class Scalar>
 struct Mixture {
   Mixture() : gate(random(7, 3, 0)) {

@@ -37,7 +37,7 @@ void for_each_parameter_block(Module& module, Updates updates, F&& f) {
   });
   // Every task walks over all parameters, and few lanes at once make for short runs through memory,
   // so there are two tasks a worker for balance and none without enough to do.
-  constexpr Index worth_a_task = Index{1} << 15;
+  constexpr Index worth_a_task = Index{1} << 14;
   const Index workers = worker_count();
   const Index most = workers > 1 ? std::min(2 * workers, optimizer_lanes) : 1;
   const Index tasks = std::clamp(scalars / worth_a_task, Index{1}, most);
