@@ -145,7 +145,9 @@ class Expert {
   };
 
   explicit Expert(const Config& config, std::uint64_t seed = 0)
-      : width_(config.width), network_(config, seed) {}
+      : width_(config.width), network_(config, seed) {
+    detail::track_gradients(network_);
+  }
 
   const Net& network() const { return network_; }
   Net& network() { return network_; }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "moe/kernels/tile.hpp"
 #include "moe/parallel.hpp"
@@ -33,9 +34,10 @@ namespace moe::detail {
 template <class Scalar>
 inline constexpr Index panel_columns = 4 * tile_columns<Scalar>;
 
-/// How far the rows of a panel reach along the depth: a panel of 3 packets then fills a third to a
-/// half of the first-level cache.
-inline constexpr Index panel_depth = 128;
+/// How far the rows of a panel reach along the depth, at most: two panels of 3 packets are then 24
+/// KiB, which leaves room in the first-level cache.
+inline constexpr Index panel_depth =
+    (Index{12} << 10) / static_cast<Index>(tile_packets * sizeof(Packet<float>));
 
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
@@ -122,49 +124,110 @@ Panel<Scalar> transpose_panel(Index depth, Index width, const RowAt& row_at, Sca
   return {buffer, stride};
 }
 
-/// What the forms nn and nt share: C[:, columns] = A·right, the depth in blocks, of each the strips
-/// of columns one after the other, so that the block's part of A stays in the nearest caches.
-/// strip(k, depth, column, packets, width, last, buffer) tells where the right operand of a strip is
-/// (see Strip). finish(column, width) is called for each strip when its sums are complete and still
-/// in the first-level cache.
-template <class Scalar>
+/// Where the right operand of a strip starts, and what part of it there is.
 struct Strip {
-  Panel<Scalar> panel;
-  bool in_place;       ///< not copied into the buffer yet
-  const Scalar* next;  ///< what the strip after this will want
+  Index k;
+  Index depth;
+  Index column;
+  Index packets;
+  Index width;
 };
 
-template <class Scalar, class MakeStrip, class Finish>
-void multiply_rows(const GatheredRows<Scalar>& a, Index first_column, Index columns,
-                   Index block_depth, const MakeStrip& make_strip, Start start, const Scalar* bias,
-                   const ScatteredRows<Scalar>& c, const Finish& finish) {
+/// B as the right operand of nn: its rows run along the columns of C.
+template <class Scalar>
+struct Straight {
+  ConstMatrixView<Scalar> b;
+  const Scalar* row(Index k, Index column) const { return b.data() + k * b.outerStride() + column; }
+
+  /// Copies steps [first, first + count) of a strip's depth into its panel.
+  void copy(const Strip& strip, Index first, Index count, Scalar* panel) const {
+    copy_panel(
+        count, strip.width, [&](Index i) { return row(strip.k + first + i, strip.column); },
+        panel + first * strip.packets * packet_size<Scalar>);
+  }
+  /// What copy() will read.
+  Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
+    return {row(strip.k + first, strip.column), b.outerStride(), count};
+  }
+};
+
+/// B as the right operand of nt: its rows run along the depth and are transposed on the way.
+template <class Scalar>
+struct Transposed {
+  ConstMatrixView<Scalar> b;
+  const Scalar* row(Index k, Index column) const { return b.data() + column * b.outerStride() + k; }
+
+  void copy(const Strip& strip, Index first, Index count, Scalar* panel) const {
+    transpose_panel(
+        count, strip.width, [&](Index j) { return row(strip.k + first, strip.column + j); },
+        panel + first * strip.packets * packet_size<Scalar>);
+  }
+  Ahead<Scalar> ahead(const Strip& strip, Index first, Index) const {
+    return {row(strip.k + first, strip.column), b.outerStride(), strip.width};
+  }
+};
+
+/// C[:, columns] = A·right: the depth in blocks, of each block the strips of columns one after the
+/// other, so that the block's part of A stays in the nearest caches. finish(column, width) is called
+/// for each strip when its sums are complete and still in the first-level cache.
+///
+/// While the tiles of a strip are calculated, the panel of the next strip is made piece by piece:
+/// each tile asks for the memory of a piece, which is copied after it. So memory and arithmetic are
+/// busy at the same time, without any help from the processor's own foresight.
+template <class Scalar, class Right, class Finish>
+void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index first_column,
+                   Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
+                   const Finish& finish) {
   constexpr Index size = packet_size<Scalar>;
-  alignas(64) Scalar buffer[to_size(panel_depth * tile_columns<Scalar>)];
+  constexpr Index piece = 32;  // steps of depth: two lines of a row in nt
+  alignas(64) Scalar panels[2][to_size(panel_depth * tile_columns<Scalar>)];
   const Index depth = a.width();
-  for (Index k = 0; k == 0 || k < depth; k += block_depth) {
-    const Index count = std::min(block_depth, depth - k);
-    const Start from = k == 0 ? start : Start::accumulate;
+  const Index tiles = (a.count() + tile_rows - 1) / tile_rows;
+  Scalar* panel = panels[0];
+  Scalar* next_panel = panels[1];
+
+  // Computes a strip whose panel is ready and readies that of `next`, if there is one.
+  const auto run = [&](const Strip& strip, const Strip* next) {
+    const Start from = strip.k == 0 ? start : Start::accumulate;
+    const Scalar* initial = from == Start::bias ? bias + strip.column : nullptr;
+    const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
+    const Index each = (pieces + tiles - 1) / tiles * piece;
+    Index ready = 0;
+    for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
+      Left<Scalar> left;
+      Scalar* to[to_size(tile_rows)];
+      for (Index r = 0; r < rows; ++r) {
+        left.row[r] = a.row(first + r) + strip.k;
+        to[r] = c.row(first + r) + strip.column;
+      }
+      const Index count = next != nullptr ? std::min(each, next->depth - ready) : 0;
+      const Ahead<Scalar> ahead =
+          count > 0 ? right.ahead(*next, ready, count) : Ahead<Scalar>{};
+      multiply_tile(rows, strip.packets, strip.width, left,
+                    Panel<Scalar>{panel, strip.packets * size}, strip.depth, from, initial, to,
+                    ahead);
+      if (count > 0) right.copy(*next, ready, count, next_panel);
+      ready += count;
+    });
+    if (strip.k + strip.depth >= depth) finish(strip.column, strip.width);
+    std::swap(panel, next_panel);
+  };
+
+  Strip strip{};
+  bool pending = false;
+  for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
     for_each_strip<Scalar>(first_column, columns, [&](Index column, Index packets, Index width) {
-      Strip<Scalar> strip = make_strip(k, count, column, packets, width, buffer);
-      const Scalar* initial = from == Start::bias ? bias + column : nullptr;
-      for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
-        Left<Scalar> left;
-        Scalar* to[to_size(tile_rows)];
-        for (Index r = 0; r < rows; ++r) {
-          left.row[r] = a.row(first + r) + k;
-          to[r] = c.row(first + r) + column;
-        }
-        if (strip.in_place) {
-          multiply_tile<true>(rows, packets, width, left, strip.panel, count, from, initial, to,
-                              {buffer, strip.next});
-          strip = {{buffer, packets * size}, false, nullptr};
-        } else {
-          multiply_tile<false>(rows, packets, width, left, strip.panel, count, from, initial, to);
-        }
-      });
-      if (k + block_depth >= depth) finish(column, width);
+      const Strip next{k, std::min(panel_depth, depth - k), column, packets, width};
+      if (pending) {
+        run(strip, &next);
+      } else {
+        right.copy(next, 0, next.depth, panel);
+      }
+      strip = next;
+      pending = true;
     });
   }
+  if (pending) run(strip, nullptr);
 }
 
 /// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
@@ -172,24 +235,8 @@ template <class Scalar, class Finish = Nothing>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                  const Finish& finish = {}) {
-  constexpr Index size = packet_size<Scalar>;
   if (a.count() == 0) return;
-  // Few rows wait for B to come from memory, and it comes fastest when whole rows of it are read;
-  // many rows calculate, and do that fastest when tiles are deep.
-  const Index depth = a.count() <= 8 ? 16 : a.count() <= 32 ? 32 : panel_depth;
-  const Index stride = b.outerStride();
-  const auto strip = [&](Index k, Index count, Index column, Index packets, Index width,
-                         Scalar* buffer) -> Strip<Scalar> {
-    const Scalar* from = b.data() + k * stride + column;
-    if (width < packets * size) {
-      const auto row_at = [&](Index i) { return from + i * stride; };
-      return {copy_panel(count, width, row_at, buffer), false, nullptr};
-    }
-    const bool last = column + width >= first_column + columns;
-    return {{from, stride}, true, last ? b.data() + (k + count) * stride + first_column
-                                       : from + width};
-  };
-  multiply_rows(a, first_column, columns, depth, strip, start, bias, c, finish);
+  multiply_rows(a, Straight<Scalar>{b}, first_column, columns, start, bias, c, finish);
 }
 
 /// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
@@ -223,7 +270,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         for (Index r = 0; r < rows; ++r) to[r][i] = held[r];
       }
       const Start from = from_zero ? Start::zero : Start::accumulate;
-      multiply_tile<false>(rows, packets, packets * size, left, right, count, from,
+      multiply_tile(rows, packets, packets * size, left, right, count, from,
                            static_cast<const Scalar*>(nullptr), to);
       for (Index i = 0; i < a.count(); ++i) {
         Scalar* result = c.row(i) + first_column + first;
@@ -244,14 +291,12 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
   if (a.count() <= 2 * packet_size<Scalar>) {
     return multiply_few_nt(a, b, first_column, columns, start, c, finish);
   }
-  const auto strip = [&](Index k, Index count, Index column, Index, Index width,
-                         Scalar* buffer) -> Strip<Scalar> {
-    const auto row_at = [&](Index i) { return b.data() + (column + i) * b.outerStride() + k; };
-    return {transpose_panel(count, width, row_at, buffer), false, nullptr};
-  };
   const Scalar* no_bias = nullptr;
-  multiply_rows(a, first_column, columns, panel_depth, strip, start, no_bias, c, finish);
+  multiply_rows(a, Transposed<Scalar>{b}, first_column, columns, start, no_bias, c, finish);
 }
+
+/// How many pairs of rows multiply_tn adds at once.
+inline constexpr Index pairs_depth = 128;
 
 /// Rows [first_row, first_row + rows) and some columns of C += Aᵀ·B, the rows of A and B going in
 /// pairs. The columns are those of a panel: packets of all its strips stay in the second-level
@@ -261,10 +306,10 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
                  Index rows, Index first_column, Index columns, MatrixView<Scalar> c) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index wide = 2 * panel_columns<Scalar>;
-  alignas(64) Scalar panels[to_size(panel_depth * wide)];
-  Scalar columns_of_a[to_size(panel_depth * tile_rows)];
-  for (Index k = 0; k < a.count(); k += panel_depth) {
-    const Index depth = std::min(panel_depth, a.count() - k);
+  alignas(64) Scalar panels[to_size(pairs_depth * wide)];
+  Scalar columns_of_a[to_size(pairs_depth * tile_rows)];
+  for (Index k = 0; k < a.count(); k += pairs_depth) {
+    const Index depth = std::min(pairs_depth, a.count() - k);
     for (Index column = first_column; column < first_column + columns; column += wide) {
       const Index width = std::min(wide, first_column + columns - column);
       for_each_strip<Scalar>(0, width, [&](Index start, Index, Index strip_width) {
@@ -284,9 +329,12 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
           for (Index r = 0; r < count; ++r) {
             to[r] = row_data(c, first_row + first + r) + column + start;
           }
-          multiply_tile<false>(count, packets, strip_width, left,
+          // The same columns of the tile below, which are far away in memory.
+          const Index below = std::min(tile_rows, rows - first - count);
+          const Ahead<Scalar> ahead{to[0] + count * c.outerStride(), c.outerStride(), below};
+          multiply_tile(count, packets, strip_width, left,
                                Panel<Scalar>{panels + start * depth, packets * size}, depth,
-                               Start::accumulate, static_cast<const Scalar*>(nullptr), to);
+                               Start::accumulate, static_cast<const Scalar*>(nullptr), to, ahead);
         });
       });
     }

@@ -77,25 +77,26 @@ struct Panel {
   Index stride;
 };
 
-/// What the first tile of a column of tiles does on its way, at no cost beside its arithmetic: it
-/// copies the rows of `right` next to each other for the tiles below, and asks for the rows that
-/// the next column will want, since they come in short pieces at a long stride, which the
-/// processor does not foresee.
+/// Memory that will be wanted soon: two cache lines at each of `count` places. A tile asks for some
+/// of them every few steps, so that they come while it calculates; the processor does not foresee
+/// them itself, since they are short pieces at a long stride.
 template <class Scalar>
 struct Ahead {
-  Scalar* copy;
-  const Scalar* next;
+  const Scalar* place = nullptr;
+  Index stride = 0;
+  Index count = 0;
+  Index each = 4;  ///< places at a time
 };
 
-/// One tile. start is of zero, of a bias (V packets), or of what C holds. `ahead` is used if
-/// `leads`.
-template <Index R, Index V, bool leads, class Scalar>
+/// One tile, whose start is zero, a bias (V packets), or what C holds.
+template <Index R, Index V, class Scalar>
 #if defined(__GNUC__)
 [[gnu::noinline]]  // else its registers mix with those of the loops around it
 #endif
 void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, Start start,
-                   const Scalar* bias, Scalar* const* c, [[maybe_unused]] Ahead<Scalar> ahead) {
+                   const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead) {
   constexpr Index size = packet_size<Scalar>;
+  constexpr Index stretch = 16;  // steps between looks ahead
   // Pointers in variables of their own are registers; through `left` they would be loaded anew.
   const Scalar* row[to_size(R)];
   unroll<R>([&](auto r) { row[r] = left.row[r]; });
@@ -109,39 +110,40 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
     unroll<R>([&](auto r) { unroll<V>([&](auto v) { sum[r][v] = broadcast(Scalar{0}); }); });
   }
   const Scalar* b = right.data;
-  for (Index k = 0; k < depth * step; k += step, b += right.stride) {
-    Packet<Scalar> packet[to_size(V)];
-    unroll<V>([&](auto v) {
-      packet[v] = load(b + v * size);
-      EIGEN_OPTIMIZATION_BARRIER(packet[v]);  // else GCC loads it anew for every row
-    });
-    if constexpr (leads) {
-      constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
-      constexpr Index lines = (V * size + line - 1) / line;
-      unroll<V>([&](auto v) { store(ahead.copy + v * size, packet[v]); });
-      unroll<lines>([&](auto i) { prefetch(ahead.next + i * line); });
-      ahead.copy += V * size;
-      ahead.next += right.stride;
+  Index at = 0;
+  for (Index k = 0; k < depth; k += stretch) {
+    for (Index i = 0; i < ahead.each && ahead.count > 0; ++i, --ahead.count) {
+      prefetch(ahead.place);
+      prefetch(ahead.place + 64 / sizeof(Scalar));
+      ahead.place += ahead.stride;
     }
-    unroll<R>([&](auto r) {
-      const Packet<Scalar> a = broadcast(row[r][k]);
-      unroll<V>([&](auto v) { sum[r][v] = Eigen::internal::pmadd(a, packet[v], sum[r][v]); });
-    });
+    const Index end = std::min(depth, k + stretch) * step;
+    for (; at < end; at += step, b += right.stride) {
+      Packet<Scalar> packet[to_size(V)];
+      unroll<V>([&](auto v) {
+        packet[v] = load(b + v * size);
+        EIGEN_OPTIMIZATION_BARRIER(packet[v]);  // else GCC loads it anew for every row
+      });
+      unroll<R>([&](auto r) {
+        const Packet<Scalar> a = broadcast(row[r][at]);
+        unroll<V>([&](auto v) { sum[r][v] = Eigen::internal::pmadd(a, packet[v], sum[r][v]); });
+      });
+    }
   }
   unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(c[r] + v * size, sum[r][v]); }); });
 }
 
 /// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
 /// of whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
-template <bool leads, class Scalar>
+template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Scalar* bias,
                    Scalar* const* c, Ahead<Scalar> ahead = {}) {
   const auto run = [&](Start from, const Scalar* initial, Scalar* const* to) {
     with_constant<tile_packets>(packets, [&](auto V) {
-      constexpr Index highest = V == 1 && !leads ? max_tile_rows : tile_rows;
+      constexpr Index highest = V == 1 ? max_tile_rows : tile_rows;
       with_constant<highest>(rows, [&](auto R) {
-        multiply_tile<R, V, leads>(left, right, depth, from, initial, to, ahead);
+        multiply_tile<R, V>(left, right, depth, from, initial, to, ahead);
       });
     });
   };

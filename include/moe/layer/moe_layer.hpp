@@ -247,6 +247,9 @@ class MoELayer {
   void run_experts_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     const MatrixRef<Scalar> x(tape.x);
     for_each_group(tape, [&] {
+      for (const Slice& slice : tape.slices) {
+        detail::mark_gradients(experts_[detail::to_size(slice.expert)]);
+      }
       // A plain network adds to its gradients in the first half, so its rows stay together.
       plan_runs(tape, Expert::fused);
       perform(tape, [&](const Task& task, Scratch& scratch) {
@@ -291,6 +294,7 @@ class MoELayer {
     tape.group.resize(rows, width);
     detail::resize(tape.row_dweight, rows);
     tape.slices.reserve(detail::to_size(rows));
+    tape.tasks.reserve(detail::to_size(most_tasks(rows)));
     if (static_cast<Index>(tape.scratch.size()) < workers) detail::resize(tape.scratch, workers);
     for (Scratch& scratch : tape.scratch) experts_.front().reserve(scratch);
 
@@ -335,7 +339,8 @@ class MoELayer {
   template <class F>
   static void cut(Index count, Index pieces, Index unit, F&& f) {
     const Index units = (count + unit - 1) / unit;
-    const Index size = (units + pieces - 1) / std::max<Index>(1, std::min(pieces, units)) * unit;
+    const Index parts = std::max<Index>(1, std::min(pieces, units));
+    const Index size = (units + parts - 1) / parts * unit;
     for (Index first = 0; first < count; first += size) {
       f(Range{first, std::min(size, count - first)});
     }
@@ -376,6 +381,10 @@ class MoELayer {
           64, [&](Range rows) { tape.tasks.push_back({Task::add_gradients, i, rows, {}}); });
     }
   }
+
+  /// At most so many tasks come from a group: each kind makes one of every slice and for rows of it,
+  /// and its share of the pieces, rounded up.
+  Index most_tasks(Index rows) const { return 4 * rows + 32 * worker_count() + 32; }
 
   const Expert& expert_of(const Tape& tape, const Task& task) const {
     return experts_[detail::to_size(tape.slices[detail::to_size(task.block)].expert)];
