@@ -230,12 +230,54 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
   if (pending) run(strip, nullptr);
 }
 
+/// The form nn for few rows, which wait for B to come from memory. It comes fastest when some rows
+/// of it are read side by side from one end to the other, so the depth goes in small steps; a panel
+/// is copied only where a second tile reads it too.
+template <class Scalar, class Finish>
+void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
+                     Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
+                     const Finish& finish) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index block_depth = 16;
+  alignas(64) Scalar buffer[to_size(block_depth * tile_columns<Scalar>)];
+  const Straight<Scalar> right{b};
+  const Index depth = a.width();
+  for (Index k = 0; k == 0 || k < depth; k += block_depth) {
+    const Index count = std::min(block_depth, depth - k);
+    const Start from = k == 0 ? start : Start::accumulate;
+    for_each_strip<Scalar>(first_column, columns, [&](Index column, Index packets, Index width) {
+      const Strip strip{k, count, column, packets, width};
+      Panel<Scalar> panel{right.row(k, column), b.outerStride()};
+      if (a.count() > tile_rows || width < packets * size) {
+        right.copy(strip, 0, count, buffer);
+        panel = {buffer, packets * size};
+      }
+      Ahead<Scalar> ahead{right.row(k, column + width), b.outerStride(), count, 8};
+      for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
+        Left<Scalar> left;
+        Scalar* to[to_size(tile_rows)];
+        for (Index r = 0; r < rows; ++r) {
+          left.row[r] = a.row(first + r) + k;
+          to[r] = c.row(first + r) + column;
+        }
+        multiply_tile(rows, packets, width, left, panel, count, from,
+                      from == Start::bias ? bias + column : nullptr, to, ahead);
+        ahead.count = 0;
+      });
+      if (k + block_depth >= depth) finish(column, width);
+    });
+  }
+}
+
 /// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
 template <class Scalar, class Finish = Nothing>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                  const Finish& finish = {}) {
   if (a.count() == 0) return;
+  if (a.count() <= 2 * tile_rows) {
+    return multiply_few_nn(a, b, first_column, columns, start, bias, c, finish);
+  }
   multiply_rows(a, Straight<Scalar>{b}, first_column, columns, start, bias, c, finish);
 }
 

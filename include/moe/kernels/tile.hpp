@@ -85,7 +85,7 @@ struct Ahead {
   const Scalar* place = nullptr;
   Index stride = 0;
   Index count = 0;
-  Index each = 4;  ///< places at a time
+  Index each = 2;  ///< places at a time
 };
 
 /// One tile, whose start is zero, a bias (V packets), or what C holds.
@@ -96,7 +96,7 @@ template <Index R, Index V, class Scalar>
 void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, Start start,
                    const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead) {
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index stretch = 16;  // steps between looks ahead
+  constexpr Index stretch = 8;  // steps between looks ahead
   // Pointers in variables of their own are registers; through `left` they would be loaded anew.
   const Scalar* row[to_size(R)];
   unroll<R>([&](auto r) { row[r] = left.row[r]; });
