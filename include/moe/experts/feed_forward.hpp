@@ -270,15 +270,16 @@ class FeedForward {
     detail::with_activation<Scalar>(config_.activation, [&](auto act) {
       for_each_row(block, column, [&](Index i, auto at) {
         const P w = detail::broadcast(block.weight[i]);
-        detail::map(
-            width, at(hidden), [=](const P& v) { return act.value(v); }, at(pre));
-        add_part(block, i, column, detail::dot(width, at(dpre), at(hidden)));
-        detail::map(
-            width, at(hidden), [=](const P& a) { return pmul(w, a); }, at(hidden));
-        detail::map(
-            width, at(dpre),
-            [=](const P& u, const P& v) { return pmul(pmul(w, u), act.derivative(v)); }, at(dpre),
-            at(pre));
+        P part = detail::broadcast(Scalar{0});
+        detail::for_each_packet<Scalar>(width, [&](auto place) {
+          const P v = place.load(at(pre));
+          const P u = place.load(at(dpre));
+          const P a = act.value(v);
+          part = pmadd(u, a, part);
+          place.store(at(hidden), pmul(w, a));
+          place.store(at(dpre), pmul(pmul(w, u), act.derivative(v)));
+        });
+        add_part(block, i, column, predux(part));
       });
     });
   }
@@ -310,22 +311,18 @@ class FeedForward {
     detail::with_activation<Scalar>(config_.activation, [&](auto act) {
       for_each_row(block, column, [&](Index i, auto at) {
         const P w = detail::broadcast(block.weight[i]);
-        detail::map(
-            width, at(hidden), [=](const P& v, const P& l) { return pmul(act.value(v), l); },
-            at(pre), at(pre, 1));
-        add_part(block, i, column, detail::dot(width, at(dpre, 1), at(hidden)));
-        detail::map(
-            width, at(hidden), [=](const P& a) { return pmul(w, a); }, at(hidden));
-        detail::map(
-            width, at(dpre),
-            [=](const P& u, const P& v, const P& l) {
-              return pmul(pmul(pmul(w, u), l), act.derivative(v));
-            },
-            at(dpre, 1), at(pre), at(pre, 1));
-        detail::map(
-            width, at(dpre, 1),
-            [=](const P& u, const P& v) { return pmul(pmul(w, u), act.value(v)); }, at(dpre, 1),
-            at(pre));
+        P part = detail::broadcast(Scalar{0});
+        detail::for_each_packet<Scalar>(width, [&](auto place) {
+          const P v = place.load(at(pre));
+          const P l = place.load(at(pre, 1));
+          const P u = place.load(at(dpre, 1));
+          const P a = act.value(v);
+          part = pmadd(u, pmul(a, l), part);
+          place.store(at(hidden), pmul(w, pmul(a, l)));
+          place.store(at(dpre), pmul(pmul(pmul(w, u), l), act.derivative(v)));
+          place.store(at(dpre, 1), pmul(pmul(w, u), a));
+        });
+        add_part(block, i, column, predux(part));
       });
     });
   }

@@ -361,7 +361,12 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
       for_each_tile(rows, tile_rows, [&](Index first, Index count) {
         for (Index i = 0; i < depth; ++i) {
           const Scalar* from = a.row(k + i) + first_row + first;
-          for (Index r = 0; r < count; ++r) columns_of_a[i * count + r] = from[r];
+          Scalar* to = columns_of_a + i * count;
+          if (count == tile_rows) {  // a constant number is one or two moves
+            std::copy_n(from, tile_rows, to);
+          } else {
+            std::copy_n(from, count, to);
+          }
         }
         Left<Scalar> left;
         left.step = count;
