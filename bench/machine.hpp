@@ -206,8 +206,8 @@ double multiply_add_peak(Index threads) {
 /// next to each other, with and without prefetching, in small pages and large ones.
 inline double read_bandwidth(Index threads) {
   static std::map<Index, double> known;
-  double& best = known[threads];
-  if (best > 0) return best;
+  if (known.contains(threads)) return known[threads];
+  double best = threads > 1 ? read_bandwidth(1) : 0;
   use_threads(threads);
   for (const bool large_pages : {false, true}) {
     const detail::Buffer buffer(large_pages);
@@ -220,6 +220,7 @@ inline double read_bandwidth(Index threads) {
       }
     }
   }
+  known[threads] = best;
   return best;
 }
 
