@@ -42,6 +42,10 @@ inline constexpr Index panel_depth =
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
 
+/// How many rows of B multiply_few_nn reads side by side. The processor follows so many streams, and
+/// more would not fit into one set of the first-level cache where rows are a power of two apart.
+inline constexpr Index few_steps = 8;
+
 struct Nothing {
   void operator()(Index, Index) const {}
 };
@@ -230,43 +234,97 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
   if (pending) run(strip, nullptr);
 }
 
+/// R rows of C, `columns` of them, += left[r][k]·right[k, :] for k below `steps`: the rows of `right`
+/// are read side by side from one end to the other.
+template <Index R, class Scalar>
+void multiply_stream(const Scalar* const* left, const Scalar* right, Index right_stride, Index steps,
+                     Index columns, Scalar* const* c) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
+  constexpr Index ahead = 4 * line;
+  const Scalar* a[to_size(R)];
+  Scalar* out[to_size(R)];
+  unroll<R>([&](auto r) {
+    a[r] = left[r];
+    out[r] = c[r];
+  });
+  const auto add = [&](Index column, auto V) {
+    Packet<Scalar> sum[to_size(R)][to_size(V)];
+    unroll<R>([&](auto r) {
+      unroll<V>([&](auto v) { sum[r][v] = load(out[r] + column + v * size); });
+    });
+    const Scalar* b = right + column;
+    for (Index k = 0; k < steps; ++k, b += right_stride) {
+      prefetch(b + ahead);
+      prefetch(b + ahead + line);
+      Packet<Scalar> packet[to_size(V)];
+      unroll<V>([&](auto v) {
+        packet[v] = load(b + v * size);
+        EIGEN_OPTIMIZATION_BARRIER(packet[v]);
+      });
+      unroll<R>([&](auto r) {
+        const Packet<Scalar> value = broadcast(a[r][k]);
+        unroll<V>([&](auto v) { sum[r][v] = Eigen::internal::pmadd(value, packet[v], sum[r][v]); });
+      });
+    }
+    unroll<R>([&](auto r) {
+      unroll<V>([&](auto v) { store(out[r] + column + v * size, sum[r][v]); });
+    });
+  };
+  Index column = 0;
+  for (; column + 3 * size <= columns; column += 3 * size) {
+    add(column, std::integral_constant<Index, 3>{});
+  }
+  for (; column + size <= columns; column += size) add(column, std::integral_constant<Index, 1>{});
+  for (; column < columns; ++column) {
+    unroll<R>([&](auto r) {
+      Packet<Scalar> sum = broadcast(out[r][column]);
+      for (Index k = 0; k < steps; ++k) {
+        sum = Eigen::internal::pmadd(broadcast(a[r][k]),
+                                     broadcast(right[k * right_stride + column]), sum);
+      }
+      out[r][column] = Eigen::internal::pfirst(sum);
+    });
+  }
+}
+
 /// The form nn for few rows, which wait for B to come from memory. It comes fastest when some rows
-/// of it are read side by side from one end to the other, so the depth goes in small steps; a panel
-/// is copied only where a second tile reads it too.
+/// of it are read side by side from one end to the other, as the processor foresees, so the depth
+/// goes in small steps and C, which is small, is read and written at each.
 template <class Scalar, class Finish>
 void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                      Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                      const Finish& finish) {
-  constexpr Index size = packet_size<Scalar>;
-  constexpr Index block_depth = 16;
-  alignas(64) Scalar buffer[to_size(block_depth * tile_columns<Scalar>)];
-  const Straight<Scalar> right{b};
+  for (Index i = 0; i < c.count() && start != Start::accumulate; ++i) {
+    Scalar* row = c.row(i) + first_column;
+    if (start == Start::bias) {
+      std::copy_n(bias + first_column, columns, row);
+    } else {
+      std::fill_n(row, columns, Scalar{0});
+    }
+  }
   const Index depth = a.width();
-  for (Index k = 0; k == 0 || k < depth; k += block_depth) {
-    const Index count = std::min(block_depth, depth - k);
-    const Start from = k == 0 ? start : Start::accumulate;
-    for_each_strip<Scalar>(first_column, columns, [&](Index column, Index packets, Index width) {
-      const Strip strip{k, count, column, packets, width};
-      Panel<Scalar> panel{right.row(k, column), b.outerStride()};
-      if (a.count() > tile_rows || width < packets * size) {
-        right.copy(strip, 0, count, buffer);
-        panel = {buffer, packets * size};
-      }
-      Ahead<Scalar> ahead{right.row(k, column + width), b.outerStride(), count, 8};
+  for (Index k = 0; k < depth; k += few_steps) {
+    // Slices of columns so short that C stays in the first-level cache for a second tile.
+    const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
+    for (Index column = 0; column < columns; column += slice) {
       for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
-        Left<Scalar> left;
+        const Scalar* left[to_size(tile_rows)];
         Scalar* to[to_size(tile_rows)];
         for (Index r = 0; r < rows; ++r) {
-          left.row[r] = a.row(first + r) + k;
-          to[r] = c.row(first + r) + column;
+          left[r] = a.row(first + r) + k;
+          to[r] = c.row(first + r) + first_column + column;
         }
-        multiply_tile(rows, packets, width, left, panel, count, from,
-                      from == Start::bias ? bias + column : nullptr, to, ahead);
-        ahead.count = 0;
+        with_constant<tile_rows>(rows, [&](auto R) {
+          multiply_stream<R>(left, b.data() + k * b.outerStride() + first_column + column,
+                             b.outerStride(), std::min(few_steps, depth - k),
+                             std::min(slice, columns - column), to);
+        });
       });
-      if (k + block_depth >= depth) finish(column, width);
-    });
+    }
   }
+  for_each_strip<Scalar>(first_column, columns,
+                         [&](Index column, Index, Index width) { finish(column, width); });
 }
 
 /// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
