@@ -34,10 +34,10 @@ namespace moe::detail {
 template <class Scalar>
 inline constexpr Index panel_columns = 4 * tile_columns<Scalar>;
 
-/// How far the rows of a panel reach along the depth, at most: two panels of 3 packets are then 24
-/// KiB, which leaves room in the first-level cache.
+/// How far the rows of a panel reach along the depth, at most: a panel of 3 packets is then 24 KiB,
+/// which leaves room in the first-level cache. Deeper ones would read and write C less often.
 inline constexpr Index panel_depth =
-    (Index{12} << 10) / static_cast<Index>(tile_packets * sizeof(Packet<float>));
+    (Index{24} << 10) / static_cast<Index>(tile_packets * sizeof(Packet<float>));
 
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
@@ -89,6 +89,14 @@ template <class Scalar, class RowAt>
 Panel<Scalar> copy_panel(Index depth, Index width, const RowAt& row_at, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
   const Index stride = (width + size - 1) / size * size;
+  if (width == tile_columns<Scalar>) {  // nearly always, and then without loops inside
+    for (Index k = 0; k < depth; ++k) {
+      const Scalar* from = row_at(k);
+      Scalar* to = buffer + k * stride;
+      unroll<tile_packets>([&](auto v) { store(to + v * size, load(from + v * size)); });
+    }
+    return {buffer, stride};
+  }
   for (Index k = 0; k < depth; ++k) {
     const Scalar* from = row_at(k);
     Scalar* to = buffer + k * stride;
