@@ -1,6 +1,8 @@
-/// How near the processor's limit is the whole layer, forward and backward?
+/// How near the machine's limit is the whole layer, as the experts get more tokens?
+///
+/// MoELayer with NoisyTopKGate, one core; slices vary as a fresh gate's do, S/E tokens on average.
 
-#include "machine.hpp"
+#include "measure.hpp"
 
 namespace {
 
@@ -9,64 +11,69 @@ using bench::Index;
 template <class Scalar>
 using Layer = moe::MoELayer<moe::Expert<moe::FeedForward, Scalar>>;
 
-template <class Scalar>
-Layer<Scalar> make_layer(const benchmark::State& state) {
-  return Layer<Scalar>({.width = state.range(1),
-                        .expert = {.hidden = state.range(2)},
-                        .gate = {.experts = state.range(3), .active = state.range(4)},
-                        .seed = 1});
+bench::Shape shape_of(const benchmark::State& state) {
+  constexpr Index active = 2;
+  const Index experts = state.range(3);
+  return {.tokens = state.range(0) * experts / active,
+          .width = state.range(1),
+          .hidden = state.range(2),
+          .experts = experts,
+          .active = active};
 }
 
-/// Of the forward pass: the gate's two products and the experts'; backward does twice as much.
-double operations(const benchmark::State& state) {
-  const Index gate = 2 * state.range(3);
-  const Index experts = 2 * state.range(2) * state.range(4);
-  return static_cast<double>(2 * state.range(0) * state.range(1) * (gate + experts));
+template <class Scalar>
+Layer<Scalar> make_layer(const bench::Shape& shape) {
+  return Layer<Scalar>({.width = shape.width,
+                        .expert = {.hidden = shape.hidden},
+                        .gate = {.experts = shape.experts, .active = shape.active},
+                        .seed = 1});
 }
 
 template <class Scalar>
 void forward(benchmark::State& state) {
-  bench::use_threads(state.range(5));
-  const Layer<Scalar> layer = make_layer<Scalar>(state);
-  const auto x = bench::random_matrix<Scalar>(state.range(0), state.range(1), 1);
+  bench::use_threads(1);
+  const bench::Shape shape = shape_of(state);
+  const Layer<Scalar> layer = make_layer<Scalar>(shape);
+  const auto x = bench::random_matrix<Scalar>(shape.tokens, shape.width, 1);
   typename Layer<Scalar>::Tape tape;
-  for (auto _ : state) benchmark::DoNotOptimize(layer.forward(x, tape).data());
-  bench::report<Scalar>(state, x.rows(), operations(state), state.range(5));
+  const double seconds = bench::best_seconds([&] { layer.forward(x, tape); });
+  const Index used = bench::used_experts(tape.routing);
+  bench::report<Scalar>(state, seconds, bench::forward_work<Scalar>(shape, used), 1);
 }
 
+/// Gradients are added to what is there, as the contract of backward() says.
 template <class Scalar>
-void step(benchmark::State& state) {
-  bench::use_threads(state.range(5));
-  Layer<Scalar> layer = make_layer<Scalar>(state);
-  const auto x = bench::random_matrix<Scalar>(state.range(0), state.range(1), 1);
-  const auto dy = bench::random_matrix<Scalar>(state.range(0), state.range(1), 2);
+void forward_backward(benchmark::State& state) {
+  bench::use_threads(1);
+  const bench::Shape shape = shape_of(state);
+  Layer<Scalar> layer = make_layer<Scalar>(shape);
+  const auto x = bench::random_matrix<Scalar>(shape.tokens, shape.width, 1);
+  const auto dy = bench::random_matrix<Scalar>(shape.tokens, shape.width, 2);
   typename Layer<Scalar>::Tape tape;
-  for (auto _ : state) {
+  const double seconds = bench::best_seconds([&] {
     layer.forward(x, tape);
-    benchmark::DoNotOptimize(layer.backward(dy, tape).data());
-  }
-  bench::report<Scalar>(state, x.rows(), 3 * operations(state), state.range(5));
+    layer.backward(dy, tape);
+  });
+  const Index used = bench::used_experts(tape.routing);
+  bench::report<Scalar>(state, seconds, bench::step_work<Scalar>(shape, used), 1);
 }
 
-/// Tokens an expert from 4 to 512, weights inside the caches and beyond them, one core and all.
+/// The first shape fits into most caches (8 MiB of weights), the others into none (64 to 256 MiB).
 void grid(benchmark::internal::Benchmark* b) {
-  b->ArgNames({"T", "D", "H", "E", "K", "threads"})->Unit(benchmark::kMillisecond)->UseRealTime();
-  b->Args({2048, 128, 256, 64, 4, 1});
-  b->Args({1024, 256, 512, 256, 4, 1});
-  b->Args({128, 512, 2048, 64, 2, 1});
-  b->Args({1024, 512, 2048, 8, 2, 1});
-  b->Args({1024, 512, 2048, 64, 2, 1});
-  b->Args({2048, 512, 2048, 8, 2, 1});
-  const Index all = moe::worker_count();
-  if (all > 1) b->Args({2048, 128, 256, 64, 4, all})->Args({1024, 512, 2048, 64, 2, all});
+  bench::row(b)->ArgNames({"tokens", "D", "H", "E"});
+  for (const Index tokens : {4, 8, 32, 128}) b->Args({tokens, 256, 512, 8});
+  for (const Index tokens : {4, 8, 32, 128, 512}) b->Args({tokens, 512, 2048, 8});
+  for (const Index tokens : {4, 8, 32, 128}) b->Args({tokens, 512, 1024, 64});
+  for (const Index tokens : {4, 8, 32, 128}) b->Args({tokens, 1024, 4096, 8});
+  for (const Index tokens : {4, 8, 32, 128}) b->Args({tokens, 256, 512, 256});
 }
-void small_grid(benchmark::internal::Benchmark* b) {
-  b->ArgNames({"T", "D", "H", "E", "K", "threads"})->Unit(benchmark::kMillisecond)->UseRealTime();
-  b->Args({1024, 256, 512, 64, 4, 1});
+void double_grid(benchmark::internal::Benchmark* b) {
+  bench::row(b)->ArgNames({"tokens", "D", "H", "E"});
+  for (const Index tokens : {4, 8, 32, 128}) b->Args({tokens, 512, 1024, 16});
 }
 BENCHMARK(forward<float>)->Apply(grid);
-BENCHMARK(step<float>)->Apply(grid);
-BENCHMARK(forward<double>)->Apply(small_grid);
-BENCHMARK(step<double>)->Apply(small_grid);
+BENCHMARK(forward_backward<float>)->Apply(grid);
+BENCHMARK(forward<double>)->Apply(double_grid);
+BENCHMARK(forward_backward<double>)->Apply(double_grid);
 
 }  // namespace

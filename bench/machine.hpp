@@ -3,55 +3,40 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
-#include <chrono>
-
-#include <moe/kernels/gemm.hpp>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <memory>
 #include <moe/moe.hpp>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "clock.hpp"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 /// \file
-/// What this machine can do, measured in the same run as everything that is compared with it.
+/// What this machine can do, measured in the same run as everything that is compared with it. Every
+/// figure is the best of several tries, since other programs only ever make it slower.
+
+// A packet as a template argument loses its alignment attribute, which is harmless here.
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
 
 namespace bench {
 
 using moe::Index;
-
-inline double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-/// Operations a second of a chain of multiply-adds in registers, one attempt. Not inlined, because
-/// the compiler takes what initialises a static variable for cold and makes it small, not fast.
-template <class Scalar>
-[[gnu::noinline]] double try_multiply_adds(Scalar factor) {
-  using namespace moe::detail;
-  constexpr Index chains = 12;  // enough to hide the latency of one
-  constexpr Index rounds = 400000;
-  Packet<Scalar> sum[chains];
-  unroll<chains>([&](auto i) { sum[i] = broadcast(static_cast<Scalar>(i)); });
-  const Packet<Scalar> a = broadcast(factor);
-  const double start = seconds_now();
-  for (Index round = 0; round < rounds; ++round) {
-    unroll<chains>([&](auto i) { sum[i] = Eigen::internal::pmadd(sum[i], a, a); });
-  }
-  Packet<Scalar> total = sum[0];
-  unroll<chains>([&](auto i) { total = Eigen::internal::padd(total, sum[i]); });
-  Scalar result = Eigen::internal::predux(total);
-  benchmark::DoNotOptimize(result);
-  const double seconds = seconds_now() - start;
-  return static_cast<double>(2 * chains * rounds * packet_size<Scalar>) / seconds;
-}
-
-/// What one core can do at most: the best of several tries, since other programs only ever make it
-/// slower.
-template <class Scalar>
-double multiply_add_peak() {
-  static const double peak = [] {
-    double best = 0;
-    for (int i = 0; i < 20; ++i) best = std::max(best, try_multiply_adds(static_cast<Scalar>(0.5)));
-    return best;
-  }();
-  return peak;
-}
 
 /// Runs the rest of a benchmark on so many threads.
 inline void use_threads([[maybe_unused]] Index threads) {
@@ -60,18 +45,194 @@ inline void use_threads([[maybe_unused]] Index threads) {
 #endif
 }
 
-/// Tokens a second, GFLOP/s, and the share of the multiply-add peak of the cores in use.
+inline Index all_cores() {
+#ifdef _OPENMP
+  return omp_get_num_procs();
+#else
+  return 1;
+#endif
+}
+
+/// Bytes of the last-level cache. Where the sources differ, the smallest: in a virtual machine one
+/// of them may name what is shared with machines that are not ours.
+inline double last_level_cache() {
+  static const double bytes = [] {
+    double smallest = 0;
+    const auto consider = [&](double found) {
+      if (found > 0 && (smallest == 0 || found < smallest)) smallest = found;
+    };
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    const long level3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    consider(static_cast<double>(level3 > 0 ? level3 : sysconf(_SC_LEVEL2_CACHE_SIZE)));
+#endif
+    // "32768K" in the folder of each cache; the last one is the outermost.
+    double outermost = 0;
+    for (int i = 0; i < 8; ++i) {
+      std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/size");
+      double size = 0;
+      char unit = ' ';
+      if (!(file >> size >> unit)) break;
+      const double scale = unit == 'M' ? 1048576 : unit == 'K' ? 1024 : 1;
+      outermost = std::max(outermost, size * scale);
+    }
+    consider(outermost);
+    return smallest > 0 ? smallest : 32.0 * 1048576;
+  }();
+  return bytes;
+}
+
+namespace detail {
+
 template <class Scalar>
-void report(benchmark::State& state, Index tokens, double operations, Index threads) {
-  using benchmark::Counter;
-  const auto iterations = static_cast<double>(state.iterations());
-  state.counters["tokens/s"] =
-      Counter(iterations * static_cast<double>(tokens), Counter::kIsRate);
-  if (operations == 0) return;
-  state.counters["GFLOP/s"] = Counter(iterations * operations * 1e-9, Counter::kIsRate);
-  state.counters["peak_fraction"] =
-      Counter(iterations * operations / (multiply_add_peak<Scalar>() * static_cast<double>(threads)),
-              Counter::kIsRate);
+using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
+
+template <Index... i, class F>
+EIGEN_ALWAYS_INLINE void unroll(std::integer_sequence<Index, i...>, F&& f) {
+  (f(std::integral_constant<Index, i>{}), ...);
+}
+template <Index N, class F>
+EIGEN_ALWAYS_INLINE void unroll(F&& f) {
+  unroll(std::make_integer_sequence<Index, N>{}, f);
+}
+
+/// Operations a second of multiply-adds in registers. Not inlined, because the compiler takes what
+/// initialises a static variable for cold and makes it small, not fast.
+template <class Scalar>
+[[gnu::noinline]] double try_multiply_adds(Scalar factor) {
+  using namespace Eigen::internal;
+  constexpr Index size = unpacket_traits<Packet<Scalar>>::size;
+  constexpr Index chains = 12;  // enough to hide the latency of one
+  constexpr Index rounds = 400000;
+  Packet<Scalar> sum[chains];
+  unroll<chains>([&](auto i) { sum[i] = pset1<Packet<Scalar>>(static_cast<Scalar>(i)); });
+  const Packet<Scalar> a = pset1<Packet<Scalar>>(factor);
+  const double start = seconds_now();
+  for (Index round = 0; round < rounds; ++round) {
+    unroll<chains>([&](auto i) { sum[i] = pmadd(sum[i], a, a); });
+  }
+  Packet<Scalar> total = sum[0];
+  unroll<chains>([&](auto i) { total = padd(total, sum[i]); });
+  Scalar result = predux(total);
+  benchmark::DoNotOptimize(result);
+  return static_cast<double>(2 * chains * rounds * size) / (seconds_now() - start);
+}
+
+/// Memory that is read to measure the bandwidth: far larger than the cache, written once so that
+/// every page is a page of its own, in large pages where asked for and possible.
+class Buffer {
+ public:
+  explicit Buffer(bool large_pages)
+      : bytes_(static_cast<std::size_t>(std::max(8 * last_level_cache(), 256.0 * 1048576) / page +
+                                        0.5) *
+               page),
+        data_(static_cast<float*>(std::aligned_alloc(page, bytes_))) {
+    if (!data_) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    madvise(data_.get(), bytes_, large_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+#else
+    static_cast<void>(large_pages);
+#endif
+    std::fill_n(data_.get(), bytes_ / sizeof(float), 1.0f);
+  }
+  const float* data() const { return data_.get(); }
+  Index size() const { return static_cast<Index>(bytes_ / sizeof(float)); }
+
+ private:
+  static constexpr std::size_t page = std::size_t{2} << 20;
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::size_t bytes_;
+  std::unique_ptr<float, Free> data_;
+};
+
+/// Sums `count` floats as `streams` streams next to each other, asking for cache lines `ahead`
+/// floats early.
+template <Index streams>
+[[gnu::noinline]] float sum_streams(const float* data, Index count, Index ahead) {
+  using namespace Eigen::internal;
+  using P = Packet<float>;
+  constexpr Index line = 16;  // floats
+  constexpr Index size = unpacket_traits<P>::size;
+  const Index length = count / streams / line * line;
+  P sum[static_cast<std::size_t>(streams)];
+  unroll<streams>([&](auto s) { sum[s] = pset1<P>(0.0f); });
+  for (Index i = 0; i < length; i += line) {
+    unroll<streams>([&](auto s) {
+      const float* from = data + s * length + i;
+      if (ahead != 0) prefetch(from + ahead);
+      unroll<line / size>([&](auto p) { sum[s] = padd(sum[s], ploadu<P>(from + p * size)); });
+    });
+  }
+  P total = sum[0];
+  unroll<streams>([&](auto s) { total = padd(total, sum[s]); });
+  return predux(total);
+}
+
+template <Index streams>
+double try_read(const Buffer& buffer, Index threads, Index ahead) {
+  const Index part = buffer.size() / threads;
+  std::vector<float> sums(static_cast<std::size_t>(threads));
+  const double start = seconds_now();
+  moe::parallel_for(threads, [&](Index i, Index) {
+    sums[static_cast<std::size_t>(i)] = sum_streams<streams>(buffer.data() + i * part, part, ahead);
+  });
+  const double seconds = seconds_now() - start;
+  benchmark::DoNotOptimize(sums.data());
+  return static_cast<double>(part * threads) * sizeof(float) / seconds;
+}
+
+}  // namespace detail
+
+/// Floating-point operations a second that so many cores can do at most.
+template <class Scalar>
+double multiply_add_peak(Index threads) {
+  static std::map<Index, double> known;
+  const bool first = known.find(threads) == known.end();
+  double& best = known[threads];
+  // A few more tries whenever it is asked for, in case the first fell into a busy moment.
+  for (int i = 0; i < (first ? 40 : 4); ++i) {
+    std::vector<double> rates(static_cast<std::size_t>(threads));
+    use_threads(threads);
+    moe::parallel_for(threads, [&](Index t, Index) {
+      rates[static_cast<std::size_t>(t)] = detail::try_multiply_adds(static_cast<Scalar>(0.5));
+    });
+    best = std::max(best, std::accumulate(rates.begin(), rates.end(), 0.0));
+  }
+  return best;
+}
+
+/// Bytes a second that so many cores can read from memory at most: the best of several streams
+/// next to each other, with and without prefetching, in small pages and large ones.
+inline double read_bandwidth(Index threads) {
+  static std::map<Index, double> known;
+  if (known.contains(threads)) return known[threads];
+  double best = threads > 1 ? read_bandwidth(1) : 0;
+  use_threads(threads);
+  for (const bool large_pages : {false, true}) {
+    const detail::Buffer buffer(large_pages);
+    for (int i = 0; i < 4; ++i) {
+      for (const Index ahead : {0, 128, 512, 1024}) {
+        best = std::max(best, detail::try_read<1>(buffer, threads, ahead));
+        best = std::max(best, detail::try_read<2>(buffer, threads, ahead));
+        best = std::max(best, detail::try_read<4>(buffer, threads, ahead));
+        best = std::max(best, detail::try_read<8>(buffer, threads, ahead));
+      }
+    }
+  }
+  known[threads] = best;
+  return best;
+}
+
+/// Bytes of memory that are free, or 0 where that cannot be told.
+inline double free_memory() {
+  std::ifstream file("/proc/meminfo");
+  std::string word;
+  double kilobytes = 0;
+  while (file >> word) {
+    if (word == "MemAvailable:" && file >> kilobytes) return 1024 * kilobytes;
+  }
+  return 0;
 }
 
 template <class Scalar>
@@ -82,3 +243,7 @@ moe::Matrix<Scalar> random_matrix(Index rows, Index columns, std::uint64_t seed)
 }
 
 }  // namespace bench
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs what is missing of debian-packages.txt, and of the further lists given as arguments, and
-# makes sure that a build can begin.
+# Installs what is missing of debian-packages.txt and of the lists that are named besides, and makes
+# sure that a build can begin:
+#     sh cmake/install_packages.sh [LIST...]
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -10,9 +11,10 @@ fail() {
   exit 1
 }
 
+packages=$(cat "$here/debian-packages.txt" "$@")
+
 missing=''
 if command -v apt-get >/dev/null; then
-  packages=$(cat -- "$here/debian-packages.txt" "$@")
   for package in $packages; do
     # dpkg-query fails where it has never heard of the package.
     { dpkg-query -W -f='${db:Status-Status}\n' "$package" 2>/dev/null || true; } |

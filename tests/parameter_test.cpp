@@ -1,5 +1,6 @@
 #include "moe/parameter.hpp"
 
+#include <array>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -56,6 +57,30 @@ Model make_model(std::size_t blocks) {
   model.blocks.resize(blocks);
   return model;
 }
+
+/// A parameter that nobody keeps track of, one that is tracked and never marked, and one that is
+/// marked now and then.
+template <class Scalar>
+struct Kinds {
+  Kinds() {
+    detail::track_gradients(idle);
+    detail::track_gradients(busy);
+  }
+  void write_by_hand() {
+    for_each_parameter(*this, [](const ParameterName&, auto& p) { p.gradient.setOnes(); });
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("untracked", self.untracked);
+    visit("idle", self.idle);
+    visit("busy", self.busy);
+  }
+
+  Parameter<Scalar> untracked{2, 3};
+  Parameter<Scalar> idle{2, 3};
+  Parameter<Scalar> busy{2, 3};
+};
 
 template <class Module>
 std::vector<std::string> names_of(Module& module) {
@@ -161,6 +186,50 @@ TEST_CASE("parameter: zero_gradients clears every gradient and no value", "[para
     ++visited;
   });
   CHECK(visited == 17);
+}
+
+TEMPLATE_TEST_CASE("parameter: lazy zeroing passes by what is known to be zero",
+                   "[parameter][lazy]", float, double) {
+  Kinds<TestType> kinds;
+  const auto are_zero = [&] {
+    return std::array{kinds.untracked.gradient.isZero(0), kinds.idle.gradient.isZero(0),
+                      kinds.busy.gradient.isZero(0)};
+  };
+  kinds.write_by_hand();
+  detail::mark_gradients(kinds.busy);
+  zero_gradients(kinds, Updates::lazy);
+  CHECK(are_zero() == std::array{true, false, true});
+
+  // busy is now known to be zero, and untracked is not whatever became of it.
+  detail::mark_gradients(kinds.untracked);
+  zero_gradients(kinds, Updates::lazy);
+  kinds.write_by_hand();
+  zero_gradients(kinds, Updates::lazy);
+  CHECK(are_zero() == std::array{true, false, false});
+
+  // Dense zeroing relies on nothing, and what it zeroed is known to be zero too.
+  zero_gradients(kinds);
+  CHECK(are_zero() == std::array{true, true, true});
+  detail::mark_gradients(kinds.busy);
+  zero_gradients(kinds);
+  kinds.write_by_hand();
+  zero_gradients(kinds, Updates::lazy);
+  CHECK(are_zero() == std::array{true, false, false});
+}
+
+TEST_CASE("parameter: nobody keeps track unless told", "[parameter][lazy]") {
+  Model model = make_model(1);
+  for_each_parameter(model, [](const ParameterName&, auto& p) { p.gradient.setOnes(); });
+  zero_gradients(model, Updates::lazy);
+  for_each_parameter(model, [](const ParameterName&, auto& p) { CHECK(p.gradient.isZero(0)); });
+
+  // A parameter that was assigned anew is not kept track of, so no mark can be missing.
+  Parameter<float> parameter(2, 2);
+  detail::track_gradients(parameter);
+  parameter = Parameter<float>(2, 2);
+  parameter.gradient.setOnes();
+  zero_gradients(parameter, Updates::lazy);
+  CHECK(parameter.gradient.isZero(0));
 }
 
 TEST_CASE("parameter: a name that is not asked for takes no memory", "[parameter]") {

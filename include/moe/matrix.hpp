@@ -59,6 +59,13 @@ ConstMatrixView<Scalar> view(const Matrix<Scalar>& matrix) {
   return rows_of(matrix, 0, matrix.rows());
 }
 
+template <class Scalar>
+MatrixView<Scalar> rows_of(MatrixView<Scalar> matrix, Index first, Index count) {
+  MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());
+  return {matrix.data() + first * matrix.outerStride(), count, matrix.cols(),
+          Eigen::OuterStride<>(matrix.outerStride())};
+}
+
 /// `count` columns of a view from column `first` on.
 template <class Scalar>
 MatrixView<Scalar> columns_of(MatrixView<Scalar> matrix, Index first, Index count) {
@@ -105,6 +112,33 @@ class GatheredRows {
 
  private:
   const Scalar* data_;
+  Index stride_;
+  Index count_;
+  Index width_;
+  const Index* list_;
+};
+
+/// The same to be written: rows of a matrix in the order of a list, which names no row twice.
+template <class Scalar>
+class ScatteredRows {
+ public:
+  ScatteredRows(Scalar* data, Index stride, Index count, Index width, const Index* list = nullptr)
+      : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
+
+  explicit ScatteredRows(MatrixView<Scalar> matrix)
+      : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
+
+  Index count() const { return count_; }
+  Index width() const { return width_; }
+  Scalar* row(Index i) const { return data_ + (list_ ? list_[i] : i) * stride_; }
+
+  ScatteredRows slice(Index first, Index count) const {
+    return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,
+            list_ ? list_ + first : nullptr};
+  }
+
+ private:
+  Scalar* data_;
   Index stride_;
   Index count_;
   Index width_;

@@ -14,6 +14,27 @@
 
 namespace moe {
 
+/// Which parameters zeroing, clipping and an optimizer's update go to. `dense`: all of them. `lazy`:
+/// not to those of experts that got no token since zero_gradients(); these then cost nothing but
+/// being walked over. Where a gradient of zero has no effect (zeroing, clipping) the results have
+/// the same bits; Sgd and Adam say what becomes of decay and momentum.
+///
+/// An expert in a layer keeps track of its own gradients, so a user's network need not. Gradients
+/// written by hand into an expert without a token are not seen by what is lazy; those of all other
+/// modules, the gate included, always are.
+enum class Updates { dense, lazy };
+
+namespace detail {
+
+/// What is known of a gradient without looking at it.
+enum class GradientState : unsigned char {
+  untracked,  ///< nothing, nobody keeps track
+  zero,       ///< nothing was added since it was zero
+  added_to,
+};
+
+}  // namespace detail
+
 /// A trained matrix and the gradient of the loss by it, of the same shape. A bias is 1 x N.
 /// Backward passes add to the gradient; zero_gradients() clears it. New values may be assigned to
 /// both, but the shape must stay what the module made it.
@@ -21,6 +42,7 @@ template <class Scalar>
 struct Parameter {
   Matrix<Scalar> value;
   Matrix<Scalar> gradient;
+  detail::GradientState gradient_state = detail::GradientState::untracked;  ///< Expert's to set
 
   Parameter() = default;
   Parameter(Index rows, Index columns)
@@ -104,6 +126,12 @@ void visit_parameters(Module& module, const ParameterName& name, F& f) {
   }
 }
 
+/// Whether a parameter is to be passed by.
+template <class Scalar>
+bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
+  return updates == Updates::lazy && parameter.gradient_state == GradientState::zero;
+}
+
 }  // namespace detail
 
 /// Calls f(name, parameter) for every parameter of a module, in an order that never changes.
@@ -135,10 +163,39 @@ Index parameter_count(const Module& module) {
   return count;
 }
 
-/// Sets every gradient to zero: before the first backward pass of an update.
+/// Sets every gradient to zero: before the first backward pass of an update. Lazy, it takes those
+/// that nothing was added to for zero already.
 template <class Module>
-void zero_gradients(Module& module) {
-  for_each_parameter(module, [](const ParameterName&, auto& p) { p.gradient.setZero(); });
+void zero_gradients(Module& module, Updates updates = Updates::dense) {
+  for_each_parameter(module, [&](const ParameterName&, auto& p) {
+    if (detail::is_idle(p, updates)) return;
+    p.gradient.setZero();
+    if (p.gradient_state == detail::GradientState::added_to) {
+      p.gradient_state = detail::GradientState::zero;
+    }
+  });
 }
+
+namespace detail {
+
+/// Starts to keep track of the gradients of a module, which must be zero, as constructors leave
+/// them. From then on whatever adds to one calls mark_gradients().
+template <class Module>
+void track_gradients(Module& module) {
+  for_each_parameter(module, [](const ParameterName&, auto& p) {
+    MOE_ASSERT((p.gradient.array() == 0).all());
+    p.gradient_state = GradientState::zero;
+  });
+}
+
+/// Notes that a backward pass adds to the gradients of a module, if they are kept track of.
+template <class Module>
+void mark_gradients(Module& module) {
+  for_each_parameter(module, [](const ParameterName&, auto& p) {
+    if (p.gradient_state == GradientState::zero) p.gradient_state = GradientState::added_to;
+  });
+}
+
+}  // namespace detail
 
 }  // namespace moe

@@ -1,7 +1,7 @@
 #include "moe/experts/expert.hpp"
 
-#include "../support.hpp"
 #include "moe/experts/feed_forward.hpp"
+#include "passes.hpp"
 
 using namespace moe;
 using test::random_matrix;
@@ -72,8 +72,8 @@ struct ForwardNotConst : TanhMap<Scalar> {
   }
 };
 
-static_assert(PlainNetwork<TanhMap<float>> && !GatheringNetwork<TanhMap<float>>);
-static_assert(GatheringNetwork<FeedForward<float>> && !PlainNetwork<FeedForward<float>>);
+static_assert(PlainNetwork<TanhMap<float>> && !FusedNetwork<TanhMap<float>>);
+static_assert(FusedNetwork<FeedForward<float>> && !PlainNetwork<FeedForward<float>>);
 static_assert(ExpertNetwork<TanhMap<double>> && ExpertNetwork<FeedForward<double>>);
 static_assert(!ExpertNetwork<int>);
 static_assert(!ExpertNetwork<WithoutBackward<float>>);
@@ -93,7 +93,11 @@ struct Slice {
   }
   Index count() const { return static_cast<Index>(list.size()); }
   GatheredRows<double> rows_of_x() const { return {x, list.data(), count()}; }
-  GatheredRows<double> rows_of_dy() const { return {dy, list.data(), count()}; }
+  Matrix<double> dense_dy() const {
+    Matrix<double> rows(count(), width);
+    for (Index i = 0; i < count(); ++i) rows.row(i) = dy.row(list[detail::to_size(i)]);
+    return rows;
+  }
 
   Matrix<double> x, dy, weight;
   std::vector<Index> list;
@@ -102,28 +106,19 @@ struct Slice {
 /// Σ weight·⟨network(x), dy⟩ over the slice.
 template <class Expert>
 double weighted_sum(const Expert& expert, const Slice& slice) {
-  Matrix<double> y(slice.count(), Slice::width);
-  typename Expert::Scratch scratch;
-  expert.evaluate(slice.rows_of_x(), view(y), scratch);
-  double sum = 0;
-  for (Index i = 0; i < slice.count(); ++i) {
-    sum += slice.weight(0, i) * y.row(i).dot(slice.dy.row(slice.list[detail::to_size(i)]));
-  }
-  return sum;
+  test::Passes<double> passes(expert, slice.rows_of_x());
+  return (slice.weight * passes.evaluate(expert).cwiseProduct(slice.dense_dy())).sum();
 }
 
 template <class Expert>
 void check_gradients(Expert& expert, Slice& slice) {
-  const Index n = slice.count();
-  Matrix<double> kept(n, expert.tape_width());
-  Matrix<double> y(n, Slice::width);
-  Matrix<double> dx(n, Slice::width);
-  Matrix<double> dweight(1, n);
-  typename Expert::Scratch scratch;
   zero_gradients(expert);
-  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
-  expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(),
-                  slice.weight.data(), view(dx), dweight.data(), scratch);
+  test::Passes<double> passes(expert, slice.rows_of_x());
+  passes.forward(expert);
+  passes.backward(expert, slice.dense_dy(), slice.weight);
+  const Index n = slice.count();
+  const Matrix<double>& dx = passes.dx;
+  const Matrix<double>& dweight = passes.dweight;
 
   const auto loss = [&] { return weighted_sum(expert, slice); };
   test::check_parameter_gradients(expert, loss);
@@ -138,12 +133,9 @@ void check_gradients(Expert& expert, Slice& slice) {
 TEST_CASE("expert: a plain network is handed its rows of x and nothing else", "[experts]") {
   const Expert<TanhMap, double> expert({.width = Slice::width}, 4);
   const Slice slice(20, 1.0);
-  Matrix<double> kept(20, expert.tape_width());
-  Matrix<double> y(20, Slice::width);
-  Matrix<double> served(20, Slice::width);
-  Expert<TanhMap, double>::Scratch scratch;
-  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
-  expert.evaluate(slice.rows_of_x(), view(served), scratch);
+  test::Passes<double> passes(expert, slice.rows_of_x());
+  const Matrix<double> y = passes.forward(expert);
+  const Matrix<double> served = passes.evaluate(expert);
   Matrix<double> expected(20, Slice::width);
   for (Index i = 0; i < 20; ++i) {
     expected.row(i) = (slice.x.row(slice.list[detail::to_size(i)]) * expert.network().w.value)
@@ -166,7 +158,7 @@ TEST_CASE("expert: the gradients of a plain network are those of the weighted su
   }
 }
 
-TEST_CASE("expert: the gradients of a gathering network are those of the weighted sum",
+TEST_CASE("expert: the gradients of a fused network are those of the weighted sum",
           "[experts]") {
   for (const bool gated : {false, true}) {
     Expert<FeedForward, double> expert(
@@ -180,31 +172,22 @@ TEST_CASE("expert: a long slice comes in pieces and changes nothing by it", "[ex
   const Index n = 2 * expert_block_rows + 3;
   Expert<TanhMap, double> expert({.width = Slice::width}, 4);
   Slice slice(n, 1.0);
-  Matrix<double> kept(n, expert.tape_width());
-  Matrix<double> y(n, Slice::width);
-  Matrix<double> dx(n, Slice::width);
-  Matrix<double> dweight(1, n);
-  Expert<TanhMap, double>::Scratch scratch;
-  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
+  test::Passes<double> all(expert, slice.rows_of_x());
+  all.forward(expert);
   CHECK(expert.network().largest_block == expert_block_rows);
-  expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(),
-                  slice.weight.data(), view(dx), dweight.data(), scratch);
+  const Matrix<double> dy = slice.dense_dy();
+  all.backward(expert, dy, slice.weight);
   const Matrix<double> gradient = expert.network().w.gradient;
 
   // The same, a row at a time.
   zero_gradients(expert);
   for (Index i = 0; i < n; ++i) {
-    Matrix<double> one_kept(1, expert.tape_width());
-    Matrix<double> one_y(1, Slice::width);
-    Matrix<double> one_dx(1, Slice::width);
-    double one_dweight = 0;
-    expert.forward(slice.rows_of_x().slice(i, 1), view(one_kept), view(one_y), scratch);
-    expert.backward(slice.rows_of_x().slice(i, 1), view(std::as_const(one_kept)),
-                    slice.rows_of_dy().slice(i, 1), slice.weight.data() + i, view(one_dx),
-                    &one_dweight, scratch);
-    REQUIRE(relative_error(one_y, y.row(i)) < 1e-14);
-    REQUIRE(relative_error(one_dx, dx.row(i)) < 1e-13);
-    REQUIRE(std::abs(one_dweight - dweight(0, i)) < 1e-13);
+    test::Passes<double> one(expert, slice.rows_of_x().slice(i, 1));
+    one.forward(expert);
+    one.backward(expert, dy.row(i), slice.weight.middleCols(i, 1));
+    REQUIRE(relative_error(one.y, all.y.row(i)) < 1e-14);
+    REQUIRE(relative_error(one.dx, all.dx.row(i)) < 1e-13);
+    REQUIRE(std::abs(one.dweight(0, 0) - all.dweight(0, i)) < 1e-13);
   }
   CHECK(relative_error(expert.network().w.gradient, gradient) < 1e-13);
 }
@@ -212,14 +195,10 @@ TEST_CASE("expert: a long slice comes in pieces and changes nothing by it", "[ex
 TEST_CASE("expert: backward adds to the gradients", "[experts]") {
   Expert<TanhMap, double> expert({.width = Slice::width}, 4);
   const Slice slice(8, 1.0);
-  Matrix<double> kept(8, expert.tape_width());
-  Matrix<double> y(8, Slice::width);
-  Matrix<double> dweight(1, 8);
-  Expert<TanhMap, double>::Scratch scratch;
-  expert.forward(slice.rows_of_x(), view(kept), view(y), scratch);
+  test::Passes<double> passes(expert, slice.rows_of_x());
+  passes.forward(expert);
   const auto backward = [&] {
-    expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(),
-                    slice.weight.data(), view(y), dweight.data(), scratch);
+    passes.backward(expert, slice.dense_dy(), slice.weight);
     return Matrix<double>(expert.network().w.gradient);
   };
   const Matrix<double> once = backward();
@@ -230,13 +209,10 @@ TEST_CASE("expert: backward adds to the gradients", "[experts]") {
 TEST_CASE("expert: no rows are no work", "[experts]") {
   Expert<TanhMap, double> expert({.width = Slice::width}, 4);
   const Slice slice(0, 1.0);
-  Matrix<double> none(0, Slice::width);
-  Matrix<double> kept(0, expert.tape_width());
-  Expert<TanhMap, double>::Scratch scratch;
-  expert.forward(slice.rows_of_x(), view(kept), view(none), scratch);
-  expert.evaluate(slice.rows_of_x(), view(none), scratch);
-  expert.backward(slice.rows_of_x(), view(std::as_const(kept)), slice.rows_of_dy(), nullptr,
-                  view(none), nullptr, scratch);
+  test::Passes<double> passes(expert, slice.rows_of_x());
+  passes.forward(expert);
+  passes.evaluate(expert);
+  passes.backward(expert, slice.dense_dy(), slice.weight);
   CHECK(expert.network().largest_block == 0);
   CHECK(expert.network().w.gradient.cwiseAbs().maxCoeff() == 0);
 }

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../naive_layer.hpp"
+#include "passes.hpp"
 
 using namespace moe;
 using test::random_matrix;
@@ -12,34 +13,18 @@ using test::same_bits;
 
 namespace {
 
-/// Everything one pass gives.
 template <class Scalar>
-struct Result {
-  Matrix<Scalar> kept, y, dx, dweight;
-};
-
-template <class Scalar>
-Result<Scalar> pass(FeedForward<Scalar>& network, const Matrix<Scalar>& x, const Matrix<Scalar>& dy,
-                    const Matrix<Scalar>& weight) {
-  const Index n = x.rows();
-  Result<Scalar> r;
-  r.kept.resize(n, network.tape_width());
-  r.y.resize(n, x.cols());
-  r.dx.resize(n, x.cols());
-  r.dweight.resize(1, n);
-  typename FeedForward<Scalar>::Scratch scratch;
-  network.forward(GatheredRows<Scalar>(x), view(r.kept), view(r.y), scratch);
-  network.backward(GatheredRows<Scalar>(x), view(std::as_const(r.kept)), GatheredRows<Scalar>(dy),
-                   weight.data(), view(r.dx), r.dweight.data(), scratch);
-  return r;
+test::Passes<Scalar> pass(FeedForward<Scalar>& network, const Matrix<Scalar>& x,
+                          const Matrix<Scalar>& dy, const Matrix<Scalar>& weight) {
+  test::Passes<Scalar> passes(network, GatheredRows<Scalar>(x));
+  passes.forward(network);
+  passes.backward(network, dy, weight);
+  return passes;
 }
 
 template <class Scalar>
 Matrix<Scalar> evaluate(const FeedForward<Scalar>& network, const Matrix<Scalar>& x) {
-  Matrix<Scalar> y(x.rows(), x.cols());
-  typename FeedForward<Scalar>::Scratch scratch;
-  network.evaluate(GatheredRows<Scalar>(x), view(y), scratch);
-  return y;
+  return test::Passes<Scalar>(network, GatheredRows<Scalar>(x)).evaluate(network);
 }
 
 void check_gradients(const FeedForward<double>::Config& config, Index n, double weights,
@@ -49,7 +34,6 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
             << ", weights times " << weights << ", x times " << inputs);
   FeedForward<double> network(config);
   Matrix<double> x;
-  Result<double> result;
   const Matrix<double> dy = random_matrix(n, config.width, 41);
   Matrix<double> weight = random_matrix(1, n, 42);
   // The first point whose pre-activations are all out of reach of a kink.
@@ -58,11 +42,13 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
     test::randomize(network, seed, weights);
     zero_gradients(network);
     x = random_matrix(n, config.width, seed, inputs);
-    result = pass(network, x, dy, weight);
-    const auto pre = result.kept.leftCols(config.hidden).cwiseAbs();
+    test::Passes<double> passes(network, GatheredRows<double>(x));
+    passes.forward(network);
+    const auto pre = passes.kept.leftCols(config.recompute ? 0 : config.hidden).cwiseAbs();
     smooth = config.activation != Activation::relu || pre.minCoeff() > 2e-3 * pre.maxCoeff();
   }
   REQUIRE(smooth);
+  const test::Passes<double> result = pass(network, x, dy, weight);
 
   const auto loss = [&] { return (weight * evaluate(network, x).cwiseProduct(dy)).sum(); };
   // Steps in proportion to what they change: 1e-4 of it, or less where functions are steep.
@@ -83,7 +69,14 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
 TEST_CASE("feed forward: gradients are derivatives for every activation and form", "[experts]") {
   for (const Activation activation : test::all_activations()) {
     for (const bool gated : {false, true}) {
-      check_gradients({.width = 5, .hidden = 7, .activation = activation, .gated = gated}, 4, 1, 1);
+      for (const bool recompute : {false, activation != Activation::relu}) {
+        check_gradients({.width = 5,
+                         .hidden = 7,
+                         .activation = activation,
+                         .gated = gated,
+                         .recompute = recompute},
+                        4, 1, 1);
+      }
     }
   }
 }
@@ -131,7 +124,7 @@ TEST_CASE("feed forward: a small network worked by hand", "[experts]") {
   const Matrix<double> x{{1, 2}};
   // dy = (1, 10), weight 0.5: u = dy·W_2ᵀ = (2, 75); dweight = ⟨u, a⟩ + ⟨b_2, dy⟩ = 6 - 9 = -3,
   // which is ⟨y, dy⟩. dpre = 0.5·u ⊙ (1, 0) = (1, 0); dx = dpre·W_1ᵀ = (1, 1).
-  const Result<double> r = pass<double>(network, x, Matrix<double>{{1, 10}}, Matrix<double>{{0.5}});
+  const test::Passes<double> r = pass<double>(network, x, Matrix<double>{{1, 10}}, Matrix<double>{{0.5}});
   CHECK(same_bits(r.kept, Matrix<double>{{3, -1}}));
   CHECK(same_bits(r.y, Matrix<double>{{7, -1}}));
   CHECK(same_bits(evaluate(network, x), r.y));
@@ -158,7 +151,7 @@ TEST_CASE("feed forward: a small gated network worked by hand", "[experts]") {
   const Matrix<double> x{{1, 2}};
   // dy = (1, 1), weight 2: u = 3, dweight = -18; d(x·W_1) = 2·3·(-2) = -12, d(x·W_3) = 2·3·3 = 18;
   // dx = -12·(1, 1) + 18·(0, -1) = (-12, -30).
-  const Result<double> r = pass<double>(network, x, Matrix<double>{{1, 1}}, Matrix<double>{{2}});
+  const test::Passes<double> r = pass<double>(network, x, Matrix<double>{{1, 1}}, Matrix<double>{{2}});
   CHECK(r.kept == Matrix<double>{{3, -2}});
   CHECK(r.y == Matrix<double>{{-6, -12}});
   CHECK(r.dweight(0, 0) == -18);
@@ -230,15 +223,97 @@ TEMPLATE_TEST_CASE("feed forward: evaluate gives the bits of forward and a row t
         {.width = 19, .hidden = 37, .activation = Activation::gelu, .gated = gated}, 3);
     const Matrix<TestType> x = random_matrix<TestType>(expert_block_rows, 19, 5);
     const Matrix<TestType> weight = random_matrix<TestType>(1, expert_block_rows, 6);
-    const Result<TestType> whole = pass(network, x, x, weight);
+    const test::Passes<TestType> whole = pass(network, x, x, weight);
     CHECK(same_bits(evaluate(network, x), whole.y));
     for (const Index row : {0, 1, 77, 127}) {
-      const Result<TestType> one =
+      const test::Passes<TestType> one =
           pass<TestType>(network, x.row(row), x.row(row), weight.middleCols(row, 1));
       CHECK(same_bits(one.y, whole.y.row(row)));
       CHECK(same_bits(one.kept, whole.kept.row(row)));
       CHECK(same_bits(one.dx, whole.dx.row(row)));
       CHECK(same_bits(one.dweight, whole.dweight.middleCols(row, 1)));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("feed forward: computing the pre-activations again gives the same bits and keeps "
+                   "nothing",
+                   "[experts]", float, double) {
+  for (const bool gated : {false, true}) {
+    for (const Index rows : {3, 70}) {
+      typename FeedForward<TestType>::Config config{
+          .width = 19, .hidden = 210, .activation = Activation::gelu, .gated = gated};
+      FeedForward<TestType> keeping(config, 3);
+      config.recompute = true;
+      FeedForward<TestType> recomputing(config, 3);
+      CHECK(recomputing.tape_width() == 0);
+      const Matrix<TestType> x = random_matrix<TestType>(rows, 19, 5);
+      const Matrix<TestType> dy = random_matrix<TestType>(rows, 19, 6);
+      const Matrix<TestType> weight = random_matrix<TestType>(1, rows, 7);
+      const test::Passes<TestType> one = pass(keeping, x, dy, weight);
+      const test::Passes<TestType> other = pass(recomputing, x, dy, weight);
+      CHECK(same_bits(one.y, other.y));
+      CHECK(same_bits(one.dx, other.dx));
+      CHECK(same_bits(one.dweight, other.dweight));
+      const auto gradients = test::gradients_of(keeping);
+      for (const auto& [name, gradient] : test::gradients_of(recomputing)) {
+        INFO(name);
+        CHECK(same_bits(gradient, gradients.at(name)));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("feed forward: the halves give the same bits in any split", "[experts]", float,
+                   double) {
+  for (const bool gated : {false, true}) {
+    const Index panel = detail::panel_columns<TestType>;
+    const Index rows = 45;
+    const Index width = 3 * detail::tile_columns<TestType> + 2;
+    FeedForward<TestType> network({.width = width,
+                                   .hidden = 2 * panel + 5,
+                                   .activation = Activation::silu,
+                                   .gated = gated},
+                                  3);
+    const Matrix<TestType> x = random_matrix<TestType>(rows, width, 5);
+    const Matrix<TestType> dy = random_matrix<TestType>(rows, width, 6);
+    const Matrix<TestType> weight = random_matrix<TestType>(1, rows, 7);
+    const test::Passes<TestType> whole = pass(network, x, dy, weight);
+    const test::Named expected = test::gradients_of(network);
+
+    zero_gradients(network);
+    std::vector<Index> token(detail::to_size(rows));
+    for (Index i = 0; i < rows; ++i) token[detail::to_size(i)] = i;
+    Matrix<TestType> kept(rows, network.tape_width());
+    Matrix<TestType> scratch(rows, network.scratch_width());
+    Matrix<TestType> dx = Matrix<TestType>::Zero(rows, width);
+    Matrix<TestType> dweight(1, rows);
+    const ExpertBlock<TestType> block{GatheredRows<TestType>(x), token.data(), weight.data(),
+                                      view(kept), view(scratch)};
+    const std::vector<Range> halves{{17, rows - 17}, {0, 17}};
+    const std::vector<Range> columns{{panel, panel + 5}, {0, panel}};
+    for (const Range part : halves) {
+      for (const Range column : columns) network.run(block.slice(part), column, true);
+    }
+    for (const Range part : halves) {
+      for (const Range column : columns) network.run_backward(block.slice(part), dy, column);
+    }
+    const Index cut = width + 3;
+    network.add_gradients(block, dy, {cut, network.gradient_rows() - cut});
+    network.add_gradients(block, dy, {0, cut});
+    const Index tile = detail::tile_columns<TestType>;
+    for (const Range column : {Range{tile, width - tile}, Range{0, tile}}) {
+      for (const Range part : halves) {
+        network.combine_backward(block.slice(part), column, view(dx));
+      }
+    }
+    network.weight_gradients(block, dy, dweight.data());
+    CHECK(same_bits(kept, whole.kept));
+    CHECK(same_bits(dx, whole.dx));
+    CHECK(same_bits(dweight, whole.dweight));
+    for (const auto& [name, gradient] : test::gradients_of(network)) {
+      INFO(name);
+      CHECK(same_bits(gradient, expected.at(name)));
     }
   }
 }

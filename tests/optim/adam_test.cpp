@@ -1,6 +1,7 @@
 #include "moe/optim/adam.hpp"
 
 #include "../support.hpp"
+#include "lazy_updates.hpp"
 #include "moe/nn/linear.hpp"
 
 using namespace moe;
@@ -138,6 +139,32 @@ TEST_CASE("adam: a value of another shape than its gradient is refused", "[optim
   Adam<float> adam;
   CHECK_THROWS_WITH(adam.update(module, 0.1), refused);
   CHECK(module.weight.value == Matrix<float>::Ones(5, 3));
+
+  // Nor does it count as an update.
+  module.weight.gradient = Matrix<float>::Ones(5, 3);
+  adam.update(module, 0.1);
+  CHECK_THAT(module.weight.value(4, 2), Catch::Matchers::WithinAbs(0.9f, 1e-6f));
+}
+
+TEMPLATE_TEST_CASE("adam: lazy updates", "[optim][adam][lazy]", float, double) {
+  test::check_lazy_updates<TestType>(
+      [](Updates updates) { return Adam<TestType>({.weight_decay = 0.01, .updates = updates}); });
+}
+
+TEST_CASE("adam: lazy, the bias is corrected by a parameter's own updates", "[optim][adam][lazy]") {
+  // β1 = β2 = ½ and a gradient of 1: at its own update t both moments over their corrections are 1.
+  std::vector<Parameter<double>> experts(2, Parameter<double>(1, 1));
+  detail::track_gradients(experts);
+  Adam<double> adam({.beta1 = 0.5, .beta2 = 0.5, .epsilon = 1e-12, .updates = Updates::lazy});
+  for (int t = 1; t <= 6; ++t) {
+    zero_gradients(experts, Updates::lazy);
+    auto& routed = experts[t % 3 == 0 ? 1 : 0];
+    detail::mark_gradients(routed);
+    routed.gradient(0, 0) = 1;
+    adam.update(experts, 0.25);
+  }
+  CHECK_THAT(experts[0].value(0, 0), Catch::Matchers::WithinAbs(-4 * 0.25, 1e-11));
+  CHECK_THAT(experts[1].value(0, 0), Catch::Matchers::WithinAbs(-2 * 0.25, 1e-11));
 }
 
 TEST_CASE("adam: factors scale the learning rate of each parameter", "[optim][adam]") {

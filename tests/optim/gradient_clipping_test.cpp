@@ -1,6 +1,7 @@
 #include "moe/optim/gradient_clipping.hpp"
 
 #include "../support.hpp"
+#include "lazy_updates.hpp"
 #include "moe/nn/linear.hpp"
 
 using namespace moe;
@@ -87,4 +88,41 @@ TEST_CASE("gradient clipping: what is wrong is named", "[optim][gradient_clippin
                     "moe: clip_gradients: max_norm = 0, must be above 0");
   CHECK_THROWS_AS(clip_gradients(module, std::nan("")), std::invalid_argument);
   CHECK(module.weight.gradient(0, 0) == 3);
+}
+
+TEMPLATE_TEST_CASE("gradient clipping: the same bits lazy and dense",
+                   "[optim][gradient_clipping][lazy]", float, double) {
+  for (const int threads : {1, 2, 3, 8}) {
+    const test::Threads scope(threads);
+    test::Mixture<TestType> dense;
+    test::Mixture<TestType> lazy;
+    for (Index t = 0; t < 12; ++t) {  // another dealing of blocks does not change every norm
+      zero_gradients(dense);
+      dense.backward(t, test::to_some);
+      zero_gradients(lazy, Updates::lazy);
+      lazy.backward(t, test::to_some);
+      const double norm = clip_gradients(dense, 1.0);
+      CHECK(gradient_norm(lazy, Updates::lazy) == norm);
+      CHECK(clip_gradients(lazy, 1.0, Updates::lazy) == norm);
+      bool same = test::same_bits(lazy.gate.gradient, dense.gate.gradient);
+      for (Index e = 0; e < lazy.size(); ++e) {
+        same = same && test::same_bits(lazy[e].gradient, dense[e].gradient);
+      }
+      CHECK(same);
+    }
+  }
+}
+
+TEST_CASE("gradient clipping: gradients written by hand", "[optim][gradient_clipping][lazy]") {
+  std::vector<Parameter<float>> parameters(2, Parameter<float>(1, 1));
+  detail::track_gradients(parameters[1]);
+  parameters[0].gradient(0, 0) = 3;
+  parameters[1].gradient(0, 0) = 4;
+  CHECK(gradient_norm(parameters) == 5);
+  CHECK(gradient_norm(parameters, Updates::lazy) == 3);
+  CHECK(clip_gradients(parameters, 1.5, Updates::lazy) == 3);
+  CHECK(parameters[0].gradient(0, 0) == 1.5f);
+  CHECK(parameters[1].gradient(0, 0) == 4);
+  CHECK(clip_gradients(parameters, 1e-3) > 4);
+  CHECK(parameters[1].gradient(0, 0) < 1e-3f);
 }

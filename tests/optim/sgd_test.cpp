@@ -1,6 +1,7 @@
 #include "moe/optim/sgd.hpp"
 
 #include "../support.hpp"
+#include "lazy_updates.hpp"
 #include "moe/nn/linear.hpp"
 
 using namespace moe;
@@ -70,4 +71,13 @@ TEST_CASE("sgd: what is wrong is named and changes nothing", "[optim][sgd]") {
                     "moe: Sgd::update: learning_rate = -1, must be finite and at least 0");
   CHECK_THROWS_AS(sgd.update(module, std::nan("")), std::invalid_argument);
   CHECK(module.weight.value(0, 0) == 1);
+}
+
+TEMPLATE_TEST_CASE("sgd: lazy updates", "[optim][sgd][lazy]", float, double) {
+  for (const double momentum : {0.0, 0.9}) {
+    INFO("momentum " << momentum);
+    test::check_lazy_updates<TestType>([&](Updates updates) {
+      return Sgd<TestType>({.momentum = momentum, .weight_decay = 0.01, .updates = updates});
+    });
+  }
 }

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 
+#include "moe/experts/combine.hpp"
 #include "moe/kernels/packet.hpp"
 #include "moe/parameter.hpp"
 
@@ -13,13 +15,42 @@
 /// A slot's output enters the layer scaled by the gate's weight w, so an expert has two gradients
 /// to give for it: that of its row of x, and that of w, which is ⟨network(x), dy⟩. A network that
 /// knows nothing of weights gets them handled by Expert; one that can do better says so
-/// (GatheringNetwork).
+/// (FusedNetwork).
 
 namespace moe {
 
-/// The largest number of rows that a network is ever handed at once: longer slices come in pieces,
-/// so that a piece and its scratch stay in the second-level cache.
+/// The largest number of rows that a plain network is ever handed at once: longer slices come in
+/// pieces, so that a piece and its scratch stay in the second-level cache.
 inline constexpr Index expert_block_rows = 128;
+
+/// `count` things from `first` on: columns or rows that a task computes.
+struct Range {
+  Index first = 0;
+  Index count = 0;
+};
+
+/// The rows of one expert that go through it together, n of them.
+template <class Scalar>
+struct ExpertBlock {
+  GatheredRows<Scalar> x;      ///< n x D
+  const Index* token;          ///< n, ascending: which rows of y, dy and dx belong to them
+  const Scalar* weight;        ///< n, the gate's weights of the slots
+  MatrixView<Scalar> kept;     ///< n x tape_width(), what forward leaves for backward
+  MatrixView<Scalar> scratch;  ///< n x scratch_width(), what the first half leaves for the second
+
+  /// These rows of a matrix with a row a token.
+  GatheredRows<Scalar> rows_of(const MatrixRef<Scalar>& matrix) const {
+    return {matrix.data(), matrix.outerStride(), x.count(), matrix.cols(), token};
+  }
+  ScatteredRows<Scalar> rows_of(MatrixView<Scalar> matrix) const {
+    return {matrix.data(), matrix.outerStride(), x.count(), matrix.cols(), token};
+  }
+
+  ExpertBlock slice(Range rows) const {
+    return {x.slice(rows.first, rows.count), token + rows.first, weight + rows.first,
+            moe::rows_of(kept, rows.first, rows.count), moe::rows_of(scratch, rows.first, rows.count)};
+  }
+};
 
 /// A plain network, what a user writes: dense rows in, dense rows out, nothing about routing.
 ///
@@ -44,28 +75,37 @@ concept PlainNetwork = requires(const N& network, N& trained,
   trained.backward(in, in, in, out);
 };
 
-/// A network that gathers its rows of x and dy itself and applies the slots' weights inside, so
-/// that neither outputs nor gathered inputs are ever kept. FeedForward is one.
+/// A network in two halves, each of which can be split into columns that are computed apart, and
+/// which gathers its rows, applies the slots' weights and adds to the tokens itself, so that neither
+/// outputs nor gathered inputs are ever kept. FeedForward is one.
 ///
-///     forward(x, kept, y, scratch) const
-///     evaluate(x, y, scratch) const
-///     backward(x, kept, dy, weight, dx, dweight, scratch)
+///     run(block, columns, keeps) const       first half: columns of scratch, out of columns()
+///     combine(block, columns, y) const       second half: adds columns of weight·network(x) to the
+///                                            block's rows of y
+///     run_backward(block, dy, columns)       the same for the gradient: dy is that of the weighted
+///     combine_backward(block, columns, dx)   sum, and dx comes with the weight in it
+///     add_gradients(block, dy, rows)         adds to some rows of the parameters' gradients, out of
+///                                            gradient_rows(), all stacked on each other
+///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩
 ///
-/// dy is the gradient of the weighted sum: dx = weight·(network's dx for dy), and
-/// dweight = ⟨network(x), dy⟩. `Scratch` is default-constructible and keeps its memory; a member
-/// reserve(scratch) const, which takes it all at once, is optional.
+/// The second half, add_gradients and weight_gradients come when all columns of the first half are
+/// there. Ranges begin at multiples of detail::panel_columns.
 // clang-format off
 template <class N>
-concept GatheringNetwork =
-    requires { typename N::Scratch; } &&
-    requires(const N& network, N& trained, const GatheredRows<typename N::Scalar>& rows,
-             ConstMatrixView<typename N::Scalar> kept, MatrixView<typename N::Scalar> out,
-             const typename N::Scalar* weight, typename N::Scalar* dweight,
-             typename N::Scratch& scratch) {
+concept FusedNetwork =
+    requires(const N& network, N& trained, const ExpertBlock<typename N::Scalar>& block,
+             const MatrixRef<typename N::Scalar>& in, MatrixView<typename N::Scalar> out,
+             typename N::Scalar* dweight) {
       { network.tape_width() } -> std::same_as<Index>;
-      network.forward(rows, out, out, scratch);
-      network.evaluate(rows, out, scratch);
-      trained.backward(rows, kept, rows, weight, out, dweight, scratch);
+      { network.scratch_width() } -> std::same_as<Index>;
+      { network.columns() } -> std::same_as<Index>;
+      { network.gradient_rows() } -> std::same_as<Index>;
+      network.run(block, Range{}, true);
+      network.combine(block, Range{}, out);
+      network.run_backward(block, in, Range{});
+      network.combine_backward(block, Range{}, out);
+      trained.add_gradients(block, in, Range{});
+      network.weight_gradients(block, in, dweight);
     };
 
 /// Either kind of network.
@@ -77,113 +117,149 @@ concept ExpertNetwork =
     } &&
     std::constructible_from<N, const typename N::Config&, std::uint64_t> &&
     requires(N& network) { N::visit_parameters(network, detail::AnyVisitor{}); } &&
-    (PlainNetwork<N> || GatheringNetwork<N>);
+    (PlainNetwork<N> || FusedNetwork<N>);
 // clang-format on
 
 /// A network over its slice of the slots. `Expert<FeedForward>` is float,
 /// `Expert<FeedForward, double>` double; a user's network is a class template over its scalar too.
+///
+/// It has the verbs of a FusedNetwork, whatever the network; a plain one cannot be split into
+/// columns, and the blocks of one expert must go through its run_backward one after the other.
 template <template <class> class Network, class Scalar_ = float>
 requires ExpertNetwork<Network<Scalar_>>
 class Expert {
   using Net = Network<Scalar_>;
-  static constexpr bool gathers = GatheringNetwork<Net>;
-
-  struct PlainScratch {
-    Matrix<Scalar_> x;
-    Matrix<Scalar_> dy;
-  };
-  template <class N>
-  struct ScratchOf {
-    using Type = PlainScratch;
-  };
-  template <GatheringNetwork N>
-  struct ScratchOf<N> {
-    using Type = typename N::Scratch;
-  };
 
  public:
   using Scalar = Scalar_;
   using Config = typename Net::Config;
-  using Scratch = typename ScratchOf<Net>::Type;
+  using Block = ExpertBlock<Scalar>;
 
-  /// Whether the network multiplies by the library's products, which may be split over workers
-  /// without a change of bits; of a plain network nothing is known.
-  static constexpr bool splits_products = gathers;
+  /// Whether the network can be split into columns and multiplies by the library's own products.
+  static constexpr bool fused = FusedNetwork<Net>;
+
+  /// Dense rows for a plain network, one a worker.
+  struct Scratch {
+    Matrix<Scalar> x;
+    Matrix<Scalar> dy;
+  };
 
   explicit Expert(const Config& config, std::uint64_t seed = 0)
-      : width_(config.width), network_(config, seed) {}
+      : width_(config.width), network_(config, seed) {
+    detail::track_gradients(network_);
+  }
 
   const Net& network() const { return network_; }
   Net& network() { return network_; }
 
-  /// Numbers that a slot keeps between forward and backward.
-  Index tape_width() const { return network_.tape_width() + (gathers ? 0 : width_); }
+  /// Numbers that a slot keeps between forward and backward. A plain network cannot tell
+  /// ⟨network(x), dy⟩ in backward, so its output is kept as well.
+  Index tape_width() const { return network_.tape_width() + (fused ? 0 : width_); }
 
-  /// Readies the memory of a worker that may get its first rows in a later pass only.
-  void reserve(Scratch& scratch) const {
-    if constexpr (!gathers) {
-      scratch.x.resize(expert_block_rows, width_);
-      scratch.dy.resize(expert_block_rows, width_);
-    } else if constexpr (requires { network_.reserve(scratch); }) {
-      network_.reserve(scratch);
+  /// Numbers that a slot needs between the two halves of a pass.
+  Index scratch_width() const {
+    if constexpr (fused) {
+      return network_.scratch_width();
+    } else {
+      return width_;
     }
   }
 
-  /// y (n x D) = network of the rows x, whatever n; fills kept (n x tape_width()).
-  void forward(const GatheredRows<Scalar>& x, MatrixView<Scalar> kept, MatrixView<Scalar> y,
-               Scratch& scratch) const {
-    for_each_block(x.count(), [&](Index first, Index count) {
-      if constexpr (gathers) {
-        network_.forward(x.slice(first, count), block_of(kept, first, count),
-                         block_of(y, first, count), scratch);
-      } else {
-        // A plain network cannot tell ⟨network(x), dy⟩ in backward, so its output is kept as well.
-        const MatrixView<Scalar> rows = block_of(kept, first, count);
-        const MatrixView<Scalar> output = columns_of<Scalar>(rows, network_.tape_width(), width_);
-        MatrixView<Scalar> to = block_of(y, first, count);
-        network_.forward(gather(x.slice(first, count), scratch.x),
-                         columns_of<Scalar>(rows, 0, network_.tape_width()), to);
-        copy(to, output);
-      }
-    });
+  /// How many columns the first half has: the smallest part of it is detail::panel_columns of them.
+  Index columns() const {
+    if constexpr (fused) {
+      return network_.columns();
+    } else {
+      return 1;
+    }
   }
 
-  /// y (n x D) = network of the rows x, keeping nothing.
-  void evaluate(const GatheredRows<Scalar>& x, MatrixView<Scalar> y, Scratch& scratch) const {
-    for_each_block(x.count(), [&](Index first, Index count) {
-      if constexpr (gathers) {
-        network_.evaluate(x.slice(first, count), block_of(y, first, count), scratch);
-      } else {
-        network_.evaluate(gather(x.slice(first, count), scratch.x), block_of(y, first, count));
-      }
-    });
+  Index gradient_rows() const {
+    if constexpr (fused) {
+      return network_.gradient_rows();
+    } else {
+      return 0;
+    }
   }
 
-  /// From dy, the gradient of the weighted sum of slots, row by row: dx (n x D), which contains the
-  /// weight already, and dweight (n). Adds to the gradients of the network's parameters, blocks of
-  /// rows in ascending order.
-  void backward(const GatheredRows<Scalar>& x, ConstMatrixView<Scalar> kept,
-                const GatheredRows<Scalar>& dy, const Scalar* weight, MatrixView<Scalar> dx,
-                Scalar* dweight, Scratch& scratch) {
-    for_each_block(x.count(), [&](Index first, Index count) {
-      const ConstMatrixView<Scalar> rows = block_of(kept, first, count);
-      if constexpr (gathers) {
-        network_.backward(x.slice(first, count), rows, dy.slice(first, count), weight + first,
-                          block_of(dx, first, count), dweight + first, scratch);
-      } else {
-        const ConstMatrixView<Scalar> output =
-            columns_of<Scalar>(rows, network_.tape_width(), width_);
-        MatrixView<Scalar> dy_rows = gather_into(dy.slice(first, count), scratch.dy);
-        for (Index i = 0; i < count; ++i) {
-          dweight[first + i] =
-              detail::dot(width_, detail::row_data(output, i), detail::row_data(dy_rows, i));
-          dy_rows.row(i) *= weight[first + i];
+  /// Readies the memory of a worker that may get its first rows in a later pass only.
+  void reserve(Scratch& scratch) const {
+    if constexpr (!fused) {
+      scratch.x.resize(expert_block_rows, width_);
+      scratch.dy.resize(expert_block_rows, width_);
+    }
+  }
+
+  /// First half of a pass; fills the block's kept if `keeps`.
+  void run(const Block& block, Range columns, bool keeps, Scratch& scratch) const {
+    if constexpr (fused) {
+      network_.run(block, columns, keeps);
+    } else {
+      for_each_piece(block, [&](const Block& piece) {
+        const ConstMatrixView<Scalar> x = constant(gather(piece.x, scratch.x));
+        MatrixView<Scalar> y = piece.scratch;
+        if (keeps) {
+          network_.forward(x, columns_of(piece.kept, 0, network_.tape_width()), y);
+          columns_of(piece.kept, network_.tape_width(), width_) = y;
+        } else {
+          network_.evaluate(x, y);
         }
-        network_.backward(gather(x.slice(first, count), scratch.x),
-                          columns_of<Scalar>(rows, 0, network_.tape_width()), constant(dy_rows),
-                          block_of(dx, first, count));
+      });
+    }
+  }
+
+  /// Second half: adds columns of weight·network(x) to the tokens' rows of y (T x D).
+  void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
+    if constexpr (fused) {
+      network_.combine(block, columns, y);
+    } else {
+      detail::combine(GatheredRows<Scalar>(block.scratch), block.weight, columns.first,
+                      columns.count, block.rows_of(y));
+    }
+  }
+
+  /// First half of the way back, from dy (T x D), the gradient of the weighted sum.
+  void run_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns,
+                    Scratch& scratch) {
+    if constexpr (fused) {
+      network_.run_backward(block, dy, columns);
+    } else {
+      for_each_piece(block, [&](const Block& piece) {
+        MatrixView<Scalar> dy_rows = gather(piece.rows_of(dy), scratch.dy);
+        for (Index i = 0; i < dy_rows.rows(); ++i) dy_rows.row(i) *= piece.weight[i];
+        network_.backward(constant(gather(piece.x, scratch.x)),
+                          constant(columns_of(piece.kept, 0, network_.tape_width())),
+                          constant(dy_rows), piece.scratch);
+      });
+    }
+  }
+
+  /// Second half: adds columns of the gradient by x to the tokens' rows of dx (T x D).
+  void combine_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
+    if constexpr (fused) {
+      network_.combine_backward(block, columns, dx);
+    } else {
+      detail::combine<Scalar>(GatheredRows<Scalar>(block.scratch), nullptr, columns.first,
+                              columns.count, block.rows_of(dx));
+    }
+  }
+
+  /// Adds to some rows of the gradients of the network's weights.
+  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows) {
+    if constexpr (fused) network_.add_gradients(block, dy, rows);
+  }
+
+  /// dweight (n) = ⟨network(x), dy⟩, the gradient by the slots' weights.
+  void weight_gradients(const Block& block, const MatrixRef<Scalar>& dy, Scalar* dweight) const {
+    if constexpr (fused) {
+      network_.weight_gradients(block, dy, dweight);
+    } else {
+      const MatrixView<Scalar> output = columns_of(block.kept, network_.tape_width(), width_);
+      const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
+      for (Index i = 0; i < dy_rows.count(); ++i) {
+        dweight[i] = detail::dot(width_, detail::row_data(output, i), dy_rows.row(i));
       }
-    });
+    }
   }
 
   template <class Self, class Visitor>
@@ -193,33 +269,21 @@ class Expert {
 
  private:
   template <class F>
-  static void for_each_block(Index count, F&& f) {
-    for (Index first = 0; first < count; first += expert_block_rows) {
-      f(first, std::min(expert_block_rows, count - first));
+  static void for_each_piece(const Block& block, F&& f) {
+    for (Index first = 0; first < block.x.count(); first += expert_block_rows) {
+      f(block.slice({first, std::min(expert_block_rows, block.x.count() - first)}));
     }
-  }
-
-  template <class View>
-  static View block_of(View matrix, Index first, Index count) {
-    return View(matrix.data() + first * matrix.outerStride(), count, matrix.cols(),
-                Eigen::OuterStride<>(matrix.outerStride()));
   }
 
   static ConstMatrixView<Scalar> constant(const MatrixView<Scalar>& m) {
     return {m.data(), m.rows(), m.cols(), Eigen::OuterStride<>(m.outerStride())};
   }
 
-  static void copy(const MatrixView<Scalar>& from, MatrixView<Scalar> to) { to = from; }
-
-  static MatrixView<Scalar> gather_into(const GatheredRows<Scalar>& rows, Matrix<Scalar>& scratch) {
-    scratch.resize(expert_block_rows, rows.width());
+  static MatrixView<Scalar> gather(const GatheredRows<Scalar>& rows, Matrix<Scalar>& scratch) {
     for (Index i = 0; i < rows.count(); ++i) {
       std::copy_n(rows.row(i), rows.width(), detail::row_data(scratch, i));
     }
-    return rows_of(scratch, 0, rows.count());
-  }
-  static ConstMatrixView<Scalar> gather(const GatheredRows<Scalar>& rows, Matrix<Scalar>& scratch) {
-    return constant(gather_into(rows, scratch));
+    return moe::rows_of(scratch, 0, rows.count());
   }
 
   Index width_;

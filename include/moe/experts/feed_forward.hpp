@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <utility>
@@ -21,25 +22,24 @@ namespace moe {
 /// down.bias; gated, gate.weight (W_1), up.weight (W_3), down.weight (W_2). A map of n inputs
 /// starts uniform in ±1/sqrt(n), as PyTorch's Linear does.
 ///
-/// It is a GatheringNetwork: its verbs take at most expert_block_rows rows, n of them below. For
-/// backward it keeps a slot's pre-activations only (H numbers, 2·H gated): the gradient of the
-/// slot's weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, a being the hidden row, and dy·W_2ᵀ is needed anyway.
+/// It is a FusedNetwork: its first half makes the hidden row a, weighted already, its second half
+/// multiplies that by W_2 and adds it to the tokens. For backward it keeps a slot's pre-activations
+/// only (H numbers, 2·H gated), or nothing with Config::recompute: the gradient of the slot's weight
+/// is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway.
 template <class Scalar_ = float>
 class FeedForward {
  public:
   using Scalar = Scalar_;
+  using Block = ExpertBlock<Scalar>;
 
   struct Config {
     Index width = 0;   ///< D; 0 inside a layer's configuration stands for the layer's width
     Index hidden = 0;  ///< H
     Activation activation = Activation::relu;
     bool gated = false;
-  };
-
-  /// Memory for one block of rows.
-  struct Scratch {
-    Matrix<Scalar> hidden;  ///< a, and in backward weight·a
-    Matrix<Scalar> pre;     ///< the pre-activations in evaluate, their gradient in backward
+    /// Keep no pre-activations for backward and compute them again there: a third more arithmetic
+    /// in backward for a tape without the S x H numbers [S17 App. D].
+    bool recompute = false;
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
@@ -60,78 +60,116 @@ class FeedForward {
   }
 
   const Config& config() const { return config_; }
-  Index tape_width() const { return config_.gated ? 2 * config_.hidden : config_.hidden; }
+  Index tape_width() const { return config_.recompute ? 0 : pre_width(); }
 
-  void reserve(Scratch& scratch) const {
-    scratch.hidden.resize(expert_block_rows, config_.hidden);
-    scratch.pre.resize(expert_block_rows, tape_width());
+  /// The hidden row, the pre-activations or their gradient, the pre-activations once more where
+  /// they are computed again, and the parts of ⟨dy·W_2ᵀ, a⟩: an odd number of cache lines, since at
+  /// a power of two all rows would compete for the same few places of a cache.
+  Index scratch_width() const {
+    constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
+    const Index lines = (parts_column() + panels() + line - 1) / line;
+    return (lines + (lines % 2 == 0 ? 1 : 0)) * line;
   }
 
-  /// y (n x D) from the rows x; leaves the pre-activations in kept (n x tape_width()).
-  void forward(const GatheredRows<Scalar>& x, MatrixView<Scalar> kept, MatrixView<Scalar> y,
-               Scratch& scratch) const {
+  Index columns() const { return config_.hidden; }
+  Index gradient_rows() const { return (config_.gated ? 2 : 1) * config_.width + config_.hidden; }
+
+  // a = w·act(x·W_1 + b_1) or w·act(x·W_1) ⊙ (x·W_3), then y += a·W_2 + w·b_2.
+
+  void run(const Block& block, Range columns, bool keeps) const {
     using detail::Start;
-    reserve(scratch);
-    const MatrixView<Scalar> hidden = rows_of(scratch.hidden, 0, x.count());
-    const MatrixView<Scalar> pre = columns_of<Scalar>(kept, 0, config_.hidden);
+    const MatrixView<Scalar> pre = keeps && !config_.recompute ? block.kept : pre_of(block);
     if (config_.gated) {
-      const MatrixView<Scalar> linear = columns_of<Scalar>(kept, config_.hidden, config_.hidden);
-      detail::product_nn(x, view(gate_.value), pre);
-      detail::product_nn(x, view(up_.value), linear);
-      activate_gated(pre, linear, hidden);
-      detail::product_nn(GatheredRows<Scalar>(hidden), view(down_.value), y);
+      compute_pre(block, columns, pre, [&](Index column, Index width) {
+        activate_gated(block, pre, column, width);
+      });
     } else {
-      detail::product_nn(x, view(up_.value), pre, Start::bias, up_bias_.value.data());
-      activate(pre, hidden);
-      detail::product_nn(GatheredRows<Scalar>(hidden), view(down_.value), y, Start::bias,
-                         down_bias_.value.data());
+      compute_pre(block, columns, pre,
+                  [&](Index column, Index width) { activate(block, pre, column, width); });
     }
   }
 
-  /// From dy, the gradient of the weighted rows of the output: dx (n x D), weight included, and
-  /// dweight (n). Adds to the gradients of all weights and biases.
-  void backward(const GatheredRows<Scalar>& x, ConstMatrixView<Scalar> kept,
-                const GatheredRows<Scalar>& dy, const Scalar* weight, MatrixView<Scalar> dx,
-                Scalar* dweight, Scratch& scratch) {
-    using detail::Start;
-    const Index n = x.count();
-    reserve(scratch);
-    const MatrixView<Scalar> hidden = rows_of(scratch.hidden, 0, n);
-    const MatrixView<Scalar> dkept = rows_of(scratch.pre, 0, n);
-    const MatrixView<Scalar> dpre = columns_of<Scalar>(dkept, 0, config_.hidden);
-    const ConstMatrixView<Scalar> pre = columns_of<Scalar>(kept, 0, config_.hidden);
+  void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
+    const ScatteredRows<Scalar> rows = block.rows_of(y);
+    if (!config_.gated) {
+      const GatheredRows<Scalar> bias(down_bias_.value.data(), 0, rows.count(), config_.width);
+      detail::combine(bias, block.weight, columns.first, columns.count, rows);
+    }
+    detail::multiply_nn<Scalar>(GatheredRows<Scalar>(hidden_of(block)), view(down_.value),
+                                columns.first, columns.count, detail::Start::accumulate, nullptr,
+                                rows);
+  }
 
-    if (config_.gated) {
-      const MatrixView<Scalar> dlinear = columns_of<Scalar>(dkept, config_.hidden, config_.hidden);
-      const ConstMatrixView<Scalar> linear =
-          columns_of<Scalar>(kept, config_.hidden, config_.hidden);
-      detail::product_nt(dy, view(std::as_const(down_.value)), dlinear);
-      activate_gated_backward(pre, linear, weight, dlinear, dpre, hidden, dweight);
-      detail::product_tn(x, GatheredRows<Scalar>(dpre), view(gate_.gradient));
-      detail::product_tn(x, GatheredRows<Scalar>(dlinear), view(up_.gradient));
-      detail::product_nt(GatheredRows<Scalar>(dpre), view(std::as_const(gate_.value)), dx);
-      detail::product_nt(GatheredRows<Scalar>(dlinear), view(std::as_const(up_.value)), dx,
-                         Start::accumulate);
-    } else {
-      detail::product_nt(dy, view(std::as_const(down_.value)), dpre);
-      activate_backward(pre, weight, dpre, hidden, dweight);
-      for (Index i = 0; i < n; ++i) {
-        const Index width = config_.width;
-        dweight[i] += detail::dot(width, down_bias_.value.data(), dy.row(i));
-        detail::add_scaled(width, weight[i], dy.row(i), down_bias_.gradient.data());
-        detail::add_scaled(config_.hidden, Scalar{1}, detail::row_data(dpre, i),
-                           up_bias_.gradient.data());
+  // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
+  // w·u ⊙ act'(pre) that of the pre-activations; then dx += dpre·W_1ᵀ.
+
+  void run_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
+    using detail::Start;
+    const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.kept;
+    if (config_.recompute) compute_pre(block, columns, pre, detail::Nothing{});
+    const MatrixView<Scalar> u = columns_of(pre_of(block), config_.gated ? config_.hidden : 0,
+                                            config_.hidden);
+    const auto finish = [&](Index column, Index width) {
+      if (config_.gated) {
+        activate_gated_backward(block, pre, column, width);
+      } else {
+        activate_backward(block, pre, column, width);
       }
-      detail::product_tn(x, GatheredRows<Scalar>(dpre), view(up_.gradient));
-      detail::product_nt(GatheredRows<Scalar>(dpre), view(std::as_const(up_.value)), dx);
-    }
-    detail::product_tn(GatheredRows<Scalar>(hidden), dy, view(down_.gradient));
+    };
+    detail::multiply_nt(block.rows_of(dy), view(down_.value), columns.first, columns.count,
+                        Start::zero, ScatteredRows<Scalar>(u), finish);
   }
 
-  /// y (n x D) from the rows x, keeping nothing.
-  void evaluate(const GatheredRows<Scalar>& x, MatrixView<Scalar> y, Scratch& scratch) const {
-    reserve(scratch);
-    forward(x, rows_of(scratch.pre, 0, x.count()), y, scratch);
+  void combine_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
+    const MatrixView<Scalar> dpre = pre_of(block);
+    for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
+      detail::multiply_nt(
+          GatheredRows<Scalar>(columns_of(dpre, part * config_.hidden, config_.hidden)),
+          view(config_.gated && part == 0 ? gate_.value : up_.value), columns.first, columns.count,
+          detail::Start::accumulate, block.rows_of(dx));
+    }
+  }
+
+  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy.
+
+  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows) {
+    const MatrixView<Scalar> dpre = pre_of(block);
+    const GatheredRows<Scalar> dfirst(columns_of(dpre, 0, config_.hidden));
+    Index first = 0;
+    const auto add = [&](const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
+                         Matrix<Scalar>& gradient) {
+      const Index from = std::max(rows.first, first);
+      const Index to = std::min(rows.first + rows.count, first + gradient.rows());
+      if (from < to) {
+        detail::multiply_tn(a, b, from - first, to - from, 0, gradient.cols(), view(gradient));
+      }
+      first += gradient.rows();
+    };
+    if (config_.gated) {
+      add(block.x, dfirst, gate_.gradient);
+      add(block.x, GatheredRows<Scalar>(columns_of(dpre, config_.hidden, config_.hidden)),
+          up_.gradient);
+    } else {
+      add(block.x, dfirst, up_.gradient);
+    }
+    const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
+    add(GatheredRows<Scalar>(hidden_of(block)), dy_rows, down_.gradient);
+    if (config_.gated || rows.first > 0) return;
+    for (Index i = 0; i < block.x.count(); ++i) {
+      detail::add_scaled(config_.hidden, Scalar{1}, dfirst.row(i), up_bias_.gradient.data());
+      detail::add_scaled(config_.width, block.weight[i], dy_rows.row(i),
+                         down_bias_.gradient.data());
+    }
+  }
+
+  void weight_gradients(const Block& block, const MatrixRef<Scalar>& dy, Scalar* dweight) const {
+    const MatrixView<Scalar> parts = columns_of(block.scratch, parts_column(), panels());
+    const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
+    for (Index i = 0; i < parts.rows(); ++i) {
+      dweight[i] = detail::sum(panels(), detail::row_data(parts, i));
+      if (config_.gated) continue;
+      dweight[i] += detail::dot(config_.width, down_bias_.value.data(), dy_rows.row(i));
+    }
   }
 
   template <class Self, class Visitor>
@@ -160,88 +198,142 @@ class FeedForward {
     return config;
   }
 
-  /// a = act(pre).
-  void activate(const MatrixView<Scalar>& pre, MatrixView<Scalar> a) const {
+  Index pre_width() const { return (config_.gated ? 2 : 1) * config_.hidden; }
+  Index parts_column() const {
+    return config_.hidden + (config_.recompute ? 2 : 1) * pre_width();
+  }
+  Index panels() const {
+    return (config_.hidden + detail::panel_columns<Scalar> - 1) / detail::panel_columns<Scalar>;
+  }
+
+  MatrixView<Scalar> hidden_of(const Block& block) const {
+    return columns_of(block.scratch, 0, config_.hidden);
+  }
+  MatrixView<Scalar> pre_of(const Block& block) const {
+    return columns_of(block.scratch, config_.hidden, pre_width());
+  }
+  MatrixView<Scalar> again_of(const Block& block) const {
+    return columns_of(block.scratch, config_.hidden + pre_width(), pre_width());
+  }
+
+  /// Columns of the pre-activations (n x pre_width()); finish(column, width) comes when those of a
+  /// strip are there, the strip still being in the first-level cache.
+  template <class Finish>
+  void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre,
+                   const Finish& finish) const {
+    using detail::Start;
+    const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
+    if (config_.gated) {
+      const ScatteredRows<Scalar> linear(columns_of(pre, config_.hidden, config_.hidden));
+      detail::multiply_nn<Scalar>(block.x, view(gate_.value), columns.first, columns.count,
+                                  Start::zero, nullptr, first);
+      detail::multiply_nn<Scalar>(block.x, view(up_.value), columns.first, columns.count,
+                                  Start::zero, nullptr, linear, finish);
+    } else {
+      detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::bias,
+                          up_bias_.value.data(), first, finish);
+    }
+  }
+
+  /// Calls f(i, at) for each row, at(matrix, part) being where its columns from `column` on are,
+  /// in the part-th H columns of a matrix.
+  template <class F>
+  void for_each_row(const Block& block, Index column, F&& f) const {
+    for (Index i = 0; i < block.x.count(); ++i) {
+      f(i, [&](MatrixView<Scalar> m, Index part = 0) {
+        return m.data() + i * m.outerStride() + part * config_.hidden + column;
+      });
+    }
+  }
+
+  /// hidden = w·act(pre).
+  void activate(const Block& block, MatrixView<Scalar> pre, Index column,
+                Index width) const {
+    using namespace Eigen::internal;
+    const MatrixView<Scalar> hidden = hidden_of(block);
     detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for (Index i = 0; i < pre.rows(); ++i) {
+      for_each_row(block, column, [&](Index i, auto at) {
+        const P w = detail::broadcast(block.weight[i]);
         detail::map(
-            pre.cols(), detail::row_data(a, i), [=](const P& v) { return act.value(v); },
-            detail::row_data(pre, i));
-      }
+            width, at(hidden), [=](const P& v) { return pmul(w, act.value(v)); }, at(pre));
+      });
     });
   }
 
-  /// In: dpre holds u = dy·W_2ᵀ. Out: dpre = weight·u ⊙ act'(pre), weighted = weight·act(pre), and
-  /// dweight = ⟨u, act(pre)⟩.
-  void activate_backward(const ConstMatrixView<Scalar>& pre, const Scalar* weight,
-                         MatrixView<Scalar> dpre, MatrixView<Scalar> weighted,
-                         Scalar* dweight) const {
+  /// In: pre_of(block) holds u. Out: it holds w·u ⊙ act'(pre), hidden holds w·act(pre), and
+  /// ⟨u, act(pre)⟩ is added to this panel's part.
+  void activate_backward(const Block& block, MatrixView<Scalar> pre, Index column,
+                         Index width) const {
     using namespace Eigen::internal;
-    const Index hidden = config_.hidden;
+    const MatrixView<Scalar> hidden = hidden_of(block);
+    const MatrixView<Scalar> dpre = pre_of(block);
     detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for (Index i = 0; i < pre.rows(); ++i) {
-        const P w = detail::broadcast(weight[i]);
-        detail::map(
-            hidden, detail::row_data(weighted, i), [=](const P& v) { return act.value(v); },
-            detail::row_data(pre, i));
-        dweight[i] = detail::dot(hidden, detail::row_data(dpre, i), detail::row_data(weighted, i));
-        detail::map(
-            hidden, detail::row_data(weighted, i), [=](const P& a) { return pmul(w, a); },
-            detail::row_data(weighted, i));
-        detail::map(
-            hidden, detail::row_data(dpre, i),
-            [=](const P& u, const P& v) { return pmul(pmul(w, u), act.derivative(v)); },
-            detail::row_data(dpre, i), detail::row_data(pre, i));
-      }
+      for_each_row(block, column, [&](Index i, auto at) {
+        const P w = detail::broadcast(block.weight[i]);
+        P part = detail::broadcast(Scalar{0});
+        detail::for_each_packet<Scalar>(width, [&](auto place) {
+          const P v = place.load(at(pre));
+          const P u = place.load(at(dpre));
+          const P a = act.value(v);
+          part = pmadd(u, a, part);
+          place.store(at(hidden), pmul(w, a));
+          place.store(at(dpre), pmul(pmul(w, u), act.derivative(v)));
+        });
+        add_part(block, i, column, predux(part));
+      });
     });
   }
 
-  /// a = act(pre) ⊙ linear.
-  void activate_gated(const MatrixView<Scalar>& pre, const MatrixView<Scalar>& linear,
-                      MatrixView<Scalar> a) const {
+  /// hidden = w·act(pre) ⊙ linear.
+  void activate_gated(const Block& block, MatrixView<Scalar> pre, Index column,
+                      Index width) const {
     using namespace Eigen::internal;
+    const MatrixView<Scalar> hidden = hidden_of(block);
     detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for (Index i = 0; i < pre.rows(); ++i) {
+      for_each_row(block, column, [&](Index i, auto at) {
+        const P w = detail::broadcast(block.weight[i]);
         detail::map(
-            pre.cols(), detail::row_data(a, i),
-            [=](const P& v, const P& l) { return pmul(act.value(v), l); }, detail::row_data(pre, i),
-            detail::row_data(linear, i));
-      }
+            width, at(hidden),
+            [=](const P& v, const P& l) { return pmul(w, pmul(act.value(v), l)); }, at(pre),
+            at(pre, 1));
+      });
     });
   }
 
-  /// In: dlinear holds u = dy·W_2ᵀ. Out: dpre = weight·u ⊙ linear ⊙ act'(pre), dlinear =
-  /// weight·u ⊙ act(pre), weighted = weight·act(pre) ⊙ linear, dweight = ⟨u, act(pre) ⊙ linear⟩.
-  void activate_gated_backward(const ConstMatrixView<Scalar>& pre,
-                               const ConstMatrixView<Scalar>& linear, const Scalar* weight,
-                               MatrixView<Scalar> dlinear, MatrixView<Scalar> dpre,
-                               MatrixView<Scalar> weighted, Scalar* dweight) const {
+  /// In: the second part of pre_of(block) holds u. Out: it holds w·u ⊙ act(pre), the first part
+  /// w·u ⊙ linear ⊙ act'(pre), hidden w·act(pre) ⊙ linear, and ⟨u, act(pre) ⊙ linear⟩ is added to
+  /// this panel's part.
+  void activate_gated_backward(const Block& block, MatrixView<Scalar> pre, Index column,
+                               Index width) const {
     using namespace Eigen::internal;
-    const Index hidden = config_.hidden;
+    const MatrixView<Scalar> hidden = hidden_of(block);
+    const MatrixView<Scalar> dpre = pre_of(block);
     detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for (Index i = 0; i < pre.rows(); ++i) {
-        const P w = detail::broadcast(weight[i]);
-        detail::map(
-            hidden, detail::row_data(weighted, i),
-            [=](const P& v, const P& l) { return pmul(act.value(v), l); }, detail::row_data(pre, i),
-            detail::row_data(linear, i));
-        dweight[i] =
-            detail::dot(hidden, detail::row_data(dlinear, i), detail::row_data(weighted, i));
-        detail::map(
-            hidden, detail::row_data(weighted, i), [=](const P& a) { return pmul(w, a); },
-            detail::row_data(weighted, i));
-        detail::map(
-            hidden, detail::row_data(dpre, i),
-            [=](const P& u, const P& v, const P& l) {
-              return pmul(pmul(pmul(w, u), l), act.derivative(v));
-            },
-            detail::row_data(dlinear, i), detail::row_data(pre, i), detail::row_data(linear, i));
-        detail::map(
-            hidden, detail::row_data(dlinear, i),
-            [=](const P& u, const P& v) { return pmul(pmul(w, u), act.value(v)); },
-            detail::row_data(dlinear, i), detail::row_data(pre, i));
-      }
+      for_each_row(block, column, [&](Index i, auto at) {
+        const P w = detail::broadcast(block.weight[i]);
+        P part = detail::broadcast(Scalar{0});
+        detail::for_each_packet<Scalar>(width, [&](auto place) {
+          const P v = place.load(at(pre));
+          const P l = place.load(at(pre, 1));
+          const P u = place.load(at(dpre, 1));
+          const P a = act.value(v);
+          part = pmadd(u, pmul(a, l), part);
+          place.store(at(hidden), pmul(w, pmul(a, l)));
+          place.store(at(dpre), pmul(pmul(pmul(w, u), l), act.derivative(v)));
+          place.store(at(dpre, 1), pmul(pmul(w, u), a));
+        });
+        add_part(block, i, column, predux(part));
+      });
     });
+  }
+
+  /// The parts of a row's ⟨u, a⟩, one a panel of columns: each is added up by one task, strip by
+  /// strip, so the whole has the same bits however the columns are split.
+  void add_part(const Block& block, Index row, Index column, Scalar value) const {
+    const Index panel = column / detail::panel_columns<Scalar>;
+    MatrixView<Scalar> scratch = block.scratch;
+    Scalar& part = detail::row_data(scratch, row)[parts_column() + panel];
+    part = column % detail::panel_columns<Scalar> == 0 ? value : part + value;
   }
 
   Config config_;

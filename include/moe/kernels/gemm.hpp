@@ -3,30 +3,26 @@
 #include <algorithm>
 #include <utility>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/tile.hpp"
 #include "moe/parallel.hpp"
 
 /// \file
 /// Matrix products with gathered rows, in the three forms that a layer and its gradient need:
 ///
-///     product_nn   C[M,N]  = A[M,K] · B[K,N]       forward
-///     product_nt   C[M,N]  = A[M,K] · B[N,K]ᵀ      gradient of the input
-///     product_tn   C[M,N] += A[K,M]ᵀ · B[K,N]      gradient of the weights
+///     nn   C[M,N]  = A[M,K] · B[K,N]       forward
+///     nt   C[M,N]  = A[M,K] · B[N,K]ᵀ      gradient of the input
+///     tn   C[M,N] += A[K,M]ᵀ · B[K,N]      gradient of the weights
 ///
-/// A (and B in the last form) may be rows gathered through a list, so tokens are never copied
-/// together. Every element of C is one chain of multiply-adds over ascending k, from the value it
-/// starts at (zero, a bias, or what C held), fused where the processor fuses. Blocks, tiles and
-/// threads only decide when a chain is continued; hence a row of C has the same bits whatever other
-/// rows are multiplied with it, on any number of threads. Nothing allocates and nothing throws.
+/// A (and B in the last form) may be rows gathered through a list, and C in the first two forms rows
+/// scattered through one, so tokens are never copied together. Every element of C is one chain of
+/// multiply-adds over ascending k, from the value it starts at (zero, a bias, or what C held), fused
+/// where the processor fuses. Blocks, tiles and threads only decide when a chain is continued; hence
+/// a row of C has the same bits whatever other rows are multiplied with it, on any number of
+/// threads. Nothing allocates and nothing throws.
 ///
-/// How it is fast: a tile of C (8 x 3 packets where there are 32 registers, 4 x 3 where there are
-/// 16) stays in registers while k runs, fed by one broadcast of A and three packets of B a row. The
-/// panel of B that belongs to some neighbouring tiles is first copied into consecutive memory, long
-/// rows at a time, so that memory is read in order and the tiles below each other read from the
-/// nearest caches.
+/// multiply_nn, multiply_nt and multiply_tn compute a part of C on the calling thread; product_nn,
+/// product_nt and product_tn split all of C over the workers.
 
-// A packet as a template argument of Eigen's PacketBlock loses its alignment attribute, which is
-// harmless there; Eigen's own headers silence it the same way.
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -34,209 +30,53 @@
 
 namespace moe::detail {
 
-/// What an element of C is before the first product is added.
-enum class Start { zero, bias, accumulate };
-
-#if defined(EIGEN_VECTORIZE_AVX512) || defined(EIGEN_ARCH_ARM64)
-inline constexpr Index tile_rows = 8;
-#else
-inline constexpr Index tile_rows = 4;
-#endif
-inline constexpr Index tile_packets = 3;
-
-template <class Scalar>
-inline constexpr Index tile_columns = tile_packets* packet_size<Scalar>;
-
-/// Columns and depth of a panel: 4 tiles of 3 packets of 64 bytes take 96 KiB of stack, and the
-/// part that one tile reads stays in the first-level cache.
+/// Columns of C in one task, at most.
 template <class Scalar>
 inline constexpr Index panel_columns = 4 * tile_columns<Scalar>;
-inline constexpr Index panel_depth = 128;
+
+/// How far the rows of a panel reach along the depth, at most: two panels of 3 packets are then 24
+/// KiB, which leaves room in the first-level cache.
+inline constexpr Index panel_depth =
+    (Index{12} << 10) / static_cast<Index>(tile_packets * sizeof(Packet<float>));
 
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
-inline constexpr Index task_rows = 512;
+inline constexpr Index task_rows = 256;
 
-template <Index... indices, class F>
-EIGEN_ALWAYS_INLINE void unroll(std::integer_sequence<Index, indices...>, F&& f) {
-  (f(std::integral_constant<Index, indices>{}), ...);
-}
-/// f(0), f(1), ... f(N - 1) with constant arguments, so that arrays they index become registers.
-template <Index N, class F>
-EIGEN_ALWAYS_INLINE void unroll(F&& f) {
-  unroll(std::make_integer_sequence<Index, N>{}, f);
-}
-
-/// Left operand of a tile whose rows run along k: A of NN and NT.
-template <class Scalar>
-struct RowsAlongDepth {
-  GatheredRows<Scalar> a;
-
-  /// at(k)(r) is the value of row r at depth k.
-  template <Index R>
-  struct Tile {
-    const Scalar* row[to_size(R)];
-    auto at(Index k) const {
-      return [this, k](Index r) { return row[r][k]; };
-    }
-  };
-  template <Index R>
-  Tile<R> tile(Index first_row, Index first_k) const {
-    Tile<R> tile;
-    for (Index r = 0; r < R; ++r) tile.row[r] = a.row(first_row + r) + first_k;
-    return tile;
-  }
+struct Nothing {
+  void operator()(Index, Index) const {}
 };
 
-/// Left operand of a tile whose columns run along k: A of TN, used transposed.
-template <class Scalar>
-struct ColumnsAlongDepth {
-  GatheredRows<Scalar> a;
-
-  template <Index R>
-  struct Tile {
-    GatheredRows<Scalar> a;
-    Index first_row;
-    auto at(Index k) const {
-      return [column = a.row(k) + first_row](Index r) { return column[r]; };
-    }
-  };
-  template <Index R>
-  Tile<R> tile(Index first_row, Index first_k) const {
-    return {a.slice(first_k, a.count() - first_k), first_row};
-  }
-};
-
-/// Rows of B along the depth, `stride` apart, where they are or copied.
-template <class Scalar>
-struct Panel {
-  const Scalar* data;
-  Index stride;
-};
-
-/// The tile: C (R rows, V packets) = start + Σ_k left(·, k)·right(k, ·). A null `start` is zero.
-template <Index R, Index V, class Scalar, class Left>
-void multiply_tile(const Left& left, Panel<Scalar> right, Index depth, const Scalar* start,
-                   Index start_stride, Scalar* c, Index c_stride) {
+/// Calls f(column, packets, width) for strips of one to three packets that cover the columns. The
+/// strips start anew every panel_columns and are as even as possible there (4 packets are 2 + 2,
+/// since a tile of one packet wastes the broadcasts), so where a strip begins does not depend on
+/// how the columns are split over tasks, as long as tasks begin at multiples of panel_columns.
+template <class Scalar, class F>
+void for_each_strip(Index first_column, Index columns, F&& f) {
   constexpr Index size = packet_size<Scalar>;
-  Packet<Scalar> sum[to_size(R)][to_size(V)];
-  unroll<R>([&](auto r) {
-    unroll<V>([&](auto v) {
-      sum[r][v] =
-          start != nullptr ? load(start + r * start_stride + v * size) : broadcast(Scalar{0});
-    });
-  });
-  const Scalar* b = right.data;
-  for (Index k = 0; k < depth; ++k, b += right.stride) {
-    Packet<Scalar> row[to_size(V)];
-    unroll<V>([&](auto v) { row[v] = load(b + v * size); });
-    const auto left_k = left.at(k);
-    unroll<R>([&](auto r) {
-      const Packet<Scalar> a = broadcast(left_k(r));
-      unroll<V>([&](auto v) { sum[r][v] = Eigen::internal::pmadd(a, row[v], sum[r][v]); });
-    });
-  }
-  unroll<R>(
-      [&](auto r) { unroll<V>([&](auto v) { store(c + r * c_stride + v * size, sum[r][v]); }); });
-}
-
-/// The tiles below each other, the highest first. Of their columns `width` belong to C; a tile that
-/// sticks out is computed beside C and copied.
-template <Index R, Index V, class Scalar, class Source>
-void multiply_column(const Source& source, Index first_row, Index rows, Index first_k, Index depth,
-                     Panel<Scalar> right, Index width, const Scalar* start, Index start_stride,
-                     Scalar* c, Index c_stride) {
-  constexpr Index columns = V * packet_size<Scalar>;
-  Index r = 0;
-  for (; r + R <= rows; r += R) {
-    const auto left = source.template tile<R>(first_row + r, first_k);
-    const Scalar* from = start != nullptr ? start + r * start_stride : nullptr;
-    Scalar* to = c + r * c_stride;
-    if (width == columns) {
-      multiply_tile<R, V>(left, right, depth, from, start_stride, to, c_stride);
-    } else {
-      Scalar tile[to_size(R * columns)] = {};
-      for (Index i = 0; from != nullptr && i < R; ++i) {
-        std::copy_n(from + i * start_stride, width, tile + i * columns);
-      }
-      multiply_tile<R, V>(left, right, depth, static_cast<const Scalar*>(tile), columns, tile,
-                          columns);
-      for (Index i = 0; i < R; ++i) std::copy_n(tile + i * columns, width, to + i * c_stride);
-    }
-  }
-  if constexpr (R > 1) {
-    if (r < rows) {
-      multiply_column<R / 2, V>(source, first_row + r, rows - r, first_k, depth, right, width,
-                                start != nullptr ? start + r * start_stride : nullptr, start_stride,
-                                c + r * c_stride, c_stride);
-    }
-  }
-}
-
-/// One block of C, rows x columns, over the whole depth. `panel(first_k, depth, column, columns,
-/// buffer)` gives rows of B, filled up with zeros to whole packets.
-template <class Scalar, class Source, class MakePanel>
-void multiply_block(const Source& source, Index first_row, Index rows, Index first_column,
-                    Index columns, Index depth, const MakePanel& panel, Start start,
-                    const Scalar* bias, Scalar* c, Index c_stride) {
-  constexpr Index size = packet_size<Scalar>;
-  alignas(64) Scalar buffer[to_size(panel_depth * panel_columns<Scalar>)];
-  const Index packets = (columns + size - 1) / size;
-  const Index tiles = (packets + tile_packets - 1) / tile_packets;
-  for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
-    const Index block_depth = std::min(panel_depth, depth - k);
-    const Panel<Scalar> right = panel(k, block_depth, first_column, columns, buffer);
-    const Start from = k == 0 ? start : Start::accumulate;
+  const Index end = first_column + columns;
+  for (Index panel = first_column; panel < end; panel += panel_columns<Scalar>) {
+    const Index width = std::min(panel_columns<Scalar>, end - panel);
+    const Index packets = (width + size - 1) / size;
+    const Index strips = (packets + tile_packets - 1) / tile_packets;
     Index packet = 0;
-    for (Index t = 0; t < tiles; ++t) {
-      // As even as possible: 4 packets are 2 + 2, since a tile of one packet wastes the broadcasts.
-      const Index tile_width = (packets - packet + tiles - t - 1) / (tiles - t);
+    for (Index s = 0; s < strips; ++s) {
+      const Index count = (packets - packet + strips - s - 1) / (strips - s);
       const Index column = packet * size;
-      packet += tile_width;
-      Scalar* out = c + first_row * c_stride + first_column + column;
-      const Scalar* initial = nullptr;
-      if (from == Start::accumulate) initial = out;
-      if (from == Start::bias) initial = bias + first_column + column;
-      const auto run = [&](auto v) {
-        multiply_column<tile_rows, v>(source, first_row, rows, k, block_depth,
-                                      Panel<Scalar>{right.data + column, right.stride},
-                                      std::min(tile_width * size, columns - column), initial,
-                                      from == Start::bias ? 0 : c_stride, out, c_stride);
-      };
-      if (tile_width == 3) run(std::integral_constant<Index, 3>{});
-      if (tile_width == 2) run(std::integral_constant<Index, 2>{});
-      if (tile_width == 1) run(std::integral_constant<Index, 1>{});
+      f(panel + column, count, std::min(count * size, width - column));
+      packet += count;
     }
   }
 }
 
-/// Splits C into blocks and the blocks over the workers. Small products stay on one worker, since
-/// waking another takes some microseconds.
-template <class Scalar, class Source, class MakePanel>
-void multiply(const Source& source, Index rows, Index columns, Index depth, const MakePanel& panel,
-              Start start, const Scalar* bias, MatrixView<Scalar> c) {
-  MOE_ASSERT(c.rows() == rows && c.cols() == columns);
-  constexpr Index worth_waking = Index{1} << 18;  // multiply-adds
-  const bool parallel = rows * columns * depth >= worth_waking;
-  const Index column_blocks = (columns + panel_columns<Scalar> - 1) / panel_columns<Scalar>;
-  // High blocks copy panels less often, but there should be some for every worker.
-  const Index wanted = parallel ? 4 * worker_count() : 1;
-  Index block_rows = task_rows;
-  while (block_rows > 64 && (rows + block_rows - 1) / block_rows * column_blocks < wanted) {
-    block_rows /= 2;
-  }
-  const Index row_blocks = (rows + block_rows - 1) / block_rows;
-  const auto run = [&](Index task, Index) {
-    const Index row = task / column_blocks * block_rows;
-    const Index column = task % column_blocks * panel_columns<Scalar>;
-    multiply_block(source, row, std::min(block_rows, rows - row), column,
-                   std::min(panel_columns<Scalar>, columns - column), depth, panel, start, bias,
-                   c.data(), c.outerStride());
-  };
-  const Index tasks = row_blocks * column_blocks;
-  if (parallel) {
-    parallel_for(tasks, run);
-  } else {
-    for (Index task = 0; task < tasks; ++task) run(task, 0);
+/// Splits rows into as few tiles as possible, of even height, and calls f(row, count) for each.
+template <class F>
+void for_each_tile(Index rows, Index highest, F&& f) {
+  const Index tiles = (rows + highest - 1) / highest;
+  Index row = 0;
+  for (Index t = 0; t < tiles; ++t) {
+    const Index count = (rows - row + tiles - t - 1) / (tiles - t);
+    f(row, count);
+    row += count;
   }
 }
 
@@ -255,81 +95,360 @@ Panel<Scalar> copy_panel(Index depth, Index width, const RowAt& row_at, Scalar* 
   return {buffer, stride};
 }
 
-/// C = A·B, from zero, from a bias (N values), or added to what C holds.
-template <class Scalar>
-void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
-                Start start = Start::zero, const Scalar* bias = nullptr) {
-  MOE_ASSERT(a.width() == b.rows() && (start == Start::bias || bias == nullptr));
-  // Copying pays from a few tiles below each other on; until then B is read in place.
-  const bool in_place = a.count() <= 2 * tile_rows;
-  const auto panel = [&](Index k, Index depth, Index column, Index width,
-                         Scalar* buffer) -> Panel<Scalar> {
-    const Scalar* from = b.data() + k * b.outerStride() + column;
-    if (in_place && width % packet_size<Scalar> == 0) return {from, b.outerStride()};
-    return copy_panel(
-        depth, width, [&](Index i) { return from + i * b.outerStride(); }, buffer);
-  };
-  multiply(RowsAlongDepth<Scalar>{a}, a.count(), b.cols(), a.width(), panel, start, bias, c);
-}
-
-/// Copies `width` rows of B, `depth` values each, as columns next to each other.
-template <class Scalar>
-Panel<Scalar> transpose_panel(const Scalar* from, Index from_stride, Index depth, Index width,
-                              Scalar* buffer) {
+/// Copies `width` rows, `depth` values of each, as columns next to each other, the last packet of
+/// columns filled up with zeros.
+template <class Scalar, class RowAt>
+Panel<Scalar> transpose_panel(Index depth, Index width, const RowAt& row_at, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
   using Block = Eigen::internal::PacketBlock<Packet<Scalar>, static_cast<int>(size)>;
   const Index stride = (width + size - 1) / size * size;
   Index column = 0;
   for (; column + size <= width; column += size) {
+    const Scalar* row[to_size(size)];
+    for (Index i = 0; i < size; ++i) row[i] = row_at(column + i);
     Index k = 0;
     for (; k + size <= depth; k += size) {
       Block block;
-      for (Index i = 0; i < size; ++i) {
-        block.packet[i] = load(from + (column + i) * from_stride + k);
-      }
+      for (Index i = 0; i < size; ++i) block.packet[i] = load(row[i] + k);
       if constexpr (size > 1) Eigen::internal::ptranspose(block);
       for (Index i = 0; i < size; ++i) store(buffer + (k + i) * stride + column, block.packet[i]);
     }
     for (; k < depth; ++k) {
-      for (Index i = 0; i < size; ++i) {
-        buffer[k * stride + column + i] = from[(column + i) * from_stride + k];
-      }
+      for (Index i = 0; i < size; ++i) buffer[k * stride + column + i] = row[i][k];
     }
   }
-  for (Index k = 0; k < depth; ++k) {
-    for (Index j = column; j < stride; ++j) {
-      buffer[k * stride + j] = j < width ? from[j * from_stride + k] : Scalar{0};
-    }
+  for (Index j = column; j < stride; ++j) {
+    const Scalar* row = j < width ? row_at(j) : nullptr;
+    for (Index k = 0; k < depth; ++k) buffer[k * stride + j] = row != nullptr ? row[k] : Scalar{0};
   }
   return {buffer, stride};
+}
+
+/// Where the right operand of a strip starts, and what part of it there is.
+struct Strip {
+  Index k;
+  Index depth;
+  Index column;
+  Index packets;
+  Index width;
+};
+
+/// B as the right operand of nn: its rows run along the columns of C.
+template <class Scalar>
+struct Straight {
+  ConstMatrixView<Scalar> b;
+  const Scalar* row(Index k, Index column) const { return b.data() + k * b.outerStride() + column; }
+
+  /// Copies steps [first, first + count) of a strip's depth into its panel.
+  void copy(const Strip& strip, Index first, Index count, Scalar* panel) const {
+    copy_panel(
+        count, strip.width, [&](Index i) { return row(strip.k + first + i, strip.column); },
+        panel + first * strip.packets * packet_size<Scalar>);
+  }
+  /// What copy() will read.
+  Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
+    return {row(strip.k + first, strip.column), b.outerStride(), count};
+  }
+};
+
+/// B as the right operand of nt: its rows run along the depth and are transposed on the way.
+template <class Scalar>
+struct Transposed {
+  ConstMatrixView<Scalar> b;
+  const Scalar* row(Index k, Index column) const { return b.data() + column * b.outerStride() + k; }
+
+  void copy(const Strip& strip, Index first, Index count, Scalar* panel) const {
+    transpose_panel(
+        count, strip.width, [&](Index j) { return row(strip.k + first, strip.column + j); },
+        panel + first * strip.packets * packet_size<Scalar>);
+  }
+  Ahead<Scalar> ahead(const Strip& strip, Index first, Index) const {
+    return {row(strip.k + first, strip.column), b.outerStride(), strip.width};
+  }
+};
+
+/// C[:, columns] = A·right: the depth in blocks, of each block the strips of columns one after the
+/// other, so that the block's part of A stays in the nearest caches. finish(column, width) is called
+/// for each strip when its sums are complete and still in the first-level cache.
+///
+/// While the tiles of a strip are calculated, the panel of the next strip is made piece by piece:
+/// each tile asks for the memory of a piece, which is copied after it. So memory and arithmetic are
+/// busy at the same time, without any help from the processor's own foresight.
+template <class Scalar, class Right, class Finish>
+void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index first_column,
+                   Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
+                   const Finish& finish) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index piece = 32;  // steps of depth: two lines of a row in nt
+  alignas(64) Scalar panels[2][to_size(panel_depth * tile_columns<Scalar>)];
+  const Index depth = a.width();
+  const Index tiles = (a.count() + tile_rows - 1) / tile_rows;
+  Scalar* panel = panels[0];
+  Scalar* next_panel = panels[1];
+
+  // Computes a strip whose panel is ready and readies that of `next`, if there is one.
+  const auto run = [&](const Strip& strip, const Strip* next) {
+    const Start from = strip.k == 0 ? start : Start::accumulate;
+    const Scalar* initial = from == Start::bias ? bias + strip.column : nullptr;
+    const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
+    const Index each = (pieces + tiles - 1) / tiles * piece;
+    Index ready = 0;
+    for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
+      Left<Scalar> left;
+      Scalar* to[to_size(tile_rows)];
+      for (Index r = 0; r < rows; ++r) {
+        left.row[r] = a.row(first + r) + strip.k;
+        to[r] = c.row(first + r) + strip.column;
+      }
+      const Index count = next != nullptr ? std::min(each, next->depth - ready) : 0;
+      const Ahead<Scalar> ahead =
+          count > 0 ? right.ahead(*next, ready, count) : Ahead<Scalar>{};
+      multiply_tile(rows, strip.packets, strip.width, left,
+                    Panel<Scalar>{panel, strip.packets * size}, strip.depth, from, initial, to,
+                    ahead);
+      if (count > 0) right.copy(*next, ready, count, next_panel);
+      ready += count;
+    });
+    if (strip.k + strip.depth >= depth) finish(strip.column, strip.width);
+    std::swap(panel, next_panel);
+  };
+
+  Strip strip{};
+  bool pending = false;
+  for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
+    for_each_strip<Scalar>(first_column, columns, [&](Index column, Index packets, Index width) {
+      const Strip next{k, std::min(panel_depth, depth - k), column, packets, width};
+      if (pending) {
+        run(strip, &next);
+      } else {
+        right.copy(next, 0, next.depth, panel);
+      }
+      strip = next;
+      pending = true;
+    });
+  }
+  if (pending) run(strip, nullptr);
+}
+
+/// The form nn for few rows, which wait for B to come from memory. It comes fastest when some rows
+/// of it are read side by side from one end to the other, so the depth goes in small steps; a panel
+/// is copied only where a second tile reads it too.
+template <class Scalar, class Finish>
+void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
+                     Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
+                     const Finish& finish) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index block_depth = 16;
+  alignas(64) Scalar buffer[to_size(block_depth * tile_columns<Scalar>)];
+  const Straight<Scalar> right{b};
+  const Index depth = a.width();
+  for (Index k = 0; k == 0 || k < depth; k += block_depth) {
+    const Index count = std::min(block_depth, depth - k);
+    const Start from = k == 0 ? start : Start::accumulate;
+    for_each_strip<Scalar>(first_column, columns, [&](Index column, Index packets, Index width) {
+      const Strip strip{k, count, column, packets, width};
+      Panel<Scalar> panel{right.row(k, column), b.outerStride()};
+      if (a.count() > tile_rows || width < packets * size) {
+        right.copy(strip, 0, count, buffer);
+        panel = {buffer, packets * size};
+      }
+      Ahead<Scalar> ahead{right.row(k, column + width), b.outerStride(), count, 8};
+      for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
+        Left<Scalar> left;
+        Scalar* to[to_size(tile_rows)];
+        for (Index r = 0; r < rows; ++r) {
+          left.row[r] = a.row(first + r) + k;
+          to[r] = c.row(first + r) + column;
+        }
+        multiply_tile(rows, packets, width, left, panel, count, from,
+                      from == Start::bias ? bias + column : nullptr, to, ahead);
+        ahead.count = 0;
+      });
+      if (k + block_depth >= depth) finish(column, width);
+    });
+  }
+}
+
+/// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
+template <class Scalar, class Finish = Nothing>
+void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
+                 Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
+                 const Finish& finish = {}) {
+  if (a.count() == 0) return;
+  if (a.count() <= 2 * tile_rows) {
+    return multiply_few_nn(a, b, first_column, columns, start, bias, c, finish);
+  }
+  multiply_rows(a, Straight<Scalar>{b}, first_column, columns, start, bias, c, finish);
+}
+
+/// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
+/// B, which is by far the larger, is neither transposed nor copied.
+template <class Scalar, class Finish>
+void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
+                     Index columns, Start start, const ScatteredRows<Scalar>& c,
+                     const Finish& finish) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index capacity = (Index{1} << 16) / static_cast<Index>(sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  const Index packets = (a.count() + size - 1) / size;
+  const Index block_depth = capacity / (packets * size);
+  const Index highest = packets == 1 ? max_tile_rows : tile_rows;
+  const Index depth = a.width();
+  for (Index k = 0; k == 0 || k < depth; k += block_depth) {
+    const Index count = std::min(block_depth, depth - k);
+    const Panel<Scalar> right = transpose_panel(
+        count, a.count(), [&](Index i) { return a.row(i) + k; }, buffer);
+    const bool from_zero = k == 0 && start == Start::zero;
+    for_each_tile(columns, highest, [&](Index first, Index rows) {
+      Scalar tile[to_size(max_tile_rows * tile_columns<Scalar>)];
+      Left<Scalar> left;
+      Scalar* to[to_size(max_tile_rows)];
+      for (Index r = 0; r < rows; ++r) {
+        left.row[r] = b.data() + (first_column + first + r) * b.outerStride() + k;
+        to[r] = tile + r * right.stride;
+      }
+      for (Index i = 0; i < a.count() && !from_zero; ++i) {
+        const Scalar* held = c.row(i) + first_column + first;
+        for (Index r = 0; r < rows; ++r) to[r][i] = held[r];
+      }
+      const Start from = from_zero ? Start::zero : Start::accumulate;
+      multiply_tile(rows, packets, packets * size, left, right, count, from,
+                           static_cast<const Scalar*>(nullptr), to);
+      for (Index i = 0; i < a.count(); ++i) {
+        Scalar* result = c.row(i) + first_column + first;
+        for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
+      }
+    });
+  }
+  for_each_strip<Scalar>(first_column, columns,
+                         [&](Index column, Index, Index width) { finish(column, width); });
+}
+
+/// C[:, columns] = A·Bᵀ, from zero or added to what C holds.
+template <class Scalar, class Finish = Nothing>
+void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
+                 Index columns, Start start, const ScatteredRows<Scalar>& c,
+                 const Finish& finish = {}) {
+  if (a.count() == 0) return;
+  if (a.count() <= 2 * packet_size<Scalar>) {
+    return multiply_few_nt(a, b, first_column, columns, start, c, finish);
+  }
+  const Scalar* no_bias = nullptr;
+  multiply_rows(a, Transposed<Scalar>{b}, first_column, columns, start, no_bias, c, finish);
+}
+
+/// How many pairs of rows multiply_tn adds at once.
+inline constexpr Index pairs_depth = 128;
+
+/// Rows [first_row, first_row + rows) and some columns of C += Aᵀ·B, the rows of A and B going in
+/// pairs. The columns are those of a panel: packets of all its strips stay in the second-level
+/// cache while tiles of C pass, each row of them read and written in one piece.
+template <class Scalar>
+void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
+                 Index rows, Index first_column, Index columns, MatrixView<Scalar> c) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index wide = 2 * panel_columns<Scalar>;
+  alignas(64) Scalar panels[to_size(pairs_depth * wide)];
+  Scalar columns_of_a[to_size(pairs_depth * tile_rows)];
+  for (Index k = 0; k < a.count(); k += pairs_depth) {
+    const Index depth = std::min(pairs_depth, a.count() - k);
+    for (Index column = first_column; column < first_column + columns; column += wide) {
+      const Index width = std::min(wide, first_column + columns - column);
+      for_each_strip<Scalar>(0, width, [&](Index start, Index, Index strip_width) {
+        const auto row_at = [&](Index i) { return b.row(k + i) + column + start; };
+        copy_panel(depth, strip_width, row_at, panels + start * depth);
+      });
+      for_each_tile(rows, tile_rows, [&](Index first, Index count) {
+        for (Index i = 0; i < depth; ++i) {
+          const Scalar* from = a.row(k + i) + first_row + first;
+          Scalar* to = columns_of_a + i * count;
+          if (count == tile_rows) {  // a constant number is one or two moves
+            std::copy_n(from, tile_rows, to);
+          } else {
+            std::copy_n(from, count, to);
+          }
+        }
+        Left<Scalar> left;
+        left.step = count;
+        for (Index r = 0; r < count; ++r) left.row[r] = columns_of_a + r;
+        for_each_strip<Scalar>(0, width, [&](Index start, Index packets, Index strip_width) {
+          Scalar* to[to_size(tile_rows)];
+          for (Index r = 0; r < count; ++r) {
+            to[r] = row_data(c, first_row + first + r) + column + start;
+          }
+          // The same columns of the tile below, which are far away in memory.
+          const Index below = std::min(tile_rows, rows - first - count);
+          const Ahead<Scalar> ahead{to[0] + count * c.outerStride(), c.outerStride(), below};
+          multiply_tile(count, packets, strip_width, left,
+                               Panel<Scalar>{panels + start * depth, packets * size}, depth,
+                               Start::accumulate, static_cast<const Scalar*>(nullptr), to, ahead);
+        });
+      });
+    }
+  }
+}
+
+/// Splits C into blocks and calls f(first_row, rows, first_column, columns) for each, over the
+/// workers. Small products stay on one worker, since waking another takes some microseconds.
+template <class F>
+void for_each_block(Index rows, Index columns, Index depth, Index block_columns, F&& f) {
+  constexpr Index worth_waking = Index{1} << 18;  // multiply-adds
+  const Index wanted = rows * columns * depth >= worth_waking ? 4 * worker_count() : 1;
+  const Index column_blocks = (columns + block_columns - 1) / block_columns;
+  // High blocks copy panels less often, but there should be some for every worker.
+  Index block_rows = task_rows;
+  while (block_rows > 64 && (rows + block_rows - 1) / block_rows * column_blocks < wanted) {
+    block_rows /= 2;
+  }
+  const Index row_blocks = (rows + block_rows - 1) / block_rows;
+  const auto run = [&](Index task, Index) {
+    const Index row = task / column_blocks * block_rows;
+    const Index column = task % column_blocks * block_columns;
+    f(row, std::min(block_rows, rows - row), column, std::min(block_columns, columns - column));
+  };
+  const Index tasks = row_blocks * column_blocks;
+  if (wanted > 1) {
+    parallel_for(tasks, run);
+  } else {
+    for (Index task = 0; task < tasks; ++task) run(task, 0);
+  }
+}
+
+/// C = A·B, from zero, from a bias (N values), or added to what C holds.
+template <class Scalar>
+void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
+                Start start = Start::zero, const Scalar* bias = nullptr) {
+  MOE_ASSERT(a.width() == b.rows() && c.rows() == a.count() && c.cols() == b.cols());
+  MOE_ASSERT(start == Start::bias || bias == nullptr);
+  for_each_block(c.rows(), c.cols(), a.width(), 2 * panel_columns<Scalar>,
+                 [&](Index row, Index rows, Index column, Index columns) {
+                   multiply_nn(a.slice(row, rows), b, column, columns, start, bias,
+                               ScatteredRows<Scalar>(c).slice(row, rows));
+                 });
 }
 
 /// C = A·Bᵀ, or added to what C holds.
 template <class Scalar>
 void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
                 Start start = Start::zero) {
-  MOE_ASSERT(a.width() == b.cols() && start != Start::bias);
-  const auto panel = [&](Index k, Index depth, Index column, Index width, Scalar* buffer) {
-    return transpose_panel(b.data() + column * b.outerStride() + k, b.outerStride(), depth, width,
-                           buffer);
-  };
-  const Scalar* no_bias = nullptr;
-  multiply(RowsAlongDepth<Scalar>{a}, a.count(), b.rows(), a.width(), panel, start, no_bias, c);
+  MOE_ASSERT(a.width() == b.cols() && c.rows() == a.count() && c.cols() == b.rows());
+  MOE_ASSERT(start != Start::bias);
+  for_each_block(c.rows(), c.cols(), a.width(), panel_columns<Scalar>,
+                 [&](Index row, Index rows, Index column, Index columns) {
+                   multiply_nt(a.slice(row, rows), b, column, columns, start,
+                               ScatteredRows<Scalar>(c).slice(row, rows));
+                 });
 }
 
 /// C += Aᵀ·B, the rows of A and B going in pairs.
 template <class Scalar>
 void product_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
                 MatrixView<Scalar> c) {
-  MOE_ASSERT(a.count() == b.count());
-  if (a.count() == 0) return;
-  const auto panel = [&](Index k, Index depth, Index column, Index width, Scalar* buffer) {
-    return copy_panel(
-        depth, width, [&](Index i) { return b.row(k + i) + column; }, buffer);
-  };
-  const Scalar* no_bias = nullptr;
-  multiply(ColumnsAlongDepth<Scalar>{a}, a.width(), b.width(), a.count(), panel, Start::accumulate,
-           no_bias, c);
+  MOE_ASSERT(a.count() == b.count() && c.rows() == a.width() && c.cols() == b.width());
+  for_each_block(c.rows(), c.cols(), a.count(), 2 * panel_columns<Scalar>,
+                 [&](Index row, Index rows, Index column, Index columns) {
+                   multiply_tn(a, b, row, rows, column, columns, c);
+                 });
 }
 
 }  // namespace moe::detail

@@ -51,13 +51,45 @@ void store_first(Scalar* to, Index count, const Packet<Scalar>& packet) {
   for (Index i = 0; i < count; ++i) to[i] = buffer[i];
 }
 
+/// A packet's place in a row: all of it, or its first `count` elements, the rest being read as zero
+/// and not written.
+struct WholePacket {
+  Index first;
+  template <class Scalar>
+  Packet<Scalar> load(const Scalar* row) const {
+    return detail::load(row + first);
+  }
+  template <class Scalar>
+  void store(Scalar* row, const Packet<Scalar>& packet) const {
+    detail::store(row + first, packet);
+  }
+};
+struct PartialPacket {
+  Index first;
+  Index count;
+  template <class Scalar>
+  Packet<Scalar> load(const Scalar* row) const {
+    return load_first(row + first, count);
+  }
+  template <class Scalar>
+  void store(Scalar* row, const Packet<Scalar>& packet) const {
+    store_first(row + first, count, packet);
+  }
+};
+
+/// Calls f(place) for the packets of a row.
+template <class Scalar, class F>
+void for_each_packet(Index count, F f) {
+  constexpr Index size = packet_size<Scalar>;
+  Index i = 0;
+  for (; i + size <= count; i += size) f(WholePacket{i});
+  if (i < count) f(PartialPacket{i, count - i});
+}
+
 /// out[i] = f(in[i]...), a packet at a time; out may be one of the inputs.
 template <class Scalar, class F, class... In>
 void map(Index count, Scalar* out, F f, const In*... in) {
-  constexpr Index size = packet_size<Scalar>;
-  Index i = 0;
-  for (; i + size <= count; i += size) store(out + i, f(load(in + i)...));
-  if (i < count) store_first(out + i, count - i, f(load_first(in + i, count - i)...));
+  for_each_packet<Scalar>(count, [&](auto at) { at.store(out, f(at.load(in)...)); });
 }
 
 /// Σ a[i]·b[i] in one fixed order that depends on `count` alone.

@@ -8,7 +8,6 @@
 #include "moe/experts/expert.hpp"
 #include "moe/experts/feed_forward.hpp"
 #include "moe/kernels/activations.hpp"
-#include "moe/layer/combine.hpp"
 #include "moe/parallel.hpp"
 #include "moe/routing/noisy_top_k_gate.hpp"
 
@@ -54,20 +53,29 @@ class MoELayer {
   struct Tape : Gate_::Tape {
     Matrix<Scalar> y;  ///< T x D, the result
 
-    Matrix<Scalar> kept;              ///< S x Expert::tape_width(), what the experts keep
-    Matrix<Scalar> rows;              ///< S x D, outputs of the experts, or their dx
-    Matrix<Scalar> combined;          ///< T x D, y before the output activation, if there is one
-    Matrix<Scalar> dcombined;         ///< T x D
-    std::vector<Scalar> row_weight;   ///< S, the weights by row
-    std::vector<Scalar> row_dweight;  ///< S, their gradients by row
-    std::vector<Scalar> dweight;      ///< S, the same by slot
+    Matrix<Scalar> kept;             ///< S x Expert::tape_width(), what the experts keep
+    Matrix<Scalar> combined;         ///< T x D, y before the output activation, if there is one
+    Matrix<Scalar> dcombined;        ///< T x D
+    Matrix<Scalar> dexperts;         ///< T x D, the experts' share of dx
+    std::vector<Scalar> row_weight;  ///< S, the weights by row
+    std::vector<Scalar> dweight;     ///< S, the gradients of the weights by slot
 
+    /// What the experts that are at work at the moment need, see MoELayer::for_each_group().
     struct Task {
+      enum Kind { run, combine, add_gradients } kind;
+      Index block;  ///< of a run or gradients
+      Range rows;   ///< of the block in a run, of the tokens in a combine, or of the gradients
+      Range columns;
+    };
+    struct Slice {
       Index expert;
       Index first;  ///< row
       Index count;
     };
+    Matrix<Scalar> group;              ///< rows of a group x Expert::scratch_width()
+    std::vector<Slice> slices;
     std::vector<Task> tasks;
+    std::vector<Scalar> row_dweight;   ///< rows of a group
     std::vector<typename Expert::Scratch> scratch;  ///< one a worker
   };
 
@@ -103,16 +111,10 @@ class MoELayer {
                     "MoELayer: the gate left a tape.x of ", tape.x.rows(), " x ", tape.x.cols(),
                     " for an x of ", x.rows(), " x ", config_.width);
     dispatch(tape, x.rows());
-    const Index slots = tape.routing.slots();
-    tape.kept.resize(slots, experts_.front().tape_width());
-    const GatheredRows<Scalar> rows(tape.x, tape.routing.row_token.data(), slots);
-    run(tape, [&](const Task& task, Scratch& scratch) {
-      experts_[detail::to_size(task.expert)].forward(
-          rows.slice(task.first, task.count), rows_of(tape.kept, task.first, task.count),
-          rows_of(tape.rows, task.first, task.count), scratch);
-    });
+    tape.kept.resize(tape.routing.slots(), experts_.front().tape_width());
+    run_experts(tape.x, tape, true);
     tape.trained = true;
-    return combine(tape);
+    return tape.y;
   }
 
   /// Takes dy, the gradient of the loss by y (T x D), after forward() on the same tape. Adds to
@@ -130,29 +132,16 @@ class MoELayer {
                         tape.kept.cols() == experts_.front().tape_width(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
                     " experts and width ", tape.x.cols());
-    const GatheredRows<Scalar> x(tape.x, tape.routing.row_token.data(), slots);
     const MatrixRef<Scalar> dsum = output_backward(dy, tape);
-    const GatheredRows<Scalar> dy_rows(dsum, tape.routing.row_token.data(), slots);
-    detail::resize(tape.row_dweight, slots);
-    run_whole_experts(tape, [&](const Task& task, Scratch& scratch) {
-      experts_[detail::to_size(task.expert)].backward(
-          x.slice(task.first, task.count),
-          rows_of(std::as_const(tape.kept), task.first, task.count),
-          dy_rows.slice(task.first, task.count), tape.row_weight.data() + task.first,
-          rows_of(tape.rows, task.first, task.count), tape.row_dweight.data() + task.first,
-          scratch);
-    });
+    tape.dexperts.setZero(tokens, config_.width);
     detail::resize(tape.dweight, slots);
-    for (Index row = 0; row < slots; ++row) {
-      tape.dweight[detail::to_size(tape.routing.row_slot[detail::to_size(row)])] =
-          tape.row_dweight[detail::to_size(row)];
-    }
+    run_experts_backward(dsum, tape);
     tape.dx.setZero(tokens, config_.width);
     gate_.backward(std::span<const Scalar>(tape.dweight), tape);
     detail::require(tape.dx.rows() == tokens && tape.dx.cols() == config_.width,
                     "MoELayer: the gate left a tape.dx of ", tape.dx.rows(), " x ", tape.dx.cols(),
                     " for an x of ", tokens, " x ", config_.width);
-    detail::combine<Scalar>(tape.routing, {}, tape.rows, tape.dx);
+    tape.dx += tape.dexperts;
     return tape.dx;
   }
 
@@ -164,13 +153,8 @@ class MoELayer {
     gate_.evaluate(x, tape);
     tape.trained = false;
     dispatch(tape, x.rows());
-    const Index slots = tape.routing.slots();
-    const GatheredRows<Scalar> rows(x, tape.routing.row_token.data(), slots);
-    run(tape, [&](const Task& task, Scratch& scratch) {
-      experts_[detail::to_size(task.expert)].evaluate(
-          rows.slice(task.first, task.count), rows_of(tape.rows, task.first, task.count), scratch);
-    });
-    return combine(tape);
+    run_experts(x, tape, false);
+    return tape.y;
   }
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     Tape tape;
@@ -186,7 +170,9 @@ class MoELayer {
 
  private:
   using Task = typename Tape::Task;
+  using Slice = typename Tape::Slice;
   using Scratch = typename Expert::Scratch;
+  using Block = ExpertBlock<Scalar>;
 
   static Config completed(Config config) {
     detail::require(config.width >= 1, "MoELayer::Config.width = ", config.width,
@@ -208,8 +194,7 @@ class MoELayer {
                     " columns, Config.width = ", config_.width);
   }
 
-  /// Sorts the slots by expert and readies the memory for the experts' rows, as much as any
-  /// routing of so many slots can need.
+  /// Sorts the slots by expert.
   void dispatch(Tape& tape, Index tokens) const {
     const Index experts = gate_.experts();
     detail::require(tape.routing.experts == experts, "MoELayer: the gate's routing has ",
@@ -218,82 +203,233 @@ class MoELayer {
                     tape.routing.tokens(), " tokens, x has ", tokens);
     group_by_expert(tape.routing);
     const Index slots = tape.routing.slots();
-    tape.tasks.reserve(detail::to_size(experts + slots / expert_block_rows));
-    tape.rows.resize(slots, config_.width);
     detail::resize(tape.row_weight, slots);
     for (Index row = 0; row < slots; ++row) {
       tape.row_weight[detail::to_size(row)] =
           tape.routing.weight[detail::to_size(tape.routing.row_slot[detail::to_size(row)])];
     }
-    reserve_scratch(tape);
   }
 
-  /// One scratch a worker of the pass at hand, since forward and backward may run on different
-  /// numbers of threads. None is given back: a pass inside somebody's parallel region has one worker.
-  void reserve_scratch(Tape& tape) const {
-    const auto workers = detail::to_size(worker_count());
-    if (tape.scratch.size() < workers) tape.scratch.resize(workers);
-    for (Scratch& scratch : tape.scratch) experts_.front().reserve(scratch);
-  }
+  // Experts run in groups, one group after the other: first the first halves of all its slices, then
+  // the second halves, which add to the tokens. A group is as many rows as the caches hold between
+  // the two halves; within a half the work is split over the workers by slice, rows and columns.
+  // Tokens are added to by column, and by row in the order of the experts, so nothing is stored per
+  // slot and the bits do not depend on how anything was split.
 
-  /// Calls f(task, scratch) for blocks of rows, which are independent in a forward pass.
-  template <class F>
-  void run(Tape& tape, F&& f) const {
-    tape.tasks.clear();
-    for (Index e = 0; e < tape.routing.experts; ++e) {
-      const Index end = tape.routing.expert_offsets[detail::to_size(e) + 1];
-      for (Index first = tape.routing.expert_offsets[detail::to_size(e)]; first < end;
-           first += expert_block_rows) {
-        tape.tasks.push_back({e, first, std::min(expert_block_rows, end - first)});
-      }
-    }
-    run_tasks(tape, f);
-  }
-
-  /// Calls f(task, scratch) for whole slices, since the rows of an expert add up in its gradient.
-  /// An expert with so many rows that the other workers would wait for it goes first and alone, its
-  /// products being split over the workers instead; that changes no bit.
-  template <class F>
-  void run_whole_experts(Tape& tape, F&& f) const {
-    const bool splits = Expert::splits_products && worker_count() > 1;
-    const Index alone = splits ? tape.routing.slots() / (2 * worker_count()) : tape.routing.slots();
-    reserve_scratch(tape);
-    tape.tasks.clear();
-    for (Index e = 0; e < tape.routing.experts; ++e) {
-      const Task task{e, tape.routing.expert_offsets[detail::to_size(e)], tape.routing.slots_of(e)};
-      if (task.count > alone) {
-        f(task, tape.scratch.front());
-      } else if (task.count > 0) {
-        tape.tasks.push_back(task);
-      }
-    }
-    run_tasks(tape, f);
-  }
-
-  /// In a parallel region even if there is one task only where a network may use Eigen's own
-  /// products: outside of one, Eigen would split them over threads, with other bits for each number.
-  template <class F>
-  static void run_tasks(Tape& tape, F&& f) {
-    const auto count = static_cast<Index>(tape.tasks.size());
-    const Index calls = Expert::splits_products ? count : std::max<Index>(2, count);
-    parallel_for(calls, [&](Index i, Index worker) {
-      if (i < count) f(tape.tasks[detail::to_size(i)], tape.scratch[detail::to_size(worker)]);
-    });
-  }
-
-  /// y = act(Σ G·rows).
-  const Matrix<Scalar>& combine(Tape& tape) const {
+  /// y = act(Σ G·experts(x)), x being T x D.
+  void run_experts(const MatrixRef<Scalar>& x, Tape& tape, bool keeps) const {
     const bool plain = config_.output == Activation::identity;
     Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
-    sum.setZero(tape.routing.tokens(), config_.width);
-    detail::combine<Scalar>(tape.routing, tape.routing.weight, tape.rows, sum);
+    sum.setZero(x.rows(), config_.width);
+    for_each_group(tape, [&] {
+      plan_runs(tape, true);
+      perform(tape, [&](const Task& task, Scratch& scratch) {
+        expert_of(tape, task).run(block_of(x, tape, task.block).slice(task.rows), task.columns,
+                                  keeps, scratch);
+      });
+      tape.tasks.clear();
+      plan_combines(tape);
+      perform(tape, [&](const Task& task, Scratch&) {
+        for_each_slice_of(x, tape, task.rows, [&](const Slice& slice, const Block& block) {
+          experts_[detail::to_size(slice.expert)].combine(block, task.columns, view(sum));
+        });
+      });
+    });
     if (!plain) {
       tape.y.resize(sum.rows(), sum.cols());
       parallel_for_blocks(sum.size(), Index{1} << 14, [&](Index first, Index count) {
         detail::activate(config_.output, count, sum.data() + first, tape.y.data() + first);
       });
     }
-    return tape.y;
+  }
+
+  /// Fills tape.dweight, adds to tape.dexperts and to the experts' gradients.
+  void run_experts_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    const MatrixRef<Scalar> x(tape.x);
+    for_each_group(tape, [&] {
+      for (const Slice& slice : tape.slices) {
+        detail::mark_gradients(experts_[detail::to_size(slice.expert)]);
+      }
+      // A plain network adds to its gradients in the first half, so its rows stay together.
+      plan_runs(tape, Expert::fused);
+      perform(tape, [&](const Task& task, Scratch& scratch) {
+        expert_of(tape, task).run_backward(block_of(x, tape, task.block).slice(task.rows), dy,
+                                           task.columns, scratch);
+      });
+      tape.tasks.clear();
+      plan_gradients(tape);
+      plan_combines(tape);
+      perform(tape, [&](const Task& task, Scratch&) {
+        if (task.kind == Task::add_gradients) {
+          expert_of(tape, task).add_gradients(block_of(x, tape, task.block), dy, task.rows);
+          return;
+        }
+        for_each_slice_of(x, tape, task.rows, [&](const Slice& slice, const Block& block) {
+          experts_[detail::to_size(slice.expert)].combine_backward(block, task.columns,
+                                                                   view(tape.dexperts));
+        });
+      });
+      parallel_for(static_cast<Index>(tape.slices.size()), [&](Index i, Index) {
+        const Slice& slice = tape.slices[detail::to_size(i)];
+        Scalar* dweight = tape.row_dweight.data() + (slice.first - tape.slices.front().first);
+        experts_[detail::to_size(slice.expert)].weight_gradients(block_of(x, tape, i), dy, dweight);
+        for (Index row = 0; row < slice.count; ++row) {
+          tape.dweight[detail::to_size(
+              tape.routing.row_slot[detail::to_size(slice.first + row)])] = dweight[row];
+        }
+      });
+    });
+  }
+
+  /// Calls f() with tape.slices being those of each group in turn.
+  template <class F>
+  void for_each_group(Tape& tape, F&& f) const {
+    // What a worker's rows need between the halves should stay in its second-level cache, or at
+    // least near it.
+    constexpr auto cached = static_cast<Index>((std::size_t{1} << 21) / sizeof(Scalar));
+    const Index workers = worker_count();
+    const Index width = experts_.front().scratch_width();
+    const Index rows = std::min(tape.routing.slots(),
+                                std::max<Index>(64, workers * cached / width));
+    tape.group.resize(rows, width);
+    detail::resize(tape.row_dweight, rows);
+    tape.slices.reserve(detail::to_size(rows));
+    tape.tasks.reserve(detail::to_size(most_tasks(rows)));
+    if (static_cast<Index>(tape.scratch.size()) < workers) detail::resize(tape.scratch, workers);
+    for (Scratch& scratch : tape.scratch) experts_.front().reserve(scratch);
+
+    tape.slices.clear();
+    tape.tasks.clear();
+    Index filled = 0;
+    const auto flush = [&] {
+      if (filled > 0) f();
+      tape.slices.clear();
+      tape.tasks.clear();
+      filled = 0;
+    };
+    for (Index e = 0; e < tape.routing.experts; ++e) {
+      const Index end = tape.routing.expert_offsets[detail::to_size(e) + 1];
+      Index first = tape.routing.expert_offsets[detail::to_size(e)];
+      while (first < end) {
+        const Index count = std::min(end - first, rows - filled);
+        tape.slices.push_back({e, first, count});
+        first += count;
+        filled += count;
+        if (filled == rows) flush();
+      }
+    }
+    flush();
+  }
+
+  // Plans append tasks. On one worker a task is as large as can be, since each reads its weights and
+  // rows anew; on several there are some for each worker, in proportion to the work in a slice.
+
+  Index group_rows(const Tape& tape) const {
+    return tape.slices.back().first + tape.slices.back().count - tape.slices.front().first;
+  }
+
+  /// How many of the pieces that a group is cut into should come from `rows` of its rows.
+  Index pieces_of(const Tape& tape, Index rows) const {
+    const Index workers = worker_count();
+    if (workers == 1) return 1;
+    return (4 * workers * rows + group_rows(tape) - 1) / group_rows(tape);
+  }
+
+  /// Cuts [0, count) into at most `pieces` ranges whose lengths are multiples of `unit`.
+  template <class F>
+  static void cut(Index count, Index pieces, Index unit, F&& f) {
+    const Index units = (count + unit - 1) / unit;
+    const Index parts = std::max<Index>(1, std::min(pieces, units));
+    const Index size = (units + parts - 1) / parts * unit;
+    for (Index first = 0; first < count; first += size) {
+      f(Range{first, std::min(size, count - first)});
+    }
+  }
+
+  void plan_runs(Tape& tape, bool splits_rows) const {
+    for (Index i = 0; i < static_cast<Index>(tape.slices.size()); ++i) {
+      const Index count = tape.slices[detail::to_size(i)].count;
+      const Index columns = experts_.front().columns();
+      const Index pieces = pieces_of(tape, count);
+      const Index panels =
+          (columns + detail::panel_columns<Scalar> - 1) / detail::panel_columns<Scalar>;
+      const Index row_pieces = (pieces + panels - 1) / panels;
+      const Index unit = splits_rows ? Index{32} : count;
+      cut(count, std::max((count + detail::task_rows - 1) / detail::task_rows, row_pieces), unit,
+          [&](Range rows) {
+            cut(columns, (pieces + row_pieces - 1) / row_pieces, detail::panel_columns<Scalar>,
+                [&](Range range) { tape.tasks.push_back({Task::run, i, rows, range}); });
+          });
+    }
+  }
+
+  void plan_combines(Tape& tape) const {
+    const Index tokens = tape.routing.tokens();
+    const Index pieces = worker_count() == 1 ? 1 : 2 * worker_count();
+    const Index strips =
+        (config_.width + detail::tile_columns<Scalar> - 1) / detail::tile_columns<Scalar>;
+    cut(tokens, (pieces + strips - 1) / strips, 1, [&](Range rows) {
+      cut(config_.width, pieces, detail::tile_columns<Scalar>, [&](Range columns) {
+        tape.tasks.push_back({Task::combine, 0, rows, columns});
+      });
+    });
+  }
+
+  void plan_gradients(Tape& tape) const {
+    for (Index i = 0; i < static_cast<Index>(tape.slices.size()); ++i) {
+      cut(experts_.front().gradient_rows(), pieces_of(tape, tape.slices[detail::to_size(i)].count),
+          64, [&](Range rows) { tape.tasks.push_back({Task::add_gradients, i, rows, {}}); });
+    }
+  }
+
+  /// At most so many tasks come from a group: each kind makes one of every slice and for rows of it,
+  /// and its share of the pieces, rounded up.
+  Index most_tasks(Index rows) const { return 4 * rows + 32 * worker_count() + 32; }
+
+  const Expert& expert_of(const Tape& tape, const Task& task) const {
+    return experts_[detail::to_size(tape.slices[detail::to_size(task.block)].expert)];
+  }
+  Expert& expert_of(const Tape& tape, const Task& task) {
+    return experts_[detail::to_size(tape.slices[detail::to_size(task.block)].expert)];
+  }
+
+  /// The rows of a slice of the group.
+  Block block_of(const MatrixRef<Scalar>& x, Tape& tape, Index index) const {
+    const Slice& slice = tape.slices[detail::to_size(index)];
+    const Index* token = tape.routing.row_token.data() + slice.first;
+    const Index kept = tape.kept.cols();
+    return {GatheredRows<Scalar>(x.data(), x.outerStride(), slice.count, x.cols(), token),
+            token,
+            tape.row_weight.data() + slice.first,
+            MatrixView<Scalar>(tape.kept.data() + slice.first * kept, slice.count, kept,
+                               Eigen::OuterStride<>(kept)),
+            rows_of(tape.group, slice.first - tape.slices.front().first, slice.count)};
+  }
+
+  /// Calls f(slice, block) for the slices of the group in the order of the experts, a block being
+  /// the rows whose tokens are among `tokens`.
+  template <class F>
+  void for_each_slice_of(const MatrixRef<Scalar>& x, Tape& tape, Range tokens, F&& f) const {
+    for (Index i = 0; i < static_cast<Index>(tape.slices.size()); ++i) {
+      const Slice& slice = tape.slices[detail::to_size(i)];
+      const Index* begin = tape.routing.row_token.data() + slice.first;
+      const Index first = std::lower_bound(begin, begin + slice.count, tokens.first) - begin;
+      const Index last =
+          std::lower_bound(begin, begin + slice.count, tokens.first + tokens.count) - begin;
+      if (first < last) f(slice, block_of(x, tape, i).slice({first, last - first}));
+    }
+  }
+
+  /// Calls f(task, scratch) for every task. In a parallel region even if there is one task only where
+  /// a network may use Eigen's own products: outside of one, Eigen would split them over threads,
+  /// with other bits for each number.
+  template <class F>
+  static void perform(Tape& tape, F&& f) {
+    const auto count = static_cast<Index>(tape.tasks.size());
+    const Index calls = Expert::fused ? count : std::max<Index>(2, count);
+    parallel_for(calls, [&](Index i, Index worker) {
+      if (i < count) f(tape.tasks[detail::to_size(i)], tape.scratch[detail::to_size(worker)]);
+    });
   }
 
   /// dy ⊙ act'(Σ G·rows); dy itself without an output activation.

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <span>
+#include <vector>
 
 #include "moe/kernels/packet.hpp"
 #include "moe/optim/parameter_blocks.hpp"
@@ -18,6 +19,12 @@ namespace moe {
 /// D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015;
 /// I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 ///
+/// Dense Adam, the default, moves every parameter at every update: the weights of an expert that got
+/// no token go on moving by its old m, and m, v and the weights go on decaying. Updates::lazy leaves
+/// such an expert entirely alone, and t counts the updates of each parameter by itself, so every
+/// expert gets exactly the Adam of the updates at which it had tokens. PyTorch's SparseAdam, the
+/// nearest thing, leaves rows alone likewise but takes the optimizer's t for all.
+///
 /// Runs at the speed of memory: four reads and three writes a parameter. After the first update of
 /// a module no further one allocates.
 template <class Scalar = float>
@@ -28,6 +35,7 @@ class Adam {
     double beta2 = 0.999;     ///< in [0, 1)
     double epsilon = 1e-8;    ///< above 0
     double weight_decay = 0;  ///< at least 0
+    Updates updates = Updates::dense;
   };
 
   Adam() : Adam(Config{}) {}
@@ -58,15 +66,24 @@ class Adam {
     detail::require(factors.empty() || static_cast<Index>(factors.size()) == first_moment_.size(),
                     "Adam::update: ", factors.size(), " factors for ", first_moment_.size(),
                     " parameters");
-    ++steps_;
-    const Constants common(config_, steps_);
+    updates_.resize(detail::to_size(first_moment_.size()));
+    const Constants common(config_, steps_ + 1);
     detail::for_each_parameter_block(
-        module, [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
-          const double factor = factors.empty() ? 1.0 : factors[detail::to_size(index)];
-          update_block(common.at_rate(learning_rate * factor), count,
+        module, config_.updates,
+        [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
+          const auto i = detail::to_size(index);
+          const double factor = factors.empty() ? 1.0 : factors[i];
+          const bool as_often = updates_[i] == steps_;
+          const Constants constants = as_often ? common : Constants(config_, updates_[i] + 1);
+          update_block(constants.at_rate(learning_rate * factor), count,
                        parameter.value.data() + first, parameter.gradient.data() + first,
                        first_moment_[index].data() + first, second_moment_[index].data() + first);
         });
+    ++steps_;
+    auto made = updates_.begin();
+    for_each_parameter(module, [&](const ParameterName&, const Parameter<Scalar>& parameter) {
+      *made++ += detail::is_idle(parameter, config_.updates) ? 0 : 1;
+    });
   }
 
  private:
@@ -106,34 +123,43 @@ class Adam {
     double weight_decay;
   };
 
+  /// One pass, since three over a block would read it from the second-level cache twice more.
   static void update_block(const Constants& k, Index count, Scalar* w, const Scalar* g, Scalar* m,
                            Scalar* v) {
     using namespace Eigen::internal;
-    detail::map(
-        count, m,
-        [&k](const Packet& pm, const Packet& pg) {
-          return pmadd(k.beta1, pm, pmul(k.one_minus_beta1, pg));
-        },
-        m, g);
-    detail::map(
-        count, v,
-        [&k](const Packet& pv, const Packet& pg) {
-          return pmadd(k.beta2, pv, pmul(k.one_minus_beta2, pmul(pg, pg)));
-        },
-        v, g);
-    detail::map(
-        count, w,
-        [&k](const Packet& pw, const Packet& pm, const Packet& pv) {
-          const Packet root = pmadd(psqrt(pv), k.root_scale, k.epsilon);
-          return psub(pmul(k.decay, pw), pdiv(pmul(k.step, pm), root));
-        },
-        w, m, v);
+    const auto move = [&k](Packet& pw, const Packet& pg, Packet& pm, Packet& pv) {
+      pm = pmadd(k.beta1, pm, pmul(k.one_minus_beta1, pg));
+      pv = pmadd(k.beta2, pv, pmul(k.one_minus_beta2, pmul(pg, pg)));
+      const Packet root = pmadd(psqrt(pv), k.root_scale, k.epsilon);
+      pw = psub(pmul(k.decay, pw), pdiv(pmul(k.step, pm), root));
+    };
+    constexpr Index size = detail::packet_size<Scalar>;
+    Index i = 0;
+    for (; i + size <= count; i += size) {
+      Packet pw = detail::load(w + i);
+      Packet pm = detail::load(m + i);
+      Packet pv = detail::load(v + i);
+      move(pw, detail::load(g + i), pm, pv);
+      detail::store(w + i, pw);
+      detail::store(m + i, pm);
+      detail::store(v + i, pv);
+    }
+    if (const Index rest = count - i; rest > 0) {
+      Packet pw = detail::load_first(w + i, rest);
+      Packet pm = detail::load_first(m + i, rest);
+      Packet pv = detail::load_first(v + i, rest);
+      move(pw, detail::load_first(g + i, rest), pm, pv);
+      detail::store_first(w + i, rest, pw);
+      detail::store_first(m + i, rest, pm);
+      detail::store_first(v + i, rest, pv);
+    }
   }
 
   Config config_;
   Index steps_ = 0;
   detail::ParameterState<Scalar> first_moment_;
   detail::ParameterState<Scalar> second_moment_;
+  std::vector<Index> updates_;  ///< those of each parameter; as many as steps_ where none was idle
 };
 
 }  // namespace moe

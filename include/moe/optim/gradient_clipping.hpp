@@ -32,12 +32,13 @@ double squared_norm(Index count, const Scalar* x) {
 
 }  // namespace detail
 
-/// The Euclidean norm of all gradients of a module together. Does not allocate.
+/// The Euclidean norm of all gradients of a module together; the same bits dense and lazy. Does not
+/// allocate.
 template <class Module>
-double gradient_norm(const Module& module) {
+double gradient_norm(const Module& module, Updates updates = Updates::dense) {
   std::array<double, detail::optimizer_lanes> partial{};
   detail::for_each_parameter_block(
-      module, [&](Index lane, Index, const auto& parameter, Index first, Index count) {
+      module, updates, [&](Index lane, Index, const auto& parameter, Index first, Index count) {
         partial[detail::to_size(lane)] +=
             detail::squared_norm(count, parameter.gradient.data() + first);
       });
@@ -47,19 +48,19 @@ double gradient_norm(const Module& module) {
 }
 
 /// Scales all gradients of a module by one factor so that their norm is at most `max_norm`, and
-/// returns the norm they had.
+/// returns the norm they had; the same bits dense and lazy.
 /// R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks",
 /// ICML 2013.
 ///
 /// A norm that is not finite is returned and leaves the gradients as they are: no factor would mend
 /// them, and the caller can skip the update. Throws std::invalid_argument unless max_norm > 0.
 template <class Module>
-double clip_gradients(Module& module, double max_norm) {
+double clip_gradients(Module& module, double max_norm, Updates updates = Updates::dense) {
   detail::require(max_norm > 0, "clip_gradients: max_norm = ", max_norm, ", must be above 0");
-  const double norm = gradient_norm(module);
+  const double norm = gradient_norm(module, updates);
   if (!std::isfinite(norm) || norm <= max_norm) return norm;
   detail::for_each_parameter_block(
-      module,
+      module, updates,
       [&]<class Scalar>(Index, Index, Parameter<Scalar>& parameter, Index first, Index count) {
         const auto factor = static_cast<Scalar>(max_norm / norm);
         Scalar* g = parameter.gradient.data() + first;

@@ -15,40 +15,52 @@ inline constexpr Index optimizer_block = 4096;
 /// what a lane adds up has the same bits on any number of threads.
 inline constexpr Index optimizer_lanes = 16;
 
-/// Calls f(lane, index, parameter, first, count) for every block of every parameter, the blocks of
-/// a lane in order, several lanes at once; index counts the parameters. It is one parallel region
-/// for the whole module, since a layer of many experts has a thousand small parameters and waking
-/// the workers for each would cost more than the work. Does not allocate. Throws
-/// std::invalid_argument, before the first call, if a gradient has another shape than its value.
+/// Calls f(lane, index, parameter, first, count) for every block of every parameter that is not
+/// idle, the blocks of a lane in order, several lanes at once; index counts the parameters. An idle
+/// parameter's blocks are dealt all the same, so that leaving it out moves no other block to another
+/// lane. It is one parallel region for the whole module, since a layer of many experts has a
+/// thousand small parameters and waking the workers for each would cost more than the work. Does
+/// not allocate. Throws std::invalid_argument, before the first call, if a gradient has another
+/// shape than its value.
 template <class Module, class F>
-void for_each_parameter_block(Module& module, F&& f) {
-  const auto run = [&](Index lane, Index) {
+void for_each_parameter_block(Module& module, Updates updates, F&& f) {
+  Index scalars = 0;
+  for_each_parameter(module, [&](const ParameterName& name, const auto& parameter) {
+    const auto& value = parameter.value;
+    const auto& gradient = parameter.gradient;
+    if (value.rows() == gradient.rows() && value.cols() == gradient.cols()) {
+      if (!is_idle(parameter, updates)) scalars += parameter.size();
+      return;
+    }
+    require(false, name.string(), " is ", value.rows(), " x ", value.cols(), ", its gradient ",
+            gradient.rows(), " x ", gradient.cols());
+  });
+  // Every task walks over all parameters, and few lanes at once make for short runs through memory,
+  // so there are two tasks a worker for balance and none without enough to do.
+  constexpr Index worth_a_task = Index{1} << 14;
+  const Index workers = worker_count();
+  const Index most = workers > 1 ? std::min(2 * workers, optimizer_lanes) : 1;
+  const Index tasks = std::clamp(scalars / worth_a_task, Index{1}, most);
+  parallel_for(tasks, [&](Index task, Index) {
+    const Index first_lane = task * optimizer_lanes / tasks;
+    const Index last_lane = (task + 1) * optimizer_lanes / tasks - 1;
     Index index = 0;
     Index dealt = 0;
     for_each_parameter(module, [&](const ParameterName&, auto& parameter) {
       const Index size = parameter.size();
       const Index blocks = (size + optimizer_block - 1) / optimizer_block;
-      const Index mine = (lane - dealt % optimizer_lanes + optimizer_lanes) % optimizer_lanes;
-      for (Index b = mine; b < blocks; b += optimizer_lanes) {
-        const Index first = b * optimizer_block;
-        f(lane, index, parameter, first, std::min(optimizer_block, size - first));
+      if (!is_idle(parameter, updates)) {
+        for (Index b = 0; b < blocks; ++b) {
+          const Index lane = (dealt + b) % optimizer_lanes;
+          if (lane < first_lane || lane > last_lane) continue;
+          const Index first = b * optimizer_block;
+          f(lane, index, parameter, first, std::min(optimizer_block, size - first));
+        }
       }
       dealt += blocks;
       ++index;
     });
-  };
-  for_each_parameter(module, [](const ParameterName& name, const auto& parameter) {
-    const auto& [value, gradient] = parameter;
-    if (value.rows() == gradient.rows() && value.cols() == gradient.cols()) return;
-    require(false, name.string(), " is ", value.rows(), " x ", value.cols(), ", its gradient ",
-            gradient.rows(), " x ", gradient.cols());
   });
-  constexpr Index worth_waking = Index{1} << 15;
-  if (parameter_count(module) >= worth_waking) {
-    parallel_for(optimizer_lanes, run);
-  } else {
-    for (Index lane = 0; lane < optimizer_lanes; ++lane) run(lane, 0);
-  }
 }
 
 }  // namespace moe::detail

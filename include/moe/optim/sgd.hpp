@@ -13,12 +13,16 @@ namespace moe {
 ///
 /// B. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. After the
 /// first update of a module no further one allocates; without momentum nothing is remembered.
+///
+/// Updates::lazy leaves an expert that got no token entirely alone, where a dense update decays its
+/// weights and moves them on by their momentum, which decays too.
 template <class Scalar = float>
 class Sgd {
  public:
   struct Config {
     double momentum = 0;      ///< in [0, 1)
     double weight_decay = 0;  ///< at least 0
+    Updates updates = Updates::dense;
   };
 
   Sgd() : Sgd(Config{}) {}
@@ -44,7 +48,8 @@ class Sgd {
         detail::broadcast(static_cast<Scalar>(1 - learning_rate * config_.weight_decay)),
         detail::broadcast(static_cast<Scalar>(-learning_rate))};
     detail::for_each_parameter_block(
-        module, [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
+        module, config_.updates,
+        [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
           update_block(constants, count, parameter.value.data() + first,
                        parameter.gradient.data() + first,
                        plain ? nullptr : velocity_[index].data() + first);

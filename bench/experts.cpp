@@ -1,0 +1,87 @@
+/// Does an expert's work stay as cheap when there are many more experts?
+///
+/// E from 8 to 4096, each with exactly 32 slots: `ns_per_slot`, and `over_8_experts`, the time of a
+/// slot over that with 8 experts, which was measured in turns with it. One core.
+
+#include "fixed_gate.hpp"
+#include "measure.hpp"
+
+namespace {
+
+using bench::Index;
+
+constexpr Index width = 256;
+constexpr Index hidden = 512;
+
+bench::Shape shape_of(Index experts) {
+  constexpr Index slots_per_expert = 32;
+  constexpr Index active = 2;
+  return {.tokens = slots_per_expert * experts / active,
+          .width = width,
+          .hidden = hidden,
+          .experts = experts,
+          .active = active,
+          .gate_products = 0};
+}
+
+class Work {
+ public:
+  Work(Index experts, bool backward)
+      : shape_(shape_of(experts)),
+        backward_(backward),
+        layer_({.width = width,
+                .expert = {.hidden = hidden},
+                .gate = {.experts = experts, .active = shape_.active},
+                .seed = 1}),
+        x_(bench::random_matrix<float>(shape_.tokens, width, 1)),
+        dy_(bench::random_matrix<float>(shape_.tokens, width, 2)) {}
+
+  void operator()() {
+    layer_.forward(x_, tape_);
+    if (backward_) layer_.backward(dy_, tape_);
+  }
+
+ private:
+  bench::Shape shape_;
+  bool backward_;
+  bench::FixedLayer<float> layer_;
+  moe::Matrix<float> x_;
+  moe::Matrix<float> dy_;
+  bench::FixedLayer<float>::Tape tape_;
+};
+
+void run(benchmark::State& state, bool backward) {
+  bench::use_threads(1);
+  const Index experts = state.range(0);
+  const bench::Shape shape = shape_of(experts);
+  const bench::Work work = backward ? bench::step_work<float>(shape, experts)
+                                    : bench::forward_work<float>(shape, experts);
+  // Gradients are there in a forward pass too, and a few matrices beside the tape.
+  const double needed = bench::step_work<float>(shape, experts).resident * 1.2;
+  if (bench::free_memory() > 0 && bench::free_memory() < needed) {
+    const std::string error =
+        "needs " + std::to_string(std::llround(needed / 1e9)) + " GB of free memory";
+    state.SkipWithError(error.c_str());
+    return;
+  }
+  bench::read_bandwidth(1);
+  Work few(8, backward);
+  Work many(experts, backward);
+  const std::vector<double> seconds = bench::best_seconds({[&] { few(); }, [&] { many(); }});
+  bench::report<float>(state, seconds[1], work, 1);
+  const double of_few = seconds[0] / static_cast<double>(shape_of(8).slots());
+  const double of_many = seconds[1] / static_cast<double>(shape.slots());
+  state.counters["ns_per_slot"] = of_many * 1e9;
+  state.counters["over_8_experts"] = of_many / of_few;
+}
+void forward(benchmark::State& state) { run(state, false); }
+void forward_backward(benchmark::State& state) { run(state, true); }
+
+void grid(benchmark::internal::Benchmark* b) {
+  bench::row(b)->ArgName("E");
+  for (const Index experts : {8, 32, 128, 512, 2048, 4096}) b->Arg(experts);
+}
+BENCHMARK(forward)->Apply(grid);
+BENCHMARK(forward_backward)->Apply(grid);
+
+}  // namespace

@@ -1,0 +1,40 @@
+/// What can this machine do at most? Everything else is held against these figures.
+
+#include "measure.hpp"
+
+namespace {
+
+using bench::Index;
+
+template <class Scalar>
+void multiply_add_peak(benchmark::State& state) {
+  double rate = 0;
+  for ([[maybe_unused]] auto _ : state) rate = bench::multiply_add_peak<Scalar>(state.range(0));
+  state.counters["GFLOPs"] = rate * 1e-9;
+  state.counters["roofline_fraction"] = 1;
+}
+
+void read_bandwidth(benchmark::State& state) {
+  double rate = 0;
+  for ([[maybe_unused]] auto _ : state) rate = bench::read_bandwidth(state.range(0));
+  state.counters["GBs"] = rate * 1e-9;
+  state.counters["roofline_fraction"] = 1;
+}
+
+void last_level_cache(benchmark::State& state) {
+  double bytes = 0;
+  for ([[maybe_unused]] auto _ : state) bytes = bench::last_level_cache();
+  state.counters["MiB"] = bytes / 1048576;
+  state.counters["roofline_fraction"] = 1;
+}
+
+void threads(benchmark::internal::Benchmark* b) {
+  b->ArgName("threads")->Iterations(1)->Unit(benchmark::kMillisecond)->Arg(1);
+  if (bench::all_cores() > 1) b->Arg(bench::all_cores());
+}
+BENCHMARK(multiply_add_peak<float>)->Apply(threads);
+BENCHMARK(multiply_add_peak<double>)->Apply(threads);
+BENCHMARK(read_bandwidth)->Apply(threads);
+BENCHMARK(last_level_cache)->Iterations(1);
+
+}  // namespace

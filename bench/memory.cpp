@@ -1,0 +1,104 @@
+/// How much memory does a training step take at most, beside what it cannot do without?
+///
+/// `peak_MiB` is what the process had in memory at most while two steps ran (clear gradients,
+/// forward, backward, Adam), above what it had before the layer was made: the system's own figure
+/// (VmHWM), so it has everything in it, allocators' waste and threads' stacks too. `bound_MiB` is
+/// parameters, gradients, Adam's two moments, x, the S x H pre-activations, and of each slot an
+/// index and a weight. The x and dy that the caller has are counted for neither. All cores.
+
+#include <fstream>
+#include <string>
+
+#include "measure.hpp"
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+namespace {
+
+using bench::Index;
+using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
+
+/// A figure of /proc/self/status in bytes, 0 where there is none.
+double status(const std::string& name) {
+  std::ifstream file("/proc/self/status");
+  std::string word;
+  double kilobytes = 0;
+  while (file >> word) {
+    if (word == name && file >> kilobytes) return 1024 * kilobytes;
+  }
+  return 0;
+}
+
+/// From here on VmHWM is the peak.
+bool reset_peak() {
+  std::ofstream file("/proc/self/clear_refs");
+  file << 5 << std::flush;
+  return file.good();
+}
+
+void training_step(benchmark::State& state) {
+  const Index threads = bench::all_cores();
+  const bench::Shape shape{.tokens = state.range(0),
+                           .width = state.range(1),
+                           .hidden = state.range(2),
+                           .experts = state.range(3),
+                           .active = state.range(4)};
+  bench::read_bandwidth(threads);
+  bench::use_threads(threads);
+  const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
+  const auto dy = bench::random_matrix<float>(shape.tokens, shape.width, 2);
+#ifdef __GLIBC__
+  // What was given back must not hide what is taken now.
+  mallopt(M_MMAP_THRESHOLD, 1 << 16);
+  malloc_trim(0);
+#endif
+  const double before = status("VmRSS:");
+  if (before == 0 || !reset_peak()) {
+    state.SkipWithError("this system does not say how much memory a process has");
+    return;
+  }
+
+  Layer layer({.width = shape.width,
+               .expert = {.hidden = shape.hidden},
+               .gate = {.experts = shape.experts, .active = shape.active},
+               .seed = 1});
+  Layer::Tape tape;
+  moe::Adam<float> adam;
+  double seconds = 0;
+  for (int i = 0; i < 2; ++i) {
+    const double start = bench::seconds_now();
+    moe::zero_gradients(layer);
+    layer.forward(x, tape);
+    layer.backward(dy, tape);
+    adam.update(layer, 1e-3);
+    seconds = bench::seconds_now() - start;
+  }
+  const double peak = status("VmHWM:") - before;
+
+  const auto parameters = static_cast<double>(moe::parameter_count(layer)) * sizeof(float);
+  const auto tape_bytes =
+      static_cast<double>(shape.tokens * shape.width + shape.slots() * (shape.hidden + 1)) *
+          sizeof(float) +
+      static_cast<double>(shape.slots()) * sizeof(Index);
+  const double bound = 4 * parameters + tape_bytes;
+  // Adam reads four arrays and writes three.
+  bench::Work work = bench::step_work<float>(shape, bench::used_experts(tape.routing));
+  work.bytes += 7 * parameters;
+  work.resident += 2 * parameters;
+  bench::report<float>(state, seconds, work, threads);
+  state.counters["peak_MiB"] = peak / 1048576;
+  state.counters["bound_MiB"] = bound / 1048576;
+  state.counters["peak_over_bound"] = peak / bound;
+}
+
+void grid(benchmark::internal::Benchmark* b) {
+  bench::row(b)->ArgNames({"T", "D", "H", "E", "K"});
+  b->Args({1024, 512, 1024, 32, 2});
+  b->Args({4096, 256, 512, 256, 4});
+  b->Args({4096, 512, 2048, 64, 2});
+}
+BENCHMARK(training_step)->Apply(grid);
+
+}  // namespace

@@ -1,0 +1,77 @@
+#!/bin/sh
+# Measures how fast the library is: installs what is missing, builds, runs every benchmark, draws
+# plots, and prints the tables. Results are in build/bench.
+#     sh bench/run.sh [--no-peers] [NAME...]
+# With names, those benchmarks only (layer, peers, ...; one a file of this folder). --no-peers does
+# without oneDNN and libtorch, whose packages take 1.5 GB.
+set -eu
+trap 'echo; echo "Stopped."; exit 130' INT
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+build="$root/build/release"
+out="$root/build/bench"
+all='machine layer few_tokens routing threads experts memory peers'
+
+peers=ON
+names=''
+for argument in "$@"; do
+  case $argument in
+    --no-peers) peers=OFF ;;
+    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit ;;
+    -*) echo "$0: what is $argument?" >&2; exit 2 ;;
+    *)
+      [ -f "$root/bench/$argument.cpp" ] || { echo "$0: there is no $argument" >&2; exit 2; }
+      names="$names $argument"
+      ;;
+  esac
+done
+[ -n "$names" ] || names=$all
+
+if [ $peers = ON ]; then
+  echo "Comparing with oneDNN and libtorch, of which apt-get installs what is missing (--no-peers does without)."
+  sh "$root/cmake/install_packages.sh" "$root/cmake/debian-packages-bench.txt" \
+    "$root/cmake/debian-packages-peers.txt"
+else
+  sh "$root/cmake/install_packages.sh" "$root/cmake/debian-packages-bench.txt"
+fi
+
+echo "Building in $build"
+(cd "$root" && cmake --preset release -DMOE_BENCH_PEERS=$peers >/dev/null)
+cmake --build "$build" --target benchmarks --parallel "$(getconf _NPROCESSORS_ONLN)"
+
+mkdir -p "$out"
+for name in $names; do
+  start=$(date +%s)
+  printf 'Running %s' "$name"
+  # Written under another name first, so that a result is a whole one.
+  "$build/bench/bench_$name" --benchmark_out="$out/$name.part" --benchmark_out_format=json \
+    >"$out/$name.log" 2>&1 || { echo; cat "$out/$name.log"; exit 1; }
+  mv "$out/$name.part" "$out/$name.json"
+  awk -f "$root/bench/rows.awk" "$out/$name.json" >"$out/$name.tsv"
+  echo ": $(($(date +%s) - start)) s"
+done
+
+# The plots need three of the results and the machine's.
+plotted=no
+if command -v gnuplot >/dev/null; then
+  plotted=yes
+  for name in machine layer peers experts; do [ -f "$out/$name.tsv" ] || plotted=no; done
+fi
+if [ $plotted = yes ]; then
+  data() { awk -v what="$1" -v pass="$2" -f "$root/bench/plot_data.awk" "$out/$1.tsv"; }
+  data machine '' >"$out/machine.gp"
+  for pass in forward forward_backward; do
+    data layer "$pass<float>" >"$out/layer_$pass.dat"
+    data experts "$pass" >"$out/experts_$pass.dat"
+  done
+  for pass in forward step; do data peers $pass >"$out/peers_$pass.dat"; done
+  (cd "$out" && gnuplot "$root/bench/plots.gp")
+fi
+
+for name in $names; do
+  is_peers=0
+  [ "$name" != peers ] || is_peers=1
+  printf '\n## %s: %s\n\n' "$name" "$(sed -n '1s,^/// *,,p' "$root/bench/$name.cpp")"
+  awk -v peers=$is_peers -f "$root/bench/table.awk" "$out/$name.tsv"
+done
+printf '\nJSON%s: %s\n' "$([ $plotted = no ] || echo ' and plots')" "$out"

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "../support.hpp"
+#include "moe/experts/expert.hpp"
+
+/// \file
+/// Whole passes over a slice, through both halves of an Expert or of a FusedNetwork.
+
+namespace moe::test {
+
+/// Rows of x, each a token of its own, and what belongs to them.
+template <class Scalar>
+class Passes {
+ public:
+  /// Of a module with the verbs of an expert; the rows of x may be any.
+  template <class Module>
+  Passes(const Module& module, const GatheredRows<Scalar>& x)
+      : x_(x),
+        token_(detail::to_size(x.count())),
+        ones_(Matrix<Scalar>::Ones(1, x.count())),
+        scratch_(x.count(), module.scratch_width()),
+        kept(x.count(), module.tape_width()),
+        y(Matrix<Scalar>::Zero(x.count(), x.width())),
+        dx(Matrix<Scalar>::Zero(x.count(), x.width())),
+        dweight(1, x.count()) {
+    std::iota(token_.begin(), token_.end(), Index{0});
+    scratch_.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+    kept.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+  }
+
+  /// The network's outputs, not weighted.
+  template <class Module>
+  const Matrix<Scalar>& forward(const Module& module, bool keeps = true) {
+    const ExpertBlock<Scalar> rows = block(ones_);
+    with_scratch(module, [&](auto&... scratch) {
+      module.run(rows, {0, module.columns()}, keeps, scratch...);
+    });
+    y.setZero();
+    module.combine(rows, {0, x_.width()}, view(y));
+    return y;
+  }
+  template <class Module>
+  const Matrix<Scalar>& evaluate(const Module& module) {
+    return forward(module, false);
+  }
+
+  /// dx and dweight from dy, the gradient of the sum of outputs by weight, after forward().
+  template <class Module>
+  void backward(Module& module, const Matrix<Scalar>& dy, const Matrix<Scalar>& weight) {
+    const ExpertBlock<Scalar> rows = block(weight);
+    with_scratch(module, [&](auto&... scratch) {
+      module.run_backward(rows, dy, {0, module.columns()}, scratch...);
+    });
+    module.add_gradients(rows, dy, {0, module.gradient_rows()});
+    dx.setZero();
+    module.combine_backward(rows, {0, x_.width()}, view(dx));
+    module.weight_gradients(rows, dy, dweight.data());
+  }
+
+ private:
+  ExpertBlock<Scalar> block(const Matrix<Scalar>& weight) {
+    return {x_, token_.data(), weight.data(), view(kept), view(scratch_)};
+  }
+  template <class Module, class F>
+  static void with_scratch(const Module& module, F&& f) {
+    if constexpr (requires { typename Module::Scratch; }) {
+      typename Module::Scratch scratch;
+      module.reserve(scratch);
+      f(scratch);
+    } else {
+      f();
+    }
+  }
+
+  GatheredRows<Scalar> x_;
+  std::vector<Index> token_;
+  Matrix<Scalar> ones_;
+  Matrix<Scalar> scratch_;
+
+ public:
+  Matrix<Scalar> kept, y, dx, dweight;
+};
+
+}  // namespace moe::test
