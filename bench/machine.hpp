@@ -191,7 +191,8 @@ double multiply_add_peak(Index threads) {
   const bool first = known.find(threads) == known.end();
   double& best = known[threads];
   // A few more tries whenever it is asked for, in case the first fell into a busy moment.
-  for (int i = 0; i < (first ? 40 : 4); ++i) {
+  const double end = seconds_now() + (first ? 0.5 : 0.02);
+  while (seconds_now() < end) {
     std::vector<double> rates(static_cast<std::size_t>(threads));
     use_threads(threads);
     moe::parallel_for(threads, [&](Index t, Index) {

@@ -16,7 +16,7 @@ set linetype 5 lc rgb "#7f7f7f" lw 2.5 pt 11
 set terminal pngcairo size 1200,560 font "Sans,12" enhanced
 set output "layer.png"
 set multiplot layout 1,2 title "Share of the roofline, whole layer, f32, {/*0.85 ".machine."}" font ",15" offset 0,-0.3 \
-  margins 0.065,0.985,0.25,0.84 spacing 0.07
+  margins 0.07,0.985,0.25,0.84 spacing 0.07
 set logscale x 2
 set xrange [3:700]
 set xtics (4, 8, 32, 128, 512)
@@ -39,7 +39,7 @@ unset logscale x
 set terminal pngcairo size 1200,800 font "Sans,12" enhanced
 set output "peers.png"
 set multiplot layout 2,1 title "Share of the roofline, same work by each library, f32, {/*0.85 ".machine."}" font ",15" offset 0,-0.2 \
-  margins 0.06,0.985,0.155,0.89 spacing 0.13
+  margins 0.075,0.985,0.17,0.89 spacing 0.13
 set style data histograms
 set style histogram clustered gap 1.5
 set style fill solid 0.9 noborder
@@ -51,11 +51,10 @@ unset xlabel
 set ylabel "fraction of the roofline"
 set title "forward" offset 0,-0.6
 unset key
-stats "peers_forward.dat" every ::1 using 0 nooutput
 columns = int(system("awk 'NR == 1 { print NF }' peers_forward.dat"))
 plot for [i=2:columns] "peers_forward.dat" using i:xtic(1) lt i-1 title columnheader(i)
 set title "step: gradients cleared, forward, backward" offset 0,-0.6
-set xlabel "experts E, and below tokens an expert" offset 0,-0.3
+set xlabel "experts E, and below tokens an expert" offset 0,-0.9
 set key at screen 0.5,0.015 center bottom horizontal maxrows 1 width 2 samplen 1.5 noenhanced
 plot for [i=2:columns] "peers_step.dat" using i:xtic(1) lt i-1 title columnheader(i)
 unset multiplot
@@ -73,7 +72,7 @@ set bmargin 6
 set title "Time of a slot, 32 slots an expert, D 256, H 512, f32\n{/*0.85 ".machine."}" font ",15"
 set logscale x 2
 set xrange [6:6000]
-set xtics (8, 32, 128, 512, 2048, 4096)
+set xtics (8, 64, 512, 4096)
 set yrange [0:*]
 set xlabel "experts E"
 set ylabel "microseconds a slot"

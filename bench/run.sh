@@ -3,7 +3,7 @@
 # plots, and prints the tables. Results are in build/bench.
 #     sh bench/run.sh [--no-peers] [NAME...]
 # With names, those benchmarks only (layer, peers, ...; one a file of this folder). --no-peers does
-# without oneDNN and libtorch, whose packages take 1.5 GB.
+# without oneDNN and libtorch, whose packages take half a gigabyte.
 set -eu
 trap 'echo; echo "Stopped."; exit 130' INT
 
