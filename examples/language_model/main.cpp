@@ -23,13 +23,13 @@ struct Options {
   Index vocabulary = 8000;
   std::vector<Index> cutoffs{800, 2500};
   Index shrink = 2;
-  Index width = 64;
-  Index hidden = 256;
+  Index width = 128;
+  Index hidden = 128;
   Index experts = 64;
   Index active = 4;
   Index sequences = 64;
   Index steps = 16;
-  double epochs = 1.4;
+  double epochs = 1.3;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
@@ -41,7 +41,7 @@ struct Options {
   double clip = 1.0;
   double importance_weight = 0.1;
   double load_weight = 0.1;
-  Index evaluations = 5;
+  Index evaluations = 2;
   std::uint64_t seed = 1;
   int threads = static_cast<int>(moe::worker_count());
   std::string csv = "language_model.csv";

@@ -23,12 +23,12 @@ class Model {
 
   struct Config {
     Index vocabulary = 0;
-    Index width = 0;                 ///< D, of the embedding, both LSTMs and the mixture
-    Index hidden = 0;                ///< H, of an expert
-    Index experts = 0;               ///< E
-    Index active = 0;                ///< K
-    std::vector<Index> cutoffs{};    ///< of the adaptive softmax
-    Index shrink = 2;                ///< of the adaptive softmax
+    Index width = 0;               ///< D, of the embedding, both LSTMs and the mixture
+    Index hidden = 0;              ///< H, of an expert
+    Index experts = 0;             ///< E
+    Index active = 0;              ///< K
+    std::vector<Index> cutoffs{};  ///< of AdaptiveSoftmax, as is shrink
+    Index shrink = 2;
     double embedding_deviation = 0;  ///< of the normal distribution that embeddings start from
     double dropout = 0;
     double importance_weight = 0;
@@ -80,6 +80,7 @@ class Model {
 
   const Config& config() const { return config_; }
 
+  /// Starts the biases of the softmax at the words' frequencies in the training part.
   void start_from_frequencies(std::span<const double> frequencies) {
     softmax_.start_from_frequencies(frequencies);
   }
