@@ -121,12 +121,11 @@ inline std::string sample(const Model& model, const Vocabulary& vocabulary, Inde
   Index word = Vocabulary::end;
   std::vector<double> mass(static_cast<std::size_t>(vocabulary.size()));
   for (Index i = 0; i < count; ++i) {
-    const Matrix& logits = model.evaluate(std::vector<Index>{word}, state, tape);
-    const double largest = logits.maxCoeff();
+    const Matrix log_probabilities = model.log_probabilities(std::vector<Index>{word}, state, tape);
     double total = 0;
     for (Index v = 0; v < vocabulary.size(); ++v) {
       const bool allowed = v != Vocabulary::unknown;
-      total += allowed ? std::exp((logits(0, v) - largest) / temperature) : 0;
+      total += allowed ? std::exp(log_probabilities(0, v) / temperature) : 0;
       mass[static_cast<std::size_t>(v)] = total;
     }
     const auto bits = moe::philox({static_cast<std::uint32_t>(i), 0, 0, 0}, seed)[0];

@@ -21,13 +21,15 @@ struct Options {
   std::vector<std::string> data;
   std::string wordnet = "/usr/share/wordnet";
   Index vocabulary = 8000;
-  Index width = 64;
-  Index hidden = 256;
+  std::vector<Index> cutoffs{800, 2500};
+  Index shrink = 2;
+  Index width = 128;
+  Index hidden = 128;
   Index experts = 64;
   Index active = 4;
   Index sequences = 64;
   Index steps = 16;
-  double epochs = 1.4;
+  double epochs = 1.3;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
@@ -39,7 +41,7 @@ struct Options {
   double clip = 1.0;
   double importance_weight = 0.1;
   double load_weight = 0.1;
-  Index evaluations = 5;
+  Index evaluations = 2;
   std::uint64_t seed = 1;
   int threads = static_cast<int>(moe::worker_count());
   std::string csv = "language_model.csv";
@@ -60,6 +62,16 @@ void add_options(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--vocabulary", o.vocabulary, "how many of the most frequent words are known")
       ->check(at_least(3))
+      ->capture_default_str();
+  app.add_option(
+         "--cutoffs", o.cutoffs,
+         "adaptive softmax: the first word of each tail, words being numbered from the most "
+         "frequent on; one as large as the vocabulary makes it a full softmax")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--shrink", o.shrink,
+                 "adaptive softmax: how much narrower each tail is than the words before it")
+      ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--width", o.width, "width D of the model")
       ->check(at_least(1))
@@ -136,6 +148,8 @@ std::vector<Contestant> make_contestants(const Options& o, const Corpus& corpus)
                              .hidden = o.hidden,
                              .experts = o.experts,
                              .active = o.active,
+                             .cutoffs = o.cutoffs,
+                             .shrink = o.shrink,
                              .embedding_deviation = o.embedding_deviation,
                              .dropout = o.dropout,
                              .importance_weight = o.importance_weight,

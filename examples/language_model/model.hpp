@@ -1,11 +1,12 @@
 #pragma once
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <moe/moe.hpp>
 #include <span>
-#include <utility>
+#include <vector>
+
+#include "adaptive_softmax.hpp"
 
 /// \file
 /// The language model of N. Shazeer et al. 2017, App. C.1: embedding, LSTM, mixture of experts, LSTM
@@ -14,7 +15,6 @@
 
 namespace language_model {
 
-using moe::Index;
 using Matrix = moe::Matrix<float>;
 
 class Model {
@@ -23,10 +23,12 @@ class Model {
 
   struct Config {
     Index vocabulary = 0;
-    Index width = 0;                 ///< D, of the embedding, both LSTMs and the mixture
-    Index hidden = 0;                ///< H, of an expert
-    Index experts = 0;               ///< E
-    Index active = 0;                ///< K
+    Index width = 0;               ///< D, of the embedding, both LSTMs and the mixture
+    Index hidden = 0;              ///< H, of an expert
+    Index experts = 0;             ///< E
+    Index active = 0;              ///< K
+    std::vector<Index> cutoffs{};  ///< of AdaptiveSoftmax, as is shrink
+    Index shrink = 2;
     double embedding_deviation = 0;  ///< of the normal distribution that embeddings start from
     double dropout = 0;
     double importance_weight = 0;
@@ -45,8 +47,7 @@ class Model {
     moe::LSTM<float>::Tape first, second;
     Mixture::Tape mixture;
     moe::Dropout<float>::Tape drop_embedding, drop_first, drop_mixture, drop_second;
-    moe::Linear<float>::Tape softmax;
-    moe::SoftmaxCrossEntropy<float>::Tape loss;
+    AdaptiveSoftmax<float>::Tape softmax;
     Matrix after_first, after_mixture, after_second;
     Matrix dx;
   };
@@ -67,7 +68,11 @@ class Model {
                   .output = moe::Activation::sigmoid,
                   .seed = seed(2)}),
         second_({.inputs = config.width, .hidden = config.width}, seed(3)),
-        softmax_({.inputs = config.width, .outputs = config.vocabulary}, seed(4)),
+        softmax_({.vocabulary = config.vocabulary,
+                  .width = config.width,
+                  .cutoffs = config.cutoffs,
+                  .shrink = config.shrink},
+                 seed(4)),
         drop_embedding_({.rate = config.dropout}, seed(5)),
         drop_first_({.rate = config.dropout}, seed(6)),
         drop_mixture_({.rate = config.dropout}, seed(7)),
@@ -75,13 +80,9 @@ class Model {
 
   const Config& config() const { return config_; }
 
-  /// Starts the bias of every word at the logarithm of its frequency, which is the best guess of a
-  /// model that knows nothing else, and costs a hundred updates to learn.
+  /// Starts the biases of the softmax at the words' frequencies in the training part.
   void start_from_frequencies(std::span<const double> frequencies) {
-    for (Index v = 0; v < config_.vocabulary; ++v) {
-      softmax_.bias.value(0, v) =
-          static_cast<float>(std::log(frequencies[static_cast<std::size_t>(v)]));
-    }
+    softmax_.start_from_frequencies(frequencies);
   }
 
   State initial_state(Index sequences) const {
@@ -111,12 +112,10 @@ class Model {
         tape.after_mixture +
         drop_second_.forward(second_.forward(tape.after_mixture, state.second, tape.second),
                              tape.drop_second, key);
-    const double loss =
-        loss_.forward(softmax_.forward(tape.after_second, tape.softmax), target, tape.loss);
+    const double loss = softmax_.forward(tape.after_second, target, tape.softmax);
 
     // Backwards, each residual sum passing its gradient on twice.
-    const Matrix& dlogits = loss_.backward(tape.loss);
-    tape.dx = softmax_.backward(dlogits, tape.softmax);
+    tape.dx = softmax_.backward(tape.softmax);
     tape.dx += second_.backward(drop_second_.backward(tape.dx, tape.drop_second), tape.second);
     tape.dx += mixture_.backward(drop_mixture_.backward(tape.dx, tape.drop_mixture), tape.mixture);
     tape.dx += first_.backward(drop_first_.backward(tape.dx, tape.drop_first), tape.first);
@@ -124,20 +123,18 @@ class Model {
     return loss;
   }
 
-  /// Logits of a batch, without dropout and noise; leaves the balance in tape.mixture.balance.
-  const Matrix& evaluate(std::span<const Index> input, State& state, Tape& tape) const {
-    const Matrix& x = embedding_.evaluate(input, tape.embedding);
-    tape.after_first = x + first_.evaluate(x, state.first, tape.first);
-    tape.after_mixture = tape.after_first + mixture_.evaluate(tape.after_first, tape.mixture);
-    tape.after_second =
-        tape.after_mixture + second_.evaluate(tape.after_mixture, state.second, tape.second);
-    return softmax_.evaluate(tape.after_second, tape.softmax);
-  }
-
-  /// Mean cross-entropy of a batch in nats.
+  /// Mean cross-entropy of a batch in nats, without dropout and noise; leaves the balance in
+  /// tape.mixture.balance.
   double evaluate(std::span<const Index> input, std::span<const Index> target, State& state,
                   Tape& tape) const {
-    return loss_.evaluate(evaluate(input, state, tape), target, tape.loss);
+    evaluate_layers(input, state, tape);
+    return softmax_.evaluate(tape.after_second, target, tape.softmax);
+  }
+
+  /// The logarithm of the probability of every word to follow each of `input`.
+  Matrix log_probabilities(std::span<const Index> input, State& state, Tape& tape) const {
+    evaluate_layers(input, state, tape);
+    return softmax_.log_probabilities(tape.after_second);
   }
 
   template <class Self, class Visitor>
@@ -150,6 +147,15 @@ class Model {
   }
 
  private:
+  /// Leaves in tape.after_second what the softmax reads.
+  void evaluate_layers(std::span<const Index> input, State& state, Tape& tape) const {
+    const Matrix& x = embedding_.evaluate(input, tape.embedding);
+    tape.after_first = x + first_.evaluate(x, state.first, tape.first);
+    tape.after_mixture = tape.after_first + mixture_.evaluate(tape.after_first, tape.mixture);
+    tape.after_second =
+        tape.after_mixture + second_.evaluate(tape.after_mixture, state.second, tape.second);
+  }
+
   std::uint64_t seed(std::uint64_t part) const { return moe::derive_seed(config_.seed, part); }
 
   Config config_;
@@ -157,8 +163,7 @@ class Model {
   moe::LSTM<float> first_;
   Mixture mixture_;
   moe::LSTM<float> second_;
-  moe::Linear<float> softmax_;
-  moe::SoftmaxCrossEntropy<float> loss_;
+  AdaptiveSoftmax<float> softmax_;
   moe::Dropout<float> drop_embedding_, drop_first_, drop_mixture_, drop_second_;
 };
 
