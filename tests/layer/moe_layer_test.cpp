@@ -7,6 +7,8 @@
 
 #include "../experts/passes.hpp"
 #include "../naive_layer.hpp"
+#include "moe/optim/adam.hpp"
+#include "moe/optim/gradient_clipping.hpp"
 
 using namespace moe;
 using test::NaiveLayer;
@@ -512,8 +514,10 @@ TEMPLATE_TEST_CASE("layer: has the same bits on any number of threads", "[layer]
   using S = TestType;
   for (const bool overloaded : {false, true}) {
     for (const bool gated : {false, true}) {
+      // Hidden rows of several panels, so that every way of splitting the work happens.
+      const Index hidden = overloaded ? 2 * detail::panel_columns<S> + 5 : Index{70};
       Layer<S> layer({.width = 40,
-                      .expert = {.hidden = 70, .gated = gated},
+                      .expert = {.hidden = hidden, .gated = gated, .recompute = gated && overloaded},
                       .gate = {.experts = 6, .active = 2},
                       .output = gated ? Activation::sigmoid : Activation::identity,
                       .seed = 5});
@@ -739,6 +743,31 @@ TEST_CASE("layer: experts without a token are neither run nor trained", "[layer]
     CHECK(network.rows_forward == (e < 2 ? 80 : 0));
     CHECK(network.rows_backward == (e < 2 ? 40 : 0));
     CHECK((network.w.gradient.cwiseAbs().maxCoeff() == 0) == (e >= 2));
+  }
+}
+
+TEMPLATE_TEST_CASE("layer: lazy updates leave the experts without tokens alone", "[layer]", float,
+                   double) {
+  using S = TestType;
+  Layer<S> layer(
+      {.width = 4, .expert = {.hidden = 6}, .gate = {.experts = 5, .active = 1}, .seed = 2});
+  collapse(layer, 3);
+  const test::Named before = test::values_of(layer);
+  Adam<S> adam({.weight_decay = 0.1, .updates = Updates::lazy});
+  typename Layer<S>::Tape tape;
+  const Matrix<S> x = with_positive_first_entry(random_matrix<S>(9, 4, 1));
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    zero_gradients(layer, Updates::lazy);
+    layer.forward(x, tape, {.step = step});
+    REQUIRE(tape.routing.slots_of(3) == 9);
+    layer.backward(x, tape);
+    clip_gradients(layer, 1e-3, Updates::lazy);
+    adam.update(layer, 1e-3);
+  }
+  for (const auto& [name, value] : test::values_of(layer)) {
+    INFO(name);
+    if (!name.starts_with("experts.")) continue;
+    CHECK(same_bits(value, before.at(name)) == !name.starts_with("experts.3."));
   }
 }
 

@@ -133,8 +133,8 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
   unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(c[r] + v * size, sum[r][v]); }); });
 }
 
-/// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
-/// of whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
+/// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`
+/// from 1 to tile_packets known at run time, of whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
 template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Scalar* bias,
@@ -150,8 +150,8 @@ void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& l
   if (width == packets * packet_size<Scalar>) return run(start, bias, c);
 
   constexpr Index columns = tile_columns<Scalar>;
-  Scalar beside[to_size(tile_rows * columns)] = {};
-  Scalar* to[to_size(tile_rows)] = {};
+  Scalar beside[to_size(max_tile_rows * columns)] = {};
+  Scalar* to[to_size(max_tile_rows)] = {};
   for (Index r = 0; r < rows; ++r) {
     to[r] = beside + r * columns;
     if (start == Start::accumulate) std::copy_n(c[r], width, to[r]);

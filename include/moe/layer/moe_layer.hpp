@@ -354,7 +354,8 @@ class MoELayer {
       const Index panels =
           (columns + detail::panel_columns<Scalar> - 1) / detail::panel_columns<Scalar>;
       const Index row_pieces = (pieces + panels - 1) / panels;
-      const Index unit = splits_rows ? Index{32} : count;
+      // A plain network is handed its rows in the same pieces on any number of workers.
+      const Index unit = !splits_rows ? count : Expert::fused ? Index{32} : expert_block_rows;
       cut(count, std::max((count + detail::task_rows - 1) / detail::task_rows, row_pieces), unit,
           [&](Range rows) {
             cut(columns, (pieces + row_pieces - 1) / row_pieces, detail::panel_columns<Scalar>,

@@ -1,0 +1,61 @@
+#include "moe/kernels/tile.hpp"
+
+#include <array>
+#include <vector>
+
+#include "../support.hpp"
+
+using namespace moe;
+using namespace moe::detail;  // NOLINT(google-build-using-namespace)
+
+TEST_CASE("tile: a number of run time becomes a constant", "[kernels]") {
+  for (Index value = 1; value <= 8; ++value) {
+    Index seen = 0;
+    with_constant<8>(value, [&](auto constant) { seen += constant; });
+    CHECK(seen == value);
+  }
+}
+
+TEMPLATE_TEST_CASE("tile: every height and width, any step of the left operand", "[kernels]", float,
+                   double) {
+  using S = TestType;
+  constexpr Index size = packet_size<S>;
+  for (const Index packets : {1, 2, 3}) {
+    const Index highest = packets == 1 ? max_tile_rows : tile_rows;
+    for (Index rows = 1; rows <= highest; ++rows) {
+      for (const Index width : {packets * size, packets * size - 1}) {
+        if (width == 0) continue;  // a processor without packets
+        for (const Index step : {1, 3}) {
+          for (const Index depth : {0, 1, 7, 8, 21}) {
+            CAPTURE(packets, rows, width, step, depth);
+            const Matrix<S> a = test::random_matrix<S>(rows, depth * step + 1, 1);
+            const Matrix<S> b = test::random_matrix<S>(depth + 1, packets * size, 2);
+            Matrix<S> c = test::random_matrix<S>(rows, width, 3);
+            Matrix<double> expected = c.template cast<double>();
+            for (Index r = 0; r < rows; ++r) {
+              for (Index k = 0; k < depth; ++k) {
+                for (Index j = 0; j < width; ++j) {
+                  expected(r, j) +=
+                      static_cast<double>(a(r, k * step)) * static_cast<double>(b(k, j));
+                }
+              }
+            }
+            Left<S> left;
+            left.step = step;
+            std::vector<S*> to;
+            for (Index r = 0; r < rows; ++r) {
+              left.row[r] = row_data(a, r);
+              to.push_back(row_data(c, r));
+            }
+            const S* no_bias = nullptr;
+            // What lies ahead is only asked for, so any place will do.
+            multiply_tile(rows, packets, width, left, Panel<S>{b.data(), packets * size}, depth,
+                          Start::accumulate, no_bias, to.data(), Ahead<S>{b.data(), 1, 5});
+            const Matrix<double> result = c.template cast<double>();
+            CHECK(test::relative_error(result, expected) < test::tolerance<S>);
+          }
+        }
+      }
+    }
+  }
+}
