@@ -79,14 +79,8 @@ class FeedForward {
   void run(const Block& block, Range columns, bool keeps) const {
     using detail::Start;
     const MatrixView<Scalar> pre = keeps && !config_.recompute ? block.kept : pre_of(block);
-    if (config_.gated) {
-      compute_pre(block, columns, pre, [&](Index column, Index width) {
-        activate_gated(block, pre, column, width);
-      });
-    } else {
-      compute_pre(block, columns, pre,
-                  [&](Index column, Index width) { activate(block, pre, column, width); });
-    }
+    const auto finish = [&](Index column, Index width) { activate(block, pre, column, width); };
+    compute_pre(block, columns, pre, detail::Finish(finish));
   }
 
   void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
@@ -106,18 +100,14 @@ class FeedForward {
   void run_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
     using detail::Start;
     const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.kept;
-    if (config_.recompute) compute_pre(block, columns, pre, detail::Nothing{});
+    if (config_.recompute) compute_pre(block, columns, pre, {});
     const MatrixView<Scalar> u = columns_of(pre_of(block), config_.gated ? config_.hidden : 0,
                                             config_.hidden);
     const auto finish = [&](Index column, Index width) {
-      if (config_.gated) {
-        activate_gated_backward(block, pre, column, width);
-      } else {
-        activate_backward(block, pre, column, width);
-      }
+      activate_backward(block, pre, column, width);
     };
     detail::multiply_nt(block.rows_of(dy), view(down_.value), columns.first, columns.count,
-                        Start::zero, ScatteredRows<Scalar>(u), finish);
+                        Start::zero, ScatteredRows<Scalar>(u), detail::Finish(finish));
   }
 
   void combine_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
@@ -218,9 +208,8 @@ class FeedForward {
 
   /// Columns of the pre-activations (n x pre_width()); finish(column, width) comes when those of a
   /// strip are there, the strip still being in the first-level cache.
-  template <class Finish>
   void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre,
-                   const Finish& finish) const {
+                   detail::Finish finish) const {
     using detail::Start;
     const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
     if (config_.gated) {
@@ -235,96 +224,74 @@ class FeedForward {
     }
   }
 
-  /// Calls f(i, at) for each row, at(matrix, part) being where its columns from `column` on are,
-  /// in the part-th H columns of a matrix.
-  template <class F>
-  void for_each_row(const Block& block, Index column, F&& f) const {
+  // Both work on a strip, row by row; m(row, part) is where its columns are in the part-th H columns
+  // of m. Only value and slope are compiled for each activation; the rest is the same for all.
+
+  auto strip_of(MatrixView<Scalar> matrix, Index column) const {
+    return [this, matrix, column](Index row, Index part = 0) mutable {
+      return detail::row_data(matrix, row) + part * config_.hidden + column;
+    };
+  }
+
+  /// hidden = w·act(pre), gated w·act(pre) ⊙ linear.
+  void activate(const Block& block, MatrixView<Scalar> pre, Index column, Index width) const {
+    using namespace Eigen::internal;
+    auto hidden = strip_of(hidden_of(block), column);
+    auto from = strip_of(pre, column);
     for (Index i = 0; i < block.x.count(); ++i) {
-      f(i, [&](MatrixView<Scalar> m, Index part = 0) {
-        return m.data() + i * m.outerStride() + part * config_.hidden + column;
-      });
+      const P w = detail::broadcast(block.weight[i]);
+      Scalar* a = hidden(i);
+      detail::activate(config_.activation, width, from(i), a);
+      if (config_.gated) {
+        detail::map(
+            width, a, [=](const P& v, const P& l) { return pmul(w, pmul(v, l)); }, a, from(i, 1));
+      } else {
+        detail::map(
+            width, a, [=](const P& v) { return pmul(w, v); }, a);
+      }
     }
   }
 
-  /// hidden = w·act(pre).
-  void activate(const Block& block, MatrixView<Scalar> pre, Index column,
-                Index width) const {
-    using namespace Eigen::internal;
-    const MatrixView<Scalar> hidden = hidden_of(block);
-    detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for_each_row(block, column, [&](Index i, auto at) {
-        const P w = detail::broadcast(block.weight[i]);
-        detail::map(
-            width, at(hidden), [=](const P& v) { return pmul(w, act.value(v)); }, at(pre));
-      });
-    });
-  }
-
-  /// In: pre_of(block) holds u. Out: it holds w·u ⊙ act'(pre), hidden holds w·act(pre), and
-  /// ⟨u, act(pre)⟩ is added to this panel's part.
+  /// In: dpre holds u, gated in its second part. Out: dpre = w·u ⊙ act'(pre), gated
+  /// w·u ⊙ linear ⊙ act'(pre) and w·u ⊙ act(pre); hidden as activate() makes it; and its product
+  /// with u, without the weight, is added to this panel's part.
   void activate_backward(const Block& block, MatrixView<Scalar> pre, Index column,
                          Index width) const {
     using namespace Eigen::internal;
-    const MatrixView<Scalar> hidden = hidden_of(block);
-    const MatrixView<Scalar> dpre = pre_of(block);
-    detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for_each_row(block, column, [&](Index i, auto at) {
-        const P w = detail::broadcast(block.weight[i]);
-        P part = detail::broadcast(Scalar{0});
-        detail::for_each_packet<Scalar>(width, [&](auto place) {
-          const P v = place.load(at(pre));
-          const P u = place.load(at(dpre));
-          const P a = act.value(v);
-          part = pmadd(u, a, part);
-          place.store(at(hidden), pmul(w, a));
-          place.store(at(dpre), pmul(pmul(w, u), act.derivative(v)));
+    auto hidden = strip_of(hidden_of(block), column);
+    auto gradient = strip_of(pre_of(block), column);
+    auto from = strip_of(pre, column);
+    Scalar slope[detail::to_size(detail::tile_columns<Scalar>)];
+    for (Index i = 0; i < block.x.count(); ++i) {
+      const P w = detail::broadcast(block.weight[i]);
+      Scalar* a = hidden(i);
+      Scalar* dpre = gradient(i);
+      P part = detail::broadcast(Scalar{0});
+      detail::activate(config_.activation, width, from(i), a);
+      detail::differentiate(config_.activation, width, from(i), slope);
+      if (config_.gated) {
+        const Scalar* linear = from(i, 1);
+        Scalar* dlinear = gradient(i, 1);
+        detail::for_each_packet<Scalar>(width, [&](auto at) {
+          const P value = at.load(a);
+          const P l = at.load(linear);
+          const P u = at.load(dlinear);
+          part = pmadd(u, pmul(value, l), part);
+          at.store(a, pmul(w, pmul(value, l)));
+          at.store(dpre, pmul(pmul(pmul(w, u), l), at.load(slope)));
+          at.store(dlinear, pmul(pmul(w, u), value));
         });
-        add_part(block, i, column, predux(part));
-      });
-    });
-  }
-
-  /// hidden = w·act(pre) ⊙ linear.
-  void activate_gated(const Block& block, MatrixView<Scalar> pre, Index column,
-                      Index width) const {
-    using namespace Eigen::internal;
-    const MatrixView<Scalar> hidden = hidden_of(block);
-    detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for_each_row(block, column, [&](Index i, auto at) {
-        const P w = detail::broadcast(block.weight[i]);
-        detail::map(
-            width, at(hidden),
-            [=](const P& v, const P& l) { return pmul(w, pmul(act.value(v), l)); }, at(pre),
-            at(pre, 1));
-      });
-    });
-  }
-
-  /// In: the second part of pre_of(block) holds u. Out: it holds w·u ⊙ act(pre), the first part
-  /// w·u ⊙ linear ⊙ act'(pre), hidden w·act(pre) ⊙ linear, and ⟨u, act(pre) ⊙ linear⟩ is added to
-  /// this panel's part.
-  void activate_gated_backward(const Block& block, MatrixView<Scalar> pre, Index column,
-                               Index width) const {
-    using namespace Eigen::internal;
-    const MatrixView<Scalar> hidden = hidden_of(block);
-    const MatrixView<Scalar> dpre = pre_of(block);
-    detail::with_activation<Scalar>(config_.activation, [&](auto act) {
-      for_each_row(block, column, [&](Index i, auto at) {
-        const P w = detail::broadcast(block.weight[i]);
-        P part = detail::broadcast(Scalar{0});
-        detail::for_each_packet<Scalar>(width, [&](auto place) {
-          const P v = place.load(at(pre));
-          const P l = place.load(at(pre, 1));
-          const P u = place.load(at(dpre, 1));
-          const P a = act.value(v);
-          part = pmadd(u, pmul(a, l), part);
-          place.store(at(hidden), pmul(w, pmul(a, l)));
-          place.store(at(dpre), pmul(pmul(pmul(w, u), l), act.derivative(v)));
-          place.store(at(dpre, 1), pmul(pmul(w, u), a));
+      } else {
+        detail::for_each_packet<Scalar>(width, [&](auto at) {
+          const P value = at.load(a);
+          const P u = at.load(dpre);
+          part = pmadd(u, value, part);
+          at.store(a, pmul(w, value));
+          at.store(dpre, pmul(pmul(w, u), at.load(slope)));
         });
-        add_part(block, i, column, predux(part));
-      });
-    });
+      }
+      add_part(block, i, column, predux(part));
+    }
   }
 
   /// The parts of a row's ⟨u, a⟩, one a panel of columns: each is added up by one task, strip by

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <numbers>
 
 #include "moe/kernels/packet.hpp"
@@ -119,18 +120,31 @@ void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
   });
 }
 
+/// dy[i] = activation'(x[i]); dy may be x.
+template <class Scalar>
+void differentiate(Activation activation, Index count, const Scalar* x, Scalar* dy) {
+  with_activation<Scalar>(activation, [&](auto function) {
+    map(
+        count, dy, [=](const Packet<Scalar>& v) { return function.derivative(v); }, x);
+  });
+}
+
 /// dx[i] = dy[i]·activation'(x[i]); dx may be dy.
 template <class Scalar>
 void activate_backward(Activation activation, Index count, const Scalar* x, const Scalar* dy,
                        Scalar* dx) {
-  with_activation<Scalar>(activation, [&](auto function) {
+  constexpr Index chunk = 64 * packet_size<Scalar>;
+  Scalar slope[to_size(chunk)];
+  for (Index i = 0; i < count; i += chunk) {
+    const Index size = std::min(chunk, count - i);
+    differentiate(activation, size, x + i, slope);
     map(
-        count, dx,
-        [=](const Packet<Scalar>& v, const Packet<Scalar>& d) {
-          return Eigen::internal::pmul(d, function.derivative(v));
+        size, dx + i,
+        [](const Packet<Scalar>& d, const Packet<Scalar>& s) {
+          return Eigen::internal::pmul(d, s);
         },
-        x, dy);
-  });
+        dy + i, slope);
+  }
 }
 
 }  // namespace detail

@@ -46,8 +46,24 @@ inline constexpr Index task_rows = 256;
 /// more would not fit into one set of the first-level cache where rows are a power of two apart.
 inline constexpr Index few_steps = 8;
 
-struct Nothing {
-  void operator()(Index, Index) const {}
+/// What is to be done with a strip of C when it is complete: a reference to a callable that takes
+/// (column, width). It is called once a strip, so one that is not known at compile time costs
+/// nothing, and a product need not be compiled anew for each.
+class Finish {
+ public:
+  Finish() = default;
+  template <class F>
+  explicit Finish(const F& f)
+      : object_(&f), call_([](const void* object, Index column, Index width) {
+          (*static_cast<const F*>(object))(column, width);
+        }) {}
+  void operator()(Index column, Index width) const {
+    if (call_ != nullptr) call_(object_, column, width);
+  }
+
+ private:
+  const void* object_ = nullptr;
+  void (*call_)(const void*, Index, Index) = nullptr;
 };
 
 /// Calls f(column, packets, width) for strips of one to three packets that cover the columns. The
@@ -186,10 +202,10 @@ struct Transposed {
 /// While the tiles of a strip are calculated, the panel of the next strip is made piece by piece:
 /// each tile asks for the memory of a piece, which is copied after it. So memory and arithmetic are
 /// busy at the same time, without any help from the processor's own foresight.
-template <class Scalar, class Right, class Finish>
+template <class Scalar, class Right>
 void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index first_column,
                    Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
-                   const Finish& finish) {
+                   Finish finish) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index piece = 32;  // steps of depth: two lines of a row in nt
   alignas(64) Scalar panels[2][to_size(panel_depth * tile_columns<Scalar>)];
@@ -299,10 +315,10 @@ void multiply_stream(const Scalar* const* left, const Scalar* right, Index right
 /// The form nn for few rows, which wait for B to come from memory. It comes fastest when some rows
 /// of it are read side by side from one end to the other, as the processor foresees, so the depth
 /// goes in small steps and C, which is small, is read and written at each.
-template <class Scalar, class Finish>
+template <class Scalar>
 void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                      Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
-                     const Finish& finish) {
+                     Finish finish) {
   for (Index i = 0; i < c.count() && start != Start::accumulate; ++i) {
     Scalar* row = c.row(i) + first_column;
     if (start == Start::bias) {
@@ -336,10 +352,10 @@ void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
 }
 
 /// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
-template <class Scalar, class Finish = Nothing>
+template <class Scalar>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
-                 const Finish& finish = {}) {
+                 Finish finish = {}) {
   if (a.count() == 0) return;
   if (a.count() <= 2 * tile_rows) {
     return multiply_few_nn(a, b, first_column, columns, start, bias, c, finish);
@@ -349,10 +365,10 @@ void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
 
 /// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
 /// B, which is by far the larger, is neither transposed nor copied.
-template <class Scalar, class Finish>
+template <class Scalar>
 void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                      Index columns, Start start, const ScatteredRows<Scalar>& c,
-                     const Finish& finish) {
+                     Finish finish) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index capacity = (Index{1} << 16) / static_cast<Index>(sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
@@ -391,10 +407,10 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
 }
 
 /// C[:, columns] = A·Bᵀ, from zero or added to what C holds.
-template <class Scalar, class Finish = Nothing>
+template <class Scalar>
 void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const ScatteredRows<Scalar>& c,
-                 const Finish& finish = {}) {
+                 Finish finish = {}) {
   if (a.count() == 0) return;
   if (a.count() <= 2 * packet_size<Scalar>) {
     return multiply_few_nt(a, b, first_column, columns, start, c, finish);
