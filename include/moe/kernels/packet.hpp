@@ -167,7 +167,14 @@ Packet<Scalar> sigmoid(const Packet<Scalar>& x) {
 template <class Scalar>
 Packet<Scalar> tanh(const Packet<Scalar>& x) {
   if constexpr (Eigen::internal::packet_traits<Scalar>::HasTanh) {
-    return Eigen::internal::ptanh(x);
+    using namespace Eigen::internal;
+    const Packet<Scalar> inside = ptanh(x);
+    if constexpr (!std::is_same_v<Scalar, float>) return inside;
+    // Eigen's rational function ends short of 1 where it takes a processor that fuses for one that
+    // does not, as on ARM.
+    const Packet<Scalar> above = pcmp_le(broadcast(Scalar{8}), x);
+    const Packet<Scalar> below = pcmp_le(x, broadcast(Scalar{-8}));
+    return pselect(above, broadcast(Scalar{1}), pselect(below, broadcast(Scalar{-1}), inside));
   } else {
     return for_each_lane<Scalar>(x, [](Scalar v) { return std::tanh(v); });
   }
