@@ -29,7 +29,7 @@ struct Options {
   Index active = 4;
   Index sequences = 64;
   Index steps = 16;
-  double epochs = 1.2;
+  double epochs = 1.15;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
