@@ -16,6 +16,15 @@
 
 namespace bench {
 
+/// The shape of a row whose first arguments are T, D, H, E and K.
+inline Shape shape_of(const benchmark::State& state) {
+  return {.tokens = state.range(0),
+          .width = state.range(1),
+          .hidden = state.range(2),
+          .experts = state.range(3),
+          .active = state.range(4)};
+}
+
 using Party = std::function<void()>;
 
 /// Best seconds of one call of each party. They take turns until each has had `budget` seconds, and

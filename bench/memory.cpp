@@ -40,11 +40,7 @@ bool reset_peak() {
 
 void training_step(benchmark::State& state) {
   const Index threads = bench::all_cores();
-  const bench::Shape shape{.tokens = state.range(0),
-                           .width = state.range(1),
-                           .hidden = state.range(2),
-                           .experts = state.range(3),
-                           .active = state.range(4)};
+  const bench::Shape shape = bench::shape_of(state);
   bench::read_bandwidth(threads);
   bench::use_threads(threads);
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);

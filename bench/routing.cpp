@@ -34,14 +34,6 @@ struct Nothing {
   static void visit_parameters(Self&, Visitor) {}
 };
 
-bench::Shape shape_of(const benchmark::State& state) {
-  return {.tokens = state.range(0),
-          .width = state.range(1),
-          .hidden = state.range(2),
-          .experts = state.range(3),
-          .active = state.range(4)};
-}
-
 /// The same work without the experts': the gate's products.
 bench::Shape gate_only(bench::Shape shape) {
   shape.hidden = 0;
@@ -50,7 +42,7 @@ bench::Shape gate_only(bench::Shape shape) {
 
 void share(benchmark::State& state, bool backward) {
   bench::use_threads(1);
-  const bench::Shape shape = shape_of(state);
+  const bench::Shape shape = bench::shape_of(state);
   const Gate::Config gate{.experts = shape.experts, .active = shape.active};
   Layer layer({.width = shape.width, .expert = {.hidden = shape.hidden}, .gate = gate, .seed = 1});
   moe::MoELayer<moe::Expert<Nothing>> empty({.width = shape.width, .gate = gate, .seed = 1});
@@ -80,7 +72,7 @@ void share_forward_backward(benchmark::State& state) { share(state, true); }
 
 void gate_forward_backward(benchmark::State& state) {
   bench::use_threads(1);
-  const bench::Shape shape = gate_only(shape_of(state));
+  const bench::Shape shape = gate_only(bench::shape_of(state));
   Gate gate({.width = shape.width, .experts = shape.experts, .active = shape.active});
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   const std::vector<float> dweight(static_cast<std::size_t>(shape.slots()), 0.1f);

@@ -12,11 +12,7 @@ using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
 
 void run(benchmark::State& state, bool backward) {
   const Index threads = state.range(5);
-  const bench::Shape shape{.tokens = state.range(0),
-                           .width = state.range(1),
-                           .hidden = state.range(2),
-                           .experts = state.range(3),
-                           .active = state.range(4)};
+  const bench::Shape shape = bench::shape_of(state);
   bench::read_bandwidth(threads);
   Layer layer({.width = shape.width,
                .expert = {.hidden = shape.hidden},
