@@ -155,6 +155,14 @@ auto* row_data(Matrix&& matrix, Index i) {
   return matrix.data() + i * matrix.outerStride();
 }
 
+/// `width`, and a cache line more where rows that long would begin a large power of two apart: those
+/// compete for the same few places of a cache.
+template <class Scalar>
+constexpr Index spread_width(Index width) {
+  constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
+  return width > 0 && width % (16 * line) == 0 ? width + line : width;
+}
+
 /// Resizes a scratch vector; like Eigen's resize it keeps its memory when nothing changed.
 template <class Value>
 void resize(std::vector<Value>& vector, Index size) {

@@ -79,7 +79,9 @@ class FeedForward {
   void run(const Block& block, Range columns, bool keeps) const {
     using detail::Start;
     const MatrixView<Scalar> pre = keeps && !config_.recompute ? block.kept : pre_of(block);
-    const auto finish = [&](Index column, Index width) { activate(block, pre, column, width); };
+    const auto finish = [&](Index row, Index rows, Index column, Index width) {
+      activate(block, pre, {row, rows}, column, width);
+    };
     compute_pre(block, columns, pre, detail::Finish(finish));
   }
 
@@ -103,8 +105,8 @@ class FeedForward {
     if (config_.recompute) compute_pre(block, columns, pre, {});
     const MatrixView<Scalar> u = columns_of(pre_of(block), config_.gated ? config_.hidden : 0,
                                             config_.hidden);
-    const auto finish = [&](Index column, Index width) {
-      activate_backward(block, pre, column, width);
+    const auto finish = [&](Index row, Index rows, Index column, Index width) {
+      activate_backward(block, pre, {row, rows}, column, width);
     };
     detail::multiply_nt(block.rows_of(dy), view(down_.value), columns.first, columns.count,
                         Start::zero, ScatteredRows<Scalar>(u), detail::Finish(finish));
@@ -206,8 +208,8 @@ class FeedForward {
     return columns_of(block.scratch, config_.hidden + pre_width(), pre_width());
   }
 
-  /// Columns of the pre-activations (n x pre_width()); finish(column, width) comes when those of a
-  /// strip are there, the strip still being in the first-level cache.
+  /// Columns of the pre-activations (n x pre_width()); finish(row, rows, column, width) comes when
+  /// those of a tile are there.
   void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre,
                    detail::Finish finish) const {
     using detail::Start;
@@ -224,21 +226,30 @@ class FeedForward {
     }
   }
 
-  // Both work on a strip, row by row; m(row, part) is where its columns are in the part-th H columns
-  // of m. Only value and slope are compiled for each activation; the rest is the same for all.
+  // Both work on a tile, row by row; m(row, part) is where its columns are in the part-th H columns
+  // of m. Only value and slope are compiled for each activation; the rest is the same for all. What
+  // they read and write beside C is far away, so they ask for the next tile's.
 
-  auto strip_of(MatrixView<Scalar> matrix, Index column) const {
+  auto tile_of(MatrixView<Scalar> matrix, Index column) const {
     return [this, matrix, column](Index row, Index part = 0) mutable {
       return detail::row_data(matrix, row) + part * config_.hidden + column;
     };
   }
 
+  template <class F>
+  static void for_each_next(const Block& block, Range rows, F&& f) {
+    const Index first = rows.first + rows.count;
+    for (Index i = first; i < std::min(first + rows.count, block.x.count()); ++i) f(i);
+  }
+
   /// hidden = w·act(pre), gated w·act(pre) ⊙ linear.
-  void activate(const Block& block, MatrixView<Scalar> pre, Index column, Index width) const {
+  void activate(const Block& block, MatrixView<Scalar> pre, Range rows, Index column,
+                Index width) const {
     using namespace Eigen::internal;
-    auto hidden = strip_of(hidden_of(block), column);
-    auto from = strip_of(pre, column);
-    for (Index i = 0; i < block.x.count(); ++i) {
+    auto hidden = tile_of(hidden_of(block), column);
+    auto from = tile_of(pre, column);
+    for_each_next(block, rows, [&](Index row) { detail::prefetch_strip(hidden(row)); });
+    for (Index i = rows.first; i < rows.first + rows.count; ++i) {
       const P w = detail::broadcast(block.weight[i]);
       Scalar* a = hidden(i);
       detail::activate(config_.activation, width, from(i), a);
@@ -255,14 +266,19 @@ class FeedForward {
   /// In: dpre holds u, gated in its second part. Out: dpre = w·u ⊙ act'(pre), gated
   /// w·u ⊙ linear ⊙ act'(pre) and w·u ⊙ act(pre); hidden as activate() makes it; and its product
   /// with u, without the weight, is added to this panel's part.
-  void activate_backward(const Block& block, MatrixView<Scalar> pre, Index column,
+  void activate_backward(const Block& block, MatrixView<Scalar> pre, Range rows, Index column,
                          Index width) const {
     using namespace Eigen::internal;
-    auto hidden = strip_of(hidden_of(block), column);
-    auto gradient = strip_of(pre_of(block), column);
-    auto from = strip_of(pre, column);
+    auto hidden = tile_of(hidden_of(block), column);
+    auto gradient = tile_of(pre_of(block), column);
+    auto from = tile_of(pre, column);
+    for_each_next(block, rows, [&](Index row) {
+      detail::prefetch_strip(hidden(row));
+      detail::prefetch_strip(from(row));
+      if (config_.gated) detail::prefetch_strip(from(row, 1));
+    });
     Scalar slope[detail::to_size(detail::tile_columns<Scalar>)];
-    for (Index i = 0; i < block.x.count(); ++i) {
+    for (Index i = rows.first; i < rows.first + rows.count; ++i) {
       const P w = detail::broadcast(block.weight[i]);
       Scalar* a = hidden(i);
       Scalar* dpre = gradient(i);

@@ -39,6 +39,10 @@ inline constexpr Index panel_columns = 4 * tile_columns<Scalar>;
 inline constexpr Index panel_depth =
     (Index{24} << 10) / static_cast<Index>(tile_packets * sizeof(Packet<float>));
 
+/// Elements of C that stay in the second-level cache beside A: 128 KiB.
+template <class Scalar>
+inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>(sizeof(Scalar));
+
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
 
@@ -46,24 +50,24 @@ inline constexpr Index task_rows = 256;
 /// more would not fit into one set of the first-level cache where rows are a power of two apart.
 inline constexpr Index few_steps = 8;
 
-/// What is to be done with a strip of C when it is complete: a reference to a callable that takes
-/// (column, width). It is called once a strip, so one that is not known at compile time costs
-/// nothing, and a product need not be compiled anew for each.
+/// What is to be done with a tile of C when its sums are complete: a reference to a callable that
+/// takes (row, rows, column, width). A call costs little beside a tile, so one that is not known at
+/// compile time will do, and a product need not be compiled anew for each.
 class Finish {
  public:
   Finish() = default;
   template <class F>
   explicit Finish(const F& f)
-      : object_(&f), call_([](const void* object, Index column, Index width) {
-          (*static_cast<const F*>(object))(column, width);
+      : object_(&f), call_([](const void* object, Index row, Index rows, Index column, Index width) {
+          (*static_cast<const F*>(object))(row, rows, column, width);
         }) {}
-  void operator()(Index column, Index width) const {
-    if (call_ != nullptr) call_(object_, column, width);
+  void operator()(Index row, Index rows, Index column, Index width) const {
+    if (call_ != nullptr) call_(object_, row, rows, column, width);
   }
 
  private:
   const void* object_ = nullptr;
-  void (*call_)(const void*, Index, Index) = nullptr;
+  void (*call_)(const void*, Index, Index, Index, Index) = nullptr;
 };
 
 /// Calls f(column, packets, width) for strips of one to three packets that cover the columns. The
@@ -167,13 +171,11 @@ struct Straight {
   ConstMatrixView<Scalar> b;
   const Scalar* row(Index k, Index column) const { return b.data() + k * b.outerStride() + column; }
 
-  /// Copies steps [first, first + count) of a strip's depth into its panel.
-  void copy(const Strip& strip, Index first, Index count, Scalar* panel) const {
-    copy_panel(
-        count, strip.width, [&](Index i) { return row(strip.k + first + i, strip.column); },
-        panel + first * strip.packets * packet_size<Scalar>);
+  Panel<Scalar> copy(const Strip& strip, Scalar* buffer) const {
+    return copy_panel(
+        strip.depth, strip.width, [&](Index i) { return row(strip.k + i, strip.column); }, buffer);
   }
-  /// What copy() will read.
+  /// What copy() will read of steps [first, first + count).
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
     return {row(strip.k + first, strip.column), b.outerStride(), count};
   }
@@ -185,42 +187,41 @@ struct Transposed {
   ConstMatrixView<Scalar> b;
   const Scalar* row(Index k, Index column) const { return b.data() + column * b.outerStride() + k; }
 
-  void copy(const Strip& strip, Index first, Index count, Scalar* panel) const {
-    transpose_panel(
-        count, strip.width, [&](Index j) { return row(strip.k + first, strip.column + j); },
-        panel + first * strip.packets * packet_size<Scalar>);
+  Panel<Scalar> copy(const Strip& strip, Scalar* buffer) const {
+    return transpose_panel(
+        strip.depth, strip.width, [&](Index j) { return row(strip.k, strip.column + j); }, buffer);
   }
+  /// The same; two lines a row, so with few tiles, and more than 32 steps for each, not all of it.
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index) const {
     return {row(strip.k + first, strip.column), b.outerStride(), strip.width};
   }
 };
 
-/// C[:, columns] = A·right: the depth in blocks, of each block the strips of columns one after the
-/// other, so that the block's part of A stays in the nearest caches. finish(column, width) is called
-/// for each strip when its sums are complete and still in the first-level cache.
+/// C[:, columns] = A·right: columns in groups whose part of C stays in the second-level cache, for
+/// each group the depth in blocks, and of each block the strips of columns one after the other.
+/// finish(row, rows, column, width) is called for each tile right after its last sum, the tile being
+/// in the nearest cache still.
 ///
-/// While the tiles of a strip are calculated, the panel of the next strip is made piece by piece:
-/// each tile asks for the memory of a piece, which is copied after it. So memory and arithmetic are
-/// busy at the same time, without any help from the processor's own foresight.
+/// A strip's part of B is copied to a panel, which stays in the first-level cache while the tiles of
+/// the strip are calculated. Meanwhile they ask for the memory of the next strip, so memory and
+/// arithmetic are busy at the same time without any foresight of the processor's own. A second
+/// panel, filled between the tiles, would push the first one out of its cache.
 template <class Scalar, class Right>
 void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index first_column,
                    Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                    Finish finish) {
-  constexpr Index size = packet_size<Scalar>;
-  constexpr Index piece = 32;  // steps of depth: two lines of a row in nt
-  alignas(64) Scalar panels[2][to_size(panel_depth * tile_columns<Scalar>)];
+  alignas(64) Scalar buffer[to_size(panel_depth * tile_columns<Scalar>)];
   const Index depth = a.width();
   const Index tiles = (a.count() + tile_rows - 1) / tile_rows;
-  Scalar* panel = panels[0];
-  Scalar* next_panel = panels[1];
 
-  // Computes a strip whose panel is ready and readies that of `next`, if there is one.
   const auto run = [&](const Strip& strip, const Strip* next) {
     const Start from = strip.k == 0 ? start : Start::accumulate;
     const Scalar* initial = from == Start::bias ? bias + strip.column : nullptr;
+    const Panel<Scalar> panel = right.copy(strip, buffer);
+    constexpr Index piece = 32;  // steps of depth: two lines of a row in nt
     const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
     const Index each = (pieces + tiles - 1) / tiles * piece;
-    Index ready = 0;
+    Index asked = 0;
     for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
       Left<Scalar> left;
       Scalar* to[to_size(tile_rows)];
@@ -228,32 +229,34 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
         left.row[r] = a.row(first + r) + strip.k;
         to[r] = c.row(first + r) + strip.column;
       }
-      const Index count = next != nullptr ? std::min(each, next->depth - ready) : 0;
-      const Ahead<Scalar> ahead =
-          count > 0 ? right.ahead(*next, ready, count) : Ahead<Scalar>{};
-      multiply_tile(rows, strip.packets, strip.width, left,
-                    Panel<Scalar>{panel, strip.packets * size}, strip.depth, from, initial, to,
+      for (Index r = first + rows; r < std::min(first + 2 * rows, a.count()); ++r) {
+        prefetch_strip(c.row(r) + strip.column);
+      }
+      Ahead<Scalar> ahead;
+      if (next != nullptr && asked < next->depth) {
+        ahead = right.ahead(*next, asked, std::min(each, next->depth - asked));
+        asked += each;
+      }
+      multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
                     ahead);
-      if (count > 0) right.copy(*next, ready, count, next_panel);
-      ready += count;
+      if (strip.k + strip.depth >= depth) finish(first, rows, strip.column, strip.width);
     });
-    if (strip.k + strip.depth >= depth) finish(strip.column, strip.width);
-    std::swap(panel, next_panel);
   };
 
+  const Index panels = std::max<Index>(1, cached_elements<Scalar> / (a.count() * panel_columns<Scalar>));
+  const Index group = panels * panel_columns<Scalar>;
   Strip strip{};
   bool pending = false;
-  for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
-    for_each_strip<Scalar>(first_column, columns, [&](Index column, Index packets, Index width) {
-      const Strip next{k, std::min(panel_depth, depth - k), column, packets, width};
-      if (pending) {
-        run(strip, &next);
-      } else {
-        right.copy(next, 0, next.depth, panel);
-      }
-      strip = next;
-      pending = true;
-    });
+  for (Index column = first_column; column < first_column + columns; column += group) {
+    const Index width = std::min(group, first_column + columns - column);
+    for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
+      for_each_strip<Scalar>(column, width, [&](Index at, Index packets, Index strip_width) {
+        const Strip next{k, std::min(panel_depth, depth - k), at, packets, strip_width};
+        if (pending) run(strip, &next);
+        strip = next;
+        pending = true;
+      });
+    }
   }
   if (pending) run(strip, nullptr);
 }
@@ -347,8 +350,9 @@ void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       });
     }
   }
-  for_each_strip<Scalar>(first_column, columns,
-                         [&](Index column, Index, Index width) { finish(column, width); });
+  for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
+    finish(0, a.count(), column, width);
+  });
 }
 
 /// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
@@ -402,8 +406,9 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       }
     });
   }
-  for_each_strip<Scalar>(first_column, columns,
-                         [&](Index column, Index, Index width) { finish(column, width); });
+  for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
+    finish(0, a.count(), column, width);
+  });
 }
 
 /// C[:, columns] = A·Bᵀ, from zero or added to what C holds.
@@ -419,55 +424,108 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
   multiply_rows(a, Transposed<Scalar>{b}, first_column, columns, start, no_bias, c, finish);
 }
 
-/// How many pairs of rows multiply_tn adds at once.
+/// The form tn for few pairs of rows, which waits for C to come from memory and go back there: rows
+/// of C are read and written from one end to the other, as the processor foresees.
+template <class Scalar>
+void multiply_few_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
+                     Index rows, Index first_column, Index columns, MatrixView<Scalar> c) {
+  constexpr Index slice = (Index{16} << 10) / (few_steps * static_cast<Index>(sizeof(Scalar)));
+  alignas(64) Scalar right[to_size(few_steps * slice)];
+  const Index pairs = a.count();
+  for (Index column = first_column; column < first_column + columns; column += slice) {
+    const Index width = std::min(slice, first_column + columns - column);
+    for (Index i = 0; i < pairs; ++i) std::copy_n(b.row(i) + column, width, right + i * slice);
+    for_each_tile(rows, tile_rows, [&](Index first, Index count) {
+      Scalar values[to_size(tile_rows)][to_size(few_steps)];
+      const Scalar* left[to_size(tile_rows)];
+      Scalar* to[to_size(tile_rows)];
+      for (Index r = 0; r < count; ++r) {
+        const Index row = first_row + first + r;
+        for (Index i = 0; i < pairs; ++i) values[r][i] = a.row(i)[row];
+        left[r] = values[r];
+        to[r] = row_data(c, row) + column;
+      }
+      with_constant<tile_rows>(count, [&](auto R) {
+        multiply_stream<R>(left, right, slice, pairs, width, to);
+      });
+    });
+  }
+}
+
+/// The form tn adds at most so many pairs of rows at once, to so many rows of C.
 inline constexpr Index pairs_depth = 128;
+inline constexpr Index pairs_rows = 128;
+/// A strip goes through so many rows of C before the next one: more would not stay in the caches
+/// where rows are a power of two apart.
+inline constexpr Index pairs_group = 16;
 
 /// Rows [first_row, first_row + rows) and some columns of C += Aᵀ·B, the rows of A and B going in
-/// pairs. The columns are those of a panel: packets of all its strips stay in the second-level
-/// cache while tiles of C pass, each row of them read and written in one piece.
+/// pairs. Columns of A and strips of B are copied together; with the part of C that they add to,
+/// of two panels' columns, they stay in the second-level cache.
 template <class Scalar>
 void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
                  Index rows, Index first_column, Index columns, MatrixView<Scalar> c) {
+  if (a.count() <= few_steps) {
+    return multiply_few_tn(a, b, first_row, rows, first_column, columns, c);
+  }
   constexpr Index size = packet_size<Scalar>;
   constexpr Index wide = 2 * panel_columns<Scalar>;
+  static_assert(pairs_rows % tile_rows == 0);
+  alignas(64) Scalar left_columns[to_size(pairs_depth * pairs_rows)];
   alignas(64) Scalar panels[to_size(pairs_depth * wide)];
-  Scalar columns_of_a[to_size(pairs_depth * tile_rows)];
-  for (Index k = 0; k < a.count(); k += pairs_depth) {
-    const Index depth = std::min(pairs_depth, a.count() - k);
-    for (Index column = first_column; column < first_column + columns; column += wide) {
-      const Index width = std::min(wide, first_column + columns - column);
-      for_each_strip<Scalar>(0, width, [&](Index start, Index, Index strip_width) {
-        const auto row_at = [&](Index i) { return b.row(k + i) + column + start; };
-        copy_panel(depth, strip_width, row_at, panels + start * depth);
-      });
-      for_each_tile(rows, tile_rows, [&](Index first, Index count) {
-        for (Index i = 0; i < depth; ++i) {
-          const Scalar* from = a.row(k + i) + first_row + first;
-          Scalar* to = columns_of_a + i * count;
-          if (count == tile_rows) {  // a constant number is one or two moves
-            std::copy_n(from, tile_rows, to);
-          } else {
-            std::copy_n(from, count, to);
-          }
-        }
-        Left<Scalar> left;
-        left.step = count;
-        for (Index r = 0; r < count; ++r) left.row[r] = columns_of_a + r;
-        for_each_strip<Scalar>(0, width, [&](Index start, Index packets, Index strip_width) {
-          Scalar* to[to_size(tile_rows)];
-          for (Index r = 0; r < count; ++r) {
-            to[r] = row_data(c, first_row + first + r) + column + start;
-          }
-          // The same columns of the tile below, which are far away in memory.
-          const Index below = std::min(tile_rows, rows - first - count);
-          const Ahead<Scalar> ahead{to[0] + count * c.outerStride(), c.outerStride(), below};
-          multiply_tile(count, packets, strip_width, left,
-                               Panel<Scalar>{panels + start * depth, packets * size}, depth,
-                               Start::accumulate, static_cast<const Scalar*>(nullptr), to, ahead);
-        });
-      });
+
+  // The values that a tile takes from a row of A are neighbours.
+  const auto copy_left = [&](Index k, Index depth, Index row, Index height) {
+    for (Index i = 0; i < depth; ++i) {
+      const Scalar* from = a.row(k + i) + row;
+      Scalar* to = left_columns + i * tile_rows;
+      Index r = 0;
+      for (; r + tile_rows <= height; r += tile_rows) {
+        std::copy_n(from + r, tile_rows, to + r * depth);
+      }
+      if (r < height) std::copy_n(from + r, height - r, to + r * depth);
     }
-  }
+  };
+  const auto copy_right = [&](Index k, Index depth, Index column, Index width) {
+    for_each_strip<Scalar>(0, width, [&](Index start, Index, Index strip_width) {
+      const auto row_at = [&](Index i) { return b.row(k + i) + column + start; };
+      copy_panel(depth, strip_width, row_at, panels + start * depth);
+    });
+  };
+
+  const Index last = first_row + rows;
+  for_each_tile(a.count(), pairs_depth, [&](Index k, Index depth) {
+    for (Index row = first_row; row < last; row += pairs_rows) {
+      const Index height = std::min(pairs_rows, last - row);
+      copy_left(k, depth, row, height);
+      for (Index column = first_column; column < first_column + columns; column += wide) {
+        const Index width = std::min(wide, first_column + columns - column);
+        copy_right(k, depth, column, width);
+        for (Index group = 0; group < height; group += pairs_group) {
+          for_each_strip<Scalar>(0, width, [&](Index start, Index packets, Index strip_width) {
+            const Panel<Scalar> panel{panels + start * depth, packets * size};
+            const Index end = std::min(height, group + pairs_group);
+            for (Index top = group; top < end; top += tile_rows) {
+              const Index count = std::min(tile_rows, end - top);
+              Left<Scalar> left;
+              Scalar* to[to_size(tile_rows)];
+              left.step = tile_rows;
+              for (Index r = 0; r < count; ++r) {
+                left.row[r] = left_columns + top * depth + r;
+                to[r] = row_data(c, row + top + r) + column + start;
+              }
+              // The same columns of the next group, which are far away in memory.
+              const Index below = std::clamp<Index>(last - row - top - pairs_group, 0, tile_rows);
+              const Ahead<Scalar> ahead{to[0] + pairs_group * c.outerStride(), c.outerStride(),
+                                        below};
+              multiply_tile(count, packets, strip_width, left, panel, depth, Start::accumulate,
+                            static_cast<const Scalar*>(nullptr), to, ahead);
+            }
+          });
+        }
+      }
+    }
+  });
 }
 
 /// Splits C into blocks and calls f(first_row, rows, first_column, columns) for each, over the

@@ -57,10 +57,18 @@ void with_constant(Index value, F&& f) {
   f(std::integral_constant<Index, N>{});
 }
 
-inline void prefetch([[maybe_unused]] const void* address) {
+EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address);
+  asm volatile("");  // else GCC leaves out a function that does nothing but prefetch
 #endif
+}
+
+/// Two cache lines, about as much as a tile takes of a row.
+template <class Scalar>
+void prefetch_strip(const Scalar* place) {
+  prefetch(place);
+  prefetch(place + 64 / sizeof(Scalar));
 }
 
 /// The left operand: where each row starts, and how far its values along the depth are apart.
@@ -88,6 +96,38 @@ struct Ahead {
   Index each = 2;  ///< places at a time
 };
 
+/// Loads a packet that the compiler must keep in a register, else GCC loads it anew for every row.
+template <class Scalar>
+EIGEN_ALWAYS_INLINE Packet<Scalar> load_to_register(const Scalar* from) {
+  Packet<Scalar> packet = load(from);
+#if defined(__GNUC__) && defined(EIGEN_VECTORIZE_AVX512)
+  asm("" : "+v"(packet));
+#elif defined(__GNUC__) && defined(EIGEN_VECTORIZE_SSE)
+  asm("" : "+x"(packet));
+#else
+  EIGEN_OPTIMIZATION_BARRIER(packet)  // on x86 it would allow memory too
+#endif
+  return packet;
+}
+
+/// One step of k. The packets are arguments and not an array, which GCC at times leaves in memory.
+template <class Scalar, std::size_t R, std::size_t V, class... Packets>
+EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at,
+                                      Packet<Scalar> (&sum)[R][V], Packets... packet) {
+  unroll<static_cast<Index>(R)>([&](auto r) {
+    const Packet<Scalar> a = broadcast(row[r][at]);
+    std::size_t v = 0;
+    ((sum[r][v] = Eigen::internal::pmadd(a, packet, sum[r][v]), ++v), ...);
+  });
+}
+template <class Scalar, std::size_t R, std::size_t V>
+EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
+                                      Packet<Scalar> (&sum)[R][V]) {
+  [&]<Index... v>(std::integer_sequence<Index, v...>) {
+    add_products<Scalar>(row, at, sum, load_to_register(b + v * packet_size<Scalar>)...);
+  }(std::make_integer_sequence<Index, static_cast<Index>(V)>{});
+}
+
 /// One tile, whose start is zero, a bias (V packets), or what C holds.
 template <Index R, Index V, class Scalar>
 #if defined(__GNUC__)
@@ -97,13 +137,18 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
                    const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index stretch = 8;  // steps between looks ahead
-  // Pointers in variables of their own are registers; through `left` they would be loaded anew.
+  // Pointers in variables of their own are registers; through the arguments they would be loaded anew.
   const Scalar* row[to_size(R)];
-  unroll<R>([&](auto r) { row[r] = left.row[r]; });
+  Scalar* to[to_size(R)];
+  unroll<R>([&](auto r) {
+    row[r] = left.row[r];
+    to[r] = c[r];
+  });
   const Index step = left.step;
+  const Index end = depth * step;
   Packet<Scalar> sum[to_size(R)][to_size(V)];
   if (start == Start::accumulate) {
-    unroll<R>([&](auto r) { unroll<V>([&](auto v) { sum[r][v] = load(c[r] + v * size); }); });
+    unroll<R>([&](auto r) { unroll<V>([&](auto v) { sum[r][v] = load(to[r] + v * size); }); });
   } else if (start == Start::bias) {
     unroll<R>([&](auto r) { unroll<V>([&](auto v) { sum[r][v] = load(bias + v * size); }); });
   } else {
@@ -111,26 +156,15 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
   }
   const Scalar* b = right.data;
   Index at = 0;
-  for (Index k = 0; k < depth; k += stretch) {
+  while (at < end) {
     for (Index i = 0; i < ahead.each && ahead.count > 0; ++i, --ahead.count) {
-      prefetch(ahead.place);
-      prefetch(ahead.place + 64 / sizeof(Scalar));
+      prefetch_strip(ahead.place);
       ahead.place += ahead.stride;
     }
-    const Index end = std::min(depth, k + stretch) * step;
-    for (; at < end; at += step, b += right.stride) {
-      Packet<Scalar> packet[to_size(V)];
-      unroll<V>([&](auto v) {
-        packet[v] = load(b + v * size);
-        EIGEN_OPTIMIZATION_BARRIER(packet[v]);  // else GCC loads it anew for every row
-      });
-      unroll<R>([&](auto r) {
-        const Packet<Scalar> a = broadcast(row[r][at]);
-        unroll<V>([&](auto v) { sum[r][v] = Eigen::internal::pmadd(a, packet[v], sum[r][v]); });
-      });
-    }
+    const Index pause = ahead.count > 0 ? std::min(end, at + stretch * step) : end;
+    for (; at < pause; at += step, b += right.stride) add_products(row, at, b, sum);
   }
-  unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(c[r] + v * size, sum[r][v]); }); });
+  unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(to[r] + v * size, sum[r][v]); }); });
 }
 
 /// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`

@@ -53,7 +53,7 @@ class MoELayer {
   struct Tape : Gate_::Tape {
     Matrix<Scalar> y;  ///< T x D, the result
 
-    Matrix<Scalar> kept;             ///< S x Expert::tape_width(), what the experts keep
+    Matrix<Scalar> kept;             ///< S x Expert::tape_width() or a little more, what experts keep
     Matrix<Scalar> combined;         ///< T x D, y before the output activation, if there is one
     Matrix<Scalar> dcombined;        ///< T x D
     Matrix<Scalar> dexperts;         ///< T x D, the experts' share of dx
@@ -111,7 +111,7 @@ class MoELayer {
                     "MoELayer: the gate left a tape.x of ", tape.x.rows(), " x ", tape.x.cols(),
                     " for an x of ", x.rows(), " x ", config_.width);
     dispatch(tape, x.rows());
-    tape.kept.resize(tape.routing.slots(), experts_.front().tape_width());
+    tape.kept.resize(tape.routing.slots(), kept_stride());
     run_experts(tape.x, tape, true);
     tape.trained = true;
     return tape.y;
@@ -129,7 +129,7 @@ class MoELayer {
     const Index slots = tape.routing.slots();
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
     detail::require(tape.routing.experts == gate_.experts() && tape.x.cols() == config_.width &&
-                        tape.kept.cols() == experts_.front().tape_width(),
+                        tape.kept.cols() == kept_stride(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
                     " experts and width ", tape.x.cols());
     const MatrixRef<Scalar> dsum = output_backward(dy, tape);
@@ -192,6 +192,10 @@ class MoELayer {
   void check_width(const MatrixRef<Scalar>& matrix, const char* name) const {
     detail::require(matrix.cols() == config_.width, "MoELayer: ", name, " has ", matrix.cols(),
                     " columns, Config.width = ", config_.width);
+  }
+
+  Index kept_stride() const {
+    return detail::spread_width<Scalar>(experts_.front().tape_width());
   }
 
   /// Sorts the slots by expert.
@@ -284,13 +288,13 @@ class MoELayer {
   /// Calls f() with tape.slices being those of each group in turn.
   template <class F>
   void for_each_group(Tape& tape, F&& f) const {
-    // What a worker's rows need between the halves should stay in its second-level cache, or at
-    // least near it.
+    // What a worker's rows need between the halves should stay near it. A slice goes in one piece
+    // where it can, since every piece reads the expert's weights anew.
     constexpr auto cached = static_cast<Index>((std::size_t{1} << 21) / sizeof(Scalar));
     const Index workers = worker_count();
     const Index width = experts_.front().scratch_width();
     const Index rows = std::min(tape.routing.slots(),
-                                std::max<Index>(64, workers * cached / width));
+                                std::max(detail::task_rows, workers * cached / width));
     tape.group.resize(rows, width);
     detail::resize(tape.row_dweight, rows);
     tape.slices.reserve(detail::to_size(rows));
@@ -308,15 +312,14 @@ class MoELayer {
       filled = 0;
     };
     for (Index e = 0; e < tape.routing.experts; ++e) {
-      const Index end = tape.routing.expert_offsets[detail::to_size(e) + 1];
-      Index first = tape.routing.expert_offsets[detail::to_size(e)];
-      while (first < end) {
-        const Index count = std::min(end - first, rows - filled);
-        tape.slices.push_back({e, first, count});
-        first += count;
+      const Index start = tape.routing.expert_offsets[detail::to_size(e)];
+      const Index slots = tape.routing.expert_offsets[detail::to_size(e) + 1] - start;
+      if (slots == 0) continue;
+      detail::for_each_tile(slots, rows, [&](Index first, Index count) {
+        if (filled + count > rows) flush();
+        tape.slices.push_back({e, start + first, count});
         filled += count;
-        if (filled == rows) flush();
-      }
+      });
     }
     flush();
   }
@@ -398,12 +401,13 @@ class MoELayer {
   Block block_of(const MatrixRef<Scalar>& x, Tape& tape, Index index) const {
     const Slice& slice = tape.slices[detail::to_size(index)];
     const Index* token = tape.routing.row_token.data() + slice.first;
-    const Index kept = tape.kept.cols();
+    const Index stride = tape.kept.cols();
     return {GatheredRows<Scalar>(x.data(), x.outerStride(), slice.count, x.cols(), token),
             token,
             tape.row_weight.data() + slice.first,
-            MatrixView<Scalar>(tape.kept.data() + slice.first * kept, slice.count, kept,
-                               Eigen::OuterStride<>(kept)),
+            MatrixView<Scalar>(tape.kept.data() + slice.first * stride, slice.count,
+                               std::min(stride, experts_.front().tape_width()),
+                               Eigen::OuterStride<>(stride)),
             rows_of(tape.group, slice.first - tape.slices.front().first, slice.count)};
   }
 
