@@ -175,6 +175,10 @@ struct Straight {
     return copy_panel(
         strip.depth, strip.width, [&](Index i) { return row(strip.k + i, strip.column); }, buffer);
   }
+  /// Where it lies, if whole tiles can read it there.
+  const Scalar* in_place(const Strip& strip) const {
+    return strip.width == tile_columns<Scalar> ? row(strip.k, strip.column) : nullptr;
+  }
   /// What copy() will read of steps [first, first + count).
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
     return {row(strip.k + first, strip.column), b.outerStride(), count};
@@ -191,6 +195,7 @@ struct Transposed {
     return transpose_panel(
         strip.depth, strip.width, [&](Index j) { return row(strip.k, strip.column + j); }, buffer);
   }
+  const Scalar* in_place(const Strip&) const { return nullptr; }
   /// The same; two lines a row, so with few tiles, and more than 32 steps for each, not all of it.
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index) const {
     return {row(strip.k + first, strip.column), b.outerStride(), strip.width};
@@ -202,8 +207,8 @@ struct Transposed {
 /// finish(row, rows, column, width) is called for each tile right after its last sum, the tile being
 /// in the nearest cache still.
 ///
-/// A strip's part of B is copied to a panel, which stays in the first-level cache while the tiles of
-/// the strip are calculated. Meanwhile they ask for the memory of the next strip, so memory and
+/// A strip's part of B is copied to a panel, by the first tile on the way where it can, and stays in
+/// the first-level cache while the tiles of the strip are calculated. Meanwhile they ask for the memory of the next strip, so memory and
 /// arithmetic are busy at the same time without any foresight of the processor's own. A second
 /// panel, filled between the tiles, would push the first one out of its cache.
 template <class Scalar, class Right>
@@ -213,11 +218,14 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
   alignas(64) Scalar buffer[to_size(panel_depth * tile_columns<Scalar>)];
   const Index depth = a.width();
   const Index tiles = (a.count() + tile_rows - 1) / tile_rows;
+  const bool first_is_full = (a.count() + tiles - 1) / tiles == tile_rows;
 
   const auto run = [&](const Strip& strip, const Strip* next) {
     const Start from = strip.k == 0 ? start : Start::accumulate;
     const Scalar* initial = from == Start::bias ? bias + strip.column : nullptr;
-    const Panel<Scalar> panel = right.copy(strip, buffer);
+    const Scalar* in_place = first_is_full ? right.in_place(strip) : nullptr;
+    const Panel<Scalar> panel = in_place != nullptr ? Panel<Scalar>{buffer, tile_columns<Scalar>}
+                                                    : right.copy(strip, buffer);
     constexpr Index piece = 32;  // steps of depth: two lines of a row in nt
     const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
     const Index each = (pieces + tiles - 1) / tiles * piece;
@@ -237,8 +245,13 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
         ahead = right.ahead(*next, asked, std::min(each, next->depth - asked));
         asked += each;
       }
-      multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
-                    ahead);
+      if (first == 0 && in_place != nullptr) {
+        multiply_tile<tile_rows, tile_packets, true>(left, {in_place, right.b.outerStride()},
+                                                     strip.depth, from, initial, to, ahead, buffer);
+      } else {
+        multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
+                      ahead);
+      }
       if (strip.k + strip.depth >= depth) finish(first, rows, strip.column, strip.width);
     });
   };

@@ -128,13 +128,15 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
   }(std::make_integer_sequence<Index, static_cast<Index>(V)>{});
 }
 
-/// One tile, whose start is zero, a bias (V packets), or what C holds.
-template <Index R, Index V, class Scalar>
+/// One tile, whose start is zero, a bias (V packets), or what C holds. If it `copies`, it leaves the
+/// packets of `right` in `panel`, next to each other, for the tiles that come after it.
+template <Index R, Index V, bool copies = false, class Scalar>
 #if defined(__GNUC__)
 [[gnu::noinline]]  // else its registers mix with those of the loops around it
 #endif
 void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, Start start,
-                   const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead) {
+                   const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead,
+                   [[maybe_unused]] Scalar* panel = nullptr) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index stretch = 8;  // steps between looks ahead
   // Pointers in variables of their own are registers; through the arguments they would be loaded anew.
@@ -162,7 +164,13 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
       ahead.place += ahead.stride;
     }
     const Index pause = ahead.count > 0 ? std::min(end, at + stretch * step) : end;
-    for (; at < pause; at += step, b += right.stride) add_products(row, at, b, sum);
+    for (; at < pause; at += step, b += right.stride) {
+      add_products(row, at, b, sum);
+      if constexpr (copies) {
+        unroll<V>([&](auto v) { store(panel + v * size, load(b + v * size)); });
+        panel += V * size;
+      }
+    }
   }
   unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(to[r] + v * size, sum[r][v]); }); });
 }
