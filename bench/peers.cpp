@@ -107,7 +107,7 @@ class Cell {
 
  private:
   void step() {
-    moe::zero_gradients(layer_);
+    moe::zero_gradients(layer_, moe::Updates::lazy);
     layer_.forward(x_, tape_);
     layer_.backward(dy_, tape_);
   }

@@ -32,9 +32,9 @@ Named values_of(const Module& module) {
   return named;
 }
 template <class Module>
-Named gradients_of(const Module& module) {
+Named gradients_of(Module& module) {
   Named named;
-  for_each_parameter(module, [&](const std::string& name, const auto& parameter) {
+  for_each_parameter(module, [&](const std::string& name, auto& parameter) {
     named[name] = parameter.gradient.template cast<double>();
   });
   return named;

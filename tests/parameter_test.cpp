@@ -191,14 +191,20 @@ TEST_CASE("parameter: zero_gradients clears every gradient and no value", "[para
 TEMPLATE_TEST_CASE("parameter: lazy zeroing passes by what is known to be zero",
                    "[parameter][lazy]", float, double) {
   Kinds<TestType> kinds;
-  const auto are_zero = [&] {
-    return std::array{kinds.untracked.gradient.isZero(0), kinds.idle.gradient.isZero(0),
-                      kinds.busy.gradient.isZero(0)};
+  const auto are_zero = [&] {  // once they are shown
+    std::array<bool, 3> zero{};
+    std::size_t i = 0;
+    for_each_parameter(kinds, [&](const ParameterName&, auto& p) {
+      zero[i++] = p.gradient.isZero(0);
+    });
+    return zero;
   };
   kinds.write_by_hand();
   detail::mark_gradients(kinds.busy);
   zero_gradients(kinds, Updates::lazy);
+  CHECK_FALSE(kinds.busy.gradient.isZero(0));  // its memory was left alone
   CHECK(are_zero() == std::array{true, false, true});
+  CHECK(kinds.busy.gradient.isZero(0));
 
   // busy is now known to be zero, and untracked is not whatever became of it.
   detail::mark_gradients(kinds.untracked);
@@ -215,6 +221,49 @@ TEMPLATE_TEST_CASE("parameter: lazy zeroing passes by what is known to be zero",
   kinds.write_by_hand();
   zero_gradients(kinds, Updates::lazy);
   CHECK(are_zero() == std::array{true, false, false});
+}
+
+TEST_CASE("parameter: whoever adds to a cleared gradient writes over it", "[parameter][lazy]") {
+  using detail::GradientState;
+  std::vector<Parameter<float>> module(2, Parameter<float>(2, 2));
+  detail::track_gradients(module);
+  const auto states = [&] { return std::pair{module[0].gradient_state, module[1].gradient_state}; };
+  const auto clear = [&] {
+    for (Parameter<float>& p : module) p.gradient.setOnes();
+    detail::mark_gradients(module);
+    zero_gradients(module, Updates::lazy);
+  };
+
+  // Zeros that were never cleared are added to.
+  CHECK_FALSE(detail::mark_gradients(module, true));
+  clear();
+  CHECK(states() == std::pair{GradientState::cleared, GradientState::cleared});
+  CHECK(detail::mark_gradients(module, true));
+  CHECK(module[0].gradient.isOnes(0));
+  CHECK(states() == std::pair{GradientState::added_to, GradientState::added_to});
+  CHECK_FALSE(detail::mark_gradients(module, true));  // only the first time
+
+  // Who can only add finds zeros.
+  clear();
+  CHECK_FALSE(detail::mark_gradients(module));
+  CHECK(module[0].gradient.isZero(0));
+  CHECK(module[1].gradient.isZero(0));
+
+  // So does whoever adds to all where only some are cleared.
+  clear();
+  detail::mark_gradients(module[1]);
+  module[1].gradient.setConstant(3);
+  CHECK_FALSE(detail::mark_gradients(module, true));
+  CHECK(module[0].gradient.isZero(0));
+  CHECK(module[1].gradient.isConstant(3, 0));
+
+  // Clearing twice, or densely after lazily, is clearing.
+  clear();
+  zero_gradients(module, Updates::lazy);
+  CHECK(states() == std::pair{GradientState::cleared, GradientState::cleared});
+  zero_gradients(module);
+  CHECK(module[0].gradient.isZero(0));
+  CHECK(states() == std::pair{GradientState::zero, GradientState::zero});
 }
 
 TEST_CASE("parameter: nobody keeps track unless told", "[parameter][lazy]") {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <future>
 #include <string>
 #include <utility>
 #include <vector>
@@ -135,7 +136,7 @@ void add_options(CLI::App& app, Options& o) {
       ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--seed", o.seed, "of the weights, the noise and dropout")->capture_default_str();
-  app.add_option("--threads", o.threads, "OpenMP threads; results do not depend on it")
+  app.add_option("--threads", o.threads, "threads, half of them for each model; results do not depend on it")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   app.add_option("--csv", o.csv, "file for every row, to plot")->capture_default_str();
@@ -176,10 +177,36 @@ std::vector<Contestant> make_contestants(const Options& o, const Corpus& corpus)
   return contestants;
 }
 
-void run(const Options& o) {
+void use_threads([[maybe_unused]] int threads) {
 #ifdef _OPENMP
-  omp_set_num_threads(o.threads);
+  omp_set_num_threads(threads);  // of regions that the calling thread opens
 #endif
+}
+
+/// Calls f(0), f(1), ... f(count - 1) at the same time, each with its share of the threads, and
+/// returns when all are done: two small models on a core each are trained faster than one after the
+/// other on two cores. With fewer threads than that, one after the other.
+template <class F>
+void side_by_side(std::size_t count, int threads, F f) {
+  const int share = threads / static_cast<int>(count);
+  if (share < 1) {
+    for (std::size_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  const auto run = [&](std::size_t i) {
+    use_threads(share);
+    f(i);
+  };
+  std::vector<std::future<void>> others;
+  for (std::size_t i = 1; i < count; ++i) {
+    others.push_back(std::async(std::launch::async, run, i));
+  }
+  run(0);
+  for (std::future<void>& other : others) other.get();
+}
+
+void run(const Options& o) {
+  use_threads(o.threads);
   CsvFile csv(o.csv);
   const Corpus corpus =
       make_corpus(o.data.empty() ? read_wordnet(o.wordnet) : read_text(o.data), o.vocabulary);
@@ -206,8 +233,10 @@ void run(const Options& o) {
   Index evaluations = 0;
   std::vector<Evaluation> latest(contestants.size());
   const auto evaluate_all = [&] {
-    for (std::size_t i = 0; i < contestants.size(); ++i) {
+    side_by_side(contestants.size(), o.threads, [&](std::size_t i) {
       latest[i] = evaluate(contestants[i].model(), validation, o.sequences);
+    });
+    for (std::size_t i = 0; i < contestants.size(); ++i) {
       print_row(contestants[i], update, latest[i]);
       csv.add("validation", contestants[i], update, update * o.sequences * o.steps, latest[i]);
     }
@@ -233,10 +262,10 @@ void run(const Options& o) {
       training.get(index, batch);
       const moe::WarmUpLinearDecay learning_rate{
           .peak = o.learning_rate, .warm_up = std::min(o.warm_up, total), .total = total + 1};
-      for (Contestant& contestant : contestants) {
-        if (index == 0) contestant.start_epoch();
-        contestant.update(batch, static_cast<std::uint64_t>(update), learning_rate(update));
-      }
+      side_by_side(contestants.size(), o.threads, [&](std::size_t i) {
+        if (index == 0) contestants[i].start_epoch();
+        contestants[i].update(batch, static_cast<std::uint64_t>(update), learning_rate(update));
+      });
       progress.draw(fraction, update, total, contestants);
       if (fraction * static_cast<double>(o.evaluations) >= static_cast<double>(evaluations + 1)) {
         ++evaluations;
@@ -251,10 +280,13 @@ void run(const Options& o) {
   std::printf("\nPerplexity after %td updates, %.0f s; balance on the test part\n\n", update,
               seconds_now() - start);
   print_result_header();
+  std::vector<Evaluation> results(contestants.size());
+  side_by_side(contestants.size(), o.threads, [&](std::size_t i) {
+    results[i] = evaluate(contestants[i].model(), test, o.sequences);
+  });
   for (std::size_t i = 0; i < contestants.size(); ++i) {
-    const Evaluation result = evaluate(contestants[i].model(), test, o.sequences);
-    print_result(contestants[i], latest[i], result);
-    csv.add("test", contestants[i], update, update * o.sequences * o.steps, result);
+    print_result(contestants[i], latest[i], results[i]);
+    csv.add("test", contestants[i], update, update * o.sequences * o.steps, results[i]);
   }
   std::puts("");
   for (const Contestant& contestant : contestants) {

@@ -21,7 +21,9 @@ namespace moe {
 ///
 /// An expert in a layer keeps track of its own gradients, so a user's network need not. Gradients
 /// written by hand into an expert without a token are not seen by what is lazy; those of all other
-/// modules, the gate included, always are.
+/// modules, the gate included, always are. Lazy zeroing does not touch an expert's memory: backward
+/// writes over what is there, as after PyTorch's zero_grad(set_to_none=True), and for_each_parameter()
+/// puts zeros there before it shows the gradient of an expert that got no token.
 enum class Updates { dense, lazy };
 
 namespace detail {
@@ -30,6 +32,7 @@ namespace detail {
 enum class GradientState : unsigned char {
   untracked,  ///< nothing, nobody keeps track
   zero,       ///< nothing was added since it was zero
+  cleared,    ///< it stands for zero, but its memory holds old numbers, for whoever adds to write over
   added_to,
 };
 
@@ -126,11 +129,28 @@ void visit_parameters(Module& module, const ParameterName& name, F& f) {
   }
 }
 
+/// Calls f(name, parameter) for every parameter, whatever state its gradient is in.
+template <class Module, class F>
+void walk_parameters(Module& module, F&& f) {
+  visit_parameters(module, ParameterName(), f);
+}
+
 /// Whether a parameter is to be passed by.
 template <class Scalar>
 bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
-  return updates == Updates::lazy && parameter.gradient_state == GradientState::zero;
+  return updates == Updates::lazy && (parameter.gradient_state == GradientState::zero ||
+                                      parameter.gradient_state == GradientState::cleared);
 }
+
+/// Makes the memory of a gradient say what the gradient is.
+template <class Scalar>
+void settle(Parameter<Scalar>& parameter) {
+  if (parameter.gradient_state != GradientState::cleared) return;
+  parameter.gradient.setZero();
+  parameter.gradient_state = GradientState::zero;
+}
+template <class Scalar>
+void settle(const Parameter<Scalar>&) {}
 
 }  // namespace detail
 
@@ -150,9 +170,15 @@ bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
 ///     }
 ///
 /// It may be called from several threads at once (an optimizer does), so it should do no more.
+///
+/// After zero_gradients(module, Updates::lazy) the gradients of a const module can be old numbers
+/// where an expert got no token; those of one that is not const are zero.
 template <class Module, class F>
 void for_each_parameter(Module& module, F&& f) {
-  detail::visit_parameters(module, ParameterName(), f);
+  detail::walk_parameters(module, [&](const ParameterName& name, auto& parameter) {
+    detail::settle(parameter);
+    f(name, parameter);
+  });
 }
 
 /// Number of trained scalars.
@@ -164,15 +190,19 @@ Index parameter_count(const Module& module) {
 }
 
 /// Sets every gradient to zero: before the first backward pass of an update. Lazy, it takes those
-/// that nothing was added to for zero already.
+/// that nothing was added to for zero already, and leaves it to backward to write over the others.
 template <class Module>
 void zero_gradients(Module& module, Updates updates = Updates::dense) {
-  for_each_parameter(module, [&](const ParameterName&, auto& p) {
+  using detail::GradientState;
+  detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
     if (detail::is_idle(p, updates)) return;
-    p.gradient.setZero();
-    if (p.gradient_state == detail::GradientState::added_to) {
-      p.gradient_state = detail::GradientState::zero;
+    const bool tracked = p.gradient_state != GradientState::untracked;
+    if (tracked && updates == Updates::lazy) {
+      p.gradient_state = GradientState::cleared;
+      return;
     }
+    p.gradient.setZero();
+    if (tracked) p.gradient_state = GradientState::zero;
   });
 }
 
@@ -182,18 +212,26 @@ namespace detail {
 /// them. From then on whatever adds to one calls mark_gradients().
 template <class Module>
 void track_gradients(Module& module) {
-  for_each_parameter(module, [](const ParameterName&, auto& p) {
+  walk_parameters(module, [](const ParameterName&, auto& p) {
     MOE_ASSERT((p.gradient.array() == 0).all());
     p.gradient_state = GradientState::zero;
   });
 }
 
-/// Notes that a backward pass adds to the gradients of a module, if they are kept track of.
+/// Notes that a backward pass adds to the gradients of a module, if they are kept track of. Returns
+/// whether it must write over them instead, all of them being cleared, which only happens if it
+/// `can_replace` them.
 template <class Module>
-void mark_gradients(Module& module) {
-  for_each_parameter(module, [](const ParameterName&, auto& p) {
-    if (p.gradient_state == GradientState::zero) p.gradient_state = GradientState::added_to;
+bool mark_gradients(Module& module, bool can_replace = false) {
+  bool replace = can_replace;
+  walk_parameters(module, [&](const ParameterName&, const auto& p) {
+    replace = replace && (p.gradient_state == GradientState::cleared || p.size() == 0);
   });
+  walk_parameters(module, [&](const ParameterName&, auto& p) {
+    if (!replace) settle(p);
+    if (p.gradient_state != GradientState::untracked) p.gradient_state = GradientState::added_to;
+  });
+  return replace;
 }
 
 }  // namespace detail

@@ -151,7 +151,7 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
     const GatheredRows<Scalar> right =
         listed ? GatheredRows<Scalar>(framed_b.view(), list_b.data(), depth)
                : GatheredRows<Scalar>(framed_b.view());
-    product_tn(left, right, c.view());
+    product_tn(left, right, c.view(), start);
   }
   REQUIRE(c.frame_is_whole());
   expected.check_accuracy(std::as_const(c).view());
@@ -161,8 +161,9 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
 template <class Scalar, class F>
 void for_each_form_and_start(const F& f) {
   for (const Start start : {Start::zero, Start::bias, Start::accumulate}) f(Form::nn, start);
-  for (const Start start : {Start::zero, Start::accumulate}) f(Form::nt, start);
-  f(Form::tn, Start::accumulate);
+  for (const Form form : {Form::nt, Form::tn}) {
+    for (const Start start : {Start::zero, Start::accumulate}) f(form, start);
+  }
 }
 
 }  // namespace
@@ -192,6 +193,8 @@ TEMPLATE_TEST_CASE("gemm: worked by hand", "[kernels][gemm]", float, double) {
   const Matrix<TestType> at = a.transpose();
   product_tn(GatheredRows<TestType>(at), GatheredRows<TestType>(b), view(c));
   CHECK(c == 2 * ab);
+  product_tn(GatheredRows<TestType>(at), GatheredRows<TestType>(b), view(c), Start::zero);
+  CHECK(c == ab);
 
   const std::array<Index, 3> list = {1, 1, 0};
   Matrix<TestType> listed(3, 2);

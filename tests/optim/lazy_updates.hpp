@@ -108,6 +108,30 @@ void check_lazy_is_dense_where_all_get_tokens(const Make& make) {
   CHECK(same_values(dense, lazy));
 }
 
+/// What was cleared lazily is zero to whoever is dense.
+template <class Scalar, class Make>
+void check_dense_after_lazy_zeroing(const Make& make) {
+  Mixture<Scalar> lazily;
+  Mixture<Scalar> densely;
+  auto first = make(Updates::dense);
+  auto second = make(Updates::dense);
+  for (Index t = 0; t < 4; ++t) {
+    zero_gradients(lazily, Updates::lazy);
+    zero_gradients(densely);
+    for (auto* mixture : {&lazily, &densely}) mixture->backward(t, to_some);
+    const double norm = gradient_norm(densely);
+    CHECK(gradient_norm(lazily) == norm);
+    CHECK(gradient_norm(lazily, Updates::lazy) == norm);
+    if (t % 2 == 1) {
+      clip_gradients(lazily, 1.0);
+      clip_gradients(densely, 1.0);
+    }
+    first.update(lazily, 0.1);
+    second.update(densely, 0.1);
+  }
+  CHECK(same_values(lazily, densely));
+}
+
 /// A parameter fares as with a dense optimizer of its own that saw only the updates at which the
 /// parameter was not idle.
 template <class Scalar, class Make>
@@ -187,6 +211,7 @@ template <class Scalar, class Make>
 void check_lazy_updates(const Make& make) {
   check_idle_is_left_alone<Scalar>(make);
   check_lazy_is_dense_where_all_get_tokens<Scalar>(make);
+  check_dense_after_lazy_zeroing<Scalar>(make);
   check_lazy_is_dense_of_updates_with_tokens<Scalar>(make);
   check_gradients_by_hand<Scalar>(make);
   check_lazy_same_bits_on_any_number_of_threads<Scalar>(make);

@@ -84,8 +84,9 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///                                            block's rows of y
 ///     run_backward(block, dy, columns)       the same for the gradient: dy is that of the weighted
 ///     combine_backward(block, columns, dx)   sum, and dx comes with the weight in it
-///     add_gradients(block, dy, rows)         adds to some rows of the parameters' gradients, out of
-///                                            gradient_rows(), all stacked on each other
+///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, out
+///                                            of gradient_rows(), all stacked on each other, or
+///                                            writes over what they hold
 ///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are
@@ -104,7 +105,7 @@ concept FusedNetwork =
       network.combine(block, Range{}, out);
       network.run_backward(block, in, Range{});
       network.combine_backward(block, Range{}, out);
-      trained.add_gradients(block, in, Range{});
+      trained.add_gradients(block, in, Range{}, true);
       network.weight_gradients(block, in, dweight);
     };
 
@@ -244,9 +245,10 @@ class Expert {
     }
   }
 
-  /// Adds to some rows of the gradients of the network's weights.
-  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows) {
-    if constexpr (fused) network_.add_gradients(block, dy, rows);
+  /// Adds to some rows of the gradients of the network's weights, or writes over them.
+  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
+                     bool replace = false) {
+    if constexpr (fused) network_.add_gradients(block, dy, rows, replace);
   }
 
   /// dweight (n) = ⟨network(x), dy⟩, the gradient by the slots' weights.

@@ -124,7 +124,9 @@ class FeedForward {
 
   // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy.
 
-  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows) {
+  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
+                     bool replace = false) {
+    const detail::Start start = replace ? detail::Start::zero : detail::Start::accumulate;
     const MatrixView<Scalar> dpre = pre_of(block);
     const GatheredRows<Scalar> dfirst(columns_of(dpre, 0, config_.hidden));
     Index first = 0;
@@ -133,7 +135,8 @@ class FeedForward {
       const Index from = std::max(rows.first, first);
       const Index to = std::min(rows.first + rows.count, first + gradient.rows());
       if (from < to) {
-        detail::multiply_tn(a, b, from - first, to - from, 0, gradient.cols(), view(gradient));
+        detail::multiply_tn(a, b, from - first, to - from, 0, gradient.cols(), start,
+                            view(gradient));
       }
       first += gradient.rows();
     };
@@ -147,6 +150,10 @@ class FeedForward {
     const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
     add(GatheredRows<Scalar>(hidden_of(block)), dy_rows, down_.gradient);
     if (config_.gated || rows.first > 0) return;
+    if (replace) {
+      up_bias_.gradient.setZero();
+      down_bias_.gradient.setZero();
+    }
     for (Index i = 0; i < block.x.count(); ++i) {
       detail::add_scaled(config_.hidden, Scalar{1}, dfirst.row(i), up_bias_.gradient.data());
       detail::add_scaled(config_.width, block.weight[i], dy_rows.row(i),

@@ -11,7 +11,7 @@
 ///
 ///     nn   C[M,N]  = A[M,K] · B[K,N]       forward
 ///     nt   C[M,N]  = A[M,K] · B[N,K]ᵀ      gradient of the input
-///     tn   C[M,N] += A[K,M]ᵀ · B[K,N]      gradient of the weights
+///     tn   C[M,N]  = A[K,M]ᵀ · B[K,N]      gradient of the weights
 ///
 /// A (and B in the last form) may be rows gathered through a list, and C in the first two forms rows
 /// scattered through one, so tokens are never copied together. Every element of C is one chain of
@@ -441,7 +441,8 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
 /// of C are read and written from one end to the other, as the processor foresees.
 template <class Scalar>
 void multiply_few_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
-                     Index rows, Index first_column, Index columns, MatrixView<Scalar> c) {
+                     Index rows, Index first_column, Index columns, Start start,
+                     MatrixView<Scalar> c) {
   constexpr Index slice = (Index{16} << 10) / (few_steps * static_cast<Index>(sizeof(Scalar)));
   alignas(64) Scalar right[to_size(few_steps * slice)];
   const Index pairs = a.count();
@@ -457,6 +458,7 @@ void multiply_few_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& 
         for (Index i = 0; i < pairs; ++i) values[r][i] = a.row(i)[row];
         left[r] = values[r];
         to[r] = row_data(c, row) + column;
+        if (start == Start::zero) std::fill_n(to[r], width, Scalar{0});
       }
       with_constant<tile_rows>(count, [&](auto R) {
         multiply_stream<R>(left, right, slice, pairs, width, to);
@@ -472,14 +474,15 @@ inline constexpr Index pairs_rows = 128;
 /// where rows are a power of two apart.
 inline constexpr Index pairs_group = 16;
 
-/// Rows [first_row, first_row + rows) and some columns of C += Aᵀ·B, the rows of A and B going in
-/// pairs. Columns of A and strips of B are copied together; with the part of C that they add to,
+/// Rows [first_row, first_row + rows) and some columns of C = Aᵀ·B, from zero or added to what C
+/// holds, the rows of A and B going in pairs. Columns of A and strips of B are copied together; with the part of C that they add to,
 /// of two panels' columns, they stay in the second-level cache.
 template <class Scalar>
 void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
-                 Index rows, Index first_column, Index columns, MatrixView<Scalar> c) {
+                 Index rows, Index first_column, Index columns, Start start,
+                 MatrixView<Scalar> c) {
   if (a.count() <= few_steps) {
-    return multiply_few_tn(a, b, first_row, rows, first_column, columns, c);
+    return multiply_few_tn(a, b, first_row, rows, first_column, columns, start, c);
   }
   constexpr Index size = packet_size<Scalar>;
   constexpr Index wide = 2 * panel_columns<Scalar>;
@@ -500,14 +503,15 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
     }
   };
   const auto copy_right = [&](Index k, Index depth, Index column, Index width) {
-    for_each_strip<Scalar>(0, width, [&](Index start, Index, Index strip_width) {
-      const auto row_at = [&](Index i) { return b.row(k + i) + column + start; };
-      copy_panel(depth, strip_width, row_at, panels + start * depth);
+    for_each_strip<Scalar>(0, width, [&](Index at, Index, Index strip_width) {
+      const auto row_at = [&](Index i) { return b.row(k + i) + column + at; };
+      copy_panel(depth, strip_width, row_at, panels + at * depth);
     });
   };
 
   const Index last = first_row + rows;
   for_each_tile(a.count(), pairs_depth, [&](Index k, Index depth) {
+    const Start from = k == 0 ? start : Start::accumulate;
     for (Index row = first_row; row < last; row += pairs_rows) {
       const Index height = std::min(pairs_rows, last - row);
       copy_left(k, depth, row, height);
@@ -515,8 +519,8 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
         const Index width = std::min(wide, first_column + columns - column);
         copy_right(k, depth, column, width);
         for (Index group = 0; group < height; group += pairs_group) {
-          for_each_strip<Scalar>(0, width, [&](Index start, Index packets, Index strip_width) {
-            const Panel<Scalar> panel{panels + start * depth, packets * size};
+          for_each_strip<Scalar>(0, width, [&](Index at, Index packets, Index strip_width) {
+            const Panel<Scalar> panel{panels + at * depth, packets * size};
             const Index end = std::min(height, group + pairs_group);
             for (Index top = group; top < end; top += tile_rows) {
               const Index count = std::min(tile_rows, end - top);
@@ -525,13 +529,13 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
               left.step = tile_rows;
               for (Index r = 0; r < count; ++r) {
                 left.row[r] = left_columns + top * depth + r;
-                to[r] = row_data(c, row + top + r) + column + start;
+                to[r] = row_data(c, row + top + r) + column + at;
               }
               // The same columns of the next group, which are far away in memory.
               const Index below = std::clamp<Index>(last - row - top - pairs_group, 0, tile_rows);
               const Ahead<Scalar> ahead{to[0] + pairs_group * c.outerStride(), c.outerStride(),
                                         below};
-              multiply_tile(count, packets, strip_width, left, panel, depth, Start::accumulate,
+              multiply_tile(count, packets, strip_width, left, panel, depth, from,
                             static_cast<const Scalar*>(nullptr), to, ahead);
             }
           });
@@ -593,14 +597,15 @@ void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Matrix
                  });
 }
 
-/// C += Aᵀ·B, the rows of A and B going in pairs.
+/// C = Aᵀ·B, from zero or added to what C holds, the rows of A and B going in pairs.
 template <class Scalar>
-void product_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
-                MatrixView<Scalar> c) {
+void product_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, MatrixView<Scalar> c,
+                Start start = Start::accumulate) {
   MOE_ASSERT(a.count() == b.count() && c.rows() == a.width() && c.cols() == b.width());
+  MOE_ASSERT(start != Start::bias);
   for_each_block(c.rows(), c.cols(), a.count(), 2 * panel_columns<Scalar>,
                  [&](Index row, Index rows, Index column, Index columns) {
-                   multiply_tn(a, b, row, rows, column, columns, c);
+                   multiply_tn(a, b, row, rows, column, columns, start, c);
                  });
 }
 

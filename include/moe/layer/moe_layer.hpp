@@ -71,6 +71,7 @@ class MoELayer {
       Index expert;
       Index first;  ///< row
       Index count;
+      bool replaces = false;  ///< gradients are written over, not added to
     };
     Matrix<Scalar> group;              ///< rows of a group x Expert::scratch_width()
     std::vector<Slice> slices;
@@ -251,8 +252,9 @@ class MoELayer {
   void run_experts_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     const MatrixRef<Scalar> x(tape.x);
     for_each_group(tape, [&] {
-      for (const Slice& slice : tape.slices) {
-        detail::mark_gradients(experts_[detail::to_size(slice.expert)]);
+      for (Slice& slice : tape.slices) {
+        Expert& expert = experts_[detail::to_size(slice.expert)];
+        slice.replaces = detail::mark_gradients(expert, Expert::fused);
       }
       // A plain network adds to its gradients in the first half, so its rows stay together.
       plan_runs(tape, Expert::fused);
@@ -265,7 +267,8 @@ class MoELayer {
       plan_combines(tape);
       perform(tape, [&](const Task& task, Scratch&) {
         if (task.kind == Task::add_gradients) {
-          expert_of(tape, task).add_gradients(block_of(x, tape, task.block), dy, task.rows);
+          expert_of(tape, task).add_gradients(block_of(x, tape, task.block), dy, task.rows,
+                                              tape.slices[detail::to_size(task.block)].replaces);
           return;
         }
         for_each_slice_of(x, tape, task.rows, [&](const Slice& slice, const Block& block) {
@@ -317,7 +320,7 @@ class MoELayer {
       if (slots == 0) continue;
       detail::for_each_tile(slots, rows, [&](Index first, Index count) {
         if (filled + count > rows) flush();
-        tape.slices.push_back({e, start + first, count});
+        tape.slices.push_back({e, start + first, count, false});
         filled += count;
       });
     }

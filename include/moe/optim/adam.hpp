@@ -81,7 +81,7 @@ class Adam {
         });
     ++steps_;
     auto made = updates_.begin();
-    for_each_parameter(module, [&](const ParameterName&, const Parameter<Scalar>& parameter) {
+    detail::walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& parameter) {
       *made++ += detail::is_idle(parameter, config_.updates) ? 0 : 1;
     });
   }

@@ -24,12 +24,17 @@ inline constexpr Index optimizer_lanes = 16;
 /// shape than its value.
 template <class Module, class F>
 void for_each_parameter_block(Module& module, Updates updates, F&& f) {
+  const auto passes_by = [updates](const auto& parameter) {
+    // Of a const module a gradient that stands for zero cannot be made so.
+    return is_idle(parameter, updates) || parameter.gradient_state == GradientState::cleared;
+  };
   Index scalars = 0;
-  for_each_parameter(module, [&](const ParameterName& name, const auto& parameter) {
+  walk_parameters(module, [&](const ParameterName& name, auto& parameter) {
+    if (updates == Updates::dense) settle(parameter);
     const auto& value = parameter.value;
     const auto& gradient = parameter.gradient;
     if (value.rows() == gradient.rows() && value.cols() == gradient.cols()) {
-      if (!is_idle(parameter, updates)) scalars += parameter.size();
+      if (!passes_by(parameter)) scalars += parameter.size();
       return;
     }
     require(false, name.string(), " is ", value.rows(), " x ", value.cols(), ", its gradient ",
@@ -46,10 +51,10 @@ void for_each_parameter_block(Module& module, Updates updates, F&& f) {
     const Index last_lane = (task + 1) * optimizer_lanes / tasks - 1;
     Index index = 0;
     Index dealt = 0;
-    for_each_parameter(module, [&](const ParameterName&, auto& parameter) {
+    walk_parameters(module, [&](const ParameterName&, auto& parameter) {
       const Index size = parameter.size();
       const Index blocks = (size + optimizer_block - 1) / optimizer_block;
-      if (!is_idle(parameter, updates)) {
+      if (!passes_by(parameter)) {
         for (Index b = 0; b < blocks; ++b) {
           const Index lane = (dealt + b) % optimizer_lanes;
           if (lane < first_lane || lane > last_lane) continue;

@@ -25,7 +25,7 @@ class ParameterState {
   void match(const Module& module, std::string_view optimizer) {
     if (matrices_.empty()) {
       std::vector<Matrix<Scalar>> zeros;
-      for_each_parameter(module, [&](const ParameterName&, const Parameter<Scalar>& p) {
+      walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& p) {
         zeros.push_back(Matrix<Scalar>::Zero(p.value.rows(), p.value.cols()));
       });
       matrices_ = std::move(zeros);
@@ -33,7 +33,7 @@ class ParameterState {
     }
     const auto known = static_cast<Index>(matrices_.size());
     Index count = 0;
-    for_each_parameter(module, [&](const ParameterName& name, const Parameter<Scalar>& p) {
+    walk_parameters(module, [&](const ParameterName& name, const Parameter<Scalar>& p) {
       const Index index = count++;
       if (index >= known) return;
       const Matrix<Scalar>& mine = (*this)[index];
