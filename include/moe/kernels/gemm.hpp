@@ -295,17 +295,8 @@ void multiply_stream(const Scalar* const* left, const Scalar* right, Index right
     });
     const Scalar* b = right + column;
     for (Index k = 0; k < steps; ++k, b += right_stride) {
-      prefetch(b + ahead);
-      prefetch(b + ahead + line);
-      Packet<Scalar> packet[to_size(V)];
-      unroll<V>([&](auto v) {
-        packet[v] = load(b + v * size);
-        EIGEN_OPTIMIZATION_BARRIER(packet[v]);
-      });
-      unroll<R>([&](auto r) {
-        const Packet<Scalar> value = broadcast(a[r][k]);
-        unroll<V>([&](auto v) { sum[r][v] = Eigen::internal::pmadd(value, packet[v], sum[r][v]); });
-      });
+      prefetch_strip(b + ahead);
+      add_products(a, k, b, sum);
     }
     unroll<R>([&](auto r) {
       unroll<V>([&](auto v) { store(out[r] + column + v * size, sum[r][v]); });
