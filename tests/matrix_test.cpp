@@ -132,3 +132,14 @@ TEST_CASE("matrix: a scratch vector keeps its memory when it shrinks", "[matrix]
   detail::resize(scratch, 100);
   CHECK(scratch.data() == memory);
 }
+
+TEST_CASE("matrix: rows a large power of two apart are spread by a cache line", "[matrix]") {
+  CHECK(detail::spread_width<float>(0) == 0);
+  CHECK(detail::spread_width<float>(1) == 1);
+  CHECK(detail::spread_width<float>(255) == 255);
+  CHECK(detail::spread_width<float>(256) == 272);  // 1024 bytes and 64
+  CHECK(detail::spread_width<float>(272) == 272);
+  CHECK(detail::spread_width<float>(2048) == 2064);
+  CHECK(detail::spread_width<double>(64) == 64);
+  CHECK(detail::spread_width<double>(128) == 136);
+}

@@ -81,7 +81,8 @@ class Contestant {
   const std::string& name() const { return config_.name; }
   const Model& model() const { return model_; }
 
-  /// Seconds and tokens of all updates so far, and the recent training loss in nats.
+  /// Seconds of all updates so far, in which other models may have been trained too, and the recent
+  /// training loss in nats.
   double seconds() const { return seconds_; }
   double tokens_per_second() const { return seconds_ > 0 ? tokens_ / seconds_ : 0; }
   double loss() const { return loss_; }

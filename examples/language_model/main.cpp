@@ -22,15 +22,15 @@ struct Options {
   std::vector<std::string> data;
   std::string wordnet = "/usr/share/wordnet";
   Index vocabulary = 8000;
-  std::vector<Index> cutoffs{800, 2500};
+  std::vector<Index> cutoffs{500, 2000};
   Index shrink = 2;
-  Index width = 128;
-  Index hidden = 128;
+  Index width = 96;
+  Index hidden = 96;
   Index experts = 64;
   Index active = 4;
   Index sequences = 64;
   Index steps = 16;
-  double epochs = 1.15;
+  double epochs = 2.35;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
@@ -136,7 +136,8 @@ void add_options(CLI::App& app, Options& o) {
       ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--seed", o.seed, "of the weights, the noise and dropout")->capture_default_str();
-  app.add_option("--threads", o.threads, "threads, half of them for each model; results do not depend on it")
+  app.add_option("--threads", o.threads,
+                 "threads, half of them for each model; results do not depend on it")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   app.add_option("--csv", o.csv, "file for every row, to plot")->capture_default_str();
@@ -203,6 +204,7 @@ void side_by_side(std::size_t count, int threads, F f) {
   }
   run(0);
   for (std::future<void>& other : others) other.get();
+  use_threads(threads);
 }
 
 void run(const Options& o) {

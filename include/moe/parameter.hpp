@@ -22,8 +22,10 @@ namespace moe {
 /// An expert in a layer keeps track of its own gradients, so a user's network need not. Gradients
 /// written by hand into an expert without a token are not seen by what is lazy; those of all other
 /// modules, the gate included, always are. Lazy zeroing does not touch an expert's memory: backward
-/// writes over what is there, as after PyTorch's zero_grad(set_to_none=True), and for_each_parameter()
-/// puts zeros there before it shows the gradient of an expert that got no token.
+/// writes over what is there, as after PyTorch's zero_grad(set_to_none=True) (a plain network, which
+/// can only add, gets zeros first), and for_each_parameter() puts zeros there before it shows the
+/// gradient of an expert that got no token. So after lazy zeroing, and before backward, gradients are
+/// to be read and written through for_each_parameter() on a module that is not const.
 enum class Updates { dense, lazy };
 
 namespace detail {
@@ -169,10 +171,10 @@ void settle(const Parameter<Scalar>&) {}
 ///       visit("bias", self.bias);
 ///     }
 ///
-/// It may be called from several threads at once (an optimizer does), so it should do no more.
-///
-/// After zero_gradients(module, Updates::lazy) the gradients of a const module can be old numbers
-/// where an expert got no token; those of one that is not const are zero.
+/// visit_parameters may be called from several threads at once (an optimizer does), so it should do
+/// no more. So may this function on a const module. On one that is not const it may write: zeros,
+/// where zero_gradients(module, Updates::lazy) left old numbers that nothing was added to. On a const
+/// module such old numbers are what it shows.
 template <class Module, class F>
 void for_each_parameter(Module& module, F&& f) {
   detail::walk_parameters(module, [&](const ParameterName& name, auto& parameter) {

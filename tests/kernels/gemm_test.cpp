@@ -245,6 +245,44 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   check(64 + 1, task + 1, panel_depth + 1, false);
 }
 
+TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile finished once",
+                   "[kernels][gemm]", float, double) {
+  using S = TestType;
+  constexpr Index rows = 250;
+  constexpr Index columns = 5 * panel_columns<S> + 5;
+  constexpr Index depth = 2 * panel_depth + 3;
+  static_assert(cached_elements<S> / (rows * panel_columns<S>) < 3, "several groups");
+  const Matrix<S> a = random_matrix<S>(rows, depth, 1);
+  const Matrix<S> b = random_matrix<S>(depth, columns, 2);
+  const Matrix<S> bt = b.transpose();
+  Matrix<S> whole(rows, columns);
+  product_nn(GatheredRows<S>(a), view(b), view(whole));
+  const Matrix<double> expected = a.template cast<double>() * b.template cast<double>();
+  for (const bool transposed : {false, true}) {
+    Matrix<S> c = Matrix<S>::Constant(rows, columns, 7);
+    Eigen::MatrixXi finished = Eigen::MatrixXi::Zero(rows, columns);
+    const auto finish = [&](Index row, Index count, Index column, Index width) {
+      finished.block(row, column, count, width).array() += 1;
+      // Nothing is added after this.
+      for (Index r = row; r < row + count; ++r) {
+        CHECK(same_bits(c.row(r).segment(column, width), whole.row(r).segment(column, width)));
+      }
+    };
+    const ScatteredRows<S> to(view(c));
+    if (transposed) {
+      multiply_nt(GatheredRows<S>(a), view(bt), 0, columns, Start::zero, to, Finish(finish));
+    } else {
+      const S* no_bias = nullptr;
+      multiply_nn(GatheredRows<S>(a), view(b), 0, columns, Start::zero, no_bias, to,
+                  Finish(finish));
+    }
+    CHECK(finished.isOnes(0));
+    CHECK(same_bits(c, whole));
+    CHECK((c.template cast<double>() - expected).norm() <
+          static_cast<double>(std::numeric_limits<S>::epsilon()) * 100 * expected.norm());
+  }
+}
+
 TEMPLATE_TEST_CASE("gemm: long sums keep their accuracy", "[kernels][gemm]", float, double) {
   for_each_form_and_start<TestType>([&](Form form, Start start) {
     check_product<TestType>(form, 9, 35, 5000, start, false, false);

@@ -500,6 +500,19 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where blocks and tiles end", "
   }
 }
 
+TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spread", "[layer]", float,
+                   double) {
+  for (const bool gated : {false, true}) {
+    const auto kept = static_cast<Index>(1024 / sizeof(TestType));
+    REQUIRE(detail::spread_width<TestType>(kept) > kept);
+    check_against_naive<TestType>({.width = 6,
+                                   .expert = {.hidden = gated ? kept / 2 : kept, .gated = gated},
+                                   .gate = {.experts = 3, .active = 2},
+                                   .seed = 5},
+                                  70, 0.1);
+  }
+}
+
 TEMPLATE_TEST_CASE("layer: equals the naive layer without noise", "[layer]", float, double) {
   Config<TestType> config{.width = 6,
                           .expert = {.hidden = 5},
@@ -1123,6 +1136,29 @@ TEST_CASE("layer: forward and backward may run on different numbers of threads",
   CHECK(same_bits(gradients(1, 8), gradients(1, 1)));
 }
 
+TEST_CASE("layer: a plain network gets the same rows together on any number of threads", "[layer]") {
+  // So many slots of so long rows that one worker takes them in several groups and two in one.
+  MoELayer<Expert<SineMap>> layer(
+      {.width = 512, .gate = {.experts = 1, .active = 1}, .seed = 1});
+  test::randomize(layer, 3, 0.1);
+  const Matrix<float> x = random_matrix<float>(1500, 512, 2);
+  const auto gradients = [&](int count) {
+    const Threads threads(count);
+    MoELayer<Expert<SineMap>>::Tape tape;
+    zero_gradients(layer);
+    layer.forward(x, tape);
+    layer.backward(x, tape);
+    return test::gradients_of(layer);
+  };
+  const test::Named one = gradients(1);
+  for (const int count : {2, 3, 8}) {
+    for (const auto& [name, gradient] : gradients(count)) {
+      INFO(name << ", " << count << " threads");
+      CHECK(same_bits(gradient, one.at(name)));
+    }
+  }
+}
+
 TEST_CASE("layer: a plain network's bits do not depend on the threads", "[layer]") {
   // Wide enough that Eigen would split its product, and one expert, so that there is one task.
   MoELayer<Expert<OwnProduct>> layer(
@@ -1175,6 +1211,14 @@ TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
       "moe: MoELayer::backward: the tape is another layer's, of 8 experts and width 3");
   deep.forward(x, tape);
   CHECK_THROWS_AS(few.backward(x, tape), std::invalid_argument);
+
+  // Rows of 256 numbers take the room of 272.
+  REQUIRE(detail::spread_width<float>(256) == detail::spread_width<float>(272));
+  const Layer<float> spread(
+      {.width = 3, .expert = {.hidden = 256}, .gate = {.experts = 2, .active = 1}});
+  Layer<float> wide({.width = 3, .expert = {.hidden = 272}, .gate = {.experts = 2, .active = 1}});
+  spread.forward(x, tape);
+  CHECK_THROWS_AS(wide.backward(x, tape), std::invalid_argument);
 }
 
 TEST_CASE("layer: an activation outside its enumeration is refused", "[layer]") {

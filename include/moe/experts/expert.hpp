@@ -86,7 +86,8 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///     combine_backward(block, columns, dx)   sum, and dx comes with the weight in it
 ///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, out
 ///                                            of gradient_rows(), all stacked on each other, or
-///                                            writes over what they hold
+///                                            writes over what they hold: then every gradient, those
+///                                            that are in no row too, must be written by some call
 ///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are

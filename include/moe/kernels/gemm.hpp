@@ -179,7 +179,7 @@ struct Straight {
   const Scalar* in_place(const Strip& strip) const {
     return strip.width == tile_columns<Scalar> ? row(strip.k, strip.column) : nullptr;
   }
-  /// What copy() will read of steps [first, first + count).
+  /// What will be read of steps [first, first + count).
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
     return {row(strip.k + first, strip.column), b.outerStride(), count};
   }
@@ -196,7 +196,7 @@ struct Transposed {
         strip.depth, strip.width, [&](Index j) { return row(strip.k, strip.column + j); }, buffer);
   }
   const Scalar* in_place(const Strip&) const { return nullptr; }
-  /// The same; two lines a row, so with few tiles, and more than 32 steps for each, not all of it.
+  /// The same; two lines a row, so with few tiles, and more than two lines for each, not all of it.
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index) const {
     return {row(strip.k + first, strip.column), b.outerStride(), strip.width};
   }
@@ -208,9 +208,10 @@ struct Transposed {
 /// in the nearest cache still.
 ///
 /// A strip's part of B is copied to a panel, by the first tile on the way where it can, and stays in
-/// the first-level cache while the tiles of the strip are calculated. Meanwhile they ask for the memory of the next strip, so memory and
-/// arithmetic are busy at the same time without any foresight of the processor's own. A second
-/// panel, filled between the tiles, would push the first one out of its cache.
+/// the first-level cache while the tiles of the strip are calculated. Meanwhile they ask for the
+/// memory of the next strip, so memory and arithmetic are busy at the same time without any foresight
+/// of the processor's own. A second panel, filled between the tiles, would push the first one out of
+/// its cache.
 template <class Scalar, class Right>
 void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index first_column,
                    Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
@@ -226,7 +227,7 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
     const Scalar* in_place = first_is_full ? right.in_place(strip) : nullptr;
     const Panel<Scalar> panel = in_place != nullptr ? Panel<Scalar>{buffer, tile_columns<Scalar>}
                                                     : right.copy(strip, buffer);
-    constexpr Index piece = 32;  // steps of depth: two lines of a row in nt
+    constexpr auto piece = static_cast<Index>(128 / sizeof(Scalar));  // two lines of a row in nt
     const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
     const Index each = (pieces + tiles - 1) / tiles * piece;
     Index asked = 0;
@@ -403,7 +404,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       }
       const Start from = from_zero ? Start::zero : Start::accumulate;
       multiply_tile(rows, packets, packets * size, left, right, count, from,
-                           static_cast<const Scalar*>(nullptr), to);
+                    static_cast<const Scalar*>(nullptr), to);
       for (Index i = 0; i < a.count(); ++i) {
         Scalar* result = c.row(i) + first_column + first;
         for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
@@ -466,8 +467,8 @@ inline constexpr Index pairs_rows = 128;
 inline constexpr Index pairs_group = 16;
 
 /// Rows [first_row, first_row + rows) and some columns of C = Aᵀ·B, from zero or added to what C
-/// holds, the rows of A and B going in pairs. Columns of A and strips of B are copied together; with the part of C that they add to,
-/// of two panels' columns, they stay in the second-level cache.
+/// holds, the rows of A and B going in pairs. Columns of A and strips of B are copied together, and
+/// stay in the second-level cache with the part of C that they add to.
 template <class Scalar>
 void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
                  Index rows, Index first_column, Index columns, Start start,

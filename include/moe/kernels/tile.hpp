@@ -104,8 +104,10 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> load_to_register(const Scalar* from) {
   asm("" : "+v"(packet));
 #elif defined(__GNUC__) && defined(EIGEN_VECTORIZE_SSE)
   asm("" : "+x"(packet));
+#elif defined(__GNUC__) && EIGEN_ARCH_ARM64
+  asm("" : "+w"(packet));
 #else
-  EIGEN_OPTIMIZATION_BARRIER(packet)  // on x86 it would allow memory too
+  EIGEN_OPTIMIZATION_BARRIER(packet);  // which allows memory too
 #endif
   return packet;
 }
@@ -176,7 +178,8 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
 }
 
 /// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`
-/// from 1 to tile_packets known at run time, of whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
+/// from 1 to tile_packets known at run time, of whose columns `width` belong to C: a tile that sticks
+/// out is computed beside C and copied.
 template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Scalar* bias,
@@ -197,7 +200,8 @@ void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& l
   for (Index r = 0; r < rows; ++r) {
     to[r] = beside + r * columns;
     if (start == Start::accumulate) std::copy_n(c[r], width, to[r]);
-    if (start == Start::bias) std::copy_n(bias, width, to[r]);
+    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
+    if (start == Start::bias && bias != nullptr) std::copy_n(bias, width, to[r]);
   }
   run(Start::accumulate, nullptr, to);
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);

@@ -53,7 +53,8 @@ class MoELayer {
   struct Tape : Gate_::Tape {
     Matrix<Scalar> y;  ///< T x D, the result
 
-    Matrix<Scalar> kept;             ///< S x Expert::tape_width() or a little more, what experts keep
+    Matrix<Scalar> kept;             ///< S x kept_width or a little more, what the experts keep
+    Index kept_width = 0;            ///< Expert::tape_width()
     Matrix<Scalar> combined;         ///< T x D, y before the output activation, if there is one
     Matrix<Scalar> dcombined;        ///< T x D
     Matrix<Scalar> dexperts;         ///< T x D, the experts' share of dx
@@ -112,7 +113,8 @@ class MoELayer {
                     "MoELayer: the gate left a tape.x of ", tape.x.rows(), " x ", tape.x.cols(),
                     " for an x of ", x.rows(), " x ", config_.width);
     dispatch(tape, x.rows());
-    tape.kept.resize(tape.routing.slots(), kept_stride());
+    tape.kept_width = experts_.front().tape_width();
+    tape.kept.resize(tape.routing.slots(), detail::spread_width<Scalar>(tape.kept_width));
     run_experts(tape.x, tape, true);
     tape.trained = true;
     return tape.y;
@@ -130,7 +132,7 @@ class MoELayer {
     const Index slots = tape.routing.slots();
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
     detail::require(tape.routing.experts == gate_.experts() && tape.x.cols() == config_.width &&
-                        tape.kept.cols() == kept_stride(),
+                        tape.kept_width == experts_.front().tape_width(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
                     " experts and width ", tape.x.cols());
     const MatrixRef<Scalar> dsum = output_backward(dy, tape);
@@ -154,6 +156,7 @@ class MoELayer {
     gate_.evaluate(x, tape);
     tape.trained = false;
     dispatch(tape, x.rows());
+    tape.kept_width = 0;  // what an earlier pass kept may be of fewer slots
     run_experts(x, tape, false);
     return tape.y;
   }
@@ -193,10 +196,6 @@ class MoELayer {
   void check_width(const MatrixRef<Scalar>& matrix, const char* name) const {
     detail::require(matrix.cols() == config_.width, "MoELayer: ", name, " has ", matrix.cols(),
                     " columns, Config.width = ", config_.width);
-  }
-
-  Index kept_stride() const {
-    return detail::spread_width<Scalar>(experts_.front().tape_width());
   }
 
   /// Sorts the slots by expert.
@@ -252,10 +251,7 @@ class MoELayer {
   void run_experts_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     const MatrixRef<Scalar> x(tape.x);
     for_each_group(tape, [&] {
-      for (Slice& slice : tape.slices) {
-        Expert& expert = experts_[detail::to_size(slice.expert)];
-        slice.replaces = detail::mark_gradients(expert, Expert::fused);
-      }
+      if (!Expert::fused) mark_gradients(tape);
       // A plain network adds to its gradients in the first half, so its rows stay together.
       plan_runs(tape, Expert::fused);
       perform(tape, [&](const Task& task, Scratch& scratch) {
@@ -263,6 +259,7 @@ class MoELayer {
                                            task.columns, scratch);
       });
       tape.tasks.clear();
+      if (Expert::fused) mark_gradients(tape);
       plan_gradients(tape);
       plan_combines(tape);
       perform(tape, [&](const Task& task, Scratch&) {
@@ -286,6 +283,14 @@ class MoELayer {
         }
       });
     });
+  }
+
+  /// Right before they are added to, so that an exception leaves none that is old and seems new.
+  void mark_gradients(Tape& tape) {
+    for (Slice& slice : tape.slices) {
+      Expert& expert = experts_[detail::to_size(slice.expert)];
+      slice.replaces = detail::mark_gradients(expert, Expert::fused);
+    }
   }
 
   /// Calls f() with tape.slices being those of each group in turn.
@@ -317,12 +322,22 @@ class MoELayer {
     for (Index e = 0; e < tape.routing.experts; ++e) {
       const Index start = tape.routing.expert_offsets[detail::to_size(e)];
       const Index slots = tape.routing.expert_offsets[detail::to_size(e) + 1] - start;
-      if (slots == 0) continue;
-      detail::for_each_tile(slots, rows, [&](Index first, Index count) {
-        if (filled + count > rows) flush();
+      const auto add = [&](Index first, Index count) {
+        // Slices of one expert never share a group, since both would add to its gradients at once.
+        if (first > 0 || filled + count > rows) flush();
         tape.slices.push_back({e, start + first, count, false});
         filled += count;
-      });
+      };
+      if (slots == 0) continue;
+      if constexpr (Expert::fused) {
+        detail::for_each_tile(slots, rows, add);
+      } else {
+        // A plain network is handed the same rows together on any number of workers.
+        const Index most = std::max(expert_block_rows, rows / expert_block_rows * expert_block_rows);
+        for (Index first = 0; first < slots; first += most) {
+          add(first, std::min(most, slots - first));
+        }
+      }
     }
     flush();
   }
@@ -404,12 +419,11 @@ class MoELayer {
   Block block_of(const MatrixRef<Scalar>& x, Tape& tape, Index index) const {
     const Slice& slice = tape.slices[detail::to_size(index)];
     const Index* token = tape.routing.row_token.data() + slice.first;
-    const Index stride = tape.kept.cols();
+    const Index stride = tape.kept_width > 0 ? tape.kept.cols() : 0;
     return {GatheredRows<Scalar>(x.data(), x.outerStride(), slice.count, x.cols(), token),
             token,
             tape.row_weight.data() + slice.first,
-            MatrixView<Scalar>(tape.kept.data() + slice.first * stride, slice.count,
-                               std::min(stride, experts_.front().tape_width()),
+            MatrixView<Scalar>(tape.kept.data() + slice.first * stride, slice.count, tape.kept_width,
                                Eigen::OuterStride<>(stride)),
             rows_of(tape.group, slice.first - tape.slices.front().first, slice.count)};
   }
