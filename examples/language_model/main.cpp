@@ -30,7 +30,7 @@ struct Options {
   Index active = 4;
   Index sequences = 64;
   Index steps = 16;
-  double epochs = 2.35;
+  double epochs = 2.45;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
