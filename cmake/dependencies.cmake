@@ -40,6 +40,22 @@ if(MOE_OPENMP)
   find_package(OpenMP COMPONENTS CXX)
 endif()
 
+# For moe::io, and everything of ours that saves or loads.
+if(NOT TARGET nlohmann_json::nlohmann_json)
+  if(MOE_BUILD_TESTS OR MOE_BUILD_EXAMPLES)
+    FetchContent_Declare(nlohmann_json
+      URL https://github.com/nlohmann/json/releases/download/v3.11.3/json.tar.xz
+      URL_HASH SHA256=d6c65aca6b1ed68e7a182f4757257b107ae403032760ed6ef121c9d55e81757d
+      SOURCE_SUBDIR headers-only
+      FIND_PACKAGE_ARGS CONFIG)
+    FetchContent_MakeAvailable(nlohmann_json)
+    moe_check_version(nlohmann_json 3.9)
+    moe_add_headers(nlohmann_json::nlohmann_json "${nlohmann_json_SOURCE_DIR}/include")
+  else()
+    find_package(nlohmann_json CONFIG QUIET)
+  endif()
+endif()
+
 if(MOE_BUILD_TESTS)
   # A cross build can use the system's Catch2 only where its header is all of it, as in version 2.
   set(catch2_version)

@@ -3,7 +3,7 @@ include(GNUInstallDirs)
 
 set(package_folder "${CMAKE_INSTALL_DATADIR}/cmake/moe")
 
-install(TARGETS moe EXPORT moe-targets
+install(TARGETS moe moe_io EXPORT moe-targets
         FILE_SET HEADERS
         INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(EXPORT moe-targets NAMESPACE moe:: DESTINATION "${package_folder}")

@@ -46,6 +46,37 @@ Scalar sum_exponentials(Index count, const Scalar* x, Scalar shift, Scalar* term
   return predux(sum);
 }
 
+/// The softmax of a row of logits: e^(x[i] - shift) / sum.
+template <class Scalar>
+struct SoftmaxRow {
+  Scalar shift;
+  double sum;
+
+  /// -log softmax(x)[target], for the x of one class.
+  double loss(Scalar x) const {
+    return std::log(sum) + (static_cast<double>(shift) - static_cast<double>(x));
+  }
+};
+
+/// Leaves the exponentials in `terms`, `classes` of them, unless it is null; x may be `terms`.
+template <class Scalar>
+SoftmaxRow<Scalar> softmax_row(Index classes, const Scalar* x, Scalar* terms) {
+  const Scalar shift = largest(classes, x);
+  return {shift, static_cast<double>(sum_exponentials(classes, x, shift, terms))};
+}
+
+/// Turns the exponentials of a row into (weight / count)·(softmax(x) - onehot(target)): the gradient
+/// by x of one of `count` losses of that weight.
+template <class Scalar>
+void softmax_row_backward(Index classes, const SoftmaxRow<Scalar>& row, Index target, double weight,
+                          double count, Scalar* terms) {
+  const auto scale = broadcast(static_cast<Scalar>(weight / (row.sum * count)));
+  map(
+      classes, terms,
+      [scale](const Packet<Scalar>& e) { return Eigen::internal::pmul(e, scale); }, terms);
+  terms[target] -= static_cast<Scalar>(weight / count);
+}
+
 }  // namespace detail
 
 /// The mean over tokens of -log softmax(logits[t])[targets[t]], in nats; e to it is the perplexity.
@@ -135,17 +166,11 @@ class SoftmaxCrossEntropy {
       if (dx != nullptr) std::fill_n(dx, classes, Scalar{0});
       return 0;
     }
-    const Scalar shift = detail::largest(classes, x);
-    const double sum = detail::sum_exponentials(classes, x, shift, dx);
+    const detail::SoftmaxRow<Scalar> row = detail::softmax_row(classes, x, dx);
     if (dx != nullptr) {
-      const double tokens = static_cast<double>(counted);
-      const auto scale = detail::broadcast(static_cast<Scalar>(1 / (sum * tokens)));
-      detail::map(
-          classes, dx,
-          [scale](const detail::Packet<Scalar>& e) { return Eigen::internal::pmul(e, scale); }, dx);
-      dx[target] -= static_cast<Scalar>(1 / tokens);
+      detail::softmax_row_backward(classes, row, target, 1, static_cast<double>(counted), dx);
     }
-    return std::log(sum) + (static_cast<double>(shift) - static_cast<double>(x[target]));
+    return row.loss(x[target]);
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "moe/kernels/packet.hpp"
@@ -84,6 +85,21 @@ class Adam {
     detail::walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& parameter) {
       *made++ += detail::is_idle(parameter, config_.updates) ? 0 : 1;
     });
+  }
+
+  /// Everything that the optimizer remembers of a module, to be saved or restored: calls
+  /// f(name, matrix) with "first_moment.experts.3.up.weight" and "second_moment. ...", and
+  /// f(name, numbers), a std::span<Index>, with "steps" and "updates". Before the first update it is
+  /// all zero. Throws std::invalid_argument if the module is not that of the first update.
+  template <class Module, class F>
+  void for_each_state(const Module& module, F&& f) {
+    first_moment_.match(module, "Adam");
+    second_moment_.match(module, "Adam");
+    updates_.resize(detail::to_size(first_moment_.size()));
+    first_moment_.for_each(module, "first_moment", f);
+    second_moment_.for_each(module, "second_moment", f);
+    f(std::string("steps"), std::span<Index>(&steps_, 1));
+    f(std::string("updates"), std::span<Index>(updates_));
   }
 
  private:

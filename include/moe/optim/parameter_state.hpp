@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -43,6 +44,15 @@ class ParameterState {
     });
     require(count == known, optimizer, "::update: the module has ", count, " parameters, had ",
             known, " at the first update");
+  }
+
+  /// Calls f(name, matrix) for every matrix, named "what.name of the parameter".
+  template <class Module, class F>
+  void for_each(const Module& module, std::string_view what, F&& f) {
+    Index index = 0;
+    walk_parameters(module, [&](const ParameterName& name, const Parameter<Scalar>&) {
+      f(std::string(what) + '.' + name.string(), (*this)[index++]);
+    });
   }
 
   Index size() const { return static_cast<Index>(matrices_.size()); }

@@ -1,0 +1,284 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <moe/io/safetensors.hpp>
+#include <moe/moe.hpp>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "batches.hpp"
+#include "dictionary.hpp"
+#include "model.hpp"
+#include "options.hpp"
+#include "score.hpp"
+
+/// \file
+/// A network in training, with all that its training carries along.
+
+namespace pronounce {
+
+using Network = Model<float>;
+using Helper = moe::Reinforce<Network>;
+
+inline double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+inline Network::Config network_of(const Options& o) {
+  return {.letters = letters().size(),
+          .phonemes = phonemes().size(),
+          .embedding = o.embedding,
+          .width = o.width,
+          .experts = o.experts,
+          .active = o.active,
+          .expert_hidden = o.hidden,
+          .dropout = o.dropout,
+          .balance_weight = o.balance_weight,
+          .seed = o.seed};
+}
+
+inline moe::Baseline baseline_of(const std::string& name) {
+  if (name == "none") return moe::Baseline::none;
+  if (name == "running_mean") return moe::Baseline::running_mean;
+  if (name == "linear") return moe::Baseline::linear;
+  if (name == "greedy") return moe::Baseline::greedy;
+  if (name == "leave_one_out") return moe::Baseline::leave_one_out;
+  throw std::runtime_error("--baseline " + name + " is not known");
+}
+
+inline Helper::Config helper_of(const Options& o) {
+  return {.end = end_symbol,
+          .longest = o.longest,
+          .temperature = o.temperature,
+          .baseline = baseline_of(o.baseline),
+          .samples = o.samples,
+          .hidden = o.width,
+          .normalise = o.normalise,
+          .entropy_bonus = o.entropy_bonus,
+          .seed = moe::derive_seed(o.seed, 100)};
+}
+
+/// What an update trains, as the options have it.
+inline moe::Objective objective_of(const Options& o, Index update) {
+  const Index warm_up = o.cross_entropy;
+  if (o.schedule == "none") return {};
+  if (o.schedule == "alternation") {
+    return moe::Alternation{.warm_up = warm_up, .rise = o.rise, .highest = o.share}(update);
+  }
+  if (o.schedule == "prefix") {
+    return moe::ShrinkingPrefix{
+        .warm_up = warm_up, .longest = 12, .shrink = 2, .stage = o.rise}(update);
+  }
+  if (o.schedule == "blend") {
+    return moe::Blend{.warm_up = warm_up, .rise = o.rise, .highest = o.share}(update);
+  }
+  throw std::runtime_error("--schedule " + o.schedule + " is not known");
+}
+
+/// The learning rate of an update: a fall to a tenth while cross-entropy is alone, then a slower one
+/// to nothing.
+inline double learning_rate_of(const Options& o, Index update) {
+  if (update <= o.cross_entropy) {
+    const Index warm_up = std::min<Index>(200, o.cross_entropy);
+    return moe::WarmUpLinearDecay{.peak = o.learning_rate,
+                                  .warm_up = warm_up,
+                                  .total = warm_up + (o.cross_entropy - warm_up) * 10 / 9 + 1}(
+        update);
+  }
+  const Index late = o.updates - o.cross_entropy;
+  const Index warm_up = std::min<Index>(50, late);
+  return moe::WarmUpLinearDecay{.peak = o.late_rate, .warm_up = warm_up, .total = late + 1}(
+      update - o.cross_entropy);
+}
+
+/// What sequences earn; or, to see what that is worth, what they did not earn.
+class Rewards {
+ public:
+  explicit Rewards(const Options& o) : kind_(o.reward), exact_bonus_(o.exact_bonus) {
+    if (kind_ != "score" && kind_ != "constant" && kind_ != "shuffled") {
+      throw std::runtime_error("--reward " + kind_ + " is not known");
+    }
+  }
+
+  double operator()(const Word& word, std::span<const Index> sequence, bool done) {
+    if (!done) return 0;
+    if (kind_ == "constant") return 1;
+    const double score = reward_of(sequence, word.pronunciations, exact_bonus_);
+    if (kind_ == "score") return score;
+    // Shuffled: that of the sequence a thousand before it, of another word, so the distribution stays.
+    double& place = past_(0, next_);
+    next_ = (next_ + 1) % past_.cols();
+    return std::exchange(place, score);
+  }
+
+  /// What the next rewards depend on, to be saved.
+  moe::Matrix<double>& past() { return past_; }
+  Index& next() { return next_; }
+
+ private:
+  std::string kind_;
+  double exact_bonus_;
+  moe::Matrix<double> past_ = moe::Matrix<double>::Zero(1, 1009);
+  Index next_ = 0;
+};
+
+/// The most probable pronunciation of each entry, scored.
+inline ErrorRates evaluate(const Network& network, const Helper& helper,
+                           const std::vector<Entry>& entries) {
+  constexpr std::size_t batch = 512;
+  // Words of one length together leave no padding.
+  std::vector<const Entry*> sorted;
+  for (const Entry& entry : entries) sorted.push_back(&entry);
+  std::stable_sort(sorted.begin(), sorted.end(), [](const Entry* a, const Entry* b) {
+    return a->letters.size() < b->letters.size();
+  });
+  ErrorRates rates;
+  Helper::Tape tape;
+  for (std::size_t first = 0; first < sorted.size(); first += batch) {
+    std::vector<Word> words;
+    for (std::size_t i = first; i < std::min(first + batch, sorted.size()); ++i) {
+      words.push_back(word_of(*sorted[i]));
+    }
+    helper.decode(network, words, tape);
+    for (std::size_t i = 0; i < words.size(); ++i) {
+      rates.add(tape.rollout.sequence(static_cast<Index>(i)), words[i].pronunciations);
+    }
+  }
+  return rates;
+}
+
+class Trainer {
+ public:
+  Trainer(const Options& options, const std::vector<Entry>& entries)
+      : options_(options),
+        network_(network_of(options)),
+        helper_(helper_of(options)),
+        rewards_(options),
+        batches_(entries, options.words, moe::derive_seed(options.seed, 101)) {}
+
+  const Options& options() const { return options_; }
+  const Network& network() const { return network_; }
+  const Helper& helper() const { return helper_; }
+  Index update() const { return update_; }
+  double seconds() const { return seconds_; }
+  Index batches() const { return batches_.count(); }
+
+  /// Figures of the recent updates: nats a phoneme, and what sampled words earned.
+  double cross_entropy() const { return cross_entropy_.mean(); }
+  double reward() const { return reward_.mean(); }
+  double share() const { return share_.mean(); }
+  const Helper::Statistics& statistics() const { return statistics_; }
+  const moe::Balance<float>& balance() const { return tape_.policy.encoder.mixture.balance; }
+
+  void train() {
+    const double start = seconds_now();
+    ++update_;
+    batches_.get(update_, batch_);
+    moe::zero_gradients(network_);
+    moe::zero_gradients(helper_);
+    const moe::Objective objective = objective_of(options_, update_);
+    const moe::NoiseKey key{.step = static_cast<std::uint64_t>(update_)};
+    const auto statistics =
+        helper_.add_gradients(network_, batch_.words, batch_.references, rewards_, objective, key,
+                              tape_);
+    const double rate = learning_rate_of(options_, update_);
+    moe::clip_gradients(network_, options_.clip);
+    adam_.update(network_, rate);
+    if (options_.baseline == "linear") helper_adam_.update(helper_, 1e-2);
+
+    share_.add(objective.reinforce, 0.02);
+    if (statistics.forced_steps > 0) cross_entropy_.add(statistics.cross_entropy, 0.02);
+    if (statistics.sampled_steps > 0) {
+      reward_.add(statistics.mean_reward, 0.02);
+      statistics_ = statistics;
+    }
+    seconds_ += seconds_now() - start;
+  }
+
+  /// Writes the network and, so that training can go on to the same bits, everything else.
+  void save(const std::string& path) {
+    moe::SafetensorsWriter writer;
+    writer.add_parameters(network_);
+    remember();
+    for_each_extra([&](const std::string& name, const auto& value) { writer.add(name, value); });
+    for_each_option(options_, [&](const char* name, const auto& value, const char*) {
+      writer.set_metadata(name, to_text(value));
+    });
+    writer.write(path);
+  }
+
+  /// Takes up what save() left; the sizes of the network and the baseline must be those of the file.
+  void load(const moe::SafetensorsFile& file) {
+    file.read_parameters(network_);
+    for_each_extra([&](const std::string& name, auto&& value) { file.read(name, value); });
+    recall();
+  }
+
+  static std::string to_text(const std::string& value) { return value; }
+  static std::string to_text(Index value) { return std::to_string(value); }
+  static std::string to_text(std::uint64_t value) { return std::to_string(value); }
+  static std::string to_text(bool value) { return value ? "true" : "false"; }
+  static std::string to_text(double value) {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%.17g", value);
+    return text;
+  }
+
+ private:
+  /// Calls f(name, value) for what the network does not hold.
+  template <class F>
+  void for_each_extra(F&& f) {
+    adam_.for_each_state(network_, [&](const std::string& name, auto&& value) {
+      f("training.adam." + name, value);
+    });
+    if (options_.baseline == "linear") {
+      moe::for_each_parameter(helper_, [&](const std::string& name, auto& parameter) {
+        f("training." + name, parameter.value);
+      });
+      helper_adam_.for_each_state(helper_, [&](const std::string& name, auto&& value) {
+        f("training.baseline_adam." + name, value);
+      });
+    }
+    f("training.past_rewards", rewards_.past());
+    f("training.figures", figures_);
+    f("training.counts", std::span<Index>(counts_));
+  }
+
+  /// The figures that are no matrix, in one that can be saved, and back.
+  void remember() {
+    figures_ << helper_.running_mean().sum, helper_.running_mean().weight, cross_entropy_.sum,
+        cross_entropy_.weight, reward_.sum, reward_.weight, share_.sum, share_.weight, seconds_;
+    counts_ = {update_, rewards_.next()};
+  }
+  void recall() {
+    helper_.set_running_mean({figures_(0, 0), figures_(0, 1)});
+    cross_entropy_ = {figures_(0, 2), figures_(0, 3)};
+    reward_ = {figures_(0, 4), figures_(0, 5)};
+    share_ = {figures_(0, 6), figures_(0, 7)};
+    seconds_ = figures_(0, 8);
+    update_ = counts_[0];
+    rewards_.next() = counts_[1];
+  }
+
+  Options options_;
+  Network network_;
+  Helper helper_;
+  Rewards rewards_;
+  Batches batches_;
+  moe::Adam<float> adam_;
+  moe::Adam<float> helper_adam_;
+  Batch batch_;
+  Helper::Tape tape_;
+  Helper::Statistics statistics_;
+  moe::RunningMean cross_entropy_, reward_, share_;
+  Index update_ = 0;
+  double seconds_ = 0;
+  moe::Matrix<double> figures_{1, 9};
+  std::vector<Index> counts_{0, 0};
+};
+
+}  // namespace pronounce

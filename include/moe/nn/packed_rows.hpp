@@ -1,0 +1,42 @@
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <vector>
+
+#include "moe/matrix.hpp"
+
+namespace moe {
+
+/// Which rows of a padded batch are real. Packed together they go through a layer that must not see
+/// padding, such as a mixture of experts, whose gate would send it to experts and count it as load.
+struct PackedRows {
+  std::vector<Index> rows;  ///< ascending
+
+  Index count() const { return static_cast<Index>(rows.size()); }
+
+  /// Those whose number is not negative.
+  void assign(std::span<const Index> numbers) {
+    rows.clear();
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      if (numbers[i] >= 0) rows.push_back(static_cast<Index>(i));
+    }
+  }
+
+  /// packed[i] = padded[rows[i]]. The padding is not read.
+  template <class Scalar>
+  void pack(const Matrix<Scalar>& padded, Matrix<Scalar>& packed) const {
+    packed.resize(count(), padded.cols());
+    for (Index i = 0; i < count(); ++i) packed.row(i) = padded.row(rows[detail::to_size(i)]);
+  }
+
+  /// padded[rows[i]] = packed[i], and 0 in the other rows, T in all. With gradients in the place of
+  /// values, each of the two is the other's backward.
+  template <class Scalar>
+  void unpack(const Matrix<Scalar>& packed, Index T, Matrix<Scalar>& padded) const {
+    padded.setZero(T, packed.cols());
+    for (Index i = 0; i < count(); ++i) padded.row(rows[detail::to_size(i)]) = packed.row(i);
+  }
+};
+
+}  // namespace moe

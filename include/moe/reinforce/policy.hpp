@@ -1,0 +1,70 @@
+#pragma once
+
+#include <concepts>
+#include <optional>
+#include <span>
+
+#include "moe/parameter.hpp"
+#include "moe/random.hpp"
+
+/// \file
+/// What Reinforce asks of a network that writes sequences.
+
+namespace moe {
+
+/// A policy writes a sequence of symbols for an input, one symbol a step: its recurrent state is the
+/// state of the agent, the next symbol the action.
+///
+/// A batch has R = inputs·samples rows; row r writes for input r / samples, so an encoder need read
+/// each input once. What a row reads at a step is the symbol it wrote before (at the first step the
+/// start symbol), and a negative number where the row has ended: a row like that is padding, has no
+/// logits to give and must reach neither a gate nor a loss (see PackedRows).
+///
+///     symbols()                                        how many there are, V
+///     begin(inputs, samples, noise, state)             const; the state before the first step
+///     step(previous, state)                            const; R numbers to logits R x V; the state
+///                                                      moves on
+///     forward(inputs, samples, previous, noise, tape)  const; the steps of all rows at once,
+///                                                      previous being steps·R numbers, those of
+///                                                      step t from t·R on; logits (steps·R) x V
+///     backward(dlogits, tape)                          after forward: adds to the parameters'
+///                                                      gradients. dlogits is 0 in padding
+///
+/// Given the same numbers, step and forward give the same logits. `noise` is the key of whatever the
+/// policy draws: a mixture's gate, dropout. Without a key nothing is drawn, as in evaluation. With the
+/// same key forward must draw what the steps drew: a mixture inside step() counts the tokens that
+/// came before, and passes their number on as NoiseKey::first_token.
+///
+/// A logit of -infinity forbids a symbol. The losses of a MoELayer inside the policy are in its
+/// backward already, once and unscaled, whatever the objective.
+// clang-format off
+template <class P>
+concept Policy =
+    requires {
+      typename P::Scalar;
+      typename P::Input;
+      typename P::State;
+      typename P::Tape;
+    } &&
+    requires(const P& policy, P& trained, std::span<const typename P::Input> inputs, Index samples,
+             const std::optional<NoiseKey>& noise, std::span<const Index> previous,
+             typename P::State& state, typename P::Tape& tape,
+             const Matrix<typename P::Scalar>& dlogits) {
+      { policy.symbols() } -> std::same_as<Index>;
+      policy.begin(inputs, samples, noise, state);
+      { policy.step(previous, state) } -> std::same_as<const Matrix<typename P::Scalar>&>;
+      { policy.forward(inputs, samples, previous, noise, tape) }
+          -> std::same_as<const Matrix<typename P::Scalar>&>;
+      trained.backward(dlogits, tape);
+      P::visit_parameters(trained, detail::AnyVisitor{});
+    };
+
+/// A policy that shows its state, for Baseline::linear: hidden(tape), after forward, is one row for
+/// each row of the logits, (steps·R) x W; rows of padding may hold anything.
+template <class P>
+concept PolicyWithHidden = Policy<P> && requires(const P& policy, const typename P::Tape& tape) {
+  { policy.hidden(tape) } -> std::same_as<const Matrix<typename P::Scalar>&>;
+};
+// clang-format on
+
+}  // namespace moe

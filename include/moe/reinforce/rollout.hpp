@@ -1,0 +1,192 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "moe/nn/softmax_cross_entropy.hpp"
+#include "moe/parallel.hpp"
+#include "moe/reinforce/policy.hpp"
+
+/// \file
+/// Sequences written by a policy, symbol by symbol.
+
+namespace moe {
+
+/// The sequences of a batch, R = inputs·samples rows. Each holds the symbols as they were written,
+/// the end symbol last if it was written at all: a sequence that runs into the length limit is
+/// truncated and has none.
+struct Rollout {
+  Index samples = 0;  ///< rows of an input
+  Index longest = 0;  ///< the length limit
+  Index steps = 0;    ///< length of the longest sequence
+
+  std::vector<Index> length;               ///< R, the end symbol included
+  std::vector<Index> forced;               ///< R, how many symbols, the first, are a reference's
+  std::vector<std::uint8_t> truncated;     ///< R, 1 or 0
+  std::vector<Index> symbols;              ///< R x longest
+  std::vector<double> log_probability;     ///< R x longest, of each symbol at its temperature
+  std::vector<Index> previous;             ///< steps x R, what the policy read; negative in padding
+
+  Index rows() const { return static_cast<Index>(length.size()); }
+
+  /// Where step t of a row stands in symbols and log_probability.
+  std::size_t at(Index row, Index t) const { return detail::to_size(row * longest + t); }
+
+  /// What a row has written.
+  std::span<const Index> sequence(Index row) const {
+    return std::span(symbols).subspan(at(row, 0), detail::to_size(length[detail::to_size(row)]));
+  }
+};
+
+namespace detail {
+
+/// The softmax of a row of logits at a temperature: exponentials in `terms`.
+template <class Scalar>
+SoftmaxRow<Scalar> softmax_row_at(double temperature, Index classes, const Scalar* x,
+                                  Scalar* terms) {
+  if (temperature == 1) return softmax_row(classes, x, terms);
+  const auto scale = broadcast(static_cast<Scalar>(1 / temperature));
+  map(
+      classes, terms,
+      [scale](const Packet<Scalar>& v) { return Eigen::internal::pmul(v, scale); }, x);
+  return softmax_row(classes, terms, terms);
+}
+
+/// The logarithm of a symbol's probability, x being its logit.
+template <class Scalar>
+double log_probability_at(double temperature, const SoftmaxRow<Scalar>& row, Scalar x) {
+  return -row.loss(temperature == 1 ? x : x * static_cast<Scalar>(1 / temperature));
+}
+
+/// The class at which the running sum of `terms` passes `fraction` < 1 of the whole.
+template <class Scalar>
+Index draw(Index classes, const Scalar* terms, double fraction) {
+  double total = 0;
+  Index largest = 0;
+  for (Index i = 0; i < classes; ++i) {
+    total += static_cast<double>(terms[i]);
+    if (terms[i] > terms[largest]) largest = i;
+  }
+  const double mark = fraction * total;
+  double sum = 0;
+  for (Index i = 0; i < classes; ++i) {
+    sum += static_cast<double>(terms[i]);
+    if (sum > mark) return i;
+  }
+  return largest;  // where the product rounded up to the whole
+}
+
+/// Uniform in [0, 1) with 53 random bits.
+inline double uniform_double(std::uint32_t high, std::uint32_t low) {
+  return (static_cast<double>(high >> 5) * 0x1p26 + static_cast<double>(low >> 6)) * 0x1p-53;
+}
+
+/// How symbols are chosen.
+struct Sampling {
+  bool greedy = false;  ///< the most probable one, ties to the lower number
+  double temperature = 1;
+  std::uint64_t seed = 0;
+  NoiseKey key{};  ///< of the dice: row r of the batch is token first_token + r
+  Index start = 0;
+  Index end = 0;
+};
+
+/// Empties a rollout of `rows` rows, none of whose symbols is forced.
+inline void reset(Rollout& rollout, Index rows, Index samples, Index longest) {
+  rollout.samples = samples;
+  rollout.longest = longest;
+  rollout.steps = 0;
+  rollout.length.assign(to_size(rows), 0);
+  rollout.forced.assign(to_size(rows), 0);
+  rollout.truncated.assign(to_size(rows), 0);
+  rollout.symbols.assign(to_size(rows * longest), -1);
+  rollout.log_probability.assign(to_size(rows * longest), 0.0);
+  rollout.previous.clear();
+}
+
+/// Whether a row goes on at step t.
+inline bool is_live(const Rollout& rollout, Index row, Index t, Index end) {
+  return rollout.length[to_size(row)] == t &&
+         (t == 0 || rollout.symbols[rollout.at(row, t - 1)] != end);
+}
+
+/// Appends to rollout.previous what the rows read at step t. Returns whether any row goes on.
+inline bool read_previous(Rollout& rollout, Index t, const Sampling& sampling) {
+  if (t == rollout.longest) return false;
+  bool any = false;
+  for (Index row = 0; row < rollout.rows(); ++row) {
+    const bool live = is_live(rollout, row, t, sampling.end);
+    any = any || live;
+    rollout.previous.push_back(!live   ? -1
+                               : t == 0 ? sampling.start
+                                        : rollout.symbols[rollout.at(row, t - 1)]);
+  }
+  if (!any) rollout.previous.resize(to_size(t * rollout.rows()));
+  return any;
+}
+
+/// Ends step t of a row, whose symbol is in its place.
+inline void write(Rollout& rollout, Index row, Index t, Index end) {
+  rollout.length[to_size(row)] = t + 1;
+  rollout.steps = std::max(rollout.steps, t + 1);
+  rollout.truncated[to_size(row)] =
+      t + 1 == rollout.longest && rollout.symbols[rollout.at(row, t)] != end;
+}
+
+/// All rows of a rollout whose symbols are all forced and in their places.
+inline void read_all(Rollout& rollout, const Sampling& sampling) {
+  for (Index t = 0; read_previous(rollout, t, sampling); ++t) {
+    for (Index row = 0; row < rollout.rows(); ++row) {
+      if (is_live(rollout, row, t, sampling.end)) write(rollout, row, t, sampling.end);
+    }
+  }
+}
+
+/// Has the policy write all rows; forced symbols are in their places. `terms` is scratch.
+template <Policy P>
+void write_all(const P& policy, std::span<const typename P::Input> inputs,
+               const std::optional<NoiseKey>& noise, const Sampling& sampling, Rollout& rollout,
+               typename P::State& state, Matrix<typename P::Scalar>& terms) {
+  using Scalar = typename P::Scalar;
+  const Index rows = rollout.rows();
+  const Index symbols = policy.symbols();
+  policy.begin(inputs, rollout.samples, noise, state);
+  terms.resize(rows, symbols);
+  for (Index t = 0; read_previous(rollout, t, sampling); ++t) {
+    const Matrix<Scalar>& logits =
+        policy.step(std::span<const Index>(rollout.previous).last(to_size(rows)), state);
+    require(logits.rows() == rows && logits.cols() == symbols, "Reinforce: the policy's step gave ",
+            logits.rows(), " x ", logits.cols(), " logits for ", rows, " rows and ", symbols,
+            " symbols");
+    const Index block = std::max<Index>(1, (Index{1} << 13) / symbols);
+    parallel_for_blocks(rows, block, [&](Index first, Index count) {
+      for (Index row = first; row < first + count; ++row) {
+        if (!is_live(rollout, row, t, sampling.end)) continue;
+        const Scalar* x = row_data(logits, row);
+        Scalar* e = row_data(terms, row);
+        const SoftmaxRow<Scalar> softmax = softmax_row_at(sampling.temperature, symbols, x, e);
+        require(std::isfinite(softmax.sum) && std::isfinite(softmax.shift),
+                "Reinforce: the logits of row ", row, " at step ", t, " are not finite");
+        Index& symbol = rollout.symbols[rollout.at(row, t)];
+        if (t >= rollout.forced[to_size(row)]) {
+          const auto words = noise_words(sampling.seed, sampling.key, row, t);
+          symbol = sampling.greedy
+                       ? std::max_element(x, x + symbols) - x
+                       : draw(symbols, e, uniform_double(words[0], words[1]));
+        }
+        rollout.log_probability[rollout.at(row, t)] =
+            log_probability_at(sampling.temperature, softmax, x[symbol]);
+      }
+    });
+    for (Index row = 0; row < rows; ++row) {
+      if (rollout.previous[to_size(t * rows + row)] >= 0) write(rollout, row, t, sampling.end);
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace moe
