@@ -1,15 +1,27 @@
 #!/bin/sh
-# Trains the language model of examples/language_model: installs what is missing, builds, runs.
-# Arguments go to the program; `sh examples/run.sh --help` lists them.
+# Builds and runs an example, installing what is missing:
+#
+#     sh examples/run.sh [language_model | pronounce] [arguments for the program]
+#
+# Without a name it is language_model. `sh examples/run.sh pronounce --help` lists that program's
+# arguments.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 build="$root/build/release"
 
+program=language_model
+case ${1-} in
+  language_model | pronounce)
+    program=$1
+    shift
+    ;;
+esac
+
 sh "$root/cmake/install_packages.sh"
 echo "Building in $build"
 (cd "$root" && cmake --preset release >/dev/null)
-cmake --build "$build" --target language_model --parallel "$(getconf _NPROCESSORS_ONLN)"
+cmake --build "$build" --target "$program" --parallel "$(getconf _NPROCESSORS_ONLN)"
 
 # exec, so that Ctrl-C reaches the program; in the caller's folder, so that paths are the caller's.
-exec "$build/examples/language_model/language_model" "$@"
+exec "$build/examples/$program/$program" "$@"

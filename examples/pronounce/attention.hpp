@@ -26,7 +26,7 @@ class Attention {
 
  public:
   struct Tape {
-    std::vector<Index> words;  ///< of each row; negative in padding, whose context is 0
+    std::vector<Index> words;  ///< of each row
     Matrix query;              ///< T x A, a copy
     Matrix alpha;              ///< T x letters of the longest word
     Matrix context;            ///< T x D
@@ -58,7 +58,6 @@ class Attention {
     moe::parallel_for_blocks(query.rows(), 32, [&](Index from, Index count) {
       for (Index i = from; i < from + count; ++i) {
         const Index word = words[static_cast<std::size_t>(i)];
-        if (word < 0) continue;
         const Index first = letters.first(word);
         const Index length = letters.count(word);
         Scalar* alpha = tape.alpha.row(i).data();
@@ -89,9 +88,7 @@ class Attention {
     tape.dvalues.setZero(letters.values.rows(), letters.values.cols());
     std::vector<std::vector<Index>> rows(static_cast<std::size_t>(letters.words()));
     for (std::size_t i = 0; i < tape.words.size(); ++i) {
-      if (tape.words[i] >= 0) {
-        rows[static_cast<std::size_t>(tape.words[i])].push_back(static_cast<Index>(i));
-      }
+      rows[static_cast<std::size_t>(tape.words[i])].push_back(static_cast<Index>(i));
     }
     const Scalar scale = scale_of(tape.query);
     moe::parallel_for_blocks(letters.words(), 8, [&](Index from, Index count) {

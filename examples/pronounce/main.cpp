@@ -1,19 +1,19 @@
 /// Learns to pronounce words from the CMU dictionary, first by cross-entropy, then by REINFORCE as
-/// well; and pronounces. See README.md beside this file.
-
-#include <unistd.h>
+/// well; and pronounces words. See README.md beside this file.
 
 #include <CLI/CLI.hpp>
 #include <csignal>
-#include <cstdint>
 #include <cstdio>
 #include <exception>
-#include <fstream>
+#include <moe/io/safetensors.hpp>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "dictionary.hpp"
 #include "options.hpp"
+#include "report.hpp"
+#include "score.hpp"
 #include "trainer.hpp"
 
 namespace pronounce {
@@ -23,11 +23,10 @@ struct Surroundings {
   std::vector<std::string> words;
   std::string dictionary = "/usr/share/pocketsphinx/model/en-us/cmudict-en-us.dict";
   std::string model = "pronounce.safetensors";
-  std::string start;
-  bool resume = false;
+  std::string resume;
   bool full = false;
-  bool test = true;
-  Index evaluations = 12;
+  bool no_test = false;
+  Index evaluate_every = 1000;
   int threads = static_cast<int>(moe::worker_count());
   std::string csv;
 };
@@ -39,75 +38,139 @@ extern "C" void on_interrupt(int) {
   std::signal(SIGINT, SIG_DFL);  // whoever presses twice means it
 }
 
-Options full_options() {
-  Options o;
-  o.updates = 30000;
-  o.cross_entropy = 24000;
-  return o;
-}
-
-void print_row(const Trainer& trainer, const ErrorRates& rates) {
-  std::printf("%8td %6.2f %9.4f %8.4f %8.2f %9.2f %9.2f %9.3f %8.0f\n", trainer.update(),
-              trainer.share(), trainer.cross_entropy(), trainer.reward(),
-              rates.phoneme_error_rate(), rates.word_error_rate(), rates.word_error_rate_first(),
-              static_cast<double>(trainer.balance().cv_importance()), trainer.seconds());
-  std::fflush(stdout);
-}
-
 void train(const Options& options, const Surroundings& s) {
   const Dictionary dictionary = read_dictionary(s.dictionary);
   Trainer trainer(options, dictionary.train);
-  if (!s.start.empty()) trainer.load(moe::SafetensorsFile(s.start));
+  if (!s.resume.empty()) trainer.load(moe::SafetensorsFile(s.resume));
+  CsvFile csv(s.csv);
   std::printf("%zu words to train on, %zu for validation, %zu for the test; %td parameters\n",
               dictionary.train.size(), dictionary.validation.size(), dictionary.test.size(),
               moe::parameter_count(trainer.network()));
-  std::printf("%td updates of %td words, %.1f epochs\n", options.updates, options.words,
-              static_cast<double>(options.updates) / static_cast<double>(trainer.batches()));
-  std::puts("  update  share  xentropy   reward      PER       WER  WER first   CV(imp)  seconds");
-  std::ofstream csv;
-  if (!s.csv.empty()) csv.open(s.csv);
+  std::printf("%td updates of %td words, %.1f readings; %d threads, seed %s\n%s\n\n",
+              options.updates, options.words,
+              static_cast<double>(options.updates) / static_cast<double>(trainer.batches()),
+              s.threads, to_text(options.seed).c_str(), schedule_in_words(options).c_str());
+  std::puts(row_header);
+  std::fflush(stdout);
+
+  ErrorRates validation;
   Index evaluated = -1;
-  const auto evaluate_now = [&] {
-    const ErrorRates rates = evaluate(trainer.network(), trainer.helper(), dictionary.validation);
-    print_row(trainer, rates);
-    if (csv) csv << trainer.update() << ',' << trainer.seconds() << ',' << rates.phoneme_error_rate() << ',' << rates.word_error_rate() << ',' << rates.word_error_rate_first() << ',' << trainer.reward() << std::endl;
+  ProgressBar progress;
+  const auto evaluate_and_save = [&] {
+    if (evaluated == trainer.update()) return;
+    progress.clear();
+    validation = evaluate(trainer.network(), trainer.helper(), dictionary.validation);
+    print_row(trainer, validation);
+    csv.add(trainer, validation);
     trainer.save(s.model);
     evaluated = trainer.update();
   };
-  const Index every = std::max<Index>(1, options.updates / s.evaluations);
   while (trainer.update() < options.updates && !interrupted) {
     trainer.train();
-    if (trainer.update() % every == 0) evaluate_now();
+    progress.draw(trainer);
+    if (trainer.update() % s.evaluate_every == 0) evaluate_and_save();
   }
-  if (evaluated != trainer.update()) evaluate_now();
-  if (s.test) {
-    const ErrorRates rates = evaluate(trainer.network(), trainer.helper(), dictionary.test);
-    print_row(trainer, rates);
+  evaluate_and_save();
+  if (trainer.update() < options.updates) {
+    std::printf("\ninterrupted; --resume %s goes on\n", s.model.c_str());
+    return;
   }
+  std::printf("\nError rates in percent after %td updates, %.0f s of training\n\n",
+              trainer.update(), trainer.seconds());
+  print_result_header();
+  print_result("validation", validation);
+  if (!s.no_test) {
+    print_result("test", evaluate(trainer.network(), trainer.helper(), dictionary.test));
+  }
+  std::printf("\nthe model is in %s\n", s.model.c_str());
+}
+
+void pronounce_words(const Surroundings& s) {
+  const moe::SafetensorsFile file(s.model);
+  const Options options = read_options(file.metadata());
+  Network network(network_of(options));
+  file.read_parameters(network);
+  const Helper helper(helper_of(options));
+  const Alphabet spelling = letters();
+  const Alphabet sounds = phonemes();
+  std::vector<std::vector<Index>> spelled;
+  for (const std::string& word : s.words) spelled.push_back(spell(spelling, word));
+  std::vector<Word> words;
+  for (const auto& word : spelled) words.push_back({word, {}});
+  Helper::Tape tape;
+  helper.decode(network, words, tape);
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    std::printf("%s", s.words[i].c_str());
+    for (const Index phoneme : without_end(tape.rollout.sequence(static_cast<Index>(i)))) {
+      std::printf(" %s", sounds.symbol(phoneme).c_str());
+    }
+    std::puts(tape.rollout.truncated[i] != 0 ? " ..." : "");
+  }
+}
+
+/// The options that the others start from: those of --full, or of the file after --resume.
+Options first_options(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    constexpr std::string_view resume = "--resume";
+    if (argument == "--full") options = full_options();
+    if (argument == resume && i + 1 < argc) {
+      return read_options(moe::SafetensorsFile(argv[i + 1]).metadata());
+    }
+    if (argument.starts_with("--resume=")) {
+      const std::string path(argument.substr(resume.size() + 1));
+      return read_options(moe::SafetensorsFile(path).metadata());
+    }
+  }
+  return options;
+}
+
+int run(int argc, char** argv) {
+  CLI::App app(
+      "Learns to pronounce English words from the CMU dictionary: cross-entropy first, then "
+      "REINFORCE as well. With words, it pronounces them instead.\n"
+      "Ctrl-C ends the training and saves the model.");
+  Options options = first_options(argc, argv);
+  Surroundings s;
+  app.add_option("words", s.words, "words to pronounce with the trained model");
+  app.add_option("--model", s.model, "where the model is saved, and loaded from to pronounce")
+      ->capture_default_str();
+  app.add_flag("--full", s.full, "train to convergence, a larger network");
+  app.add_option("--resume", s.resume, "go on from this model, with its options where none is given")
+      ->check(CLI::ExistingFile);
+  app.add_option("--dictionary", s.dictionary, "lines of \"word PH PH ...\"")->capture_default_str();
+  app.add_option("--evaluate-every", s.evaluate_every,
+                 "updates between two looks at the validation words, at each of which it saves")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_flag("--no-test", s.no_test, "leave the test words alone, as one should while tuning");
+  app.add_option("--csv", s.csv, "file for every row, to plot");
+  app.add_option("--threads", s.threads, "threads; results do not depend on it")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  for_each_option(options, [&](const char* name, auto& value, const char* what) {
+    app.add_option(std::string("--") + name, value, what)->capture_default_str();
+  });
+  CLI11_PARSE(app, argc, argv);
+  check_options(options);
+#ifdef _OPENMP
+  omp_set_num_threads(s.threads);
+#endif
+  if (!s.words.empty()) {
+    pronounce_words(s);
+  } else {
+    std::signal(SIGINT, on_interrupt);
+    train(options, s);
+  }
+  return 0;
 }
 
 }  // namespace pronounce
 
 int main(int argc, char** argv) {
-  using namespace pronounce;
-  CLI::App app("Learns to pronounce");
-  Options options;
-  Surroundings s;
-  for_each_option(options, [&](const char* name, auto& value, const char* what) {
-    app.add_option(std::string("--") + name, value, what)->capture_default_str();
-  });
-  app.add_option("--model", s.model);
-  app.add_option("--start", s.start);
-  app.add_option("--csv", s.csv);
-  app.add_option("--evaluations", s.evaluations);
-  app.add_option("--test", s.test);
-  app.add_option("--threads", s.threads);
-  CLI11_PARSE(app, argc, argv);
-#ifdef _OPENMP
-  omp_set_num_threads(s.threads);
-#endif
   try {
-    train(options, s);
+    return pronounce::run(argc, argv);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "pronounce: %s\n", error.what());
     return 1;

@@ -74,18 +74,21 @@ class Model {
   };
 
   struct DecoderTape {
-    std::vector<Index> ids;    ///< what is read, 0 in padding
-    std::vector<Index> words;  ///< of each row
+    std::vector<Index> ids;  ///< what is read, 0 in padding
     typename Embedding::Tape embedding;
     typename Dropout::Tape dropout_embedding, dropout_output;
     typename LSTM::Tape lstm;
+    moe::PackedRows real;      ///< rows that are no padding: T' of T
+    std::vector<Index> words;  ///< of each of those
+    Matrix state;              ///< T' x H
     typename Linear::Tape query;
     typename Attention<Scalar>::Tape attention;
-    Matrix joined;  ///< T x 3H, state and context
+    Matrix joined;  ///< T' x 3H, state and context
     typename Linear::Tape output;
-    Matrix activated;  ///< T x H
+    Matrix activated;  ///< T' x H
     typename Linear::Tape logits;
-    Matrix doutput, dstate, dcontext;
+    Matrix all_logits, all_hidden;  ///< T rows, 0 in padding
+    Matrix dlogits, doutput, dstate, dcontext, dall_states;
   };
 
   // What moe::Policy asks for.
@@ -98,7 +101,8 @@ class Model {
   };
   struct State : Tape {
     Noise noise;
-    Index tokens = 0;  ///< rows before this step
+    Index rows = 0;  ///< before this step, padding too
+    Index real = 0;  ///< before this step
   };
 
   explicit Model(const Config& config)
@@ -132,16 +136,17 @@ class Model {
   void begin(std::span<const Word> words, Index samples, const Noise& noise, State& state) const {
     state.samples = samples;
     state.noise = noise;
-    state.tokens = 0;
+    state.rows = 0;
+    state.real = 0;
     encode(words, noise, state.encoder);
     start(state);
   }
 
   const Matrix& step(std::span<const Index> previous, State& state) const {
-    Noise noise = state.noise;
-    if (noise) noise->first_token += static_cast<std::uint32_t>(state.tokens);
-    state.tokens += static_cast<Index>(previous.size());
-    return decode(previous, noise, state);
+    const Matrix& logits = decode(previous, state.noise, state.rows, state.real, state);
+    state.rows += static_cast<Index>(previous.size());
+    state.real += state.decoder.real.count();
+    return logits;
   }
 
   const Matrix& forward(std::span<const Word> words, Index samples, std::span<const Index> previous,
@@ -149,7 +154,7 @@ class Model {
     tape.samples = samples;
     encode(words, noise, tape.encoder);
     start(tape);
-    return decode(previous, noise, tape);
+    return decode(previous, noise, 0, 0, tape);
   }
 
   void backward(const Matrix& dlogits, Tape& tape) {
@@ -158,7 +163,7 @@ class Model {
   }
 
   /// What the logits are a linear function of.
-  const Matrix& hidden(const Tape& tape) const { return tape.decoder.dropout_output.y; }
+  const Matrix& hidden(const Tape& tape) const { return tape.decoder.all_hidden; }
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
@@ -297,28 +302,37 @@ class Model {
     }
   }
 
-  /// One step or all: previous.size() is a multiple of the number of rows.
-  const Matrix& decode(std::span<const Index> previous, const Noise& noise, Tape& tape) const {
+  /// One step or all: previous.size() is a multiple of the number of rows. Padding goes through the
+  /// recurrence, whose rows are in step, and through nothing else. `rows` and `real` are how many came
+  /// before, for the noise.
+  const Matrix& decode(std::span<const Index> previous, const Noise& noise, Index rows, Index real,
+                       Tape& tape) const {
     DecoderTape& d = tape.decoder;
-    const Index rows = tape.state.hidden.rows();
-    d.ids.resize(previous.size());
-    d.words.resize(previous.size());
-    for (std::size_t i = 0; i < previous.size(); ++i) {
-      d.ids[i] = std::max<Index>(0, previous[i]);
-      d.words[i] = previous[i] < 0 ? -1 : static_cast<Index>(i) % rows / tape.samples;
-    }
+    const auto noise_after = [&](Index count) {
+      moe::NoiseKey key = *noise;
+      key.first_token += static_cast<std::uint32_t>(count);
+      return key;
+    };
+    d.ids.assign(previous.begin(), previous.end());
+    for (Index& id : d.ids) id = std::max<Index>(0, id);
     const Matrix& embedded =
         noise ? dropout_embedding_.forward(phonemes_.forward(d.ids, d.embedding),
-                                           d.dropout_embedding, *noise)
+                                           d.dropout_embedding, noise_after(rows))
               : phonemes_.evaluate(d.ids, d.embedding);
-    const Matrix& state = noise ? decoder_.forward(embedded, tape.state, d.lstm)
-                                : decoder_.evaluate(embedded, tape.state, d.lstm);
+    const Index sequences = tape.state.hidden.rows();
+    const Matrix& states = noise ? decoder_.forward(embedded, tape.state, d.lstm)
+                                 : decoder_.evaluate(embedded, tape.state, d.lstm);
+
+    d.real.assign(previous);
+    d.words.clear();
+    for (const Index row : d.real.rows) d.words.push_back(row % sequences / tape.samples);
+    d.real.pack(states, d.state);
     const Matrix& query =
-        noise ? query_.forward(state, d.query) : query_.evaluate(state, d.query);
+        noise ? query_.forward(d.state, d.query) : query_.evaluate(d.state, d.query);
     const Matrix& context =
         Attention<Scalar>::forward(query, d.words, letters_of(tape.encoder), d.attention);
-    d.joined.resize(state.rows(), state.cols() + context.cols());
-    d.joined.leftCols(state.cols()) = state;
+    d.joined.resize(d.state.rows(), d.state.cols() + context.cols());
+    d.joined.leftCols(d.state.cols()) = d.state;
     d.joined.rightCols(context.cols()) = context;
     d.activated =
         noise ? output_.forward(d.joined, d.output) : output_.evaluate(d.joined, d.output);
@@ -328,23 +342,29 @@ class Model {
           d.activated.cols(), row, [](const auto& v) { return moe::detail::tanh<Scalar>(v); }, row);
     }
     const Matrix& dropped =
-        noise ? dropout_output_.forward(d.activated, d.dropout_output, *noise)
+        noise ? dropout_output_.forward(d.activated, d.dropout_output, noise_after(real))
               : dropout_output_.evaluate(d.activated, d.dropout_output);
-    return noise ? logits_.forward(dropped, d.logits) : logits_.evaluate(dropped, d.logits);
+    const Matrix& logits =
+        noise ? logits_.forward(dropped, d.logits) : logits_.evaluate(dropped, d.logits);
+    d.real.unpack(dropped, states.rows(), d.all_hidden);
+    d.real.unpack(logits, states.rows(), d.all_logits);
+    return d.all_logits;
   }
 
   void decode_backward(const Matrix& dlogits, Tape& tape) {
     DecoderTape& d = tape.decoder;
+    d.real.pack(dlogits, d.dlogits);
     d.doutput =
-        dropout_output_.backward(logits_.backward(dlogits, d.logits), d.dropout_output).array() *
+        dropout_output_.backward(logits_.backward(d.dlogits, d.logits), d.dropout_output).array() *
         (1 - d.activated.array().square());
     const Matrix& djoined = output_.backward(d.doutput, d.output);
     d.dstate = djoined.leftCols(config_.width);
     d.dcontext = djoined.rightCols(2 * config_.width);
     Attention<Scalar>::backward(d.dcontext, letters_of(tape.encoder), d.attention);
     d.dstate += query_.backward(d.attention.dquery, d.query);
+    d.real.unpack(d.dstate, dlogits.rows(), d.dall_states);
     phonemes_.backward(
-        dropout_embedding_.backward(decoder_.backward(d.dstate, d.lstm), d.dropout_embedding),
+        dropout_embedding_.backward(decoder_.backward(d.dall_states, d.lstm), d.dropout_embedding),
         d.embedding);
   }
 

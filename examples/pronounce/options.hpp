@@ -1,6 +1,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
+#include <map>
+#include <stdexcept>
 #include <string>
 
 #include "dictionary.hpp"
@@ -14,13 +17,13 @@ namespace pronounce {
 /// it goes on with the same.
 struct Options {
   // the network
-  Index embedding = 64;
-  Index width = 128;
+  Index embedding = 32;
+  Index width = 64;
   Index experts = 16;
   Index active = 2;
-  Index hidden = 128;
+  Index hidden = 64;
   double dropout = 0.2;
-  double balance_weight = 0.01;
+  double balance_weight = 0.1;
 
   // the plan
   Index updates = 6000;
@@ -45,6 +48,28 @@ struct Options {
 
   std::uint64_t seed = 1;
 };
+
+/// --full: a larger network, trained to convergence.
+inline Options full_options() {
+  Options o;
+  o.embedding = 64;
+  o.width = 128;
+  o.hidden = 128;
+  o.updates = 30000;
+  o.cross_entropy = 24000;
+  return o;
+}
+
+/// Throws std::runtime_error for what no part of the training complains about by itself.
+inline void check_options(const Options& o) {
+  const auto check = [](bool holds, const char* what) {
+    if (!holds) throw std::runtime_error(what);
+  };
+  check(o.updates >= 1, "--updates must be at least 1");
+  check(o.cross_entropy >= 0, "--cross-entropy must be at least 0");
+  check(o.words >= 1, "--words must be at least 1");
+  check(o.clip > 0, "--clip must be above 0");
+}
 
 /// Calls f(name, member, what it is) for every option.
 template <class OptionsType, class F>
@@ -75,6 +100,41 @@ void for_each_option(OptionsType& o, F&& f) {
   f("reward", o.reward, "score; or, to see what a score is good for, constant or shuffled");
   f("longest", o.longest, "most phonemes of a word, the end included");
   f("seed", o.seed, "of the weights, the order of the words, the noise and the samples");
+}
+
+inline std::string to_text(const std::string& value) { return value; }
+inline std::string to_text(bool value) { return value ? "true" : "false"; }
+inline std::string to_text(Index value) { return std::to_string(value); }
+inline std::string to_text(std::uint64_t value) { return std::to_string(value); }
+inline std::string to_text(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.17g", value);
+  return text;
+}
+
+inline void from_text(const std::string& text, std::string& value) { value = text; }
+inline void from_text(const std::string& text, bool& value) { value = text == "true"; }
+inline void from_text(const std::string& text, Index& value) { value = std::stoll(text); }
+inline void from_text(const std::string& text, std::uint64_t& value) { value = std::stoull(text); }
+inline void from_text(const std::string& text, double& value) { value = std::stod(text); }
+
+/// The options that a model was saved with. Throws std::runtime_error naming one that is missing or
+/// makes no sense.
+inline Options read_options(const std::map<std::string, std::string>& metadata) {
+  Options options;
+  for_each_option(options, [&](const char* name, auto& value, const char*) {
+    const auto found = metadata.find(name);
+    if (found == metadata.end()) {
+      throw std::runtime_error(std::string("this is no model of pronounce: it has no ") + name);
+    }
+    try {
+      from_text(found->second, value);
+    } catch (const std::logic_error&) {
+      throw std::runtime_error(std::string("this is no model of pronounce: its ") + name + " is \"" +
+                               found->second + '"');
+    }
+  });
+  return options;
 }
 
 }  // namespace pronounce

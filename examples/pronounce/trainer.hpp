@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "batches.hpp"
@@ -47,7 +48,8 @@ inline moe::Baseline baseline_of(const std::string& name) {
   if (name == "linear") return moe::Baseline::linear;
   if (name == "greedy") return moe::Baseline::greedy;
   if (name == "leave_one_out") return moe::Baseline::leave_one_out;
-  throw std::runtime_error("--baseline " + name + " is not known");
+  throw std::runtime_error("--baseline " + name +
+                           " is none of none, running_mean, linear, greedy, leave_one_out");
 }
 
 inline Helper::Config helper_of(const Options& o) {
@@ -62,21 +64,27 @@ inline Helper::Config helper_of(const Options& o) {
           .seed = moe::derive_seed(o.seed, 100)};
 }
 
-/// What an update trains, as the options have it.
-inline moe::Objective objective_of(const Options& o, Index update) {
-  const Index warm_up = o.cross_entropy;
-  if (o.schedule == "none") return {};
+using Schedule = std::variant<moe::Alternation, moe::ShrinkingPrefix, moe::Blend>;
+
+inline Schedule schedule_of(const Options& o) {
+  if (o.schedule == "none") return moe::Alternation{.warm_up = o.updates, .highest = 0};
   if (o.schedule == "alternation") {
-    return moe::Alternation{.warm_up = warm_up, .rise = o.rise, .highest = o.share}(update);
-  }
-  if (o.schedule == "prefix") {
-    return moe::ShrinkingPrefix{
-        .warm_up = warm_up, .longest = 12, .shrink = 2, .stage = o.rise}(update);
+    return moe::Alternation{.warm_up = o.cross_entropy, .rise = o.rise, .highest = o.share};
   }
   if (o.schedule == "blend") {
-    return moe::Blend{.warm_up = warm_up, .rise = o.rise, .highest = o.share}(update);
+    return moe::Blend{.warm_up = o.cross_entropy, .rise = o.rise, .highest = o.share};
   }
-  throw std::runtime_error("--schedule " + o.schedule + " is not known");
+  if (o.schedule == "prefix") {
+    // Few pronunciations have more phonemes than twelve.
+    return moe::ShrinkingPrefix{
+        .warm_up = o.cross_entropy, .longest = 12, .shrink = 2, .stage = o.rise};
+  }
+  throw std::runtime_error("--schedule " + o.schedule +
+                           " is none of none, alternation, blend, prefix");
+}
+
+inline std::string schedule_in_words(const Options& o) {
+  return std::visit([](const auto& schedule) { return moe::to_string(schedule); }, schedule_of(o));
 }
 
 /// The learning rate of an update: a fall to a tenth while cross-entropy is alone, then a slower one
@@ -100,7 +108,7 @@ class Rewards {
  public:
   explicit Rewards(const Options& o) : kind_(o.reward), exact_bonus_(o.exact_bonus) {
     if (kind_ != "score" && kind_ != "constant" && kind_ != "shuffled") {
-      throw std::runtime_error("--reward " + kind_ + " is not known");
+      throw std::runtime_error("--reward " + kind_ + " is none of score, constant, shuffled");
     }
   }
 
@@ -157,6 +165,7 @@ class Trainer {
       : options_(options),
         network_(network_of(options)),
         helper_(helper_of(options)),
+        schedule_(schedule_of(options)),
         rewards_(options),
         batches_(entries, options.words, moe::derive_seed(options.seed, 101)) {}
 
@@ -180,7 +189,7 @@ class Trainer {
     batches_.get(update_, batch_);
     moe::zero_gradients(network_);
     moe::zero_gradients(helper_);
-    const moe::Objective objective = objective_of(options_, update_);
+    const moe::Objective objective = std::visit([&](const auto& schedule) { return schedule(update_); }, schedule_);
     const moe::NoiseKey key{.step = static_cast<std::uint64_t>(update_)};
     const auto statistics =
         helper_.add_gradients(network_, batch_.words, batch_.references, rewards_, objective, key,
@@ -216,16 +225,6 @@ class Trainer {
     file.read_parameters(network_);
     for_each_extra([&](const std::string& name, auto&& value) { file.read(name, value); });
     recall();
-  }
-
-  static std::string to_text(const std::string& value) { return value; }
-  static std::string to_text(Index value) { return std::to_string(value); }
-  static std::string to_text(std::uint64_t value) { return std::to_string(value); }
-  static std::string to_text(bool value) { return value ? "true" : "false"; }
-  static std::string to_text(double value) {
-    char text[32];
-    std::snprintf(text, sizeof(text), "%.17g", value);
-    return text;
   }
 
  private:
@@ -267,6 +266,7 @@ class Trainer {
   Options options_;
   Network network_;
   Helper helper_;
+  Schedule schedule_;
   Rewards rewards_;
   Batches batches_;
   moe::Adam<float> adam_;

@@ -101,7 +101,7 @@ TEST_CASE("pronounce: error rates by hand", "[pronounce]") {
 
 TEST_CASE("pronounce: attention's gradients agree with differences", "[pronounce]") {
   const std::vector<Index> offsets{0, 3, 4, 6};
-  const std::vector<Index> words{0, 2, -1, 1, 2, 0};
+  const std::vector<Index> words{0, 2, 2, 1, 2, 0};
   Matrix<double> query = random_matrix(6, 4, 1);
   Matrix<double> keys = random_matrix(6, 4, 2);
   Matrix<double> values = random_matrix(6, 5, 3);
@@ -113,7 +113,6 @@ TEST_CASE("pronounce: attention's gradients agree with differences", "[pronounce
     return Layer::forward(query, words, {offsets, keys, values}, other).cwiseProduct(weights).sum();
   };
   const Matrix<double>& context = Layer::forward(query, words, {offsets, keys, values}, tape);
-  CHECK(context.row(2).isZero(0));
   CHECK(same_bits(context.row(3), values.row(3)));  // a word of one letter
   Layer::backward(weights, {offsets, keys, values}, tape);
   const auto check = [&](const Matrix<double>& actual, Matrix<double>& by) {

@@ -1,0 +1,102 @@
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+
+#include "score.hpp"
+#include "trainer.hpp"
+
+/// \file
+/// What the program shows: a progress bar, a row after every evaluation, the final table and a CSV.
+
+namespace pronounce {
+
+/// Share is that of REINFORCE in the last updates; xentropy is nats a phoneme on training words with
+/// dropout; reward is what sampled pronunciations of training words earned.
+inline const char* const row_header =
+    "  update  share  xentropy  reward    PER    WER  WER(first)  CV(imp.)  seconds";
+
+inline void print_row(const Trainer& trainer, const ErrorRates& rates) {
+  std::printf("%8td  %5.2f  %8.4f  %6.3f  %5.2f  %5.2f  %10.2f  %8.3f  %7.0f\n", trainer.update(),
+              trainer.share(), trainer.cross_entropy(), trainer.reward(),
+              rates.phoneme_error_rate(), rates.word_error_rate(), rates.word_error_rate_first(),
+              static_cast<double>(trainer.balance().cv_importance()), trainer.seconds());
+  std::fflush(stdout);
+}
+
+/// One line of the final table, in Markdown.
+inline void print_result(const char* part, const ErrorRates& rates) {
+  std::printf("| %-10s | %5td | %18.2f | %16.2f | %22.2f |\n", part, rates.words,
+              rates.phoneme_error_rate(), rates.word_error_rate(), rates.word_error_rate_first());
+}
+inline void print_result_header() {
+  std::puts(
+      "| part       | words | phoneme error rate | word error rate  | word error rate, first |\n"
+      "| ---------- | ----: | -----------------: | ---------------: | ---------------------: |");
+}
+
+/// A bar on the terminal, drawn over itself; nothing where the output is no terminal.
+class ProgressBar {
+ public:
+  ProgressBar() : visible_(isatty(STDERR_FILENO) != 0) {}
+  ~ProgressBar() { clear(); }
+  ProgressBar(const ProgressBar&) = delete;
+  ProgressBar& operator=(const ProgressBar&) = delete;
+
+  void draw(const Trainer& trainer) {
+    if (!visible_ || seconds_now() - drawn_ < 0.1) return;
+    drawn_ = seconds_now();
+    constexpr Index width = 24;
+    const Index total = trainer.options().updates;
+    const Index full = std::min(width, width * trainer.update() / std::max<Index>(1, total));
+    std::fprintf(stderr, "\r[%s%s] %td/%td  xentropy %.3f  reward %.3f\x1b[K",
+                 std::string(static_cast<std::size_t>(full), '#').c_str(),
+                 std::string(static_cast<std::size_t>(width - full), '.').c_str(),
+                 trainer.update(), total, trainer.cross_entropy(), trainer.reward());
+  }
+
+  void clear() {
+    if (visible_) std::fputs("\r\x1b[K", stderr);
+    drawn_ = 0;
+  }
+
+ private:
+  bool visible_;
+  double drawn_ = 0;
+};
+
+/// Every row that is printed, for plotting; without a path, nothing.
+class CsvFile {
+ public:
+  explicit CsvFile(const std::string& path) : path_(path) {
+    if (path.empty()) return;
+    file_.open(path);
+    file_ << "seed,schedule,reward_kind,update,seconds,share,cross_entropy,reward,phoneme_error_rate,"
+             "word_error_rate,word_error_rate_first\n";
+    check();
+  }
+
+  void add(const Trainer& trainer, const ErrorRates& rates) {
+    if (path_.empty()) return;
+    const Options& o = trainer.options();
+    file_ << o.seed << ',' << o.schedule << ',' << o.reward << ',' << trainer.update() << ','
+          << trainer.seconds() << ',' << trainer.share() << ',' << trainer.cross_entropy() << ','
+          << trainer.reward() << ',' << rates.phoneme_error_rate() << ','
+          << rates.word_error_rate() << ',' << rates.word_error_rate_first() << std::endl;
+    check();
+  }
+
+ private:
+  void check() {
+    if (!file_) throw std::runtime_error("cannot write " + path_);
+  }
+  std::string path_;
+  std::ofstream file_;
+};
+
+}  // namespace pronounce
