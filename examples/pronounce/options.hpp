@@ -17,32 +17,32 @@ namespace pronounce {
 /// it goes on with the same.
 struct Options {
   // the network
-  Index embedding = 32;
-  Index width = 64;
+  Index embedding = 24;
+  Index width = 32;
   Index experts = 16;
   Index active = 2;
-  Index hidden = 64;
-  double dropout = 0.2;
+  Index hidden = 32;
+  double dropout = 0;
   double balance_weight = 0.1;
 
   // the plan
-  Index updates = 6000;
-  Index cross_entropy = 4500;
+  Index updates = 19000;
+  Index cross_entropy = 16000;
   Index words = 128;
-  double learning_rate = 3e-3;
-  double late_rate = 5e-4;
+  double learning_rate = 5e-3;
+  double late_rate = 1e-3;
   double clip = 5;
 
   // REINFORCE
   std::string schedule = "alternation";
-  double share = 0.5;
+  double share = 0.9;
   Index rise = 500;
   std::string baseline = "leave_one_out";
-  Index samples = 4;
+  Index samples = 8;
   double temperature = 1;
   bool normalise = false;
   double entropy_bonus = 0;
-  double exact_bonus = 1;
+  double exact_bonus = 4;
   std::string reward = "score";
   Index longest = 32;
 
@@ -52,11 +52,13 @@ struct Options {
 /// --full: a larger network, trained to convergence.
 inline Options full_options() {
   Options o;
-  o.embedding = 64;
-  o.width = 128;
-  o.hidden = 128;
-  o.updates = 30000;
-  o.cross_entropy = 24000;
+  o.embedding = 32;
+  o.width = 64;
+  o.hidden = 64;
+  o.dropout = 0.1;
+  o.updates = 34000;
+  o.cross_entropy = 30000;
+  o.learning_rate = 3e-3;
   return o;
 }
 

@@ -1,0 +1,92 @@
+#!/bin/sh
+# What REINFORCE is worth after cross-entropy: the study in README.md beside this file.
+#
+#     sh examples/pronounce/study.sh [FOLDER]          (default: build/study)
+#
+# Five ways to go on, three seeds; two trainings at a time, a thread each. A training that is in the
+# folder already is not run again, so a study that was stopped goes on where it was.
+set -eu
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+folder=${1:-$root/build/study}
+mkdir -p "$folder"
+folder=$(CDPATH='' cd -- "$folder" && pwd)
+
+sh "$root/cmake/install_packages.sh"
+(cd "$root" && cmake --preset release >/dev/null)
+cmake --build "$root/build/release" --target pronounce --parallel "$(getconf _NPROCESSORS_ONLN)"
+program="$root/build/release/examples/pronounce/pronounce"
+
+seeds='1 2 3'
+first=16000   # updates of cross-entropy that all but (e) have behind them
+more=3000     # updates after that
+last=$((first + more))
+
+# run NAME arguments...: prints the command that makes NAME.log, unless it is there.
+run() {
+  name=$1
+  shift
+  [ -f "$folder/$name.log" ] ||
+    printf '%s\n' "OMP_NUM_THREADS=1 '$program' --threads 1 --model '$folder/$name.safetensors' \
+--csv '$folder/$name.csv' $* >'$folder/$name.part' && mv '$folder/$name.part' '$folder/$name.log'"
+}
+
+# Runs the commands on standard input, two at a time.
+two_at_a_time() {
+  tr '\n' '\0' | xargs -0 -r -n 1 -P 2 sh -c
+}
+
+# Seconds of training of NAME from update FROM on, and a second's updates.
+seconds() {
+  awk -F, -v from="$2" '$4 >= from { if (!start) start = $5 + 0; end = $5 }
+                        END { printf "%.1f", end - start }' "$folder/$1.csv"
+}
+
+for seed in $seeds; do
+  run "start-$seed" --seed "$seed" --no-test --schedule none --cross-entropy "$first" \
+    --updates "$first" --evaluate-every 2000
+done | two_at_a_time
+
+for seed in $seeds; do
+  go_on="--resume '$folder/start-$seed.safetensors' --updates $last --evaluate-every 500"
+  run "cross_entropy-$seed" "$go_on"
+  run "annealed-$seed" "$go_on --schedule alternation"
+  run "constant-$seed" "$go_on --schedule alternation --reward constant"
+  run "shuffled-$seed" "$go_on --schedule alternation --reward shuffled"
+done | two_at_a_time
+
+# Cross-entropy for as long as the annealed training took.
+for seed in $seeds; do
+  updates=$(awk -v annealed="$(seconds "annealed-$seed" "$first")" \
+    -v cross_entropy="$(seconds "cross_entropy-$seed" "$first")" -v first="$first" -v more="$more" \
+    'BEGIN { printf "%d", first + more * annealed / cross_entropy }')
+  run "cross_entropy_as_long-$seed" --resume "'$folder/start-$seed.safetensors'" \
+    --updates "$updates" --evaluate-every 5000
+  run "from_scratch-$seed" --seed "$seed" --cross-entropy 0 --rise 1 --share 1 \
+    --late-rate 0.005 --updates "$more" --evaluate-every 1000
+done | two_at_a_time
+
+# The last rows of the logs, and their means.
+for way in start cross_entropy cross_entropy_as_long annealed constant shuffled from_scratch; do
+  for seed in $seeds; do
+    awk -v way="$way" -v seed="$seed" '
+      /^\| (validation|test)/ { per[$2] = $6; wer[$2] = $8; first[$2] = $10 }
+      /^Error rates in percent after/ { updates = $6; seconds = $8 }
+      END { print way, seed, updates, seconds, wer["validation"], wer["test"], first["test"],
+                  per["test"] }' "$folder/$way-$seed.log"
+  done
+done | awk '
+  { n[$1]++; if (n[$1] == 1) order[++ways] = $1
+    updates[$1] += $3; seconds[$1] += $4; validation[$1] += $5; test[$1] += $6; squares[$1] += $6 * $6
+    first[$1] += $7; per[$1] += $8; each[$1] = each[$1] (n[$1] > 1 ? " / " : "") $6 }
+  END {
+    print "| way | updates | seconds | validation WER | test WER, each seed | mean | deviation | first listed | PER |"
+    print "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |"
+    for (i = 1; i <= ways; ++i) {
+      w = order[i]; k = n[w]; mean = test[w] / k
+      variance = k > 1 ? (squares[w] - k * mean * mean) / (k - 1) : 0
+      printf "| %s | %d | %d | %.2f | %s | %.2f | %.2f | %.2f | %.2f |\n", w, updates[w] / k,
+        seconds[w] / k, validation[w] / k, each[w], mean, sqrt(variance > 0 ? variance : 0),
+        first[w] / k, per[w] / k
+    }
+  }' | tee "$folder/table.md"
