@@ -43,7 +43,7 @@ seconds() {
 }
 
 for seed in $seeds; do
-  run "start-$seed" --seed "$seed" --no-test --schedule none --cross-entropy "$first" \
+  run "start-$seed" --seed "$seed" --schedule none --cross-entropy "$first" \
     --updates "$first" --evaluate-every 2000
 done | two_at_a_time
 

@@ -155,7 +155,7 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   };
   const auto header_fails = [&](const std::string& header, std::size_t data,
                                 const std::string& message) {
-    INFO(header);
+    INFO(header.substr(0, 200));
     write_file(path, header, data);
     fails(message);
   };
@@ -192,7 +192,7 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   header_fails("{\"a\":", 0, "is no JSON");
   header_fails("{} {}", 0, "is no JSON");
   header_fails("{\"\xff\":1}", 0, "is no JSON");
-  header_fails("{\"a\":" + std::string(100000, '['), 0, "is no JSON");
+  header_fails("{\"a\":" + std::string(100000, '['), 0, "tensor \"a\" is no object");
   header_fails("{\"a\":1}", 0, "tensor \"a\" is no object");
   header_fails("{\"a\":{}}", 0, "tensor \"a\" must have dtype");
   header_fails("{" + tensor("a", f32, "[1]", "[0,4]") + "," + tensor("a", f32, "[1]", "[0,4]") + "}",
@@ -201,6 +201,24 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
                "\"shape\" twice");
   header_fails(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}})", 4,
                "tensor \"a\" must have dtype, shape and data_offsets, and nothing else");
+  header_fails(R"({"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"":{}})", 4,
+               "tensor \"\" twice");
+  header_fails(R"({"__metadata__":{"":"a","":"b"}})", 0, "\"\" twice");
+  header_fails("{\"a\":{\"dtype\":\"F32\",\"shape\":" + std::string(1000000, '['), 0,
+               "shape has a list");
+  header_fails("{\"a\":{\"b\":" + std::string(1000000, '['), 0, "and nothing else");
+  header_fails(R"({"a":{"dtype":{},"shape":[1],"data_offsets":[0,4]}})", 4, "dtype is no text");
+  header_fails(R"({"a":{"dtype":"F32","shape":["1"],"data_offsets":[0,4]}})", 4,
+               "shape has a text");
+  header_fails(R"({"a":{"dtype":"F32","shape":[null],"data_offsets":[0,4]}})", 4, "shape has null");
+  header_fails(R"({"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}})", 4,
+               "shape has a truth value");
+  {
+    std::string ones = "1";
+    for (int i = 0; i < 100; ++i) ones += ",1";
+    header_fails("{\"a\":{\"dtype\":\"F32\",\"shape\":[" + ones, 0,
+                 "shape has more than 64 numbers");
+  }
   header_fails(R"({"__metadata__":[]})", 0, "metadata that is no object");
   header_fails(R"({"__metadata__":{"a":1}})", 0, "metadata \"a\" that is no text");
 
@@ -213,9 +231,9 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   header_fails("{" + tensor("a", f32, "[1.0]", "[0,4]") + "}", 4, "tensor \"a\": shape has 1.0");
   header_fails("{" + tensor("a", f32, "[1e400]", "[0,4]") + "}", 4, "is no JSON");
   header_fails("{" + tensor("a", f32, "[18446744073709551616]", "[0,4]") + "}", 4,
-               "tensor \"a\": shape has 1.8446744073709552e+19");
+               "tensor \"a\": shape has 18446744073709551616");
   header_fails("{" + tensor("a", f32, "[4294967296,4294967296]", "[0,0]") + "}", 0,
-               "tensor \"a\": shape [4294967296, 4294967296] has more bytes than can be counted");
+               "tensor \"a\": shape [4294967296,4294967296] has more bytes than can be counted");
   header_fails("{" + tensor("a", f32, "[4611686018427387904]", "[0,0]") + "}", 0,
                "more bytes than can be counted");
   header_fails("{" + tensor("a", f32, "[3]", "[0,8]") + "}", 8,
@@ -294,7 +312,7 @@ TEST_CASE("safetensors: a file that does not fit leaves the module as it was", "
   Linear<float> wider({.inputs = 3, .outputs = 4}, 2);
   const Linear<float> before = wider;
   CHECK_THROWS_WITH(load_parameters(path, wider),
-                    Contains("tensor \"weight\" has shape [3, 2], needed is [3, 4]"));
+                    Contains("tensor \"weight\" has shape [3,2], needed is [3,4]"));
   CHECK(same_bits(wider.weight.value, before.weight.value));
 
   // Of two parameters the second is wrong: the first must not have been touched.

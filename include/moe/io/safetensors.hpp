@@ -61,15 +61,16 @@ void require_file(bool condition, const std::string& path, const Parts&... parts
   if (!condition) fail_file(path, parts...);
 }
 
-/// A tensor's name in a message: quoted, and not longer than a line, whatever a file says.
-inline std::string quoted(std::string_view name) {
+/// What a file says, as part of a message: not longer than a line, and without control characters.
+inline std::string plain(std::string_view said) {
   constexpr std::size_t most = 120;
-  std::string text = "tensor \"";
-  for (const char c : name.substr(0, most)) {
+  std::string text;
+  for (const char c : said.substr(0, most)) {
     text += static_cast<unsigned char>(c) < 0x20 || c == 0x7F ? '?' : c;
   }
-  return text + (name.size() > most ? "...\"" : "\"");
+  return said.size() > most ? text + "..." : text;
 }
+inline std::string tensor_named(std::string_view name) { return "tensor \"" + plain(name) + '"'; }
 
 /// The types of the format, and their sizes in bytes.
 inline std::size_t element_size(std::string_view type) {
@@ -90,10 +91,11 @@ constexpr std::string_view element_type() {
   if constexpr (std::is_same_v<Element, Index>) return "I64";
 }
 
-inline std::string to_string(const std::vector<std::uint64_t>& shape) {
+/// "[2,3]"
+inline std::string to_string(const std::vector<std::uint64_t>& numbers) {
   std::string text = "[";
-  for (const std::uint64_t size : shape) {
-    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  for (const std::uint64_t number : numbers) {
+    text += (text.size() > 1 ? "," : "") + std::to_string(number);
   }
   return text + "]";
 }
@@ -173,6 +175,156 @@ class AtomicFile {
   std::FILE* file_ = nullptr;
 };
 
+/// What a header says of one tensor.
+struct SafetensorsEntry {
+  std::string type;
+  std::vector<std::uint64_t> shape;
+  std::uint64_t begin = 0;  ///< in the data
+  std::uint64_t end = 0;
+};
+
+/// Takes a header in as its JSON is parsed, so nothing is kept that does not belong there, however
+/// long or deep it is. Anything out of order throws std::runtime_error.
+class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  explicit SafetensorsHeader(const std::string& path) : path_(path) {}
+
+  std::map<std::string, SafetensorsEntry> tensors;
+  std::map<std::string, std::string> metadata;
+
+  bool start_object(std::size_t) override {
+    if (place_ == Place::outside) {
+      place_ = Place::top;
+    } else if (place_ == Place::top) {
+      place_ = name_ == "__metadata__" ? Place::metadata : Place::tensor;
+      keys_.clear();
+      offsets_.clear();
+    } else {
+      refuse("an object");
+    }
+    return true;
+  }
+
+  bool key(std::string& key) override {
+    if (place_ == Place::top) {
+      require_file(names_.insert(key).second, path_, "has ", tensor_named(key), " twice");
+      name_ = key;
+    } else {
+      require_file(keys_.insert(key).second, path_, "has ", this_tensor(), " with \"",
+                   plain(key), "\" twice");
+      require_file(place_ == Place::metadata || key == "dtype" || key == "shape" ||
+                       key == "data_offsets",
+                   path_, this_tensor(), needs);
+      key_ = key;
+    }
+    return true;
+  }
+
+  bool end_object() override {
+    if (place_ == Place::tensor) finish_tensor();
+    place_ = place_ == Place::top ? Place::outside : Place::top;
+    return true;
+  }
+
+  bool start_array(std::size_t) override {
+    if (place_ != Place::tensor || key_ == "dtype") refuse("a list");
+    place_ = Place::list;
+    return true;
+  }
+  bool end_array() override {
+    place_ = Place::tensor;
+    return true;
+  }
+
+  bool string(std::string& text) override {
+    if (place_ == Place::metadata) {
+      metadata.emplace(key_, text);
+    } else if (place_ == Place::tensor && key_ == "dtype") {
+      entry_.type = text;
+      require_file(element_size(text) > 0, path_, this_tensor(), ": unknown dtype \"", plain(text),
+                   "\"");
+    } else {
+      refuse("a text");
+    }
+    return true;
+  }
+
+  bool number_unsigned(std::uint64_t number) override {
+    if (place_ != Place::list) refuse(std::to_string(number));
+    std::vector<std::uint64_t>& numbers = key_ == "shape" ? entry_.shape : offsets_;
+    // A tensor of more dimensions than that is a waste of memory, not a tensor.
+    require_file(numbers.size() < 64, path_, this_tensor(), ": ", key_, " has more than 64 numbers");
+    numbers.push_back(number);
+    return true;
+  }
+
+  bool number_integer(std::int64_t number) override { return refuse(std::to_string(number)); }
+  bool number_float(double, const std::string& text) override { return refuse(plain(text)); }
+  bool boolean(bool) override { return refuse("a truth value"); }
+  bool null() override { return refuse("null"); }
+  bool binary(nlohmann::json::binary_t&) override { return refuse("bytes"); }
+
+  bool parse_error(std::size_t, const std::string&,
+                   const nlohmann::json::exception& error) override {
+    fail_file(path_, "has a header that is no JSON: ", plain(error.what()));
+  }
+
+ private:
+  enum class Place { outside, top, metadata, tensor, list };
+  static constexpr std::string_view needs =
+      " must have dtype, shape and data_offsets, and nothing else";
+
+  /// Something stands where it does not belong.
+  bool refuse(std::string_view what) const {
+    if (place_ == Place::top) {
+      if (name_ == "__metadata__") fail_file(path_, "has metadata that is no object");
+      fail_file(path_, this_tensor(), " is no object");
+    }
+    if (place_ == Place::metadata) {
+      fail_file(path_, "has metadata \"", plain(key_), "\" that is no text");
+    }
+    if (place_ == Place::list) {
+      fail_file(path_, this_tensor(), ": ", key_, " has ", what,
+                ", which is no whole number that is at least 0");
+    }
+    fail_file(path_, this_tensor(), ": ", key_,
+              key_ == "dtype" ? std::string_view(" is no text") : std::string_view(" is no list"));
+  }
+
+  void finish_tensor() {
+    const std::string name = this_tensor();
+    require_file(keys_.size() == 3, path_, name, needs);
+    require_file(offsets_.size() == 2, path_, name, ": data_offsets has ", offsets_.size(),
+                 " numbers, not 2");
+    entry_.begin = offsets_[0];
+    entry_.end = offsets_[1];
+    require_file(entry_.begin <= entry_.end, path_, name, ": data_offsets descends from ",
+                 entry_.begin, " to ", entry_.end);
+    // A zero empties the tensor, whatever the other numbers are.
+    const bool empty = std::find(entry_.shape.begin(), entry_.shape.end(), 0u) != entry_.shape.end();
+    std::uint64_t bytes = empty ? 0 : element_size(entry_.type);
+    for (const std::uint64_t size : entry_.shape) {
+      require_file(empty || bytes <= UINT64_MAX / size, path_, name, ": shape ",
+                   detail::to_string(entry_.shape), " has more bytes than can be counted");
+      bytes *= size;
+    }
+    require_file(entry_.end - entry_.begin == bytes, path_, name, ": shape ",
+                 detail::to_string(entry_.shape), " of ", entry_.type, " takes ", bytes,
+                 " bytes, data_offsets gives ", entry_.end - entry_.begin);
+    tensors.emplace(name_, std::exchange(entry_, {}));
+  }
+
+  std::string this_tensor() const { return tensor_named(name_); }
+
+  const std::string& path_;
+  Place place_ = Place::outside;
+  std::string name_;                   // of the tensor
+  std::string key_;                    // within it or the metadata
+  std::set<std::string> names_, keys_;  // seen so far: of a name that is there twice none is right
+  SafetensorsEntry entry_;
+  std::vector<std::uint64_t> offsets_;
+};
+
 }  // namespace detail
 
 /// Collects tensors and writes them to a file.
@@ -233,29 +385,43 @@ class SafetensorsWriter {
   void add(const std::string& name, std::string_view type, std::vector<std::uint64_t> shape,
            const void* data, std::size_t size) {
     detail::require(name != "__metadata__" && names_.insert(name).second,
-                    "SafetensorsWriter: ", detail::quoted(name), " is there already");
+                    "SafetensorsWriter: ", detail::tensor_named(name), " is there already");
     entries_.push_back({name, type, std::move(shape), data, size});
   }
 
   std::string make_header() const {
-    nlohmann::ordered_json header = nlohmann::ordered_json::object();
-    if (!metadata_.empty()) header["__metadata__"] = metadata_;
+    std::string text = "{";
+    const auto separate = [&] {
+      if (text.size() > 1) text += ',';
+    };
+    if (!metadata_.empty()) {
+      text += quoted_json("__metadata__") + ":{";
+      for (const auto& [key, value] : metadata_) {
+        if (text.back() != '{') text += ',';
+        text += quoted_json(key) + ':' + quoted_json(value);
+      }
+      text += '}';
+    }
     std::size_t offset = 0;
     for (const Entry& entry : entries_) {
-      header[entry.name] = {{"dtype", entry.type},
-                            {"shape", entry.shape},
-                            {"data_offsets", {offset, offset + entry.size}}};
+      separate();
+      text += quoted_json(entry.name) + ":{\"dtype\":\"" + std::string(entry.type) +
+              "\",\"shape\":" + detail::to_string(entry.shape) + ",\"data_offsets\":" +
+              detail::to_string({offset, offset + entry.size}) + '}';
       offset += entry.size;
     }
-    std::string text;
-    try {
-      text = header.dump();
-    } catch (const nlohmann::json::exception& error) {
-      detail::require(false, "SafetensorsWriter: ", std::string_view(error.what()));
-    }
+    text += '}';
     // Spaces, so that the tensors start where a file mapped into memory may be read as numbers.
     text.append((8 - text.size() % 8) % 8, ' ');
     return text;
+  }
+
+  static std::string quoted_json(const std::string& text) {
+    try {
+      return nlohmann::json(text).dump();
+    } catch (const nlohmann::json::exception& error) {
+      detail::fail({detail::Part("SafetensorsWriter: "), detail::Part(error.what())});
+    }
   }
 
   std::vector<Entry> entries_;
@@ -268,18 +434,13 @@ class SafetensorsWriter {
 ///     const moe::SafetensorsFile file("model.safetensors");
 ///     file.read_parameters(model);
 ///
-/// Nothing in the file is believed: the header must be valid JSON of at most 100 MB without a name
+/// Nothing in the file is believed: the header must be valid JSON of at most 100 MB without a key
 /// twice, every type known, every shape in agreement with its offsets, and the tensors must cover the
 /// rest of the file exactly, without overlap or hole. Else the constructor throws
 /// std::runtime_error, which names the file and, where one is to blame, the tensor.
 class SafetensorsFile {
  public:
-  struct Tensor {
-    std::string type;
-    std::vector<std::uint64_t> shape;
-    std::uint64_t begin = 0;  ///< in data
-    std::uint64_t end = 0;
-  };
+  using Tensor = detail::SafetensorsEntry;
 
   static constexpr std::uint64_t longest_header = 100'000'000;
 
@@ -301,7 +462,11 @@ class SafetensorsFile {
     std::string header(length, '\0');
     file.read(header.data(), static_cast<std::streamsize>(length));
     require(file.good(), "cannot be read");
-    parse(header);
+    require(!header.empty() && header.front() == '{', "has a header that does not begin with {");
+    detail::SafetensorsHeader parsed(path_);
+    nlohmann::json::sax_parse(header, &parsed);
+    tensors_ = std::move(parsed.tensors);
+    metadata_ = std::move(parsed.metadata);
     check_offsets(rest - length);
     data_.resize(rest - length);
     file.read(data_.data(), static_cast<std::streamsize>(data_.size()));
@@ -358,83 +523,6 @@ class SafetensorsFile {
   requires std::is_integral_v<Number>
   static std::string as_text(Number number) { return std::to_string(number); }
 
-  void parse(const std::string& header) {
-    using nlohmann::json;
-    // Of a name that is there twice the parser would keep one and be silent.
-    std::vector<std::set<std::string>> names;
-    std::string twice;
-    json parsed;
-    require(!header.empty() && header.front() == '{', "has a header that does not begin with {");
-    try {
-      parsed = json::parse(header, [&](int, json::parse_event_t event, json& value) {
-        if (event == json::parse_event_t::object_start) names.emplace_back();
-        if (event == json::parse_event_t::object_end) names.pop_back();
-        if (event == json::parse_event_t::key && !names.back().insert(value).second) {
-          twice = value;
-        }
-        return true;
-      });
-    } catch (const json::exception& error) {
-      require(false, "has a header that is no JSON: ", std::string_view(error.what()));
-    }
-    require(twice.empty(), "has ", detail::quoted(twice), " twice");
-    for (const auto& [name, value] : parsed.items()) {
-      if (name == "__metadata__") {
-        require(value.is_object(), "has metadata that is no object");
-        for (const auto& [key, text] : value.items()) {
-          require(text.is_string(), "has metadata \"", std::string_view(key), "\" that is no text");
-          metadata_.emplace(key, text.template get<std::string>());
-        }
-      } else {
-        tensors_.emplace(name, parse_tensor(detail::quoted(name), value));
-      }
-    }
-  }
-
-  Tensor parse_tensor(const std::string& name, const nlohmann::json& value) const {
-    require(value.is_object(), name, " is no object");
-    require(value.size() == 3 && value.contains("dtype") && value.contains("shape") &&
-                value.contains("data_offsets"),
-            name, " must have dtype, shape and data_offsets, and nothing else");
-    Tensor tensor;
-    require(value["dtype"].is_string(), name, ": dtype is no text");
-    tensor.type = value["dtype"].get<std::string>();
-    const std::size_t element = detail::element_size(tensor.type);
-    require(element > 0, name, ": unknown dtype ", detail::quoted(tensor.type).substr(7));
-    tensor.shape = whole_numbers(name, "shape", value["shape"]);
-    const auto offsets = whole_numbers(name, "data_offsets", value["data_offsets"]);
-    require(offsets.size() == 2, name, ": data_offsets has ", offsets.size(), " numbers, not 2");
-    tensor.begin = offsets[0];
-    tensor.end = offsets[1];
-    require(tensor.begin <= tensor.end, name, ": data_offsets descends from ", tensor.begin, " to ",
-            tensor.end);
-    // A zero empties the tensor, whatever the other numbers are.
-    std::uint64_t bytes = element;
-    const bool empty = std::find(tensor.shape.begin(), tensor.shape.end(), 0u) != tensor.shape.end();
-    for (const std::uint64_t size : tensor.shape) {
-      require(empty || bytes <= UINT64_MAX / size, name, ": shape ",
-              detail::to_string(tensor.shape), " has more bytes than can be counted");
-      bytes *= size;
-    }
-    if (empty) bytes = 0;
-    require(tensor.end - tensor.begin == bytes, name, ": shape ", detail::to_string(tensor.shape),
-            " of ", tensor.type, " takes ", bytes, " bytes, data_offsets gives ",
-            tensor.end - tensor.begin);
-    return tensor;
-  }
-
-  std::vector<std::uint64_t> whole_numbers(const std::string& name, const char* field,
-                                           const nlohmann::json& value) const {
-    require(value.is_array(), name, ": ", field, " is no list");
-    std::vector<std::uint64_t> numbers;
-    for (const nlohmann::json& number : value) {
-      require(number.is_number_unsigned(), name, ": ", field, " has ", number.dump().substr(0, 40),
-              ", which is no whole number that is at least 0");
-      numbers.push_back(number.get<std::uint64_t>());
-    }
-    return numbers;
-  }
-
   /// The tensors in the order of their place must follow each other and end with the file.
   void check_offsets(std::uint64_t size) const {
     std::vector<std::pair<const std::string*, const Tensor*>> order;
@@ -444,11 +532,11 @@ class SafetensorsFile {
     });
     std::uint64_t end = 0;
     for (const auto& [name, tensor] : order) {
-      require(tensor->begin >= end, detail::quoted(*name), " begins at byte ", tensor->begin,
+      require(tensor->begin >= end, detail::tensor_named(*name), " begins at byte ", tensor->begin,
               ", within another that ends at ", end);
-      require(tensor->begin <= end, detail::quoted(*name), " begins at byte ", tensor->begin,
+      require(tensor->begin <= end, detail::tensor_named(*name), " begins at byte ", tensor->begin,
               ", after a hole from ", end);
-      require(tensor->end <= size, detail::quoted(*name), " ends at byte ", tensor->end,
+      require(tensor->end <= size, detail::tensor_named(*name), " ends at byte ", tensor->end,
               " of data, the file has ", size);
       end = tensor->end;
     }
@@ -458,10 +546,10 @@ class SafetensorsFile {
   const Tensor& find(const std::string& name, std::string_view type,
                      const std::vector<std::uint64_t>& shape) const {
     const auto found = tensors_.find(name);
-    require(found != tensors_.end(), "has no ", detail::quoted(name));
+    require(found != tensors_.end(), "has no ", detail::tensor_named(name));
     const Tensor& tensor = found->second;
-    require(tensor.type == type, detail::quoted(name), " is ", tensor.type, ", needed is ", type);
-    require(tensor.shape == shape, detail::quoted(name), " has shape ",
+    require(tensor.type == type, detail::tensor_named(name), " is ", tensor.type, ", needed is ", type);
+    require(tensor.shape == shape, detail::tensor_named(name), " has shape ",
             detail::to_string(tensor.shape), ", needed is ", detail::to_string(shape));
     return tensor;
   }
