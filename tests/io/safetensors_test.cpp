@@ -78,14 +78,14 @@ TEST_CASE("safetensors: the format, byte for byte", "[io]") {
   writer.write(path);
   const std::string header =
       R"({"__metadata__":{"step":"7"},)"
-      R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},)"
-      R"("a":{"dtype":"I64","shape":[1],"data_offsets":[8,16]}})";
+      R"("a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
+      R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]}})";
   std::string expected;
   const std::size_t padded = (header.size() + 7) / 8 * 8;
   expected += static_cast<char>(padded);
   expected += std::string(7, '\0') + header + std::string(padded - header.size(), ' ');
-  expected += std::string("\x00\x00\x80\x3f\x00\x00\x00\xc0", 8);         // 1 and -2
   expected += std::string("\x03\x00\x00\x00\x00\x00\x00\x00", 8);
+  expected += std::string("\x00\x00\x80\x3f\x00\x00\x00\xc0", 8);  // 1 and -2
   CHECK(read_all(path) == expected);
 }
 
@@ -124,7 +124,8 @@ TEST_CASE("safetensors: shapes without elements, and no tensors", "[io]") {
   SafetensorsWriter writer;
   writer.add("nothing", nothing);
   writer.add("something", something);
-  writer.add("numbers", std::vector<Index>{});
+  const std::vector<Index> no_numbers;
+  writer.add("numbers", no_numbers);
   writer.write(folder.file("a"));
   const SafetensorsFile file(folder.file("a"));
   Matrix<float> back = Matrix<float>::Zero(1, 2);
@@ -264,6 +265,7 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   // A hostile name cannot flood a log or move its cursor.
   header_fails("{\"" + std::string(5000, 'x') + "\":1}", 0, std::string(120, 'x') + "...\"");
   header_fails("{\"a\\nb\\u001b[2J\":1}", 0, "tensor \"a?b?[2J\" is no object");
+  header_fails("{\"a\xc2\x9b\":1}", 0, "tensor \"a??\" is no object");
 }
 
 TEST_CASE("safetensors: every file cut short is refused", "[io]") {
@@ -332,6 +334,25 @@ TEST_CASE("safetensors: a file that does not fit leaves the module as it was", "
   lacking.write(path);
   CHECK_THROWS_WITH(load_parameters(path, other), Contains("has no tensor \"bias\""));
   CHECK(same_bits(other.weight.value, other_before.weight.value));
+}
+
+TEST_CASE("safetensors: a file that shrinks after it was opened", "[io]") {
+  const Folder folder;
+  const std::string path = folder.file("a");
+  Linear<float> linear({.inputs = 3, .outputs = 2}, 1);
+  save_parameters(path, linear);
+  const SafetensorsFile file(path);
+  fs::resize_file(path, fs::file_size(path) - 4);
+  const Linear<float> before = linear;
+  linear.bias.value.setConstant(7);
+  linear.weight.value.setConstant(7);
+  CHECK_THROWS_WITH(file.read_parameters(linear), Contains("cannot be read any more"));
+  CHECK((linear.weight.value.array() == 7).all());
+  CHECK((linear.bias.value.array() == 7).all());
+  CHECK_THROWS_WITH(file.read("bias", linear.bias.value), Contains("cannot be read any more"));
+  CHECK((linear.bias.value.array() == 7).all());
+  file.read("weight", linear.weight.value);
+  CHECK(same_bits(linear.weight.value, before.weight.value));
 }
 
 TEST_CASE("safetensors: whoever cannot write keeps the old file", "[io]") {

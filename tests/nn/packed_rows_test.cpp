@@ -28,6 +28,19 @@ TEST_CASE("packed rows: padding is neither read nor written but as zero", "[nn]"
   CHECK(back.row(4) == padded.row(4));
 }
 
+TEST_CASE("packed rows: rows that do not fit", "[nn]") {
+  using Catch::Matchers::Contains;
+  PackedRows real;
+  real.assign(std::vector<Index>{1, -1, 1});
+  Matrix<double> three = Matrix<double>::Zero(3, 2);
+  Matrix<double> two = Matrix<double>::Zero(2, 2);
+  Matrix<double> out;
+  CHECK_THROWS_WITH(real.pack(two, out), Contains("row 2 of 2"));
+  CHECK_THROWS_WITH(real.unpack(two, 2, out), Contains("row 2 of 2"));
+  CHECK_THROWS_WITH(real.unpack(three, 3, out), Contains("3 packed rows, 2 are real"));
+  CHECK_THROWS_WITH(real.pack(three, three), Contains("into itself"));
+}
+
 TEST_CASE("packed rows: none is real", "[nn]") {
   PackedRows real;
   real.assign(std::vector<Index>{-1, -1});

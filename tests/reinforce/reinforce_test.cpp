@@ -101,8 +101,10 @@ TEST_CASE("reinforce: cross-entropy's gradients agree with differences", "[reinf
 }
 
 TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
-  const auto baseline = GENERATE(Baseline::none, Baseline::linear, Baseline::greedy);
-  const double share = GENERATE(0.0, 0.4, 1.0);
+  const auto baseline = GENERATE(Baseline::none, Baseline::running_mean, Baseline::linear,
+                                 Baseline::greedy, Baseline::leave_one_out);
+  const Objective objective =
+      GENERATE(Objective{0, 0}, Objective{0.4, 0}, Objective{1, 0}, Objective{1, 2});
   const NoiseKey key{.step = 5};
   Helper<>::Tape tape;
   const auto run = [&](bool nan, Vector<double>& of_helper) {
@@ -114,7 +116,7 @@ TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
                      .entropy_bonus = 0.1,
                      .seed = 4});
     const Vector<double> gradients = update_gradients(helper, policy, inputs, references, reward,
-                                                      {.reinforce = share}, key, tape);
+                                                      objective, key, tape);
     of_helper = gradients_of(helper);
     return gradients;
   };
@@ -130,21 +132,24 @@ TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
 }
 
 TEST_CASE("reinforce: a batch is the sum of its singles", "[reinforce]") {
-  const auto baseline = GENERATE(Baseline::none, Baseline::running_mean, Baseline::greedy);
-  const double share = GENERATE(0.0, 1.0);
+  const auto baseline = GENERATE(Baseline::none, Baseline::running_mean, Baseline::greedy,
+                                 Baseline::leave_one_out);
+  const Objective objective =
+      GENERATE(Objective{0, 0}, Objective{0.3, 0}, Objective{1, 0}, Objective{1, 1});
   SmallPolicy<double> policy({.mixture = false});
-  Helper<> helper({.longest = 6, .discount = 0.9, .baseline = baseline, .seed = 3});
+  const Helper<>::Config config{
+      .longest = 6, .discount = 0.9, .baseline = baseline, .samples = 2, .seed = 3};
+  Helper<> helper(config);
   helper.set_running_mean({.sum = 0.4, .weight = 0.8});
   Helper<>::Tape tape;
   const Vector<double> batch = update_gradients(helper, policy, inputs, references, reward,
-                                                {.reinforce = share}, {.step = 9}, tape);
+                                                objective, {.step = 9}, tape);
   Vector<double> sum = Vector<double>::Zero(batch.size());
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    Helper<> single({.longest = 6, .discount = 0.9, .baseline = baseline, .seed = 3});
+    Helper<> single(config);
     single.set_running_mean({.sum = 0.4, .weight = 0.8});
-    sum += update_gradients(single, policy, {inputs[i]}, {references[i]}, reward,
-                            {.reinforce = share},
-                            {.step = 9, .first_token = static_cast<std::uint32_t>(i)}, tape);
+    sum += update_gradients(single, policy, {inputs[i]}, {references[i]}, reward, objective,
+                            {.step = 9, .first_token = static_cast<std::uint32_t>(2 * i)}, tape);
   }
   CHECK(test::relative_error(batch, Vector<double>(sum / 3)) < 1e-12);
 }
@@ -256,16 +261,28 @@ TEST_CASE("reinforce: the entropy bonus has the entropy's gradient", "[reinforce
 
 TEST_CASE("reinforce: a blend is the weighted sum of its parts", "[reinforce]") {
   SmallPolicy<double> policy({.mixture = false});
-  Helper<> helper({.longest = 6, .baseline = Baseline::none, .seed = 5});
+  // Neither the dice nor a baseline know of the reference's row.
+  const auto baseline = GENERATE(Baseline::none, Baseline::linear, Baseline::greedy,
+                                 Baseline::leave_one_out);
+  Helper<> helper(
+      {.longest = 6, .baseline = baseline, .samples = 3, .hidden = 5, .seed = 5});
   Helper<>::Tape tape;
   const NoiseKey key{.step = 1};
-  const std::vector<Index> one{2};
-  const References reference{{1, 1}};
   const auto part = [&](double share) {
-    return update_gradients(helper, policy, one, reference, reward, {.reinforce = share}, key, tape);
+    return update_gradients(helper, policy, inputs, references, reward, {.reinforce = share}, key,
+                            tape);
   };
   const Vector<double> blend = part(0.3);
-  CHECK(tape.rollout.rows() == 2);
+  CHECK(tape.rollout.rows() == 12);
+  Helper<>::Tape sampled;
+  helper.sample(policy, inputs, key, sampled);
+  for (Index input = 0; input < 3; ++input) {
+    for (Index sample = 0; sample < 3; ++sample) {
+      const auto a = tape.rollout.sequence(4 * input + sample);
+      const auto b = sampled.rollout.sequence(3 * input + sample);
+      CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()));
+    }
+  }
   CHECK(test::relative_error(blend, Vector<double>(0.7 * part(0) + 0.3 * part(1))) < 1e-12);
 }
 
@@ -492,6 +509,10 @@ TEST_CASE("reinforce: errors leave everything as it was", "[reinforce]") {
   };
   fails(inputs, {}, nan_reward, {.reinforce = 1}, "the reward of row 2 at step");
   fails(inputs, {}, infinite, {.reinforce = 1}, "the reward of row 0 at step 0 is inf");
+  const auto overflows = [](Index, std::span<const Index>, bool) {
+    return std::numeric_limits<double>::max();
+  };
+  fails({0, 1, 2, 3, 0, 1, 2, 3}, {}, overflows, {.reinforce = 1}, "has the return inf");
   fails(inputs, {}, throws, {.reinforce = 1}, "the scorer is out of order");
   fails({}, {}, reward, {.reinforce = 1}, "the batch is empty");
   fails({}, {}, reward, {}, "the batch is empty");
@@ -524,12 +545,39 @@ TEST_CASE("reinforce: logits that are not finite are reported", "[reinforce]") {
   CHECK_THROWS_WITH(helper.decode(policy, inputs, tape), Contains("are not finite"));
 }
 
+TEST_CASE("reinforce: a float policy's numbers end sooner than the reward's", "[reinforce]") {
+  SmallPolicy<float> policy({});
+  Helper<float> helper({.longest = 4, .baseline = Baseline::none});
+  Helper<float>::Tape tape;
+  const auto huge = [](Index, std::span<const Index>, bool) { return 1e39; };
+  CHECK_THROWS_WITH(
+      helper.add_gradients(policy, inputs, {}, huge, {.reinforce = 1}, {.step = 1}, tape),
+      Contains("not finite"));
+  CHECK(gradients_of(policy).isZero(0));
+  CHECK(helper.running_mean().weight == 0);
+  CHECK_THROWS_WITH(Helper<float>({.longest = 4, .temperature = 1e-40}), Contains("temperature"));
+  CHECK_THROWS_WITH(Helper<float>({.longest = 4, .temperature = 1e39}), Contains("temperature"));
+}
+
+TEST_CASE("reinforce: a reference that the policy forbids is reported", "[reinforce]") {
+  SmallPolicy<double> policy({.mixture = false});
+  for_each_parameter(policy, [](const std::string& name, auto& p) {
+    if (name == "logits.bias") p.value(0, 2) = -std::numeric_limits<double>::infinity();
+  });
+  Helper<> helper({.longest = 4});
+  Helper<>::Tape tape;
+  CHECK_THROWS_WITH(helper.add_gradients(policy, inputs, references, reward, {}, {}, tape),
+                    Contains("symbol 2 of row 2 at step 0 has probability 0"));
+  CHECK(gradients_of(policy).isZero(0));
+}
+
 TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
   using Config = Helper<>::Config;
   const auto fails = [](const Config& config, const std::string& message) {
     CHECK_THROWS_WITH(Helper<>(config), Contains(message));
   };
   fails({.longest = 0}, "longest = 0");
+  fails({.longest = Index{1} << 62}, "longest = ");
   fails({.end = -1, .longest = 3}, "end = -1");
   fails({.start = -2, .longest = 3}, "start = -2");
   fails({.longest = 3, .temperature = 0}, "temperature = 0");
@@ -549,4 +597,8 @@ TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
   CHECK_THROWS_WITH(
       wrong_width.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {}, tape),
       Contains("Config.hidden = 4"));
+  CHECK(gradients_of(policy).isZero(0));
+  Helper<> helper({.longest = 3});
+  CHECK_THROWS_WITH(helper.set_running_mean({.sum = std::nan(""), .weight = 1}), Contains("sum = "));
+  CHECK_THROWS_WITH(helper.set_running_mean({.sum = 0, .weight = -1}), Contains("weight = -1"));
 }

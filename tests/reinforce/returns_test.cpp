@@ -20,19 +20,24 @@ TEST_CASE("rewards to go: by hand", "[reinforce]") {
   rewards_to_go(in_place, 0.5, in_place);
   CHECK(in_place == std::array<double, 4>{1, 0, 0, 4});
   rewards_to_go({}, 1, {});
+  CHECK_THROWS_WITH(rewards_to_go(rewards, 1, std::span(returns).first(3)),
+                    Catch::Matchers::Contains("4 rewards, room for 3 returns"));
 }
 
 TEST_CASE("normalise: mean 0, deviation 1", "[reinforce]") {
   std::array<double, 4> values{1, 3, 3, 1};
-  normalise(values);
+  detail::normalise(values, 3);
   CHECK(values == std::array<double, 4>{-1, 1, 1, -1});
-  std::array<double, 3> same{0.1, 0.1, 0.1};
-  normalise(same);
+  // What is left of 0.1 less the mean of three times 0.1 is rounding, not an advantage.
+  const double rounding = (0.1 + 0.1 + 0.1) / 3 - 0.1;
+  CHECK(rounding != 0);
+  std::array<double, 3> same{rounding, 0, rounding};
+  detail::normalise(same, 0.1);
   CHECK(same == std::array<double, 3>{0, 0, 0});
   std::array<double, 1> one{7};
-  normalise(one);
+  detail::normalise(one, 7);
   CHECK(one[0] == 0);
-  normalise({});
+  detail::normalise({}, 0);
 }
 
 TEST_CASE("running mean: by hand", "[reinforce]") {

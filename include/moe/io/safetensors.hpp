@@ -61,12 +61,12 @@ void require_file(bool condition, const std::string& path, const Parts&... parts
   if (!condition) fail_file(path, parts...);
 }
 
-/// What a file says, as part of a message: not longer than a line, and without control characters.
+/// What a file says, as part of a message: not longer than a line, in ASCII without controls.
 inline std::string plain(std::string_view said) {
   constexpr std::size_t most = 120;
   std::string text;
   for (const char c : said.substr(0, most)) {
-    text += static_cast<unsigned char>(c) < 0x20 || c == 0x7F ? '?' : c;
+    text += c >= 0x20 && c < 0x7F ? c : '?';
   }
   return said.size() > most ? text + "..." : text;
 }
@@ -86,6 +86,8 @@ inline std::size_t element_size(std::string_view type) {
 
 template <class Element>
 constexpr std::string_view element_type() {
+  static_assert(std::is_same_v<Element, float> || std::is_same_v<Element, double> ||
+                std::is_same_v<Element, Index>);
   if constexpr (std::is_same_v<Element, float>) return "F32";
   if constexpr (std::is_same_v<Element, double>) return "F64";
   if constexpr (std::is_same_v<Element, Index>) return "I64";
@@ -108,15 +110,21 @@ std::vector<std::uint64_t> shape_of(const Matrix<Scalar>& matrix) {
 
 /// A file that appears under its name whole or not at all: it is written beside it, flushed to the
 /// disk and then renamed. If anything fails it is removed, and what had the name before is untouched.
+/// A symbolic link of that name is replaced, not followed.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path) : path_(std::move(path)) {
 #if MOE_HAS_POSIX_FILES
-    for (int attempt = 0; file_ == nullptr; ++attempt) {
+    for (int attempt = 0;; ++attempt) {
       temporary_ = path_ + ".part" + std::to_string(::getpid()) + "-" + std::to_string(attempt);
       const int descriptor = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
       if (descriptor >= 0) {
         file_ = ::fdopen(descriptor, "wb");
+        if (file_ != nullptr) break;
+        const int error = errno;
+        ::close(descriptor);
+        std::remove(temporary_.c_str());
+        fail_file(path_, "cannot be written: ", std::string_view(std::strerror(error)));
       } else if (errno != EEXIST || attempt == 1000) {
         fail_file(path_, "cannot be written: ", std::string_view(std::strerror(errno)));
       }
@@ -174,6 +182,8 @@ class AtomicFile {
   std::string temporary_;
   std::FILE* file_ = nullptr;
 };
+
+inline constexpr std::uint64_t longest_header = 100'000'000;
 
 /// What a header says of one tensor.
 struct SafetensorsEntry {
@@ -334,7 +344,8 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
 ///     writer.set_metadata("step", "1000");
 ///     writer.write("model.safetensors");
 ///
-/// Tensors are not copied: they must live and stay unchanged until write().
+/// Tensors are not copied: they must live and stay unchanged until write(). In the file those of
+/// larger elements come first, so that each is aligned.
 class SafetensorsWriter {
  public:
   /// A matrix of float (F32) or double (F64). Throws std::invalid_argument if the name is taken or
@@ -344,11 +355,16 @@ class SafetensorsWriter {
     add(name, detail::element_type<Scalar>(), detail::shape_of(matrix), matrix.data(),
         static_cast<std::size_t>(matrix.size()) * sizeof(Scalar));
   }
+  template <class Scalar>
+  void add(const std::string& name, Matrix<Scalar>&& matrix) = delete;  // would be gone by write()
+
   /// Whole numbers (I64), in one dimension.
   void add(const std::string& name, std::span<const Index> numbers) {
     add(name, detail::element_type<Index>(), {numbers.size()}, numbers.data(),
         numbers.size_bytes());
   }
+
+  void add(const std::string& name, std::vector<Index>&& numbers) = delete;
 
   /// Every parameter of a module by its name, after `prefix`.
   template <class Module>
@@ -358,18 +374,28 @@ class SafetensorsWriter {
     });
   }
 
+  template <class Module>
+  void add_parameters(const Module&& module, const std::string& prefix = {}) = delete;
+
   void set_metadata(const std::string& key, const std::string& text) { metadata_[key] = text; }
 
   /// Writes the file beside its place, flushes it and renames it: whatever happens, there is either
   /// the whole new file or the old one. Throws std::runtime_error if it cannot be written, and
   /// std::invalid_argument for names or metadata that are no UTF-8.
   void write(const std::string& path) const {
-    const std::string header = make_header();
+    std::vector<const Entry*> order;
+    for (const Entry& entry : entries_) order.push_back(&entry);
+    std::stable_sort(order.begin(), order.end(), [](const Entry* a, const Entry* b) {
+      return detail::element_size(a->type) > detail::element_size(b->type);
+    });
+    const std::string header = make_header(order);
+    detail::require(header.size() <= detail::longest_header, "SafetensorsWriter: a header of ",
+                    header.size(), " bytes, more than a file may have");
     const auto length = static_cast<std::uint64_t>(header.size());
     detail::AtomicFile file(path);
     file.write(&length, sizeof(length));
     file.write(header.data(), header.size());
-    for (const Entry& entry : entries_) file.write(entry.data, entry.size);
+    for (const Entry* entry : order) file.write(entry->data, entry->size);
     file.commit();
   }
 
@@ -389,11 +415,8 @@ class SafetensorsWriter {
     entries_.push_back({name, type, std::move(shape), data, size});
   }
 
-  std::string make_header() const {
+  std::string make_header(const std::vector<const Entry*>& order) const {
     std::string text = "{";
-    const auto separate = [&] {
-      if (text.size() > 1) text += ',';
-    };
     if (!metadata_.empty()) {
       text += quoted_json("__metadata__") + ":{";
       for (const auto& [key, value] : metadata_) {
@@ -403,12 +426,12 @@ class SafetensorsWriter {
       text += '}';
     }
     std::size_t offset = 0;
-    for (const Entry& entry : entries_) {
-      separate();
-      text += quoted_json(entry.name) + ":{\"dtype\":\"" + std::string(entry.type) +
-              "\",\"shape\":" + detail::to_string(entry.shape) + ",\"data_offsets\":" +
-              detail::to_string({offset, offset + entry.size}) + '}';
-      offset += entry.size;
+    for (const Entry* entry : order) {
+      if (text.size() > 1) text += ',';
+      text += quoted_json(entry->name) + ":{\"dtype\":\"" + std::string(entry->type) +
+              "\",\"shape\":" + detail::to_string(entry->shape) + ",\"data_offsets\":" +
+              detail::to_string({offset, offset + entry->size}) + '}';
+      offset += entry->size;
     }
     text += '}';
     // Spaces, so that the tensors start where a file mapped into memory may be read as numbers.
@@ -442,9 +465,7 @@ class SafetensorsFile {
  public:
   using Tensor = detail::SafetensorsEntry;
 
-  static constexpr std::uint64_t longest_header = 100'000'000;
-
-  /// Reads the whole file.
+  /// Reads the header; a tensor is read when it is asked for.
   explicit SafetensorsFile(std::string path) : path_(std::move(path)) {
     std::ifstream file(path_, std::ios::binary | std::ios::ate);
     require(file.is_open(), "cannot be read");
@@ -455,7 +476,7 @@ class SafetensorsFile {
     std::uint64_t length = 0;
     file.read(reinterpret_cast<char*>(&length), sizeof(length));
     const auto rest = static_cast<std::uint64_t>(size) - 8;
-    require(length <= longest_header, "says that its header has ", length,
+    require(length <= detail::longest_header, "says that its header has ", length,
             " bytes, more than any has");
     require(length <= rest, "says that its header has ", length, " bytes, but only ", rest,
             " follow");
@@ -468,9 +489,7 @@ class SafetensorsFile {
     tensors_ = std::move(parsed.tensors);
     metadata_ = std::move(parsed.metadata);
     check_offsets(rest - length);
-    data_.resize(rest - length);
-    file.read(data_.data(), static_cast<std::streamsize>(data_.size()));
-    require(file.good() || data_.empty(), "cannot be read");
+    data_begin_ = 8 + length;
   }
 
   const std::string& path() const { return path_; }
@@ -489,27 +508,57 @@ class SafetensorsFile {
   void check(const std::string& name, const Matrix<Scalar>& matrix) const {
     find(name, detail::element_type<Scalar>(), detail::shape_of(matrix));
   }
+  void check(const std::string& name, std::span<const Index> numbers) const {
+    find(name, detail::element_type<Index>(), {numbers.size()});
+  }
 
-  /// Overwrites a matrix, whose shape must be the tensor's; throws like check().
+  /// Overwrites a matrix, whose shape must be the tensor's. Throws like check(), and when the file
+  /// cannot be read any more, the matrix being what it was.
   template <class Scalar>
   void read(const std::string& name, Matrix<Scalar>& matrix) const {
-    copy(find(name, detail::element_type<Scalar>(), detail::shape_of(matrix)), matrix.data());
+    check(name, matrix);
+    Matrix<Scalar> read(matrix.rows(), matrix.cols());
+    copy(tensors_.at(name), read.data());
+    matrix = std::move(read);
   }
-  /// Overwrites whole numbers, as many as the tensor has.
+  /// Overwrites whole numbers, as many as the tensor has; throws likewise.
   void read(const std::string& name, std::span<Index> numbers) const {
-    copy(find(name, detail::element_type<Index>(), {numbers.size()}), numbers.data());
+    check(name, numbers);
+    std::vector<Index> read(numbers.size());
+    copy(tensors_.at(name), read.data());
+    std::copy(read.begin(), read.end(), numbers.begin());
   }
 
-  /// Overwrites every parameter of a module by the tensor of its name, after `prefix`. All are looked
-  /// up first, so if one is missing or of another type or shape, std::runtime_error names it and the
-  /// module is what it was. Tensors that the module has no use for are left alone; gradients too.
+  /// Overwrites every parameter of a module by the tensor of its name, after `prefix`. All are read
+  /// first, so if one is missing or of another type or shape, or the file cannot be read any more,
+  /// std::runtime_error names it and the module is what it was. Tensors that the module has no use
+  /// for are left alone; gradients too.
   template <class Module>
   void read_parameters(Module& module, const std::string& prefix = {}) const {
     detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
       check(prefix + name.string(), parameter.value);
     });
-    detail::walk_parameters(module, [&](const ParameterName& name, auto& parameter) {
-      read(prefix + name.string(), parameter.value);
+    std::vector<Matrix<float>> floats;  // a module may have parameters of both types
+    std::vector<Matrix<double>> doubles;
+    const auto of_type = [&]<class Scalar>(const Parameter<Scalar>&) -> auto& {
+      if constexpr (std::is_same_v<Scalar, float>) {
+        return floats;
+      } else {
+        return doubles;
+      }
+    };
+    detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
+      auto& value = of_type(parameter).emplace_back(parameter.value.rows(), parameter.value.cols());
+      copy(tensors_.at(prefix + name.string()), value.data());
+    });
+    auto next_float = floats.begin();
+    auto next_double = doubles.begin();
+    detail::walk_parameters(module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
+      if constexpr (std::is_same_v<Scalar, float>) {
+        p.value = std::move(*next_float++);
+      } else {
+        p.value = std::move(*next_double++);
+      }
     });
   }
 
@@ -555,15 +604,17 @@ class SafetensorsFile {
   }
 
   void copy(const Tensor& tensor, void* to) const {
-    if (tensor.end > tensor.begin) {
-      std::memcpy(to, data_.data() + tensor.begin, tensor.end - tensor.begin);
-    }
+    if (tensor.end == tensor.begin) return;
+    std::ifstream file(path_, std::ios::binary);
+    file.seekg(static_cast<std::streamoff>(data_begin_ + tensor.begin));
+    file.read(static_cast<char*>(to), static_cast<std::streamsize>(tensor.end - tensor.begin));
+    require(file.good(), "cannot be read any more");
   }
 
   std::string path_;
   std::map<std::string, Tensor> tensors_;
   std::map<std::string, std::string> metadata_;
-  std::vector<char> data_;
+  std::uint64_t data_begin_ = 0;
 };
 
 /// Every parameter of a module, by its name. Throws like SafetensorsWriter::write().

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -23,19 +22,32 @@ struct PackedRows {
     }
   }
 
-  /// packed[i] = padded[rows[i]]. The padding is not read.
+  /// packed[i] = padded[rows[i]]. The padding is not read. Throws std::invalid_argument if there is no
+  /// such row, or if both are one matrix.
   template <class Scalar>
   void pack(const Matrix<Scalar>& padded, Matrix<Scalar>& packed) const {
+    check(padded.rows());
+    detail::require(&packed != &padded, "PackedRows::pack: a matrix cannot be packed into itself");
     packed.resize(count(), padded.cols());
     for (Index i = 0; i < count(); ++i) packed.row(i) = padded.row(rows[detail::to_size(i)]);
   }
 
   /// padded[rows[i]] = packed[i], and 0 in the other rows, T in all. With gradients in the place of
-  /// values, each of the two is the other's backward.
+  /// values, each of the two is the other's backward. Throws std::invalid_argument if the rows do not
+  /// fit, or if both are one matrix.
   template <class Scalar>
   void unpack(const Matrix<Scalar>& packed, Index T, Matrix<Scalar>& padded) const {
+    check(T);
+    detail::require(packed.rows() == count() && &packed != &padded, "PackedRows::unpack: ",
+                    packed.rows(), " packed rows, ", count(), " are real");
     padded.setZero(T, packed.cols());
     for (Index i = 0; i < count(); ++i) padded.row(rows[detail::to_size(i)]) = packed.row(i);
+  }
+
+ private:
+  void check(Index T) const {
+    detail::require(rows.empty() || rows.back() < T, "PackedRows: row ",
+                    rows.empty() ? 0 : rows.back(), " of ", T, " is asked for");
   }
 };
 

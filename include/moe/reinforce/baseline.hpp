@@ -1,17 +1,19 @@
 #pragma once
 
-#include <span>
-
-#include "moe/matrix.hpp"
-
 /// \file
 /// What is taken from a return, so that the sum of what was better and what was worse than expected
 /// remains: the expectation of the gradient stays, its variance falls [W92].
+///
+/// [W92] R. Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist
+/// Reinforcement Learning", Machine Learning 8, 1992. [R16] M. Ranzato, S. Chopra, M. Auli,
+/// W. Zaremba, "Sequence Level Training with Recurrent Neural Networks", ICLR 2016.
 
 namespace moe {
 
 /// b in the advantage R_t - b. It never depends on the symbols whose probability it weighs. A
-/// sequence's return below is that of its first sampled step.
+/// sequence's return below is that of its first sampled step, and b is then the same at all its
+/// steps: right for rewards at the end. Where rewards come at every step, late steps have less to
+/// come, and of these baselines only the linear one knows.
 enum class Baseline {
   none,          ///< 0
   running_mean,  ///< of the returns of the sequences in batches before

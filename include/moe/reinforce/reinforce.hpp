@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -65,9 +64,11 @@ concept RewardOf = requires(Reward& reward, const Input& input, std::span<const 
 /// called after every symbol, from one thread, in a fixed order; a score of the whole returns 0 until
 /// done.
 ///
-/// The only things that it remembers from update to update are the baseline's: the running mean,
-/// see running_mean(), and the linear baseline, whose parameters for_each_parameter(reinforce, ...)
-/// shows to an optimizer of its own.
+/// The only things that it remembers from update to update are the baseline's: the running mean, see
+/// running_mean(), and the linear baseline, which has parameters and needs an optimizer of its own:
+///
+///     moe::zero_gradients(reinforce);                   // with those of the policy
+///     if (statistics.sampled_steps > 0) baseline_adam.update(reinforce, 1e-2);
 template <Policy P>
 class Reinforce {
  public:
@@ -79,7 +80,8 @@ class Reinforce {
     Index end = 0;            ///< the symbol that ends a sequence
     Index start = -1;         ///< what the policy reads at the first step, at least 0, it need not be
                               ///< one of the V symbols; -1 stands for the end symbol
-    Index longest = 0;        ///< the length limit, the end symbol included; at least 1
+    Index longest = 0;        ///< the length limit, the end symbol included, in [1, 1,000,000]; a
+                              ///< rollout takes memory for R times as many symbols
     double temperature = 1;   ///< τ > 0 of sampling and of REINFORCE's gradient
     double discount = 1;      ///< in [0, 1]
     Baseline baseline = Baseline::running_mean;
@@ -89,8 +91,9 @@ class Reinforce {
     bool normalise = false;   ///< R_t - b_t to mean 0 and deviation 1 over a batch's sampled steps,
                               ///< which changes their scale and, by the batch's own mean, a little
                               ///< of their expectation
-    double entropy_bonus = 0; ///< β >= 0: (β/N)·Σ_t entropy of π_τ at each sampled step is added to
-                              ///< what is maximised
+    double entropy_bonus = 0; ///< β >= 0: the gradient of (β/N)·Σ_t (entropy of π_τ at a sampled
+                              ///< step) is added, each step by itself: no symbol gets credit for
+                              ///< the entropy of later steps
     std::uint64_t seed = 0;   ///< of the dice
   };
 
@@ -124,8 +127,8 @@ class Reinforce {
     std::vector<double> greedy_rewards;
     std::vector<double> baselines;  ///< one a sampled step
     PackedRows sampled;             ///< the sampled steps among the rows of the logits
-    typename P::State state;
-    Matrix<Scalar> terms;
+    typename P::State state, greedy_state;
+    Matrix<Scalar> terms, greedy_terms;
     Matrix<Scalar> hidden;
     Matrix<Scalar> dbaseline;
     typename Linear<Scalar>::Tape linear;
@@ -140,18 +143,27 @@ class Reinforce {
 
   const Config& config() const { return config_; }
   const RunningMean& running_mean() const { return running_mean_; }
-  void set_running_mean(const RunningMean& mean) { running_mean_ = mean; }
+  /// Throws std::invalid_argument unless the sum is finite and the weight in [0, 1].
+  void set_running_mean(const RunningMean& mean) {
+    detail::require(std::isfinite(mean.sum) && mean.weight >= 0 && mean.weight <= 1,
+                    "Reinforce::set_running_mean: sum = ", mean.sum, ", weight = ", mean.weight);
+    running_mean_ = mean;
+  }
 
   /// Adds to the policy's gradients those of the objective, to be minimised, and for
   /// Baseline::linear to its own those of the mean squared R_t - b_t.
   ///
   /// `references` has one for each input, and may be empty for {.reinforce = 1}. Give every update
   /// its own key.step: with the same key the same sequences are sampled, and the policy draws the
-  /// same noise, in the rollout and in the gradient pass as well.
+  /// same noise, in the rollout and in the gradient pass as well. Sample s of input i draws the dice
+  /// of token first_token + i·Config::samples + s, so the parts of a batch can draw what the whole
+  /// would.
   ///
   /// Throws std::invalid_argument, nothing having been added to any gradient and the running mean
-  /// being what it was, for an empty batch, references that are too few, too long or hold a symbol
-  /// out of range, a reward or a logit that is not finite, and for logits of the wrong shape.
+  /// being what it was, for an empty batch, references that are not as many as inputs, too long or
+  /// hold a symbol that is out of range or forbidden, a reward, return, baseline or logit that is not
+  /// finite, and for logits of the wrong shape. The same holds for exceptions of the reward and of all
+  /// functions of the policy but backward.
   template <detail::RewardOf<Input> Reward>
   Statistics add_gradients(P& policy, std::span<const Input> inputs,
                            std::span<const Reference> references, Reward&& reward,
@@ -180,11 +192,13 @@ class Reinforce {
     Statistics statistics = make_statistics(plan, tape);
 
     policy.backward(tape.dlogits, tape.policy);
-    if (config_.baseline == Baseline::linear && tape.sampled.count() > 0) train_linear(tape);
+    if (config_.baseline == Baseline::linear && tape.sampled.count() > 0) {
+      linear_.backward(tape.dbaseline, tape.linear);
+    }
     if (statistics.sampled_steps > 0) {
       running_mean_.add(statistics.mean_return, config_.mean_rate);
     }
-    statistics.gradient_norm = gradient_norm(policy);
+    statistics.gradient_norm = gradient_norm(policy, Updates::lazy);  // the bits of the dense norm
     return statistics;
   }
 
@@ -202,7 +216,8 @@ class Reinforce {
   void decode(const P& policy, std::span<const Input> inputs, Tape& tape) const {
     check_batch(policy, inputs);
     detail::reset(tape.rollout, static_cast<Index>(inputs.size()), 1, config_.longest);
-    detail::write_all(policy, inputs, std::nullopt, greedy(), tape.rollout, tape.state, tape.terms);
+    detail::write_all(policy, inputs, std::nullopt, greedy(), tape.rollout, tape.greedy_state,
+                      tape.greedy_terms);
   }
 
   /// The linear baseline's parameters, "baseline.weight" and "baseline.bias", if that is the one.
@@ -236,10 +251,12 @@ class Reinforce {
     require(config.end >= 0, "Reinforce::Config.end = ", config.end, ", must be at least 0");
     require(config.start >= -1, "Reinforce::Config.start = ", config.start,
             ", must be a symbol, or -1 for the end symbol");
-    require(config.longest >= 1, "Reinforce::Config.longest = ", config.longest,
-            ", must be at least 1");
-    require(config.temperature > 0 && std::isfinite(config.temperature),
-            "Reinforce::Config.temperature = ", config.temperature, ", must be finite and above 0");
+    require(config.longest >= 1 && config.longest <= 1'000'000,
+            "Reinforce::Config.longest = ", config.longest, ", must be in [1, 1000000]");
+    require(config.temperature > 0 && std::isnormal(static_cast<Scalar>(1 / config.temperature)) &&
+                std::isnormal(static_cast<Scalar>(config.temperature)),
+            "Reinforce::Config.temperature = ", config.temperature,
+            ", must be above 0 and not beyond the policy's numbers");
     require(config.discount >= 0 && config.discount <= 1,
             "Reinforce::Config.discount = ", config.discount, ", must be in [0, 1]");
     require(config.samples >= 1, "Reinforce::Config.samples = ", config.samples,
@@ -293,6 +310,7 @@ class Reinforce {
     return {.temperature = config_.temperature,
             .seed = derive_seed(config_.seed, 0x64696365),
             .key = key,
+            .samples = config_.samples,
             .start = config_.start,
             .end = config_.end};
   }
@@ -382,7 +400,8 @@ class Reinforce {
     for (Index row = 0; row < rollout.rows() && plan.prefix > 0; ++row) {
       force(references[detail::to_size(row)], plan.prefix, row, rollout);
     }
-    detail::write_all(policy, inputs, std::nullopt, greedy(), rollout, tape.state, tape.terms);
+    detail::write_all(policy, inputs, std::nullopt, greedy(), rollout, tape.greedy_state,
+                      tape.greedy_terms);
     call_reward(inputs, reward, rollout, tape.greedy_rewards);
     for (Index row = 0; row < rollout.rows(); ++row) {
       const auto all = std::span<double>(tape.greedy_rewards)
@@ -409,6 +428,15 @@ class Reinforce {
     const Index step = tape.sampled.rows[detail::to_size(i)];
     const Index rows = tape.rollout.rows();
     return tape.returns[tape.rollout.at(step % rows, step / rows)];
+  }
+
+  /// The sum of a row's rewards, without discount.
+  static double reward_of(const Tape& tape, Index row) {
+    double sum = 0;
+    for (Index t = 0; t < tape.rollout.length[detail::to_size(row)]; ++t) {
+      sum += tape.rewards[tape.rollout.at(row, t)];
+    }
+    return sum;
   }
 
   /// The return of a sequence: that of its first sampled step.
@@ -444,7 +472,8 @@ class Reinforce {
     }
   }
 
-  /// The linear baseline's b_t. Its input is a copy, and no gradient goes back from it.
+  /// The linear baseline's b_t, and the gradient by it of the mean over sampled steps of (R_t - b_t)².
+  /// Its input is a copy, and no gradient goes back from it.
   void predict(const P& policy, Tape& tape) const {
     if constexpr (PolicyWithHidden<P>) {
       const Matrix<Scalar>& hidden = policy.hidden(tape.policy);
@@ -455,32 +484,33 @@ class Reinforce {
                       " rows of logits and Config.hidden = ", config_.hidden);
       tape.sampled.pack(hidden, tape.hidden);
       const Matrix<Scalar>& b = linear_.forward(tape.hidden, tape.linear);
+      tape.dbaseline.resize(b.rows(), 1);
+      const auto steps = static_cast<double>(b.rows());
       for (Index i = 0; i < b.rows(); ++i) {
-        tape.baselines[detail::to_size(i)] = static_cast<double>(b(i, 0));
+        const auto baseline = static_cast<double>(b(i, 0));
+        tape.baselines[detail::to_size(i)] = baseline;
+        tape.dbaseline(i, 0) = static_cast<Scalar>(2 * (baseline - return_at(tape, i)) / steps);
       }
     }
   }
 
-  /// Adds the gradient of the mean over sampled steps of (R_t - b_t)².
-  void train_linear(Tape& tape) {
-    const Index steps = tape.sampled.count();
-    tape.dbaseline.resize(steps, 1);
-    for (Index i = 0; i < steps; ++i) {
-      const double error = tape.baselines[detail::to_size(i)] - return_at(tape, i);
-      tape.dbaseline(i, 0) = static_cast<Scalar>(2 * error / static_cast<double>(steps));
-    }
-    linear_.backward(tape.dbaseline, tape.linear);
-  }
-
   void make_advantages(Tape& tape) const {
     tape.advantages.resize(tape.baselines.size());
-    for (Index i = 0; i < tape.sampled.count(); ++i) {
-      tape.advantages[detail::to_size(i)] =
-          return_at(tape, i) - tape.baselines[detail::to_size(i)];
-    }
-    if (config_.normalise) normalise(tape.advantages);
-    if (config_.discount == 1) return;
     const Index rows = tape.rollout.rows();
+    double scale = 0;
+    for (Index i = 0; i < tape.sampled.count(); ++i) {
+      const double baseline = tape.baselines[detail::to_size(i)];
+      const double advantage = return_at(tape, i) - baseline;
+      detail::require(std::isfinite(static_cast<Scalar>(advantage)), "Reinforce: row ",
+                      tape.sampled.rows[detail::to_size(i)] % rows, " at step ",
+                      tape.sampled.rows[detail::to_size(i)] / rows, " has the return ",
+                      return_at(tape, i), " and the baseline ", baseline,
+                      ", whose difference is not finite");
+      tape.advantages[detail::to_size(i)] = advantage;
+      scale = std::max({scale, std::abs(return_at(tape, i)), std::abs(baseline)});
+    }
+    if (config_.normalise) detail::normalise(tape.advantages, scale);
+    if (config_.discount == 1) return;
     for (Index i = 0; i < tape.sampled.count(); ++i) {
       const Index step = tape.sampled.rows[detail::to_size(i)];
       const Index t = step / rows - tape.rollout.forced[detail::to_size(step % rows)];
@@ -520,6 +550,8 @@ class Reinforce {
         const Index symbol = rollout.symbols[at];
         tape.log_probability[at] =
             detail::log_probability_at(temperature, softmax, x[symbol]);
+        detail::require(std::isfinite(tape.log_probability[at]), "Reinforce: symbol ", symbol,
+                        " of row ", row, " at step ", t, " has probability 0");
         if (forced) {
           const bool whole = plan.is_reference(row);
           detail::softmax_row_backward(symbols, softmax, symbol,
@@ -565,15 +597,12 @@ class Reinforce {
     const Rollout& rollout = tape.rollout;
     Statistics s;
     Index sequences = 0;
-    double squared_rewards = 0;
     double squared_errors = 0;
     for (Index row = 0; row < rollout.rows(); ++row) {
       const Index length = rollout.length[detail::to_size(row)];
       const Index forced = rollout.forced[detail::to_size(row)];
-      double reward = 0;
       for (Index t = 0; t < length; ++t) {
         const std::size_t at = rollout.at(row, t);
-        reward += tape.rewards[at];
         if (t < forced) s.cross_entropy -= tape.log_probability[at];
         s.entropy += tape.entropy[at];
       }
@@ -581,8 +610,7 @@ class Reinforce {
       if (plan.is_reference(row) || !has_sampled(rollout, row)) continue;
       ++sequences;
       s.sampled_steps += length - forced;
-      s.mean_reward += reward;
-      squared_rewards += reward * reward;
+      s.mean_reward += reward_of(tape, row);
       s.mean_return += return_of(tape, row);
       s.mean_length += static_cast<double>(length);
       s.truncated += rollout.truncated[detail::to_size(row)];
@@ -599,8 +627,13 @@ class Reinforce {
     s.mean_return /= count;
     s.mean_length /= count;
     s.truncated /= count;
-    s.reward_deviation =
-        std::sqrt(std::max(0.0, squared_rewards / count - s.mean_reward * s.mean_reward));
+    for (Index row = 0; row < rollout.rows(); ++row) {
+      if (plan.is_reference(row) || !has_sampled(rollout, row)) continue;
+      const double difference = reward_of(tape, row) - s.mean_reward;
+      s.reward_deviation += difference * difference / count;
+    }
+    s.reward_deviation = std::sqrt(s.reward_deviation);
+    detail::require(std::isfinite(s.mean_return), "Reinforce: the mean return is ", s.mean_return);
     s.entropy /= steps;
     s.baseline_error = std::sqrt(squared_errors / steps);
     return s;

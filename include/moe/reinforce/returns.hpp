@@ -14,11 +14,12 @@
 namespace moe {
 
 /// The reward to go: returns[t] = rewards[t] + discount·returns[t + 1]. A step gets credit for what
-/// comes at it and after it, and none for what came before. Both have the same length; they may be
-/// the same memory.
+/// comes at it and after it, and none for what came before. Both have the same length, else
+/// std::invalid_argument; they may be the same memory.
 inline void rewards_to_go(std::span<const double> rewards, double discount,
                           std::span<double> returns) {
-  MOE_ASSERT(rewards.size() == returns.size());
+  detail::require(rewards.size() == returns.size(), "rewards_to_go: ", rewards.size(),
+                  " rewards, room for ", returns.size(), " returns");
   double sum = 0;
   for (std::size_t t = rewards.size(); t-- > 0;) {
     sum = rewards[t] + discount * sum;
@@ -26,17 +27,20 @@ inline void rewards_to_go(std::span<const double> rewards, double discount,
   }
 }
 
-/// Moves values to mean 0 and scales them to deviation 1; values that are all the same become 0.
-inline void normalise(std::span<double> values) {
+namespace detail {
+
+/// Moves values to mean 0 and scales them to deviation 1. They are differences of numbers of size
+/// `scale`: those that differ by no more than its rounding become 0.
+inline void normalise(std::span<double> values, double scale) {
   const auto count = static_cast<double>(values.size());
   double mean = 0;
   for (const double value : values) mean += value / count;
   double variance = 0;
   for (const double value : values) variance += (value - mean) * (value - mean) / count;
   const double deviation = std::sqrt(variance);
-  // Rounding alone makes a deviation of this size.
-  const bool constant = deviation <= 1e-12 * std::abs(mean);
+  const bool constant = deviation <= 1e-12 * scale;
   for (double& value : values) value = constant ? 0 : (value - mean) / deviation;
 }
 
+}  // namespace detail
 }  // namespace moe

@@ -1,8 +1,8 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <span>
 #include <vector>
@@ -28,7 +28,7 @@ struct Rollout {
   std::vector<Index> forced;               ///< R, how many symbols, the first, are a reference's
   std::vector<std::uint8_t> truncated;     ///< R, 1 or 0
   std::vector<Index> symbols;              ///< R x longest
-  std::vector<double> log_probability;     ///< R x longest, of each symbol at its temperature
+  std::vector<double> log_probability;     ///< R x longest, of each sampled symbol
   std::vector<Index> previous;             ///< steps x R, what the policy read; negative in padding
 
   Index rows() const { return static_cast<Index>(length.size()); }
@@ -90,7 +90,8 @@ struct Sampling {
   bool greedy = false;  ///< the most probable one, ties to the lower number
   double temperature = 1;
   std::uint64_t seed = 0;
-  NoiseKey key{};  ///< of the dice: row r of the batch is token first_token + r
+  NoiseKey key{};         ///< of the dice: sample s of input i is token first_token + i·samples + s
+  Index samples = 1;      ///< of an input; a row more, of the reference, may follow them
   Index start = 0;
   Index end = 0;
 };
@@ -173,13 +174,17 @@ void write_all(const P& policy, std::span<const typename P::Input> inputs,
                 "Reinforce: the logits of row ", row, " at step ", t, " are not finite");
         Index& symbol = rollout.symbols[rollout.at(row, t)];
         if (t >= rollout.forced[to_size(row)]) {
-          const auto words = noise_words(sampling.seed, sampling.key, row, t);
+          const Index dice =
+              row / rollout.samples * sampling.samples + row % rollout.samples;
+          const auto words = noise_words(sampling.seed, sampling.key, dice, t);
           symbol = sampling.greedy
                        ? std::max_element(x, x + symbols) - x
                        : draw(symbols, e, uniform_double(words[0], words[1]));
         }
-        rollout.log_probability[rollout.at(row, t)] =
-            log_probability_at(sampling.temperature, softmax, x[symbol]);
+        if (t >= rollout.forced[to_size(row)]) {
+          rollout.log_probability[rollout.at(row, t)] =
+              log_probability_at(sampling.temperature, softmax, x[symbol]);
+        }
       }
     });
     for (Index row = 0; row < rows; ++row) {
