@@ -52,7 +52,7 @@ if(NOT TARGET nlohmann_json::nlohmann_json)
     moe_check_version(nlohmann_json 3.9)
     moe_add_headers(nlohmann_json::nlohmann_json "${nlohmann_json_SOURCE_DIR}/include")
   else()
-    find_package(nlohmann_json CONFIG QUIET)
+    find_package(nlohmann_json 3.9 CONFIG QUIET)
   endif()
 endif()
 

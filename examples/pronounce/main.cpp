@@ -3,9 +3,11 @@
 
 #include <CLI/CLI.hpp>
 #include <csignal>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <moe/io/safetensors.hpp>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,8 +40,25 @@ extern "C" void on_interrupt(int) {
   std::signal(SIGINT, SIG_DFL);  // whoever presses twice means it
 }
 
+/// Compares the sizes in the options with a few tensors, before anything is as large as they say.
+void check_sizes(const moe::SafetensorsFile& file, const Options& o) {
+  const auto check = [&](const char* name, Index rows, Index columns) {
+    const auto found = file.tensors().find(name);
+    const std::vector<std::uint64_t> shape{static_cast<std::uint64_t>(rows),
+                                           static_cast<std::uint64_t>(columns)};
+    if (found == file.tensors().end() || found->second.shape != shape) {
+      throw std::runtime_error(file.path() + ": " + name + " is not as large as the options say");
+    }
+  };
+  check("letters.weight", letters().size(), o.embedding);
+  check("decoder.weight_hh", o.width, 4 * o.width);
+  check("mixture.gate.weight", 2 * o.width, o.experts);
+  check("mixture.experts.0.up.weight", 2 * o.width, o.hidden);
+}
+
 void train(const Options& options, const Surroundings& s) {
   const Dictionary dictionary = read_dictionary(s.dictionary);
+  if (!s.resume.empty()) check_sizes(moe::SafetensorsFile(s.resume), options);
   Trainer trainer(options, dictionary.train);
   if (!s.resume.empty()) trainer.load(moe::SafetensorsFile(s.resume));
   CsvFile csv(s.csv);
@@ -88,6 +107,7 @@ void train(const Options& options, const Surroundings& s) {
 void pronounce_words(const Surroundings& s) {
   const moe::SafetensorsFile file(s.model);
   const Options options = read_options(file.metadata());
+  check_sizes(file, options);
   Network network(network_of(options));
   file.read_parameters(network);
   const Helper helper(helper_of(options));
@@ -136,9 +156,10 @@ int run(int argc, char** argv) {
   app.add_option("words", s.words, "words to pronounce with the trained model");
   app.add_option("--model", s.model, "where the model is saved, and loaded from to pronounce")
       ->capture_default_str();
-  app.add_flag("--full", s.full, "train to convergence, a larger network");
+  auto* full = app.add_flag("--full", s.full, "train to convergence, a larger network");
   app.add_option("--resume", s.resume, "go on from this model, with its options where none is given")
-      ->check(CLI::ExistingFile);
+      ->check(CLI::ExistingFile)
+      ->excludes(full);
   app.add_option("--dictionary", s.dictionary, "lines of \"word PH PH ...\"")->capture_default_str();
   app.add_option("--evaluate-every", s.evaluate_every,
                  "updates between two looks at the validation words, at each of which it saves")

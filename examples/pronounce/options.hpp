@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <map>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -114,11 +115,20 @@ inline std::string to_text(double value) {
   return text;
 }
 
-inline void from_text(const std::string& text, std::string& value) { value = text; }
-inline void from_text(const std::string& text, bool& value) { value = text == "true"; }
-inline void from_text(const std::string& text, Index& value) { value = std::stoll(text); }
-inline void from_text(const std::string& text, std::uint64_t& value) { value = std::stoull(text); }
-inline void from_text(const std::string& text, double& value) { value = std::stod(text); }
+/// The value again if to_text() makes the same text of it; whether it does.
+inline bool from_text(const std::string& text, std::string& value) {
+  value = text;
+  return true;
+}
+inline bool from_text(const std::string& text, bool& value) {
+  value = text == "true";
+  return to_text(value) == text;
+}
+template <class Number>
+bool from_text(const std::string& text, Number& value) {
+  std::istringstream(text) >> value;
+  return to_text(value) == text;
+}
 
 /// The options that a model was saved with. Throws std::runtime_error naming one that is missing or
 /// makes no sense.
@@ -129,9 +139,7 @@ inline Options read_options(const std::map<std::string, std::string>& metadata) 
     if (found == metadata.end()) {
       throw std::runtime_error(std::string("this is no model of pronounce: it has no ") + name);
     }
-    try {
-      from_text(found->second, value);
-    } catch (const std::logic_error&) {
+    if (!from_text(found->second, value)) {
       throw std::runtime_error(std::string("this is no model of pronounce: its ") + name + " is \"" +
                                found->second + '"');
     }

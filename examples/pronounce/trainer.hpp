@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <moe/io/safetensors.hpp>
@@ -7,6 +8,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -76,8 +78,10 @@ inline Schedule schedule_of(const Options& o) {
   }
   if (o.schedule == "prefix") {
     // Few pronunciations have more phonemes than twelve.
-    return moe::ShrinkingPrefix{
-        .warm_up = o.cross_entropy, .longest = 12, .shrink = 2, .stage = o.rise};
+    return moe::ShrinkingPrefix{.warm_up = o.cross_entropy,
+                                .longest = std::min<Index>(12, o.longest),
+                                .shrink = 2,
+                                .stage = o.rise};
   }
   throw std::runtime_error("--schedule " + o.schedule +
                            " is none of none, alternation, blend, prefix");
@@ -197,7 +201,9 @@ class Trainer {
     const double rate = learning_rate_of(options_, update_);
     moe::clip_gradients(network_, options_.clip);
     adam_.update(network_, rate);
-    if (options_.baseline == "linear") helper_adam_.update(helper_, 1e-2);
+    if (options_.baseline == "linear" && statistics.sampled_steps > 0) {
+      helper_adam_.update(helper_, 1e-2);
+    }
 
     share_.add(objective.reinforce, 0.02);
     if (statistics.forced_steps > 0) cross_entropy_.add(statistics.cross_entropy, 0.02);
@@ -221,7 +227,19 @@ class Trainer {
   }
 
   /// Takes up what save() left; the sizes of the network and the baseline must be those of the file.
+  /// Throws std::runtime_error, nothing having changed, if anything is missing or cannot be.
   void load(const moe::SafetensorsFile& file) {
+    for_each_extra([&](const std::string& name, auto&& value) {
+      file.check(name, value);
+      if constexpr (std::is_same_v<std::remove_cvref_t<decltype(value)>, std::span<Index>>) {
+        std::vector<Index> counts(value.size());
+        file.read(name, std::span<Index>(counts));
+        const bool sane =
+            std::all_of(counts.begin(), counts.end(), [](Index count) { return count >= 0; }) &&
+            (name != "training.counts" || counts[1] < rewards_.past().cols());
+        if (!sane) throw std::runtime_error(file.path() + ": " + name + " is out of range");
+      }
+    });
     file.read_parameters(network_);
     for_each_extra([&](const std::string& name, auto&& value) { file.read(name, value); });
     recall();

@@ -1,4 +1,7 @@
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -18,6 +21,21 @@ using moe::test::same_bits;
 namespace {
 
 const std::vector<Phonemes> two_ways{{1, 2, 3, 4}, {5, 6}};
+
+/// A file of its own that goes away with the test.
+struct TemporaryFile {
+  TemporaryFile() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "moe-test-XXXXXX").string();
+    const int descriptor = mkstemp(pattern.data());
+    REQUIRE(descriptor >= 0);
+    close(descriptor);
+    path = pattern;
+  }
+  ~TemporaryFile() { std::filesystem::remove(path); }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  std::string path;
+};
 
 /// A dictionary of made-up words, all of whose parts are small and not empty.
 std::vector<Entry> made_up_words(std::size_t count) {
@@ -221,11 +239,11 @@ TEST_CASE("pronounce: every pronunciation once an epoch, in an order of its own"
 }
 
 TEST_CASE("pronounce: training stops and resumes with the same bits", "[pronounce]") {
-  const std::string path =
-      (std::filesystem::temp_directory_path() / "moe-pronounce-test.safetensors").string();
+  const TemporaryFile file;
+  const std::string& path = file.path;
   const std::vector<Entry> entries = made_up_words(100);
   Options options = small_options();
-  options.baseline = GENERATE(as<std::string>(), "leave_one_out", "running_mean", "linear");
+  options.baseline = GENERATE(as<std::string>(), "leave_one_out", "running_mean", "linear", "greedy");
   options.reward = GENERATE(as<std::string>(), "score", "shuffled");
   if (options.reward == "shuffled" && options.baseline != "leave_one_out") return;
   Trainer whole(options, entries);
@@ -241,12 +259,92 @@ TEST_CASE("pronounce: training stops and resumes with the same bits", "[pronounc
   for (std::size_t i = 0; i < expected.size(); ++i) CHECK(same_bits(actual[i], expected[i]));
   CHECK(resumed.cross_entropy() == whole.cross_entropy());
   CHECK(resumed.reward() == whole.reward());
-  std::filesystem::remove(path);
+}
+
+TEST_CASE("pronounce: a training that cannot be is not resumed", "[pronounce]") {
+  const TemporaryFile file;
+  const std::vector<Entry> entries = made_up_words(50);
+  const Options options = small_options();
+  Trainer trainer(options, entries);
+  trainer.train();
+  const std::string broken = GENERATE(as<std::string>(), "training.counts 0", "training.counts 1",
+                                      "training.adam.steps 0", "training.adam.updates 3");
+  // The same file with one number changed.
+  moe::SafetensorsWriter writer;
+  trainer.save(file.path);
+  const moe::SafetensorsFile whole(file.path);
+  std::vector<std::vector<Index>> numbers;
+  std::vector<Matrix<float>> floats;
+  std::vector<Matrix<double>> doubles;
+  for (const auto& [name, tensor] : whole.tensors()) {
+    if (tensor.type == "I64") {
+      auto& values = numbers.emplace_back(tensor.shape[0]);
+      whole.read(name, std::span<Index>(values));
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        if (broken == name + ' ' + std::to_string(i)) values[i] = i == 1 ? 1000000000 : -100;
+      }
+    } else if (tensor.type == "F32") {
+      auto& value = floats.emplace_back(static_cast<Index>(tensor.shape[0]),
+                                        static_cast<Index>(tensor.shape[1]));
+      whole.read(name, value);
+    } else {
+      auto& value = doubles.emplace_back(static_cast<Index>(tensor.shape[0]),
+                                         static_cast<Index>(tensor.shape[1]));
+      whole.read(name, value);
+    }
+  }
+  auto number = numbers.begin();
+  auto single = floats.begin();
+  auto twice = doubles.begin();
+  for (const auto& [name, tensor] : whole.tensors()) {
+    if (tensor.type == "I64") {
+      writer.add(name, std::span<const Index>(*number++));
+    } else if (tensor.type == "F32") {
+      writer.add(name, *single++);
+    } else {
+      writer.add(name, *twice++);
+    }
+  }
+  writer.write(file.path);
+  Trainer resumed(options, entries);
+  const auto before = values_of(resumed.network());
+  CHECK_THROWS_WITH(resumed.load(moe::SafetensorsFile(file.path)),
+                    Contains(broken.substr(0, broken.find(' '))));
+  const auto after = values_of(resumed.network());
+  for (std::size_t i = 0; i < before.size(); ++i) CHECK(same_bits(after[i], before[i]));
+}
+
+TEST_CASE("pronounce: options are saved as text and read back", "[pronounce]") {
+  Options options = small_options();
+  options.learning_rate = 0.1;
+  options.normalise = true;
+  std::map<std::string, std::string> texts;
+  for_each_option(options, [&](const char* name, const auto& value, const char*) {
+    texts[name] = to_text(value);
+  });
+  const Options back = read_options(texts);
+  CHECK(back.learning_rate == 0.1);
+  CHECK(back.normalise);
+  CHECK(back.schedule == options.schedule);
+  CHECK(back.width == options.width);
+  const auto fails = [&](const char* name, const char* text) {
+    std::map<std::string, std::string> changed = texts;
+    changed[name] = text;
+    CHECK_THROWS_WITH(read_options(changed), Contains(std::string("its ") + name + " is"));
+  };
+  fails("width", "12abc");
+  fails("width", "");
+  fails("width", "99999999999999999999");
+  fails("seed", "-1");
+  fails("normalise", "yes");
+  fails("dropout", "a tenth");
+  texts.erase("width");
+  CHECK_THROWS_WITH(read_options(texts), Contains("it has no width"));
 }
 
 TEST_CASE("pronounce: the dictionary as it is, and files that are none", "[pronounce]") {
-  const std::string path =
-      (std::filesystem::temp_directory_path() / "moe-pronounce-test.dict").string();
+  const TemporaryFile file;
+  const std::string& path = file.path;
   const auto write = [&](const std::string& text) { std::ofstream(path) << text; };
   std::string words;
   for (char a = 'a'; a <= 'z'; ++a) {

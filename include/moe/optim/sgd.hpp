@@ -56,6 +56,16 @@ class Sgd {
         });
   }
 
+  /// What the optimizer remembers of a module, to be saved or restored: with momentum, calls
+  /// f(name, matrix) with "velocity.experts.3.up.weight" and so on. Throws std::invalid_argument if
+  /// the module is not that of the first update.
+  template <class Module, class F>
+  void for_each_state(const Module& module, F&& f) {
+    if (config_.momentum == 0) return;
+    velocity_.match(module, "Sgd");
+    velocity_.for_each(module, "velocity", f);
+  }
+
  private:
   using Packet = detail::Packet<Scalar>;
 
