@@ -1,13 +1,13 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../common/terminal.hpp"
 #include "corpus.hpp"
 #include "model.hpp"
 
@@ -16,9 +16,7 @@
 
 namespace language_model {
 
-inline double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+using examples::seconds_now;
 
 /// What a pass over held-out text tells.
 struct Evaluation {

@@ -3,7 +3,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -12,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/terminal.hpp"
 #include "contestant.hpp"
 #include "corpus.hpp"
 #include "report.hpp"
@@ -47,13 +47,6 @@ struct Options {
   int threads = static_cast<int>(moe::worker_count());
   std::string csv = "language_model.csv";
 };
-
-volatile std::sig_atomic_t interrupted = 0;
-
-extern "C" void on_interrupt(int) {
-  interrupted = 1;
-  std::signal(SIGINT, SIG_DFL);  // whoever presses twice means it
-}
 
 void add_options(CLI::App& app, Options& o) {
   const auto at_least = [](double lowest) { return CLI::Range(lowest, 1e9); };
@@ -246,10 +239,10 @@ void run(const Options& o) {
   };
 
   {
-    ProgressBar progress;
+    examples::ProgressBar progress;
     Batches::Batch batch;
     double fraction = 0;
-    while (fraction < 1 && !interrupted) {
+    while (fraction < 1 && !examples::interrupted) {
       ++update;
       if (o.minutes > 0) {
         // How many updates there will be is an estimate that gets better; the learning rate and
@@ -268,7 +261,7 @@ void run(const Options& o) {
         if (index == 0) contestants[i].start_epoch();
         contestants[i].update(batch, static_cast<std::uint64_t>(update), learning_rate(update));
       });
-      progress.draw(fraction, update, total, contestants);
+      draw(progress, fraction, update, total, contestants);
       if (fraction * static_cast<double>(o.evaluations) >= static_cast<double>(evaluations + 1)) {
         ++evaluations;
         progress.clear();
@@ -278,7 +271,7 @@ void run(const Options& o) {
   }
   if (evaluated_at != update) evaluate_all();
 
-  if (interrupted) std::printf("\ninterrupted after update %td of %td\n", update, total);
+  if (examples::interrupted) std::printf("\ninterrupted after update %td of %td\n", update, total);
   std::printf("\nPerplexity after %td updates, %.0f s; balance on the test part\n\n", update,
               seconds_now() - start);
   print_result_header();
@@ -308,7 +301,7 @@ int main(int argc, char** argv) {
   language_model::Options options;
   language_model::add_options(app, options);
   CLI11_PARSE(app, argc, argv);
-  std::signal(SIGINT, language_model::on_interrupt);
+  examples::catch_interrupts();
   try {
     language_model::run(options);
   } catch (const std::exception& error) {

@@ -1,13 +1,12 @@
 #pragma once
 
-#include <unistd.h>
-
 #include <cstdio>
 #include <fstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../common/terminal.hpp"
 #include "contestant.hpp"
 
 /// \file
@@ -28,39 +27,16 @@ inline std::string in_millions(Index count) {
   return print("%.3f M", static_cast<double>(count) * 1e-6);
 }
 
-/// A bar on the terminal, drawn over itself; nothing where the output is no terminal.
-class ProgressBar {
- public:
-  ProgressBar() : visible_(isatty(STDERR_FILENO) != 0) {}
-  ~ProgressBar() { clear(); }
-  ProgressBar(const ProgressBar&) = delete;
-  ProgressBar& operator=(const ProgressBar&) = delete;
-
-  void draw(double fraction, Index update, Index total,
-            const std::vector<Contestant>& contestants) {
-    if (!visible_ || seconds_now() - drawn_ < 0.1) return;
-    drawn_ = seconds_now();
-    constexpr int width = 24;
-    const int full = std::min(width, static_cast<int>(fraction * width));
-    std::string line = "\r[" + std::string(static_cast<std::size_t>(full), '#') +
-                       std::string(static_cast<std::size_t>(width - full), '.') + "] " +
-                       std::to_string(update) + "/" + std::to_string(total);
-    for (const Contestant& c : contestants) {
-      line +=
-          print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(), c.tokens_per_second());
-    }
-    std::fputs((line + "\x1b[K").c_str(), stderr);
+inline void draw(examples::ProgressBar& progress, double fraction, Index update, Index total,
+                 const std::vector<Contestant>& contestants) {
+  if (!progress.is_due()) return;
+  std::string text = std::to_string(update) + "/" + std::to_string(total);
+  for (const Contestant& c : contestants) {
+    text +=
+        print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(), c.tokens_per_second());
   }
-
-  void clear() {
-    if (visible_) std::fputs("\r\x1b[K", stderr);
-    drawn_ = 0;
-  }
-
- private:
-  bool visible_;
-  double drawn_ = 0;
-};
+  progress.draw(fraction, text);
+}
 
 /// Every row that is printed, for plotting.
 class CsvFile {

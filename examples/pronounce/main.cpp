@@ -2,7 +2,6 @@
 /// well; and pronounces words. See README.md beside this file.
 
 #include <CLI/CLI.hpp>
-#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -12,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../common/terminal.hpp"
 #include "dictionary.hpp"
 #include "options.hpp"
 #include "report.hpp"
@@ -32,13 +32,6 @@ struct Surroundings {
   int threads = static_cast<int>(moe::worker_count());
   std::string csv;
 };
-
-volatile std::sig_atomic_t interrupted = 0;
-
-extern "C" void on_interrupt(int) {
-  interrupted = 1;
-  std::signal(SIGINT, SIG_DFL);  // whoever presses twice means it
-}
 
 /// Compares the sizes in the options with a few tensors, before anything is as large as they say.
 void check_sizes(const moe::SafetensorsFile& file, const Options& o) {
@@ -74,7 +67,7 @@ void train(const Options& options, const Surroundings& s) {
 
   ErrorRates validation;
   Index evaluated = -1;
-  ProgressBar progress;
+  examples::ProgressBar progress;
   const auto evaluate_and_save = [&] {
     if (evaluated == trainer.update()) return;
     progress.clear();
@@ -84,9 +77,9 @@ void train(const Options& options, const Surroundings& s) {
     trainer.save(s.model);
     evaluated = trainer.update();
   };
-  while (trainer.update() < options.updates && !interrupted) {
+  while (trainer.update() < options.updates && !examples::interrupted) {
     trainer.train();
-    progress.draw(trainer);
+    draw(progress, trainer);
     if (trainer.update() % s.evaluate_every == 0) evaluate_and_save();
   }
   evaluate_and_save();
@@ -181,7 +174,7 @@ int run(int argc, char** argv) {
   if (!s.words.empty()) {
     pronounce_words(s);
   } else {
-    std::signal(SIGINT, on_interrupt);
+    examples::catch_interrupts();
     train(options, s);
   }
   return 0;

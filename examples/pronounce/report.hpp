@@ -1,13 +1,11 @@
 #pragma once
 
-#include <unistd.h>
-
-#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <stdexcept>
 #include <string>
 
+#include "../common/terminal.hpp"
 #include "score.hpp"
 #include "trainer.hpp"
 
@@ -40,35 +38,14 @@ inline void print_result_header() {
       "| ---------- | ----: | -----------------: | ---------------: | ---------------------: |");
 }
 
-/// A bar on the terminal, drawn over itself; nothing where the output is no terminal.
-class ProgressBar {
- public:
-  ProgressBar() : visible_(isatty(STDERR_FILENO) != 0) {}
-  ~ProgressBar() { clear(); }
-  ProgressBar(const ProgressBar&) = delete;
-  ProgressBar& operator=(const ProgressBar&) = delete;
-
-  void draw(const Trainer& trainer) {
-    if (!visible_ || seconds_now() - drawn_ < 0.1) return;
-    drawn_ = seconds_now();
-    constexpr Index width = 24;
-    const Index total = trainer.options().updates;
-    const Index full = std::min(width, width * trainer.update() / std::max<Index>(1, total));
-    std::fprintf(stderr, "\r[%s%s] %td/%td  xentropy %.3f  reward %.3f\x1b[K",
-                 std::string(static_cast<std::size_t>(full), '#').c_str(),
-                 std::string(static_cast<std::size_t>(width - full), '.').c_str(),
-                 trainer.update(), total, trainer.cross_entropy(), trainer.reward());
-  }
-
-  void clear() {
-    if (visible_) std::fputs("\r\x1b[K", stderr);
-    drawn_ = 0;
-  }
-
- private:
-  bool visible_;
-  double drawn_ = 0;
-};
+inline void draw(examples::ProgressBar& progress, const Trainer& trainer) {
+  if (!progress.is_due()) return;
+  const Index total = trainer.options().updates;
+  char text[128];
+  std::snprintf(text, sizeof(text), "%td/%td  xentropy %.3f  reward %.3f", trainer.update(), total,
+                trainer.cross_entropy(), trainer.reward());
+  progress.draw(static_cast<double>(trainer.update()) / static_cast<double>(total), text);
+}
 
 /// Every row that is printed, for plotting; without a path, nothing.
 class CsvFile {

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <moe/io/safetensors.hpp>
 #include <moe/moe.hpp>
@@ -13,6 +12,7 @@
 #include <variant>
 #include <vector>
 
+#include "../common/terminal.hpp"
 #include "batches.hpp"
 #include "dictionary.hpp"
 #include "model.hpp"
@@ -27,9 +27,7 @@ namespace pronounce {
 using Network = Model<float>;
 using Helper = moe::Reinforce<Network>;
 
-inline double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+using examples::seconds_now;
 
 inline Network::Config network_of(const Options& o) {
   return {.letters = letters().size(),
