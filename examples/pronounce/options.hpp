@@ -57,8 +57,8 @@ inline Options full_options() {
   o.width = 64;
   o.hidden = 64;
   o.dropout = 0.1;
-  o.updates = 34000;
-  o.cross_entropy = 30000;
+  o.updates = 27000;
+  o.cross_entropy = 24000;
   o.learning_rate = 3e-3;
   return o;
 }

@@ -172,19 +172,15 @@ void write_all(const P& policy, std::span<const typename P::Input> inputs,
         const SoftmaxRow<Scalar> softmax = softmax_row_at(sampling.temperature, symbols, x, e);
         require(std::isfinite(softmax.sum) && std::isfinite(softmax.shift),
                 "Reinforce: the logits of row ", row, " at step ", t, " are not finite");
-        Index& symbol = rollout.symbols[rollout.at(row, t)];
-        if (t >= rollout.forced[to_size(row)]) {
-          const Index dice =
-              row / rollout.samples * sampling.samples + row % rollout.samples;
-          const auto words = noise_words(sampling.seed, sampling.key, dice, t);
-          symbol = sampling.greedy
-                       ? std::max_element(x, x + symbols) - x
-                       : draw(symbols, e, uniform_double(words[0], words[1]));
-        }
-        if (t >= rollout.forced[to_size(row)]) {
-          rollout.log_probability[rollout.at(row, t)] =
-              log_probability_at(sampling.temperature, softmax, x[symbol]);
-        }
+        if (t < rollout.forced[to_size(row)]) continue;
+        const Index dice = row / rollout.samples * sampling.samples + row % rollout.samples;
+        const auto words = noise_words(sampling.seed, sampling.key, dice, t);
+        const Index symbol = sampling.greedy
+                                 ? std::max_element(x, x + symbols) - x
+                                 : draw(symbols, e, uniform_double(words[0], words[1]));
+        rollout.symbols[rollout.at(row, t)] = symbol;
+        rollout.log_probability[rollout.at(row, t)] =
+            log_probability_at(sampling.temperature, softmax, x[symbol]);
       }
     });
     for (Index row = 0; row < rows; ++row) {
