@@ -21,6 +21,7 @@ seeds='1 2 3'
 first=16000   # updates of cross-entropy that all but (e) have behind them
 more=3000     # updates after that
 last=$((first + more))
+scratch=8000  # updates of REINFORCE alone: about as long as all of the annealed training
 
 # run NAME arguments...: prints the command that makes NAME.log, unless it is there.
 run() {
@@ -63,7 +64,7 @@ for seed in $seeds; do
   run "cross_entropy_as_long-$seed" --resume "'$folder/start-$seed.safetensors'" \
     --updates "$updates" --evaluate-every 5000
   run "from_scratch-$seed" --seed "$seed" --cross-entropy 0 --rise 1 --share 1 \
-    --late-rate 0.005 --updates "$more" --evaluate-every 1000
+    --late-rate 0.005 --updates "$scratch" --evaluate-every 1000
 done | two_at_a_time
 
 # The last rows of the logs, and their means.
