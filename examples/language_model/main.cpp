@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/csv_file.hpp"
 #include "../common/terminal.hpp"
 #include "contestant.hpp"
 #include "corpus.hpp"
@@ -202,7 +203,7 @@ void side_by_side(std::size_t count, int threads, F f) {
 
 void run(const Options& o) {
   use_threads(o.threads);
-  CsvFile csv(o.csv);
+  examples::CsvFile csv(o.csv, csv_header);
   const Corpus corpus =
       make_corpus(o.data.empty() ? read_wordnet(o.wordnet) : read_text(o.data), o.vocabulary);
   const Batches training(corpus.train, o.sequences, o.steps);
@@ -233,7 +234,8 @@ void run(const Options& o) {
     });
     for (std::size_t i = 0; i < contestants.size(); ++i) {
       print_row(contestants[i], update, latest[i]);
-      csv.add("validation", contestants[i], update, update * o.sequences * o.steps, latest[i]);
+      csv.add(
+          csv_row("validation", contestants[i], update, update * o.sequences * o.steps, latest[i]));
     }
     evaluated_at = update;
   };
@@ -281,7 +283,7 @@ void run(const Options& o) {
   });
   for (std::size_t i = 0; i < contestants.size(); ++i) {
     print_result(contestants[i], latest[i], results[i]);
-    csv.add("test", contestants[i], update, update * o.sequences * o.steps, results[i]);
+    csv.add(csv_row("test", contestants[i], update, update * o.sequences * o.steps, results[i]));
   }
   std::puts("");
   for (const Contestant& contestant : contestants) {

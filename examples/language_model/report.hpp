@@ -1,8 +1,6 @@
 #pragma once
 
 #include <cstdio>
-#include <fstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -38,34 +36,19 @@ inline void draw(examples::ProgressBar& progress, double fraction, Index update,
   progress.draw(fraction, text);
 }
 
-/// Every row that is printed, for plotting.
-class CsvFile {
- public:
-  explicit CsvFile(const std::string& path) : path_(path), file_(path) {
-    file_ << "part,model,update,tokens,seconds,training_loss,perplexity,operations,parameters,"
-             "cv_importance,cv_load,max_over_mean_load,unused_experts,tokens_per_second\n";
-    check();
-  }
+inline const char* const csv_header =
+    "part,model,update,tokens,seconds,training_loss,perplexity,operations,parameters,"
+    "cv_importance,cv_load,max_over_mean_load,unused_experts,tokens_per_second";
 
-  void add(const char* part, const Contestant& c, Index update, Index tokens, const Evaluation& e) {
-    file_ << print("%s,%s,%td,%td,%.2f,%.5f,%.4f,%td,%td,%.5f,%.5f,%.5f,%td,%.0f\n", part,
-                   c.name().c_str(), update, tokens, c.seconds(), c.loss(), e.perplexity,
-                   c.model().operations(), moe::parameter_count(c.model()),
-                   static_cast<double>(e.balance.cv_importance()),
-                   static_cast<double>(e.balance.cv_load()),
-                   static_cast<double>(e.balance.max_over_mean_load()), e.balance.unused_experts(),
-                   c.tokens_per_second())
-          << std::flush;
-    check();
-  }
-
- private:
-  void check() {
-    if (!file_) throw std::runtime_error("cannot write " + path_);
-  }
-  std::string path_;
-  std::ofstream file_;
-};
+inline std::string csv_row(const char* part, const Contestant& c, Index update, Index tokens,
+                           const Evaluation& e) {
+  return print(
+      "%s,%s,%td,%td,%.2f,%.5f,%.4f,%td,%td,%.5f,%.5f,%.5f,%td,%.0f", part, c.name().c_str(),
+      update, tokens, c.seconds(), c.loss(), e.perplexity, c.model().operations(),
+      moe::parameter_count(c.model()), static_cast<double>(e.balance.cv_importance()),
+      static_cast<double>(e.balance.cv_load()), static_cast<double>(e.balance.max_over_mean_load()),
+      e.balance.unused_experts(), c.tokens_per_second());
+}
 
 /// The columns of the rows and of the final table; both have the same width.
 inline const char* const row_header =

@@ -36,9 +36,7 @@ class Batches {
   }
 
   /// Batches in an epoch; the last few words of its order are left out.
-  Index count() const {
-    return std::max<Index>(1, static_cast<Index>(pairs_.size()) / words_);
-  }
+  Index count() const { return std::max<Index>(1, static_cast<Index>(pairs_.size()) / words_); }
 
   /// The batch of an update, counted from 1.
   void get(Index update, Batch& batch) {
@@ -70,8 +68,8 @@ class Batches {
     const std::size_t pool = 32 * static_cast<std::size_t>(words_);
     for (std::size_t first = 0; first < shuffled_.size(); first += pool) {
       const auto from = shuffled_.begin() + static_cast<std::ptrdiff_t>(first);
-      const auto to = shuffled_.begin() +
-                      static_cast<std::ptrdiff_t>(std::min(first + pool, shuffled_.size()));
+      const auto to =
+          shuffled_.begin() + static_cast<std::ptrdiff_t>(std::min(first + pool, shuffled_.size()));
       std::stable_sort(from, to, [&](const Pair& a, const Pair& b) {
         return entries_[a.entry].letters.size() < entries_[b.entry].letters.size();
       });

@@ -6,11 +6,13 @@
 #include <cstdio>
 #include <exception>
 #include <moe/io/safetensors.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "../common/csv_file.hpp"
 #include "../common/terminal.hpp"
 #include "dictionary.hpp"
 #include "options.hpp"
@@ -51,10 +53,12 @@ void check_sizes(const moe::SafetensorsFile& file, const Options& o) {
 
 void train(const Options& options, const Surroundings& s) {
   const Dictionary dictionary = read_dictionary(s.dictionary);
-  if (!s.resume.empty()) check_sizes(moe::SafetensorsFile(s.resume), options);
+  std::optional<moe::SafetensorsFile> file;
+  if (!s.resume.empty()) check_sizes(file.emplace(s.resume), options);
   Trainer trainer(options, dictionary.train);
-  if (!s.resume.empty()) trainer.load(moe::SafetensorsFile(s.resume));
-  CsvFile csv(s.csv);
+  if (file) trainer.load(*file);
+  std::optional<examples::CsvFile> csv;
+  if (!s.csv.empty()) csv.emplace(s.csv, csv_header);
   std::printf("%zu words to train on, %zu for validation, %zu for the test; %td parameters\n",
               dictionary.train.size(), dictionary.validation.size(), dictionary.test.size(),
               moe::parameter_count(trainer.network()));
@@ -73,7 +77,7 @@ void train(const Options& options, const Surroundings& s) {
     progress.clear();
     validation = evaluate(trainer.network(), trainer.helper(), dictionary.validation);
     print_row(trainer, validation);
-    csv.add(trainer, validation);
+    if (csv) csv->add(csv_row(trainer, validation));
     trainer.save(s.model);
     evaluated = trainer.update();
   };
@@ -150,10 +154,12 @@ int run(int argc, char** argv) {
   app.add_option("--model", s.model, "where the model is saved, and loaded from to pronounce")
       ->capture_default_str();
   auto* full = app.add_flag("--full", s.full, "train to convergence, a larger network");
-  app.add_option("--resume", s.resume, "go on from this model, with its options where none is given")
+  app.add_option("--resume", s.resume,
+                 "go on from this model, with its options where none is given")
       ->check(CLI::ExistingFile)
       ->excludes(full);
-  app.add_option("--dictionary", s.dictionary, "lines of \"word PH PH ...\"")->capture_default_str();
+  app.add_option("--dictionary", s.dictionary, "lines of \"word PH PH ...\"")
+      ->capture_default_str();
   app.add_option("--evaluate-every", s.evaluate_every,
                  "updates between two looks at the validation words, at each of which it saves")
       ->check(CLI::PositiveNumber)

@@ -57,19 +57,20 @@ class Model {
   };
 
   struct EncoderTape {
-    std::vector<Index> offsets;           ///< where each word's letters start, see Attention
-    std::vector<Index> rightwards;        ///< L x B, a letter a row, 0 in padding
-    std::vector<Index> leftwards;         ///< the same, each word from its end
+    std::vector<Index> letters;     ///< of all words, one after the other
+    std::vector<Index> offsets;     ///< where each word's start, see Attention
+    std::vector<Index> rightwards;  ///< L x B, a letter a row, 0 in padding
+    std::vector<Index> leftwards;   ///< the same, each word from its end
     typename Embedding::Tape embedding_rightwards, embedding_leftwards;
     typename LSTM::Tape lstm_rightwards, lstm_leftwards;
-    Matrix both;                          ///< letters x 2H
+    Matrix both;  ///< letters x 2H
     typename Dropout::Tape dropout;
     typename Mixture::Tape mixture;
-    Matrix memory;                        ///< letters x 2H
+    Matrix memory;  ///< letters x 2H
     typename Linear::Tape keys;
-    Matrix ends;                          ///< B x 2H, the last states
+    Matrix ends;  ///< B x 2H, the last states
     typename Linear::Tape bridge;
-    Matrix initial;                       ///< B x H, what the decoder starts from
+    Matrix initial;  ///< B x H, what the decoder starts from
     Matrix dmemory, dboth, dinitial, drightwards, dleftwards;
   };
 
@@ -188,16 +189,18 @@ class Model {
   /// Rows of padding follow a word's letters in both directions, so no state of a letter sees them.
   void encode(std::span<const Word> words, const Noise& noise, EncoderTape& tape) const {
     const auto count = static_cast<Index>(words.size());
+    tape.letters.clear();
     tape.offsets.assign(1, 0);
     Index longest = 0;
     for (const Word& word : words) {
-      const auto length = static_cast<Index>(word.letters.size());
-      tape.offsets.push_back(tape.offsets.back() + length);
-      longest = std::max(longest, length);
+      tape.letters.insert(tape.letters.end(), word.letters.begin(), word.letters.end());
+      tape.offsets.push_back(static_cast<Index>(tape.letters.size()));
+      longest = std::max(longest, static_cast<Index>(word.letters.size()));
     }
     tape.rightwards.assign(static_cast<std::size_t>(longest * count), 0);
     tape.leftwards = tape.rightwards;
-    for_each_letter(words, [&](Index, Index row, Index row_from_end, Index letter) {
+    for_each_letter(tape, [&](Index i, Index row, Index row_from_end) {
+      const Index letter = tape.letters[static_cast<std::size_t>(i)];
       tape.rightwards[static_cast<std::size_t>(row)] = letter;
       tape.leftwards[static_cast<std::size_t>(row_from_end)] = letter;
     });
@@ -207,7 +210,7 @@ class Model {
                               tape.lstm_leftwards);
     const Index H = config_.width;
     tape.both.resize(tape.offsets.back(), 2 * H);
-    for_each_letter(words, [&](Index i, Index row, Index row_from_end, Index) {
+    for_each_letter(tape, [&](Index i, Index row, Index row_from_end) {
       tape.both.row(i).leftCols(H) = right.row(row);
       tape.both.row(i).rightCols(H) = left.row(row_from_end);
     });
@@ -252,14 +255,10 @@ class Model {
 
     e.drightwards.setZero(static_cast<Index>(e.rightwards.size()), H);
     e.dleftwards.setZero(static_cast<Index>(e.leftwards.size()), H);
-    for (Index w = 0; w < count; ++w) {
-      const Index first = first_letter(e, w);
-      const Index length = last_letter(e, w) + 1 - first;
-      for (Index j = 0; j < length; ++j) {
-        e.drightwards.row(j * count + w) = e.dboth.row(first + j).leftCols(H);
-        e.dleftwards.row((length - 1 - j) * count + w) = e.dboth.row(first + j).rightCols(H);
-      }
-    }
+    for_each_letter(e, [&](Index i, Index row, Index row_from_end) {
+      e.drightwards.row(row) = e.dboth.row(i).leftCols(H);
+      e.dleftwards.row(row_from_end) = e.dboth.row(i).rightCols(H);
+    });
     letters_.backward(rightwards_.backward(e.drightwards, e.lstm_rightwards),
                       e.embedding_rightwards);
     letters_.backward(leftwards_.backward(e.dleftwards, e.lstm_leftwards), e.embedding_leftwards);
@@ -272,17 +271,14 @@ class Model {
     return tape.offsets[static_cast<std::size_t>(word) + 1] - 1;
   }
 
-  /// Calls f(index among all letters, row in reading order, row from the word's end, letter).
+  /// Calls f(index among all letters, row in reading order, row from the word's end).
   template <class F>
-  static void for_each_letter(std::span<const Word> words, F&& f) {
-    const auto count = static_cast<Index>(words.size());
-    Index i = 0;
+  static void for_each_letter(const EncoderTape& tape, F&& f) {
+    const auto count = static_cast<Index>(tape.offsets.size()) - 1;
     for (Index w = 0; w < count; ++w) {
-      const std::span<const Index> letters = words[static_cast<std::size_t>(w)].letters;
-      const auto length = static_cast<Index>(letters.size());
-      for (Index j = 0; j < length; ++j) {
-        f(i++, j * count + w, (length - 1 - j) * count + w, letters[static_cast<std::size_t>(j)]);
-      }
+      const Index first = first_letter(tape, w);
+      const Index last = last_letter(tape, w);
+      for (Index i = first; i <= last; ++i) f(i, (i - first) * count + w, (last - i) * count + w);
     }
   }
 

@@ -140,8 +140,8 @@ inline Options read_options(const std::map<std::string, std::string>& metadata) 
       throw std::runtime_error(std::string("this is no model of pronounce: it has no ") + name);
     }
     if (!from_text(found->second, value)) {
-      throw std::runtime_error(std::string("this is no model of pronounce: its ") + name + " is \"" +
-                               found->second + '"');
+      throw std::runtime_error(std::string("this is no model of pronounce: its ") + name +
+                               " is \"" + found->second + '"');
     }
   });
   return options;

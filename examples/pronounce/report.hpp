@@ -1,8 +1,7 @@
 #pragma once
 
 #include <cstdio>
-#include <fstream>
-#include <stdexcept>
+#include <sstream>
 #include <string>
 
 #include "../common/terminal.hpp"
@@ -47,33 +46,18 @@ inline void draw(examples::ProgressBar& progress, const Trainer& trainer) {
   progress.draw(static_cast<double>(trainer.update()) / static_cast<double>(total), text);
 }
 
-/// Every row that is printed, for plotting; without a path, nothing.
-class CsvFile {
- public:
-  explicit CsvFile(const std::string& path) : path_(path) {
-    if (path.empty()) return;
-    file_.open(path);
-    file_ << "seed,schedule,reward_kind,update,seconds,share,cross_entropy,reward,phoneme_error_rate,"
-             "word_error_rate,word_error_rate_first\n";
-    check();
-  }
+inline const char* const csv_header =
+    "seed,schedule,reward_kind,update,seconds,share,cross_entropy,reward,phoneme_error_rate,"
+    "word_error_rate,word_error_rate_first";
 
-  void add(const Trainer& trainer, const ErrorRates& rates) {
-    if (path_.empty()) return;
-    const Options& o = trainer.options();
-    file_ << o.seed << ',' << o.schedule << ',' << o.reward << ',' << trainer.update() << ','
-          << trainer.seconds() << ',' << trainer.share() << ',' << trainer.cross_entropy() << ','
-          << trainer.reward() << ',' << rates.phoneme_error_rate() << ','
-          << rates.word_error_rate() << ',' << rates.word_error_rate_first() << std::endl;
-    check();
-  }
-
- private:
-  void check() {
-    if (!file_) throw std::runtime_error("cannot write " + path_);
-  }
-  std::string path_;
-  std::ofstream file_;
-};
+inline std::string csv_row(const Trainer& trainer, const ErrorRates& rates) {
+  const Options& o = trainer.options();
+  std::ostringstream row;
+  row << o.seed << ',' << o.schedule << ',' << o.reward << ',' << trainer.update() << ','
+      << trainer.seconds() << ',' << trainer.share() << ',' << trainer.cross_entropy() << ','
+      << trainer.reward() << ',' << rates.phoneme_error_rate() << ',' << rates.word_error_rate()
+      << ',' << rates.word_error_rate_first();
+  return row.str();
+}
 
 }  // namespace pronounce

@@ -94,15 +94,15 @@ inline std::string schedule_in_words(const Options& o) {
 inline double learning_rate_of(const Options& o, Index update) {
   if (update <= o.cross_entropy) {
     const Index warm_up = std::min<Index>(200, o.cross_entropy);
-    return moe::WarmUpLinearDecay{.peak = o.learning_rate,
-                                  .warm_up = warm_up,
-                                  .total = warm_up + (o.cross_entropy - warm_up) * 10 / 9 + 1}(
-        update);
+    return moe::WarmUpLinearDecay{
+        .peak = o.learning_rate,
+        .warm_up = warm_up,
+        .total = warm_up + (o.cross_entropy - warm_up) * 10 / 9 + 1}(update);
   }
   const Index late = o.updates - o.cross_entropy;
   const Index warm_up = std::min<Index>(50, late);
-  return moe::WarmUpLinearDecay{.peak = o.late_rate, .warm_up = warm_up, .total = late + 1}(
-      update - o.cross_entropy);
+  return moe::WarmUpLinearDecay{
+      .peak = o.late_rate, .warm_up = warm_up, .total = late + 1}(update - o.cross_entropy);
 }
 
 /// What sequences earn; or, to see what that is worth, what they did not earn.
@@ -182,7 +182,6 @@ class Trainer {
   double cross_entropy() const { return cross_entropy_.mean(); }
   double reward() const { return reward_.mean(); }
   double share() const { return share_.mean(); }
-  const Helper::Statistics& statistics() const { return statistics_; }
   const moe::Balance<float>& balance() const { return tape_.policy.encoder.mixture.balance; }
 
   void train() {
@@ -191,11 +190,11 @@ class Trainer {
     batches_.get(update_, batch_);
     moe::zero_gradients(network_);
     moe::zero_gradients(helper_);
-    const moe::Objective objective = std::visit([&](const auto& schedule) { return schedule(update_); }, schedule_);
+    const auto objective =
+        std::visit([&](const auto& schedule) { return schedule(update_); }, schedule_);
     const moe::NoiseKey key{.step = static_cast<std::uint64_t>(update_)};
-    const auto statistics =
-        helper_.add_gradients(network_, batch_.words, batch_.references, rewards_, objective, key,
-                              tape_);
+    const auto statistics = helper_.add_gradients(network_, batch_.words, batch_.references,
+                                                  rewards_, objective, key, tape_);
     const double rate = learning_rate_of(options_, update_);
     moe::clip_gradients(network_, options_.clip);
     adam_.update(network_, rate);
@@ -205,10 +204,7 @@ class Trainer {
 
     share_.add(objective.reinforce, 0.02);
     if (statistics.forced_steps > 0) cross_entropy_.add(statistics.cross_entropy, 0.02);
-    if (statistics.sampled_steps > 0) {
-      reward_.add(statistics.mean_reward, 0.02);
-      statistics_ = statistics;
-    }
+    if (statistics.sampled_steps > 0) reward_.add(statistics.mean_reward, 0.02);
     seconds_ += seconds_now() - start;
   }
 
@@ -289,7 +285,6 @@ class Trainer {
   moe::Adam<float> helper_adam_;
   Batch batch_;
   Helper::Tape tape_;
-  Helper::Statistics statistics_;
   moe::RunningMean cross_entropy_, reward_, share_;
   Index update_ = 0;
   double seconds_ = 0;

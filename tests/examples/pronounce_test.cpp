@@ -1,7 +1,4 @@
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -11,6 +8,7 @@
 
 #include "../../examples/pronounce/trainer.hpp"
 #include "../support.hpp"
+#include "../temporary_folder.hpp"
 
 using namespace pronounce;
 using Catch::Matchers::Contains;
@@ -21,21 +19,6 @@ using moe::test::same_bits;
 namespace {
 
 const std::vector<Phonemes> two_ways{{1, 2, 3, 4}, {5, 6}};
-
-/// A file of its own that goes away with the test.
-struct TemporaryFile {
-  TemporaryFile() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "moe-test-XXXXXX").string();
-    const int descriptor = mkstemp(pattern.data());
-    REQUIRE(descriptor >= 0);
-    close(descriptor);
-    path = pattern;
-  }
-  ~TemporaryFile() { std::filesystem::remove(path); }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-  std::string path;
-};
 
 /// A dictionary of made-up words, all of whose parts are small and not empty.
 std::vector<Entry> made_up_words(std::size_t count) {
@@ -100,7 +83,7 @@ TEST_CASE("pronounce: rewards by hand", "[pronounce]") {
   CHECK(reward({1, 2, 3, 4, 0}) == 1.5);
   CHECK(reward({5, 6, 0}) == 1.5);
   CHECK(reward({1, 2, 3, 0}) == 0.75);
-  CHECK(reward({1, 2, 3, 4}) == 1);         // all there, but it did not end
+  CHECK(reward({1, 2, 3, 4}) == 1);  // all there, but it did not end
   CHECK(reward({0}) == 0);
   CHECK(reward({5, 7, 0}) == 0.5);
   CHECK(reward({5, 7, 7, 7, 7, 0}) == -0.25);  // five from the first, of four; four from the second
@@ -175,10 +158,13 @@ TEST_CASE("pronounce: the network's gradients agree with differences", "[pronoun
   loss_of(tape, &dlogits);
   moe::zero_gradients(network);
   network.backward(dlogits, tape);
-  moe::test::check_parameter_gradients(network, [&] {
-    Small::Tape other;
-    return loss_of(other, nullptr);
-  }, 1e-6, 1e-5);
+  moe::test::check_parameter_gradients(
+      network,
+      [&] {
+        Small::Tape other;
+        return loss_of(other, nullptr);
+      },
+      1e-6, 1e-5);
 }
 
 TEST_CASE("pronounce: steps give the logits of the whole, to the bit", "[pronounce]") {
@@ -239,11 +225,12 @@ TEST_CASE("pronounce: every pronunciation once an epoch, in an order of its own"
 }
 
 TEST_CASE("pronounce: training stops and resumes with the same bits", "[pronounce]") {
-  const TemporaryFile file;
-  const std::string& path = file.path;
+  const moe::test::TemporaryFolder folder;
+  const std::string path = folder.file("a");
   const std::vector<Entry> entries = made_up_words(100);
   Options options = small_options();
-  options.baseline = GENERATE(as<std::string>(), "leave_one_out", "running_mean", "linear", "greedy");
+  options.baseline =
+      GENERATE(as<std::string>(), "leave_one_out", "running_mean", "linear", "greedy");
   options.reward = GENERATE(as<std::string>(), "score", "shuffled");
   if (options.reward == "shuffled" && options.baseline != "leave_one_out") return;
   Trainer whole(options, entries);
@@ -262,7 +249,8 @@ TEST_CASE("pronounce: training stops and resumes with the same bits", "[pronounc
 }
 
 TEST_CASE("pronounce: a training that cannot be is not resumed", "[pronounce]") {
-  const TemporaryFile file;
+  const moe::test::TemporaryFolder folder;
+  const std::string path = folder.file("a");
   const std::vector<Entry> entries = made_up_words(50);
   const Options options = small_options();
   Trainer trainer(options, entries);
@@ -271,8 +259,8 @@ TEST_CASE("pronounce: a training that cannot be is not resumed", "[pronounce]") 
                                       "training.adam.steps 0", "training.adam.updates 3");
   // The same file with one number changed.
   moe::SafetensorsWriter writer;
-  trainer.save(file.path);
-  const moe::SafetensorsFile whole(file.path);
+  trainer.save(path);
+  const moe::SafetensorsFile whole(path);
   std::vector<std::vector<Index>> numbers;
   std::vector<Matrix<float>> floats;
   std::vector<Matrix<double>> doubles;
@@ -305,10 +293,10 @@ TEST_CASE("pronounce: a training that cannot be is not resumed", "[pronounce]") 
       writer.add(name, *twice++);
     }
   }
-  writer.write(file.path);
+  writer.write(path);
   Trainer resumed(options, entries);
   const auto before = values_of(resumed.network());
-  CHECK_THROWS_WITH(resumed.load(moe::SafetensorsFile(file.path)),
+  CHECK_THROWS_WITH(resumed.load(moe::SafetensorsFile(path)),
                     Contains(broken.substr(0, broken.find(' '))));
   const auto after = values_of(resumed.network());
   for (std::size_t i = 0; i < before.size(); ++i) CHECK(same_bits(after[i], before[i]));
@@ -343,8 +331,8 @@ TEST_CASE("pronounce: options are saved as text and read back", "[pronounce]") {
 }
 
 TEST_CASE("pronounce: the dictionary as it is, and files that are none", "[pronounce]") {
-  const TemporaryFile file;
-  const std::string& path = file.path;
+  const moe::test::TemporaryFolder folder;
+  const std::string path = folder.file("a");
   const auto write = [&](const std::string& text) { std::ofstream(path) << text; };
   std::string words;
   for (char a = 'a'; a <= 'z'; ++a) {

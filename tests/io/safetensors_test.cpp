@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../support.hpp"
+#include "../temporary_folder.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/nn/linear.hpp"
 #include "moe/optim/adam.hpp"
@@ -23,31 +24,6 @@ using test::same_bits;
 namespace {
 
 namespace fs = std::filesystem;
-
-/// A folder of its own that goes away with the test.
-class Folder {
- public:
-  Folder() {
-    std::string pattern = (fs::temp_directory_path() / "moe-safetensors-XXXXXX").string();
-    REQUIRE(mkdtemp(pattern.data()) != nullptr);
-    path_ = pattern;
-  }
-  ~Folder() { fs::remove_all(path_); }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-
-  std::string file(const std::string& name) const { return (path_ / name).string(); }
-  std::vector<std::string> files() const {
-    std::vector<std::string> names;
-    for (const auto& entry : fs::directory_iterator(path_)) {
-      names.push_back(entry.path().filename().string());
-    }
-    return names;
-  }
-
- private:
-  fs::path path_;
-};
 
 /// A file as its parts: what the header says and how many bytes follow.
 void write_file(const std::string& path, const std::string& header, std::size_t data,
@@ -66,7 +42,7 @@ std::string read_all(const std::string& path) {
 }  // namespace
 
 TEST_CASE("safetensors: the format, byte for byte", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const std::string path = folder.file("a.safetensors");
   Matrix<float> matrix(2, 1);
   matrix << 1, -2;
@@ -76,10 +52,9 @@ TEST_CASE("safetensors: the format, byte for byte", "[io]") {
   writer.add("a", numbers);
   writer.set_metadata("step", "7");
   writer.write(path);
-  const std::string header =
-      R"({"__metadata__":{"step":"7"},)"
-      R"("a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
-      R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]}})";
+  const std::string header = R"({"__metadata__":{"step":"7"},)"
+                             R"("a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
+                             R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]}})";
   std::string expected;
   const std::size_t padded = (header.size() + 7) / 8 * 8;
   expected += static_cast<char>(padded);
@@ -99,7 +74,7 @@ TEMPLATE_TEST_CASE("safetensors: what is saved is loaded, to the bit", "[io]", f
     p.value = random_matrix<TestType>(p.value.rows(), p.value.cols(), ++seed);
     p.value(0, 0) = std::numeric_limits<TestType>::quiet_NaN();
   });
-  const Folder folder;
+  const test::TemporaryFolder folder;
   save_parameters(folder.file("a"), saved);
   Layer loaded(config);
   for_each_parameter(loaded, [&](const std::string&, auto& p) { p.gradient.setConstant(3); });
@@ -118,7 +93,7 @@ TEMPLATE_TEST_CASE("safetensors: what is saved is loaded, to the bit", "[io]", f
 }
 
 TEST_CASE("safetensors: shapes without elements, and no tensors", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const Matrix<float> nothing(0, 3);
   Matrix<float> something = Matrix<float>::Ones(1, 2);
   SafetensorsWriter writer;
@@ -147,7 +122,7 @@ TEST_CASE("safetensors: shapes without elements, and no tensors", "[io]") {
 }
 
 TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const std::string path = folder.file("hostile");
   const auto fails = [&](const std::string& message) {
     CHECK_THROWS_WITH(SafetensorsFile(path), Contains(message));
@@ -196,8 +171,9 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   header_fails("{\"a\":" + std::string(100000, '['), 0, "tensor \"a\" is no object");
   header_fails("{\"a\":1}", 0, "tensor \"a\" is no object");
   header_fails("{\"a\":{}}", 0, "tensor \"a\" must have dtype");
-  header_fails("{" + tensor("a", f32, "[1]", "[0,4]") + "," + tensor("a", f32, "[1]", "[0,4]") + "}",
-               4, "tensor \"a\" twice");
+  header_fails(
+      "{" + tensor("a", f32, "[1]", "[0,4]") + "," + tensor("a", f32, "[1]", "[0,4]") + "}", 4,
+      "tensor \"a\" twice");
   header_fails(R"({"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}})", 4,
                "\"shape\" twice");
   header_fails(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}})", 4,
@@ -257,10 +233,10 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   header_fails(two("[4,12]", "[12,20]"), 20, "tensor \"a\" begins at byte 4, after a hole from 0");
   header_fails(two("[0,8]", "[8,16]"), 15, "tensor \"b\" ends at byte 16 of data, the file has 15");
   header_fails(two("[0,8]", "[8,16]"), 17, "has 17 bytes of data, its tensors end at 16");
-  header_fails("{" + tensor("a", f32, "[1]", "[18446744073709551612,18446744073709551615]") + "}", 4,
-               "takes 4 bytes, data_offsets gives 3");
-  header_fails("{" + tensor("a", f32, "[1]", "[18446744073709551608,18446744073709551612]") + "}", 4,
-               "after a hole");
+  header_fails("{" + tensor("a", f32, "[1]", "[18446744073709551612,18446744073709551615]") + "}",
+               4, "takes 4 bytes, data_offsets gives 3");
+  header_fails("{" + tensor("a", f32, "[1]", "[18446744073709551608,18446744073709551612]") + "}",
+               4, "after a hole");
 
   // A hostile name cannot flood a log or move its cursor.
   header_fails("{\"" + std::string(5000, 'x') + "\":1}", 0, std::string(120, 'x') + "...\"");
@@ -269,7 +245,7 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
 }
 
 TEST_CASE("safetensors: every file cut short is refused", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const std::string path = folder.file("a");
   Linear<float> linear({.inputs = 3, .outputs = 2}, 1);
   save_parameters(path, linear);
@@ -287,7 +263,7 @@ TEST_CASE("safetensors: every file cut short is refused", "[io]") {
 }
 
 TEST_CASE("safetensors: every file with a changed byte is read or refused", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const std::string path = folder.file("a");
   Linear<float> linear({.inputs = 2, .outputs = 2}, 1);
   save_parameters(path, linear);
@@ -306,7 +282,7 @@ TEST_CASE("safetensors: every file with a changed byte is read or refused", "[io
 }
 
 TEST_CASE("safetensors: a file that does not fit leaves the module as it was", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const std::string path = folder.file("a");
   Linear<float> saved({.inputs = 3, .outputs = 2}, 1);
   save_parameters(path, saved);
@@ -337,7 +313,7 @@ TEST_CASE("safetensors: a file that does not fit leaves the module as it was", "
 }
 
 TEST_CASE("safetensors: a file that shrinks after it was opened", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const std::string path = folder.file("a");
   Linear<float> linear({.inputs = 3, .outputs = 2}, 1);
   save_parameters(path, linear);
@@ -356,7 +332,7 @@ TEST_CASE("safetensors: a file that shrinks after it was opened", "[io]") {
 }
 
 TEST_CASE("safetensors: whoever cannot write keeps the old file", "[io]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   Linear<float> linear({.inputs = 2, .outputs = 2}, 1);
   CHECK_THROWS_WITH(save_parameters(folder.file("no/such/folder/a"), linear),
                     Contains("cannot be written"));
@@ -398,7 +374,7 @@ TEST_CASE("safetensors: whoever cannot write keeps the old file", "[io]") {
 }
 
 TEST_CASE("safetensors: an optimizer goes on to the same bits", "[io][optim]") {
-  const Folder folder;
+  const test::TemporaryFolder folder;
   const std::string path = folder.file("a");
   const auto gradients = [](Linear<float>& linear, std::uint64_t step) {
     linear.weight.gradient = random_matrix<float>(3, 2, step);
@@ -413,18 +389,16 @@ TEST_CASE("safetensors: an optimizer goes on to the same bits", "[io][optim]") {
   {
     SafetensorsWriter writer;
     writer.add_parameters(whole, "model.");
-    adam.for_each_state(whole, [&](const std::string& name, auto&& value) {
-      writer.add("adam." + name, value);
-    });
+    adam.for_each_state(
+        whole, [&](const std::string& name, auto&& value) { writer.add("adam." + name, value); });
     writer.write(path);
   }
   Linear<float> resumed({.inputs = 3, .outputs = 2}, 9);
   Adam<float> resumed_adam;
   const SafetensorsFile file(path);
   file.read_parameters(resumed, "model.");
-  resumed_adam.for_each_state(resumed, [&](const std::string& name, auto&& value) {
-    file.read("adam." + name, value);
-  });
+  resumed_adam.for_each_state(
+      resumed, [&](const std::string& name, auto&& value) { file.read("adam." + name, value); });
   for (std::uint64_t step = 4; step <= 6; ++step) {
     gradients(whole, step);
     adam.update(whole, 0.1);

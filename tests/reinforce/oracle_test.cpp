@@ -42,8 +42,8 @@ double return_of(const Sequence& sequence, Reward reward, double discount) {
   double sum = 0;
   double factor = 1;
   for (std::size_t t = 0; t < sequence.size(); ++t) {
-    sum += factor * reward(one_input[0], std::span(sequence).first(t + 1),
-                           t + 1 == sequence.size());
+    sum +=
+        factor * reward(one_input[0], std::span(sequence).first(t + 1), t + 1 == sequence.size());
     factor *= discount;
   }
   return sum;
@@ -95,8 +95,8 @@ Vector<double> expected_gradient(Small& policy, Reward reward, double temperatur
         [&] {
           double sum = 0;
           for (const Sequence& sequence : all) {
-            sum -= probability(policy, sequence, temperature) *
-                   return_of(sequence, reward, discount);
+            sum -=
+                probability(policy, sequence, temperature) * return_of(sequence, reward, discount);
           }
           return sum;
         },

@@ -77,8 +77,8 @@ TEMPLATE_TEST_CASE("reinforce: its cross-entropy is SoftmaxCrossEntropy's", "[re
   const std::vector<Index> targets{1, 2, 1, 0, 0, 0};
   SoftmaxCrossEntropy<TestType> loss;
   typename SoftmaxCrossEntropy<TestType>::Tape loss_tape;
-  const auto mean = loss.forward(policy.forward(inputs, 1, previous, {}, policy_tape), targets,
-                                 loss_tape);
+  const auto mean =
+      loss.forward(policy.forward(inputs, 1, previous, {}, policy_tape), targets, loss_tape);
   const Matrix<TestType> expected = TestType{2} * loss.backward(loss_tape);
   CHECK(same_bits(tape.dlogits, expected));
   CHECK(std::abs(statistics.cross_entropy - static_cast<double>(mean)) < 1e-6);
@@ -95,7 +95,8 @@ TEST_CASE("reinforce: cross-entropy's gradients agree with differences", "[reinf
   test::check_parameter_gradients(policy, [&] {
     SmallPolicy<double> copy = policy;
     Helper<>::Tape other;
-    const auto s = helper.add_gradients(copy, inputs, references, no_reward, {}, {.step = 2}, other);
+    const auto s =
+        helper.add_gradients(copy, inputs, references, no_reward, {}, {.step = 2}, other);
     return s.cross_entropy * static_cast<double>(s.forced_steps) / 3;
   });
 }
@@ -115,8 +116,8 @@ TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
                      .hidden = 5,
                      .entropy_bonus = 0.1,
                      .seed = 4});
-    const Vector<double> gradients = update_gradients(helper, policy, inputs, references, reward,
-                                                      objective, key, tape);
+    const Vector<double> gradients =
+        update_gradients(helper, policy, inputs, references, reward, objective, key, tape);
     of_helper = gradients_of(helper);
     return gradients;
   };
@@ -132,8 +133,8 @@ TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
 }
 
 TEST_CASE("reinforce: a batch is the sum of its singles", "[reinforce]") {
-  const auto baseline = GENERATE(Baseline::none, Baseline::running_mean, Baseline::greedy,
-                                 Baseline::leave_one_out);
+  const auto baseline =
+      GENERATE(Baseline::none, Baseline::running_mean, Baseline::greedy, Baseline::leave_one_out);
   const Objective objective =
       GENERATE(Objective{0, 0}, Objective{0.3, 0}, Objective{1, 0}, Objective{1, 1});
   SmallPolicy<double> policy({.mixture = false});
@@ -142,8 +143,8 @@ TEST_CASE("reinforce: a batch is the sum of its singles", "[reinforce]") {
   Helper<> helper(config);
   helper.set_running_mean({.sum = 0.4, .weight = 0.8});
   Helper<>::Tape tape;
-  const Vector<double> batch = update_gradients(helper, policy, inputs, references, reward,
-                                                objective, {.step = 9}, tape);
+  const Vector<double> batch =
+      update_gradients(helper, policy, inputs, references, reward, objective, {.step = 9}, tape);
   Vector<double> sum = Vector<double>::Zero(batch.size());
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     Helper<> single(config);
@@ -262,10 +263,9 @@ TEST_CASE("reinforce: the entropy bonus has the entropy's gradient", "[reinforce
 TEST_CASE("reinforce: a blend is the weighted sum of its parts", "[reinforce]") {
   SmallPolicy<double> policy({.mixture = false});
   // Neither the dice nor a baseline know of the reference's row.
-  const auto baseline = GENERATE(Baseline::none, Baseline::linear, Baseline::greedy,
-                                 Baseline::leave_one_out);
-  Helper<> helper(
-      {.longest = 6, .baseline = baseline, .samples = 3, .hidden = 5, .seed = 5});
+  const auto baseline =
+      GENERATE(Baseline::none, Baseline::linear, Baseline::greedy, Baseline::leave_one_out);
+  Helper<> helper({.longest = 6, .baseline = baseline, .samples = 3, .hidden = 5, .seed = 5});
   Helper<>::Tape tape;
   const NoiseKey key{.step = 1};
   const auto part = [&](double share) {
@@ -360,8 +360,8 @@ TEST_CASE("reinforce: balance losses join once and unscaled", "[reinforce]") {
   SmallPolicy<double> without({.balance = 0});
   Helper<> helper({.longest = 5, .baseline = Baseline::none, .samples = 2, .seed = 3});
   Helper<>::Tape tape;
-  Vector<double> balance = update_gradients(helper, policy, inputs, references, no_reward, objective,
-                                            {.step = 2}, tape);
+  Vector<double> balance =
+      update_gradients(helper, policy, inputs, references, no_reward, objective, {.step = 2}, tape);
   const std::vector<Index> previous = tape.rollout.previous;
   const Index samples = tape.rollout.samples;
   balance -= update_gradients(helper, without, inputs, references, no_reward, objective,
@@ -421,8 +421,8 @@ TEST_CASE("reinforce: the running mean is that of batches before", "[reinforce]"
   const auto second =
       helper.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 3}, tape);
   for (const double b : tape.baselines) CHECK(b == first.mean_return);
-  const double expected = (0.25 * 0.75 * first.mean_return + 0.25 * second.mean_return) /
-                          (0.25 * 0.75 + 0.25);
+  const double expected =
+      (0.25 * 0.75 * first.mean_return + 0.25 * second.mean_return) / (0.25 * 0.75 + 0.25);
   CHECK(std::abs(helper.running_mean().mean() - expected) < 1e-12);
 }
 
@@ -599,6 +599,7 @@ TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
       Contains("Config.hidden = 4"));
   CHECK(gradients_of(policy).isZero(0));
   Helper<> helper({.longest = 3});
-  CHECK_THROWS_WITH(helper.set_running_mean({.sum = std::nan(""), .weight = 1}), Contains("sum = "));
+  CHECK_THROWS_WITH(helper.set_running_mean({.sum = std::nan(""), .weight = 1}),
+                    Contains("sum = "));
   CHECK_THROWS_WITH(helper.set_running_mean({.sum = 0, .weight = -1}), Contains("weight = -1"));
 }

@@ -98,15 +98,16 @@ TEST_CASE("rollout: rows and steps draw independently, and keys replay", "[reinf
     return rollout.sequence(row)[detail::to_size(t)];
   };
   // Deviation of each: 0.5/√1999 = 0.0112.
+  CHECK(std::abs(
+            agreement([&](Index r) { return symbol(a.rollout, r, 0) == symbol(a.rollout, r, 1); }) -
+            0.5) < 0.045);
   CHECK(std::abs(agreement([&](Index r) {
-          return symbol(a.rollout, r, 0) == symbol(a.rollout, r, 1);
-        }) - 0.5) < 0.045);
-  CHECK(std::abs(agreement([&](Index r) {
-          return symbol(a.rollout, r, 0) == symbol(a.rollout, r - 1, 0);
-        }) - 0.5) < 0.045);
-  CHECK(std::abs(agreement([&](Index r) {
-          return symbol(a.rollout, r, 0) == symbol(c.rollout, r, 0);
-        }) - 0.5) < 0.045);
+                   return symbol(a.rollout, r, 0) == symbol(a.rollout, r - 1, 0);
+                 }) -
+                 0.5) < 0.045);
+  CHECK(std::abs(
+            agreement([&](Index r) { return symbol(a.rollout, r, 0) == symbol(c.rollout, r, 0); }) -
+            0.5) < 0.045);
   // A part of a batch draws what it draws in the whole.
   helper.sample(policy, std::vector<Index>(100, 0), {.step = 1, .first_token = 300}, b);
   for (Index row = 0; row < 100; ++row) {

@@ -5,11 +5,10 @@
 using namespace moe;
 
 TEST_CASE("alternation: the share is kept exactly at every update", "[reinforce]") {
-  const auto schedule =
-      GENERATE(Alternation{.warm_up = 10, .rise = 100, .highest = 0.5},
-               Alternation{.warm_up = 0, .rise = 7, .highest = 1},
-               Alternation{.warm_up = 3, .rise = 1, .highest = 0.3},
-               Alternation{.warm_up = 0, .rise = 1000, .highest = 0.9});
+  const auto schedule = GENERATE(Alternation{.warm_up = 10, .rise = 100, .highest = 0.5},
+                                 Alternation{.warm_up = 0, .rise = 7, .highest = 1},
+                                 Alternation{.warm_up = 3, .rise = 1, .highest = 0.3},
+                                 Alternation{.warm_up = 0, .rise = 1000, .highest = 0.9});
   Index updates = 0;
   double sum = 0;
   for (Index step = 1; step <= 2000; ++step) {

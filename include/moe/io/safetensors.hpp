@@ -74,10 +74,21 @@ inline std::string tensor_named(std::string_view name) { return "tensor \"" + pl
 
 /// The types of the format, and their sizes in bytes.
 inline std::size_t element_size(std::string_view type) {
-  static constexpr std::array<std::pair<std::string_view, std::size_t>, 15> types{
-      {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"I64", 8},
-       {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4}, {"U16", 2}, {"U8", 1},
-       {"BOOL", 1}}};
+  static constexpr std::array<std::pair<std::string_view, std::size_t>, 15> types{{{"F64", 8},
+                                                                                   {"F32", 4},
+                                                                                   {"F16", 2},
+                                                                                   {"BF16", 2},
+                                                                                   {"F8_E4M3", 1},
+                                                                                   {"F8_E5M2", 1},
+                                                                                   {"I64", 8},
+                                                                                   {"I32", 4},
+                                                                                   {"I16", 2},
+                                                                                   {"I8", 1},
+                                                                                   {"U64", 8},
+                                                                                   {"U32", 4},
+                                                                                   {"U16", 2},
+                                                                                   {"U8", 1},
+                                                                                   {"BOOL", 1}}};
   for (const auto& [name, size] : types) {
     if (name == type) return size;
   }
@@ -117,7 +128,8 @@ class AtomicFile {
 #if MOE_HAS_POSIX_FILES
     for (int attempt = 0;; ++attempt) {
       temporary_ = path_ + ".part" + std::to_string(::getpid()) + "-" + std::to_string(attempt);
-      const int descriptor = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+      const int descriptor =
+          ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
       if (descriptor >= 0) {
         file_ = ::fdopen(descriptor, "wb");
         if (file_ != nullptr) break;
@@ -159,8 +171,9 @@ class AtomicFile {
     // The new name outlives a power failure only when its folder is on the disk too. Not every file
     // system lets folders be flushed, and the file is whole either way.
     const std::size_t slash = path_.rfind('/');
-    const std::string folder =
-        slash == std::string::npos ? "." : slash == 0 ? "/" : path_.substr(0, slash);
+    const std::string folder = slash == std::string::npos ? "."
+                               : slash == 0               ? "/"
+                                                          : path_.substr(0, slash);
     if (const int descriptor = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC); descriptor >= 0) {
       ::fsync(descriptor);
       ::close(descriptor);
@@ -220,11 +233,11 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
       require_file(names_.insert(key).second, path_, "has ", tensor_named(key), " twice");
       name_ = key;
     } else {
-      require_file(keys_.insert(key).second, path_, "has ", this_tensor(), " with \"",
-                   plain(key), "\" twice");
-      require_file(place_ == Place::metadata || key == "dtype" || key == "shape" ||
-                       key == "data_offsets",
-                   path_, this_tensor(), needs);
+      require_file(keys_.insert(key).second, path_, "has ", this_tensor(), " with \"", plain(key),
+                   "\" twice");
+      require_file(
+          place_ == Place::metadata || key == "dtype" || key == "shape" || key == "data_offsets",
+          path_, this_tensor(), needs);
       key_ = key;
     }
     return true;
@@ -263,7 +276,8 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
     if (place_ != Place::list) refuse(std::to_string(number));
     std::vector<std::uint64_t>& numbers = key_ == "shape" ? entry_.shape : offsets_;
     // A tensor of more dimensions than that is a waste of memory, not a tensor.
-    require_file(numbers.size() < 64, path_, this_tensor(), ": ", key_, " has more than 64 numbers");
+    require_file(numbers.size() < 64, path_, this_tensor(), ": ", key_,
+                 " has more than 64 numbers");
     numbers.push_back(number);
     return true;
   }
@@ -311,7 +325,8 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
     require_file(entry_.begin <= entry_.end, path_, name, ": data_offsets descends from ",
                  entry_.begin, " to ", entry_.end);
     // A zero empties the tensor, whatever the other numbers are.
-    const bool empty = std::find(entry_.shape.begin(), entry_.shape.end(), 0u) != entry_.shape.end();
+    const bool empty =
+        std::find(entry_.shape.begin(), entry_.shape.end(), 0u) != entry_.shape.end();
     std::uint64_t bytes = empty ? 0 : element_size(entry_.type);
     for (const std::uint64_t size : entry_.shape) {
       require_file(empty || bytes <= UINT64_MAX / size, path_, name, ": shape ",
@@ -328,8 +343,8 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
 
   const std::string& path_;
   Place place_ = Place::outside;
-  std::string name_;                   // of the tensor
-  std::string key_;                    // within it or the metadata
+  std::string name_;                    // of the tensor
+  std::string key_;                     // within it or the metadata
   std::set<std::string> names_, keys_;  // seen so far: of a name that is there twice none is right
   SafetensorsEntry entry_;
   std::vector<std::uint64_t> offsets_;
@@ -429,8 +444,8 @@ class SafetensorsWriter {
     for (const Entry* entry : order) {
       if (text.size() > 1) text += ',';
       text += quoted_json(entry->name) + ":{\"dtype\":\"" + std::string(entry->type) +
-              "\",\"shape\":" + detail::to_string(entry->shape) + ",\"data_offsets\":" +
-              detail::to_string({offset, offset + entry->size}) + '}';
+              "\",\"shape\":" + detail::to_string(entry->shape) +
+              ",\"data_offsets\":" + detail::to_string({offset, offset + entry->size}) + '}';
       offset += entry->size;
     }
     text += '}';
@@ -597,7 +612,8 @@ class SafetensorsFile {
     const auto found = tensors_.find(name);
     require(found != tensors_.end(), "has no ", detail::tensor_named(name));
     const Tensor& tensor = found->second;
-    require(tensor.type == type, detail::tensor_named(name), " is ", tensor.type, ", needed is ", type);
+    require(tensor.type == type, detail::tensor_named(name), " is ", tensor.type, ", needed is ",
+            type);
     require(tensor.shape == shape, detail::tensor_named(name), " has shape ",
             detail::to_string(tensor.shape), ", needed is ", detail::to_string(shape));
     return tensor;

@@ -38,8 +38,8 @@ struct PackedRows {
   template <class Scalar>
   void unpack(const Matrix<Scalar>& packed, Index T, Matrix<Scalar>& padded) const {
     check(T);
-    detail::require(packed.rows() == count() && &packed != &padded, "PackedRows::unpack: ",
-                    packed.rows(), " packed rows, ", count(), " are real");
+    detail::require(packed.rows() == count() && &packed != &padded,
+                    "PackedRows::unpack: ", packed.rows(), " packed rows, ", count(), " are real");
     padded.setZero(T, packed.cols());
     for (Index i = 0; i < count(); ++i) padded.row(rows[detail::to_size(i)]) = packed.row(i);
   }

@@ -2,11 +2,8 @@
 
 /// \file
 /// What is taken from a return, so that the sum of what was better and what was worse than expected
-/// remains: the expectation of the gradient stays, its variance falls [W92].
-///
-/// [W92] R. Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist
-/// Reinforcement Learning", Machine Learning 8, 1992. [R16] M. Ranzato, S. Chopra, M. Auli,
-/// W. Zaremba, "Sequence Level Training with Recurrent Neural Networks", ICLR 2016.
+/// remains: the expectation of the gradient stays, its variance falls ([W92], see returns.hpp; [R16],
+/// see schedule.hpp).
 
 namespace moe {
 

@@ -77,13 +77,13 @@ class Reinforce {
   using Reference = std::vector<Index>;  ///< symbols, without the end symbol
 
   struct Config {
-    Index end = 0;            ///< the symbol that ends a sequence
-    Index start = -1;         ///< what the policy reads at the first step, at least 0, it need not be
-                              ///< one of the V symbols; -1 stands for the end symbol
-    Index longest = 0;        ///< the length limit, the end symbol included, in [1, 1,000,000]; a
-                              ///< rollout takes memory for R times as many symbols
-    double temperature = 1;   ///< τ > 0 of sampling and of REINFORCE's gradient
-    double discount = 1;      ///< in [0, 1]
+    Index end = 0;      ///< the symbol that ends a sequence
+    Index start = -1;   ///< what the policy reads at the first step, at least 0, it need not be
+                        ///< one of the V symbols; -1 stands for the end symbol
+    Index longest = 0;  ///< the length limit, the end symbol included, in [1, 1,000,000]; a
+                        ///< rollout takes memory for R times as many symbols
+    double temperature = 1;  ///< τ > 0 of sampling and of REINFORCE's gradient
+    double discount = 1;     ///< in [0, 1]
     Baseline baseline = Baseline::running_mean;
     Index samples = 1;        ///< sequences sampled for an input; at least 2 for leave_one_out
     double mean_rate = 0.05;  ///< how much of the running mean a batch replaces, in (0, 1]
@@ -91,10 +91,10 @@ class Reinforce {
     bool normalise = false;   ///< R_t - b_t to mean 0 and deviation 1 over a batch's sampled steps,
                               ///< which changes their scale and, by the batch's own mean, a little
                               ///< of their expectation
-    double entropy_bonus = 0; ///< β >= 0: the gradient of (β/N)·Σ_t (entropy of π_τ at a sampled
-                              ///< step) is added, each step by itself: no symbol gets credit for
-                              ///< the entropy of later steps
-    std::uint64_t seed = 0;   ///< of the dice
+    double entropy_bonus = 0;  ///< β >= 0: the gradient of (β/N)·Σ_t (entropy of π_τ at a sampled
+                               ///< step) is added, each step by itself: no symbol gets credit for
+                               ///< the entropy of later steps
+    std::uint64_t seed = 0;  ///< of the dice
   };
 
   /// Figures of one update. Those of sampled sequences are 0 where sampled_steps is.
@@ -124,7 +124,7 @@ class Reinforce {
     typename P::Tape policy;
 
     Rollout greedy;
-    std::vector<double> greedy_rewards;
+    std::vector<double> greedy_rewards, greedy_returns;
     std::vector<double> baselines;  ///< one a sampled step
     PackedRows sampled;             ///< the sampled steps among the rows of the logits
     typename P::State state, greedy_state;
@@ -136,7 +136,8 @@ class Reinforce {
 
   /// Throws std::invalid_argument for a configuration out of range.
   explicit Reinforce(const Config& config)
-      : config_(checked(config)), linear_({.inputs = std::max<Index>(1, config.hidden), .outputs = 1}) {
+      : config_(checked(config)),
+        linear_({.inputs = std::max<Index>(1, config.hidden), .outputs = 1}) {
     linear_.weight.value.setZero();
     linear_.bias.value.setZero();
   }
@@ -171,25 +172,25 @@ class Reinforce {
     check(policy, inputs, references, objective);
     const Plan plan(objective, config_);
     write(policy, inputs, references, plan, key, tape);
-    score(inputs, reward, plan, tape);
+    call_reward(inputs, reward, tape.rollout, tape.rewards);
+    make_returns(tape.rollout, tape.rewards, tape.returns);
     if (config_.baseline == Baseline::greedy && plan.samples > 0) {
       score_greedy(policy, inputs, references, reward, plan, tape);
     }
 
     const Rollout& rollout = tape.rollout;
-    const Matrix<Scalar>& logits = policy.forward(inputs, rollout.samples,
-                                                  std::span<const Index>(rollout.previous), key,
-                                                  tape.policy);
-    detail::require(logits.rows() == rollout.steps * rollout.rows() &&
-                        logits.cols() == policy.symbols(),
-                    "Reinforce: the policy's forward gave ", logits.rows(), " x ", logits.cols(),
-                    " logits for ", rollout.steps, " steps of ", rollout.rows(), " rows and ",
-                    policy.symbols(), " symbols");
+    const Matrix<Scalar>& logits = policy.forward(
+        inputs, rollout.samples, std::span<const Index>(rollout.previous), key, tape.policy);
+    detail::require(
+        logits.rows() == rollout.steps * rollout.rows() && logits.cols() == policy.symbols(),
+        "Reinforce: the policy's forward gave ", logits.rows(), " x ", logits.cols(),
+        " logits for ", rollout.steps, " steps of ", rollout.rows(), " rows and ", policy.symbols(),
+        " symbols");
     list_sampled(tape);
     make_baselines(policy, plan, tape);
     make_advantages(tape);
     make_dlogits(logits, plan, static_cast<Index>(inputs.size()), tape);
-    Statistics statistics = make_statistics(plan, tape);
+    Statistics statistics = make_statistics(tape);
 
     policy.backward(tape.dlogits, tape.policy);
     if (config_.baseline == Baseline::linear && tape.sampled.count() > 0) {
@@ -292,12 +293,12 @@ class Reinforce {
             "Objective.reinforce = ", objective.reinforce, ", must be in [0, 1]");
     require(objective.prefix >= 0, "Objective.prefix = ", objective.prefix, ", must be at least 0");
     const bool unused = objective.reinforce == 1 && objective.prefix == 0;
-    require(references.size() == inputs.size() || (unused && references.empty()), "Reinforce: ",
-            references.size(), " references for ", inputs.size(), " inputs");
+    require(references.size() == inputs.size() || (unused && references.empty()),
+            "Reinforce: ", references.size(), " references for ", inputs.size(), " inputs");
     for (std::size_t i = 0; i < references.size(); ++i) {
-      require(static_cast<Index>(references[i].size()) < config_.longest, "Reinforce: reference ", i,
-              " has ", references[i].size(), " symbols and an end, Config.longest = ",
-              config_.longest);
+      require(static_cast<Index>(references[i].size()) < config_.longest, "Reinforce: reference ",
+              i, " has ", references[i].size(),
+              " symbols and an end, Config.longest = ", config_.longest);
       for (const Index symbol : references[i]) {
         require(symbol >= 0 && symbol < policy.symbols() && symbol != config_.end,
                 "Reinforce: reference ", i, " has symbol ", symbol, "; there are ",
@@ -353,7 +354,8 @@ class Reinforce {
     return rollout.length[detail::to_size(row)] > rollout.forced[detail::to_size(row)];
   }
 
-  /// Calls the reward after every symbol of the rows that have a sampled one.
+  /// Calls the reward after every symbol of the rows that have a sampled one, which a reference's has
+  /// not.
   template <class Reward>
   static void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& rollout,
                           std::vector<double>& rewards) {
@@ -363,8 +365,8 @@ class Reinforce {
       const std::span<const Index> sequence = rollout.sequence(row);
       const Input& input = inputs[detail::to_size(row / rollout.samples)];
       for (std::size_t t = 0; t < sequence.size(); ++t) {
-        const double value = static_cast<double>(
-            reward(input, sequence.first(t + 1), t + 1 == sequence.size()));
+        const double value =
+            static_cast<double>(reward(input, sequence.first(t + 1), t + 1 == sequence.size()));
         detail::require(std::isfinite(value), "Reinforce: the reward of row ", row, " at step ", t,
                         " is ", value);
         rewards[rollout.at(row, static_cast<Index>(t))] = value;
@@ -372,25 +374,18 @@ class Reinforce {
     }
   }
 
-  /// tape.rewards and tape.returns.
-  template <class Reward>
-  void score(std::span<const Input> inputs, Reward& reward, const Plan& plan, Tape& tape) const {
-    const Rollout& rollout = tape.rollout;
-    if (plan.samples > 0) {
-      call_reward(inputs, reward, rollout, tape.rewards);
-    } else {
-      tape.rewards.assign(detail::to_size(rollout.rows() * rollout.longest), 0.0);
-    }
-    tape.returns.resize(tape.rewards.size());
+  void make_returns(const Rollout& rollout, const std::vector<double>& rewards,
+                    std::vector<double>& returns) const {
+    const std::size_t length = detail::to_size(rollout.longest);
+    returns.resize(rewards.size());
     for (Index row = 0; row < rollout.rows(); ++row) {
-      const std::size_t length = detail::to_size(rollout.longest);
-      rewards_to_go(std::span<const double>(tape.rewards).subspan(rollout.at(row, 0), length),
-                    config_.discount,
-                    std::span<double>(tape.returns).subspan(rollout.at(row, 0), length));
+      const std::size_t first = rollout.at(row, 0);
+      rewards_to_go(std::span<const double>(rewards).subspan(first, length), config_.discount,
+                    std::span<double>(returns).subspan(first, length));
     }
   }
 
-  /// tape.greedy and, in tape.greedy_rewards, its rewards to go; it starts from the same prefix.
+  /// tape.greedy and tape.greedy_returns; it starts from the same prefix.
   template <class Reward>
   void score_greedy(const P& policy, std::span<const Input> inputs,
                     std::span<const Reference> references, Reward& reward, const Plan& plan,
@@ -403,11 +398,7 @@ class Reinforce {
     detail::write_all(policy, inputs, std::nullopt, greedy(), rollout, tape.greedy_state,
                       tape.greedy_terms);
     call_reward(inputs, reward, rollout, tape.greedy_rewards);
-    for (Index row = 0; row < rollout.rows(); ++row) {
-      const auto all = std::span<double>(tape.greedy_rewards)
-                           .subspan(rollout.at(row, 0), detail::to_size(rollout.longest));
-      rewards_to_go(all, config_.discount, all);
-    }
+    make_returns(rollout, tape.greedy_rewards, tape.greedy_returns);
   }
 
   /// tape.sampled: the steps that REINFORCE trains, in the order of the rows of the logits.
@@ -460,8 +451,7 @@ class Reinforce {
       if (config_.baseline == Baseline::running_mean) {
         baseline = running_mean_.mean();
       } else if (config_.baseline == Baseline::greedy) {
-        baseline = tape.greedy_rewards[tape.greedy.at(
-            input, rollout.forced[detail::to_size(row)])];
+        baseline = tape.greedy_returns[tape.greedy.at(input, rollout.forced[detail::to_size(row)])];
       } else {
         const Index first = input * rollout.samples;
         for (Index other = first; other < first + plan.samples; ++other) {
@@ -548,8 +538,7 @@ class Reinforce {
         detail::require(std::isfinite(softmax.sum) && std::isfinite(softmax.shift),
                         "Reinforce: the logits of row ", row, " at step ", t, " are not finite");
         const Index symbol = rollout.symbols[at];
-        tape.log_probability[at] =
-            detail::log_probability_at(temperature, softmax, x[symbol]);
+        tape.log_probability[at] = detail::log_probability_at(temperature, softmax, x[symbol]);
         detail::require(std::isfinite(tape.log_probability[at]), "Reinforce: symbol ", symbol,
                         " of row ", row, " at step ", t, " has probability 0");
         if (forced) {
@@ -593,7 +582,7 @@ class Reinforce {
     dx[symbol] -= static_cast<Scalar>(advantage / count);
   }
 
-  Statistics make_statistics(const Plan& plan, const Tape& tape) const {
+  static Statistics make_statistics(const Tape& tape) {
     const Rollout& rollout = tape.rollout;
     Statistics s;
     Index sequences = 0;
@@ -607,7 +596,7 @@ class Reinforce {
         s.entropy += tape.entropy[at];
       }
       s.forced_steps += forced;
-      if (plan.is_reference(row) || !has_sampled(rollout, row)) continue;
+      if (!has_sampled(rollout, row)) continue;
       ++sequences;
       s.sampled_steps += length - forced;
       s.mean_reward += reward_of(tape, row);
@@ -628,7 +617,7 @@ class Reinforce {
     s.mean_length /= count;
     s.truncated /= count;
     for (Index row = 0; row < rollout.rows(); ++row) {
-      if (plan.is_reference(row) || !has_sampled(rollout, row)) continue;
+      if (!has_sampled(rollout, row)) continue;
       const double difference = reward_of(tape, row) - s.mean_reward;
       s.reward_deviation += difference * difference / count;
     }

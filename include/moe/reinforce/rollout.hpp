@@ -24,12 +24,12 @@ struct Rollout {
   Index longest = 0;  ///< the length limit
   Index steps = 0;    ///< length of the longest sequence
 
-  std::vector<Index> length;               ///< R, the end symbol included
-  std::vector<Index> forced;               ///< R, how many symbols, the first, are a reference's
-  std::vector<std::uint8_t> truncated;     ///< R, 1 or 0
-  std::vector<Index> symbols;              ///< R x longest
-  std::vector<double> log_probability;     ///< R x longest, of each sampled symbol
-  std::vector<Index> previous;             ///< steps x R, what the policy read; negative in padding
+  std::vector<Index> length;            ///< R, the end symbol included
+  std::vector<Index> forced;            ///< R, how many symbols, the first, are a reference's
+  std::vector<std::uint8_t> truncated;  ///< R, 1 or 0
+  std::vector<Index> symbols;           ///< R x longest
+  std::vector<double> log_probability;  ///< R x longest, of each sampled symbol
+  std::vector<Index> previous;          ///< steps x R, what the policy read; negative in padding
 
   Index rows() const { return static_cast<Index>(length.size()); }
 
@@ -51,8 +51,8 @@ SoftmaxRow<Scalar> softmax_row_at(double temperature, Index classes, const Scala
   if (temperature == 1) return softmax_row(classes, x, terms);
   const auto scale = broadcast(static_cast<Scalar>(1 / temperature));
   map(
-      classes, terms,
-      [scale](const Packet<Scalar>& v) { return Eigen::internal::pmul(v, scale); }, x);
+      classes, terms, [scale](const Packet<Scalar>& v) { return Eigen::internal::pmul(v, scale); },
+      x);
   return softmax_row(classes, terms, terms);
 }
 
@@ -90,8 +90,8 @@ struct Sampling {
   bool greedy = false;  ///< the most probable one, ties to the lower number
   double temperature = 1;
   std::uint64_t seed = 0;
-  NoiseKey key{};         ///< of the dice: sample s of input i is token first_token + i·samples + s
-  Index samples = 1;      ///< of an input; a row more, of the reference, may follow them
+  NoiseKey key{};     ///< of the dice: sample s of input i is token first_token + i·samples + s
+  Index samples = 1;  ///< of an input; a row more, of the reference, may follow them
   Index start = 0;
   Index end = 0;
 };
@@ -122,7 +122,7 @@ inline bool read_previous(Rollout& rollout, Index t, const Sampling& sampling) {
   for (Index row = 0; row < rollout.rows(); ++row) {
     const bool live = is_live(rollout, row, t, sampling.end);
     any = any || live;
-    rollout.previous.push_back(!live   ? -1
+    rollout.previous.push_back(!live    ? -1
                                : t == 0 ? sampling.start
                                         : rollout.symbols[rollout.at(row, t - 1)]);
   }
@@ -175,9 +175,8 @@ void write_all(const P& policy, std::span<const typename P::Input> inputs,
         if (t < rollout.forced[to_size(row)]) continue;
         const Index dice = row / rollout.samples * sampling.samples + row % rollout.samples;
         const auto words = noise_words(sampling.seed, sampling.key, dice, t);
-        const Index symbol = sampling.greedy
-                                 ? std::max_element(x, x + symbols) - x
-                                 : draw(symbols, e, uniform_double(words[0], words[1]));
+        const Index symbol = sampling.greedy ? std::max_element(x, x + symbols) - x
+                                             : draw(symbols, e, uniform_double(words[0], words[1]));
         rollout.symbols[rollout.at(row, t)] = symbol;
         rollout.log_probability[rollout.at(row, t)] =
             log_probability_at(sampling.temperature, softmax, x[symbol]);

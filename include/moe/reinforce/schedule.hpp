@@ -91,7 +91,8 @@ struct ShrinkingPrefix {
     detail::require(shrink >= 1, "ShrinkingPrefix.shrink = ", shrink, ", must be at least 1");
     detail::require(stage >= 1, "ShrinkingPrefix.stage = ", stage, ", must be at least 1");
     if (step <= warm_up) return {};
-    const Index stages = std::min((step - warm_up - 1) / stage + 1, (longest + shrink - 1) / shrink);
+    const Index stages =
+        std::min((step - warm_up - 1) / stage + 1, (longest + shrink - 1) / shrink);
     return {1, std::max<Index>(0, longest - stages * shrink)};
   }
 };
