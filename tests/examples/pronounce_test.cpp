@@ -47,6 +47,7 @@ Options small_options() {
   o.width = 8;
   o.experts = 4;
   o.hidden = 6;
+  o.dropout = 0.3;
   o.words = 8;
   o.longest = 12;
   o.updates = 12;
