@@ -31,4 +31,5 @@
 #include "moe/routing/gate.hpp"
 #include "moe/routing/noisy_top_k_gate.hpp"
 #include "moe/routing/routing.hpp"
+#include "moe/routing/select_largest.hpp"
 #include "moe/version.hpp"

@@ -252,31 +252,6 @@ TEST_CASE("noisy top-k gate: the threshold carries a share of the gradient that 
   }
 }
 
-TEMPLATE_TEST_CASE("noisy top-k gate: selection is a stable sort's for any scores",
-                   "[routing][gate]", float, double) {
-  const auto nan = std::numeric_limits<TestType>::quiet_NaN();
-  const auto infinity = std::numeric_limits<TestType>::infinity();
-  for (std::uint64_t seed = 0; seed < 40; ++seed) {
-    for (const Index size : {1, 2, 7, 33}) {
-      Matrix<TestType> scores = random_matrix<TestType>(1, size, seed);
-      if (seed % 2 == 0) scores = (scores * 2).array().round().matrix();  // many ties
-      if (seed % 4 == 1) scores(0, size / 2) = nan;
-      if (seed % 4 == 3) scores(0, size / 2) = -infinity;
-      if (seed % 8 == 1) scores(0, 0) = infinity;
-      Indices expected;
-      for (Index i = 0; i < size; ++i) expected.push_back(i);
-      const auto key = [&](Index i) { return std::isnan(scores(0, i)) ? -infinity : scores(0, i); };
-      std::stable_sort(expected.begin(), expected.end(),
-                       [&](Index a, Index b) { return key(a) > key(b); });
-      for (Index count = 1; count <= size; ++count) {
-        Indices best(detail::to_size(count));
-        detail::select_largest(scores.data(), size, count, best.data());
-        REQUIRE(std::equal(best.begin(), best.end(), expected.begin()));
-      }
-    }
-  }
-}
-
 TEMPLATE_TEST_CASE("noisy top-k gate: ties go to the lower expert", "[routing][gate]", float,
                    double) {
   // Weights start at zero, so without noise every score is equal.

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "moe/matrix.hpp"
+#include "moe/routing/routing.hpp"
 
 /// \file
 /// The losses that keep experts in balance, and the figures by which a user watches them.
@@ -82,5 +83,28 @@ struct Balance {
         std::count(tokens_per_expert.begin(), tokens_per_expert.end(), Index{0}));
   }
 };
+
+namespace detail {
+
+/// Importance and the tokens of every expert, from the slots that a gate made. O(S + E).
+template <class Scalar>
+void measure_importance(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
+  balance.importance.setZero(routing.experts);
+  balance.tokens_per_expert.assign(to_size(routing.experts), 0);
+  for (std::size_t slot = 0; slot < routing.expert.size(); ++slot) {
+    const Index e = routing.expert[slot];
+    balance.importance[e] += routing.weight[slot];
+    ++balance.tokens_per_expert[to_size(e)];
+  }
+}
+
+/// The load of a gate without noise: how many tokens each expert got. It has no gradient. O(S + E).
+template <class Scalar>
+void count_load(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
+  balance.load.setZero(routing.experts);
+  for (const Index e : routing.expert) balance.load[e] += Scalar{1};
+}
+
+}  // namespace detail
 
 }  // namespace moe

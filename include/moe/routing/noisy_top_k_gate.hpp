@@ -2,60 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <span>
 #include <vector>
 
 #include "moe/kernels/activations.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/routing/gate.hpp"
+#include "moe/routing/select_largest.hpp"
 
 /// \file
 /// The gate of [S17]: linear scores with learned Gaussian noise, the K largest, a softmax over
 /// them.
 
 namespace moe {
-
-namespace detail {
-
-/// The scores of one token, ordered: larger first, ties to the lower expert, NaN last.
-template <class Scalar>
-class ByScore {
- public:
-  explicit ByScore(const Scalar* scores) : scores_(scores) {}
-  bool operator()(Index a, Index b) const {
-    const Scalar sa = key(a);
-    const Scalar sb = key(b);
-    return sa > sb || (sa == sb && a < b);
-  }
-
- private:
-  // A NaN compares false with everything, which would leave the order to the sorting algorithm.
-  Scalar key(Index i) const {
-    return std::isnan(scores_[i]) ? -std::numeric_limits<Scalar>::infinity() : scores_[i];
-  }
-  const Scalar* scores_;
-};
-
-/// Puts the indices of the `count` largest of `size` scores into `best`, the largest first; ties go
-/// to the lower index, NaN counts as -infinity. O(size + count·log(count)·log(size / count)) for
-/// scores in random order.
-template <class Scalar>
-void select_largest(const Scalar* scores, Index size, Index count, Index* best) {
-  const ByScore<Scalar> before(scores);
-  for (Index i = 0; i < count; ++i) best[i] = i;
-  std::make_heap(best, best + count, before);  // the worst of the best at the front
-  for (Index i = count; i < size; ++i) {
-    if (before(i, best[0])) {
-      std::pop_heap(best, best + count, before);
-      best[count - 1] = i;
-      std::push_heap(best, best + count, before);
-    }
-  }
-  std::sort_heap(best, best + count, before);
-}
-
-}  // namespace detail
 
 /// Noisy top-k gating [S17 eq. 2-5] with the importance and load losses [S17 eq. 6-11].
 ///
@@ -127,7 +86,7 @@ class NoisyTopKGate {
       compute_load(tape);
     } else {
       choose(tape.clean, tape);
-      count_load(tape);
+      detail::count_load(tape.routing, tape.balance);
     }
     compute_losses(tape);
     tape.trained = true;
@@ -141,7 +100,7 @@ class NoisyTopKGate {
     tape.trained = false;
     compute_scores(x, tape, false);
     choose(tape.clean, tape);
-    count_load(tape);
+    detail::count_load(tape.routing, tape.balance);
     compute_losses(tape);
     return tape.routing;
   }
@@ -357,7 +316,7 @@ class NoisyTopKGate {
 
   void compute_load(Tape& tape) const {
     if (!load_has_gradient()) {
-      count_load(tape);  // K = E: P = 1 for every expert
+      detail::count_load(tape.routing, tape.balance);  // K = E: P = 1 for every expert
       return;
     }
     const Index tokens = tape.clean.rows();
@@ -441,22 +400,11 @@ class NoisyTopKGate {
     return (tape.clean(t, i) - tape.noisy(t, j)) / tape.scale(t, i);
   }
 
-  void count_load(Tape& tape) const {
-    tape.balance.load.setZero(experts());
-    for (const Index e : tape.routing.expert) tape.balance.load[e] += Scalar{1};
-  }
-
   // Importance [S17 eq. 6] and the two losses [S17 eq. 7 and 11].
 
   void compute_losses(Tape& tape) const {
     Balance<Scalar>& balance = tape.balance;
-    balance.importance.setZero(experts());
-    balance.tokens_per_expert.assign(detail::to_size(experts()), 0);
-    for (std::size_t slot = 0; slot < tape.routing.expert.size(); ++slot) {
-      const Index e = tape.routing.expert[slot];
-      balance.importance[e] += tape.routing.weight[slot];
-      ++balance.tokens_per_expert[detail::to_size(e)];
-    }
+    detail::measure_importance(tape.routing, balance);
     balance.loss = static_cast<Scalar>(config_.importance_weight) * cv_squared(balance.importance) +
                    static_cast<Scalar>(config_.load_weight) * cv_squared(balance.load);
   }
