@@ -31,6 +31,16 @@
 #define MOE_ASSERT(condition) assert(condition)
 #endif
 
+/// Before a loop of a few constant steps: all of them one after the other, so that arrays they index
+/// become registers.
+#if defined(__clang__)
+#define MOE_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define MOE_UNROLL _Pragma("GCC unroll 32")
+#else
+#define MOE_UNROLL
+#endif
+
 namespace moe::detail {
 
 static_assert(sizeof(Eigen::Index) >= 8, "moe counts in 64 bits");

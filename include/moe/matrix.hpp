@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -109,6 +110,9 @@ class GatheredRows {
     return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,
             list_ ? list_ + first : nullptr};
   }
+  GatheredRows columns(Index first, Index count) const {
+    return {data_ + first, stride_, count_, count, list_};
+  }
 
  private:
   const Scalar* data_;
@@ -153,6 +157,31 @@ constexpr std::size_t to_size(Index index) { return static_cast<std::size_t>(ind
 template <class Matrix>
 auto* row_data(Matrix&& matrix, Index i) {
   return matrix.data() + i * matrix.outerStride();
+}
+
+// What the library itself does to whole matrices. Eigen's assignments do the same, and each is about a
+// twentieth of what a program that trains a layer compiles.
+
+/// A matrix or vector of zeros.
+template <class Matrix, class... Sizes>
+void resize_to_zero(Matrix& matrix, Sizes... sizes) {
+  matrix.resize(sizes...);
+  std::fill_n(matrix.data(), matrix.size(), 0);
+}
+template <class Scalar>
+Matrix<Scalar> zeros(Index rows, Index columns) {
+  Matrix<Scalar> matrix;
+  resize_to_zero(matrix, rows, columns);
+  return matrix;
+}
+
+/// to = from.
+template <class Scalar>
+void copy_matrix(const MatrixRef<Scalar>& from, Matrix<Scalar>& to) {
+  to.resize(from.rows(), from.cols());
+  for (Index i = 0; i < from.rows(); ++i) {
+    std::copy_n(row_data(from, i), from.cols(), row_data(to, i));
+  }
 }
 
 /// `width`, and a cache line more where rows that long would begin a large power of two apart: those

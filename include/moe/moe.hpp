@@ -6,6 +6,7 @@
 #include "moe/config.hpp"
 #include "moe/experts/expert.hpp"
 #include "moe/experts/feed_forward.hpp"
+#include "moe/function_ref.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/matrix.hpp"
 #include "moe/nn/dropout.hpp"

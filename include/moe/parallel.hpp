@@ -2,6 +2,7 @@
 
 #include <exception>
 
+#include "moe/function_ref.hpp"
 #include "moe/matrix.hpp"
 
 #ifdef _OPENMP
@@ -30,8 +31,7 @@ inline Index worker_count() {
 /// Two calls with the same worker never overlap, so a worker may own scratch. Of several
 /// exceptions the one with the smallest i is thrown on, whatever the number of threads; which other
 /// calls were made by then is unspecified.
-template <class F>
-void parallel_for(Index count, F&& f) {
+inline void parallel_for(Index count, detail::FunctionRef<void(Index, Index)> f) {
 #ifdef _OPENMP
   if (count > 1 && worker_count() > 1) {
     std::exception_ptr error;
@@ -57,8 +57,8 @@ void parallel_for(Index count, F&& f) {
 
 /// Calls f(first, size) for consecutive blocks that cover [0, count): parallel_for for loops whose
 /// single step is too small to be a task.
-template <class F>
-void parallel_for_blocks(Index count, Index block, F&& f) {
+inline void parallel_for_blocks(Index count, Index block,
+                                detail::FunctionRef<void(Index, Index)> f) {
   parallel_for((count + block - 1) / block, [&](Index i, Index) {
     const Index first = i * block;
     f(first, first + block < count ? block : count - first);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -34,7 +35,7 @@ namespace detail {
 enum class GradientState : unsigned char {
   untracked,  ///< nothing, nobody keeps track
   zero,       ///< nothing was added since it was zero
-  cleared,    ///< it stands for zero, but its memory holds old numbers, for whoever adds to write over
+  cleared,  ///< it stands for zero, but its memory holds old numbers, for whoever adds to write over
   added_to,
 };
 
@@ -51,7 +52,8 @@ struct Parameter {
 
   Parameter() = default;
   Parameter(Index rows, Index columns)
-      : value(Matrix<Scalar>::Zero(rows, columns)), gradient(Matrix<Scalar>::Zero(rows, columns)) {}
+      : value(detail::zeros<Scalar>(rows, columns)),
+        gradient(detail::zeros<Scalar>(rows, columns)) {}
 
   Index size() const { return value.size(); }
 };
@@ -148,7 +150,7 @@ bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
 template <class Scalar>
 void settle(Parameter<Scalar>& parameter) {
   if (parameter.gradient_state != GradientState::cleared) return;
-  parameter.gradient.setZero();
+  resize_to_zero(parameter.gradient, parameter.gradient.rows(), parameter.gradient.cols());
   parameter.gradient_state = GradientState::zero;
 }
 template <class Scalar>
@@ -203,7 +205,7 @@ void zero_gradients(Module& module, Updates updates = Updates::dense) {
       p.gradient_state = GradientState::cleared;
       return;
     }
-    p.gradient.setZero();
+    detail::resize_to_zero(p.gradient, p.gradient.rows(), p.gradient.cols());
     if (tracked) p.gradient_state = GradientState::zero;
   });
 }
@@ -215,7 +217,7 @@ namespace detail {
 template <class Module>
 void track_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
-    MOE_ASSERT((p.gradient.array() == 0).all());
+    MOE_ASSERT(std::count(p.gradient.data(), p.gradient.data() + p.size(), 0) == p.size());
     p.gradient_state = GradientState::zero;
   });
 }

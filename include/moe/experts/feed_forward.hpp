@@ -82,7 +82,7 @@ class FeedForward {
     const auto finish = [&](Index row, Index rows, Index column, Index width) {
       activate(block, pre, {row, rows}, column, width);
     };
-    compute_pre(block, columns, pre, detail::Finish(finish));
+    compute_pre(block, columns, pre, finish);
   }
 
   void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
@@ -109,7 +109,7 @@ class FeedForward {
       activate_backward(block, pre, {row, rows}, column, width);
     };
     detail::multiply_nt(block.rows_of(dy), view(down_.value), columns.first, columns.count,
-                        Start::zero, ScatteredRows<Scalar>(u), detail::Finish(finish));
+                        Start::zero, ScatteredRows<Scalar>(u), finish);
   }
 
   void combine_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
@@ -151,8 +151,8 @@ class FeedForward {
     add(GatheredRows<Scalar>(hidden_of(block)), dy_rows, down_.gradient);
     if (config_.gated || rows.first > 0) return;
     if (replace) {
-      up_bias_.gradient.setZero();
-      down_bias_.gradient.setZero();
+      detail::resize_to_zero(up_bias_.gradient, 1, up_bias_.size());
+      detail::resize_to_zero(down_bias_.gradient, 1, down_bias_.size());
     }
     for (Index i = 0; i < block.x.count(); ++i) {
       detail::add_scaled(config_.hidden, Scalar{1}, dfirst.row(i), up_bias_.gradient.data());
@@ -295,7 +295,7 @@ class FeedForward {
       if (config_.gated) {
         const Scalar* linear = from(i, 1);
         Scalar* dlinear = gradient(i, 1);
-        detail::for_each_packet<Scalar>(width, [&](auto at) {
+        detail::for_each_packet<Scalar>(width, [&](const detail::Place& at) {
           const P value = at.load(a);
           const P l = at.load(linear);
           const P u = at.load(dlinear);
@@ -305,7 +305,7 @@ class FeedForward {
           at.store(dlinear, pmul(pmul(w, u), value));
         });
       } else {
-        detail::for_each_packet<Scalar>(width, [&](auto at) {
+        detail::for_each_packet<Scalar>(width, [&](const detail::Place& at) {
           const P value = at.load(a);
           const P u = at.load(dpre);
           part = pmadd(u, value, part);

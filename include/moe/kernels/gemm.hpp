@@ -50,25 +50,9 @@ inline constexpr Index task_rows = 256;
 /// more would not fit into one set of the first-level cache where rows are a power of two apart.
 inline constexpr Index few_steps = 8;
 
-/// What is to be done with a tile of C when its sums are complete: a reference to a callable that
-/// takes (row, rows, column, width). A call costs little beside a tile, so one that is not known at
-/// compile time will do, and a product need not be compiled anew for each.
-class Finish {
- public:
-  Finish() = default;
-  template <class F>
-  explicit Finish(const F& f)
-      : object_(&f), call_([](const void* object, Index row, Index rows, Index column, Index width) {
-          (*static_cast<const F*>(object))(row, rows, column, width);
-        }) {}
-  void operator()(Index row, Index rows, Index column, Index width) const {
-    if (call_ != nullptr) call_(object_, row, rows, column, width);
-  }
-
- private:
-  const void* object_ = nullptr;
-  void (*call_)(const void*, Index, Index, Index, Index) = nullptr;
-};
+/// What is to be done with a tile of C when its sums are complete, if anything: called with (row,
+/// rows, column, width).
+using Finish = FunctionRef<void(Index, Index, Index, Index)>;
 
 /// Calls f(column, packets, width) for strips of one to three packets that cover the columns. The
 /// strips start anew every panel_columns and are as even as possible there (4 packets are 2 + 2,
@@ -92,6 +76,15 @@ void for_each_strip(Index first_column, Index columns, F&& f) {
   }
 }
 
+/// finish() for all rows, strip by strip.
+template <class Scalar>
+void finish_rows(Index rows, Index first_column, Index columns, Finish finish) {
+  if (!finish) return;
+  for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
+    finish(0, rows, column, width);
+  });
+}
+
 /// Splits rows into as few tiles as possible, of even height, and calls f(row, count) for each.
 template <class F>
 void for_each_tile(Index rows, Index highest, F&& f) {
@@ -104,21 +97,24 @@ void for_each_tile(Index rows, Index highest, F&& f) {
   }
 }
 
-/// Copies rows of `width` values next to each other, the last packet of each filled up with zeros.
-template <class Scalar, class RowAt>
-Panel<Scalar> copy_panel(Index depth, Index width, const RowAt& row_at, Scalar* buffer) {
+/// Copies rows next to each other, the last packet of each filled up with zeros.
+template <class Scalar>
+Panel<Scalar> copy_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
+  const Index depth = rows.count();
+  const Index width = rows.width();
   const Index stride = (width + size - 1) / size * size;
   if (width == tile_columns<Scalar>) {  // nearly always, and then without loops inside
     for (Index k = 0; k < depth; ++k) {
-      const Scalar* from = row_at(k);
+      const Scalar* from = rows.row(k);
       Scalar* to = buffer + k * stride;
-      unroll<tile_packets>([&](auto v) { store(to + v * size, load(from + v * size)); });
+      MOE_UNROLL
+      for (Index v = 0; v < tile_packets; ++v) store(to + v * size, load(from + v * size));
     }
     return {buffer, stride};
   }
   for (Index k = 0; k < depth; ++k) {
-    const Scalar* from = row_at(k);
+    const Scalar* from = rows.row(k);
     Scalar* to = buffer + k * stride;
     Index j = 0;
     for (; j + size <= width; j += size) store(to + j, load(from + j));
@@ -127,17 +123,18 @@ Panel<Scalar> copy_panel(Index depth, Index width, const RowAt& row_at, Scalar* 
   return {buffer, stride};
 }
 
-/// Copies `width` rows, `depth` values of each, as columns next to each other, the last packet of
-/// columns filled up with zeros.
-template <class Scalar, class RowAt>
-Panel<Scalar> transpose_panel(Index depth, Index width, const RowAt& row_at, Scalar* buffer) {
+/// Copies rows as columns next to each other, the last packet of columns filled up with zeros.
+template <class Scalar>
+Panel<Scalar> transpose_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
   using Block = Eigen::internal::PacketBlock<Packet<Scalar>, static_cast<int>(size)>;
+  const Index depth = rows.width();
+  const Index width = rows.count();
   const Index stride = (width + size - 1) / size * size;
   Index column = 0;
   for (; column + size <= width; column += size) {
     const Scalar* row[to_size(size)];
-    for (Index i = 0; i < size; ++i) row[i] = row_at(column + i);
+    for (Index i = 0; i < size; ++i) row[i] = rows.row(column + i);
     Index k = 0;
     for (; k + size <= depth; k += size) {
       Block block;
@@ -150,7 +147,7 @@ Panel<Scalar> transpose_panel(Index depth, Index width, const RowAt& row_at, Sca
     }
   }
   for (Index j = column; j < stride; ++j) {
-    const Scalar* row = j < width ? row_at(j) : nullptr;
+    const Scalar* row = j < width ? rows.row(j) : nullptr;
     for (Index k = 0; k < depth; ++k) buffer[k * stride + j] = row != nullptr ? row[k] : Scalar{0};
   }
   return {buffer, stride};
@@ -165,40 +162,34 @@ struct Strip {
   Index width;
 };
 
-/// B as the right operand of nn: its rows run along the columns of C.
+/// B as the right operand of nn, its rows running along the columns of C, or of nt, its rows running
+/// along the depth and being transposed on the way.
 template <class Scalar>
-struct Straight {
+struct Right {
   ConstMatrixView<Scalar> b;
-  const Scalar* row(Index k, Index column) const { return b.data() + k * b.outerStride() + column; }
+  bool transposed;
 
+  const Scalar* at(Index k, Index column) const {
+    return transposed ? b.data() + column * b.outerStride() + k
+                      : b.data() + k * b.outerStride() + column;
+  }
   Panel<Scalar> copy(const Strip& strip, Scalar* buffer) const {
-    return copy_panel(
-        strip.depth, strip.width, [&](Index i) { return row(strip.k + i, strip.column); }, buffer);
+    const Scalar* first = at(strip.k, strip.column);
+    if (transposed) {
+      return transpose_panel(
+          GatheredRows<Scalar>(first, b.outerStride(), strip.width, strip.depth), buffer);
+    }
+    return copy_panel(GatheredRows<Scalar>(first, b.outerStride(), strip.depth, strip.width), buffer);
   }
   /// Where it lies, if whole tiles can read it there.
   const Scalar* in_place(const Strip& strip) const {
-    return strip.width == tile_columns<Scalar> ? row(strip.k, strip.column) : nullptr;
+    const bool whole = !transposed && strip.width == tile_columns<Scalar>;
+    return whole ? at(strip.k, strip.column) : nullptr;
   }
-  /// What will be read of steps [first, first + count).
+  /// What will be read of steps [first, first + count): rows of two lines each. Transposed, and with
+  /// few tiles and more than two lines for each, it is not all of it.
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
-    return {row(strip.k + first, strip.column), b.outerStride(), count};
-  }
-};
-
-/// B as the right operand of nt: its rows run along the depth and are transposed on the way.
-template <class Scalar>
-struct Transposed {
-  ConstMatrixView<Scalar> b;
-  const Scalar* row(Index k, Index column) const { return b.data() + column * b.outerStride() + k; }
-
-  Panel<Scalar> copy(const Strip& strip, Scalar* buffer) const {
-    return transpose_panel(
-        strip.depth, strip.width, [&](Index j) { return row(strip.k, strip.column + j); }, buffer);
-  }
-  const Scalar* in_place(const Strip&) const { return nullptr; }
-  /// The same; two lines a row, so with few tiles, and more than two lines for each, not all of it.
-  Ahead<Scalar> ahead(const Strip& strip, Index first, Index) const {
-    return {row(strip.k + first, strip.column), b.outerStride(), strip.width};
+    return {at(strip.k + first, strip.column), b.outerStride(), transposed ? strip.width : count};
   }
 };
 
@@ -212,8 +203,8 @@ struct Transposed {
 /// memory of the next strip, so memory and arithmetic are busy at the same time without any foresight
 /// of the processor's own. A second panel, filled between the tiles, would push the first one out of
 /// its cache.
-template <class Scalar, class Right>
-void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index first_column,
+template <class Scalar>
+void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, Index first_column,
                    Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                    Finish finish) {
   alignas(64) Scalar buffer[to_size(panel_depth * tile_columns<Scalar>)];
@@ -253,7 +244,9 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
         multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
                       ahead);
       }
-      if (strip.k + strip.depth >= depth) finish(first, rows, strip.column, strip.width);
+      if (finish && strip.k + strip.depth >= depth) {
+        finish(first, rows, strip.column, strip.width);
+      }
     });
   };
 
@@ -275,48 +268,52 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right& right, Index firs
   if (pending) run(strip, nullptr);
 }
 
+/// One tile of multiply_stream(): R rows of C, V packets of columns.
+template <Index R, Index V, class Scalar>
+EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_size(R)],
+                                              const Scalar* right, Index right_stride, Index steps,
+                                              Index column, Scalar* const (&c)[to_size(R)]) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
+  constexpr Index ahead = 4 * line;
+  Packet<Scalar> sum[to_size(R)][to_size(V)];
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
+  const Scalar* b = right + column;
+  for (Index k = 0; k < steps; ++k, b += right_stride) {
+    prefetch_strip(b + ahead);
+    add_products(left, k, b, sum);
+  }
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
+}
+
 /// R rows of C, `columns` of them, += left[r][k]·right[k, :] for k below `steps`: the rows of `right`
 /// are read side by side from one end to the other.
 template <Index R, class Scalar>
 void multiply_stream(const Scalar* const* left, const Scalar* right, Index right_stride, Index steps,
                      Index columns, Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
-  constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
-  constexpr Index ahead = 4 * line;
   const Scalar* a[to_size(R)];
   Scalar* out[to_size(R)];
-  unroll<R>([&](auto r) {
-    a[r] = left[r];
-    out[r] = c[r];
-  });
-  const auto add = [&](Index column, auto V) {
-    Packet<Scalar> sum[to_size(R)][to_size(V)];
-    unroll<R>([&](auto r) {
-      unroll<V>([&](auto v) { sum[r][v] = load(out[r] + column + v * size); });
-    });
-    const Scalar* b = right + column;
-    for (Index k = 0; k < steps; ++k, b += right_stride) {
-      prefetch_strip(b + ahead);
-      add_products(a, k, b, sum);
-    }
-    unroll<R>([&](auto r) {
-      unroll<V>([&](auto v) { store(out[r] + column + v * size, sum[r][v]); });
-    });
-  };
+  std::copy_n(left, R, a);
+  std::copy_n(c, R, out);
   Index column = 0;
   for (; column + 3 * size <= columns; column += 3 * size) {
-    add(column, std::integral_constant<Index, 3>{});
+    multiply_stream_tile<R, 3>(a, right, right_stride, steps, column, out);
   }
-  for (; column + size <= columns; column += size) add(column, std::integral_constant<Index, 1>{});
+  for (; column + size <= columns; column += size) {
+    multiply_stream_tile<R, 1>(a, right, right_stride, steps, column, out);
+  }
   for (; column < columns; ++column) {
-    unroll<R>([&](auto r) {
+    for (Index r = 0; r < R; ++r) {
       Packet<Scalar> sum = broadcast(out[r][column]);
       for (Index k = 0; k < steps; ++k) {
         sum = Eigen::internal::pmadd(broadcast(a[r][k]),
                                      broadcast(right[k * right_stride + column]), sum);
       }
       out[r][column] = Eigen::internal::pfirst(sum);
-    });
+    }
   }
 }
 
@@ -355,9 +352,7 @@ void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       });
     }
   }
-  for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
-    finish(0, a.count(), column, width);
-  });
+  finish_rows<Scalar>(a.count(), first_column, columns, finish);
 }
 
 /// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
@@ -369,7 +364,7 @@ void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
   if (a.count() <= 2 * tile_rows) {
     return multiply_few_nn(a, b, first_column, columns, start, bias, c, finish);
   }
-  multiply_rows(a, Straight<Scalar>{b}, first_column, columns, start, bias, c, finish);
+  multiply_rows(a, Right<Scalar>{b, false}, first_column, columns, start, bias, c, finish);
 }
 
 /// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
@@ -387,8 +382,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
   const Index depth = a.width();
   for (Index k = 0; k == 0 || k < depth; k += block_depth) {
     const Index count = std::min(block_depth, depth - k);
-    const Panel<Scalar> right = transpose_panel(
-        count, a.count(), [&](Index i) { return a.row(i) + k; }, buffer);
+    const Panel<Scalar> right = transpose_panel(a.columns(k, count), buffer);
     const bool from_zero = k == 0 && start == Start::zero;
     for_each_tile(columns, highest, [&](Index first, Index rows) {
       Scalar tile[to_size(max_tile_rows * tile_columns<Scalar>)];
@@ -411,9 +405,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       }
     });
   }
-  for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
-    finish(0, a.count(), column, width);
-  });
+  finish_rows<Scalar>(a.count(), first_column, columns, finish);
 }
 
 /// C[:, columns] = A·Bᵀ, from zero or added to what C holds.
@@ -426,7 +418,7 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
     return multiply_few_nt(a, b, first_column, columns, start, c, finish);
   }
   const Scalar* no_bias = nullptr;
-  multiply_rows(a, Transposed<Scalar>{b}, first_column, columns, start, no_bias, c, finish);
+  multiply_rows(a, Right<Scalar>{b, true}, first_column, columns, start, no_bias, c, finish);
 }
 
 /// The form tn for few pairs of rows, which waits for C to come from memory and go back there: rows
@@ -496,8 +488,7 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
   };
   const auto copy_right = [&](Index k, Index depth, Index column, Index width) {
     for_each_strip<Scalar>(0, width, [&](Index at, Index, Index strip_width) {
-      const auto row_at = [&](Index i) { return b.row(k + i) + column + at; };
-      copy_panel(depth, strip_width, row_at, panels + at * depth);
+      copy_panel(b.slice(k, depth).columns(column + at, strip_width), panels + at * depth);
     });
   };
 
@@ -539,8 +530,8 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
 
 /// Splits C into blocks and calls f(first_row, rows, first_column, columns) for each, over the
 /// workers. Small products stay on one worker, since waking another takes some microseconds.
-template <class F>
-void for_each_block(Index rows, Index columns, Index depth, Index block_columns, F&& f) {
+inline void for_each_block(Index rows, Index columns, Index depth, Index block_columns,
+                           FunctionRef<void(Index, Index, Index, Index)> f) {
   constexpr Index worth_waking = Index{1} << 18;  // multiply-adds
   const Index wanted = rows * columns * depth >= worth_waking ? 4 * worker_count() : 1;
   const Index column_blocks = (columns + block_columns - 1) / block_columns;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <type_traits>
@@ -39,57 +40,54 @@ void store(Scalar* to, const Packet<Scalar>& packet) {
 
 /// The first `count` < packet_size elements; the rest are zero.
 template <class Scalar>
-Packet<Scalar> load_first(const Scalar* from, Index count) {
+#if defined(__GNUC__)
+[[gnu::noinline]]  // rare, and there would be very many
+#endif
+Packet<Scalar>
+load_first(const Scalar* from, Index count) {
   Scalar buffer[packet_size<Scalar>] = {};
   for (Index i = 0; i < count; ++i) buffer[i] = from[i];
   return load(buffer);
 }
 template <class Scalar>
+#if defined(__GNUC__)
+[[gnu::noinline]]
+#endif
 void store_first(Scalar* to, Index count, const Packet<Scalar>& packet) {
   Scalar buffer[packet_size<Scalar>];
   store(buffer, packet);
   for (Index i = 0; i < count; ++i) to[i] = buffer[i];
 }
 
-/// A packet's place in a row: all of it, or its first `count` elements, the rest being read as zero
-/// and not written.
-struct WholePacket {
-  Index first;
-  template <class Scalar>
-  Packet<Scalar> load(const Scalar* row) const {
-    return detail::load(row + first);
-  }
-  template <class Scalar>
-  void store(Scalar* row, const Packet<Scalar>& packet) const {
-    detail::store(row + first, packet);
-  }
-};
-struct PartialPacket {
+/// A packet's place in a row: `count` elements from `first` on, those beyond, if any, being read as
+/// zero and not written.
+struct Place {
   Index first;
   Index count;
   template <class Scalar>
   Packet<Scalar> load(const Scalar* row) const {
-    return load_first(row + first, count);
+    return count == packet_size<Scalar> ? detail::load(row + first)
+                                        : load_first(row + first, count);
   }
   template <class Scalar>
   void store(Scalar* row, const Packet<Scalar>& packet) const {
+    if (count == packet_size<Scalar>) return detail::store(row + first, packet);
     store_first(row + first, count, packet);
   }
 };
 
-/// Calls f(place) for the packets of a row.
+/// Calls f(place) for the packets of a row. (One f for whole and partial ones, since what is called
+/// here is compiled in very many forms.)
 template <class Scalar, class F>
 void for_each_packet(Index count, F f) {
   constexpr Index size = packet_size<Scalar>;
-  Index i = 0;
-  for (; i + size <= count; i += size) f(WholePacket{i});
-  if (i < count) f(PartialPacket{i, count - i});
+  for (Index i = 0; i < count; i += size) f(Place{i, std::min(size, count - i)});
 }
 
 /// out[i] = f(in[i]...), a packet at a time; out may be one of the inputs.
 template <class Scalar, class F, class... In>
 void map(Index count, Scalar* out, F f, const In*... in) {
-  for_each_packet<Scalar>(count, [&](auto at) { at.store(out, f(at.load(in)...)); });
+  for_each_packet<Scalar>(count, [&](const Place& at) { at.store(out, f(at.load(in)...)); });
 }
 
 /// Σ a[i]·b[i] in one fixed order that depends on `count` alone.

@@ -38,16 +38,6 @@ inline constexpr Index max_tile_rows = 8;
 template <class Scalar>
 inline constexpr Index tile_columns = tile_packets* packet_size<Scalar>;
 
-template <Index... indices, class F>
-EIGEN_ALWAYS_INLINE void unroll(std::integer_sequence<Index, indices...>, F&& f) {
-  (f(std::integral_constant<Index, indices>{}), ...);
-}
-/// f(0), f(1), ... f(N - 1) with constant arguments, so that arrays they index become registers.
-template <Index N, class F>
-EIGEN_ALWAYS_INLINE void unroll(F&& f) {
-  unroll(std::make_integer_sequence<Index, N>{}, f);
-}
-
 /// Calls f with `value`, which is from 1 to N, as a constant.
 template <Index N, class F>
 void with_constant(Index value, F&& f) {
@@ -112,22 +102,24 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> load_to_register(const Scalar* from) {
   return packet;
 }
 
-/// One step of k. The packets are arguments and not an array, which GCC at times leaves in memory.
-template <class Scalar, std::size_t R, std::size_t V, class... Packets>
-EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at,
-                                      Packet<Scalar> (&sum)[R][V], Packets... packet) {
-  unroll<static_cast<Index>(R)>([&](auto r) {
-    const Packet<Scalar> a = broadcast(row[r][at]);
-    std::size_t v = 0;
-    ((sum[r][v] = Eigen::internal::pmadd(a, packet, sum[r][v]), ++v), ...);
-  });
-}
+/// One step of k. The packets of `right` have names of their own, since GCC at times leaves an array
+/// of them in memory.
 template <class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
                                       Packet<Scalar> (&sum)[R][V]) {
-  [&]<Index... v>(std::integer_sequence<Index, v...>) {
-    add_products<Scalar>(row, at, sum, load_to_register(b + v * packet_size<Scalar>)...);
-  }(std::make_integer_sequence<Index, static_cast<Index>(V)>{});
+  using Eigen::internal::pmadd;
+  static_assert(V <= 3);
+  constexpr Index size = packet_size<Scalar>;
+  const Packet<Scalar> b0 = load_to_register(b);
+  const Packet<Scalar> b1 = V > 1 ? load_to_register(b + size) : b0;
+  const Packet<Scalar> b2 = V > 2 ? load_to_register(b + 2 * size) : b0;
+  MOE_UNROLL
+  for (std::size_t r = 0; r < R; ++r) {
+    const Packet<Scalar> a = broadcast(row[r][at]);
+    sum[r][0] = pmadd(a, b0, sum[r][0]);
+    if constexpr (V > 1) sum[r][1] = pmadd(a, b1, sum[r][1]);
+    if constexpr (V > 2) sum[r][2] = pmadd(a, b2, sum[r][2]);
+  }
 }
 
 /// One tile, whose start is zero, a bias (V packets), or what C holds. If it `copies`, it leaves the
@@ -144,19 +136,23 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
   // Pointers in variables of their own are registers; through the arguments they would be loaded anew.
   const Scalar* row[to_size(R)];
   Scalar* to[to_size(R)];
-  unroll<R>([&](auto r) {
+  MOE_UNROLL
+  for (Index r = 0; r < R; ++r) {
     row[r] = left.row[r];
     to[r] = c[r];
-  });
+  }
   const Index step = left.step;
   const Index end = depth * step;
   Packet<Scalar> sum[to_size(R)][to_size(V)];
   if (start == Start::accumulate) {
-    unroll<R>([&](auto r) { unroll<V>([&](auto v) { sum[r][v] = load(to[r] + v * size); }); });
+    MOE_UNROLL
+    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(to[i / V] + i % V * size);
   } else if (start == Start::bias) {
-    unroll<R>([&](auto r) { unroll<V>([&](auto v) { sum[r][v] = load(bias + v * size); }); });
+    MOE_UNROLL
+    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(bias + i % V * size);
   } else {
-    unroll<R>([&](auto r) { unroll<V>([&](auto v) { sum[r][v] = broadcast(Scalar{0}); }); });
+    MOE_UNROLL
+    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = broadcast(Scalar{0});
   }
   const Scalar* b = right.data;
   Index at = 0;
@@ -169,12 +165,14 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
     for (; at < pause; at += step, b += right.stride) {
       add_products(row, at, b, sum);
       if constexpr (copies) {
-        unroll<V>([&](auto v) { store(panel + v * size, load(b + v * size)); });
+        MOE_UNROLL
+        for (Index v = 0; v < V; ++v) store(panel + v * size, load(b + v * size));
         panel += V * size;
       }
     }
   }
-  unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(to[r] + v * size, sum[r][v]); }); });
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) store(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
 /// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`

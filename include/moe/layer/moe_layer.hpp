@@ -7,6 +7,7 @@
 
 #include "moe/experts/expert.hpp"
 #include "moe/experts/feed_forward.hpp"
+#include "moe/function_ref.hpp"
 #include "moe/kernels/activations.hpp"
 #include "moe/parallel.hpp"
 #include "moe/routing/noisy_top_k_gate.hpp"
@@ -136,15 +137,15 @@ class MoELayer {
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
                     " experts and width ", tape.x.cols());
     const MatrixRef<Scalar> dsum = output_backward(dy, tape);
-    tape.dexperts.setZero(tokens, config_.width);
+    detail::resize_to_zero(tape.dexperts, tokens, config_.width);
     detail::resize(tape.dweight, slots);
     run_experts_backward(dsum, tape);
-    tape.dx.setZero(tokens, config_.width);
+    detail::resize_to_zero(tape.dx, tokens, config_.width);
     gate_.backward(std::span<const Scalar>(tape.dweight), tape);
     detail::require(tape.dx.rows() == tokens && tape.dx.cols() == config_.width,
                     "MoELayer: the gate left a tape.dx of ", tape.dx.rows(), " x ", tape.dx.cols(),
                     " for an x of ", tokens, " x ", config_.width);
-    tape.dx += tape.dexperts;
+    detail::add_scaled(tape.dx.size(), Scalar{1}, tape.dexperts.data(), tape.dx.data());
     return tape.dx;
   }
 
@@ -224,7 +225,7 @@ class MoELayer {
   void run_experts(const MatrixRef<Scalar>& x, Tape& tape, bool keeps) const {
     const bool plain = config_.output == Activation::identity;
     Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
-    sum.setZero(x.rows(), config_.width);
+    detail::resize_to_zero(sum, x.rows(), config_.width);
     for_each_group(tape, [&] {
       plan_runs(tape, true);
       perform(tape, [&](const Task& task, Scratch& scratch) {
@@ -294,8 +295,7 @@ class MoELayer {
   }
 
   /// Calls f() with tape.slices being those of each group in turn.
-  template <class F>
-  void for_each_group(Tape& tape, F&& f) const {
+  void for_each_group(Tape& tape, detail::FunctionRef<void()> f) const {
     // What a worker's rows need between the halves should stay near it. A slice goes in one piece
     // where it can, since every piece reads the expert's weights anew.
     constexpr auto cached = static_cast<Index>((std::size_t{1} << 21) / sizeof(Scalar));
@@ -357,8 +357,7 @@ class MoELayer {
   }
 
   /// Cuts [0, count) into at most `pieces` ranges whose lengths are multiples of `unit`.
-  template <class F>
-  static void cut(Index count, Index pieces, Index unit, F&& f) {
+  static void cut(Index count, Index pieces, Index unit, detail::FunctionRef<void(Range)> f) {
     const Index units = (count + unit - 1) / unit;
     const Index parts = std::max<Index>(1, std::min(pieces, units));
     const Index size = (units + parts - 1) / parts * unit;
@@ -430,8 +429,8 @@ class MoELayer {
 
   /// Calls f(slice, block) for the slices of the group in the order of the experts, a block being
   /// the rows whose tokens are among `tokens`.
-  template <class F>
-  void for_each_slice_of(const MatrixRef<Scalar>& x, Tape& tape, Range tokens, F&& f) const {
+  void for_each_slice_of(const MatrixRef<Scalar>& x, Tape& tape, Range tokens,
+                         detail::FunctionRef<void(const Slice&, const Block&)> f) const {
     for (Index i = 0; i < static_cast<Index>(tape.slices.size()); ++i) {
       const Slice& slice = tape.slices[detail::to_size(i)];
       const Index* begin = tape.routing.row_token.data() + slice.first;
@@ -445,8 +444,7 @@ class MoELayer {
   /// Calls f(task, scratch) for every task. In a parallel region even if there is one task only where
   /// a network may use Eigen's own products: outside of one, Eigen would split them over threads,
   /// with other bits for each number.
-  template <class F>
-  static void perform(Tape& tape, F&& f) {
+  static void perform(Tape& tape, detail::FunctionRef<void(const Task&, Scratch&)> f) {
     const auto count = static_cast<Index>(tape.tasks.size());
     const Index calls = Expert::fused ? count : std::max<Index>(2, count);
     parallel_for(calls, [&](Index i, Index worker) {
@@ -457,7 +455,7 @@ class MoELayer {
   /// dy ⊙ act'(Σ G·rows); dy itself without an output activation.
   MatrixRef<Scalar> output_backward(const MatrixRef<Scalar>& dy, Tape& tape) const {
     if (config_.output == Activation::identity) return dy;
-    tape.dcombined = dy;
+    detail::copy_matrix(dy, tape.dcombined);
     parallel_for_blocks(dy.size(), Index{1} << 14, [&](Index first, Index count) {
       Scalar* d = tape.dcombined.data() + first;
       detail::activate_backward(config_.output, count, tape.combined.data() + first, d, d);

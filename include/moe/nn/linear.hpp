@@ -59,7 +59,7 @@ class Linear {
   /// Throws std::invalid_argument if x is not T x inputs.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
-    tape.x = x;  // first, since x may be this tape's y of a pass before
+    detail::copy_matrix(x, tape.x);  // first, since x may be this tape's y of a pass before
     run(tape.x, tape);
     tape.trained = true;
     return tape.y;

@@ -157,7 +157,7 @@ class LSTM {
   /// B x H, else std::invalid_argument.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
-    tape.x = x;  // first, since x may be this tape's y of a pass before
+    detail::copy_matrix(x, tape.x);  // first, since x may be this tape's y of a pass before
     run_all(tape.x, state, tape);
     tape.trained = true;
     return tape.y;

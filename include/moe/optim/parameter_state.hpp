@@ -27,7 +27,7 @@ class ParameterState {
     if (matrices_.empty()) {
       std::vector<Matrix<Scalar>> zeros;
       walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& p) {
-        zeros.push_back(Matrix<Scalar>::Zero(p.value.rows(), p.value.cols()));
+        zeros.push_back(detail::zeros<Scalar>(p.value.rows(), p.value.cols()));
       });
       matrices_ = std::move(zeros);
       return;

@@ -36,11 +36,8 @@ Scalar cv_squared(const Vector<Scalar>& values) {
 template <class Scalar>
 void cv_squared_backward(const Vector<Scalar>& values, Scalar scale, Vector<Scalar>& gradient) {
   const Index count = values.size();
-  gradient.resize(count);
-  if (count < 2) {
-    gradient.setZero();
-    return;
-  }
+  detail::resize_to_zero(gradient, count);
+  if (count < 2) return;
   const auto n = static_cast<Scalar>(count);
   Scalar mean{0};
   for (Index i = 0; i < count; ++i) mean += values[i];
@@ -89,7 +86,7 @@ namespace detail {
 /// Importance and the tokens of every expert, from the slots that a gate made. O(S + E).
 template <class Scalar>
 void measure_importance(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
-  balance.importance.setZero(routing.experts);
+  resize_to_zero(balance.importance, routing.experts);
   balance.tokens_per_expert.assign(to_size(routing.experts), 0);
   for (std::size_t slot = 0; slot < routing.expert.size(); ++slot) {
     const Index e = routing.expert[slot];
@@ -101,7 +98,7 @@ void measure_importance(const Routing<Scalar>& routing, Balance<Scalar>& balance
 /// The load of a gate without noise: how many tokens each expert got. It has no gradient. O(S + E).
 template <class Scalar>
 void count_load(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
-  balance.load.setZero(routing.experts);
+  resize_to_zero(balance.load, routing.experts);
   for (const Index e : routing.expert) balance.load[e] += Scalar{1};
 }
 

@@ -78,7 +78,7 @@ class NoisyTopKGate {
                                  const NoiseKey& key = {}) const {
     check_width(x);
     tape.trained = false;
-    tape.x = x;
+    detail::copy_matrix(x, tape.x);
     compute_scores(x, tape, config_.noise);
     if (config_.noise) {
       add_noise(tape, key);
@@ -130,8 +130,8 @@ class NoisyTopKGate {
         if (load_has_gradient()) {
           compute_load_backward(tape, t);
         } else {
-          tape.dclean.row(t).setZero();
-          tape.draw.row(t).setZero();
+          std::fill_n(detail::row_data(tape.dclean, t), experts(), Scalar{0});
+          std::fill_n(detail::row_data(tape.draw, t), experts(), Scalar{0});
         }
         choose_backward(dweight, tape, t);
         if (config_.noise) scale_backward(tape, t);
@@ -338,7 +338,7 @@ class NoisyTopKGate {
         });
       }
     });
-    tape.balance.load.setZero(experts());
+    detail::resize_to_zero(tape.balance.load, experts());
     for (Index t = 0; t < tokens; ++t) {
       detail::add_scaled(experts(), Scalar{1}, detail::row_data(tape.probability, t),
                          tape.balance.load.data());

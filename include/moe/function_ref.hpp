@@ -1,0 +1,38 @@
+#pragma once
+
+#include <type_traits>
+
+/// \file
+/// A callable as an argument, without a template.
+
+namespace moe::detail {
+
+template <class Signature>
+class FunctionRef;
+
+/// A reference to a callable, which must outlive it. What takes one is compiled once and not anew
+/// for every lambda, and a call costs little beside a task; neither making nor calling one allocates.
+template <class... Arguments>
+class FunctionRef<void(Arguments...)> {
+ public:
+  /// Refers to nothing and must not be called.
+  FunctionRef() = default;
+
+  template <class F>
+  requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> &&
+           std::is_invocable_v<F&, Arguments...>)
+      FunctionRef(F&& f)  // NOLINT: implicit, so that a lambda can be passed where one is taken
+      : object_(const_cast<void*>(static_cast<const void*>(&f))),
+        call_([](void* object, Arguments... arguments) {
+          (*static_cast<std::remove_reference_t<F>*>(object))(arguments...);
+        }) {}
+
+  explicit operator bool() const { return call_ != nullptr; }
+  void operator()(Arguments... arguments) const { call_(object_, arguments...); }
+
+ private:
+  void* object_ = nullptr;
+  void (*call_)(void*, Arguments...) = nullptr;
+};
+
+}  // namespace moe::detail
