@@ -34,7 +34,6 @@ constexpr Index width = 64;
 constexpr Index hidden = 128;
 constexpr Index active = 4;
 constexpr Index tokens = 32768 / active;
-constexpr Index slots = tokens * active;
 
 /// A gate over E experts, and how much of it a batch needs.
 template <class Gate>
