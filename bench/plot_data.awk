@@ -1,4 +1,4 @@
-# The lines of rows.awk to the columns that plots.gp draws: -v what=machine|layer|peers|experts.
+# The lines of rows.awk to the columns that plots.gp draws: -v what=machine|layer|peers|experts|scale.
 BEGIN { FS = "\t" }
 {
   split("", field)
@@ -29,6 +29,10 @@ what == "peers" && part[1] == pass {
   fraction[cell, part[2]] = field["roofline_fraction"]
 }
 what == "experts" && part[1] == pass { print argument["E"], field["ns_per_slot"] }
+what == "scale" && part[1] "/" part[2] == pass {
+  # The time of a token, and what remains of it without the weights' way from memory.
+  print argument["E"], field["ns_per_token"], field["ns_per_token"] * (1 - field["traffic_ms"] / $2)
+}
 END {
   # Blocks with a title each, two empty lines between them, as gnuplot's index wants them.
   if (what == "machine") {

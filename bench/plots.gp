@@ -79,3 +79,22 @@ set ylabel "microseconds a slot"
 set key at screen 0.5,0.02 center bottom horizontal maxrows 1 width 2
 plot "experts_forward.dat" using 1:($2/1000) with linespoints lt 1 lw 2.5 pt 7 lc rgb "#0072b2" title "forward", \
      "experts_forward_backward.dat" using 1:($2/1000) with linespoints lt 2 lw 2.5 pt 5 lc rgb "#d55e00" title "forward + backward"
+
+# ---- As many slots over ever more experts.
+set linetype 1 lc rgb "#0072b2" lw 2.5 pt 7
+set linetype 2 lc rgb "#d55e00" lw 2.5 pt 5
+set linetype 3 lc rgb "#009e73" lw 2.5 pt 9
+set linetype 4 lc rgb "#cc79a7" lw 2.5 pt 13
+set output "scale.png"
+set title "Time of a token, 32,768 slots whatever E, 4 a token, D 64, H 128, f32\n{/*0.85 ".machine."}" font ",15"
+set xrange [24:180000]
+set xtics ("32" 32, "256" 256, "1k" 1024, "4k" 4096, "16k" 16384, "64k" 65536, "128k" 131072)
+set logscale y 10
+set yrange [*:*]
+set xlabel "experts E (broken lines: without the time that memory takes for the weights in use)" offset 0,0.3
+set ylabel "microseconds a token"
+set bmargin 7
+names = "step_hierarchical step_flat evaluate_hierarchical evaluate_flat"
+titles = "'step, hierarchical' 'step, flat' 'evaluate, hierarchical' 'evaluate, flat'"
+plot for [i=1:4] "scale_".word(names, i).".dat" using 1:($2/1000) with linespoints lt i title word(titles, i), \
+     for [i=1:4] "scale_".word(names, i).".dat" using 1:($3/1000) with lines lt i lw 1.5 dt 2 notitle

@@ -10,7 +10,7 @@ trap 'echo; echo "Stopped."; exit 130' INT
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 build="$root/build/release"
 out="$root/build/bench"
-all='machine layer few_tokens routing threads experts memory peers'
+all='machine layer few_tokens routing threads experts scale memory peers'
 
 peers=ON
 names=''
@@ -51,11 +51,11 @@ for name in $names; do
   echo ": $(($(date +%s) - start)) s"
 done
 
-# The plots need three of the results and the machine's.
+# The plots need four of the results and the machine's.
 plotted=no
 if command -v gnuplot >/dev/null; then
   plotted=yes
-  for name in machine layer peers experts; do [ -f "$out/$name.tsv" ] || plotted=no; done
+  for name in machine layer peers experts scale; do [ -f "$out/$name.tsv" ] || plotted=no; done
 fi
 if [ $plotted = yes ]; then
   data() { awk -v what="$1" -v pass="$2" -f "$root/bench/plot_data.awk" "$out/$1.tsv"; }
@@ -63,6 +63,9 @@ if [ $plotted = yes ]; then
   for pass in forward forward_backward; do
     data layer "$pass<float>" >"$out/layer_$pass.dat"
     data experts "$pass" >"$out/experts_$pass.dat"
+  done
+  for pass in step evaluate; do
+    for gate in flat hierarchical; do data scale $pass/$gate >"$out/scale_${pass}_$gate.dat"; done
   done
   for pass in forward step; do data peers $pass >"$out/peers_$pass.dat"; done
   (cd "$out" && gnuplot "$root/bench/plots.gp")

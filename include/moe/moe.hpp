@@ -30,6 +30,8 @@
 #include "moe/reinforce/schedule.hpp"
 #include "moe/routing/balance_loss.hpp"
 #include "moe/routing/gate.hpp"
+#include "moe/routing/hierarchical_gate.hpp"
+#include "moe/routing/noisy_top_k.hpp"
 #include "moe/routing/noisy_top_k_gate.hpp"
 #include "moe/routing/routing.hpp"
 #include "moe/routing/select_largest.hpp"

@@ -20,13 +20,14 @@ namespace moe {
 /// being walked over. Where a gradient of zero has no effect (zeroing, clipping) the results have
 /// the same bits; Sgd and Adam say what becomes of decay and momentum.
 ///
-/// An expert in a layer keeps track of its own gradients, so a user's network need not. Gradients
-/// written by hand into an expert without a token are not seen by what is lazy; those of all other
-/// modules, the gate included, always are. Lazy zeroing does not touch an expert's memory: backward
-/// writes over what is there, as after PyTorch's zero_grad(set_to_none=True) (a plain network, which
-/// can only add, gets zeros first), and for_each_parameter() puts zeros there before it shows the
-/// gradient of an expert that got no token. So after lazy zeroing, and before backward, gradients are
-/// to be read and written through for_each_parameter() on a module that is not const.
+/// An expert in a layer keeps track of its own gradients, so a user's network need not, and so does
+/// a HierarchicalGate of those of its secondary gates. Gradients written by hand into either without
+/// a token are not seen by what is lazy; those of all other modules, other gates included, always
+/// are. Lazy zeroing does not touch such memory: backward writes over what is there, as after
+/// PyTorch's zero_grad(set_to_none=True) (a plain network, which can only add, gets zeros first), and
+/// for_each_parameter() puts zeros there before it shows the gradient of what got no token. So after
+/// lazy zeroing, and before backward, gradients are to be read and written through
+/// for_each_parameter() on a module that is not const.
 enum class Updates { dense, lazy };
 
 namespace detail {

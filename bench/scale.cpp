@@ -1,0 +1,243 @@
+/// What does an expert that gets no token cost?
+///
+/// 32,768 slots at D 64, H 128, 4 experts a token, and E from 32 to 131,072 behind a flat gate or a
+/// hierarchical one (2 of a groups, 2 of b experts in each, b² = E or E / 2). `step` clears the
+/// gradients, runs forward and backward, and updates the parameters by Sgd, all lazily; `evaluate`
+/// serves the same batch. One core.
+///
+/// The more experts, the fewer slots an expert, so the same work needs more weights from memory:
+/// `traffic_ms` is what that takes at the measured bandwidth (of the experts and secondary gates in
+/// use and the primary gate: weights read by forward, by backward and by the update and written by
+/// it, gradients written by backward and read by the update; in evaluate the weights once).
+/// `slot_ratio_accounted` is what remains of a slot's time, over what remains with 256 experts
+/// behind a hierarchical gate, measured in turns with it; the traffic counts as none where it all
+/// stays in the last-level cache. `touched_MiB` is the roofline's count of bytes, traffic included.
+/// `peak_MiB` is the most memory that the process had above what it had before. With 131,072 experts
+/// weights and gradients take 16.3 GiB; Sgd without momentum remembers nothing.
+
+#include <bit>
+#include <memory>
+#include <optional>
+#include <string>
+#include <typeinfo>
+
+#include "measure.hpp"
+#include "process_memory.hpp"
+
+namespace {
+
+using bench::Index;
+using Flat = moe::NoisyTopKGate<float>;
+using Hierarchical = moe::HierarchicalGate<float>;
+
+constexpr Index width = 64;
+constexpr Index hidden = 128;
+constexpr Index active = 4;
+constexpr Index tokens = 32768 / active;
+
+/// A gate over E experts, and how much of it a batch needs.
+template <class Gate>
+struct Kind;
+
+template <>
+struct Kind<Flat> {
+  static Flat::Config config(Index experts) { return {.experts = experts, .active = active}; }
+  static Index scores_per_token(Index experts) { return experts; }
+  static Index columns_used(const Flat::Tape&, Index experts) { return experts; }
+};
+
+template <>
+struct Kind<Hierarchical> {
+  static Hierarchical::Config config(Index experts) {
+    const Index members = Index{1} << ((std::bit_width(static_cast<std::size_t>(experts)) - 1) / 2);
+    return {.groups = experts / members,
+            .group_experts = members,
+            .active_groups = 2,
+            .active = active / 2};
+  }
+  static Index scores_per_token(Index experts) {
+    const Hierarchical::Config c = config(experts);
+    return c.groups + c.active_groups * c.group_experts;
+  }
+  /// Of the weights of all gates in use, side by side.
+  static Index columns_used(const Hierarchical::Tape& tape, Index experts) {
+    const Hierarchical::Config c = config(experts);
+    return c.groups + bench::used_experts(tape.primary.routing) * c.group_experts;
+  }
+};
+
+/// What is memory's part in a pass, in bytes.
+struct Traffic {
+  double moved;
+  double resident;
+};
+
+/// A layer, its optimizer, and a batch.
+template <class Gate>
+class Trained {
+  using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, Gate>;
+
+ public:
+  explicit Trained(Index experts)
+      : experts_(experts),
+        layer_({.width = width,
+                .expert = {.hidden = hidden},
+                .gate = Kind<Gate>::config(experts),
+                .seed = 1}),
+        x_(bench::random_matrix<float>(tokens, width, 1)),
+        dy_(bench::random_matrix<float>(tokens, width, 2)) {
+    // Scores of the size of their noise: in evaluation too, tokens spread over the experts.
+    std::uint64_t seed = 1;
+    moe::for_each_parameter(layer_.gate(), [&](const std::string& name, auto& parameter) {
+      if (name.ends_with("noise_weight")) return;
+      moe::fill_normal(parameter.value, 1.0f / std::sqrt(static_cast<float>(width)), seed++);
+    });
+    step();  // takes memory
+  }
+
+  void step() {
+    moe::zero_gradients(layer_, moe::Updates::lazy);
+    layer_.forward(x_, tape_);
+    layer_.backward(dy_, tape_);
+    optimizer_.update(layer_, 1e-6);  // so small that every step routes alike
+  }
+  void evaluate() { layer_.evaluate(x_, tape_); }
+
+  void gate_step() {
+    layer_.gate().forward(x_, tape_);
+    tape_.dx.setZero(tokens, width);
+    layer_.gate().backward(std::span<const float>(tape_.dweight), tape_);
+  }
+  void gate_evaluate() { layer_.gate().evaluate(x_, tape_); }
+
+  Traffic traffic(bool training) const {
+    const Index expert = 2 * width * hidden + width + hidden;
+    const Index gate = (training ? 2 : 1) * width * Kind<Gate>::columns_used(tape_, experts_);
+    const auto weights =
+        static_cast<double>(used_experts() * expert + gate) * double{sizeof(float)};
+    return training ? Traffic{6 * weights, 2 * weights} : Traffic{weights, weights};
+  }
+  Index used_experts() const { return experts_ - tape_.balance.unused_experts(); }
+
+ private:
+  Index experts_;
+  Layer layer_;
+  moe::Sgd<float> optimizer_{{.updates = moe::Updates::lazy}};
+  moe::Matrix<float> x_;
+  moe::Matrix<float> dy_;
+  typename Layer::Tape tape_;
+};
+
+double traffic_seconds(const Traffic& traffic) {
+  if (traffic.resident <= bench::last_level_cache()) return 0;
+  return traffic.moved / bench::read_bandwidth(1);
+}
+
+/// The layer of the row that is running; rows of one gate and size come one after the other and
+/// share it.
+class Made {
+ public:
+  template <class Gate>
+  bool is(Index experts) const {
+    return experts_ == experts && gate_ == &typeid(Gate);
+  }
+  template <class Gate>
+  Trained<Gate>& of(Index experts) {
+    if (!is<Gate>(experts)) {
+      layer_.reset();  // before the next one is made
+      memory_.emplace();
+      layer_ = std::make_shared<Trained<Gate>>(experts);
+      experts_ = experts;
+      gate_ = &typeid(Gate);
+    }
+    return *static_cast<Trained<Gate>*>(layer_.get());
+  }
+  const bench::PeakMemory& memory() const { return *memory_; }
+
+ private:
+  Index experts_ = 0;
+  const std::type_info* gate_ = nullptr;
+  std::optional<bench::PeakMemory> memory_;
+  std::shared_ptr<void> layer_;
+};
+
+Made& made() {
+  static Made made;
+  return made;
+}
+
+Trained<Hierarchical>& reference() {
+  static Trained<Hierarchical> layer(256);
+  return layer;
+}
+
+template <class Gate>
+void run(benchmark::State& state, bool training) {
+  bench::use_threads(1);
+  const Index experts = state.range(0);
+  const bench::Shape shape{.tokens = tokens,
+                           .width = width,
+                           .hidden = hidden,
+                           .experts = Kind<Gate>::scores_per_token(experts),
+                           .active = active,
+                           .gate_products = training ? 2 : 1};
+  const double parameters =
+      static_cast<double>(experts) * (2 * width * hidden + width + hidden + 2 * width);
+  // Weights, gradients, and of a flat gate eight matrices of scores.
+  const double needed = 8 * parameters + 32.0 * static_cast<double>(tokens * shape.experts) + 5e8;
+  if (!made().is<Gate>(experts) && bench::free_memory() > 0 && bench::free_memory() < needed) {
+    const std::string error =
+        "needs " + std::to_string(std::llround(needed / 1e9)) + " GB of free memory";
+    state.SkipWithError(error.c_str());
+    return;
+  }
+  bench::read_bandwidth(1);
+  Trained<Hierarchical>& few = reference();
+  Trained<Gate>& layer = made().of<Gate>(experts);
+
+  const auto pass = [training](auto& l) { training ? l.step() : l.evaluate(); };
+  const std::vector<double> seconds =
+      bench::best_seconds({[&] { pass(few); }, [&] { pass(layer); },
+                           [&] { training ? layer.gate_step() : layer.gate_evaluate(); }});
+  pass(few);
+  pass(layer);
+  const Traffic traffic = layer.traffic(training);
+  const double waited = traffic_seconds(traffic);
+
+  bench::Work work =
+      training ? bench::step_work<float>(shape, 0) : bench::evaluate_work<float>(shape, 0);
+  work.bytes += traffic.moved;
+  work.resident += traffic.resident;
+  bench::report<float>(state, seconds[1], work, 1);
+  state.counters["ns_per_token"] = seconds[1] / double{tokens} * 1e9;
+  state.counters["percent_gate"] = 100 * seconds[2] / seconds[1];
+  state.counters["used_experts"] = static_cast<double>(layer.used_experts());
+  state.counters["touched_MiB"] = work.bytes / 1048576;
+  state.counters["traffic_ms"] = waited * 1e3;
+  state.counters["slot_ratio_accounted"] =
+      (seconds[1] - waited) / (seconds[0] - traffic_seconds(few.traffic(training)));
+  if (made().memory().known()) state.counters["peak_MiB"] = made().memory().bytes() / 1048576;
+}
+
+template <class Gate>
+void add(const std::string& name, std::initializer_list<Index> sizes) {
+  for (const Index experts : sizes) {
+    for (const bool training : {true, false}) {
+      const std::string pass = training ? "step/" : "evaluate/";
+      bench::row(benchmark::RegisterBenchmark(
+                     (pass + name).c_str(),
+                     [training](benchmark::State& state) { run<Gate>(state, training); }))
+          ->ArgName("E")
+          ->Arg(experts);
+    }
+  }
+}
+
+// A flat gate's scores of 16,384 experts would take 4 GiB.
+const bool added = [] {
+  add<Flat>("flat", {32, 256, 1024, 4096});
+  add<Hierarchical>("hierarchical", {256, 1024, 4096, 16384, 65536, 131072});
+  return true;
+}();
+
+}  // namespace
