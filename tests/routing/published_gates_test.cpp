@@ -329,7 +329,7 @@ TEST_CASE("published gates: DeepSeek-V2", "[routing][gate]") {
             .scale = 16,
             .groups = 8,
             .active_groups = 3,
-            .sequence_weight = 0.003,
+            .sequence_weight = 0.001,
             .sequences = 3,
             .row_order = RowOrder::sequence_major},
            12, seed);
@@ -358,7 +358,7 @@ TEST_CASE("published gates: DeepSeek-V2", "[routing][gate]") {
       const std::vector<std::vector<Index>> chosen(choices.begin() + 4 * s,
                                                    choices.begin() + 4 * s + 4);
       const std::vector<Row> probabilities(p.begin() + 4 * s, p.begin() + 4 * s + 4);
-      loss += 0.003 * 160 / (6 * 4) * count_times_mean(chosen, probabilities) / 3;
+      loss += 0.001 * 160 / (6 * 4) * count_times_mean(chosen, probabilities) / 3;
     }
     c.check(routing, slots, loss);
   }

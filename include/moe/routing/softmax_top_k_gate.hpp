@@ -25,17 +25,18 @@ namespace moe {
 
 /// The K largest scores of a token.
 ///
-///     c = (x ⊙ j)·W_g                  logits, j the jitter of training            T x E
-///     s = score of c                   what the choice is by: c itself in softmax_of_chosen
+///     c = (x ⊙ j)·W_g                    logits, j the jitter of training          T x E
+///     s = softmax(c), c, or sigmoid(c)   by Config.score                           T x E
 ///     top = the K largest of s + b in the active groups; ties go to the lower expert
-///     w = s, s / (Σ_top s + 1e-20), or the softmax of c over top
-///     G = scale·w                      the weights of the slots
+///     w = s, s / (Σ_top s + 1e-20) if renormalised, or the softmax of c over top
+///     G = scale·w                        the weights of the slots
 ///     loss = switch_weight·E·Σ_i f_i·P_i + sequence_weight·(its mean over sequences) + z_weight·z
 ///
 /// P is softmax(c), or s / Σ_i s_i [D3 eq. 20] for sigmoids; f counts all choices as they were made,
 /// those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq. 5].
-/// backward() is the exact derivative at fixed choice, drops, jitter and f. A dropped choice has no
-/// slot, and the weights that are left are not renormalised.
+/// backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1 a softmax over
+/// all experts learns from its weight, while renormalised weights are the constant 1. A dropped
+/// choice has no slot, and the weights that are left are not renormalised.
 ///
 /// The selection bias b [W24; D3] takes part in the choice, that of groups too, and in no weight. It
 /// is moved by update_selection_bias() alone: it is a Parameter that is not trained, so checkpoints
