@@ -23,6 +23,18 @@ struct Linear {
   }
 };
 
+struct State {
+  Parameter<double> weight{2, 2};
+  Parameter<double> counts{1, 3};
+  State() { counts.trained = false; }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight);
+    visit("counts", self.counts);
+  }
+};
+
 struct Block {
   Linear up;
   Parameter<double> scale{1, 5};
@@ -289,4 +301,20 @@ TEST_CASE("parameter: a name that is not asked for takes no memory", "[parameter
   for_each_parameter(model, [](auto&& name, auto&) {
     STATIC_REQUIRE(std::is_same_v<decltype(name), const ParameterName&>);
   });
+}
+
+TEST_CASE("parameter: one that is not trained is named, and passed by by all that moves weights",
+          "[parameter]") {
+  State state;
+  std::vector<std::string> names;
+  for_each_parameter(state, [&](const std::string& name, auto&) { names.push_back(name); });
+  CHECK(names == std::vector<std::string>{"weight", "counts"});
+  CHECK(parameter_count(state) == 4);
+  for (const Updates updates : {Updates::dense, Updates::lazy}) {
+    CHECK_FALSE(detail::is_idle(state.weight, updates));
+    CHECK(detail::is_idle(state.counts, updates));
+    state.counts.gradient.setConstant(3);  // whatever it holds stands for nothing
+    zero_gradients(state, updates);
+    CHECK(state.counts.gradient(0, 0) == 3);
+  }
 }

@@ -45,10 +45,15 @@ enum class GradientState : unsigned char {
 /// A trained matrix and the gradient of the loss by it, of the same shape. A bias is 1 x N.
 /// Backward passes add to the gradient; zero_gradients() clears it. New values may be assigned to
 /// both, but the shape must stay what the module made it.
+///
+/// A parameter that is not `trained` belongs to the module's state without being a weight: it is
+/// named, saved and loaded like the others, but no gradient is added to it, and zeroing, clipping
+/// and the optimizers pass it by, weight decay included. Only the module moves it.
 template <class Scalar>
 struct Parameter {
   Matrix<Scalar> value;
   Matrix<Scalar> gradient;
+  bool trained = true;
   detail::GradientState gradient_state = detail::GradientState::untracked;  ///< Expert's to set
 
   Parameter() = default;
@@ -143,6 +148,7 @@ void walk_parameters(Module& module, F&& f) {
 /// Whether a parameter is to be passed by.
 template <class Scalar>
 bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
+  if (!parameter.trained) return true;
   return updates == Updates::lazy && (parameter.gradient_state == GradientState::zero ||
                                       parameter.gradient_state == GradientState::cleared);
 }
@@ -190,7 +196,9 @@ void for_each_parameter(Module& module, F&& f) {
 template <class Module>
 Index parameter_count(const Module& module) {
   Index count = 0;
-  for_each_parameter(module, [&](const ParameterName&, const auto& p) { count += p.size(); });
+  for_each_parameter(module, [&](const ParameterName&, const auto& p) {
+    if (p.trained) count += p.size();
+  });
   return count;
 }
 

@@ -1,0 +1,72 @@
+#include "moe/routing/capacity.hpp"
+
+#include "../support.hpp"
+
+using namespace moe;
+using Indices = std::vector<Index>;
+using Flags = std::vector<unsigned char>;
+
+namespace {
+
+template <class Scalar>
+Flags kept(PlaceOrder how, Index capacity, Index experts, Index active, const Indices& expert,
+           const std::vector<Scalar>& weight, const Flags& before = {}) {
+  detail::Choices<Scalar> choices;
+  choices.resize(static_cast<Index>(expert.size()) / active, active);
+  choices.expert = expert;
+  choices.weight = weight;
+  if (!before.empty()) choices.keeps = before;
+  detail::CapacityScratch scratch;
+  detail::drop_over_capacity(how, capacity, experts, choices, scratch);
+  return choices.keeps;
+}
+
+}  // namespace
+
+TEST_CASE("capacity: places of an expert", "[routing]") {
+  CHECK(detail::expert_capacity(1, 16, 1, 4) == 4);
+  CHECK(detail::expert_capacity(1.25, 16, 1, 4) == 5);
+  CHECK(detail::expert_capacity(1, 17, 1, 4) == 5);
+  CHECK(detail::expert_capacity(1, 16, 2, 4) == 8);
+  CHECK(detail::expert_capacity(1.1, 40, 1, 4) == 11);  // 1.1·10 is more than 11 in binary
+  CHECK(detail::expert_capacity(0.7, 40, 1, 4) == 7);
+  CHECK(detail::expert_capacity(100, 16, 2, 4) == 16);
+  CHECK(detail::expert_capacity(1e300, 16, 2, 4) == 16);
+  CHECK(detail::expert_capacity(1e-9, 1, 1, 131072) == 1);
+  CHECK(detail::expert_capacity(2, 0, 2, 4) == 0);
+}
+
+TEMPLATE_TEST_CASE("capacity: who finds a place, in each order", "[routing]", float, double) {
+  using S = TestType;
+  // Four tokens of two choices; expert 0 is chosen second, first, first, second, and expert 1 first,
+  // second, -, first.
+  const Indices expert = {1, 0, 0, 1, 0, 2, 1, 0};
+  const std::vector<S> weight = {S(0.6), S(0.4), S(0.9), S(0.1), S(0.3), S(0.2), S(0.5), S(0.45)};
+  CHECK(kept(PlaceOrder::rows, 2, 3, 2, expert, weight) == Flags{1, 1, 1, 1, 0, 1, 0, 0});
+  CHECK(kept(PlaceOrder::first_choices, 2, 3, 2, expert, weight) == Flags{1, 0, 1, 0, 1, 1, 1, 0});
+  CHECK(kept(PlaceOrder::largest_weight, 2, 3, 2, expert, weight) == Flags{1, 0, 1, 0, 0, 1, 1, 1});
+  for (const auto how : {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+    CHECK(kept(how, 4, 3, 2, expert, weight) == Flags(8, 1));
+    CHECK(kept(how, 0, 3, 2, expert, weight) == Flags(8, 0));
+    CHECK(kept<S>(how, 1, 3, 2, {}, {}).empty());
+  }
+}
+
+TEMPLATE_TEST_CASE("capacity: what was dropped before takes no place", "[routing]", float, double) {
+  using S = TestType;
+  const Indices expert = {0, 1, 0, 1, 0, 1};
+  const std::vector<S> weight = {3, 3, 2, 2, 1, 1};
+  const Flags before = {1, 0, 1, 1, 1, 1};
+  for (const auto how : {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+    CHECK(kept(how, 2, 2, 2, expert, weight, before) == Flags{1, 0, 1, 1, 0, 1});
+  }
+}
+
+TEMPLATE_TEST_CASE("capacity: equal weights go by row, NaN last", "[routing]", float, double) {
+  using S = TestType;
+  const S nan = std::numeric_limits<S>::quiet_NaN();
+  CHECK(kept<S>(PlaceOrder::largest_weight, 2, 1, 1, {0, 0, 0, 0}, {1, 2, 1, 1}) ==
+        Flags{1, 1, 0, 0});
+  CHECK(kept<S>(PlaceOrder::largest_weight, 2, 1, 1, {0, 0, 0, 0}, {nan, 0, nan, 1}) ==
+        Flags{0, 1, 0, 1});
+}
