@@ -30,6 +30,7 @@
 #include "moe/routing/balance_loss.hpp"
 #include "moe/routing/balanced_gate.hpp"
 #include "moe/routing/choose_tokens.hpp"
+#include "moe/routing/expert_choice_gate.hpp"
 #include "moe/routing/gate.hpp"
 #include "moe/routing/linear_scores.hpp"
 #include "moe/routing/noisy_top_k_gate.hpp"
