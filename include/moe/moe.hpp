@@ -36,4 +36,5 @@
 #include "moe/routing/noisy_top_k_gate.hpp"
 #include "moe/routing/routing.hpp"
 #include "moe/routing/select_largest.hpp"
+#include "moe/routing/shared_expert_gate.hpp"
 #include "moe/version.hpp"
