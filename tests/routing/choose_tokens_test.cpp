@@ -1,5 +1,7 @@
 #include "moe/routing/choose_tokens.hpp"
 
+#include <array>
+
 #include "token_choice_checks.hpp"
 
 using namespace moe;
@@ -44,7 +46,8 @@ TEMPLATE_TEST_CASE("choose_tokens: the best of every column for any scores", "[r
     const Index experts = std::array<Index, 6>{1, 3, 8, 16, 17, 40}[seed % 6];
     Matrix<TestType> scores = random_matrix<TestType>(tokens, experts, seed);
     if (seed % 2 == 0) scores = (scores * 2).array().round().matrix();  // many ties
-    if (seed % 3 == 0) scores.row(tokens / 2).setConstant(std::nan(""));
+    if (seed % 3 == 0)
+      scores.row(tokens / 2).setConstant(std::numeric_limits<TestType>::quiet_NaN());
     for (const Index count : {Index{1}, (tokens + 2) / 3, std::max<Index>(1, tokens - 1), tokens}) {
       Routing<TestType> routing;
       detail::choose_tokens(scores, count, choice, routing);
