@@ -278,6 +278,13 @@ TEST_CASE("balanced gate: evaluation goes by the thresholds, whatever the batch"
     CHECK(same_bits(test::dense_weights(alone), test::dense_weights(routing).row(t)));
   }
 
+  // A tape that was trained with keeps nothing of it.
+  BalancedGate<double>::Tape used;
+  gate.forward(x, used);
+  REQUIRE(used.balance.loss > 0);
+  CHECK(gate.evaluate(x, used).weight == routing.weight);
+  CHECK(used.balance.loss == 0);
+
   // What equals the threshold does not pass (eq. 19).
   parameter(gate, "weight").value.setZero();
   gate.evaluate(x, tape);

@@ -330,6 +330,18 @@ TEST_CASE("shared expert gate: backward adds once each time", "[routing][gate]")
   }
 }
 
+TEST_CASE("shared expert gate: a wrapped gate that adds to dx finds zeros each time",
+          "[routing][gate]") {
+  Holed<double> gate({.width = 3}, 1);
+  Holed<double>::Tape tape;
+  gate.forward(random_matrix(6, 3, 2), tape);
+  const std::vector<double> dweight(12, 0.5);
+  const Matrix<double> dx = gate.backward(dweight, tape);
+  CHECK(dx.cwiseAbs().maxCoeff() > 0);
+  CHECK(same_bits(gate.backward(dweight, tape), dx));
+  CHECK(same_bits(gate.backward(dweight, tape), dx));
+}
+
 TEST_CASE("shared expert gate: parameters have their names, shapes and start", "[routing][gate]") {
   for (const bool is_gated : {false, true}) {
     Noisy<float> gate(
