@@ -1,0 +1,122 @@
+/// Puts a gate of one's own (nearest_gate.hpp) into a layer, checks its gradient and trains it for a
+/// second. See README.md beside this file.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <moe/moe.hpp>
+
+#include "nearest_gate.hpp"
+
+namespace custom_gate {
+
+template <class Scalar>
+using Layer = moe::MoELayer<moe::Expert<moe::FeedForward, Scalar>, NearestGate<Scalar>>;
+
+constexpr Index width = 8;
+
+/// Clouds of tokens, each with a linear map of its own from x to y: easy for a mixture that tells
+/// the clouds apart, and for nothing else of its size.
+class Clouds {
+ public:
+  static constexpr Index count = 6;
+
+  Clouds() : centres_(count, width), maps_(count * width, width) {
+    moe::fill_normal(centres_, 1.5f, 1);
+    moe::fill_normal(maps_, 0.35f, 2);
+  }
+
+  void draw(Index tokens, std::uint64_t seed, moe::Matrix<float>& x, moe::Matrix<float>& y) const {
+    x.resize(tokens, width);
+    y.resize(tokens, width);
+    moe::fill_normal(x, 0.5f, seed);
+    for (Index t = 0; t < tokens; ++t) {
+      const Index cloud = t % count;
+      x.row(t) += centres_.row(cloud);
+      y.row(t).noalias() = x.row(t) * maps_.middleRows(cloud * width, width);
+    }
+  }
+
+ private:
+  moe::Matrix<float> centres_;
+  moe::Matrix<float> maps_;
+};
+
+/// The largest error of the layer's gradients, in double, against central differences of
+/// loss = Σ y², relative to the largest gradient of each parameter.
+double gradient_error() {
+  Layer<double> layer({.width = 3,
+                       .expert = {.hidden = 4, .activation = moe::Activation::gelu},
+                       .gate = {.experts = 4},
+                       .seed = 1});
+  moe::Matrix<double> x(5, 3);
+  moe::fill_normal(x, 1.0, 2);
+  Layer<double>::Tape tape;
+  layer.backward(2 * layer.forward(x, tape), tape);
+
+  double worst = 0;
+  moe::for_each_parameter(layer, [&](const auto&, moe::Parameter<double>& parameter) {
+    double error = 0;
+    for (Index i = 0; i < parameter.size(); ++i) {
+      double& value = parameter.value.data()[i];
+      const double saved = value;
+      const double step = 1e-5;
+      value = saved + step;
+      const double above = layer.evaluate(x).squaredNorm();
+      value = saved - step;
+      const double below = layer.evaluate(x).squaredNorm();
+      value = saved;
+      const double difference = (above - below) / (2 * step);
+      error = std::max(error, std::abs(parameter.gradient.data()[i] - difference));
+    }
+    worst = std::max(worst, error / std::max(1e-3, parameter.gradient.cwiseAbs().maxCoeff()));
+  });
+  return worst;
+}
+
+int run() {
+  const double error = gradient_error();
+  std::printf("gradients differ from differences by %.0e of the largest\n\n", error);
+
+  Layer<float> layer({.width = width, .expert = {.hidden = 32}, .gate = {.experts = 8}, .seed = 3});
+  const Clouds clouds;
+  moe::Matrix<float> x;
+  moe::Matrix<float> y;
+  Layer<float>::Tape tape;
+  moe::Adam<float> adam;
+  const Index tokens = 240;
+  const std::uint64_t updates = 600;
+  std::printf("update     loss   slots of each expert\n");
+  for (std::uint64_t update = 0; update < updates; ++update) {
+    clouds.draw(tokens, 100 + update, x, y);
+    const moe::Matrix<float> dy = layer.forward(x, tape) - y;
+    moe::zero_gradients(layer);
+    layer.backward(2 * dy / static_cast<float>(tokens), tape);
+    adam.update(layer, 0.01);
+    if (update % 100 == 0) {
+      std::printf("%6d %8.4f  ", static_cast<int>(update),
+                  static_cast<double>(dy.squaredNorm()) / static_cast<double>(tokens));
+      for (Index e = 0; e < 8; ++e) std::printf(" %4d", static_cast<int>(tape.routing.slots_of(e)));
+      std::printf("\n");
+    }
+  }
+  clouds.draw(6000, 99, x, y);
+  const double left = static_cast<double>((layer.evaluate(x) - y).squaredNorm() / y.squaredNorm());
+  std::printf("\non tokens never seen, %.1f %% of y's squares are left unexplained\n", 100 * left);
+  const bool good = error < 1e-6 && left < 0.05;
+  std::printf("%s\n", good ? "The gate has learned." : "The gate has not learned.");
+  return good ? 0 : 1;
+}
+
+}  // namespace custom_gate
+
+int main() {
+  try {
+    return custom_gate::run();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "custom_gate: %s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,220 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "moe/kernels/activations.hpp"
+#include "moe/routing/gate.hpp"
+#include "moe/routing/linear_scores.hpp"
+
+/// \file
+/// Experts that every token uses, beside those that a gate chooses.
+
+namespace moe {
+
+/// A gate around another one, which adds shared experts: D. Dai et al., "DeepSeekMoE: Towards Ultimate
+/// Expert Specialization in Mixture-of-Experts Language Models", ACL 2024 (arXiv 2401.06066),
+/// section 3.2.
+///
+///     moe::MoELayer<moe::Expert<moe::FeedForward>, moe::SharedExpertGate<moe::NoisyTopKGate<>>>
+///         layer({.width = 128,
+///                .expert = {.hidden = 256},
+///                .gate = {.shared = 2, .routed = {.experts = 64, .active = 6}}});
+///
+/// Experts 0 up to `shared` are every token's, with weight 1, or, if `gated`, with the weight
+/// sigmoid(x·W_shared), one column of W_shared an expert; the Qwen models have one shared expert
+/// and this weight (A. Yang et al., "Qwen2 Technical Report", arXiv 2407.10671). W_shared starts at
+/// zero, so these weights start at 1/2. The slots of the wrapped gate follow, its expert e being
+/// expert shared + e here; a token that it gives none still has its shared ones.
+///
+/// tape.balance is the wrapped gate's own and speaks of the routed experts only, so its vectors have
+/// routed.experts() entries: a shared expert's load is always T, and nothing could balance it.
+///
+/// All experts of a layer are equally wide. That is no limit: n shared feed-forward experts of
+/// hidden width H and weight 1 are one of hidden width n·H, the hidden units of a feed-forward
+/// network being a sum already, of which it does not matter how the terms are grouped (the second
+/// biases are added up). With `gated` the units of each of the n have a weight of their own.
+template <class RoutedGate>
+requires Gate<RoutedGate>
+class SharedExpertGate {
+ public:
+  using Scalar = typename RoutedGate::Scalar;
+
+  struct Config {
+    Index width = 0;     ///< D; 0 inside a layer's configuration stands for the layer's width
+    Index shared = 1;    ///< experts that every token uses, at least 1
+    bool gated = false;  ///< their weights are sigmoid(x·W_shared) instead of 1
+    typename RoutedGate::Config routed{};  ///< the wrapped gate's; width 0 stands for D
+  };
+
+  struct Tape : GateTape<Scalar> {
+    typename RoutedGate::Tape routed;
+    std::vector<Scalar> routed_dweight;
+    Matrix<Scalar> shared_weight;  ///< sigmoid(x·W_shared), T x shared
+    Matrix<Scalar> dscores;        ///< the gradient by x·W_shared, T x shared
+    Matrix<Scalar> shared_dx;      ///< T x D
+  };
+
+  /// Throws std::invalid_argument for a configuration out of range. The wrapped gate gets the seed.
+  explicit SharedExpertGate(const Config& config, std::uint64_t seed = 0)
+      : config_(completed(config)), routed_(config_.routed, seed) {
+    if (config.gated) weight_ = Parameter<Scalar>(config.width, config.shared);
+  }
+
+  const Config& config() const { return config_; }
+  const RoutedGate& routed() const { return routed_; }
+  RoutedGate& routed() { return routed_; }
+  Index experts() const { return config_.shared + routed_.experts(); }
+
+  /// Training pass over x (T x D): the wrapped gate's forward() and the shared slots. Throws
+  /// std::invalid_argument when x is not D wide.
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
+                                 const NoiseKey& key = {}) const {
+    check_width(x);
+    tape.trained = false;
+    tape.x = x;
+    routed_.forward(x, tape.routed, key);
+    add_shared(x, tape);
+    tape.trained = true;
+    return tape.routing;
+  }
+
+  /// The wrapped gate's evaluate() and the shared slots. Leaves nothing that backward() could use.
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
+    check_width(x);
+    tape.trained = false;
+    routed_.evaluate(x, tape.routed);
+    add_shared(x, tape);
+    return tape.routing;
+  }
+  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
+    Tape tape;
+    return evaluate(x, tape);
+  }
+
+  /// Takes dweight, the gradient of the loss by the weight of each slot (S), of which the wrapped
+  /// gate gets its own part. Adds to the gradients of both; returns the gradient of x (T x D), which
+  /// is tape.dx. Throws std::invalid_argument when dweight does not belong to the tape.
+  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+    const Index tokens = tape.x.rows();
+    detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
+    detail::require(
+        tape.x.cols() == config_.width && tape.routing.experts == experts() &&
+            tape.routing.slots() == tape.routed.routing.slots() + config_.shared * tokens &&
+            tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
+        "SharedExpertGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
+        tape.routing.experts, " experts");
+    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
+                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    split_backward(dweight, tape);
+    tape.routed.dx.setZero(tokens, config_.width);
+    routed_.backward(std::span<const Scalar>(tape.routed_dweight), tape.routed);
+    tape.dx.swap(tape.routed.dx);
+    if (config_.gated) {
+      detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.shared_dx);
+      tape.dx += tape.shared_dx;
+    }
+    return tape.dx;
+  }
+
+  /// "routed.weight", ... and, if gated, "shared_weight" (W_shared).
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("routed", self.routed_);
+    if (self.config_.gated) visit("shared_weight", self.weight_);
+  }
+
+ private:
+  static Config completed(Config config) {
+    detail::require(config.width >= 1, "SharedExpertGate::Config.width = ", config.width,
+                    ", must be at least 1");
+    detail::require(config.shared >= 1, "SharedExpertGate::Config.shared = ", config.shared,
+                    ", must be at least 1");
+    if (config.routed.width == 0) config.routed.width = config.width;
+    detail::require(config.routed.width == config.width,
+                    "SharedExpertGate::Config.routed.width = ", config.routed.width,
+                    ", must be 0 or Config.width = ", config.width);
+    return config;
+  }
+
+  void check_width(const MatrixRef<Scalar>& x) const {
+    detail::require(x.cols() == config_.width, "SharedExpertGate: x has ", x.cols(),
+                    " columns, Config.width = ", config_.width);
+  }
+
+  /// A token's slots are its `shared` ones and then those of the wrapped gate, so slot s of the
+  /// latter, a slot of token t, is slot s + (t + 1)·shared here.
+  void add_shared(const MatrixRef<Scalar>& x, Tape& tape) const {
+    const Index shared = config_.shared;
+    const Routing<Scalar>& routed = tape.routed.routing;
+    detail::require(routed.tokens() == x.rows(),
+                    "SharedExpertGate: the wrapped gate's routing has ", routed.tokens(),
+                    " tokens, x has ", x.rows());
+    detail::require(!routed.token_offsets.empty() && routed.token_offsets.front() == 0 &&
+                        routed.token_offsets.back() == routed.slots() &&
+                        std::is_sorted(routed.token_offsets.begin(), routed.token_offsets.end()) &&
+                        routed.weight.size() == routed.expert.size(),
+                    "SharedExpertGate: the wrapped gate's token_offsets must ascend from 0 to its ",
+                    routed.slots(), " slots, of which ", routed.weight.size(), " have a weight");
+    compute_shared_weight(x, tape);
+    Routing<Scalar>& routing = tape.routing;
+    routing.experts = experts();
+    detail::resize(routing.token_offsets, x.rows() + 1);
+    detail::resize(routing.expert, routed.slots() + shared * x.rows());
+    detail::resize(routing.weight, routed.slots() + shared * x.rows());
+    routing.token_offsets[0] = 0;
+    std::size_t slot = 0;
+    for (Index t = 0; t < x.rows(); ++t) {
+      for (Index i = 0; i < shared; ++i, ++slot) {
+        routing.expert[slot] = i;
+        routing.weight[slot] = config_.gated ? tape.shared_weight(t, i) : Scalar{1};
+      }
+      for (Index s = routed.token_offsets[detail::to_size(t)];
+           s < routed.token_offsets[detail::to_size(t) + 1]; ++s, ++slot) {
+        routing.expert[slot] = shared + routed.expert[detail::to_size(s)];
+        routing.weight[slot] = routed.weight[detail::to_size(s)];
+      }
+      routing.token_offsets[detail::to_size(t) + 1] = static_cast<Index>(slot);
+    }
+    tape.balance = tape.routed.balance;
+  }
+
+  /// Hands the gradients of the routed slots to tape.routed_dweight and, if gated, turns those of the
+  /// shared ones into tape.dscores: by x·W_shared the derivative is dweight·w·(1 − w).
+  void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
+    const Routing<Scalar>& routed = tape.routed.routing;
+    detail::resize(tape.routed_dweight, routed.slots());
+    if (config_.gated) tape.dscores.resize(tape.x.rows(), config_.shared);
+    std::size_t slot = 0;
+    for (Index t = 0; t < tape.x.rows(); ++t) {
+      for (Index i = 0; i < config_.shared; ++i, ++slot) {
+        if (!config_.gated) continue;
+        const Scalar w = tape.shared_weight(t, i);
+        tape.dscores(t, i) = dweight[slot] * w * (Scalar{1} - w);
+      }
+      for (Index s = routed.token_offsets[detail::to_size(t)];
+           s < routed.token_offsets[detail::to_size(t) + 1]; ++s, ++slot) {
+        tape.routed_dweight[detail::to_size(s)] = dweight[slot];
+      }
+    }
+  }
+
+  void compute_shared_weight(const MatrixRef<Scalar>& x, Tape& tape) const {
+    if (!config_.gated) {
+      tape.shared_weight.resize(x.rows(), 0);
+      return;
+    }
+    detail::linear_scores(x, weight_, tape.shared_weight);
+    detail::activate(Activation::sigmoid, tape.shared_weight.size(), tape.shared_weight.data(),
+                     tape.shared_weight.data());
+  }
+
+  Config config_;
+  RoutedGate routed_;
+  Parameter<Scalar> weight_;  ///< W_shared, D x shared; empty if not gated
+};
+
+}  // namespace moe
