@@ -10,7 +10,7 @@ trap 'echo; echo "Stopped."; exit 130' INT
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 build="$root/build/release"
 out="$root/build/bench"
-all='machine layer few_tokens routing threads experts memory peers'
+all='machine layer shrinking_batch few_tokens routing threads experts memory peers'
 
 peers=ON
 names=''
@@ -51,11 +51,11 @@ for name in $names; do
   echo ": $(($(date +%s) - start)) s"
 done
 
-# The plots need three of the results and the machine's.
+# The plots need four of the results and the machine's.
 plotted=no
 if command -v gnuplot >/dev/null; then
   plotted=yes
-  for name in machine layer peers experts; do [ -f "$out/$name.tsv" ] || plotted=no; done
+  for name in machine layer shrinking_batch peers experts; do [ -f "$out/$name.tsv" ] || plotted=no; done
 fi
 if [ $plotted = yes ]; then
   data() { awk -v what="$1" -v pass="$2" -f "$root/bench/plot_data.awk" "$out/$1.tsv"; }
@@ -64,7 +64,10 @@ if [ $plotted = yes ]; then
     data layer "$pass<float>" >"$out/layer_$pass.dat"
     data experts "$pass" >"$out/experts_$pass.dat"
   done
-  for pass in forward step; do data peers $pass >"$out/peers_$pass.dat"; done
+  for pass in forward step; do
+    data shrinking_batch $pass >"$out/shrinking_batch_$pass.dat"
+    data peers $pass >"$out/peers_$pass.dat"
+  done
   (cd "$out" && gnuplot "$root/bench/plots.gp")
 fi
 
