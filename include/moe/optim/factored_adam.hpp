@@ -92,7 +92,7 @@ class FactoredState {
 /// what Adam does is done.
 ///
 /// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the range
-/// of gradients is that of their squares' sums: in float up to 1e17, and below 1e-19 they count less
+/// of gradients is that of their squares' sums: in float up to 1e16, and below 1e-19 they count less
 /// and less. A gradient that is not finite, or whose square is not, makes NaN of its whole matrix,
 /// being part of mean(r), and of no other; as with Adam, it stays in what is remembered.
 ///
