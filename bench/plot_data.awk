@@ -1,4 +1,5 @@
-# The lines of rows.awk to the columns that plots.gp draws: -v what=machine|layer|peers|experts|scale.
+# The lines of rows.awk to the columns that plots.gp draws:
+# -v what=machine|layer|shrinking_batch|peers|experts|scale.
 BEGIN { FS = "\t" }
 {
   split("", field)
@@ -21,6 +22,9 @@ what == "layer" && part[1] == pass {
   series = sprintf("D %d, H %d, E %d", argument["D"], argument["H"], argument["E"])
   if (!(series in points)) order[++series_count] = series
   points[series] = points[series] argument["tokens"] " " field["roofline_fraction"] "\n"
+}
+what == "shrinking_batch" && part[1] == pass {
+  print argument["tokens"], field["peak_fraction"], field["roofline_fraction"]
 }
 what == "peers" && part[1] == pass {
   cell = "\"E " argument["E"] "\\n" argument["tokens"] "\""

@@ -33,7 +33,26 @@ unset ylabel
 set title "forward + backward"
 plot for [i=0:STATS_blocks-1] "layer_forward_backward.dat" index i using 1:2 with linespoints lt i+1 title columnheader(1)
 unset multiplot
+
+# ---- The shrinking batch.
+set terminal pngcairo size 900,560 font "Sans,12" enhanced
+set output "shrinking_batch.png"
+set lmargin 9
+set bmargin 6
+set title "The shrinking batch, D 512, H 1024, 32 experts, f32\n{/*0.85 ".machine."}" font ",15"
+set xrange [0.8:320]
+set xtics (1, 2, 4, 8, 16, 32, 64, 128, 256)
+set xlabel "tokens an expert"
+set ylabel "fraction"
+set key at screen 0.5,0.02 center bottom horizontal maxrows 2 width 2
+plot "shrinking_batch_forward.dat" using 1:2 with linespoints lt 1 title "forward, of the peak", \
+     "shrinking_batch_forward.dat" using 1:3 with linespoints lt 1 dt 2 title "of the roofline", \
+     "shrinking_batch_step.dat" using 1:2 with linespoints lt 2 title "step, of the peak", \
+     "shrinking_batch_step.dat" using 1:3 with linespoints lt 2 dt 2 title "of the roofline"
 unset logscale x
+unset lmargin
+unset bmargin
+unset title
 
 # ---- The peers.
 set terminal pngcairo size 1200,800 font "Sans,12" enhanced

@@ -10,7 +10,7 @@ trap 'echo; echo "Stopped."; exit 130' INT
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 build="$root/build/release"
 out="$root/build/bench"
-all='machine layer few_tokens routing threads experts scale memory peers'
+all='machine layer shrinking_batch few_tokens routing threads experts scale memory peers'
 
 peers=ON
 names=''
@@ -55,7 +55,9 @@ done
 plotted=no
 if command -v gnuplot >/dev/null; then
   plotted=yes
-  for name in machine layer peers experts scale; do [ -f "$out/$name.tsv" ] || plotted=no; done
+  for name in machine layer shrinking_batch peers experts scale; do
+    [ -f "$out/$name.tsv" ] || plotted=no
+  done
 fi
 if [ $plotted = yes ]; then
   data() { awk -v what="$1" -v pass="$2" -f "$root/bench/plot_data.awk" "$out/$1.tsv"; }
@@ -67,7 +69,10 @@ if [ $plotted = yes ]; then
   for pass in step evaluate; do
     for gate in flat hierarchical; do data scale $pass/$gate >"$out/scale_${pass}_$gate.dat"; done
   done
-  for pass in forward step; do data peers $pass >"$out/peers_$pass.dat"; done
+  for pass in forward step; do
+    data shrinking_batch $pass >"$out/shrinking_batch_$pass.dat"
+    data peers $pass >"$out/peers_$pass.dat"
+  done
   (cd "$out" && gnuplot "$root/bench/plots.gp")
 fi
 

@@ -16,6 +16,7 @@
 #include "moe/nn/packed_rows.hpp"
 #include "moe/nn/softmax_cross_entropy.hpp"
 #include "moe/optim/adam.hpp"
+#include "moe/optim/factored_adam.hpp"
 #include "moe/optim/gradient_clipping.hpp"
 #include "moe/optim/learning_rate.hpp"
 #include "moe/optim/sgd.hpp"

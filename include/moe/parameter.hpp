@@ -18,7 +18,7 @@ namespace moe {
 /// Which parameters zeroing, clipping and an optimizer's update go to. `dense`: all of them. `lazy`:
 /// not to those of experts that got no token since zero_gradients(); these then cost nothing but
 /// being walked over. Where a gradient of zero has no effect (zeroing, clipping) the results have
-/// the same bits; Sgd and Adam say what becomes of decay and momentum.
+/// the same bits; the optimizers say what becomes of decay and momentum.
 ///
 /// An expert in a layer keeps track of its own gradients, so a user's network need not, and so does
 /// a HierarchicalGate of those of its secondary gates. Gradients written by hand into either without

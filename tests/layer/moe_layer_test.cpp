@@ -835,6 +835,35 @@ TEMPLATE_TEST_CASE("layer: gradients cleared lazily are written over", "[layer]"
   check(plain);
 }
 
+TEMPLATE_TEST_CASE(
+    "layer: computing the pre-activations again gives the same bits, and keeps nothing", "[layer]",
+    float, double) {
+  using S = TestType;
+  for (const bool gated : {false, true}) {
+    const auto layer_that = [&](bool recomputes) {
+      Layer<S> layer({.width = 24,
+                      .expert = {.hidden = 70,
+                                 .activation = gated ? Activation::silu : Activation::relu,
+                                 .gated = gated,
+                                 .recompute = recomputes},
+                      .gate = {.experts = 3, .active = 2},
+                      .seed = 5});
+      test::randomize(layer, 7, 0.1);
+      return layer;
+    };
+    Layer<S> keeping = layer_that(false);
+    Layer<S> recomputing = layer_that(true);
+    const Matrix<S> x = random_matrix<S>(400, 24, 1);
+    const Matrix<S> r = random_matrix<S>(400, 24, 2);
+    CHECK(Everything<S>(recomputing, x, r).same_as(Everything<S>(keeping, x, r)));
+    typename Layer<S>::Tape tape;
+    recomputing.forward(x, tape);
+    CHECK(tape.kept.size() == 0);
+    keeping.forward(x, tape);
+    CHECK(tape.kept.size() >= 800 * 70);
+  }
+}
+
 TEST_CASE("layer: every slot is run once and none is dropped", "[layer]") {
   for (const Index active : {1, 3, 7}) {
     MoELayer<Expert<SineMap, double>> layer(

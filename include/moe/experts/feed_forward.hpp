@@ -37,8 +37,9 @@ class FeedForward {
     Index hidden = 0;  ///< H
     Activation activation = Activation::relu;
     bool gated = false;
-    /// Keep no pre-activations for backward and compute them again there: a third more arithmetic
-    /// in backward for a tape without the S x H numbers [S17 App. D].
+    /// Keep no pre-activations for backward and compute them again there: a quarter more arithmetic
+    /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App. D].
+    /// All results keep their bits.
     bool recompute = false;
   };
 

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "moe/kernels/packet.hpp"
 #include "moe/optim/parameter_blocks.hpp"
@@ -60,31 +59,24 @@ class Adam {
   /// many factors as parameters, or if the module is not that of the first update.
   template <class Module>
   void update(Module& module, double learning_rate, std::span<const double> factors = {}) {
-    detail::check_learning_rate("Adam", learning_rate);
-    for (const double factor : factors) detail::check_learning_rate("Adam", factor * learning_rate);
+    detail::check_learning_rates("Adam", learning_rate, factors);
     first_moment_.match(module, "Adam");
     second_moment_.match(module, "Adam");
-    detail::require(factors.empty() || static_cast<Index>(factors.size()) == first_moment_.size(),
-                    "Adam::update: ", factors.size(), " factors for ", first_moment_.size(),
-                    " parameters");
-    updates_.resize(detail::to_size(first_moment_.size()));
-    const Constants common(config_, steps_ + 1);
+    detail::check_factor_count("Adam", factors, first_moment_.size());
+    updates_.match(first_moment_.size());
+    const Constants common(config_, updates_.total() + 1);
     detail::for_each_parameter_block(
         module, config_.updates,
         [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
-          const auto i = detail::to_size(index);
-          const double factor = factors.empty() ? 1.0 : factors[i];
-          const bool as_often = updates_[i] == steps_;
-          const Constants constants = as_often ? common : Constants(config_, updates_[i] + 1);
+          const double factor = factors.empty() ? 1.0 : factors[detail::to_size(index)];
+          const Index made = updates_[index];
+          const bool as_often = made == updates_.total();
+          const Constants constants = as_often ? common : Constants(config_, made + 1);
           update_block(constants.at_rate(learning_rate * factor), count,
                        parameter.value.data() + first, parameter.gradient.data() + first,
                        first_moment_[index].data() + first, second_moment_[index].data() + first);
         });
-    ++steps_;
-    auto made = updates_.begin();
-    detail::walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& parameter) {
-      *made++ += detail::is_idle(parameter, config_.updates) ? 0 : 1;
-    });
+    updates_.add(module, config_.updates);
   }
 
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
@@ -95,11 +87,10 @@ class Adam {
   void for_each_state(const Module& module, F&& f) {
     first_moment_.match(module, "Adam");
     second_moment_.match(module, "Adam");
-    updates_.resize(detail::to_size(first_moment_.size()));
+    updates_.match(first_moment_.size());
     first_moment_.for_each(module, "first_moment", f);
     second_moment_.for_each(module, "second_moment", f);
-    f(std::string("steps"), std::span<Index>(&steps_, 1));
-    f(std::string("updates"), std::span<Index>(updates_));
+    updates_.for_each(f);
   }
 
  private:
@@ -172,10 +163,9 @@ class Adam {
   }
 
   Config config_;
-  Index steps_ = 0;
   detail::ParameterState<Scalar> first_moment_;
   detail::ParameterState<Scalar> second_moment_;
-  std::vector<Index> updates_;  ///< those of each parameter; as many as steps_ where none was idle
+  detail::UpdateCounts updates_;
 };
 
 }  // namespace moe

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -14,6 +15,70 @@ inline void check_learning_rate(std::string_view optimizer, double learning_rate
   require(learning_rate >= 0 && std::isfinite(learning_rate), optimizer,
           "::update: learning_rate = ", learning_rate, ", must be finite and at least 0");
 }
+
+/// Throws std::invalid_argument unless the learning rate and its products with the factors are finite
+/// and at least 0.
+inline void check_learning_rates(std::string_view optimizer, double learning_rate,
+                                 std::span<const double> factors) {
+  check_learning_rate(optimizer, learning_rate);
+  for (const double factor : factors) check_learning_rate(optimizer, factor * learning_rate);
+}
+
+/// Throws std::invalid_argument unless there are no factors, or one for each parameter.
+inline void check_factor_count(std::string_view optimizer, std::span<const double> factors,
+                               Index parameters) {
+  require(factors.empty() || static_cast<Index>(factors.size()) == parameters, optimizer,
+          "::update: ", factors.size(), " factors for ", parameters, " parameters");
+}
+
+/// Throws std::invalid_argument unless a module has the parameters of the first update: `known` of
+/// them, shape_of(index) giving the rows and columns of each.
+template <class Module, class ShapeOf>
+void require_same_parameters(const Module& module, std::string_view optimizer, Index known,
+                             ShapeOf&& shape_of) {
+  Index count = 0;
+  walk_parameters(module, [&](const ParameterName& name, const auto& p) {
+    const Index index = count++;
+    if (index >= known) return;
+    const auto [rows, columns] = shape_of(index);
+    if (p.value.rows() == rows && p.value.cols() == columns) return;
+    require(false, optimizer, "::update: ", name.string(), " is ", p.value.rows(), " x ",
+            p.value.cols(), ", was ", rows, " x ", columns, " at the first update");
+  });
+  require(count == known, optimizer, "::update: the module has ", count, " parameters, had ", known,
+          " at the first update");
+}
+
+/// How many updates an optimizer made, and how many of each parameter: as many, but for those at
+/// which it was idle.
+class UpdateCounts {
+ public:
+  void match(Index parameters) { of_parameter_.resize(to_size(parameters)); }
+
+  Index total() const { return total_; }
+  Index operator[](Index parameter) const { return of_parameter_[to_size(parameter)]; }
+
+  /// Counts an update of a module.
+  template <class Module>
+  void add(const Module& module, Updates updates) {
+    ++total_;
+    auto made = of_parameter_.begin();
+    walk_parameters(module, [&](const ParameterName&, const auto& parameter) {
+      *made++ += is_idle(parameter, updates) ? 0 : 1;
+    });
+  }
+
+  /// Calls f(name, numbers) with "steps" and "updates".
+  template <class F>
+  void for_each(F&& f) {
+    f(std::string("steps"), std::span<Index>(&total_, 1));
+    f(std::string("updates"), std::span<Index>(of_parameter_));
+  }
+
+ private:
+  Index total_ = 0;
+  std::vector<Index> of_parameter_;
+};
 
 /// What an optimizer remembers of a module: a matrix for each parameter, of its shape and in the
 /// order of for_each_parameter.
@@ -32,18 +97,10 @@ class ParameterState {
       matrices_ = std::move(zeros);
       return;
     }
-    const auto known = static_cast<Index>(matrices_.size());
-    Index count = 0;
-    walk_parameters(module, [&](const ParameterName& name, const Parameter<Scalar>& p) {
-      const Index index = count++;
-      if (index >= known) return;
+    require_same_parameters(module, optimizer, size(), [&](Index index) {
       const Matrix<Scalar>& mine = (*this)[index];
-      if (p.value.rows() == mine.rows() && p.value.cols() == mine.cols()) return;
-      require(false, optimizer, "::update: ", name.string(), " is ", p.value.rows(), " x ",
-              p.value.cols(), ", was ", mine.rows(), " x ", mine.cols(), " at the first update");
+      return std::pair(mine.rows(), mine.cols());
     });
-    require(count == known, optimizer, "::update: the module has ", count, " parameters, had ",
-            known, " at the first update");
   }
 
   /// Calls f(name, matrix) for every matrix, named "what.name of the parameter".

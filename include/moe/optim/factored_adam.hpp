@@ -1,0 +1,343 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "moe/kernels/packet.hpp"
+#include "moe/optim/parameter_blocks.hpp"
+#include "moe/optim/parameter_state.hpp"
+
+namespace moe {
+
+namespace detail {
+
+/// Means over the rows and over the columns of a matrix: r, rows x 1, and c, 1 x columns.
+template <class Scalar>
+struct FactoredMatrix {
+  Matrix<Scalar> row_means;
+  Matrix<Scalar> column_means;
+};
+
+/// A FactoredMatrix for each parameter of a module, otherwise as ParameterState.
+template <class Scalar>
+class FactoredState {
+ public:
+  template <class Module>
+  void match(const Module& module, std::string_view optimizer) {
+    if (matrices_.empty()) {
+      std::vector<FactoredMatrix<Scalar>> zeros;
+      walk_parameters(module, [&](const ParameterName&, const auto& p) {
+        zeros.push_back(
+            {Matrix<Scalar>::Zero(p.value.rows(), 1), Matrix<Scalar>::Zero(1, p.value.cols())});
+      });
+      matrices_ = std::move(zeros);
+      return;
+    }
+    require_same_parameters(module, optimizer, size(), [&](Index index) {
+      const FactoredMatrix<Scalar>& mine = (*this)[index];
+      return std::pair(mine.row_means.rows(), mine.column_means.cols());
+    });
+  }
+
+  /// Calls f(name, matrix) for r and c of every matrix.
+  template <class Module, class F>
+  void for_each(const Module& module, F&& f) {
+    const auto name_and = [&](std::string_view what,
+                              Matrix<Scalar> FactoredMatrix<Scalar>::*means) {
+      Index index = 0;
+      walk_parameters(module, [&](const ParameterName& name, const auto&) {
+        f(std::string(what) + '.' + name.string(), (*this)[index++].*means);
+      });
+    };
+    name_and("row_means", &FactoredMatrix<Scalar>::row_means);
+    name_and("column_means", &FactoredMatrix<Scalar>::column_means);
+  }
+
+  Index size() const { return static_cast<Index>(matrices_.size()); }
+  FactoredMatrix<Scalar>& operator[](Index parameter) { return matrices_[to_size(parameter)]; }
+
+ private:
+  std::vector<FactoredMatrix<Scalar>> matrices_;
+};
+
+}  // namespace detail
+
+/// Adam without a first moment, and with the second moment of a matrix kept as its row means r and
+/// its column means c: D + H numbers of a D x H matrix, where Adam keeps 2·D·H [S17 App. D]. At
+/// update t = 1, 2, ...:
+///
+///     r_i = β2·r_i + (1 - β2)·mean over j of g_ij²        both start at 0
+///     c_j = β2·c_j + (1 - β2)·mean over i of g_ij²
+///     v = r·cᵀ / mean(r)               v̂ = v / (1 - β2^t)
+///     w = (1 - η·weight_decay)·w - η·g / (√v̂ + ε)         η the learning rate
+///
+/// Where g² = a·bᵀ at every update, with one a or with one b for all of them, v is Adam's and the
+/// update is Adam's with β1 = 0. So it is for every vector: a bias is a matrix of one row, its c the
+/// full second moment. Elsewhere v is the matrix of rank one that has the row and column means of
+/// Adam's. An element that is large for its row and its column then moves by more than η, and by far
+/// more if most of mean(r) comes from other rows and columns: of a gradient diag(1000, 1) the first
+/// update moves the second element by 1000·η. A lower learning rate than Adam's helps.
+///
+/// N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018
+/// (arXiv 1804.04235) took this up a year later. Adafactor factors v alike, but corrects no bias and
+/// lets β2 rise with t instead, adds its constant to g² and not to the root, scales an update down
+/// whose root mean square is above 1, and takes steps relative to the size of the weights. Here only
+/// what Adam does is done.
+///
+/// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the range
+/// of gradients is that of their squares' sums: in float up to 1e16, and below 1e-19 they count less
+/// and less. A gradient that is not finite, or whose square is not, makes NaN of its whole matrix,
+/// being part of mean(r), and of no other; as with Adam, it stays in what is remembered.
+///
+/// Updates::lazy leaves an expert that got no token alone, as Adam's does. A dense update of it lets r
+/// and c decay, and its weights.
+///
+/// Reads the gradient twice and the weights once, and writes the weights: four sevenths of Adam's
+/// traffic. After the first update of a module no further one allocates with as many threads; it
+/// needs a row of sums for every worker, and up to 16 where one matrix is cut.
+template <class Scalar = float>
+class FactoredAdam {
+ public:
+  struct Config {
+    double beta2 = 0.999;     ///< in [0, 1)
+    double epsilon = 1e-8;    ///< above 0 as a Scalar too
+    double weight_decay = 0;  ///< at least 0
+    Updates updates = Updates::dense;
+  };
+
+  FactoredAdam() : FactoredAdam(Config{}) {}
+  explicit FactoredAdam(const Config& config) : config_(config) {
+    detail::require(config.beta2 >= 0 && config.beta2 < 1,
+                    "FactoredAdam::Config.beta2 = ", config.beta2, ", must be in [0, 1)");
+    const auto epsilon = static_cast<Scalar>(config.epsilon);
+    detail::require(epsilon > 0 && std::isfinite(epsilon),
+                    "FactoredAdam::Config.epsilon = ", config.epsilon,
+                    ", must be finite and above 0");
+    detail::require(config.weight_decay >= 0 && std::isfinite(config.weight_decay),
+                    "FactoredAdam::Config.weight_decay = ", config.weight_decay,
+                    ", must be finite and at least 0");
+  }
+
+  const Config& config() const { return config_; }
+
+  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter, in
+  /// the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument, with
+  /// nothing changed, if the learning rate or a factor is negative or not finite, if there are not as
+  /// many factors as parameters, or if the module is not that of the first update.
+  template <class Module>
+  void update(Module& module, double learning_rate, std::span<const double> factors = {}) {
+    detail::check_learning_rates("FactoredAdam", learning_rate, factors);
+    second_moment_.match(module, "FactoredAdam");
+    detail::check_factor_count("FactoredAdam", factors, second_moment_.size());
+    updates_.match(second_moment_.size());
+    detail::prepare_gradients(module, config_.updates);
+    reserve_sums(module);
+    const double common = correction(updates_.total() + 1);
+    const auto update_one = [&](Index index, Parameter<Scalar>& parameter, Index worker) {
+      const double factor = factors.empty() ? 1.0 : factors[detail::to_size(index)];
+      const Index made = updates_[index];
+      const bool as_often = made == updates_.total();
+      update_parameter(constants_at(learning_rate * factor),
+                       as_often ? common : correction(made + 1), parameter, second_moment_[index],
+                       worker);
+    };
+    // Small parameters go to one worker each; a large one is cut into pieces for all of them.
+    const auto is_whole = [](const auto& parameter) { return pieces_of(parameter.value) == 1; };
+    detail::for_each_whole_parameter(module, config_.updates, is_whole, update_one);
+    Index index = 0;
+    detail::walk_parameters(module, [&](const ParameterName&, Parameter<Scalar>& parameter) {
+      const Index i = index++;
+      if (is_whole(parameter) || detail::is_idle(parameter, config_.updates)) return;
+      update_one(i, parameter, 0);
+    });
+    updates_.add(module, config_.updates);
+  }
+
+  /// Everything that the optimizer remembers of a module, to be saved or restored: calls
+  /// f(name, matrix) with "row_means.experts.3.up.weight" (D x 1) and
+  /// "column_means. ..." (1 x H), and f(name, numbers), a std::span<Index>, with "steps" and
+  /// "updates". Before the first update it is all zero. Throws std::invalid_argument if the module is
+  /// not that of the first update.
+  template <class Module, class F>
+  void for_each_state(const Module& module, F&& f) {
+    second_moment_.match(module, "FactoredAdam");
+    updates_.match(second_moment_.size());
+    second_moment_.for_each(module, f);
+    updates_.for_each(f);
+  }
+
+ private:
+  using Packet = detail::Packet<Scalar>;
+
+  /// What is worked on at once: the sums and roots of so many columns and rows are on the stack, in
+  /// the first-level cache, and sums of sums lose fewer digits than long ones.
+  static constexpr Index strip_columns = 1024;
+  static constexpr Index strip_rows = 64;
+
+  struct Constants {
+    Packet epsilon;
+    Packet step;
+    Packet decay;
+  };
+
+  Constants constants_at(double learning_rate) const {
+    const auto packet = [](double value) { return detail::broadcast(static_cast<Scalar>(value)); };
+    return {packet(config_.epsilon), packet(learning_rate),
+            packet(1 - learning_rate * config_.weight_decay)};
+  }
+
+  double correction(Index t) const { return 1 - std::pow(config_.beta2, static_cast<double>(t)); }
+
+  /// Into how many pieces, some rows each, a matrix is cut: by its shape alone, since the order of the
+  /// columns' sums hangs on it.
+  static Index pieces_of(const Matrix<Scalar>& matrix) {
+    constexpr Index piece = Index{1} << 17;  // far longer than waking the workers takes
+    constexpr Index most = 16;
+    return std::max(Index{1}, std::min({matrix.size() / piece, most, matrix.rows()}));
+  }
+
+  /// Room for the sums of columns of each worker, or of each piece of a parameter.
+  template <class Module>
+  void reserve_sums(const Module& module) {
+    Index rows = worker_count();
+    Index columns = 0;
+    detail::walk_parameters(module, [&](const ParameterName&, const auto& parameter) {
+      rows = std::max(rows, pieces_of(parameter.value));
+      columns = std::max(columns, parameter.value.cols());
+    });
+    if (column_sums_.rows() < rows || column_sums_.cols() < columns) {
+      column_sums_.resize(rows, columns);
+    }
+  }
+
+  /// The sums of a parameter's columns go to the rows of column_sums_ from `first_sums` on.
+  void update_parameter(const Constants& constants, double correction, Parameter<Scalar>& parameter,
+                        detail::FactoredMatrix<Scalar>& moment, Index first_sums) {
+    const Index rows = parameter.value.rows();
+    const Index columns = parameter.value.cols();
+    const Index pieces = pieces_of(parameter.value);
+    const auto first_row = [&](Index piece) { return piece * rows / pieces; };
+    const auto sums = [&](Index piece) {
+      return detail::row_data(column_sums_, first_sums + piece);
+    };
+    const auto beta2 = static_cast<Scalar>(config_.beta2);
+    const auto share_of = [&](Index count) {
+      return static_cast<Scalar>((1 - config_.beta2) / static_cast<double>(count));
+    };
+    moment.row_means *= beta2;
+    moment.column_means *= beta2;
+    parallel_for(pieces, [&](Index piece, Index) {
+      add_squares(parameter.gradient, first_row(piece), first_row(piece + 1), share_of(columns),
+                  moment.row_means.data(), sums(piece));
+    });
+    for (Index piece = 0; piece < pieces; ++piece) {
+      detail::add_scaled(columns, share_of(rows), sums(piece), moment.column_means.data());
+    }
+    const Scalar mean = mean_of(moment.row_means);
+    parallel_for(pieces, [&](Index piece, Index) {
+      move(constants, correction, mean, moment, first_row(piece), first_row(piece + 1), parameter);
+    });
+  }
+
+  // Of the rows from `first` to `last`: row_means[i] += share·Σ_j g_ij² and column_sums[j] = Σ_i g_ij².
+  // Every sum has one order, down the rows of a strip and strip by strip.
+
+  static void add_squares(const Matrix<Scalar>& gradient, Index first, Index last, Scalar share,
+                          Scalar* row_means, Scalar* column_sums) {
+    const Index columns = gradient.cols();
+    std::fill_n(column_sums, columns, Scalar{0});
+    for (Index row = first; row < last; row += strip_rows) {
+      const Index end = std::min(row + strip_rows, last);
+      for (Index column = 0; column < columns; column += strip_columns) {
+        const Index width = std::min(strip_columns, columns - column);
+        Scalar sums[strip_columns];
+        std::fill_n(sums, width, Scalar{0});
+        const auto add = [&](auto rows, Index i) {
+          add_squares_of_rows<rows>(width, detail::row_data(gradient, i) + column, columns, share,
+                                    row_means + i, sums);
+        };
+        Index i = row;
+        for (; i + 4 <= end; i += 4) add(std::integral_constant<Index, 4>{}, i);
+        for (; i < end; ++i) add(std::integral_constant<Index, 1>{}, i);
+        detail::add_scaled(width, Scalar{1}, sums, column_sums + column);
+      }
+    }
+  }
+
+  /// Several rows at once, so that the sums of the columns are read and written less often.
+  template <Index rows>
+  static void add_squares_of_rows(Index width, const Scalar* g, Index stride, Scalar share,
+                                  Scalar* row_means, Scalar* column_sums) {
+    using namespace Eigen::internal;
+    Packet row_sum[detail::to_size(rows)];
+    for (Packet& sum : row_sum) sum = detail::broadcast(Scalar{0});
+    detail::for_each_packet<Scalar>(width, [&](auto at) {
+      Packet column_sum = at.load(column_sums);
+      for (Index i = 0; i < rows; ++i) {
+        const Packet x = at.load(g + i * stride);
+        row_sum[i] = pmadd(x, x, row_sum[i]);
+        column_sum = pmadd(x, x, column_sum);
+      }
+      at.store(column_sums, column_sum);
+    });
+    for (Index i = 0; i < rows; ++i) row_means[i] += share * predux(row_sum[i]);
+  }
+
+  /// An infinity would leave the rows without one a share of 0, and so a root of 0 to divide by.
+  static Scalar mean_of(const Matrix<Scalar>& row_means) {
+    const Scalar mean =
+        detail::sum(row_means.size(), row_means.data()) / static_cast<Scalar>(row_means.size());
+    return std::isfinite(mean) ? mean : std::numeric_limits<Scalar>::quiet_NaN();
+  }
+
+  /// √v̂_ij as a product of two roots, since r_i·c_j has the fourth power of a gradient in it.
+  static void move(const Constants& k, double correction, Scalar mean,
+                   const detail::FactoredMatrix<Scalar>& moment, Index first, Index last,
+                   Parameter<Scalar>& parameter) {
+    using namespace Eigen::internal;
+    const Index columns = parameter.value.cols();
+    const auto roots_of = [](const Matrix<Scalar>& means, Index start, Index count, double scale,
+                             Scalar* roots) {
+      const Packet factor = detail::broadcast(static_cast<Scalar>(scale));
+      detail::map(
+          count, roots, [&](const Packet& m) { return pmul(psqrt(m), factor); },
+          means.data() + start);
+    };
+    const double row_scale = mean == 0 ? 0.0 : 1 / std::sqrt(static_cast<double>(mean));
+    for (Index row = first; row < last; row += strip_rows) {
+      const Index end = std::min(row + strip_rows, last);
+      Scalar row_roots[strip_rows];
+      roots_of(moment.row_means, row, end - row, row_scale, row_roots);
+      for (Index column = 0; column < columns; column += strip_columns) {
+        const Index width = std::min(strip_columns, columns - column);
+        Scalar column_roots[strip_columns];
+        roots_of(moment.column_means, column, width, 1 / std::sqrt(correction), column_roots);
+        for (Index i = row; i < end; ++i) {
+          const Packet row_root = detail::broadcast(row_roots[i - row]);
+          Scalar* w = detail::row_data(parameter.value, i) + column;
+          detail::map(
+              width, w,
+              [&](const Packet& pw, const Packet& pg, const Packet& column_root) {
+                const Packet root = pmadd(row_root, column_root, k.epsilon);
+                return psub(pmul(k.decay, pw), pmul(k.step, pdiv(pg, root)));
+              },
+              w, detail::row_data(parameter.gradient, i) + column, column_roots);
+        }
+      }
+    }
+  }
+
+  Config config_;
+  detail::FactoredState<Scalar> second_moment_;
+  detail::UpdateCounts updates_;
+  Matrix<Scalar> column_sums_;  ///< scratch
+};
+
+}  // namespace moe
