@@ -6,37 +6,13 @@
 /// parameters, gradients, Adam's two moments, x, the S x H pre-activations, and of each slot an
 /// index and a weight. The x and dy that the caller has are counted for neither. All cores.
 
-#include <fstream>
-#include <string>
-
 #include "measure.hpp"
-
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
+#include "process_memory.hpp"
 
 namespace {
 
 using bench::Index;
 using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
-
-/// A figure of /proc/self/status in bytes, 0 where there is none.
-double status(const std::string& name) {
-  std::ifstream file("/proc/self/status");
-  std::string word;
-  double kilobytes = 0;
-  while (file >> word) {
-    if (word == name && file >> kilobytes) return 1024 * kilobytes;
-  }
-  return 0;
-}
-
-/// From here on VmHWM is the peak.
-bool reset_peak() {
-  std::ofstream file("/proc/self/clear_refs");
-  file << 5 << std::flush;
-  return file.good();
-}
 
 void training_step(benchmark::State& state) {
   const Index threads = bench::all_cores();
@@ -45,13 +21,8 @@ void training_step(benchmark::State& state) {
   bench::use_threads(threads);
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   const auto dy = bench::random_matrix<float>(shape.tokens, shape.width, 2);
-#ifdef __GLIBC__
-  // What was given back must not hide what is taken now.
-  mallopt(M_MMAP_THRESHOLD, 1 << 16);
-  malloc_trim(0);
-#endif
-  const double before = status("VmRSS:");
-  if (before == 0 || !reset_peak()) {
+  const bench::PeakMemory memory;
+  if (!memory.known()) {
     state.SkipWithError("this system does not say how much memory a process has");
     return;
   }
@@ -71,7 +42,7 @@ void training_step(benchmark::State& state) {
     adam.update(layer, 1e-3);
     seconds = bench::seconds_now() - start;
   }
-  const double peak = status("VmHWM:") - before;
+  const double peak = memory.bytes();
 
   const auto parameters = static_cast<double>(moe::parameter_count(layer)) * sizeof(float);
   const auto tape_bytes =

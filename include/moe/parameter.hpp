@@ -19,13 +19,14 @@ namespace moe {
 /// being walked over. Where a gradient of zero has no effect (zeroing, clipping) the results have
 /// the same bits; Sgd and Adam say what becomes of decay and momentum.
 ///
-/// An expert in a layer keeps track of its own gradients, so a user's network need not. Gradients
-/// written by hand into an expert without a token are not seen by what is lazy; those of all other
-/// modules, the gate included, always are. Lazy zeroing does not touch an expert's memory: backward
-/// writes over what is there, as after PyTorch's zero_grad(set_to_none=True) (a plain network, which
-/// can only add, gets zeros first), and for_each_parameter() puts zeros there before it shows the
-/// gradient of an expert that got no token. So after lazy zeroing, and before backward, gradients are
-/// to be read and written through for_each_parameter() on a module that is not const.
+/// An expert in a layer keeps track of its own gradients, so a user's network need not, and so does
+/// a HierarchicalGate of those of its secondary gates. Gradients written by hand into either without
+/// a token are not seen by what is lazy; those of all other modules, other gates included, always
+/// are. Lazy zeroing does not touch such memory: backward writes over what is there, as after
+/// PyTorch's zero_grad(set_to_none=True) (a plain network, which can only add, gets zeros first), and
+/// for_each_parameter() puts zeros there before it shows the gradient of what got no token. So after
+/// lazy zeroing, and before backward, gradients are to be read and written through
+/// for_each_parameter() on a module that is not const.
 enum class Updates { dense, lazy };
 
 namespace detail {
@@ -43,10 +44,15 @@ enum class GradientState : unsigned char {
 /// A trained matrix and the gradient of the loss by it, of the same shape. A bias is 1 x N.
 /// Backward passes add to the gradient; zero_gradients() clears it. New values may be assigned to
 /// both, but the shape must stay what the module made it.
+///
+/// A parameter that is not `trained` belongs to the module's state without being a weight: it is
+/// named, saved and loaded like the others, but no gradient is added to it, and zeroing, clipping
+/// and the optimizers pass it by, weight decay included. Only the module moves it.
 template <class Scalar>
 struct Parameter {
   Matrix<Scalar> value;
   Matrix<Scalar> gradient;
+  bool trained = true;
   detail::GradientState gradient_state = detail::GradientState::untracked;  ///< Expert's to set
 
   Parameter() = default;
@@ -140,6 +146,7 @@ void walk_parameters(Module& module, F&& f) {
 /// Whether a parameter is to be passed by.
 template <class Scalar>
 bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
+  if (!parameter.trained) return true;
   return updates == Updates::lazy && (parameter.gradient_state == GradientState::zero ||
                                       parameter.gradient_state == GradientState::cleared);
 }
@@ -187,7 +194,9 @@ void for_each_parameter(Module& module, F&& f) {
 template <class Module>
 Index parameter_count(const Module& module) {
   Index count = 0;
-  for_each_parameter(module, [&](const ParameterName&, const auto& p) { count += p.size(); });
+  for_each_parameter(module, [&](const ParameterName&, const auto& p) {
+    if (p.trained) count += p.size();
+  });
   return count;
 }
 

@@ -157,24 +157,40 @@ void fill_noise_row(std::uint64_t seed, const NoiseKey& key, Index row, Index co
 /// A uniform deviate in [0, 1) with 24 random bits, exact in float.
 inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
+namespace detail {
+
+/// Calls f(i, words) for every fourth i of [0, count), words being those of elements i to i + 3.
+template <class F>
+void for_each_words(Index count, std::uint64_t seed, F&& f) {
+  for (Index i = 0; i < count; i += 4) {
+    f(i, noise_words(seed, {}, i >> 32, (i & 0xFFFFFFFF) / 4));
+  }
+}
+
+}  // namespace detail
+
 /// Fills a matrix with uniform deviates in [-bound, bound): how weights start.
 template <class Scalar>
 void fill_uniform(Matrix<Scalar>& matrix, Scalar bound, std::uint64_t seed) {
-  for (Index i = 0; i < matrix.size(); ++i) {
-    const auto words = detail::noise_words(seed, {}, i >> 32, (i & 0xFFFFFFFF) / 4);
-    const float unit = uniform(words[detail::to_size(i % 4)]);
-    matrix.data()[i] = bound * (Scalar{2} * static_cast<Scalar>(unit) - Scalar{1});
-  }
+  detail::for_each_words(matrix.size(), seed, [&](Index first, const auto& words) {
+    const Index count = std::min<Index>(4, matrix.size() - first);
+    for (Index i = 0; i < count; ++i) {
+      const float unit = uniform(words[detail::to_size(i)]);
+      matrix.data()[first + i] = bound * (Scalar{2} * static_cast<Scalar>(unit) - Scalar{1});
+    }
+  });
 }
 
 /// Fills a matrix with normal deviates of the given standard deviation.
 template <class Scalar>
 void fill_normal(Matrix<Scalar>& matrix, Scalar deviation, std::uint64_t seed) {
-  for (Index i = 0; i < matrix.size(); ++i) {
-    const auto words = detail::noise_words(seed, {}, i >> 32, (i & 0xFFFFFFFF) / 4);
-    matrix.data()[i] =
-        deviation * static_cast<Scalar>(standard_normal(words[detail::to_size(i % 4)]));
-  }
+  detail::for_each_words(matrix.size(), seed, [&](Index first, const auto& words) {
+    const Index count = std::min<Index>(4, matrix.size() - first);
+    const auto normals = standard_normals(words);
+    for (Index i = 0; i < count; ++i) {
+      matrix.data()[first + i] = deviation * static_cast<Scalar>(normals[detail::to_size(i)]);
+    }
+  });
 }
 
 }  // namespace moe

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "../naive_layer.hpp"
+#include "moe/routing/hierarchical_gate.hpp"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define MOE_TEST_COUNTS_BY_SANITIZER
@@ -121,7 +122,8 @@ void check(const typename Layer::Config& config) {
   const Index tokens = 600;
   Layer layer(config);
   for_each_parameter(layer, [](const std::string& name, Parameter<Scalar>& parameter) {
-    if (name == "gate.weight") fill_normal(parameter.value, Scalar{20}, 5);
+    const bool scores = name.starts_with("gate.") && name.ends_with(".weight");
+    if (scores) fill_normal(parameter.value, Scalar{20}, 5);
   });
   const Matrix<Scalar> same = random_matrix<Scalar>(1, config.width, 1).replicate(tokens, 1);
   const Matrix<Scalar> spread = random_matrix<Scalar>(tokens, config.width, 2);
@@ -187,6 +189,18 @@ TEMPLATE_TEST_CASE("allocation: a layer takes no memory after its first call", "
                     .output = gated ? Activation::sigmoid : Activation::identity,
                     .seed = 3});
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("allocation: a layer behind a hierarchical gate takes none either",
+                   "[allocation]", float, double) {
+  for (const int count : {1, 3}) {
+    const test::Threads threads(count);
+    check<MoELayer<Expert<FeedForward, TestType>, HierarchicalGate<TestType>>>(
+        {.width = 16,
+         .expert = {.hidden = 24},
+         .gate = {.groups = 4, .group_experts = 3, .active_groups = 1, .active = 2},
+         .seed = 3});
   }
 }
 

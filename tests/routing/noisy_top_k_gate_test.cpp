@@ -3,51 +3,18 @@
 #include <set>
 
 #include "../naive_layer.hpp"
+#include "gates.hpp"
 
 using namespace moe;
+using test::dweight_of;
+using test::loss_of;
+using test::parameter;
 using test::random_matrix;
 using test::relative_error;
 using test::same_bits;
 using Indices = std::vector<Index>;
 
 namespace {
-
-template <class Scalar>
-Parameter<Scalar>& parameter(NoisyTopKGate<Scalar>& gate, const std::string& wanted) {
-  Parameter<Scalar>* found = nullptr;
-  for_each_parameter(gate, [&](const std::string& name, Parameter<Scalar>& p) {
-    if (name == wanted) found = &p;
-  });
-  REQUIRE(found != nullptr);
-  return *found;
-}
-
-/// ⟨r, G⟩ + balance loss of a training pass, r by token and expert, so that it has a meaning when a
-/// step of the differences changes the order of slots.
-double loss_of(const NoisyTopKGate<double>& gate, const Matrix<double>& x, const Matrix<double>& r,
-               const NoiseKey& key) {
-  NoisyTopKGate<double>::Tape tape;
-  const Routing<double>& routing = gate.forward(x, tape, key);
-  double sum = tape.balance.loss;
-  for (Index t = 0; t < routing.tokens(); ++t) {
-    for (Index s = routing.token_offsets[detail::to_size(t)];
-         s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
-      sum += routing.weight[detail::to_size(s)] * r(t, routing.expert[detail::to_size(s)]);
-    }
-  }
-  return sum;
-}
-
-std::vector<double> dweight_of(const Routing<double>& routing, const Matrix<double>& r) {
-  std::vector<double> dweight;
-  for (Index t = 0; t < routing.tokens(); ++t) {
-    for (Index s = routing.token_offsets[detail::to_size(t)];
-         s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
-      dweight.push_back(r(t, routing.expert[detail::to_size(s)]));
-    }
-  }
-  return dweight;
-}
 
 /// Checks W_g, W_noise and x at a point away from ties.
 void check_gradients(const NoisyTopKGate<double>::Config& config, Index tokens, double weights,

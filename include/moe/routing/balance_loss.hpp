@@ -105,6 +105,27 @@ void count_load(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
   for (const Index e : routing.expert) balance.load[e] += Scalar{1};
 }
 
+/// importance_weight·CV²(importance) + load_weight·CV²(load) [S17 eq. 7 and 11].
+template <class Scalar>
+Scalar balance_loss(const Balance<Scalar>& balance, double importance_weight, double load_weight) {
+  return static_cast<Scalar>(importance_weight) * cv_squared(balance.importance) +
+         static_cast<Scalar>(load_weight) * cv_squared(balance.load);
+}
+template <class Scalar>
+void balance_loss_backward(const Balance<Scalar>& balance, double importance_weight,
+                           double load_weight, Vector<Scalar>& dimportance, Vector<Scalar>& dload) {
+  cv_squared_backward(balance.importance, static_cast<Scalar>(importance_weight), dimportance);
+  cv_squared_backward(balance.load, static_cast<Scalar>(load_weight), dload);
+}
+
+/// `gate` names the class in the messages.
+inline void check_balance_weights(const char* gate, double importance_weight, double load_weight) {
+  require(std::isfinite(importance_weight) && importance_weight >= 0, gate,
+          "::Config.importance_weight = ", importance_weight, ", must be finite and at least 0");
+  require(std::isfinite(load_weight) && load_weight >= 0, gate,
+          "::Config.load_weight = ", load_weight, ", must be finite and at least 0");
+}
+
 }  // namespace detail
 
 }  // namespace moe

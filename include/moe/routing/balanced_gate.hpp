@@ -1,0 +1,307 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <vector>
+
+#include "moe/random.hpp"
+#include "moe/routing/choose_tokens.hpp"
+#include "moe/routing/gate.hpp"
+#include "moe/routing/linear_scores.hpp"
+
+/// \file
+/// The gate of [S17 App. F]: in training every expert gets the same number of tokens.
+
+namespace moe {
+
+/// Strictly balanced gating [S17 App. F, eq. 15-20].
+///
+///     p = softmax(x·W_g)                 Gσ, over all experts          T x E
+///     M = 1 where expert i takes t       the mask                      T x E
+///     G_ti = p_ti·M_ti / Σ_j p_tj·M_tj   over the experts that took the token
+///
+/// Training: each expert takes the m tokens that are largest in its column of p, ties going to the
+/// lower token (eq. 18). m = K·T/E rounded down, but at least 1, so every expert gets exactly m
+/// tokens and a token gets K experts on average, or a little fewer where E does not divide K·T; only
+/// a batch of fewer than E/K tokens gives more. The paper assumes that it divides.
+///
+/// Inference: M_ti = 1 where p_ti > threshold_i (eq. 19), so a token's experts do not depend on its
+/// batch, and how many there are is not bounded. Thresholds are trained by
+///
+///     L_batchwise = Σ_t Σ_i (Mthreshold_ti − Mbatch_ti)·(p_ti − threshold_i)      (eq. 20)
+///
+/// which is never negative, and zero where both masks agree. It is continuous, so the derivative at
+/// fixed masks is exact almost everywhere: by threshold_i it is m minus the number of tokens above
+/// the threshold, which ends between the m-th and the (m+1)-th largest of a column; by p it is
+/// Mthreshold − Mbatch, and goes on through the softmax to W_g and x, as the paper's formula has it:
+/// experts come to score high what they take and low what they leave.
+///
+/// tape.balance.loss is threshold_weight·L_batchwise in training, a sum over tokens as in the paper,
+/// and 0 in evaluation, where there is no batchwise mask. Beside a training loss that is a mean over
+/// tokens the weight should be about 1/T, and the default is that for a batch of a thousand: then a
+/// mask that disagrees counts about as much as the token's own loss. Thresholds are small numbers,
+/// of size 1/E, and take a learning rate to match.
+///
+/// A token that no expert takes has no slots, so a layer's y is 0 for it. With one expert G is the
+/// constant 1 and has no gradient. The paper does not say how this gate starts. Zeros, as for its
+/// noisy gate, would tie all tokens and give the first m of a batch to every expert, so W_g starts
+/// uniform in ±1/√D, and thresholds at 1/E, which is what p is when nothing is known.
+///
+/// A token with NaN or infinity in x has a row of p that is NaN, and its weights are. In training it
+/// comes last and the loss is NaN; in evaluation it goes to expert 0.
+template <class Scalar_ = float>
+class BalancedGate {
+ public:
+  using Scalar = Scalar_;
+
+  struct Config {
+    Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
+    Index experts = 0;  ///< E
+    Index active = 0;   ///< K, experts of a token on average, 1 <= K <= E
+    double threshold_weight = 1e-3;  ///< of L_batchwise, >= 0
+  };
+
+  struct Tape : GateTape<Scalar> {
+    Matrix<Scalar> scores;      ///< x·W_g, T x E
+    Matrix<Scalar> p;           ///< Gσ, T x E
+    Matrix<Scalar> difference;  ///< Mthreshold − Mbatch, T x E
+    Vector<Scalar> token_loss;  ///< T, the tokens' parts of L_batchwise
+    Matrix<Scalar> dscores;     ///< T x E
+    detail::TokenChoice<Scalar> choice;
+  };
+
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's start.
+  explicit BalancedGate(const Config& config, std::uint64_t seed = 0)
+      : config_(checked(config)),
+        weight_(config.width, config.experts),
+        threshold_(1, config.experts) {
+    fill_uniform(weight_.value, Scalar{1} / std::sqrt(static_cast<Scalar>(config.width)), seed);
+    threshold_.value.setConstant(Scalar{1} / static_cast<Scalar>(config.experts));
+  }
+
+  const Config& config() const { return config_; }
+  Index experts() const { return config_.experts; }
+
+  /// Training pass over x (T x D) with the batchwise mask. There is no noise, so the key is not
+  /// used. Throws std::invalid_argument when x is not D wide. O(T·D·E).
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
+                                 const NoiseKey& = {}) const {
+    check_width(x);
+    tape.trained = false;
+    tape.x = x;
+    compute_p(x, tape);
+    detail::choose_tokens(tape.p, taken(x.rows()), tape.choice, tape.routing);
+    compute_weights(tape);
+    measure(tape);
+    compute_loss(tape);
+    tape.trained = true;
+    return tape.routing;
+  }
+
+  /// Routing by the thresholds. Leaves nothing that backward() could use.
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
+    check_width(x);
+    tape.trained = false;
+    compute_p(x, tape);
+    choose_by_threshold(tape);
+    compute_weights(tape);
+    measure(tape);
+    tape.balance.loss = Scalar{0};
+    return tape.routing;
+  }
+  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
+    Tape tape;
+    return evaluate(x, tape);
+  }
+
+  /// Takes dweight, the gradient of the loss by the weight of each slot (S), and adds that of
+  /// threshold_weight·L_batchwise once. Adds to the gradients of W_g and of the thresholds; returns
+  /// the gradient of x (T x D), which is tape.dx. Throws std::invalid_argument when dweight does not
+  /// belong to the tape.
+  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+    detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
+    detail::require(tape.x.cols() == config_.width && tape.p.cols() == experts() &&
+                        tape.routing.slots() == experts() * taken(tape.x.rows()),
+                    "BalancedGate::backward: the tape is another gate's, of width ", tape.x.cols(),
+                    " and ", tape.p.cols(), " experts");
+    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
+                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    compute_loss_backward(tape);
+    compute_weights_backward(dweight, tape);
+    detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.dx);
+    return tape.dx;
+  }
+
+  /// "weight" (W_g) and "threshold".
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight_);
+    visit("threshold", self.threshold_);
+  }
+
+ private:
+  static constexpr Index block = 64;  ///< tokens in a task
+
+  static const Config& checked(const Config& config) {
+    using detail::require;
+    require(config.width >= 1, "BalancedGate::Config.width = ", config.width,
+            ", must be at least 1");
+    require(config.experts >= 1, "BalancedGate::Config.experts = ", config.experts,
+            ", must be at least 1");
+    require(config.active >= 1 && config.active <= config.experts,
+            "BalancedGate::Config.active = ", config.active,
+            ", must be from 1 to experts = ", config.experts);
+    require(std::isfinite(config.threshold_weight) && config.threshold_weight >= 0,
+            "BalancedGate::Config.threshold_weight = ", config.threshold_weight,
+            ", must be finite and at least 0");
+    return config;
+  }
+
+  void check_width(const MatrixRef<Scalar>& x) const {
+    detail::require(x.cols() == config_.width, "BalancedGate: x has ", x.cols(),
+                    " columns, Config.width = ", config_.width);
+  }
+
+  /// m.
+  Index taken(Index tokens) const {
+    return detail::tokens_to_take(static_cast<double>(config_.active), tokens, experts());
+  }
+
+  void compute_p(const MatrixRef<Scalar>& x, Tape& tape) const {
+    detail::linear_scores(x, weight_, tape.scores);
+    detail::softmax_rows(tape.scores, tape.p);
+  }
+
+  static void measure(Tape& tape) {
+    detail::measure_importance(tape.routing, tape.balance);
+    detail::count_load(tape.routing, tape.balance);
+  }
+
+  // The mask of thresholds [S17 eq. 19].
+
+  template <class F>
+  void for_each_passed(const Scalar* p, F&& f) const {
+    if (std::isnan(p[0])) {
+      f(Index{0});  // it would pass nowhere, and a y of 0 would hide it
+      return;
+    }
+    const Scalar* threshold = threshold_.value.data();
+    for (Index i = 0; i < experts(); ++i) {
+      if (p[i] > threshold[i]) f(i);
+    }
+  }
+
+  void choose_by_threshold(Tape& tape) const {
+    const Index tokens = tape.p.rows();
+    Routing<Scalar>& routing = tape.routing;
+    routing.experts = experts();
+    detail::resize(routing.token_offsets, tokens + 1);
+    routing.token_offsets[0] = 0;
+    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        Index passed = 0;
+        for_each_passed(detail::row_data(tape.p, t), [&](Index) { ++passed; });
+        routing.token_offsets[detail::to_size(t) + 1] = passed;
+      }
+    });
+    for (std::size_t t = 1; t < routing.token_offsets.size(); ++t) {
+      routing.token_offsets[t] += routing.token_offsets[t - 1];
+    }
+    detail::resize(routing.expert, routing.token_offsets.back());
+    detail::resize(routing.weight, routing.token_offsets.back());
+    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        Index slot = routing.token_offsets[detail::to_size(t)];
+        for_each_passed(detail::row_data(tape.p, t),
+                        [&](Index i) { routing.expert[detail::to_size(slot++)] = i; });
+      }
+    });
+  }
+
+  // G [S17 eq. 16]. It is the softmax of the scores of the experts that took the token, and as such
+  // neither it nor its gradient divides by a sum of p that may be 0 to the last bit.
+
+  void compute_weights(Tape& tape) const {
+    Routing<Scalar>& routing = tape.routing;
+    parallel_for_blocks(tape.p.rows(), block, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        const Scalar* scores = detail::row_data(tape.scores, t);
+        const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
+        const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
+        if (begin == end) continue;
+        Scalar largest = scores[routing.expert[begin]];
+        for (std::size_t s = begin; s < end; ++s) {
+          largest = std::max(largest, scores[routing.expert[s]]);
+        }
+        Scalar total{0};
+        for (std::size_t s = begin; s < end; ++s) {
+          routing.weight[s] = std::exp(scores[routing.expert[s]] - largest);
+          total += routing.weight[s];
+        }
+        for (std::size_t s = begin; s < end; ++s) routing.weight[s] /= total;
+      }
+    });
+  }
+
+  /// dscores += G ⊙ (g − Σ_i G_i·g_i) on the slots, g being dweight.
+  void compute_weights_backward(std::span<const Scalar> dweight, Tape& tape) const {
+    const Routing<Scalar>& routing = tape.routing;
+    parallel_for_blocks(tape.p.rows(), block, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
+        const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
+        Scalar mean{0};
+        for (std::size_t s = begin; s < end; ++s) mean += routing.weight[s] * dweight[s];
+        for (std::size_t s = begin; s < end; ++s) {
+          tape.dscores(t, routing.expert[s]) += routing.weight[s] * (dweight[s] - mean);
+        }
+      }
+    });
+  }
+
+  // L_batchwise [S17 eq. 20].
+
+  void compute_loss(Tape& tape) const {
+    const Index tokens = tape.p.rows();
+    const Scalar* threshold = threshold_.value.data();
+    tape.difference.resize(tokens, experts());
+    tape.token_loss.resize(tokens);
+    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        const Scalar* p = detail::row_data(tape.p, t);
+        Scalar* difference = detail::row_data(tape.difference, t);
+        for (Index i = 0; i < experts(); ++i) {
+          difference[i] = p[i] > threshold[i] ? Scalar{1} : Scalar{0};
+        }
+        for (Index s = tape.routing.token_offsets[detail::to_size(t)];
+             s < tape.routing.token_offsets[detail::to_size(t) + 1]; ++s) {
+          difference[tape.routing.expert[detail::to_size(s)]] -= Scalar{1};
+        }
+        Scalar loss{0};
+        for (Index i = 0; i < experts(); ++i) loss += difference[i] * (p[i] - threshold[i]);
+        tape.token_loss[t] = loss;
+      }
+    });
+    tape.balance.loss =
+        static_cast<Scalar>(config_.threshold_weight) * detail::sum(tokens, tape.token_loss.data());
+  }
+
+  /// ∂L/∂p = w·(Mthreshold − Mbatch), through the softmax into tape.dscores, which it overwrites;
+  /// ∂L/∂threshold_i = −w·Σ_t (Mthreshold − Mbatch)_ti.
+  void compute_loss_backward(Tape& tape) {
+    const auto weight = static_cast<Scalar>(config_.threshold_weight);
+    tape.dscores.resize(tape.p.rows(), experts());
+    tape.dscores = weight * tape.difference;
+    detail::softmax_rows_backward(tape.p, tape.dscores);
+    const Scalar minus = -weight;  // a column of T of them, all in one place
+    detail::product_tn(GatheredRows<Scalar>(&minus, 0, tape.p.rows(), 1),
+                       GatheredRows<Scalar>(tape.difference), view(threshold_.gradient));
+  }
+
+  Config config_;
+  Parameter<Scalar> weight_;     ///< W_g, D x E
+  Parameter<Scalar> threshold_;  ///< 1 x E
+};
+
+}  // namespace moe

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "moe/routing/choices.hpp"
+#include "moe/routing/select_largest.hpp"
+
+/// \file
+/// A limit to the tokens of an expert, and which of them are dropped where there are more.
+///
+/// [G21] D. Lepikhin, H. Lee, Y. Xu, D. Chen, O. Firat, Y. Huang, M. Krikun, N. Shazeer, Z. Chen,
+/// "GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding", ICLR 2021
+/// (arXiv 2006.16668), algorithm 1.
+/// [F22] W. Fedus, B. Zoph, N. Shazeer, "Switch Transformers: Scaling to Trillion Parameter Models
+/// with Simple and Efficient Sparsity", JMLR 2022 (arXiv 2101.03961), section 2.2.
+
+namespace moe {
+
+/// In which order the choices of a batch take the places of their experts; those that find none are
+/// dropped.
+enum class PlaceOrder {
+  rows,            ///< token by token [F22]
+  first_choices,   ///< all tokens' first choices, then all second ones, and so on [G21]
+  largest_weight,  ///< by the gate's weight, so that those of lowest weight are dropped
+};
+
+namespace detail {
+
+/// The places of an expert: factor·T·K/E rounded up, so there is at least one where there are tokens,
+/// and at most T. (Megatron-Core does so; Mesh TensorFlow rounds down, but not below 4.)
+inline Index expert_capacity(double factor, Index tokens, Index active, Index experts) {
+  const double places = factor * static_cast<double>(tokens) * static_cast<double>(active) /
+                        static_cast<double>(experts);
+  // 1.1·10 is a little more than 11 in binary numbers, and should be 11 places.
+  return static_cast<Index>(std::ceil(std::min(places * (1 - 1e-12), static_cast<double>(tokens))));
+}
+
+/// What drop_over_capacity() needs of memory.
+struct CapacityScratch {
+  std::vector<Index> order;  ///< choices
+  std::vector<Index> taken;  ///< E
+};
+
+/// Drops the choices that find no place; one that was dropped before takes none. Ties of weights go
+/// to the lower token, and NaN comes last. O(T·K + E), and O(T·K·log(T·K)) by weight.
+template <class Scalar>
+void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<Scalar>& choices,
+                        CapacityScratch& scratch) {
+  resize(scratch.order, choices.size());
+  std::iota(scratch.order.begin(), scratch.order.end(), Index{0});
+  if (how == PlaceOrder::first_choices) {
+    const Index tokens = choices.tokens();
+    for (Index i = 0; i < choices.size(); ++i) {
+      scratch.order[to_size(i)] = i % tokens * choices.active + i / tokens;
+    }
+  } else if (how == PlaceOrder::largest_weight) {
+    std::sort(scratch.order.begin(), scratch.order.end(), ByScore<Scalar>(choices.weight.data()));
+  }
+  scratch.taken.assign(to_size(experts), 0);
+  for (const Index choice : scratch.order) {
+    const auto c = to_size(choice);
+    if (choices.keeps[c] == 0) continue;
+    if (++scratch.taken[to_size(choices.expert[c])] > capacity) choices.keeps[c] = 0;
+  }
+}
+
+}  // namespace detail
+}  // namespace moe

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "moe/parallel.hpp"
+#include "moe/routing/routing.hpp"
+
+/// \file
+/// What a gate chose, before some of it is dropped: the choices of a batch and their way into slots.
+
+namespace moe::detail {
+
+/// K choices of each token, those of token t being t·K onwards, the best first.
+template <class Scalar>
+struct Choices {
+  Index active = 0;                  ///< K
+  std::vector<Index> expert;         ///< T·K
+  std::vector<Scalar> weight;        ///< T·K
+  std::vector<unsigned char> keeps;  ///< T·K, 0 where dropped
+  std::vector<Index> slot;           ///< T·K, of those kept
+
+  Index size() const { return static_cast<Index>(expert.size()); }
+  Index tokens() const { return size() / active; }
+
+  /// Keeps all.
+  void resize(Index tokens, Index active_experts) {
+    active = active_experts;
+    detail::resize(expert, tokens * active);
+    detail::resize(weight, tokens * active);
+    keeps.assign(to_size(tokens * active), 1);
+  }
+};
+
+/// Fills the gate's part of a routing with the choices that are kept, experts ascending and weights
+/// times `scale`, and notes the slot of each. O(T·K·log(K)).
+template <class Scalar>
+void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<Scalar>& routing) {
+  const Index tokens = choices.tokens();
+  const Index active = choices.active;
+  routing.experts = experts;
+  resize(routing.token_offsets, tokens + 1);
+  routing.token_offsets[0] = 0;
+  for (Index t = 0; t < tokens; ++t) {
+    const auto begin = choices.keeps.begin() + t * active;
+    routing.token_offsets[to_size(t) + 1] =
+        routing.token_offsets[to_size(t)] + std::count(begin, begin + active, 1);
+  }
+  // As large as without drops, so that a batch that drops fewer finds the memory there.
+  routing.expert.reserve(choices.expert.size());
+  routing.weight.reserve(choices.expert.size());
+  resize(routing.expert, routing.token_offsets.back());
+  resize(routing.weight, routing.token_offsets.back());
+  resize(choices.slot, choices.size());
+  parallel_for_blocks(tokens, 64, [&](Index first, Index count) {
+    const Index* expert_of = choices.expert.data();
+    Index* expert = routing.expert.data();  // at first the number of the choice
+    for (Index t = first; t < first + count; ++t) {
+      const Index begin = routing.token_offsets[to_size(t)];
+      Index end = begin;
+      for (Index c = t * active; c < (t + 1) * active; ++c) {
+        if (choices.keeps[to_size(c)] != 0) expert[end++] = c;
+      }
+      std::sort(expert + begin, expert + end,
+                [&](Index a, Index b) { return expert_of[a] < expert_of[b]; });
+      for (Index slot = begin; slot < end; ++slot) {
+        const Index c = expert[slot];
+        choices.slot[to_size(c)] = slot;
+        routing.weight[to_size(slot)] = scale * choices.weight[to_size(c)];
+        expert[slot] = expert_of[c];
+      }
+    }
+  });
+}
+
+}  // namespace moe::detail

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "moe/parallel.hpp"
+#include "moe/routing/routing.hpp"
+#include "moe/routing/select_largest.hpp"
+
+/// \file
+/// The choice that runs the other way: each expert takes the tokens that score best with it.
+
+namespace moe::detail {
+
+/// How many of T tokens each of E experts takes when a token is to have `per_token` experts on
+/// average: per_token·T/E rounded down, but at least one, as long as there are tokens.
+inline Index tokens_to_take(double per_token, Index tokens, Index experts) {
+  const double share = per_token * static_cast<double>(tokens) / static_cast<double>(experts);
+  return std::min(tokens, std::max(Index{1}, static_cast<Index>(share)));
+}
+
+/// Scratch of choose_tokens().
+template <class Scalar>
+struct TokenChoice {
+  std::vector<Index> taken;             ///< S, the tokens of expert 0, those of expert 1, ...
+  std::vector<Index> order;             ///< S, the places in `taken` by token
+  std::vector<Matrix<Scalar>> columns;  ///< one a worker: some columns of the scores, as rows
+};
+
+/// Makes the slots in which each expert has the `count` tokens that are largest in its column of
+/// `scores` (T x E), count being from 1 to T, and 0 if T is. Ties go to the lower token, NaN counts
+/// as -infinity. Resizes the weights, but leaves their values to the gate. O(T·E) for scores in
+/// random order and a small count, see select_largest().
+template <class Scalar>
+void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar>& choice,
+                   Routing<Scalar>& routing) {
+  const Index tokens = scores.rows();
+  const Index experts = scores.cols();
+  MOE_ASSERT(count <= tokens && (count >= 1 || tokens == 0));
+  resize(choice.taken, experts * count);
+  // Columns are far apart in memory, so a task takes all those that share a cache line.
+  constexpr auto strip = static_cast<Index>(64 / sizeof(Scalar));
+  if (static_cast<Index>(choice.columns.size()) < worker_count()) {
+    resize(choice.columns, worker_count());
+  }
+  for (auto& columns : choice.columns) columns.resize(strip, spread_width<Scalar>(tokens));
+
+  parallel_for((experts + strip - 1) / strip, [&](Index task, Index worker) {
+    const Index first = task * strip;
+    const Index width = std::min(strip, experts - first);
+    Matrix<Scalar>& columns = choice.columns[to_size(worker)];
+    for (Index t = 0; t < tokens; ++t) {
+      const Scalar* row = row_data(scores, t) + first;
+      for (Index i = 0; i < width; ++i) columns(i, t) = row[i];
+    }
+    for (Index i = 0; i < width; ++i) {
+      select_largest(row_data(columns, i), tokens, count,
+                     choice.taken.data() + (first + i) * count);
+    }
+  });
+
+  // A stable sort by token leaves the experts of each ascending.
+  count_offsets(choice.taken, tokens, routing.token_offsets);
+  sort_slots(choice.taken, routing.token_offsets, choice.order);
+  routing.experts = experts;
+  resize(routing.expert, experts * count);
+  resize(routing.weight, experts * count);
+  for (std::size_t slot = 0; slot < routing.expert.size(); ++slot) {
+    routing.expert[slot] = choice.order[slot] / count;
+  }
+}
+
+}  // namespace moe::detail

@@ -1,0 +1,162 @@
+#pragma once
+
+#include <cmath>
+#include <span>
+
+#include "moe/random.hpp"
+#include "moe/routing/choose_tokens.hpp"
+#include "moe/routing/gate.hpp"
+#include "moe/routing/linear_scores.hpp"
+
+/// \file
+/// Experts that choose their tokens.
+
+namespace moe {
+
+/// Expert choice: Y. Zhou, T. Lei, H. Liu, N. Du, Y. Huang, V. Zhao, A. Dai, Z. Chen, Q. Le,
+/// J. Laudon, "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022 (arXiv 2202.09368),
+/// section 3.2.
+///
+///     p = softmax(x·W_g)     over all experts     T x E
+///     each expert takes the C tokens that are largest in its column of p, C = capacity_factor·T/E
+///     the weight of a slot is its p
+///
+/// Ties go to the lower token. C is rounded down, but is at least 1. Balance is perfect by
+/// construction, so there is no balance loss; a token may have any number of experts, none included
+/// (then a layer's y is 0 for it), and its weights need not add up to one.
+///
+/// The choice looks at the whole batch: which experts a token gets depends on the other tokens,
+/// those of later time steps included. So a causal model that is trained with this gate is told
+/// something of the future, which it has to do without when it generates; and evaluate(), which
+/// chooses in the same way among the tokens it is given, gives a token other experts in another
+/// batch. A token that is evaluated alone is taken by every expert. BalancedGate is the relative
+/// whose inference does not depend on the batch.
+///
+/// W_g starts uniform in ±1/√D: zeros would tie all tokens and give every expert the same ones. A
+/// token with NaN or infinity in x has a p that is NaN with every expert and comes last; an expert
+/// that must take it gets the weight NaN.
+template <class Scalar_ = float>
+class ExpertChoiceGate {
+ public:
+  using Scalar = Scalar_;
+
+  struct Config {
+    Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
+    Index experts = 0;  ///< E
+    double capacity_factor = 2;  ///< experts of a token on average, above 0 and at most E
+  };
+
+  struct Tape : GateTape<Scalar> {
+    Matrix<Scalar> p;        ///< T x E
+    Matrix<Scalar> dscores;  ///< T x E
+    detail::TokenChoice<Scalar> choice;
+  };
+
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's start.
+  explicit ExpertChoiceGate(const Config& config, std::uint64_t seed = 0)
+      : config_(checked(config)), weight_(config.width, config.experts) {
+    fill_uniform(weight_.value, Scalar{1} / std::sqrt(static_cast<Scalar>(config.width)), seed);
+  }
+
+  const Config& config() const { return config_; }
+  Index experts() const { return config_.experts; }
+
+  /// Training pass over x (T x D). There is no noise, so the key is not used. Throws
+  /// std::invalid_argument when x is not D wide. O(T·D·E).
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
+                                 const NoiseKey& = {}) const {
+    check_width(x);
+    tape.trained = false;
+    tape.x = x;
+    route(x, tape);
+    tape.trained = true;
+    return tape.routing;
+  }
+
+  /// The same choice among the tokens of x. Leaves nothing that backward() could use.
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
+    check_width(x);
+    tape.trained = false;
+    route(x, tape);
+    return tape.routing;
+  }
+  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
+    Tape tape;
+    return evaluate(x, tape);
+  }
+
+  /// Takes dweight, the gradient of the loss by the weight of each slot (S). Adds to the gradient of
+  /// W_g; returns the gradient of x (T x D), which is tape.dx. At a fixed choice this is the exact
+  /// derivative. Throws std::invalid_argument when dweight does not belong to the tape.
+  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+    detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
+    detail::require(tape.x.cols() == config_.width && tape.p.cols() == experts() &&
+                        tape.routing.slots() == experts() * capacity(tape.x.rows()),
+                    "ExpertChoiceGate::backward: the tape is another gate's, of width ",
+                    tape.x.cols(), " and ", tape.p.cols(), " experts");
+    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
+                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    tape.dscores.setZero(tape.p.rows(), experts());
+    const Routing<Scalar>& routing = tape.routing;
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      for (Index s = routing.token_offsets[detail::to_size(t)];
+           s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
+        tape.dscores(t, routing.expert[detail::to_size(s)]) = dweight[detail::to_size(s)];
+      }
+    }
+    detail::softmax_rows_backward(tape.p, tape.dscores);
+    detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.dx);
+    return tape.dx;
+  }
+
+  /// "weight" (W_g).
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight_);
+  }
+
+ private:
+  static const Config& checked(const Config& config) {
+    using detail::require;
+    require(config.width >= 1, "ExpertChoiceGate::Config.width = ", config.width,
+            ", must be at least 1");
+    require(config.experts >= 1, "ExpertChoiceGate::Config.experts = ", config.experts,
+            ", must be at least 1");
+    require(
+        config.capacity_factor > 0 && config.capacity_factor <= static_cast<double>(config.experts),
+        "ExpertChoiceGate::Config.capacity_factor = ", config.capacity_factor,
+        ", must be above 0 and at most experts = ", config.experts);
+    return config;
+  }
+
+  void check_width(const MatrixRef<Scalar>& x) const {
+    detail::require(x.cols() == config_.width, "ExpertChoiceGate: x has ", x.cols(),
+                    " columns, Config.width = ", config_.width);
+  }
+
+  /// C.
+  Index capacity(Index tokens) const {
+    return detail::tokens_to_take(config_.capacity_factor, tokens, experts());
+  }
+
+  void route(const MatrixRef<Scalar>& x, Tape& tape) const {
+    detail::linear_scores(x, weight_, tape.p);
+    detail::softmax_rows(tape.p, tape.p);
+    Routing<Scalar>& routing = tape.routing;
+    detail::choose_tokens(tape.p, capacity(x.rows()), tape.choice, routing);
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      for (Index s = routing.token_offsets[detail::to_size(t)];
+           s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
+        routing.weight[detail::to_size(s)] = tape.p(t, routing.expert[detail::to_size(s)]);
+      }
+    }
+    detail::measure_importance(routing, tape.balance);
+    detail::count_load(routing, tape.balance);
+    tape.balance.loss = Scalar{0};
+  }
+
+  Config config_;
+  Parameter<Scalar> weight_;  ///< W_g, D x E
+};
+
+}  // namespace moe

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "moe/routing/select_largest.hpp"
+
+/// \file
+/// The choice of a few groups of experts, to which a token's choice of experts is then limited, so
+/// that its experts live on few machines.
+///
+/// [D2] DeepSeek-AI, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language
+/// Model", 2024 (arXiv 2405.04434), section 2.2.2.
+/// [D3] DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (arXiv 2412.19437), section 2.1.2.
+
+namespace moe {
+
+/// What a group of experts is worth to a token: the score of its best expert [D2], or the sum of
+/// those of its two best [D3], of its one where it has no two.
+enum class GroupScore { best, two_best };
+
+namespace detail {
+
+/// The score of one group; NaN counts as -infinity.
+template <class Scalar>
+Scalar group_score(GroupScore how, const Scalar* scores, Index size) {
+  Scalar first = -std::numeric_limits<Scalar>::infinity();
+  Scalar second = first;
+  for (Index i = 0; i < size; ++i) {
+    if (scores[i] > first) {
+      second = first;
+      first = scores[i];
+    } else if (scores[i] > second) {
+      second = scores[i];
+    }
+  }
+  return how == GroupScore::two_best && size > 1 ? first + second : first;
+}
+
+/// Puts -infinity in place of the scores of all groups but the `active` best; ties go to the lower
+/// group. Groups are runs of experts / groups experts. (Some published code puts 0 there, which is
+/// another choice once a bias makes scores negative.) `group` and `best` are scratch for `groups`
+/// numbers and `active` indices. O(experts + groups·log(groups)).
+template <class Scalar>
+void limit_to_groups(GroupScore how, Index experts, Index groups, Index active, Scalar* scores,
+                     Scalar* group, Index* best) {
+  const Index size = experts / groups;
+  for (Index g = 0; g < groups; ++g) group[g] = group_score(how, scores + g * size, size);
+  select_largest(group, groups, active, best);
+  std::sort(best, best + active);
+  Index next = 0;
+  for (Index g = 0; g < groups; ++g) {
+    if (next < active && best[next] == g) {
+      ++next;
+    } else {
+      std::fill_n(scores + g * size, size, -std::numeric_limits<Scalar>::infinity());
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace moe

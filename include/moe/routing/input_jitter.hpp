@@ -1,0 +1,41 @@
+#pragma once
+
+#include <algorithm>
+
+#include "moe/parallel.hpp"
+#include "moe/random.hpp"
+
+namespace moe::detail {
+
+/// factor (T x D) uniform in [1 - size, 1 + size), keyed by (seed, step, token, column), and
+/// jittered = x ⊙ factor: the noise of Switch Transformer's gate [F22 sec. 2.4, cited in
+/// capacity.hpp].
+template <class Scalar>
+void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const Matrix<Scalar>& x,
+                  Matrix<Scalar>& factor, Matrix<Scalar>& jittered) {
+  const Index width = x.cols();
+  factor.resize(x.rows(), width);
+  jittered.resize(x.rows(), width);
+  parallel_for_blocks(x.rows(), 64, [&](Index first, Index count) {
+    for (Index t = first; t < first + count; ++t) {
+      for (Index d = 0; d < width; d += 4) {
+        const auto words = noise_words(seed, key, t, d / 4);
+        for (Index i = d; i < std::min(d + 4, width); ++i) {
+          const auto unit = static_cast<Scalar>(uniform(words[to_size(i - d)]));
+          factor(t, i) = Scalar{1} + static_cast<Scalar>(size) * (Scalar{2} * unit - Scalar{1});
+          jittered(t, i) = x(t, i) * factor(t, i);
+        }
+      }
+    }
+  });
+}
+
+/// Turns the gradient by `jittered` into that by x.
+template <class Scalar>
+void jitter_input_backward(const Matrix<Scalar>& factor, Matrix<Scalar>& dx) {
+  parallel_for_blocks(dx.rows(), 64, [&](Index first, Index count) {
+    dx.middleRows(first, count).array() *= factor.middleRows(first, count).array();
+  });
+}
+
+}  // namespace moe::detail

@@ -1,0 +1,349 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "moe/kernels/activations.hpp"
+#include "moe/kernels/gemm.hpp"
+#include "moe/parallel.hpp"
+#include "moe/parameter.hpp"
+#include "moe/random.hpp"
+#include "moe/routing/routing.hpp"
+#include "moe/routing/select_largest.hpp"
+
+/// \file
+/// The mechanism of [S17 eq. 2-5 and 8-10]: linear scores with learned Gaussian noise, the K
+/// largest, a softmax over them, the probability of being among them, and the way back through all
+/// of it. What is made of importance and load is a gate's affair.
+
+namespace moe::detail {
+
+/// `gate` names the class in the message.
+inline void check_noise_floor(const char* gate, double noise_floor) {
+  require(std::isfinite(noise_floor) && noise_floor > 0, gate,
+          "::Config.noise_floor = ", noise_floor, ", must be finite and above 0");
+}
+
+/// What N rows leave behind on their way through a NoisyTopK of E experts. Several of them may share
+/// a tape, each with rows of its own.
+template <class Scalar>
+struct NoisyTopKTape {
+  bool has_noise = false;      ///< else there is nothing but clean and best
+  Matrix<Scalar> clean;        ///< c, N x E
+  Matrix<Scalar> raw;          ///< x·W_noise, N x E
+  Matrix<Scalar> scale;        ///< s, N x E
+  Matrix<Scalar> noise;        ///< n, N x E
+  Matrix<Scalar> noisy;        ///< h, N x E
+  Matrix<Scalar> probability;  ///< P, N x E
+
+  /// N x min(K + 1, E): the experts of the largest h of each row, the largest first. The K-th and
+  /// the (K+1)-th are the thresholds that an expert outside and inside the top has to pass.
+  std::vector<Index> best;
+
+  Matrix<Scalar> dclean;  ///< N x E
+  Matrix<Scalar> draw;    ///< N x E
+};
+
+/// The weights W_g and W_noise, both zero at the start, and the passes of the rows that meet them:
+///
+///     c = x·W_g                       clean scores                     N x E
+///     s = softplus(x·W_noise) + s0    scale of the noise               N x E
+///     h = c + n ⊙ s                   n standard normal, keyed by (seed, step, token, expert)
+///     G = softmax of h over its K largest, 0 elsewhere
+///
+/// Calls for different rows of a tape may run at once, the backward ones if they are of different
+/// objects.
+template <class Scalar>
+class NoisyTopK {
+ public:
+  using Tape = NoisyTopKTape<Scalar>;
+
+  struct Config {
+    Index width = 0;    ///< D
+    Index experts = 0;  ///< E
+    Index active = 0;   ///< K
+    bool noise = true;
+    double noise_floor = 0.01;  ///< s0
+  };
+
+  NoisyTopK(const Config& config, std::uint64_t seed)
+      : config_(config),
+        seed_(seed),
+        weight_(config.width, config.experts),
+        noise_weight_(config.width, config.experts) {}
+
+  /// Makes room for N rows. The routing takes a row for a token.
+  void prepare(Index rows, bool has_noise, Tape& tape, Routing<Scalar>& routing) const {
+    tape.has_noise = has_noise;
+    tape.clean.resize(rows, experts());
+    if (has_noise) {
+      for (Matrix<Scalar>* matrix : {&tape.raw, &tape.scale, &tape.noise, &tape.noisy}) {
+        matrix->resize(rows, experts());
+      }
+      if (load_has_gradient(tape)) tape.probability.resize(rows, experts());
+    }
+    resize(tape.best, rows * candidates());
+    routing.experts = experts();
+    resize(routing.token_offsets, rows + 1);
+    for (Index row = 0; row <= rows; ++row) {
+      routing.token_offsets[to_size(row)] = row * config_.active;
+    }
+    resize(routing.expert, rows * config_.active);
+    resize(routing.weight, rows * config_.active);
+  }
+
+  /// Fills rows first, first + 1, ... of the tape and their slots of the routing from x. token[i]
+  /// keys the noise of row first + i; without a list it is the row itself.
+  void forward(const GatheredRows<Scalar>& x, const Index* token, const NoiseKey& key, Index first,
+               Tape& tape, Routing<Scalar>& routing) const {
+    compute_scores(x, first, tape);
+    parallel_for_blocks(x.count(), block, [&](Index begin, Index count) {
+      for (Index i = begin; i < begin + count; ++i) {
+        const Index row = first + i;
+        if (tape.has_noise) add_noise(key, token != nullptr ? token[i] : row, row, tape);
+        choose(row, tape, routing);
+        if (load_has_gradient(tape)) compute_probability(row, routing, tape);
+      }
+    });
+  }
+
+  /// load (E) = Σ P over `count` rows [S17 eq. 10]. Without noise, and with K = E, where P = 1, it is
+  /// the count of the slots and has no gradient.
+  void compute_load(Index first, Index count, const Tape& tape, const Routing<Scalar>& routing,
+                    Scalar* load) const {
+    std::fill_n(load, experts(), Scalar{0});
+    for (Index row = first; row < first + count; ++row) {
+      if (load_has_gradient(tape)) {
+        add_scaled(experts(), Scalar{1}, row_data(tape.probability, row), load);
+      } else {
+        for_each_chosen(routing, row, [&](Index i) { load[i] += Scalar{1}; });
+      }
+    }
+  }
+
+  /// Makes room for the way back of all rows.
+  void prepare_backward(Tape& tape) const {
+    tape.dclean.resize(tape.clean.rows(), experts());
+    if (tape.has_noise) tape.draw.resize(tape.clean.rows(), experts());
+  }
+
+  /// Takes dweight (a number a slot of the whole routing), the gradient by G, and dload (E), that by
+  /// the load of these rows. Adds to the gradients of the weights and sets dx (rows x D). At fixed
+  /// noise and choice this is the exact derivative, that of the load through its threshold included.
+  void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
+                const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
+                MatrixView<Scalar> dx) {
+    parallel_for_blocks(x.count(), block, [&](Index begin, Index count) {
+      for (Index row = first + begin; row < first + begin + count; ++row) {
+        if (load_has_gradient(tape)) {
+          probability_backward(row, dload, routing, tape);
+        } else {
+          tape.dclean.row(row).setZero();
+          if (tape.has_noise) tape.draw.row(row).setZero();
+        }
+        choose_backward(row, dweight, routing, tape);
+        if (tape.has_noise) scale_backward(row, tape);
+      }
+    });
+    compute_scores_backward(x, first, tape, dx);
+  }
+
+  /// Whether dload has any effect.
+  bool load_has_gradient(const Tape& tape) const {
+    return tape.has_noise && config_.active < experts();
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight_);
+    visit("noise_weight", self.noise_weight_);
+  }
+
+ private:
+  static constexpr Index block = 64;  ///< rows in a task
+
+  Index experts() const { return config_.experts; }
+  Index candidates() const { return std::min(config_.active + 1, experts()); }
+
+  // c = x·W_g and x·W_noise.
+
+  void compute_scores(const GatheredRows<Scalar>& x, Index first, Tape& tape) const {
+    product_nn(x, view(weight_.value), rows_of(tape.clean, first, x.count()));
+    if (tape.has_noise) {
+      product_nn(x, view(noise_weight_.value), rows_of(tape.raw, first, x.count()));
+    }
+  }
+
+  void compute_scores_backward(const GatheredRows<Scalar>& x, Index first, Tape& tape,
+                               MatrixView<Scalar> dx) {
+    score_backward(x, rows_of(tape.dclean, first, x.count()), weight_, Start::zero, dx);
+    if (tape.has_noise) {
+      score_backward(x, rows_of(tape.draw, first, x.count()), noise_weight_, Start::accumulate, dx);
+    }
+  }
+  static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
+                             Parameter<Scalar>& weight, Start start, MatrixView<Scalar> dx) {
+    const GatheredRows<Scalar> d(dscore);
+    product_nt(d, view(std::as_const(weight.value)), dx, start);
+    const bool replace = mark_gradients(weight, true);
+    product_tn(x, d, view(weight.gradient), replace ? Start::zero : Start::accumulate);
+  }
+
+  // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
+
+  void add_noise(const NoiseKey& key, Index token, Index row, Tape& tape) const {
+    using P = Packet<Scalar>;
+    const P floor = broadcast(static_cast<Scalar>(config_.noise_floor));
+    Scalar* noise = row_data(tape.noise, row);
+    fill_noise_row(seed_, key, token, experts(), noise);
+    map(
+        experts(), row_data(tape.scale, row),
+        [&](const P& raw) { return Eigen::internal::padd(softplus<Scalar>(raw), floor); },
+        row_data(tape.raw, row));
+    map(
+        experts(), row_data(tape.noisy, row),
+        [](const P& clean, const P& n, const P& scale) {
+          return Eigen::internal::pmadd(n, scale, clean);
+        },
+        row_data(tape.clean, row), noise, row_data(tape.scale, row));
+  }
+
+  /// Turns a row of tape.draw from ∂L/∂s into ∂L/∂(x·W_noise).
+  void scale_backward(Index row, Tape& tape) const {
+    using P = Packet<Scalar>;
+    map(
+        experts(), row_data(tape.draw, row),
+        [](const P& ds, const P& raw) { return Eigen::internal::pmul(ds, sigmoid<Scalar>(raw)); },
+        row_data(tape.draw, row), row_data(tape.raw, row));
+  }
+
+  // The K largest and the softmax over them [S17 eq. 3 and 5].
+
+  void choose(Index row, Tape& tape, Routing<Scalar>& routing) const {
+    const Index active = config_.active;
+    const Scalar* h = row_data(tape.has_noise ? tape.noisy : tape.clean, row);
+    const Index* best = best_of(tape, row);
+    select_largest(h, experts(), candidates(), &tape.best[to_size(row * candidates())]);
+
+    Index* chosen = &routing.expert[to_size(row * active)];
+    Scalar* weight = &routing.weight[to_size(row * active)];
+    std::copy_n(best, active, chosen);
+    std::sort(chosen, chosen + active);
+    Scalar total{0};
+    for (Index k = 0; k < active; ++k) {
+      weight[k] = std::exp(h[chosen[k]] - h[best[0]]);
+      total += weight[k];
+    }
+    for (Index k = 0; k < active; ++k) weight[k] /= total;
+  }
+
+  /// dh = G ⊙ (g − Σ_i G_i·g_i) on the chosen, g being dweight; then dc += dh and ds += n ⊙ dh.
+  void choose_backward(Index row, const Scalar* dweight, const Routing<Scalar>& routing,
+                       Tape& tape) const {
+    const Index first = row * config_.active;
+    const Scalar* weight = routing.weight.data() + first;
+    const Scalar* g = dweight + first;
+    Scalar mean{0};
+    for (Index k = 0; k < config_.active; ++k) mean += weight[k] * g[k];
+    for (Index k = 0; k < config_.active; ++k) {
+      const Index i = routing.expert[to_size(first + k)];
+      const Scalar dh = weight[k] * (g[k] - mean);
+      tape.dclean(row, i) += dh;
+      if (tape.has_noise) tape.draw(row, i) += tape.noise(row, i) * dh;
+    }
+  }
+
+  // [S17 eq. 8-9]: P(x, i) = Φ(z) with z = (c_i − kth_excluding(h, K, i)) / s_i is the probability
+  // that i is among the top when its own noise is drawn again. The threshold is the K-th largest h
+  // for an expert outside the top, the (K+1)-th for one inside; a whole row is computed as if
+  // outside, and then the K chosen ones again.
+
+  void compute_probability(Index row, const Routing<Scalar>& routing, Tape& tape) const {
+    using P = Packet<Scalar>;
+    const P threshold = broadcast(tape.noisy(row, last_inside(tape, row)));
+    map(
+        experts(), row_data(tape.probability, row),
+        [&](const P& clean, const P& scale) {
+          using namespace Eigen::internal;
+          return normal_cdf<Scalar>(pdiv(psub(clean, threshold), scale));
+        },
+        row_data(tape.clean, row), row_data(tape.scale, row));
+    for_each_chosen(routing, row, [&](Index i) {
+      const P z = broadcast(z_inside(tape, row, i));
+      tape.probability(row, i) = Eigen::internal::pfirst(normal_cdf<Scalar>(z));
+    });
+  }
+
+  /// With l = ∂L/∂Load, j the expert whose h is the threshold and φ the normal density:
+  /// ∂P/∂c_i = φ(z)/s_i, ∂P/∂s_i = −φ(z)·z/s_i, ∂P/∂h_j = −φ(z)/s_i, and h_j = c_j + n_j·s_j passes
+  /// on to c_j and s_j. Overwrites the row.
+  void probability_backward(Index row, const Scalar* dload, const Routing<Scalar>& routing,
+                            Tape& tape) const {
+    using P = Packet<Scalar>;
+    using namespace Eigen::internal;
+    const Index inside = last_inside(tape, row);
+    const Index outside = first_outside(tape, row);
+    Scalar* dclean = row_data(tape.dclean, row);
+    Scalar* draw = row_data(tape.draw, row);
+    const Scalar* clean = row_data(tape.clean, row);
+    const Scalar* scale = row_data(tape.scale, row);
+
+    const P threshold = broadcast(tape.noisy(row, inside));
+    map(
+        experts(), dclean,
+        [&](const P& c, const P& s, const P& l) {
+          const P z = pdiv(psub(c, threshold), s);
+          return pdiv(pmul(l, normal_density<Scalar>(z)), s);
+        },
+        clean, scale, dload);
+    for_each_chosen(routing, row, [&](Index i) { dclean[i] = Scalar{0}; });
+    map(
+        experts(), draw,
+        [&](const P& d, const P& c, const P& s) { return pmul(d, pdiv(psub(threshold, c), s)); },
+        dclean, clean, scale);
+    const Scalar from_outside = sum(experts(), dclean);
+
+    Scalar from_inside{0};
+    for_each_chosen(routing, row, [&](Index i) {
+      const Scalar z = z_inside(tape, row, i);
+      const Scalar density = pfirst(normal_density<Scalar>(broadcast(z)));
+      dclean[i] = dload[i] * density / scale[i];
+      draw[i] = -dclean[i] * z;
+      from_inside += dclean[i];
+    });
+    dclean[inside] -= from_outside;
+    draw[inside] -= from_outside * tape.noise(row, inside);
+    dclean[outside] -= from_inside;
+    draw[outside] -= from_inside * tape.noise(row, outside);
+  }
+
+  const Index* best_of(const Tape& tape, Index row) const {
+    return tape.best.data() + row * candidates();
+  }
+  Index last_inside(const Tape& tape, Index row) const {
+    return best_of(tape, row)[config_.active - 1];
+  }
+  Index first_outside(const Tape& tape, Index row) const {
+    return best_of(tape, row)[candidates() - 1];
+  }
+
+  /// z of an expert inside the top.
+  Scalar z_inside(const Tape& tape, Index row, Index i) const {
+    return (tape.clean(row, i) - tape.noisy(row, first_outside(tape, row))) / tape.scale(row, i);
+  }
+
+  template <class F>
+  void for_each_chosen(const Routing<Scalar>& routing, Index row, F&& f) const {
+    for (Index k = 0; k < config_.active; ++k) f(routing.expert[to_size(row * config_.active + k)]);
+  }
+
+  Config config_;
+  std::uint64_t seed_;
+  Parameter<Scalar> weight_;        ///< W_g, D x E
+  Parameter<Scalar> noise_weight_;  ///< W_noise, D x E
+};
+
+}  // namespace moe::detail

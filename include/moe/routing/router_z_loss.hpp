@@ -1,0 +1,43 @@
+#pragma once
+
+#include "moe/kernels/packet.hpp"
+#include "moe/parallel.hpp"
+
+/// \file
+/// The loss that keeps logits small, so that rounding does not decide where tokens go.
+///
+/// [Z22] B. Zoph, I. Bello, S. Kumar, N. Du, Y. Huang, J. Dean, N. Shazeer, W. Fedus, "ST-MoE:
+/// Designing Stable and Transferable Sparse Expert Models", 2022 (arXiv 2202.08906), eq. 5.
+
+namespace moe::detail {
+
+/// The mean over tokens of log_sum², log_sum = log Σ_i e^c_i (T) of the logits c; 0 without tokens.
+template <class Scalar>
+Scalar router_z_loss(const Vector<Scalar>& log_sum) {
+  const Index tokens = log_sum.size();
+  if (tokens == 0) return Scalar{0};
+  return dot(tokens, log_sum.data(), log_sum.data()) / static_cast<Scalar>(tokens);
+}
+
+/// dlogits += (2·weight/T)·log_sum·softmax(c).
+template <class Scalar>
+void router_z_loss_backward(double weight, const Matrix<Scalar>& logits,
+                            const Vector<Scalar>& log_sum, Matrix<Scalar>& dlogits) {
+  const Index tokens = logits.rows();
+  const Scalar twice = static_cast<Scalar>(2 * weight / static_cast<double>(tokens));
+  parallel_for_blocks(tokens, 64, [&](Index first, Index count) {
+    using namespace Eigen::internal;
+    for (Index t = first; t < first + count; ++t) {
+      const auto shift = broadcast(log_sum[t]);
+      const auto factor = broadcast(twice * log_sum[t]);
+      map(
+          logits.cols(), row_data(dlogits, t),
+          [&](const Packet<Scalar>& d, const Packet<Scalar>& c) {
+            return pmadd(factor, moe::detail::exp<Scalar>(psub(c, shift)), d);
+          },
+          row_data(dlogits, t), row_data(logits, t));
+    }
+  });
+}
+
+}  // namespace moe::detail

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../support.hpp"
+#include "moe/routing/gate.hpp"
+
+/// \file
+/// What the tests of several gates need.
+
+namespace moe::test {
+
+template <class Gate>
+Parameter<typename Gate::Scalar>& parameter(Gate& gate, const std::string& wanted) {
+  Parameter<typename Gate::Scalar>* found = nullptr;
+  for_each_parameter(gate, [&](const std::string& name, auto& p) {
+    if (name == wanted) found = &p;
+  });
+  REQUIRE(found != nullptr);
+  return *found;
+}
+
+/// r by slot, from r by token and expert.
+template <class Scalar>
+std::vector<Scalar> dweight_of(const Routing<Scalar>& routing, const Matrix<Scalar>& r) {
+  std::vector<Scalar> dweight;
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    for (Index s = routing.token_offsets[detail::to_size(t)];
+         s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
+      dweight.push_back(r(t, routing.expert[detail::to_size(s)]));
+    }
+  }
+  return dweight;
+}
+
+/// ⟨r, G⟩ + balance loss of a training pass, r by token and expert, so that it has a meaning when a
+/// step of the differences changes the order of slots.
+template <class Gate>
+double loss_of(const Gate& gate, const Matrix<double>& x, const Matrix<double>& r,
+               const NoiseKey& key) {
+  typename Gate::Tape tape;
+  const Routing<double>& routing = gate.forward(x, tape, key);
+  const std::vector<double> by_slot = dweight_of(routing, r);
+  double sum = tape.balance.loss;
+  for (std::size_t s = 0; s < by_slot.size(); ++s) sum += routing.weight[s] * by_slot[s];
+  return sum;
+}
+
+}  // namespace moe::test

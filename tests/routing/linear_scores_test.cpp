@@ -1,0 +1,80 @@
+#include "moe/routing/linear_scores.hpp"
+
+#include "token_choice_checks.hpp"
+
+using namespace moe;
+using test::random_matrix;
+using test::relative_error;
+using test::same_bits;
+
+TEMPLATE_TEST_CASE("linear_scores: the softmax of rows", "[routing]", float, double) {
+  for (const Index experts : {1, 2, 7, 16, 33}) {
+    for (const double scale : {1e-3, 1.0, 30.0}) {
+      const Matrix<TestType> c = random_matrix<TestType>(70, experts, 1, scale);
+      Matrix<TestType> p;
+      detail::softmax_rows(c, p);
+      const Matrix<double> expected = test::naive_softmax(c.template cast<double>());
+      CHECK(relative_error(p.template cast<double>(), expected) < test::tolerance<TestType>);
+      Matrix<TestType> in_place = c;
+      detail::softmax_rows(in_place, in_place);
+      CHECK(same_bits(in_place, p));
+    }
+  }
+  // Scores far beyond the range of e^x.
+  Matrix<TestType> p;
+  detail::softmax_rows(Matrix<TestType>{{1000, 1000, -1000}, {-5000, -5000, -5000}}, p);
+  CHECK(relative_error(p.row(0), Matrix<TestType>{{0.5, 0.5, 0}}) < 1e-30);
+  CHECK(relative_error(p.row(1), Matrix<TestType>{{1, 1, 1}} / TestType{3}) < 1e-6);
+}
+
+TEMPLATE_TEST_CASE("linear_scores: a NaN or an infinity makes a row NaN and no other", "[routing]",
+                   float, double) {
+  for (const TestType bad :
+       {std::numeric_limits<TestType>::quiet_NaN(), std::numeric_limits<TestType>::infinity()}) {
+    for (Index place = 0; place < 9; ++place) {
+      Matrix<TestType> c = random_matrix<TestType>(3, 9, 1);
+      Matrix<TestType> clean;
+      Matrix<TestType> p;
+      detail::softmax_rows(c, clean);
+      c(1, place) = bad;
+      detail::softmax_rows(c, p);
+      CHECK(p.row(1).array().isNaN().all());
+      CHECK(same_bits(p.row(0), clean.row(0)));
+      CHECK(same_bits(p.row(2), clean.row(2)));
+    }
+  }
+}
+
+TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
+  for (const Index experts : {1, 3, 10}) {
+    Matrix<double> x = random_matrix(5, 4, 1);
+    Parameter<double> weight(4, experts);
+    weight.value = random_matrix(4, experts, 2);
+    const Matrix<double> before = random_matrix(4, experts, 3);
+    weight.gradient = before;
+    const Matrix<double> r = random_matrix(5, experts, 4);
+    const auto loss = [&] {
+      Matrix<double> p;
+      detail::linear_scores<double>(x, weight, p);
+      detail::softmax_rows(p, p);
+      return p.cwiseProduct(r).sum();
+    };
+    Matrix<double> p;
+    detail::linear_scores<double>(x, weight, p);
+    CHECK(relative_error(p, test::naive_scores(x, weight.value)) < 1e-13);
+    detail::softmax_rows(p, p);
+    Matrix<double> dscores = r;
+    Matrix<double> dx;
+    detail::softmax_rows_backward(p, dscores);
+    detail::linear_scores_backward(x, dscores, weight, dx);
+    // One expert: no gradient at all, and differences that are rounding.
+    const double floor = experts == 1 ? 1e-10 : 0;
+    const auto check = [&](const Matrix<double>& actual, Matrix<double>& value) {
+      const Matrix<double> expected = test::difference_gradient(value, loss);
+      CHECK((actual - expected).cwiseAbs().maxCoeff() <=
+            1e-7 * expected.cwiseAbs().maxCoeff() + floor);
+    };
+    check(dx, x);
+    check(weight.gradient - before, weight.value);
+  }
+}
