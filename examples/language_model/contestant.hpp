@@ -9,7 +9,9 @@
 
 #include "../common/terminal.hpp"
 #include "corpus.hpp"
+#include "mixture.hpp"
 #include "model.hpp"
+#include "options.hpp"
 
 /// \file
 /// One of the models that are trained side by side, with all that its training carries along.
@@ -24,20 +26,22 @@ struct Evaluation {
   moe::Balance<float> balance;  ///< of all its tokens together
 };
 
-inline Evaluation evaluate(const Model& model, const Batches& batches, Index sequences) {
-  Model::Tape tape;
-  Model::State state = model.initial_state(sequences);
+template <class Middle>
+Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index sequences) {
+  typename Model<Middle>::Tape tape;
+  typename Model<Middle>::State state = model.initial_state(sequences);
   Batches::Batch batch;
   Evaluation result;
   moe::Balance<float>& total = result.balance;
-  total.importance.setZero(model.config().experts);
-  total.load.setZero(model.config().experts);
-  total.tokens_per_expert.assign(static_cast<std::size_t>(model.config().experts), 0);
+  const Index experts = model.middle().experts();
+  total.importance.setZero(experts);
+  total.load.setZero(experts);
+  total.tokens_per_expert.assign(static_cast<std::size_t>(experts), 0);
   double loss = 0;
   for (Index i = 0; i < batches.count(); ++i) {
     batches.get(i, batch);
     loss += model.evaluate(batch.input, batch.target, state, tape);
-    const moe::Balance<float>& balance = tape.mixture.balance;
+    const moe::Balance<float>& balance = tape.middle.balance;
     total.importance += balance.importance;
     total.load += balance.load;
     for (std::size_t e = 0; e < total.tokens_per_expert.size(); ++e) {
@@ -48,16 +52,18 @@ inline Evaluation evaluate(const Model& model, const Batches& batches, Index seq
   return result;
 }
 
+template <class Middle>
 class Contestant {
  public:
   struct Config {
     std::string name{};
-    Model::Config model{};
+    typename Model<Middle>::Config model{};
     Index sequences = 0;
     double clip = 0;
     /// Learning rates of parts of the mixture, as factors of everything else's.
     double gate_rate = 1;
     double noise_rate = 1;
+    double threshold_rate = 1;
     double expert_rate = 1;
     std::vector<double> frequencies{};  ///< of the words in the training part
   };
@@ -69,15 +75,16 @@ class Contestant {
         state_(model_.initial_state(config_.sequences)) {
     model_.start_from_frequencies(config_.frequencies);
     moe::for_each_parameter(model_, [&](const std::string& name, const auto&) {
-      rate_factors_.push_back(name == "mixture.gate.weight"          ? config_.gate_rate
-                              : name == "mixture.gate.noise_weight"  ? config_.noise_rate
-                              : name.starts_with("mixture.experts.") ? config_.expert_rate
-                                                                     : 1.0);
+      rate_factors_.push_back(name.starts_with("middle.experts.") ? config_.expert_rate
+                              : !name.starts_with("middle.gate.") ? 1.0
+                              : name.ends_with("noise_weight")    ? config_.noise_rate
+                              : name.ends_with("threshold")       ? config_.threshold_rate
+                                                                  : config_.gate_rate);
     });
   }
 
   const std::string& name() const { return config_.name; }
-  const Model& model() const { return model_; }
+  const Model<Middle>& model() const { return model_; }
 
   /// Seconds of all updates so far, in which other models may have been trained too, and the recent
   /// training loss in nats.
@@ -93,6 +100,7 @@ class Contestant {
     const double loss = model_.train(batch.input, batch.target, state_, tape_, {.step = step});
     moe::clip_gradients(model_, config_.clip);
     adam_.update(model_, learning_rate, rate_factors_);
+    model_.after_update(tape_);
     seconds_ += seconds_now() - start;
     tokens_ += static_cast<double>(batch.input.size());
     loss_ = tokens_ > static_cast<double>(batch.input.size()) ? 0.98 * loss_ + 0.02 * loss : loss;
@@ -100,22 +108,44 @@ class Contestant {
 
  private:
   Config config_;
-  Model model_;
+  Model<Middle> model_;
   moe::Adam<float> adam_;
   std::vector<double> rate_factors_;
-  Model::State state_;
-  Model::Tape tape_;
+  typename Model<Middle>::State state_;
+  typename Model<Middle>::Tape tape_;
   double seconds_ = 0;
   double tokens_ = 0;
   double loss_ = 0;
 };
 
+/// What the options say of every contestant; name and middle are left.
+template <class Middle>
+typename Contestant<Middle>::Config contestant_config(const Options& o,
+                                                      std::vector<double> frequencies) {
+  typename Contestant<Middle>::Config config{.sequences = o.sequences,
+                                             .clip = o.clip,
+                                             .gate_rate = o.gate_rate,
+                                             .noise_rate = o.noise_rate,
+                                             .threshold_rate = o.threshold_rate,
+                                             .expert_rate = o.expert_rate,
+                                             .frequencies = std::move(frequencies)};
+  config.model.vocabulary = static_cast<Index>(config.frequencies.size());
+  config.model.width = o.width;
+  config.model.cutoffs = o.cutoffs;
+  config.model.shrink = o.shrink;
+  config.model.embedding_deviation = o.embedding_deviation;
+  config.model.dropout = o.dropout;
+  config.model.seed = o.seed;
+  return config;
+}
+
 /// `count` words drawn from the model, one after the other, from the start of a document on.
-inline std::string sample(const Model& model, const Vocabulary& vocabulary, Index count,
-                          std::uint64_t seed) {
+template <class Middle>
+std::string sample(const Model<Middle>& model, const Vocabulary& vocabulary, Index count,
+                   std::uint64_t seed) {
   constexpr double temperature = 0.8;
-  Model::Tape tape;
-  Model::State state = model.initial_state(1);
+  typename Model<Middle>::Tape tape;
+  typename Model<Middle>::State state = model.initial_state(1);
   std::string text;
   Index word = Vocabulary::end;
   std::vector<double> mass(static_cast<std::size_t>(vocabulary.size()));

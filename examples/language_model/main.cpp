@@ -1,11 +1,13 @@
 /// Trains the language model of Shazeer et al. 2017 twice, side by side: with a sparse mixture of
-/// experts, and with a dense one of the same operations a token. See README.md beside this file.
+/// experts, and with a dense one of the same operations a token; or the models of the paper's
+/// tables, with --study. See README.md beside this file.
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <future>
 #include <string>
 #include <utility>
@@ -13,41 +15,19 @@
 
 #include "../common/csv_file.hpp"
 #include "../common/terminal.hpp"
+#include "../common/threads.hpp"
 #include "contestant.hpp"
 #include "corpus.hpp"
+#include "mixture.hpp"
+#include "options.hpp"
 #include "report.hpp"
+#include "study.hpp"
+#include "study_report.hpp"
+#include "study_training.hpp"
 
 namespace language_model {
 
-struct Options {
-  std::vector<std::string> data;
-  std::string wordnet = "/usr/share/wordnet";
-  Index vocabulary = 8000;
-  std::vector<Index> cutoffs{500, 2000};
-  Index shrink = 2;
-  Index width = 96;
-  Index hidden = 96;
-  Index experts = 64;
-  Index active = 4;
-  Index sequences = 64;
-  Index steps = 16;
-  double epochs = 2.45;
-  double minutes = 0;
-  double learning_rate = 1e-2;
-  Index warm_up = 100;
-  double gate_rate = 3;
-  double noise_rate = 0.03;
-  double expert_rate = 0.3;
-  double embedding_deviation = 0.1;
-  double dropout = 0;
-  double clip = 1.0;
-  double importance_weight = 0.1;
-  double load_weight = 0.1;
-  Index evaluations = 2;
-  std::uint64_t seed = 1;
-  int threads = static_cast<int>(moe::worker_count());
-  std::string csv = "language_model.csv";
-};
+using examples::use_threads;
 
 void add_options(CLI::App& app, Options& o) {
   const auto at_least = [](double lowest) { return CLI::Range(lowest, 1e9); };
@@ -107,6 +87,14 @@ void add_options(CLI::App& app, Options& o) {
                  "learning rate of the experts, as a factor; each sees few of the words")
       ->check(at_least(0))
       ->capture_default_str();
+  app.add_option("--threshold-rate", o.threshold_rate,
+                 "learning rate of the study's strictly balanced gate's thresholds, as a factor")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--bias-rate", o.bias_rate,
+                 "what an update moves the selection biases of the study's loss-free gate by")
+      ->check(at_least(0))
+      ->capture_default_str();
   app.add_option("--warm-up", o.warm_up, "updates during which the learning rate grows")
       ->check(at_least(0))
       ->capture_default_str();
@@ -130,52 +118,60 @@ void add_options(CLI::App& app, Options& o) {
       ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--seed", o.seed, "of the weights, the noise and dropout")->capture_default_str();
-  app.add_option("--threads", o.threads,
-                 "threads, half of them for each model; results do not depend on it")
+  app.add_option(
+         "--threads", o.threads,
+         "threads, half of them for each model (in a study, models at a time); results do not "
+         "depend on it")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   app.add_option("--csv", o.csv, "file for every row, to plot")->capture_default_str();
+
+  auto* study =
+      app.add_option("--study", o.study,
+                     "folder: train every model of the tables in README.md instead, as many at a "
+                     "time as there are threads; what is in the folder is not trained again");
+  for (const char* other : {"--experts", "--active", "--epochs", "--minutes", "--importance-weight",
+                            "--load-weight", "--evaluations", "--seed", "--csv"}) {
+    study->excludes(app.get_option(other));
+  }
+  app.add_option("--study-tables", o.tables, "which of the study's tables")
+      ->check(CLI::IsMember(o.tables))
+      ->needs(study)
+      ->capture_default_str();
+  app.add_option("--study-updates", o.updates, "updates of each of the study's models")
+      ->check(at_least(1))
+      ->needs(study)
+      ->capture_default_str();
+  app.add_option("--study-seeds", o.seeds, "seeds 1, 2, ... of each of the study's models")
+      ->check(at_least(1))
+      ->needs(study)
+      ->capture_default_str();
 }
 
-std::vector<Contestant> make_contestants(const Options& o, const Corpus& corpus) {
+using SparseMiddle = Mixture<moe::NoisyTopKGate<float>>;
+using Competitor = Contestant<SparseMiddle>;
+
+std::vector<Competitor> make_contestants(const Options& o, const Corpus& corpus) {
   const Index vocabulary = corpus.vocabulary.size();
-  const Model::Config sparse{.vocabulary = vocabulary,
-                             .width = o.width,
-                             .hidden = o.hidden,
-                             .experts = o.experts,
-                             .active = o.active,
-                             .cutoffs = o.cutoffs,
-                             .shrink = o.shrink,
-                             .embedding_deviation = o.embedding_deviation,
-                             .dropout = o.dropout,
-                             .importance_weight = o.importance_weight,
-                             .load_weight = o.load_weight,
-                             .seed = o.seed};
-  Model::Config dense = sparse;
-  dense.experts = o.active;
+  Competitor::Config sparse =
+      contestant_config<SparseMiddle>(o, frequencies_of(corpus.train, vocabulary));
+  sparse.name = "sparse";
+  sparse.model.middle = {.gate = {.experts = o.experts,
+                                  .active = o.active,
+                                  .importance_weight = o.importance_weight,
+                                  .load_weight = o.load_weight},
+                         .hidden = o.hidden};
+  Competitor::Config dense = sparse;
+  dense.name = "dense";
+  dense.model.middle.gate.experts = o.active;
   // The sparse model's larger gate costs operations too; the dense one gets them as hidden units.
   const Index gate = 2 * o.width * (o.experts - o.active);
   const Index unit = 2 * o.width * o.active;
-  dense.hidden += (gate + unit - 1) / unit;
-  Contestant::Config config{.sequences = o.sequences,
-                            .clip = o.clip,
-                            .gate_rate = o.gate_rate,
-                            .noise_rate = o.noise_rate,
-                            .expert_rate = o.expert_rate,
-                            .frequencies = frequencies_of(corpus.train, vocabulary)};
-  std::vector<Contestant> contestants;
-  for (const auto& [name, model] : {std::pair{"dense", dense}, std::pair{"sparse", sparse}}) {
-    config.name = name;
-    config.model = model;
-    contestants.emplace_back(config);
-  }
+  dense.model.middle.hidden += (gate + unit - 1) / unit;
+  std::vector<Competitor> contestants;
+  contestants.emplace_back(dense);
+  contestants.emplace_back(sparse);
   return contestants;
-}
-
-void use_threads([[maybe_unused]] int threads) {
-#ifdef _OPENMP
-  omp_set_num_threads(threads);  // of regions that the calling thread opens
-#endif
 }
 
 /// Calls f(0), f(1), ... f(count - 1) at the same time, each with its share of the threads, and
@@ -201,15 +197,18 @@ void side_by_side(std::size_t count, int threads, F f) {
   use_threads(threads);
 }
 
-void run(const Options& o) {
+Corpus read_corpus(const Options& o) {
+  return make_corpus(o.data.empty() ? read_wordnet(o.wordnet) : read_text(o.data), o.vocabulary);
+}
+
+void compare(const Options& o) {
   use_threads(o.threads);
   examples::CsvFile csv(o.csv, csv_header);
-  const Corpus corpus =
-      make_corpus(o.data.empty() ? read_wordnet(o.wordnet) : read_text(o.data), o.vocabulary);
+  const Corpus corpus = read_corpus(o);
   const Batches training(corpus.train, o.sequences, o.steps);
   const Batches validation(corpus.validation, o.sequences, o.steps);
   const Batches test(corpus.test, o.sequences, o.steps);
-  std::vector<Contestant> contestants = make_contestants(o, corpus);
+  std::vector<Competitor> contestants = make_contestants(o, corpus);
 
   std::printf("%zu words to train on, %zu for validation, %zu for the test; vocabulary %td\n",
               corpus.train.size(), corpus.validation.size(), corpus.test.size(),
@@ -286,11 +285,37 @@ void run(const Options& o) {
     csv.add(csv_row("test", contestants[i], update, update * o.sequences * o.steps, results[i]));
   }
   std::puts("");
-  for (const Contestant& contestant : contestants) {
+  for (const Competitor& contestant : contestants) {
     std::printf("%s writes: %s\n", contestant.name().c_str(),
                 sample(contestant.model(), corpus.vocabulary, 40, o.seed).c_str());
   }
   std::printf("\nevery row is in %s\n", o.csv.c_str());
+}
+
+/// A name for the text, for the configuration of the study's runs.
+std::string name_of(const Corpus& corpus) {
+  std::string all;
+  for (const auto* part : {&corpus.train, &corpus.validation, &corpus.test}) {
+    for (const Index word : *part) all += std::to_string(word) + " ";
+    all += "\n";
+  }
+  return print(" text=%016jx", static_cast<std::uintmax_t>(hash_of(all)));
+}
+
+void study(const Options& o) {
+  const std::vector<Table> tables = tables_of(o);
+  const std::vector<Run> runs = runs_of(tables, o);
+  std::filesystem::create_directories(o.study);
+  StudyFile file(std::filesystem::path(o.study) / "study.csv");
+  const Corpus corpus = read_corpus(o);
+  const Texts texts{frequencies_of(corpus.train, corpus.vocabulary.size()),
+                    Batches(corpus.train, o.sequences, o.steps),
+                    Batches(corpus.validation, o.sequences, o.steps),
+                    Batches(corpus.test, o.sequences, o.steps)};
+  const std::string text = name_of(corpus);
+  train_missing(runs, o, text, o.threads, file,
+                [&](const Run& run, Progress& progress) { return train(run, o, texts, progress); });
+  report(tables, o, text, file, o.study);
 }
 
 }  // namespace language_model
@@ -305,7 +330,11 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   examples::catch_interrupts();
   try {
-    language_model::run(options);
+    if (options.study.empty()) {
+      language_model::compare(options);
+    } else {
+      language_model::study(options);
+    }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "language_model: %s\n", error.what());
     return 1;

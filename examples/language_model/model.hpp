@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "adaptive_softmax.hpp"
+#include "recurrent.hpp"
 
 /// \file
 /// The language model of N. Shazeer et al. 2017, App. C.1: embedding, LSTM, mixture of experts, LSTM
@@ -17,38 +18,37 @@ namespace language_model {
 
 using Matrix = moe::Matrix<float>;
 
+/// `Middle` is the layer between the LSTMs: a Mixture, or the RecurrentStack that it is compared
+/// with.
+template <class Middle>
 class Model {
  public:
-  using Mixture = moe::MoELayer<moe::Expert<moe::FeedForward>>;
-
   struct Config {
     Index vocabulary = 0;
-    Index width = 0;               ///< D, of the embedding, both LSTMs and the mixture
-    Index hidden = 0;              ///< H, of an expert
-    Index experts = 0;             ///< E
-    Index active = 0;              ///< K
+    Index width = 0;   ///< D, of the embedding and of what each layer takes and gives
+    Index memory = 0;  ///< hidden width of the first and the last LSTM; 0 stands for `width`
+    typename Middle::Config middle{};
     std::vector<Index> cutoffs{};  ///< of AdaptiveSoftmax, as is shrink
     Index shrink = 2;
     double embedding_deviation = 0;  ///< of the normal distribution that embeddings start from
     double dropout = 0;
-    double importance_weight = 0;
-    double load_weight = 0;
     std::uint64_t seed = 0;
   };
 
   /// What is carried from one batch to the next.
   struct State {
-    moe::LSTM<float>::State first;
-    moe::LSTM<float>::State second;
+    Recurrent<float>::State first;
+    typename Middle::State middle;
+    Recurrent<float>::State second;
   };
 
   struct Tape {
     moe::Embedding<float>::Tape embedding;
-    moe::LSTM<float>::Tape first, second;
-    Mixture::Tape mixture;
-    moe::Dropout<float>::Tape drop_embedding, drop_first, drop_mixture, drop_second;
+    Recurrent<float>::Tape first, second;
+    typename Middle::Tape middle;
+    moe::Dropout<float>::Tape drop_embedding, drop_first, drop_middle, drop_second;
     AdaptiveSoftmax<float>::Tape softmax;
-    Matrix after_first, after_mixture, after_second;
+    Matrix after_first, after_middle, after_second;
     Matrix dx;
   };
 
@@ -58,16 +58,9 @@ class Model {
                     .width = config.width,
                     .deviation = config.embedding_deviation},
                    seed(0)),
-        first_({.inputs = config.width, .hidden = config.width}, seed(1)),
-        mixture_({.width = config.width,
-                  .expert = {.hidden = config.hidden},
-                  .gate = {.experts = config.experts,
-                           .active = config.active,
-                           .importance_weight = config.importance_weight,
-                           .load_weight = config.load_weight},
-                  .output = moe::Activation::sigmoid,
-                  .seed = seed(2)}),
-        second_({.inputs = config.width, .hidden = config.width}, seed(3)),
+        first_({.width = config.width, .hidden = memory(config)}, seed(1)),
+        middle_(config.middle, config.width, seed(2)),
+        second_({.width = config.width, .hidden = memory(config)}, seed(3)),
         softmax_({.vocabulary = config.vocabulary,
                   .width = config.width,
                   .cutoffs = config.cutoffs,
@@ -75,10 +68,11 @@ class Model {
                  seed(4)),
         drop_embedding_({.rate = config.dropout}, seed(5)),
         drop_first_({.rate = config.dropout}, seed(6)),
-        drop_mixture_({.rate = config.dropout}, seed(7)),
+        drop_middle_({.rate = config.dropout}, seed(7)),
         drop_second_({.rate = config.dropout}, seed(8)) {}
 
   const Config& config() const { return config_; }
+  const Middle& middle() const { return middle_; }
 
   /// Starts the biases of the softmax at the words' frequencies in the training part.
   void start_from_frequencies(std::span<const double> frequencies) {
@@ -86,50 +80,53 @@ class Model {
   }
 
   State initial_state(Index sequences) const {
-    return {first_.initial_state(sequences), second_.initial_state(sequences)};
+    return {first_.initial_state(sequences), middle_.initial_state(sequences),
+            second_.initial_state(sequences)};
   }
 
   /// Multiply-adds a token in the layers between embedding and softmax, which is how the paper
   /// counts operations: two LSTMs, the gate with its noise, and the experts that are used.
   Index operations() const {
-    const Index d = config_.width;
-    return 2 * (2 * d * 4 * d) + 2 * d * config_.experts + config_.active * 2 * d * config_.hidden;
+    return first_.operations() + middle_.operations() + second_.operations();
   }
 
   /// Mean cross-entropy of a batch in nats, without the balance loss, which is in
-  /// tape.mixture.balance. Adds the gradient of both to the parameters.
+  /// tape.middle.balance. Adds the gradient of both to the parameters.
   double train(std::span<const Index> input, std::span<const Index> target, State& state,
                Tape& tape, const moe::NoiseKey& key) {
     const Matrix& x = drop_embedding_.forward(embedding_.forward(input, tape.embedding),
                                               tape.drop_embedding, key);
     tape.after_first =
         x + drop_first_.forward(first_.forward(x, state.first, tape.first), tape.drop_first, key);
-    tape.after_mixture =
+    tape.after_middle =
         tape.after_first +
-        drop_mixture_.forward(mixture_.forward(tape.after_first, tape.mixture, key),
-                              tape.drop_mixture, key);
+        drop_middle_.forward(middle_.forward(tape.after_first, state.middle, tape.middle, key),
+                             tape.drop_middle, key);
     tape.after_second =
-        tape.after_mixture +
-        drop_second_.forward(second_.forward(tape.after_mixture, state.second, tape.second),
+        tape.after_middle +
+        drop_second_.forward(second_.forward(tape.after_middle, state.second, tape.second),
                              tape.drop_second, key);
     const double loss = softmax_.forward(tape.after_second, target, tape.softmax);
 
     // Backwards, each residual sum passing its gradient on twice.
     tape.dx = softmax_.backward(tape.softmax);
     tape.dx += second_.backward(drop_second_.backward(tape.dx, tape.drop_second), tape.second);
-    tape.dx += mixture_.backward(drop_mixture_.backward(tape.dx, tape.drop_mixture), tape.mixture);
+    tape.dx += middle_.backward(drop_middle_.backward(tape.dx, tape.drop_middle), tape.middle);
     tape.dx += first_.backward(drop_first_.backward(tape.dx, tape.drop_first), tape.first);
     embedding_.backward(drop_embedding_.backward(tape.dx, tape.drop_embedding), tape.embedding);
     return loss;
   }
 
   /// Mean cross-entropy of a batch in nats, without dropout and noise; leaves the balance in
-  /// tape.mixture.balance.
+  /// tape.middle.balance.
   double evaluate(std::span<const Index> input, std::span<const Index> target, State& state,
                   Tape& tape) const {
     evaluate_layers(input, state, tape);
     return softmax_.evaluate(tape.after_second, target, tape.softmax);
   }
+
+  /// To be called after every update of the parameters, with the tape of train().
+  void after_update(const Tape& tape) { middle_.after_update(tape.middle); }
 
   /// The logarithm of the probability of every word to follow each of `input`.
   Matrix log_probabilities(std::span<const Index> input, State& state, Tape& tape) const {
@@ -141,7 +138,7 @@ class Model {
   static void visit_parameters(Self& self, Visitor visit) {
     visit("embedding", self.embedding_);
     visit("first", self.first_);
-    visit("mixture", self.mixture_);
+    visit("middle", self.middle_);
     visit("second", self.second_);
     visit("softmax", self.softmax_);
   }
@@ -151,20 +148,25 @@ class Model {
   void evaluate_layers(std::span<const Index> input, State& state, Tape& tape) const {
     const Matrix& x = embedding_.evaluate(input, tape.embedding);
     tape.after_first = x + first_.evaluate(x, state.first, tape.first);
-    tape.after_mixture = tape.after_first + mixture_.evaluate(tape.after_first, tape.mixture);
+    tape.after_middle =
+        tape.after_first + middle_.evaluate(tape.after_first, state.middle, tape.middle);
     tape.after_second =
-        tape.after_mixture + second_.evaluate(tape.after_mixture, state.second, tape.second);
+        tape.after_middle + second_.evaluate(tape.after_middle, state.second, tape.second);
+  }
+
+  static Index memory(const Config& config) {
+    return config.memory > 0 ? config.memory : config.width;
   }
 
   std::uint64_t seed(std::uint64_t part) const { return moe::derive_seed(config_.seed, part); }
 
   Config config_;
   moe::Embedding<float> embedding_;
-  moe::LSTM<float> first_;
-  Mixture mixture_;
-  moe::LSTM<float> second_;
+  Recurrent<float> first_;
+  Middle middle_;
+  Recurrent<float> second_;
   AdaptiveSoftmax<float> softmax_;
-  moe::Dropout<float> drop_embedding_, drop_first_, drop_mixture_, drop_second_;
+  moe::Dropout<float> drop_embedding_, drop_first_, drop_middle_, drop_second_;
 };
 
 }  // namespace language_model

@@ -25,11 +25,12 @@ inline std::string in_millions(Index count) {
   return print("%.3f M", static_cast<double>(count) * 1e-6);
 }
 
-inline void draw(examples::ProgressBar& progress, double fraction, Index update, Index total,
-                 const std::vector<Contestant>& contestants) {
+template <class Middle>
+void draw(examples::ProgressBar& progress, double fraction, Index update, Index total,
+          const std::vector<Contestant<Middle>>& contestants) {
   if (!progress.is_due()) return;
   std::string text = std::to_string(update) + "/" + std::to_string(total);
-  for (const Contestant& c : contestants) {
+  for (const Contestant<Middle>& c : contestants) {
     text +=
         print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(), c.tokens_per_second());
   }
@@ -40,8 +41,9 @@ inline const char* const csv_header =
     "part,model,update,tokens,seconds,training_loss,perplexity,operations,parameters,"
     "cv_importance,cv_load,max_over_mean_load,unused_experts,tokens_per_second";
 
-inline std::string csv_row(const char* part, const Contestant& c, Index update, Index tokens,
-                           const Evaluation& e) {
+template <class Middle>
+std::string csv_row(const char* part, const Contestant<Middle>& c, Index update, Index tokens,
+                    const Evaluation& e) {
   return print(
       "%s,%s,%td,%td,%.2f,%.5f,%.4f,%td,%td,%.5f,%.5f,%.5f,%td,%.0f", part, c.name().c_str(),
       update, tokens, c.seconds(), c.loss(), e.perplexity, c.model().operations(),
@@ -55,7 +57,8 @@ inline const char* const row_header =
     "  update  model    loss   perplexity  operations  parameters  CV(imp.)  CV(load)  max/mean  "
     "tokens/s";
 
-inline void print_row(const Contestant& c, Index update, const Evaluation& e) {
+template <class Middle>
+void print_row(const Contestant<Middle>& c, Index update, const Evaluation& e) {
   std::printf("%8td  %-6s %6.3f  %11.2f  %10s  %10s  %8.3f  %8.3f  %8.2f  %8.0f\n", update,
               c.name().c_str(), c.loss(), e.perplexity, in_millions(c.model().operations()).c_str(),
               in_millions(moe::parameter_count(c.model())).c_str(),
@@ -66,12 +69,14 @@ inline void print_row(const Contestant& c, Index update, const Evaluation& e) {
 }
 
 /// One line of the final table, in Markdown.
-inline void print_result(const Contestant& c, const Evaluation& validation,
-                         const Evaluation& test) {
-  const Model::Config& config = c.model().config();
+template <class Middle>
+void print_result(const Contestant<Middle>& c, const Evaluation& validation,
+                  const Evaluation& test) {
+  const Middle& middle = c.model().middle();
   std::printf(
       "| %-6s | %7td | %6td | %10s | %10s | %10.2f | %6.2f | %8.3f | %8.3f | %8.2f | %8.0f |\n",
-      c.name().c_str(), config.experts, config.active, in_millions(c.model().operations()).c_str(),
+      c.name().c_str(), middle.experts(), middle.active(),
+      in_millions(c.model().operations()).c_str(),
       in_millions(moe::parameter_count(c.model())).c_str(), validation.perplexity, test.perplexity,
       static_cast<double>(test.balance.cv_importance()),
       static_cast<double>(test.balance.cv_load()),

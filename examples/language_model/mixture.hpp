@@ -1,0 +1,87 @@
+#pragma once
+
+#include <cstdint>
+#include <moe/moe.hpp>
+
+/// \file
+/// The mixture of experts in the middle of the model, with any gate.
+
+namespace language_model {
+
+using moe::Index;
+
+/// How many scores the gate makes for a token, each D multiply-adds: those of the noise count too.
+inline Index scores_of(const moe::NoisyTopKGate<float>::Config& gate) { return 2 * gate.experts; }
+inline Index scores_of(const moe::HierarchicalGate<float>::Config& gate) {
+  return 2 * (gate.groups + gate.active_groups * gate.group_experts);
+}
+inline Index scores_of(const moe::BalancedGate<float>::Config& gate) { return gate.experts; }
+inline Index scores_of(const moe::SoftmaxTopKConfig& gate) { return gate.experts; }
+
+/// How many experts a token goes to, on average where the gate lets it vary.
+template <class GateConfig>
+Index active_of(const GateConfig& gate) {
+  return gate.active;
+}
+inline Index active_of(const moe::HierarchicalGate<float>::Config& gate) {
+  return gate.active_groups * gate.active;
+}
+
+template <class Gate>
+class Mixture {
+  using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, Gate>;
+  using Matrix = moe::Matrix<float>;
+
+ public:
+  struct Config {
+    typename Gate::Config gate{};
+    Index hidden = 0;  ///< H, of an expert
+  };
+  struct State {};  ///< nothing is carried from one batch to the next
+  using Tape = typename Layer::Tape;
+
+  Mixture(const Config& config, Index width, std::uint64_t seed = 0)
+      : config_(config),
+        layer_({.width = width,
+                .expert = {.hidden = config.hidden},
+                .gate = config.gate,
+                .output = moe::Activation::sigmoid,
+                .seed = seed}) {}
+
+  Index experts() const { return layer_.gate().experts(); }
+  Index active() const { return active_of(config_.gate); }
+
+  /// Multiply-adds a token: the gate, and the experts that are used.
+  Index operations() const {
+    const Index width = layer_.config().width;
+    return scores_of(config_.gate) * width + active() * 2 * width * config_.hidden;
+  }
+
+  State initial_state(Index) const { return {}; }
+
+  const Matrix& forward(const Matrix& x, State&, Tape& tape, const moe::NoiseKey& key) const {
+    return layer_.forward(x, tape, key);
+  }
+  const Matrix& backward(const Matrix& dy, Tape& tape) { return layer_.backward(dy, tape); }
+  const Matrix& evaluate(const Matrix& x, State&, Tape& tape) const {
+    return layer_.evaluate(x, tape);
+  }
+
+  /// What a gate does by itself between updates.
+  void after_update(const Tape& tape) {
+    if constexpr (requires { layer_.gate().update_selection_bias(tape); }) {
+      layer_.gate().update_selection_bias(tape);
+    }
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    Layer::visit_parameters(self.layer_, visit);
+  }
+
+ private:
+  Config config_;
+  Layer layer_;
+};
+
+}  // namespace language_model

@@ -1,0 +1,10 @@
+#include "study_training.hpp"
+
+namespace language_model {
+
+std::optional<Result> train_balanced(const Run& run, const Options& o, const Texts& texts,
+                                     Progress& progress) {
+  return train_as<Mixture<moe::BalancedGate<float>>>(run, o, texts, progress);
+}
+
+}  // namespace language_model

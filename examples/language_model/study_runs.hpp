@@ -1,0 +1,262 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstdint>
+#include <moe/moe.hpp>
+#include <string>
+#include <vector>
+
+#include "options.hpp"
+
+/// \file
+/// What the study trains: the rows of its tables, and the runs that they need.
+
+namespace language_model {
+
+enum class Kind { noisy_top_k, hierarchical, balanced, loss_free, recurrent };
+
+inline const char* name_of(Kind kind) {
+  switch (kind) {
+    case Kind::noisy_top_k:
+      return "noisy_top_k";
+    case Kind::hierarchical:
+      return "hierarchical";
+    case Kind::balanced:
+      return "balanced";
+    case Kind::loss_free:
+      return "loss_free";
+    case Kind::recurrent:
+      return "recurrent";
+  }
+  return "";
+}
+
+/// One training; the options say the rest. What does not concern its kind stays 0.
+struct Run {
+  Kind kind = Kind::noisy_top_k;
+  Index experts = 0;        ///< E, all groups' together
+  Index active = 0;         ///< K, all groups' together
+  Index hidden = 0;         ///< of an expert, or of an LSTM in the middle
+  Index groups = 0;         ///< hierarchical
+  Index active_groups = 0;  ///< hierarchical
+  Index layers = 0;         ///< recurrent: LSTMs in the middle
+  Index memory = 0;         ///< recurrent: hidden width of the first and the last LSTM
+  double importance_weight = 0;
+  double load_weight = 0;
+  std::uint64_t seed = 1;
+};
+
+/// The shortest digits that give the number back.
+inline std::string digits(double value) {
+  std::array<char, 32> text{};
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
+  return {text.data(), end};
+}
+
+/// Everything that decides the figures of a run but the text: two runs of different figures never
+/// share it. Without commas or quotes.
+inline std::string configuration_of(const Run& run, const Options& o) {
+  std::string text = std::string("middle=") + name_of(run.kind);
+  const auto add = [&](const char* name, double value) {
+    text += std::string(" ") + name + "=" + digits(value);
+  };
+  const auto count = [&](const char* name, std::uint64_t value) {
+    text += std::string(" ") + name + "=" + std::to_string(value);
+  };
+  const auto size = [&](const char* name, Index value) {
+    count(name, static_cast<std::uint64_t>(value));
+  };
+  size("experts", run.experts);
+  size("active", run.active);
+  size("hidden", run.hidden);
+  size("groups", run.groups);
+  size("active_groups", run.active_groups);
+  size("layers", run.layers);
+  size("memory", run.memory);
+  add("importance_weight", run.importance_weight);
+  add("load_weight", run.load_weight);
+  count("seed", run.seed);
+  size("updates", o.updates);
+  size("vocabulary", o.vocabulary);
+  for (const Index cutoff : o.cutoffs) size("cutoff", cutoff);
+  size("shrink", o.shrink);
+  size("width", o.width);
+  size("sequences", o.sequences);
+  size("steps", o.steps);
+  add("learning_rate", o.learning_rate);
+  size("warm_up", o.warm_up);
+  add("gate_rate", o.gate_rate);
+  add("noise_rate", o.noise_rate);
+  add("threshold_rate", o.threshold_rate);
+  add("bias_rate", o.bias_rate);
+  add("expert_rate", o.expert_rate);
+  add("embedding_deviation", o.embedding_deviation);
+  add("dropout", o.dropout);
+  add("clip", o.clip);
+  return text;
+}
+
+/// A row of a table: one run for each seed.
+struct Row {
+  std::string label;
+  Run run;
+  std::string series;              ///< of the plot
+  std::vector<std::string> paper;  ///< the paper's figures, one for each of the table's columns
+};
+
+struct Table {
+  std::string name;
+  std::string label;  ///< head of the first column
+  std::vector<std::string> paper;
+  std::vector<Row> rows;
+};
+
+/// [S17 table 6], with 64 experts where the paper has 256.
+inline Table loss_weight_table(const Options& o) {
+  Table table{"loss_weights",
+              "w_importance, w_load",
+              {"paper: perplexity", "CV(imp.)", "CV(load)", "max/mean"},
+              {}};
+  const auto add = [&](double importance, double load, std::vector<std::string> paper) {
+    const std::string label = digits(importance) + ", " + digits(load);
+    table.rows.push_back({label,
+                          {.experts = 64,
+                           .active = 4,
+                           .hidden = o.hidden,
+                           .importance_weight = importance,
+                           .load_weight = load},
+                          "64 experts",
+                          std::move(paper)});
+  };
+  add(0, 0, {"39.8", "3.04", "3.01", "17.80"});
+  add(0.2, 0, {"35.6", "0.06", "0.17", "1.47"});
+  add(0, 0.2, {"35.7", "0.22", "0.04", "1.15"});
+  add(0.1, 0.1, {"35.6", "0.06", "0.05", "1.14"});
+  add(0.01, 0.01, {"35.7", "0.48", "0.11", "1.37"});
+  add(1, 1, {"35.7", "0.03", "0.02", "1.07"});
+  return table;
+}
+
+/// [S17 table 7]: ever more experts and the dense models, at the operations a word of the 64 experts
+/// of the other tables. A larger gate is paid for by narrower experts.
+inline Table expert_table(const Options& o) {
+  Table table{"experts", "model", {"paper: perplexity"}, {}};
+  const Index width = o.width;
+  const Index middle = 2 * 64 * width + 4 * 2 * width * o.hidden;
+  const auto hidden = [&](Index scores, Index active) {
+    const Index unit = active * 2 * width;
+    const Index units = (middle - scores * width + unit / 2) / unit;
+    moe::detail::require(units >= 1, "the study needs wider experts than --hidden ", o.hidden,
+                         ": a gate of ", scores, " scores takes all operations");
+    return units;
+  };
+  const auto flat = [&](std::string label, Index experts, Index active, std::string series,
+                        std::string paper) {
+    table.rows.push_back({std::move(label),
+                          {.experts = experts,
+                           .active = active,
+                           .hidden = hidden(2 * experts, active),
+                           .importance_weight = 0.1,
+                           .load_weight = 0.1},
+                          std::move(series),
+                          {std::move(paper)}});
+  };
+  const auto hierarchical = [&](Index groups, std::string paper) {
+    const Index experts = groups * groups;
+    table.rows.push_back({std::to_string(experts) + " experts, hierarchical",
+                          {.kind = Kind::hierarchical,
+                           .experts = experts,
+                           .active = 4,
+                           .hidden = hidden(2 * (groups + 2 * groups), 4),
+                           .groups = groups,
+                           .active_groups = 2,
+                           .importance_weight = 0.1,
+                           .load_weight = 0.1},
+                          "hierarchical",
+                          {std::move(paper)}});
+  };
+  // The hidden width of `layers` LSTMs with a projection, 4H(D + H) + HD operations each, that come
+  // nearest to `operations`.
+  const auto recurrent = [&](Index operations, Index layers) {
+    const auto of = [&](Index h) { return layers * (4 * h * (width + h) + h * width); };
+    Index h = 1;
+    while (of(h + 1) <= operations) ++h;
+    return operations - of(h) <= of(h + 1) - operations ? h : h + 1;
+  };
+  const Index lstm = 8 * width * width;
+  table.rows.push_back({"no experts, 4 LSTMs",
+                        {.kind = Kind::recurrent, .hidden = recurrent(middle, 2), .layers = 2},
+                        "4 LSTMs",
+                        {"46.0"}});
+  table.rows.push_back({"no experts, 2 wider LSTMs",
+                        {.kind = Kind::recurrent, .memory = recurrent(middle + 2 * lstm, 2)},
+                        "2 wider LSTMs",
+                        {""}});
+  flat("1 wide expert", 1, 1, "1 wide expert", "");
+  flat("4 experts, all used", 4, 4, "flat", "45.0");
+  flat("16 experts", 16, 4, "flat", "");
+  flat("64 experts", 64, 4, "flat", "");
+  flat("256 experts", 256, 4, "flat", "35.7");
+  hierarchical(16, "");
+  hierarchical(32, "34.6");
+  return table;
+}
+
+/// Other ways to balance the load of 64 experts.
+inline Table balance_table(const Options& o) {
+  Table table{"balance", "gate", {}, {}};
+  const auto add = [&](std::string label, Kind kind, double weight) {
+    table.rows.push_back({std::move(label),
+                          {.kind = kind,
+                           .experts = 64,
+                           .active = 4,
+                           .hidden = o.hidden,
+                           .importance_weight = weight,
+                           .load_weight = weight},
+                          "64 experts",
+                          {}});
+  };
+  add("noisy top-k, balance losses", Kind::noisy_top_k, 0.1);
+  add("strictly balanced", Kind::balanced, 0);
+  add("sigmoid top-k, loss-free balance", Kind::loss_free, 0);
+  return table;
+}
+
+/// Those that the options name.
+inline std::vector<Table> tables_of(const Options& o) {
+  std::vector<Table> tables;
+  for (Table& table : std::vector{loss_weight_table(o), expert_table(o), balance_table(o)}) {
+    if (std::find(o.tables.begin(), o.tables.end(), table.name) != o.tables.end()) {
+      tables.push_back(std::move(table));
+    }
+  }
+  return tables;
+}
+
+/// Every run of the tables once: all of the first seed, then all of the second, so that a study
+/// that was stopped has whole rows; within a seed those that take longest first, so that at the end
+/// no thread waits long for another.
+inline std::vector<Run> runs_of(const std::vector<Table>& tables, const Options& o) {
+  std::vector<Run> runs;
+  std::vector<std::string> known;
+  for (std::uint64_t seed = 1; seed <= static_cast<std::uint64_t>(o.seeds); ++seed) {
+    const auto first = static_cast<std::ptrdiff_t>(runs.size());
+    for (const Table& table : tables) {
+      for (const Row& row : table.rows) {
+        Run run = row.run;
+        run.seed = seed;
+        const std::string configuration = configuration_of(run, o);
+        if (std::find(known.begin(), known.end(), configuration) != known.end()) continue;
+        known.push_back(configuration);
+        runs.push_back(run);
+      }
+    }
+    std::stable_sort(runs.begin() + first, runs.end(),
+                     [](const Run& a, const Run& b) { return a.experts > b.experts; });
+  }
+  return runs;
+}
+
+}  // namespace language_model
