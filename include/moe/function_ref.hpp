@@ -22,10 +22,15 @@ class FunctionRef<void(Arguments...)> {
   requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> &&
            std::is_invocable_v<F&, Arguments...>)
       FunctionRef(F&& f)  // NOLINT: implicit, so that a lambda can be passed where one is taken
-      : object_(const_cast<void*>(static_cast<const void*>(&f))),
-        call_([](void* object, Arguments... arguments) {
-          (*static_cast<std::remove_reference_t<F>*>(object))(arguments...);
-        }) {}
+      : call_([](void* object, Arguments... arguments) {
+          (*reinterpret_cast<std::remove_reference_t<F>*>(object))(arguments...);
+        }) {
+    if constexpr (std::is_function_v<std::remove_reference_t<F>>) {
+      object_ = reinterpret_cast<void*>(&f);
+    } else {
+      object_ = const_cast<void*>(static_cast<const void*>(&f));
+    }
+  }
 
   explicit operator bool() const { return call_ != nullptr; }
   void operator()(Arguments... arguments) const { call_(object_, arguments...); }

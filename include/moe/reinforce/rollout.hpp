@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "moe/nn/softmax_cross_entropy.hpp"
+#include "moe/kernels/softmax.hpp"
 #include "moe/parallel.hpp"
 #include "moe/reinforce/policy.hpp"
 

@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "moe/kernels/gemm.hpp"
-#include "moe/nn/softmax_cross_entropy.hpp"
+#include "moe/kernels/softmax.hpp"
 #include "moe/parameter.hpp"
 
 /// \file
