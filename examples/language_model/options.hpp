@@ -46,7 +46,7 @@ struct Options {
   // the study
   std::string study;
   std::vector<std::string> tables{"loss_weights", "experts", "balance"};
-  Index updates = 2300;
+  Index updates = 1425;
   Index seeds = 3;
 };
 

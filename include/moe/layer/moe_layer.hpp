@@ -18,8 +18,9 @@
 namespace moe {
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few
-/// experts, each expert runs over the rows it got, and the results are added up by weight. No token
-/// is dropped, and nothing is computed or back-propagated for an expert that got none.
+/// experts, each expert runs over the rows it got, and the results are added up by weight. The layer
+/// drops no token, and computes and back-propagates nothing for an expert that got none. A token that
+/// a gate gave no slot (some do, see docs/gates.md) has a y of act(0).
 ///
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>> layer({.width = 128,
 ///                                                         .expert = {.hidden = 256},
@@ -32,9 +33,9 @@ namespace moe {
 ///
 /// The layer knows neither what a network computes nor how a gate chose. A const layer may be used
 /// from several threads at once, each with its own tape. The same seed, input and step give the
-/// same bits on any number of threads, and a token's y does not depend on the other rows of x.
-/// After a first call with the same shapes nothing is allocated, except what evaluate() without a
-/// tape returns.
+/// same bits on any number of threads, and a token's y does not depend on the other rows of x unless
+/// the gate's choice does. After a first call with the same shapes and number of slots nothing is
+/// allocated, except what evaluate() without a tape returns.
 template <class Expert, class Gate_ = NoisyTopKGate<typename Expert::Scalar>>
 requires Gate<Gate_> && std::same_as<typename Expert::Scalar, typename Gate_::Scalar>
 class MoELayer {

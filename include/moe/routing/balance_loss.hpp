@@ -54,8 +54,8 @@ void cv_squared_backward(const Vector<Scalar>& values, Scalar scale, Vector<Scal
 /// unused_experts() above 0.
 template <class Scalar>
 struct Balance {
-  /// w_importance·CV²(importance) + w_load·CV²(load) [S17 eq. 7 and 11]; its gradient is part of
-  /// every backward pass.
+  /// The gate's own losses, of the noisy ones w_importance·CV²(importance) + w_load·CV²(load)
+  /// [S17 eq. 7 and 11]; their gradient is part of every backward pass.
   Scalar loss{0};
   Vector<Scalar> importance;  ///< E, Σ_t G_ti [S17 eq. 6]
   Vector<Scalar> load;        ///< E, Σ_t P(x_t, i) [S17 eq. 10]; the count without noise
