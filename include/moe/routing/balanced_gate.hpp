@@ -89,7 +89,7 @@ class BalancedGate {
                                  const NoiseKey& = {}) const {
     check_width(x);
     tape.trained = false;
-    tape.x = x;
+    detail::copy_matrix(x, tape.x);
     compute_p(x, tape);
     detail::choose_tokens(tape.p, taken(x.rows()), tape.choice, tape.routing);
     compute_weights(tape);

@@ -67,7 +67,7 @@ class ExpertChoiceGate {
                                  const NoiseKey& = {}) const {
     check_width(x);
     tape.trained = false;
-    tape.x = x;
+    detail::copy_matrix(x, tape.x);
     route(x, tape);
     tape.trained = true;
     return tape.routing;

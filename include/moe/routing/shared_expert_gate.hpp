@@ -75,7 +75,7 @@ class SharedExpertGate {
                                  const NoiseKey& key = {}) const {
     check_width(x);
     tape.trained = false;
-    tape.x = x;
+    detail::copy_matrix(x, tape.x);
     routed_.forward(x, tape.routed, key);
     add_shared(x, tape);
     tape.trained = true;

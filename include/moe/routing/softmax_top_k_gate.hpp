@@ -99,7 +99,7 @@ class SoftmaxTopKGate {
                     "SoftmaxTopKGate: x has ", x.rows(),
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
     tape.trained = false;
-    tape.x = x;
+    detail::copy_matrix(x, tape.x);
     if (config_.jitter > 0) {
       detail::jitter_input(config_.jitter, jitter_seed_, key, tape.x, tape.jitter, tape.jittered);
     }
