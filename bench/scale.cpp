@@ -104,6 +104,7 @@ class Trained {
   void evaluate() { layer_.evaluate(x_, tape_); }
 
   void gate_step() {
+    moe::zero_gradients(layer_.gate(), moe::Updates::lazy);
     layer_.gate().forward(x_, tape_);
     tape_.dx.setZero(tokens, width);
     layer_.gate().backward(std::span<const float>(tape_.dweight), tape_);

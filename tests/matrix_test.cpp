@@ -143,3 +143,37 @@ TEST_CASE("matrix: rows a large power of two apart are spread by a cache line", 
   CHECK(detail::spread_width<double>(64) == 64);
   CHECK(detail::spread_width<double>(128) == 136);
 }
+
+TEMPLATE_TEST_CASE("matrix: copies and zeros", "[matrix]", float, double) {
+  const auto original = numbered<TestType>(6, 7);
+  Matrix<TestType> copy;
+  detail::copy_matrix<TestType>(original.block(1, 2, 4, 3), copy);
+  CHECK(copy == original.block(1, 2, 4, 3));
+  const TestType* memory = copy.data();
+  detail::copy_matrix<TestType>(copy, copy);  // a pass over what is on the tape already
+  CHECK(copy == original.block(1, 2, 4, 3));
+  CHECK(copy.data() == memory);
+  detail::copy_matrix<TestType>(original.topRows(0), copy);
+  CHECK(copy.rows() == 0);
+  CHECK(copy.cols() == 7);
+
+  copy = original;
+  detail::resize_to_zero(copy, 3, 2);
+  CHECK(copy == Matrix<TestType>::Zero(3, 2));
+  Vector<TestType> vector = Vector<TestType>::Ones(5);
+  detail::resize_to_zero(vector, 4);
+  CHECK(vector == Vector<TestType>::Zero(4));
+  CHECK(detail::zeros<TestType>(2, 0).cols() == 0);
+  CHECK(detail::zeros<TestType>(2, 3) == Matrix<TestType>::Zero(2, 3));
+}
+
+TEMPLATE_TEST_CASE("matrix: some columns of gathered rows", "[matrix]", float, double) {
+  const auto matrix = numbered<TestType>(6, 7);
+  const std::array<Index, 3> list{4, 0, 4};
+  const GatheredRows<TestType> rows(matrix, list.data(), 3);
+  const GatheredRows<TestType> columns = rows.slice(1, 2).columns(2, 3);
+  CHECK(columns.count() == 2);
+  CHECK(columns.width() == 3);
+  CHECK(columns.row(0)[0] == matrix(0, 2));
+  CHECK(columns.row(1)[2] == matrix(4, 4));
+}

@@ -175,11 +175,12 @@ Matrix<Scalar> zeros(Index rows, Index columns) {
   return matrix;
 }
 
-/// to = from.
+/// to = from, which may be all of `to` but no other part of it.
 template <class Scalar>
 void copy_matrix(const MatrixRef<Scalar>& from, Matrix<Scalar>& to) {
   to.resize(from.rows(), from.cols());
   for (Index i = 0; i < from.rows(); ++i) {
+    if (row_data(from, i) == row_data(to, i)) continue;  // x may be the tape's own
     std::copy_n(row_data(from, i), from.cols(), row_data(to, i));
   }
 }

@@ -54,7 +54,7 @@ struct Parameter {
   Matrix<Scalar> value;
   Matrix<Scalar> gradient;
   bool trained = true;
-  detail::GradientState gradient_state = detail::GradientState::untracked;  ///< Expert's to set
+  detail::GradientState gradient_state = detail::GradientState::untracked;  ///< set by who keeps track
 
   Parameter() = default;
   Parameter(Index rows, Index columns)

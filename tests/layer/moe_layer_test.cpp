@@ -9,6 +9,8 @@
 #include "../naive_layer.hpp"
 #include "moe/optim/adam.hpp"
 #include "moe/optim/gradient_clipping.hpp"
+#include "moe/routing/hierarchical_gate.hpp"
+#include "moe/routing/shared_expert_gate.hpp"
 
 using namespace moe;
 using test::NaiveLayer;
@@ -500,8 +502,8 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where blocks and tiles end", "
   }
 }
 
-TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spread", "[layer]", float,
-                   double) {
+TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spread", "[layer]",
+                   float, double) {
   for (const bool gated : {false, true}) {
     const auto kept = static_cast<Index>(1024 / sizeof(TestType));
     REQUIRE(detail::spread_width<TestType>(kept) > kept);
@@ -529,11 +531,12 @@ TEMPLATE_TEST_CASE("layer: has the same bits on any number of threads", "[layer]
     for (const bool gated : {false, true}) {
       // Hidden rows of several panels, so that every way of splitting the work happens.
       const Index hidden = overloaded ? 2 * detail::panel_columns<S> + 5 : Index{70};
-      Layer<S> layer({.width = 40,
-                      .expert = {.hidden = hidden, .gated = gated, .recompute = gated && overloaded},
-                      .gate = {.experts = 6, .active = 2},
-                      .output = gated ? Activation::sigmoid : Activation::identity,
-                      .seed = 5});
+      Layer<S> layer(
+          {.width = 40,
+           .expert = {.hidden = hidden, .gated = gated, .recompute = gated && overloaded},
+           .gate = {.experts = 6, .active = 2},
+           .output = gated ? Activation::sigmoid : Activation::identity,
+           .seed = 5});
       test::randomize(layer, 7, 0.1);
       if (overloaded) collapse(layer, 3);
       const Matrix<S> x = with_positive_first_entry(random_matrix<S>(700, 40, 1));
@@ -829,8 +832,7 @@ TEMPLATE_TEST_CASE("layer: gradients cleared lazily are written over", "[layer]"
     test::randomize(layer, 7, 0.1);
     check(layer);
   }
-  MoELayer<Expert<SineMap, S>> plain(
-      {.width = 6, .gate = {.experts = 5, .active = 2}, .seed = 5});
+  MoELayer<Expert<SineMap, S>> plain({.width = 6, .gate = {.experts = 5, .active = 2}, .seed = 5});
   test::randomize(plain, 7, 0.3);
   check(plain);
 }
@@ -1165,10 +1167,10 @@ TEST_CASE("layer: forward and backward may run on different numbers of threads",
   CHECK(same_bits(gradients(1, 8), gradients(1, 1)));
 }
 
-TEST_CASE("layer: a plain network gets the same rows together on any number of threads", "[layer]") {
+TEST_CASE("layer: a plain network gets the same rows together on any number of threads",
+          "[layer]") {
   // So many slots of so long rows that one worker takes them in several groups and two in one.
-  MoELayer<Expert<SineMap>> layer(
-      {.width = 512, .gate = {.experts = 1, .active = 1}, .seed = 1});
+  MoELayer<Expert<SineMap>> layer({.width = 512, .gate = {.experts = 1, .active = 1}, .seed = 1});
   test::randomize(layer, 3, 0.1);
   const Matrix<float> x = random_matrix<float>(1500, 512, 2);
   const auto gradients = [&](int count) {
@@ -1248,6 +1250,49 @@ TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
   Layer<float> wide({.width = 3, .expert = {.hidden = 272}, .gate = {.experts = 2, .active = 1}});
   spread.forward(x, tape);
   CHECK_THROWS_AS(wide.backward(x, tape), std::invalid_argument);
+}
+
+TEST_CASE("layer: the tape of a layer with another gate is refused with nothing changed",
+          "[layer]") {
+  const Matrix<float> x = random_matrix<float>(6, 3, 1);
+  const auto check = [&](const auto& other, auto& layer) {
+    typename std::decay_t<decltype(layer)>::Tape tape;
+    other.forward(x, tape);
+    zero_gradients(layer, Updates::lazy);
+    CHECK_THROWS_AS(layer.backward(x, tape), std::invalid_argument);
+    for_each_parameter(layer, [](const std::string& name, const Parameter<float>& parameter) {
+      INFO(name);
+      CHECK((parameter.gradient.array() == 0).all());
+    });
+  };
+  {
+    const Layer<float> other(
+        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}});
+    Layer<float> layer({.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 1}});
+    check(other, layer);
+  }
+  {
+    using Hierarchical = MoELayer<Expert<FeedForward>, HierarchicalGate<float>>;
+    Hierarchical::Config config{
+        .width = 3,
+        .expert = {.hidden = 4},
+        .gate = {.groups = 4, .group_experts = 2, .active_groups = 1, .active = 1}};
+    const Hierarchical other(config);
+    config.gate.groups = 2;
+    config.gate.group_experts = 4;
+    Hierarchical layer(config);
+    check(other, layer);
+  }
+  {
+    using Shared = MoELayer<Expert<FeedForward>, SharedExpertGate<NoisyTopKGate<float>>>;
+    Shared::Config config{.width = 3,
+                          .expert = {.hidden = 4},
+                          .gate = {.shared = 1, .routed = {.experts = 4, .active = 2}}};
+    const Shared other(config);
+    config.gate.routed.active = 1;
+    Shared layer(config);
+    check(other, layer);
+  }
 }
 
 TEST_CASE("layer: an activation outside its enumeration is refused", "[layer]") {

@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "moe/nn/softmax_cross_entropy.hpp"
 #include "moe/optim/sgd.hpp"
 #include "policies.hpp"
 

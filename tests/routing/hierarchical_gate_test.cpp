@@ -778,6 +778,22 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
     }
   }
 
+  // Without noise the noise's weights of a group in use are in use too: decay moves them.
+  HierarchicalGate<S> clean({.width = 1,
+                             .groups = 1,
+                             .group_experts = 2,
+                             .active_groups = 1,
+                             .active = 1,
+                             .noise = false});
+  parameter(clean, "secondary.0.noise_weight").value << 2, 4;
+  typename HierarchicalGate<S>::Tape clean_tape;
+  Sgd<S> decay({.weight_decay = 0.5, .updates = Updates::lazy});
+  zero_gradients(clean, Updates::lazy);
+  clean.forward(Matrix<S>{{1}}, clean_tape);
+  clean.backward(std::vector<S>(1, S(1)), clean_tape);
+  decay.update(clean, 0.5);
+  CHECK(parameter(clean, "secondary.0.noise_weight").value == Matrix<S>{{S(1.5), S(3)}});
+
   // What is idle is neither moved by decay nor even zeroed.
   HierarchicalGate<S> gate(
       {.width = 1, .groups = 3, .group_experts = 4, .active_groups = 1, .active = 2}, 1);

@@ -450,5 +450,19 @@ TEMPLATE_TEST_CASE("shared expert gate: no memory after the first call",
     CHECK(test::allocations_in([&] {
             for (int i = 0; i < 3; ++i) pass();
           }) == 0);
+
+    // The gate alone, which nobody gives a dx.
+    SharedExpertGate<NoisyTopKGate<S>> gate(
+        {.width = 8, .shared = 2, .gated = true, .routed = {.experts = 12, .active = 2}}, 1);
+    typename decltype(gate)::Tape tape;
+    gate.forward(x, tape);
+    const std::vector<S> dweight(detail::to_size(tape.routing.slots()), S(1));
+    gate.backward(dweight, tape);
+    CHECK(test::allocations_in([&] {
+            for (int i = 0; i < 3; ++i) {
+              gate.forward(x, tape);
+              gate.backward(dweight, tape);
+            }
+          }) == 0);
   }
 }

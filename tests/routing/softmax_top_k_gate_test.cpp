@@ -4,11 +4,14 @@
 
 #include "../allocation.hpp"
 #include "../naive_layer.hpp"
+#include "gates.hpp"
 #include "moe/optim/adam.hpp"
 #include "moe/optim/gradient_clipping.hpp"
 #include "moe/optim/sgd.hpp"
 
 using namespace moe;
+using test::dweight_of;
+using test::parameter;
 using test::random_matrix;
 using test::same_bits;
 using Indices = std::vector<Index>;
@@ -20,29 +23,6 @@ static_assert(Gate<SoftmaxTopKGate<float>>);
 static_assert(Gate<SoftmaxTopKGate<double>>);
 
 namespace {
-
-template <class Scalar>
-Parameter<Scalar>& parameter(SoftmaxTopKGate<Scalar>& gate, const std::string& wanted) {
-  Parameter<Scalar>* found = nullptr;
-  for_each_parameter(gate, [&](const std::string& name, Parameter<Scalar>& p) {
-    if (name == wanted) found = &p;
-  });
-  REQUIRE(found != nullptr);
-  return *found;
-}
-
-/// The gradient of ⟨r, G⟩ by the weight of each slot, r being T x E.
-template <class Scalar>
-std::vector<Scalar> dweight_of(const Routing<Scalar>& routing, const Matrix<Scalar>& r) {
-  std::vector<Scalar> dweight;
-  for (Index t = 0; t < routing.tokens(); ++t) {
-    for (Index s = routing.token_offsets[detail::to_size(t)];
-         s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
-      dweight.push_back(r(t, routing.expert[detail::to_size(s)]));
-    }
-  }
-  return dweight;
-}
 
 /// Checks W_g, the bias and x at a point where no step of the differences changes a choice or a
 /// drop. Returns how many choices were dropped.
@@ -782,6 +762,13 @@ TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and
          "score = 3, must be one of the 3 scores");
   refuse([](Config& c) { c.scale = 0; }, "scale = 0, must be finite and above 0");
   refuse([](Config& c) { c.scale = std::nan(""); }, "scale = nan, must be finite and above 0");
+  for (const double scale : {1e300, 1e-300}) {  // infinite or zero in float
+    refuse([=](Config& c) { c.scale = scale; },
+           scale > 1 ? "scale = 1e+300, must be finite and above 0 as a Scalar"
+                     : "scale = 1e-300, must be finite and above 0 as a Scalar");
+    CHECK_NOTHROW(
+        SoftmaxTopKGate<double>(Config{.width = 4, .experts = 6, .active = 2, .scale = scale}));
+  }
   refuse([](Config& c) { c.groups = 0; }, "groups = 0, must divide experts = 6");
   refuse([](Config& c) { c.groups = 4; }, "groups = 4, must divide experts = 6");
   refuse([](Config& c) { c.active_groups = 0; }, "active_groups = 0, must be from 1 to groups = 3");
@@ -862,6 +849,7 @@ TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[ro
     c.random_second = false;
   });
   refuse([](Config& c) { c.sequences = 3; });
+  refuse([](Config& c) { c.jitter = 0; });  // the tape's W_g met another x
   Config plain = everything();
   plain.jitter = plain.switch_weight = plain.sequence_weight = 0;
   SoftmaxTopKGate<double> other(plain, 1);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../naive_layer.hpp"
+#include "gates.hpp"
 
 /// \file
 /// What the tests of gates have in common whose experts choose their tokens.
@@ -30,32 +31,6 @@ Matrix<Scalar> dense_weights(const Routing<Scalar>& routing) {
   Matrix<Scalar> G = Matrix<Scalar>::Zero(routing.tokens(), routing.experts);
   for_each_slot(routing, [&](Index t, Index i, std::size_t s) { G(t, i) = routing.weight[s]; });
   return G;
-}
-
-/// ⟨r, G⟩ + balance loss of a training pass, r by token and expert.
-template <class Gate>
-double loss_of(const Gate& gate, const Matrix<double>& x, const Matrix<double>& r,
-               const NoiseKey& key = {}) {
-  typename Gate::Tape tape;
-  gate.forward(x, tape, key);
-  return tape.balance.loss + dense_weights(tape.routing).cwiseProduct(r).sum();
-}
-
-inline std::vector<double> dweight_of(const Routing<double>& routing, const Matrix<double>& r) {
-  std::vector<double> dweight(routing.expert.size());
-  for_each_slot(routing, [&](Index t, Index i, std::size_t s) { dweight[s] = r(t, i); });
-  return dweight;
-}
-
-/// The parameter of that name.
-template <class Module>
-auto& parameter(Module& module, const std::string& wanted) {
-  Parameter<typename Module::Scalar>* found = nullptr;
-  for_each_parameter(module, [&](const std::string& name, auto& p) {
-    if (name == wanted) found = &p;
-  });
-  REQUIRE(found != nullptr);
-  return *found;
 }
 
 /// Softmax of each row, from the formula.

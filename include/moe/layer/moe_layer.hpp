@@ -103,8 +103,8 @@ class MoELayer {
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
   /// in tape.balance. Give every update its own key.step: the same key draws the same noise.
-  /// O(T·D·E) for the gate and O(S·D·H) for the experts. Throws std::invalid_argument when x is not
-  /// D wide, and when a gate contradicts itself, which leaves the tape unusable.
+  /// O(S·D·H), and what the gate costs. Throws std::invalid_argument when x is not D wide, and when a
+  /// gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                 const NoiseKey& key = {}) const {
     check_width(x, "x");
@@ -137,6 +137,7 @@ class MoELayer {
                         tape.kept_width == experts_.front().tape_width(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
                     " experts and width ", tape.x.cols());
+    if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
     const MatrixRef<Scalar> dsum = output_backward(dy, tape);
     detail::resize_to_zero(tape.dexperts, tokens, config_.width);
     detail::resize(tape.dweight, slots);

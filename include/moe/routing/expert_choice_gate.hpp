@@ -89,11 +89,7 @@ class ExpertChoiceGate {
   /// W_g; returns the gradient of x (T x D), which is tape.dx. At a fixed choice this is the exact
   /// derivative. Throws std::invalid_argument when dweight does not belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
-    detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
-    detail::require(tape.x.cols() == config_.width && tape.p.cols() == experts() &&
-                        tape.routing.slots() == experts() * capacity(tape.x.rows()),
-                    "ExpertChoiceGate::backward: the tape is another gate's, of width ",
-                    tape.x.cols(), " and ", tape.p.cols(), " experts");
+    check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
     tape.dscores.setZero(tape.p.rows(), experts());
@@ -107,6 +103,15 @@ class ExpertChoiceGate {
     detail::softmax_rows_backward(tape.p, tape.dscores);
     detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.dx);
     return tape.dx;
+  }
+
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  void check_tape(const Tape& tape) const {
+    detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
+    detail::require(tape.x.cols() == config_.width && tape.p.cols() == experts() &&
+                        tape.routing.slots() == experts() * capacity(tape.x.rows()),
+                    "ExpertChoiceGate::backward: the tape is another gate's, of width ",
+                    tape.x.cols(), " and ", tape.p.cols(), " experts");
   }
 
   /// "weight" (W_g).

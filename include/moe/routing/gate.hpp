@@ -34,6 +34,9 @@ struct GateTape {
 ///                               the balance loss included, and fills tape.dx, which comes as T x D
 ///                               zeros, with the gate's share
 ///
+/// It may have check_tape(tape), const, which throws where backward() would not take the tape; the
+/// layer asks before it changes anything.
+///
 /// Its Config has a member `width`; a width of 0 stands for the layer's. It names its parameters in
 /// visit_parameters(self, visit), see for_each_parameter().
 // clang-format off

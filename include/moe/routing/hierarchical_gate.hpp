@@ -117,14 +117,7 @@ class HierarchicalGate {
   /// their thresholds included. Throws std::invalid_argument when dweight does not belong to the
   /// tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
-    detail::require(tape.trained, "HierarchicalGate::backward without a forward pass on this tape");
-    detail::require(tape.x.cols() == config_.width && tape.primary.clean.cols() == config_.groups &&
-                        tape.secondary.clean.cols() == config_.group_experts &&
-                        tape.primary.routing.slots() == tape.x.rows() * config_.active_groups &&
-                        tape.routing.slots() == tape.x.rows() * active(),
-                    "HierarchicalGate::backward: the tape is another gate's, of width ",
-                    tape.x.cols(), " and ", tape.primary.clean.cols(), " groups of ",
-                    tape.secondary.clean.cols(), " experts");
+    check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
@@ -146,6 +139,18 @@ class HierarchicalGate {
     });
     add_rows_to_tokens(tape);
     return tape.dx;
+  }
+
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  void check_tape(const Tape& tape) const {
+    detail::require(tape.trained, "HierarchicalGate::backward without a forward pass on this tape");
+    detail::require(tape.x.cols() == config_.width && tape.primary.clean.cols() == config_.groups &&
+                        tape.secondary.clean.cols() == config_.group_experts &&
+                        tape.primary.routing.slots() == tape.x.rows() * config_.active_groups &&
+                        tape.routing.slots() == tape.x.rows() * active(),
+                    "HierarchicalGate::backward: the tape is another gate's, of width ",
+                    tape.x.cols(), " and ", tape.primary.clean.cols(), " groups of ",
+                    tape.secondary.clean.cols(), " experts");
   }
 
   /// "primary.weight", "primary.noise_weight", "secondary.0.weight", "secondary.0.noise_weight", ...

@@ -5,10 +5,13 @@
 #include "moe/parallel.hpp"
 #include "moe/random.hpp"
 
+/// \file
+/// Switch Transformer's noise: the gate's input is multiplied by factors near 1 in training.
+
 namespace moe::detail {
 
 /// factor (T x D) uniform in [1 - size, 1 + size), keyed by (seed, step, token, column), and
-/// jittered = x ⊙ factor: the noise of Switch Transformer's gate [F22 sec. 2.4, cited in
+/// jittered = x ⊙ factor: the noise of Switch Transformer's gate [F22 app. C, cited in
 /// capacity.hpp].
 template <class Scalar>
 void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const Matrix<Scalar>& x,

@@ -182,6 +182,8 @@ class NoisyTopK {
     score_backward(x, rows_of(tape.dclean, first, x.count()), weight_, Start::zero, dx);
     if (tape.has_noise) {
       score_backward(x, rows_of(tape.draw, first, x.count()), noise_weight_, Start::accumulate, dx);
+    } else {
+      mark_gradients(noise_weight_);  // it is in use, though its gradient is zero
     }
   }
   static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,

@@ -85,11 +85,7 @@ class NoisyTopKGate {
   /// load through its threshold included. Throws std::invalid_argument when dweight does not
   /// belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
-    detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
-    detail::require(tape.x.cols() == config_.width && tape.clean.cols() == experts() &&
-                        tape.routing.slots() == tape.x.rows() * config_.active,
-                    "NoisyTopKGate::backward: the tape is another gate's, of width ", tape.x.cols(),
-                    " and ", tape.clean.cols(), " experts");
+    check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
@@ -103,6 +99,15 @@ class NoisyTopKGate {
     top_k_.backward(GatheredRows<Scalar>(tape.x), 0, tape.dchoice.data(), tape.dload.data(), tape,
                     tape.routing, view(tape.dx));
     return tape.dx;
+  }
+
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  void check_tape(const Tape& tape) const {
+    detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
+    detail::require(tape.x.cols() == config_.width && tape.clean.cols() == experts() &&
+                        tape.routing.slots() == tape.x.rows() * config_.active,
+                    "NoisyTopKGate::backward: the tape is another gate's, of width ", tape.x.cols(),
+                    " and ", tape.clean.cols(), " experts");
   }
 
   template <class Self, class Visitor>

@@ -25,9 +25,9 @@ namespace moe {
 ///                .gate = {.shared = 2, .routed = {.experts = 64, .active = 6}}});
 ///
 /// Experts 0 up to `shared` are every token's, with weight 1, or, if `gated`, with the weight
-/// sigmoid(x·W_shared), one column of W_shared an expert; the Qwen models have one shared expert
-/// and this weight (A. Yang et al., "Qwen2 Technical Report", arXiv 2407.10671). W_shared starts at
-/// zero, so these weights start at 1/2. The slots of the wrapped gate follow, its expert e being
+/// sigmoid(x·W_shared), one column of W_shared an expert; the published code of Qwen1.5-MoE and
+/// Qwen2-MoE has one wide shared expert with this weight. W_shared starts at zero, so these weights
+/// start at 1/2. The slots of the wrapped gate follow, its expert e being
 /// expert shared + e here; a token that it gives none still has its shared ones.
 ///
 /// tape.balance is the wrapped gate's own and speaks of the routed experts only, so its vectors have
@@ -99,25 +99,35 @@ class SharedExpertGate {
   /// gate gets its own part. Adds to the gradients of both; returns the gradient of x (T x D), which
   /// is tape.dx. Throws std::invalid_argument when dweight does not belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+    check_tape(tape);
     const Index tokens = tape.x.rows();
-    detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
-    detail::require(
-        tape.x.cols() == config_.width && tape.routing.experts == experts() &&
-            tape.routing.slots() == tape.routed.routing.slots() + config_.shared * tokens &&
-            tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
-        "SharedExpertGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
-        tape.routing.experts, " experts");
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
     split_backward(dweight, tape);
     tape.routed.dx.setZero(tokens, config_.width);
     routed_.backward(std::span<const Scalar>(tape.routed_dweight), tape.routed);
+    detail::require(tape.routed.dx.rows() == tokens && tape.routed.dx.cols() == config_.width,
+                    "SharedExpertGate: the wrapped gate left a tape.dx of ", tape.routed.dx.rows(),
+                    " x ", tape.routed.dx.cols(), " for an x of ", tokens, " x ", config_.width);
+    tape.dx.resize(tokens, config_.width);  // so that the wrapped gate gets as much in exchange
     tape.dx.swap(tape.routed.dx);
     if (config_.gated) {
       detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.shared_dx);
-      tape.dx += tape.shared_dx;
+      detail::add_scaled(tape.dx.size(), Scalar{1}, tape.shared_dx.data(), tape.dx.data());
     }
     return tape.dx;
+  }
+
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  void check_tape(const Tape& tape) const {
+    detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
+    detail::require(
+        tape.x.cols() == config_.width && tape.routing.experts == experts() &&
+            tape.routing.slots() == tape.routed.routing.slots() + config_.shared * tape.x.rows() &&
+            tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
+        "SharedExpertGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
+        tape.routing.experts, " experts");
+    if constexpr (requires { routed_.check_tape(tape.routed); }) routed_.check_tape(tape.routed);
   }
 
   /// "routed.weight", ... and, if gated, "shared_weight" (W_shared).

@@ -36,7 +36,7 @@ struct SoftmaxTopKConfig {
   bool selection_bias = false;
   double bias_rate = 0.001;  ///< how far update_selection_bias() moves an entry, >= 0
 
-  double jitter = 0;  ///< j is uniform in [1 - jitter, 1 + jitter), in [0, 1) [F22 sec. 2.4]
+  double jitter = 0;  ///< j is uniform in [1 - jitter, 1 + jitter), in [0, 1) [F22 app. C]
   bool random_second = false;  ///< K = 2: the second choice is kept with probability 2·w [G21]
 
   double capacity_factor = 0;             ///< of training; 0: no limit

@@ -32,7 +32,7 @@ namespace moe {
 ///     G = scale·w                        the weights of the slots
 ///     loss = switch_weight·E·Σ_i f_i·P_i + sequence_weight·(its mean over sequences) + z_weight·z
 ///
-/// P is softmax(c), or s / Σ_i s_i [D3 eq. 20] for sigmoids; f counts all choices as they were made,
+/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids; f counts all choices as they were made,
 /// those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq. 5].
 /// backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1 a softmax over
 /// all experts learns from its weight, while renormalised weights are the constant 1. A dropped
@@ -45,7 +45,8 @@ namespace moe {
 ///
 /// tape.balance.load is how many tokens chose each expert, tokens_per_expert how many it got. With a
 /// capacity a token's slots depend on the other tokens of its batch. NaN in a token's x makes its
-/// weights NaN, and the losses; it spoils no other token.
+/// weights NaN, and the losses; it spoils no other token, but where there is a capacity it may take
+/// another's place.
 template <class Scalar_ = float>
 class SoftmaxTopKGate {
  public:
@@ -77,7 +78,7 @@ class SoftmaxTopKGate {
   /// Throws std::invalid_argument for a configuration out of range. The seed is of W_g's start, the
   /// jitter and the random dispatch.
   explicit SoftmaxTopKGate(const Config& config, std::uint64_t seed = 0)
-      : config_(detail::checked(config)),
+      : config_(checked(config)),
         jitter_seed_(derive_seed(seed, 1)),
         second_seed_(derive_seed(seed, 2)),
         weight_(config.width, config.experts),
@@ -102,6 +103,8 @@ class SoftmaxTopKGate {
     detail::copy_matrix(x, tape.x);
     if (config_.jitter > 0) {
       detail::jitter_input(config_.jitter, jitter_seed_, key, tape.x, tape.jitter, tape.jittered);
+    } else {
+      tape.jitter.resize(0, 0);
     }
     compute_scores(config_.jitter > 0 ? tape.jittered : tape.x, tape);
     choose(tape);
@@ -133,7 +136,9 @@ class SoftmaxTopKGate {
   /// share once. Adds to the gradient of W_g; returns the gradient of x (T x D), which is tape.dx.
   /// Throws std::invalid_argument when dweight does not belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
-    check_tape(dweight, tape);
+    check_tape(tape);
+    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
+                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
     tape.dlogits.setZero(tape.x.rows(), experts());
     compute_losses_backward(tape);
     if (config_.score != Score::softmax_of_chosen) weigh_backward(dweight, tape);
@@ -147,6 +152,22 @@ class SoftmaxTopKGate {
                                    tape.dx);
     if (jitters) detail::jitter_input_backward(tape.jitter, tape.dx);
     return tape.dx;
+  }
+
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  void check_tape(const Tape& tape) const {
+    using detail::require;
+    require(tape.trained, "SoftmaxTopKGate::backward without a forward pass on this tape");
+    const Index tokens = tape.x.rows();
+    const Index jittered = config_.jitter > 0 ? tokens : 0;
+    require(tape.x.cols() == config_.width && tape.logits.cols() == experts() &&
+                static_cast<Index>(tape.choices.expert.size()) == tokens * config_.active &&
+                tape.jitter.rows() == jittered &&
+                has_loss(config_.switch_weight, tape.batch_loss, 1) &&
+                has_loss(config_.sequence_weight, tape.sequence_loss, config_.sequences),
+            "SoftmaxTopKGate::backward: the tape is another gate's, of width ", tape.x.cols(), ", ",
+            tape.logits.cols(), " experts, ", tape.choices.expert.size(), " choices of ", tokens,
+            " tokens and jitter of ", tape.jitter.rows());
   }
 
   /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of the
@@ -187,27 +208,19 @@ class SoftmaxTopKGate {
   static constexpr Index block = 64;                          ///< tokens in a task
   static constexpr Scalar tiny = static_cast<Scalar>(1e-20);  ///< spares 0 / 0 where sigmoids are 0
 
+  static const Config& checked(const Config& config) {
+    detail::checked(config);
+    const auto scale = static_cast<Scalar>(config.scale);
+    detail::require(std::isfinite(scale) && scale > 0, "SoftmaxTopKGate::Config.scale = ",
+                    config.scale, ", must be finite and above 0 as a Scalar");
+    return config;
+  }
+
   void check_width(const MatrixRef<Scalar>& x) const {
     detail::require(x.cols() == config_.width, "SoftmaxTopKGate: x has ", x.cols(),
                     " columns, Config.width = ", config_.width);
   }
 
-  void check_tape(std::span<const Scalar> dweight, const Tape& tape) const {
-    using detail::require;
-    require(tape.trained, "SoftmaxTopKGate::backward without a forward pass on this tape");
-    const Index tokens = tape.x.rows();
-    require(tape.x.cols() == config_.width && tape.logits.cols() == experts() &&
-                static_cast<Index>(tape.choices.expert.size()) == tokens * config_.active &&
-                (config_.jitter == 0 ||
-                 (tape.jitter.rows() == tokens && tape.jitter.cols() == config_.width)) &&
-                has_loss(config_.switch_weight, tape.batch_loss, 1) &&
-                has_loss(config_.sequence_weight, tape.sequence_loss, config_.sequences),
-            "SoftmaxTopKGate::backward: the tape is another gate's, of width ", tape.x.cols(), ", ",
-            tape.logits.cols(), " experts and ", tape.choices.expert.size(), " choices of ", tokens,
-            " tokens");
-    require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
-            dweight.size(), " entries for ", tape.routing.slots(), " slots");
-  }
   bool has_loss(double weight, const detail::SwitchLoss<Scalar>& loss, Index sequences) const {
     return weight == 0 || (loss.share().rows() == sequences && loss.share().cols() == experts());
   }
@@ -224,9 +237,9 @@ class SoftmaxTopKGate {
         const Scalar* c = detail::row_data(tape.logits, t);
         Scalar* s = detail::row_data(tape.scores, t);
         if (config_.score == Score::sigmoid) {
-          if (config_.z_weight > 0) {
-            tape.log_sum[t] = log_sum(detail::softmax_row<Scalar>(experts(), c, nullptr));
-          }
+          tape.log_sum[t] = config_.z_weight > 0
+                                ? log_sum(detail::softmax_row<Scalar>(experts(), c, nullptr))
+                                : Scalar{0};
           detail::map(
               experts(), s, [](const P& v) { return detail::sigmoid<Scalar>(v); }, c);
           tape.probability_scale[t] = Scalar{1} / (detail::sum(experts(), s) + tiny);

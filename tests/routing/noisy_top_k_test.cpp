@@ -1,0 +1,117 @@
+#include "moe/routing/noisy_top_k.hpp"
+
+#include <numeric>
+#include <vector>
+
+#include "../naive_layer.hpp"
+
+using namespace moe;
+using test::random_matrix;
+using test::same_bits;
+using Indices = std::vector<Index>;
+
+namespace {
+
+template <class Scalar>
+using TopK = detail::NoisyTopK<Scalar>;
+
+/// What is left of a forward and a backward pass over 7 rows.
+template <class Scalar>
+struct Passes {
+  TopK<Scalar> top_k{{.width = 4, .experts = 5, .active = 2}, 9};
+  typename TopK<Scalar>::Tape tape;
+  Routing<Scalar> routing;
+  std::vector<Scalar> load = std::vector<Scalar>(5);
+  Matrix<Scalar> dx{7, 4};
+
+  Passes() {
+    test::randomize(top_k, 1);
+    zero_gradients(top_k);
+    top_k.prepare(7, true, tape, routing);
+  }
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("noisy top-k: rows may come in pieces", "[routing]", float, double) {
+  using S = TestType;
+  const Matrix<S> x = random_matrix<S>(7, 4, 1);
+  const GatheredRows<S> rows(x);
+  const Matrix<S> dweight = random_matrix<S>(1, 14, 2);
+  const Matrix<S> dload = random_matrix<S>(1, 5, 3);
+  const NoiseKey key{.step = 4};
+
+  Passes<S> whole;
+  whole.top_k.forward(rows, nullptr, key, 0, whole.tape, whole.routing);
+  whole.top_k.compute_load(0, 7, whole.tape, whole.routing, whole.load.data());
+  whole.top_k.prepare_backward(whole.tape);
+  whole.top_k.backward(rows, 0, dweight.data(), dload.data(), whole.tape, whole.routing,
+                       view(whole.dx));
+
+  Passes<S> pieces;
+  pieces.top_k.prepare_backward(pieces.tape);
+  for (const auto& [first, count] : {std::pair<Index, Index>{3, 4}, {0, 3}}) {
+    const GatheredRows<S> piece = rows.slice(first, count);
+    pieces.top_k.forward(piece, nullptr, key, first, pieces.tape, pieces.routing);
+    pieces.top_k.backward(piece, first, dweight.data(), dload.data(), pieces.tape, pieces.routing,
+                          rows_of(pieces.dx, first, count));
+  }
+  pieces.top_k.compute_load(0, 7, pieces.tape, pieces.routing, pieces.load.data());
+  CHECK(pieces.routing.expert == whole.routing.expert);
+  CHECK(pieces.routing.weight == whole.routing.weight);
+  CHECK(pieces.load == whole.load);
+  CHECK(same_bits(pieces.dx, whole.dx));
+  const test::Named expected = test::gradients_of(whole.top_k);
+  for (const auto& [name, gradient] : test::gradients_of(pieces.top_k)) {
+    INFO(name);
+    CHECK(test::relative_error(gradient, expected.at(name)) < test::tolerance<S>);
+  }
+}
+
+TEMPLATE_TEST_CASE("noisy top-k: a listed token draws its own noise, wherever its row is",
+                   "[routing]", float, double) {
+  using S = TestType;
+  const Matrix<S> x = random_matrix<S>(7, 4, 1);
+  Passes<S> straight;
+  straight.top_k.forward(GatheredRows<S>(x), nullptr, {.step = 4}, 0, straight.tape,
+                         straight.routing);
+  const Indices list{6, 2, 2, 0, 5, 1, 3};
+  Passes<S> listed;
+  listed.top_k.forward(GatheredRows<S>(x, list.data(), 7), list.data(), {.step = 4}, 0, listed.tape,
+                       listed.routing);
+  for (Index row = 0; row < 7; ++row) {
+    const Index token = list[detail::to_size(row)];
+    CHECK(same_bits(listed.tape.noisy.row(row), straight.tape.noisy.row(token)));
+    CHECK(same_bits(listed.tape.probability.row(row), straight.tape.probability.row(token)));
+  }
+  std::vector<S> load(5);
+  listed.top_k.compute_load(1, 2, listed.tape, listed.routing, load.data());
+  for (Index i = 0; i < 5; ++i) {
+    const S twice = 2 * straight.tape.probability(2, i);
+    CHECK(load[detail::to_size(i)] == twice);
+  }
+}
+
+TEST_CASE("noisy top-k: a cleared gradient is written over, another added to", "[routing]") {
+  const Matrix<double> x = random_matrix<double>(7, 4, 1);
+  const Matrix<double> dweight = random_matrix<double>(1, 14, 2);
+  const Matrix<double> dload = random_matrix<double>(1, 5, 3);
+  Passes<double> passes;
+  detail::track_gradients(passes.top_k);
+  const auto run = [&] {
+    passes.top_k.forward(GatheredRows<double>(x), nullptr, {}, 0, passes.tape, passes.routing);
+    passes.top_k.prepare_backward(passes.tape);
+    passes.top_k.backward(GatheredRows<double>(x), 0, dweight.data(), dload.data(), passes.tape,
+                          passes.routing, view(passes.dx));
+    return test::gradients_of(passes.top_k);
+  };
+  const test::Named once = run();
+  const test::Named twice = run();
+  zero_gradients(passes.top_k, Updates::lazy);
+  const test::Named again = run();
+  for (const auto& [name, gradient] : once) {
+    INFO(name);
+    CHECK(test::relative_error(twice.at(name), 2 * gradient) < 1e-14);
+    CHECK(same_bits(again.at(name), gradient));
+  }
+}
