@@ -142,10 +142,15 @@ class Made {
   bool is(Index experts) const {
     return experts_ == experts && gate_ == &typeid(Gate);
   }
+  /// Before the next one is made, and before anyone asks what memory there is for it.
+  void clear() {
+    layer_.reset();
+    experts_ = 0;
+  }
   template <class Gate>
   Trained<Gate>& of(Index experts) {
     if (!is<Gate>(experts)) {
-      layer_.reset();  // before the next one is made
+      clear();
       memory_.emplace();
       layer_ = std::make_shared<Trained<Gate>>(experts);
       experts_ = experts;
@@ -186,6 +191,7 @@ void run(benchmark::State& state, bool training) {
       static_cast<double>(experts) * (2 * width * hidden + width + hidden + 2 * width);
   // Weights, gradients, and of a flat gate eight matrices of scores.
   const double needed = 8 * parameters + 32.0 * static_cast<double>(tokens * shape.experts) + 5e8;
+  if (!made().is<Gate>(experts)) made().clear();
   if (!made().is<Gate>(experts) && bench::free_memory() > 0 && bench::free_memory() < needed) {
     const std::string error =
         "needs " + std::to_string(std::llround(needed / 1e9)) + " GB of free memory";

@@ -50,6 +50,16 @@ inline constexpr Index task_rows = 256;
 /// more would not fit into one set of the first-level cache where rows are a power of two apart.
 inline constexpr Index few_steps = 8;
 
+template <class Scalar>
+inline constexpr auto cache_line = static_cast<Index>(64 / sizeof(Scalar));
+
+/// Whether rows so far apart, read side by side, end before the processor has foreseen them: what
+/// few rows of A are multiplied with is then asked for a tile ahead.
+template <class Scalar>
+constexpr bool rows_are_short(Index stride) {
+  return stride <= 16 * cache_line<Scalar>;
+}
+
 /// What is to be done with a tile of C when its sums are complete, if anything: called with (row,
 /// rows, column, width).
 using Finish = FunctionRef<void(Index, Index, Index, Index)>;
@@ -218,7 +228,7 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
     const Scalar* in_place = first_is_full ? right.in_place(strip) : nullptr;
     const Panel<Scalar> panel = in_place != nullptr ? Panel<Scalar>{buffer, tile_columns<Scalar>}
                                                     : right.copy(strip, buffer);
-    constexpr auto piece = static_cast<Index>(128 / sizeof(Scalar));  // two lines of a row in nt
+    constexpr Index piece = 2 * cache_line<Scalar>;  // of a row in nt
     const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
     const Index each = (pieces + tiles - 1) / tiles * piece;
     Index asked = 0;
@@ -268,14 +278,13 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
   if (pending) run(strip, nullptr);
 }
 
-/// One tile of multiply_stream(): R rows of C, V packets of columns.
+/// One tile of multiply_stream(): R rows of C, V packets of columns; what is `ahead` is asked for.
 template <Index R, Index V, class Scalar>
 EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_size(R)],
                                               const Scalar* right, Index right_stride, Index steps,
-                                              Index column, Scalar* const (&c)[to_size(R)]) {
+                                              Index ahead, Index column,
+                                              Scalar* const (&c)[to_size(R)]) {
   constexpr Index size = packet_size<Scalar>;
-  constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
-  constexpr Index ahead = 4 * line;
   Packet<Scalar> sum[to_size(R)][to_size(V)];
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
@@ -289,10 +298,11 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
 }
 
 /// R rows of C, `columns` of them, += left[r][k]·right[k, :] for k below `steps`: the rows of `right`
-/// are read side by side from one end to the other.
+/// are read side by side from one end to the other, and asked for when the place `ahead` before them
+/// is read.
 template <Index R, class Scalar>
 void multiply_stream(const Scalar* const* left, const Scalar* right, Index right_stride, Index steps,
-                     Index columns, Scalar* const* c) {
+                     Index ahead, Index columns, Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
   const Scalar* a[to_size(R)];
   Scalar* out[to_size(R)];
@@ -300,10 +310,10 @@ void multiply_stream(const Scalar* const* left, const Scalar* right, Index right
   std::copy_n(c, R, out);
   Index column = 0;
   for (; column + 3 * size <= columns; column += 3 * size) {
-    multiply_stream_tile<R, 3>(a, right, right_stride, steps, column, out);
+    multiply_stream_tile<R, 3>(a, right, right_stride, steps, ahead, column, out);
   }
   for (; column + size <= columns; column += size) {
-    multiply_stream_tile<R, 1>(a, right, right_stride, steps, column, out);
+    multiply_stream_tile<R, 1>(a, right, right_stride, steps, ahead, column, out);
   }
   for (; column < columns; ++column) {
     for (Index r = 0; r < R; ++r) {
@@ -333,6 +343,8 @@ void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
     }
   }
   const Index depth = a.width();
+  const Index ahead = rows_are_short<Scalar>(b.outerStride()) ? few_steps * b.outerStride()
+                                                              : 4 * cache_line<Scalar>;
   for (Index k = 0; k < depth; k += few_steps) {
     // Slices of columns so short that C stays in the first-level cache for a second tile.
     const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
@@ -346,7 +358,7 @@ void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         }
         with_constant<tile_rows>(rows, [&](auto R) {
           multiply_stream<R>(left, b.data() + k * b.outerStride() + first_column + column,
-                             b.outerStride(), std::min(few_steps, depth - k),
+                             b.outerStride(), std::min(few_steps, depth - k), ahead,
                              std::min(slice, columns - column), to);
         });
       });
@@ -380,6 +392,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
   const Index block_depth = capacity / (packets * size);
   const Index highest = packets == 1 ? max_tile_rows : tile_rows;
   const Index depth = a.width();
+  const bool in_one_piece = b.outerStride() == depth && rows_are_short<Scalar>(depth);
   for (Index k = 0; k == 0 || k < depth; k += block_depth) {
     const Index count = std::min(block_depth, depth - k);
     const Panel<Scalar> right = transpose_panel(a.columns(k, count), buffer);
@@ -396,9 +409,15 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         const Scalar* held = c.row(i) + first_column + first;
         for (Index r = 0; r < rows; ++r) to[r][i] = held[r];
       }
+      Ahead<Scalar> ahead;
+      if (in_one_piece) {
+        constexpr Index strip = 2 * cache_line<Scalar>;
+        const Index next = std::min(rows, columns - first - rows);
+        ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
+      }
       const Start from = from_zero ? Start::zero : Start::accumulate;
       multiply_tile(rows, packets, packets * size, left, right, count, from,
-                    static_cast<const Scalar*>(nullptr), to);
+                    static_cast<const Scalar*>(nullptr), to, ahead);
       for (Index i = 0; i < a.count(); ++i) {
         Scalar* result = c.row(i) + first_column + first;
         for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
@@ -445,7 +464,7 @@ void multiply_few_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& 
         if (start == Start::zero) std::fill_n(to[r], width, Scalar{0});
       }
       with_constant<tile_rows>(count, [&](auto R) {
-        multiply_stream<R>(left, right, slice, pairs, width, to);
+        multiply_stream<R>(left, right, slice, pairs, 0, width, to);
       });
     });
   }
