@@ -46,15 +46,11 @@ class NearestGate {
     tape.routing.expert.clear();
     tape.routing.weight.clear();
     for (Index t = 0; t < x.rows(); ++t) {
-      const auto distance = [&](Index e) {
-        return (x.row(t) - centre_.value.row(e)).squaredNorm();
-      };
       Index nearest = 0;
-      for (Index e = 1; e < experts(); ++e) {
-        if (distance(e) < distance(nearest)) nearest = e;
-      }
+      const Scalar distance =
+          (centre_.value.rowwise() - x.row(t)).rowwise().squaredNorm().minCoeff(&nearest);
       tape.routing.expert.push_back(nearest);
-      tape.routing.weight.push_back(std::exp(-distance(nearest) / static_cast<Scalar>(x.cols())));
+      tape.routing.weight.push_back(std::exp(-distance / static_cast<Scalar>(x.cols())));
       tape.routing.token_offsets.push_back(t + 1);
     }
   }
