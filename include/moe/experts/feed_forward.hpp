@@ -67,7 +67,7 @@ class FeedForward {
   /// they are computed again, and the parts of ⟨dy·W_2ᵀ, a⟩: an odd number of cache lines, since at
   /// a power of two all rows would compete for the same few places of a cache.
   Index scratch_width() const {
-    constexpr auto line = static_cast<Index>(64 / sizeof(Scalar));
+    constexpr Index line = detail::cache_line<Scalar>;
     const Index lines = (parts_column() + panels() + line - 1) / line;
     return (lines + (lines % 2 == 0 ? 1 : 0)) * line;
   }

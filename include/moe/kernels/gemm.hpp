@@ -50,9 +50,6 @@ inline constexpr Index task_rows = 256;
 /// more would not fit into one set of the first-level cache where rows are a power of two apart.
 inline constexpr Index few_steps = 8;
 
-template <class Scalar>
-inline constexpr auto cache_line = static_cast<Index>(64 / sizeof(Scalar));
-
 /// Whether rows so far apart, read side by side, end before the processor has foreseen them: what
 /// few rows of A are multiplied with is then asked for a tile ahead.
 template <class Scalar>
@@ -299,7 +296,7 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
 
 /// R rows of C, `columns` of them, += left[r][k]·right[k, :] for k below `steps`: the rows of `right`
 /// are read side by side from one end to the other, and asked for when the place `ahead` before them
-/// is read.
+/// is read (0: they are near already).
 template <Index R, class Scalar>
 void multiply_stream(const Scalar* const* left, const Scalar* right, Index right_stride, Index steps,
                      Index ahead, Index columns, Scalar* const* c) {

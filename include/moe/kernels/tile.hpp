@@ -58,7 +58,7 @@ EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 template <class Scalar>
 void prefetch_strip(const Scalar* place) {
   prefetch(place);
-  prefetch(place + 64 / sizeof(Scalar));
+  prefetch(place + cache_line<Scalar>);
 }
 
 /// The left operand: where each row starts, and how far its values along the depth are apart.

@@ -40,7 +40,7 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
   MOE_ASSERT(count <= tokens && (count >= 1 || tokens == 0));
   resize(choice.taken, experts * count);
   // Columns are far apart in memory, so a task takes all those that share a cache line.
-  constexpr auto strip = static_cast<Index>(64 / sizeof(Scalar));
+  constexpr Index strip = cache_line<Scalar>;
   if (static_cast<Index>(choice.columns.size()) < worker_count()) {
     resize(choice.columns, worker_count());
   }
