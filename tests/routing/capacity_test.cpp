@@ -16,7 +16,7 @@ Flags kept(PlaceOrder how, Index capacity, Index experts, Index active, const In
   choices.expert = expert;
   choices.weight = weight;
   if (!before.empty()) choices.keeps = before;
-  detail::CapacityScratch scratch;
+  detail::CapacityScratch<Scalar> scratch;
   detail::drop_over_capacity(how, capacity, experts, choices, scratch);
   return choices.keeps;
 }

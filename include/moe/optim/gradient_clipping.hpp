@@ -30,6 +30,17 @@ double squared_norm(Index count, const Scalar* x) {
   }
 }
 
+template <class Module>
+void scale_gradients(Module& module, double scale, Updates updates) {
+  for_each_parameter_block(
+      module, updates,
+      [&]<class Scalar>(Index, Index, Parameter<Scalar>& parameter, Index first, Index count) {
+        const auto factor = static_cast<Scalar>(scale);
+        Scalar* g = parameter.gradient.data() + first;
+        for (Index i = 0; i < count; ++i) g[i] *= factor;
+      });
+}
+
 }  // namespace detail
 
 /// The Euclidean norm of all gradients of a module together; the same bits dense and lazy. Does not
@@ -59,13 +70,7 @@ double clip_gradients(Module& module, double max_norm, Updates updates = Updates
   detail::require(max_norm > 0, "clip_gradients: max_norm = ", max_norm, ", must be above 0");
   const double norm = gradient_norm(module, updates);
   if (!std::isfinite(norm) || norm <= max_norm) return norm;
-  detail::for_each_parameter_block(
-      module, updates,
-      [&]<class Scalar>(Index, Index, Parameter<Scalar>& parameter, Index first, Index count) {
-        const auto factor = static_cast<Scalar>(max_norm / norm);
-        Scalar* g = parameter.gradient.data() + first;
-        for (Index i = 0; i < count; ++i) g[i] *= factor;
-      });
+  detail::scale_gradients(module, max_norm / norm, updates);
   return norm;
 }
 

@@ -91,7 +91,8 @@ class BalancedGate {
     tape.trained = false;
     detail::copy_matrix(x, tape.x);
     compute_p(x, tape);
-    detail::choose_tokens(tape.p, taken(x.rows()), tape.choice, tape.routing);
+    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
+    detail::choose_tokens(tape.p, taken(tokens), tape.batch, tape.choice, tape.routing);
     compute_weights(tape);
     measure(tape);
     compute_loss(tape);
@@ -132,10 +133,12 @@ class BalancedGate {
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
-    detail::require(tape.x.cols() == config_.width && tape.p.cols() == experts() &&
-                        tape.routing.slots() == experts() * taken(tape.x.rows()),
-                    "BalancedGate::backward: the tape is another gate's, of width ", tape.x.cols(),
-                    " and ", tape.p.cols(), " experts");
+    detail::require(
+        tape.x.cols() == config_.width && tape.p.cols() == experts() &&
+            tape.difference.rows() == tape.x.rows() &&
+            (tape.batch != nullptr || tape.routing.slots() == experts() * taken(tape.x.rows())),
+        "BalancedGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
+        tape.p.cols(), " experts");
   }
 
   /// "weight" (W_g) and "threshold".
@@ -179,8 +182,8 @@ class BalancedGate {
   }
 
   static void measure(Tape& tape) {
-    detail::measure_importance(tape.routing, tape.balance);
-    detail::count_load(tape.routing, tape.balance);
+    detail::measure_importance(tape.routing, tape.batch, tape.balance);
+    detail::count_load(tape.routing, tape.batch, tape.balance);
   }
 
   // The mask of thresholds [S17 eq. 19].
@@ -290,6 +293,7 @@ class BalancedGate {
     });
     tape.balance.loss =
         static_cast<Scalar>(config_.threshold_weight) * detail::sum(tokens, tape.token_loss.data());
+    detail::sum_over_batch(tape.batch, 1, &tape.balance.loss);
   }
 
   /// ∂L/∂p = w·(Mthreshold − Mbatch), through the softmax into tape.dscores, which it overwrites;

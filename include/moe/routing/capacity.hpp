@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <span>
 #include <vector>
 
 #include "moe/routing/choices.hpp"
+#include "moe/routing/global_batch.hpp"
 #include "moe/routing/select_largest.hpp"
 
 /// \file
@@ -39,16 +41,20 @@ inline Index expert_capacity(double factor, Index tokens, Index active, Index ex
 }
 
 /// What drop_over_capacity() needs of memory.
+template <class Scalar>
 struct CapacityScratch {
   std::vector<Index> order;  ///< choices
   std::vector<Index> taken;  ///< E
+
+  Choices<Scalar> all;      ///< of all processes, where they share a batch
+  std::vector<Index> kept;  ///< T·K, the experts of our choices, -1 where dropped
 };
 
 /// Drops the choices that find no place; one that was dropped before takes none. Ties of weights go
 /// to the lower token, and NaN comes last. O(T·K + E), and O(T·K·log(T·K)) by weight.
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<Scalar>& choices,
-                        CapacityScratch& scratch) {
+                        CapacityScratch<Scalar>& scratch) {
   resize(scratch.order, choices.size());
   std::iota(scratch.order.begin(), scratch.order.end(), Index{0});
   if (how == PlaceOrder::first_choices) {
@@ -65,6 +71,28 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
     if (choices.keeps[c] == 0) continue;
     if (++scratch.taken[to_size(choices.expert[c])] > capacity) choices.keeps[c] = 0;
   }
+}
+
+/// The same where the choices may be of a part of a batch: places are those of all processes'
+/// tokens, and each process finds out what becomes of all choices.
+template <class Scalar>
+void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
+                        const GlobalBatch<Scalar>* batch, Choices<Scalar>& choices,
+                        CapacityScratch<Scalar>& scratch) {
+  if (batch == nullptr) return drop_over_capacity(how, capacity, experts, choices, scratch);
+  Choices<Scalar>& all = scratch.all;
+  all.resize(batch->tokens(), choices.active);
+  scratch.kept = choices.expert;
+  for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
+    if (choices.keeps[c] == 0) scratch.kept[c] = -1;
+  }
+  batch->gather(std::span<const Index>(scratch.kept), choices.active, std::span<Index>(all.expert));
+  batch->gather(std::span<const Scalar>(choices.weight), choices.active,
+                std::span<Scalar>(all.weight));
+  for (std::size_t c = 0; c < all.keeps.size(); ++c) all.keeps[c] = all.expert[c] >= 0 ? 1 : 0;
+  drop_over_capacity(how, capacity, experts, all, scratch);
+  std::copy_n(all.keeps.begin() + batch->first_token() * choices.active, choices.size(),
+              choices.keeps.begin());
 }
 
 }  // namespace detail

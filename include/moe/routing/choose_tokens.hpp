@@ -1,9 +1,11 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <vector>
 
 #include "moe/parallel.hpp"
+#include "moe/routing/global_batch.hpp"
 #include "moe/routing/routing.hpp"
 #include "moe/routing/select_largest.hpp"
 
@@ -26,6 +28,9 @@ struct TokenChoice {
   std::vector<Index> taken;             ///< S, the tokens of expert 0, those of expert 1, ...
   std::vector<Index> order;             ///< S, the places in `taken` by token
   std::vector<Matrix<Scalar>> columns;  ///< one a worker: some columns of the scores, as rows
+
+  Matrix<Scalar> all_scores;    ///< of all processes' tokens, where they share a batch
+  Routing<Scalar> all_routing;  ///< their slots
 };
 
 /// Makes the slots in which each expert has the `count` tokens that are largest in its column of
@@ -69,6 +74,29 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
   for (std::size_t slot = 0; slot < routing.expert.size(); ++slot) {
     routing.expert[slot] = choice.order[slot] / count;
   }
+}
+
+/// The same where the rows of `scores` may be a part of a batch: experts choose among the tokens of
+/// all processes, each of which makes the whole choice and keeps the slots of its own tokens.
+template <class Scalar>
+void choose_tokens(const Matrix<Scalar>& scores, Index count, const GlobalBatch<Scalar>* batch,
+                   TokenChoice<Scalar>& choice, Routing<Scalar>& routing) {
+  if (batch == nullptr) return choose_tokens(scores, count, choice, routing);
+  const Index experts = scores.cols();
+  choice.all_scores.resize(batch->tokens(), experts);
+  batch->gather(std::span<const Scalar>(scores.data(), to_size(scores.size())), experts,
+                std::span<Scalar>(choice.all_scores.data(), to_size(choice.all_scores.size())));
+  choose_tokens(choice.all_scores, count, choice, choice.all_routing);
+
+  const Routing<Scalar>& all = choice.all_routing;
+  const auto offsets = all.token_offsets.begin() + batch->first_token();
+  routing.experts = experts;
+  routing.token_offsets.assign(offsets, offsets + scores.rows() + 1);
+  const Index first = routing.token_offsets.front();
+  for (Index& offset : routing.token_offsets) offset -= first;
+  routing.expert.assign(all.expert.begin() + first,
+                        all.expert.begin() + first + routing.token_offsets.back());
+  resize(routing.weight, routing.token_offsets.back());
 }
 
 }  // namespace moe::detail

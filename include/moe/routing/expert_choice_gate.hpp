@@ -108,10 +108,12 @@ class ExpertChoiceGate {
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
-    detail::require(tape.x.cols() == config_.width && tape.p.cols() == experts() &&
-                        tape.routing.slots() == experts() * capacity(tape.x.rows()),
-                    "ExpertChoiceGate::backward: the tape is another gate's, of width ",
-                    tape.x.cols(), " and ", tape.p.cols(), " experts");
+    detail::require(
+        tape.x.cols() == config_.width && tape.p.cols() == experts() &&
+            tape.p.rows() == tape.x.rows() &&
+            (tape.batch != nullptr || tape.routing.slots() == experts() * capacity(tape.x.rows())),
+        "ExpertChoiceGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
+        tape.p.cols(), " experts");
   }
 
   /// "weight" (W_g).
@@ -148,15 +150,16 @@ class ExpertChoiceGate {
     detail::linear_scores(x, weight_, tape.p);
     detail::softmax_rows(tape.p, tape.p);
     Routing<Scalar>& routing = tape.routing;
-    detail::choose_tokens(tape.p, capacity(x.rows()), tape.choice, routing);
+    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
+    detail::choose_tokens(tape.p, capacity(tokens), tape.batch, tape.choice, routing);
     for (Index t = 0; t < routing.tokens(); ++t) {
       for (Index s = routing.token_offsets[detail::to_size(t)];
            s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
         routing.weight[detail::to_size(s)] = tape.p(t, routing.expert[detail::to_size(s)]);
       }
     }
-    detail::measure_importance(routing, tape.balance);
-    detail::count_load(routing, tape.balance);
+    detail::measure_importance(routing, tape.batch, tape.balance);
+    detail::count_load(routing, tape.batch, tape.balance);
     tape.balance.loss = Scalar{0};
   }
 

@@ -7,6 +7,7 @@
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
 #include "moe/routing/balance_loss.hpp"
+#include "moe/routing/global_batch.hpp"
 #include "moe/routing/routing.hpp"
 
 /// \file
@@ -22,6 +23,10 @@ struct GateTape {
   Balance<Scalar> balance;  ///< importance, load and their loss
   Matrix<Scalar> dx;        ///< T x D, the gradient of the input, left by backward
   bool trained = false;     ///< whether the last pass was a forward() that ended well
+
+  /// Set before forward() and evaluate() where x is a part of a larger batch; then `balance` is that
+  /// of the whole batch, and so is the gradient of its loss.
+  const GlobalBatch<Scalar>* batch = nullptr;
 };
 
 /// A gate makes a Routing and takes back the gradient of its weights.

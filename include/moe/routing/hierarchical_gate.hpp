@@ -62,6 +62,7 @@ class HierarchicalGate {
   struct Tape : GateTape<Scalar> {
     Level primary;
     Level secondary;
+    std::vector<Index> group_tokens;  ///< a, |X_i|
     Vector<Scalar> dimportance;  ///< E
     Vector<Scalar> dload;        ///< E
     Matrix<Scalar> dx_rows;      ///< R x D, the secondary gates' shares of dx
@@ -210,8 +211,13 @@ class HierarchicalGate {
                                              rows.first, level, level.routing);
     });
     combine(tape);
-    detail::measure_importance(tape.routing, tape.balance);
-    combine_load(noise, tape);
+    detail::measure_importance(tape.routing, tape.batch, tape.balance);
+    if (noise) {
+      measure_loads(tape);
+      combine_load(tape);
+    } else {
+      detail::count_load(tape.routing, tape.batch, tape.balance);
+    }
     tape.balance.loss =
         detail::balance_loss(tape.balance, config_.importance_weight, config_.load_weight);
   }
@@ -264,23 +270,40 @@ class HierarchicalGate {
 
   // Load_H[i,j] = Loadprimary_i · Load_i(X_i)_j / |X_i|.
 
-  void combine_load(bool noise, Tape& tape) const {
-    Balance<Scalar>& balance = tape.balance;
-    if (!noise) return detail::count_load(tape.routing, balance);
+  /// Loadprimary_i, Load_i(X_i)_j and |X_i|; where X_i is empty its loads are left as they are,
+  /// unless other processes may have tokens of it.
+  void measure_loads(Tape& tape) const {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
     groups.load.resize(config_.groups);
     level.load.resize(experts());
+    if (tape.batch != nullptr) level.load.setZero();
     primary_.compute_load(0, groups.routing.tokens(), groups, groups.routing, groups.load.data());
-    balance.load.setZero(experts());
     for_each_group(tape, [&](Index i, Range rows) {
-      const Index first = i * config_.group_experts;
-      Scalar* load = level.load.data() + first;
       secondary_[detail::to_size(i)].compute_load(rows.first, rows.count, level, level.routing,
-                                                  load);
-      const Scalar share = groups.load[i] / static_cast<Scalar>(rows.count);
-      for (Index j = 0; j < config_.group_experts; ++j) balance.load[first + j] = share * load[j];
+                                                  level.load.data() + i * config_.group_experts);
     });
+    detail::resize(tape.group_tokens, config_.groups);
+    for (Index i = 0; i < config_.groups; ++i) {
+      tape.group_tokens[detail::to_size(i)] = groups.routing.slots_of(i);
+    }
+    if (tape.batch == nullptr) return;
+    detail::sum_over_batch(tape.batch, config_.groups, groups.load.data());
+    detail::sum_over_batch(tape.batch, experts(), level.load.data());
+    tape.batch->sum(std::span<Index>(tape.group_tokens));
+  }
+
+  void combine_load(Tape& tape) const {
+    tape.balance.load.setZero(experts());
+    for (Index i = 0; i < config_.groups; ++i) {
+      const Index tokens = tape.group_tokens[detail::to_size(i)];
+      if (tokens == 0) continue;
+      const Scalar share = tape.primary.load[i] / static_cast<Scalar>(tokens);
+      const Index first = i * config_.group_experts;
+      for (Index j = first; j < first + config_.group_experts; ++j) {
+        tape.balance.load[j] = share * tape.secondary.load[j];
+      }
+    }
   }
 
   /// With l = ∂L/∂Load_H: dLoadprimary_i = Σ_j l_ij·Load_i(X_i)_j / |X_i| and
@@ -291,9 +314,10 @@ class HierarchicalGate {
     groups.dload.setZero(config_.groups);
     level.dload.resize(experts());
     if (!groups.has_noise) return;
-    for_each_group(tape, [&](Index i, Range rows) {
+    for (Index i = 0; i < config_.groups; ++i) {
+      if (tape.group_tokens[detail::to_size(i)] == 0) continue;
       const Index first = i * config_.group_experts;
-      const auto size = static_cast<Scalar>(rows.count);
+      const auto size = static_cast<Scalar>(tape.group_tokens[detail::to_size(i)]);
       const Scalar share = groups.load[i] / size;
       groups.dload[i] =
           detail::dot(config_.group_experts, tape.dload.data() + first, level.load.data() + first) /
@@ -301,7 +325,7 @@ class HierarchicalGate {
       for (Index j = 0; j < config_.group_experts; ++j) {
         level.dload[first + j] = share * tape.dload[first + j];
       }
-    });
+    }
   }
 
   /// tape.dx += the rows of tape.dx_rows, by token in the order of its groups.

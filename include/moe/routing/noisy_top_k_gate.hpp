@@ -139,9 +139,10 @@ class NoisyTopKGate {
   void route(const MatrixRef<Scalar>& x, bool noise, const NoiseKey& key, Tape& tape) const {
     top_k_.prepare(x.rows(), noise, tape, tape.routing);
     top_k_.forward(GatheredRows<Scalar>(x), nullptr, key, 0, tape, tape.routing);
-    detail::measure_importance(tape.routing, tape.balance);
+    detail::measure_importance(tape.routing, tape.batch, tape.balance);
     tape.balance.load.resize(experts());
     top_k_.compute_load(0, x.rows(), tape, tape.routing, tape.balance.load.data());
+    detail::sum_over_batch(tape.batch, experts(), tape.balance.load.data());
     tape.balance.loss =
         detail::balance_loss(tape.balance, config_.importance_weight, config_.load_weight);
   }

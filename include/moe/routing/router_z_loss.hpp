@@ -2,6 +2,7 @@
 
 #include "moe/kernels/packet.hpp"
 #include "moe/parallel.hpp"
+#include "moe/routing/global_batch.hpp"
 
 /// \file
 /// The loss that keeps logits small, so that rounding does not decide where tokens go.
@@ -11,20 +12,24 @@
 
 namespace moe::detail {
 
-/// The mean over tokens of log_sum², log_sum = log Σ_i e^c_i (T) of the logits c; 0 without tokens.
+/// The mean over the tokens of a batch of log_sum², log_sum = log Σ_i e^c_i (T) of the logits c; 0
+/// without tokens.
 template <class Scalar>
-Scalar router_z_loss(const Vector<Scalar>& log_sum) {
-  const Index tokens = log_sum.size();
-  if (tokens == 0) return Scalar{0};
-  return dot(tokens, log_sum.data(), log_sum.data()) / static_cast<Scalar>(tokens);
+Scalar router_z_loss(const Vector<Scalar>& log_sum, const GlobalBatch<Scalar>* batch = nullptr) {
+  Scalar sum = dot(log_sum.size(), log_sum.data(), log_sum.data());
+  sum_over_batch(batch, 1, &sum);
+  const Index tokens = batch_tokens(batch, log_sum.size());
+  return tokens == 0 ? Scalar{0} : sum / static_cast<Scalar>(tokens);
 }
 
 /// dlogits += (2·weight/T)·log_sum·softmax(c).
 template <class Scalar>
 void router_z_loss_backward(double weight, const Matrix<Scalar>& logits,
-                            const Vector<Scalar>& log_sum, Matrix<Scalar>& dlogits) {
+                            const Vector<Scalar>& log_sum, Matrix<Scalar>& dlogits,
+                            const GlobalBatch<Scalar>* batch = nullptr) {
   const Index tokens = logits.rows();
-  const Scalar twice = static_cast<Scalar>(2 * weight / static_cast<double>(tokens));
+  const Scalar twice =
+      static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens(batch, tokens)));
   parallel_for_blocks(tokens, 64, [&](Index first, Index count) {
     using namespace Eigen::internal;
     for (Index t = first; t < first + count; ++t) {

@@ -76,6 +76,7 @@ class SharedExpertGate {
     check_width(x);
     tape.trained = false;
     detail::copy_matrix(x, tape.x);
+    tape.routed.batch = tape.batch;
     routed_.forward(x, tape.routed, key);
     add_shared(x, tape);
     tape.trained = true;
@@ -86,6 +87,7 @@ class SharedExpertGate {
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_width(x);
     tape.trained = false;
+    tape.routed.batch = tape.batch;
     routed_.evaluate(x, tape.routed);
     add_shared(x, tape);
     return tape.routing;

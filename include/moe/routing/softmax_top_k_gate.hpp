@@ -72,7 +72,7 @@ class SoftmaxTopKGate {
       std::vector<Index> best_groups;
     };
     std::vector<Scratch> scratch;  ///< one a worker
-    detail::CapacityScratch capacity;
+    detail::CapacityScratch<Scalar> capacity;
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is of W_g's start, the
@@ -96,8 +96,9 @@ class SoftmaxTopKGate {
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& key = {}) const {
     check_width(x);
-    detail::require(config_.sequence_weight == 0 || x.rows() % config_.sequences == 0,
-                    "SoftmaxTopKGate: x has ", x.rows(),
+    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
+    detail::require(config_.sequence_weight == 0 || tokens % config_.sequences == 0,
+                    "SoftmaxTopKGate: x has ", tokens,
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
     tape.trained = false;
     detail::copy_matrix(x, tape.x);
@@ -124,7 +125,8 @@ class SoftmaxTopKGate {
     compute_scores(x, tape);
     choose(tape);
     fill_routing(tape, config_.evaluation_capacity_factor);
-    compute_losses(tape, config_.sequence_weight > 0 && x.rows() % config_.sequences == 0);
+    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
+    compute_losses(tape, config_.sequence_weight > 0 && tokens % config_.sequences == 0);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -145,7 +147,8 @@ class SoftmaxTopKGate {
     compute_scores_backward(tape);
     if (config_.score == Score::softmax_of_chosen) weigh_backward(dweight, tape);
     if (config_.z_weight > 0) {
-      detail::router_z_loss_backward(config_.z_weight, tape.logits, tape.log_sum, tape.dlogits);
+      detail::router_z_loss_backward(config_.z_weight, tape.logits, tape.log_sum, tape.dlogits,
+                                     tape.batch);
     }
     const bool jitters = config_.jitter > 0;
     detail::linear_scores_backward(jitters ? tape.jittered : tape.x, tape.dlogits, weight_,
@@ -387,9 +390,10 @@ class SoftmaxTopKGate {
 
   void fill_routing(Tape& tape, double capacity_factor) const {
     if (capacity_factor > 0) {
+      const Index tokens = detail::batch_tokens(tape.batch, tape.logits.rows());
       const Index capacity =
-          detail::expert_capacity(capacity_factor, tape.logits.rows(), config_.active, experts());
-      detail::drop_over_capacity(config_.place_order, capacity, experts(), tape.choices,
+          detail::expert_capacity(capacity_factor, tokens, config_.active, experts());
+      detail::drop_over_capacity(config_.place_order, capacity, experts(), tape.batch, tape.choices,
                                  tape.capacity);
     }
     detail::make_slots(tape.choices, static_cast<Scalar>(config_.scale), experts(), tape.routing);
@@ -399,20 +403,21 @@ class SoftmaxTopKGate {
 
   void compute_losses(Tape& tape, bool by_sequence) const {
     Balance<Scalar>& balance = tape.balance;
-    detail::measure_importance(tape.routing, balance);
+    detail::measure_importance(tape.routing, tape.batch, balance);
     balance.load.setZero(experts());
     for (const Index e : tape.choices.expert) balance.load[e] += Scalar{1};
+    detail::sum_over_batch(tape.batch, experts(), balance.load.data());
     balance.loss = Scalar{0};
     const auto measure = [&](detail::SwitchLoss<Scalar>& loss, double weight, Index sequences) {
       balance.loss += static_cast<Scalar>(weight) *
                       loss.measure(tape.scores, tape.probability_scale,
                                    std::span<const Index>(tape.choices.expert),
-                                   config_.switch_count, sequences, config_.row_order);
+                                   config_.switch_count, sequences, config_.row_order, tape.batch);
     };
     if (config_.switch_weight > 0) measure(tape.batch_loss, config_.switch_weight, 1);
     if (by_sequence) measure(tape.sequence_loss, config_.sequence_weight, config_.sequences);
     if (config_.z_weight > 0) {
-      balance.loss += static_cast<Scalar>(config_.z_weight) * detail::router_z_loss(tape.log_sum);
+      balance.loss += static_cast<Scalar>(config_.z_weight) * detail::router_z_loss(tape.log_sum, tape.batch);
     }
   }
 
@@ -427,8 +432,8 @@ class SoftmaxTopKGate {
       using namespace Eigen::internal;
       for (Index t = first; t < first + count; ++t) {
         Scalar* d = detail::row_data(tape.dlogits, t);
-        if (batch > Scalar{0}) tape.batch_loss.add_gradient(batch, t, tokens, d);
-        if (sequence > Scalar{0}) tape.sequence_loss.add_gradient(sequence, t, tokens, d);
+        if (batch > Scalar{0}) tape.batch_loss.add_gradient(batch, t, d);
+        if (sequence > Scalar{0}) tape.sequence_loss.add_gradient(sequence, t, d);
         if (config_.score != Score::sigmoid) continue;
         const Scalar scale = tape.probability_scale[t];
         const P factor = detail::broadcast(scale);

@@ -4,6 +4,7 @@
 
 #include "moe/kernels/packet.hpp"
 #include "moe/parallel.hpp"
+#include "moe/routing/global_batch.hpp"
 
 /// \file
 /// The balance loss of today's models, E·Σ_i f_i·P_i [F22 eq. 4-6]: f_i the share of a batch, or of a
@@ -38,35 +39,39 @@ template <class Scalar>
 class SwitchLoss {
  public:
   /// score·scale, row by row, are the probabilities (T x E); of the choices (T·K) those of a token
-  /// stand together, the first one first. Returns the loss; 0 without tokens. T must be a multiple
-  /// of `sequences`. O(T·E).
+  /// stand together, the first one first. Returns the loss; 0 without tokens. The T of the batch
+  /// must be a multiple of `sequences`, which may span processes. O(T·E).
   Scalar measure(const Matrix<Scalar>& score, const Vector<Scalar>& scale,
                  std::span<const Index> choices, SwitchCount count, Index sequences,
-                 RowOrder order) {
-    const Index tokens = score.rows();
+                 RowOrder order, const GlobalBatch<Scalar>* batch = nullptr) {
+    const Index rows = score.rows();
+    tokens_ = batch_tokens(batch, rows);
+    first_ = first_token(batch);
     const Index experts = score.cols();
     sequences_ = sequences;
     order_ = order;
     share_.setZero(sequences, experts);
     probability_.setZero(sequences, experts);
-    if (tokens == 0) return Scalar{0};
+    if (tokens_ == 0) return Scalar{0};
 
-    const Index active = static_cast<Index>(choices.size()) / tokens;
+    const Index active = rows > 0 ? static_cast<Index>(choices.size()) / rows : 1;
     const Index step = count == SwitchCount::first_choice ? active : 1;
-    const Index counted = tokens / sequences * (count == SwitchCount::per_slot ? active : 1);
+    const Index counted = tokens_ / sequences * (count == SwitchCount::per_slot ? active : 1);
     const Scalar one = static_cast<Scalar>(experts) / static_cast<Scalar>(counted);
-    for (Index c = 0; c < active * tokens; c += step) {
-      share_(sequence_of(c / active, tokens, sequences, order), choices[to_size(c)]) += Scalar{1};
+    for (Index c = 0; c < active * rows; c += step) {
+      share_(sequence_of(c / active), choices[to_size(c)]) += Scalar{1};
     }
     share_ *= one;
 
-    const Scalar mean = static_cast<Scalar>(sequences) / static_cast<Scalar>(tokens);
+    const Scalar mean = static_cast<Scalar>(sequences) / static_cast<Scalar>(tokens_);
     parallel_for_blocks(experts, columns, [&](Index first, Index size) {
-      for (Index t = 0; t < tokens; ++t) {
+      for (Index t = 0; t < rows; ++t) {
         add_scaled(size, mean * scale[t], row_data(score, t) + first,
-                   row_data(probability_, sequence_of(t, tokens, sequences, order)) + first);
+                   row_data(probability_, sequence_of(t)) + first);
       }
     });
+    sum_over_batch(batch, share_.size(), share_.data());
+    sum_over_batch(batch, probability_.size(), probability_.data());
     Scalar total{0};
     for (Index s = 0; s < sequences; ++s) {
       total += dot(experts, row_data(share_, s), row_data(probability_, s));
@@ -75,9 +80,9 @@ class SwitchLoss {
   }
 
   /// Adds weight·∂loss/∂probability of a row to dp (E): weight·E·f_i/T.
-  void add_gradient(Scalar weight, Index row, Index rows, Scalar* dp) const {
-    add_scaled(share_.cols(), weight / static_cast<Scalar>(rows),
-               row_data(share_, sequence_of(row, rows, sequences_, order_)), dp);
+  void add_gradient(Scalar weight, Index row, Scalar* dp) const {
+    add_scaled(share_.cols(), weight / static_cast<Scalar>(tokens_),
+               row_data(share_, sequence_of(row)), dp);
   }
 
   Index sequences() const { return sequences_; }
@@ -88,6 +93,12 @@ class SwitchLoss {
   /// Wide enough that a row's part is a few lines of memory.
   static constexpr Index columns = 512;
 
+  Index sequence_of(Index row) const {
+    return detail::sequence_of(first_ + row, tokens_, sequences_, order_);
+  }
+
+  Index tokens_ = 0;  ///< of the batch
+  Index first_ = 0;   ///< the place of row 0 in it
   Index sequences_ = 1;
   RowOrder order_ = RowOrder::time_major;
   Matrix<Scalar> share_;        ///< sequences x E

@@ -1,0 +1,33 @@
+#pragma once
+
+#include "moe/kernels/activations.hpp"
+#include "moe/parallel.hpp"
+
+/// \file
+/// The activation over a layer's weighted sum, of which [S17 App. C.1] has a sigmoid.
+
+namespace moe::detail {
+
+/// y = act(sum), both T x D.
+template <class Scalar>
+void activate_output(Activation activation, const Matrix<Scalar>& sum, Matrix<Scalar>& y) {
+  y.resize(sum.rows(), sum.cols());
+  parallel_for_blocks(sum.size(), Index{1} << 14, [&](Index first, Index count) {
+    activate(activation, count, sum.data() + first, y.data() + first);
+  });
+}
+
+/// The gradient by the sum, dy ⊙ act'(sum): dy itself without an activation, else in `dsum`.
+template <class Scalar>
+MatrixRef<Scalar> activate_output_backward(Activation activation, const Matrix<Scalar>& sum,
+                                           const MatrixRef<Scalar>& dy, Matrix<Scalar>& dsum) {
+  if (activation == Activation::identity) return dy;
+  copy_matrix(dy, dsum);
+  parallel_for_blocks(dsum.size(), Index{1} << 14, [&](Index first, Index count) {
+    Scalar* d = dsum.data() + first;
+    activate_backward(activation, count, sum.data() + first, d, d);
+  });
+  return dsum;
+}
+
+}  // namespace moe::detail
