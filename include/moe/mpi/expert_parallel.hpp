@@ -1,0 +1,579 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moe/layer/expert_pass.hpp"
+#include "moe/layer/moe_layer.hpp"
+#include "moe/layer/output_activation.hpp"
+#include "moe/mpi/communicator.hpp"
+#include "moe/mpi/config_fields.hpp"
+#include "moe/mpi/gradients.hpp"
+#include "moe/mpi/placement.hpp"
+#include "moe/mpi/row_exchange.hpp"
+
+/// \file
+/// The mixture-of-experts layer over several machines [S17 sec. 3.1]: every rank has tokens of its own
+/// and a copy of the gate, every expert lives on one rank, and the tokens of all ranks that chose an
+/// expert meet there.
+
+namespace moe::mpi {
+
+/// What a layer is made of.
+template <class Layer>
+struct PartsOf;
+template <class Expert_, class Gate_>
+struct PartsOf<MoELayer<Expert_, Gate_>> {
+  using Expert = Expert_;
+  using Gate = Gate_;
+};
+
+/// Some of a layer's experts, which keep the names that they have in the whole layer.
+template <class Expert>
+struct Shard {
+  Index first = 0;
+  std::vector<Expert> experts;
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    for (std::size_t i = 0; i < self.experts.size(); ++i) {
+      visit(std::to_string(self.first + static_cast<Index>(i)), self.experts[i]);
+    }
+  }
+};
+
+/// A layer whose experts are spread over the ranks of a communicator, see Placement.
+///
+///     using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
+///     moe::mpi::Communicator communicator;
+///     moe::mpi::ExpertParallel<Layer> layer({.width = 128,
+///                                            .expert = {.hidden = 256},
+///                                            .gate = {.experts = 64, .active = 4},
+///                                            .seed = 1}, communicator);
+///     decltype(layer)::Tape tape;
+///     const auto& y = layer.forward(x, tape, {.step = step});   // x: this rank's tokens
+///
+/// It has the verbs of the layer, and computes what the layer would compute on the tokens of all
+/// ranks one behind the other, first those of rank 0: the same y and dx for them, and the same
+/// gradients, up to the order of sums; with one rank, and for all that a rank computes, the results
+/// are the same bits in every run. The noise of a token depends on its place in that batch, and
+/// tape.balance speaks of all of it. dy is the gradient of a loss of the whole batch, so where that
+/// is a mean, divide by the number of tokens of all ranks, tape.batch_tokens.
+///
+/// All verbs and the constructor are collective, also on a rank that has no tokens: all ranks make
+/// the same call with the same key.step. What goes wrong on one is thrown on all, as an Error.
+///
+/// An expert's gradients are those of all ranks' tokens, on the rank that holds it; they are never
+/// divided by the number of ranks. Gradients of the gate are summed over the ranks in backward(), and
+/// have the same bits everywhere. So do those of other modules after sum_gradients(); clip with
+/// mpi::clip_gradients().
+///
+/// A slot that leaves its rank costs D numbers each way, forward and backward, and one more for its
+/// weight. Rows go from where they lie to where they are computed with: they are not gathered
+/// before, nor sorted after. While they travel a rank computes its own share.
+template <class Layer>
+class ExpertParallel {
+ public:
+  using Scalar = typename Layer::Scalar;
+  using Config = typename Layer::Config;
+  using Expert = typename PartsOf<Layer>::Expert;
+  using Gate = typename PartsOf<Layer>::Gate;
+
+  /// The gate's tape (x, routing, balance, dx) and more, see MoELayer::Tape.
+  struct Tape : Gate::Tape {
+    Matrix<Scalar> y;                ///< T x D, the result
+    std::vector<Index> rank_tokens;  ///< R, tokens of each rank
+    Index batch_tokens = 0;          ///< of all ranks
+    Index first_token = 0;           ///< this rank's first one among them
+    std::uint64_t step = 0;          ///< of the key
+    Matrix<Scalar> combined;         ///< T x D, y before the output activation, if there is one
+    Matrix<Scalar> dcombined;        ///< T x D
+    Matrix<Scalar> dexperts;         ///< T x D, the experts' share of dx
+    std::vector<Scalar> dweight;     ///< S, the gradients of the weights by slot
+
+    /// Slots that this rank's experts work on.
+    struct Share {
+      Routing<Scalar> routing;
+      moe::detail::ExpertTape<Expert> experts;
+      std::vector<Scalar> dweight;  ///< a slot
+    };
+    Share own;                    ///< of this rank's tokens
+    std::vector<Index> own_slot;  ///< which of its slots those are
+    Share others;                 ///< of the tokens of the other ranks, a row a slot, N of them
+
+    // A rank's slots that leave it, L of them, are numbered in the order of their experts, those that
+    // come to it by rank, and by expert and token in each.
+    std::vector<Index> sent;               ///< R + 1, which of the L go to which rank
+    std::vector<Index> received;           ///< R + 1, which of the N come from which rank
+    std::vector<Index> sent_counts;        ///< E, slots of this rank for each expert
+    std::vector<Index> received_counts;    ///< R x experts of this rank
+    std::vector<Index> sent_token;         ///< L
+    std::vector<Index> sent_slot;          ///< L
+    std::vector<Scalar> sent_weight;       ///< L
+    Matrix<Scalar> received_x;             ///< N x D
+    Matrix<Scalar> received_dy;            ///< N x D
+    Matrix<Scalar> answer;                 ///< N x D, y or dx of what came
+    Matrix<Scalar> returned;               ///< L x D, y or dx of what left
+    std::vector<Scalar> returned_dweight;  ///< L
+    GradientSum gate_gradients;
+  };
+
+  /// Throws Error on all ranks when a configuration is out of range or differs among them.
+  ExpertParallel(const Config& config, const Communicator& communicator)
+      : communicator_(communicator) {
+    communicator_.attempt("ExpertParallel::ExpertParallel", [&] {
+      config_ = Layer::completed(config);
+      gate_ = std::make_unique<Gate>(config_.gate, derive_seed(config.seed, 0));
+      placement_ = Placement(gate_->experts(), communicator_.size(), experts_together());
+    });
+    check_configuration();
+    communicator_.attempt("ExpertParallel: experts", [&] {
+      shard_.first = placement_.first(communicator_.rank());
+      const Index count = placement_.count(communicator_.rank());
+      shard_.experts.reserve(moe::detail::to_size(count));
+      for (Index e = shard_.first; e < shard_.first + count; ++e) {
+        shard_.experts.emplace_back(config_.expert,
+                                    derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
+      }
+    });
+  }
+
+  const Config& config() const { return config_; }
+  const Communicator& communicator() const { return communicator_; }
+  const Placement& placement() const { return placement_; }
+  const Gate& gate() const { return *gate_; }
+  Gate& gate() { return *gate_; }
+  /// Those of this rank, placement().first(rank) and on.
+  const std::vector<Expert>& experts() const { return shard_.experts; }
+  std::vector<Expert>& experts() { return shard_.experts; }
+
+  /// Training pass over this rank's tokens, x (T x D), T being any number, 0 too; returns tape.y
+  /// (T x D). Throws Error on all ranks.
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
+                                const NoiseKey& key = {}) const {
+    tape.trained = false;
+    begin("ExpertParallel::forward", x, key, tape);
+    with_batch(tape, [&] {
+      NoiseKey own = key;
+      own.first_token += static_cast<std::uint32_t>(tape.first_token);
+      communicator_.attempt("the gate", [&] {
+        gate_->forward(x, tape, own);
+        tape.trained = false;  // until the experts have run too
+        moe::detail::require(tape.x.rows() == x.rows() && tape.x.cols() == config_.width,
+                             "MoELayer: the gate left a tape.x of ", tape.x.rows(), " x ",
+                             tape.x.cols(), " for an x of ", x.rows(), " x ", config_.width);
+        dispatch(x.rows(), tape);
+      });
+    });
+    run_experts(tape.x, true, tape);
+    tape.trained = true;
+    return tape.y;
+  }
+
+  /// Takes dy, the gradient of the whole batch's loss by y (T x D), after forward() on the same tape.
+  /// Adds to the gradients of the gate and of this rank's experts; returns that of x, which is
+  /// tape.dx. Throws Error on all ranks.
+  const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    communicator_.attempt("ExpertParallel::backward",
+                          {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
+                           {"the number of tokens", tape.batch_tokens}},
+                          [&] { prepare_backward(dy, tape); });
+    const MatrixRef<Scalar> dsum =
+        moe::detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
+    run_experts_backward(dsum, tape);
+    with_batch(tape, [&] { run_gate_backward(tape); });
+    moe::detail::add_scaled(tape.dx.size(), Scalar{1}, tape.dexperts.data(), tape.dx.data());
+    return tape.dx;
+  }
+
+  /// y (T x D) without noise. Throws Error on all ranks.
+  const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
+    tape.trained = false;
+    begin("ExpertParallel::evaluate", x, {}, tape);
+    with_batch(tape, [&] {
+      communicator_.attempt("the gate", [&] {
+        gate_->evaluate(x, tape);
+        tape.trained = false;
+        dispatch(x.rows(), tape);
+      });
+    });
+    run_experts(x, false, tape);
+    return tape.y;
+  }
+  Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
+    Tape tape;
+    return evaluate(x, tape);
+  }
+
+  /// Names are those of the whole layer; of the experts, this rank's only.
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("gate", *self.gate_);
+    visit("experts", self.shard_);
+  }
+
+ private:
+  using Share = typename Tape::Share;
+
+  /// GlobalBatch over the ranks.
+  class Batch final : public GlobalBatch<Scalar> {
+   public:
+    Batch(const Communicator& communicator, const Tape& tape)
+        : communicator_(communicator), tape_(tape) {}
+
+    Index tokens() const override { return tape_.batch_tokens; }
+    Index first_token() const override { return tape_.first_token; }
+    void sum(std::span<Scalar> numbers) const override { communicator_.sum(numbers); }
+    void sum(std::span<Index> numbers) const override { communicator_.sum(numbers); }
+    void gather(std::span<const Scalar> numbers, Index per_token,
+                std::span<Scalar> all) const override {
+      gather_numbers(numbers, per_token, all);
+    }
+    void gather(std::span<const Index> numbers, Index per_token,
+                std::span<Index> all) const override {
+      gather_numbers(numbers, per_token, all);
+    }
+
+   private:
+    template <class Number>
+    void gather_numbers(std::span<const Number> numbers, Index per_token,
+                        std::span<Number> all) const {
+      std::vector<Index> counts = tape_.rank_tokens;
+      for (Index& count : counts) count *= per_token;
+      communicator_.gather(numbers, std::span<const Index>(counts), all);
+    }
+
+    const Communicator& communicator_;
+    const Tape& tape_;
+  };
+
+  /// The experts of a hierarchical gate's group are placed together.
+  Index experts_together() const {
+    if constexpr (requires { config_.gate.group_experts; }) {
+      return config_.gate.group_experts;
+    } else {
+      return 1;
+    }
+  }
+
+  /// Throws Error on all ranks where they have different configurations.
+  void check_configuration() const {
+    std::vector<std::int64_t> fields;
+    const auto add = [&](std::int64_t field) { fields.push_back(field); };
+    moe::detail::for_each_field(config_, add);
+    communicator_.agree("ExpertParallel::ExpertParallel",
+                        {{"Config.width", config_.width},
+                         {"the number of experts", gate_->experts()},
+                         {"Config.seed", static_cast<std::int64_t>(config_.seed)},
+                         {"the number of fields of Config", static_cast<Index>(fields.size())}});
+    std::vector<std::int64_t> root = fields;
+    communicator_.broadcast(std::span<std::int64_t>(root), 0);
+    communicator_.attempt("ExpertParallel: Config", [&] {
+      const auto [here, there] = std::mismatch(fields.begin(), fields.end(), root.begin());
+      moe::detail::require(here == fields.end(),
+                           "ExpertParallel: Config differs from rank 0's in its ",
+                           here - fields.begin() + 1,
+                           "th number (those of expert, gate, output and "
+                           "seed follow width)");
+    });
+  }
+
+  void check_width(const MatrixRef<Scalar>& matrix, const char* name) const {
+    moe::detail::require(matrix.cols() == config_.width, "MoELayer: ", name, " has ", matrix.cols(),
+                         " columns, Config.width = ", config_.width);
+  }
+
+  /// Finds out how many tokens all ranks have.
+  void begin(const char* call, const MatrixRef<Scalar>& x, const NoiseKey& key, Tape& tape) const {
+    communicator_.attempt(call,
+                          {{"key.step", static_cast<std::int64_t>(key.step)},
+                           {"key.first_token", static_cast<std::int64_t>(key.first_token)}},
+                          [&] { check_width(x, "x"); });
+    tape.step = key.step;
+    tape.rank_tokens = communicator_.gather(x.rows());
+    const auto own = tape.rank_tokens.begin() + communicator_.rank();
+    tape.first_token = std::accumulate(tape.rank_tokens.begin(), own, Index{0});
+    tape.batch_tokens = std::accumulate(own, tape.rank_tokens.end(), tape.first_token);
+  }
+
+  /// Calls f() while the gate finds the batch in its tape.
+  template <class F>
+  void with_batch(Tape& tape, F&& f) const {
+    const Batch batch(communicator_, tape);
+    struct Reset {
+      Tape& tape;
+      ~Reset() { tape.batch = nullptr; }
+    };
+    const Reset reset{tape};
+    tape.batch = &batch;
+    f();
+  }
+
+  bool is_here(Index expert) const {
+    return expert >= shard_.first &&
+           expert < shard_.first + static_cast<Index>(shard_.experts.size());
+  }
+
+  /// Sorts this rank's slots into those that stay and those that leave.
+  void dispatch(Index tokens, Tape& tape) const {
+    using moe::detail::to_size;
+    const Index experts = gate_->experts();
+    Routing<Scalar>& routing = tape.routing;
+    moe::detail::require(routing.experts == experts, "MoELayer: the gate's routing has ",
+                         routing.experts, " experts, the layer has ", experts);
+    moe::detail::require(routing.tokens() == tokens, "MoELayer: the gate's routing has ",
+                         routing.tokens(), " tokens, x has ", tokens);
+    group_by_expert(routing);
+
+    Routing<Scalar>& own = tape.own.routing;
+    own.experts = static_cast<Index>(shard_.experts.size());
+    own.token_offsets.assign(1, 0);
+    own.expert.clear();
+    own.weight.clear();
+    tape.own_slot.clear();
+    for (Index t = 0; t < tokens; ++t) {
+      for (Index s = routing.token_offsets[to_size(t)]; s < routing.token_offsets[to_size(t) + 1];
+           ++s) {
+        if (!is_here(routing.expert[to_size(s)])) continue;
+        own.expert.push_back(routing.expert[to_size(s)] - shard_.first);
+        own.weight.push_back(routing.weight[to_size(s)]);
+        tape.own_slot.push_back(s);
+      }
+      own.token_offsets.push_back(own.slots());
+    }
+    group_by_expert(own);
+
+    moe::detail::resize(tape.sent_counts, experts);
+    for (Index e = 0; e < experts; ++e) tape.sent_counts[to_size(e)] = routing.slots_of(e);
+    tape.sent.assign(1, 0);
+    tape.sent_token.clear();
+    tape.sent_slot.clear();
+    tape.sent_weight.clear();
+    for (int r = 0; r < communicator_.size(); ++r) {
+      const Index first = routing.expert_offsets[to_size(placement_.first(r))];
+      const Index last = routing.expert_offsets[to_size(placement_.first(r + 1))];
+      for (Index row = first; row < last && r != communicator_.rank(); ++row) {
+        tape.sent_token.push_back(routing.row_token[to_size(row)]);
+        tape.sent_slot.push_back(routing.row_slot[to_size(row)]);
+        tape.sent_weight.push_back(routing.weight[to_size(tape.sent_slot.back())]);
+      }
+      tape.sent.push_back(static_cast<Index>(tape.sent_token.size()));
+    }
+  }
+
+  /// Tells the other ranks how many slots there are for each of their experts.
+  void exchange_counts(Tape& tape) const {
+    using moe::detail::to_size;
+    const auto here = static_cast<Index>(shard_.experts.size());
+    moe::detail::resize(tape.received_counts, communicator_.size() * here);
+    RowExchange exchange(communicator_);
+    for_each_other_rank([&](int r) {
+      exchange.receive(tape.received_counts.data() + r * here, here, 1, r);
+      exchange.send(tape.sent_counts.data() + placement_.first(r), placement_.count(r), 1, r);
+    });
+  }
+
+  /// Makes the routing of what comes, a token of one slot for each row.
+  void prepare_others(Tape& tape) const {
+    using moe::detail::to_size;
+    const auto here = static_cast<Index>(shard_.experts.size());
+    Routing<Scalar>& routing = tape.others.routing;
+    routing.experts = here;
+    routing.expert.clear();
+    tape.received.assign(1, 0);
+    for (int r = 0; r < communicator_.size(); ++r) {
+      for (Index e = 0; e < here && r != communicator_.rank(); ++e) {
+        routing.expert.insert(routing.expert.end(),
+                              to_size(tape.received_counts[to_size(r * here + e)]), e);
+      }
+      tape.received.push_back(routing.slots());
+    }
+    moe::detail::resize(routing.weight, routing.slots());
+    moe::detail::resize(routing.token_offsets, routing.slots() + 1);
+    std::iota(routing.token_offsets.begin(), routing.token_offsets.end(), Index{0});
+    group_by_expert(routing);
+    tape.received_x.resize(routing.slots(), config_.width);
+    tape.returned.resize(tape.sent.back(), config_.width);
+  }
+
+  template <class F>
+  void for_each_other_rank(F&& f) const {
+    // Each begins with its neighbour, so that not all of them send to rank 0 first.
+    for (int i = 1; i < communicator_.size(); ++i) {
+      f((communicator_.rank() + i) % communicator_.size());
+    }
+  }
+
+  // Both ways of a pass: rows of tokens go to where their experts are, answers come back.
+
+  void send_tokens(const MatrixRef<Scalar>& matrix, Matrix<Scalar>& received, const Tape& tape,
+                   RowExchange& exchange) const {
+    using moe::detail::to_size;
+    for_each_other_rank([&](int r) {
+      exchange.receive(moe::detail::row_data(received, tape.received[to_size(r)]),
+                       came_from(r, tape), config_.width, r);
+      exchange.send(
+          GatheredRows<Scalar>(matrix.data(), matrix.outerStride(), leave_for(r, tape),
+                               config_.width, tape.sent_token.data() + tape.sent[to_size(r)]),
+          r);
+    });
+  }
+  void return_answers(Tape& tape, RowExchange& exchange) const {
+    using moe::detail::to_size;
+    for_each_other_rank([&](int r) {
+      exchange.receive(moe::detail::row_data(tape.returned, tape.sent[to_size(r)]),
+                       leave_for(r, tape), config_.width, r);
+      exchange.send(std::as_const(tape.answer).data() + tape.received[to_size(r)] * config_.width,
+                    came_from(r, tape), config_.width, r);
+    });
+  }
+  static Index leave_for(int rank, const Tape& tape) {
+    return tape.sent[moe::detail::to_size(rank) + 1] - tape.sent[moe::detail::to_size(rank)];
+  }
+  static Index came_from(int rank, const Tape& tape) {
+    return tape.received[moe::detail::to_size(rank) + 1] -
+           tape.received[moe::detail::to_size(rank)];
+  }
+
+  /// to.row(token) += the answers of its slots, in the order of their experts.
+  void add_answers(const Tape& tape, Matrix<Scalar>& to) const {
+    for (Index i = 0; i < tape.returned.rows(); ++i) {
+      moe::detail::add_scaled(config_.width, Scalar{1}, moe::detail::row_data(tape.returned, i),
+                              moe::detail::row_data(to, tape.sent_token[moe::detail::to_size(i)]));
+    }
+  }
+
+  /// y = act(Σ G·experts(x)).
+  void run_experts(const MatrixRef<Scalar>& x, bool keeps, Tape& tape) const {
+    using moe::detail::to_size;
+    const bool plain = config_.output == Activation::identity;
+    Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
+    exchange_counts(tape);
+    communicator_.attempt("the slots", [&] {
+      prepare_others(tape);
+      moe::detail::resize_to_zero(tape.answer, tape.received.back(), config_.width);
+      moe::detail::resize_to_zero(sum, x.rows(), config_.width);
+    });
+    {
+      RowExchange exchange(communicator_);
+      send_tokens(x, tape.received_x, tape, exchange);
+      for_each_other_rank([&](int r) {
+        exchange.receive(tape.others.routing.weight.data() + tape.received[to_size(r)],
+                         came_from(r, tape), 1, r);
+        exchange.send(std::as_const(tape.sent_weight).data() + tape.sent[to_size(r)],
+                      leave_for(r, tape), 1, r);
+      });
+      communicator_.attempt("the experts", [&] {
+        run_share(x, keeps, tape.own, sum);
+        exchange.wait();
+        run_share(tape.received_x, keeps, tape.others, tape.answer);
+      });
+    }
+    {
+      RowExchange exchange(communicator_);
+      return_answers(tape, exchange);
+    }
+    add_answers(tape, sum);
+    if (!plain) moe::detail::activate_output(config_.output, sum, tape.y);
+  }
+
+  void run_share(const MatrixRef<Scalar>& x, bool keeps, Share& share, Matrix<Scalar>& sum) const {
+    if (shard_.experts.empty()) return;
+    moe::detail::ExpertPass<Expert>(shard_.experts, share.routing, share.experts)
+        .run(x, keeps, sum);
+  }
+
+  /// Throws before anything is changed.
+  void prepare_backward(const MatrixRef<Scalar>& dy, Tape& tape) const {
+    using moe::detail::require;
+    require(tape.trained, "MoELayer::backward without a forward pass on this tape");
+    check_width(dy, "dy");
+    require(dy.rows() == tape.x.rows(), "MoELayer: dy has ", dy.rows(), " rows, y has ",
+            tape.x.rows());
+    require(tape.routing.experts == gate_->experts() && tape.x.cols() == config_.width &&
+                tape.rank_tokens.size() == moe::detail::to_size(communicator_.size()) &&
+                (shard_.experts.empty() ||
+                 tape.own.experts.kept_width == shard_.experts.front().tape_width()),
+            "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
+            " experts and width ", tape.x.cols());
+    if constexpr (requires { gate_->check_tape(tape); }) gate_->check_tape(tape);
+    tape.received_dy.resize(tape.received.back(), config_.width);
+    tape.returned.resize(tape.sent.back(), config_.width);
+    moe::detail::resize_to_zero(tape.answer, tape.received.back(), config_.width);
+    moe::detail::resize_to_zero(tape.dexperts, dy.rows(), config_.width);
+    moe::detail::resize(tape.dweight, tape.routing.slots());
+    moe::detail::resize(tape.returned_dweight, tape.sent.back());
+  }
+
+  /// Fills tape.dweight and tape.dexperts, adds to the experts' gradients.
+  void run_experts_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    using moe::detail::to_size;
+    {
+      RowExchange exchange(communicator_);
+      send_tokens(dy, tape.received_dy, tape, exchange);
+      communicator_.attempt("the experts' gradients", [&] {
+        run_share_backward(tape.x, dy, tape.own, tape.dexperts);
+        exchange.wait();
+        run_share_backward(tape.received_x, tape.received_dy, tape.others, tape.answer);
+      });
+    }
+    {
+      RowExchange exchange(communicator_);
+      return_answers(tape, exchange);
+      for_each_other_rank([&](int r) {
+        exchange.receive(tape.returned_dweight.data() + tape.sent[to_size(r)], leave_for(r, tape),
+                         1, r);
+        exchange.send(std::as_const(tape.others.dweight).data() + tape.received[to_size(r)],
+                      came_from(r, tape), 1, r);
+      });
+    }
+    add_answers(tape, tape.dexperts);
+    for (std::size_t i = 0; i < tape.own_slot.size(); ++i) {
+      tape.dweight[to_size(tape.own_slot[i])] = tape.own.dweight[i];
+    }
+    for (std::size_t i = 0; i < tape.sent_slot.size(); ++i) {
+      tape.dweight[to_size(tape.sent_slot[i])] = tape.returned_dweight[i];
+    }
+  }
+
+  void run_share_backward(const MatrixRef<Scalar>& x, const MatrixRef<Scalar>& dy, Share& share,
+                          Matrix<Scalar>& dx) {
+    if (shard_.experts.empty()) return;
+    moe::detail::ExpertPass<Expert>(shard_.experts, share.routing, share.experts)
+        .run_backward(shard_.experts, x, dy, share.dweight, dx);
+  }
+
+  /// Fills tape.dx and adds the gradients of all ranks' tokens to the gate's.
+  void run_gate_backward(Tape& tape) {
+    const auto back = [&] { tape.gate_gradients.add_back(*gate_); };
+    communicator_.attempt("the gate's gradients", [&] {
+      moe::detail::resize_to_zero(tape.dx, tape.x.rows(), config_.width);
+      tape.gate_gradients.set_aside(*gate_);
+      try {
+        gate_->backward(std::span<const Scalar>(tape.dweight), tape);
+        moe::detail::require(tape.dx.rows() == tape.x.rows() && tape.dx.cols() == config_.width,
+                             "MoELayer: the gate left a tape.dx of ", tape.dx.rows(), " x ",
+                             tape.dx.cols(), " for an x of ", tape.x.rows(), " x ", config_.width);
+      } catch (...) {
+        back();
+        throw;
+      }
+    });
+    tape.gate_gradients.sum(*gate_, communicator_);
+    back();
+  }
+
+  Communicator communicator_;
+  Config config_;
+  std::unique_ptr<Gate> gate_;
+  Placement placement_{1, 1};
+  Shard<Expert> shard_;
+};
+
+}  // namespace moe::mpi

@@ -1,0 +1,200 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "moe/mpi/communicator.hpp"
+#include "moe/optim/gradient_clipping.hpp"
+#include "moe/parameter.hpp"
+
+/// \file
+/// Gradients of several ranks: those of what every rank has a copy of are summed, those of what only
+/// one rank has are not.
+
+namespace moe::mpi {
+
+template <class Layer>
+class ExpertParallel;
+
+template <class Type>
+inline constexpr bool is_expert_parallel = false;
+template <class Layer>
+inline constexpr bool is_expert_parallel<ExpertParallel<Layer>> = true;
+
+/// Where a parameter of a model lives.
+enum class Residence {
+  everywhere,  ///< every rank has a copy, and gradients of its own tokens
+  summed,      ///< every rank has a copy, with gradients of all tokens: an ExpertParallel's gate
+  here,        ///< only this rank has it: an ExpertParallel's expert
+};
+
+/// The parameters of a module that live somewhere, a module itself; it refers to the other one.
+template <class Module, Residence... residences>
+class PartOf {
+ public:
+  explicit PartOf(Module& module) : module_(module) {}
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit_in(self.module_, {}, visit);
+  }
+
+ private:
+  static constexpr bool has(Residence residence) { return ((residence == residences) || ...); }
+
+  template <class Member, class Visitor>
+  static void visit_in(Member& member, std::string_view name, const Visitor& visit) {
+    using Type = std::remove_const_t<Member>;
+    if constexpr (moe::detail::is_parameter<Type>) {
+      if constexpr (has(Residence::everywhere)) visit(name, member);
+    } else if constexpr (moe::detail::is_vector<Type>) {
+      for (auto& element : member) visit_in(element, name, visit);
+    } else if constexpr (is_expert_parallel<Type>) {
+      if constexpr (has(Residence::summed)) visit("gate", member.gate());
+      if constexpr (has(Residence::here)) visit("experts", member.experts());
+    } else {
+      Type::visit_parameters(
+          member, [&](std::string_view part, auto& inner) { visit_in(inner, part, visit); });
+    }
+  }
+
+  Module& module_;
+};
+
+/// Sums the gradients of copies over the ranks, packed into one message a type.
+class GradientSum {
+ public:
+  /// Keeps the gradients of a module and leaves zeros, to which others are then added.
+  template <class Module>
+  void set_aside(Module& module) {
+    kept_.clear();
+    kept_states_.clear();
+    moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
+      moe::detail::settle(p);
+      kept_.push_back(p.gradient);
+      kept_states_.push_back(p.gradient_state);
+      moe::detail::resize_to_zero(p.gradient, p.gradient.rows(), p.gradient.cols());
+      if (p.gradient_state != State::untracked) p.gradient_state = State::zero;
+    });
+  }
+
+  /// Adds what was set aside.
+  template <class Module>
+  void add_back(Module& module) {
+    kept_.rewind();
+    auto state = kept_states_.begin();
+    moe::detail::walk_parameters(module, [&]<class Scalar>(const ParameterName&,
+                                                           Parameter<Scalar>& p) {
+      moe::detail::add_scaled(p.size(), Scalar{1}, kept_.next<Scalar>(p.size()), p.gradient.data());
+      if (*state++ == State::added_to) p.gradient_state = State::added_to;
+    });
+  }
+
+  /// Every gradient becomes its sum over the ranks, and every rank learns to which something was
+  /// added. Collective.
+  template <class Module>
+  void sum(Module& module, const Communicator& communicator) {
+    packed_.clear();
+    added_.clear();
+    moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
+      if (!p.trained) return;
+      moe::detail::settle(p);
+      packed_.push_back(p.gradient);
+      added_.push_back(p.gradient_state == State::added_to ? 1 : 0);
+    });
+    communicator.sum(std::span<float>(packed_.floats));
+    communicator.sum(std::span<double>(packed_.doubles));
+    communicator.sum(std::span<Index>(added_));
+    packed_.rewind();
+    auto added = added_.begin();
+    moe::detail::walk_parameters(
+        module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
+          if (!p.trained) return;
+          std::copy_n(packed_.next<Scalar>(p.size()), p.size(), p.gradient.data());
+          if (*added++ > 0) p.gradient_state = State::added_to;
+        });
+  }
+
+ private:
+  using State = moe::detail::GradientState;
+
+  /// Matrices one behind the other, by type.
+  struct Numbers {
+    std::vector<float> floats;
+    std::vector<double> doubles;
+    Index next_float = 0;
+    Index next_double = 0;
+
+    void clear() {
+      floats.clear();
+      doubles.clear();
+    }
+    void rewind() { next_float = next_double = 0; }
+
+    void push_back(const Matrix<float>& m) {
+      floats.insert(floats.end(), m.data(), m.data() + m.size());
+    }
+    void push_back(const Matrix<double>& m) {
+      doubles.insert(doubles.end(), m.data(), m.data() + m.size());
+    }
+
+    template <class Scalar>
+    const Scalar* next(Index count) {
+      if constexpr (std::is_same_v<Scalar, float>) {
+        return floats.data() + std::exchange(next_float, next_float + count);
+      } else {
+        return doubles.data() + std::exchange(next_double, next_double + count);
+      }
+    }
+  };
+
+  Numbers kept_;
+  std::vector<State> kept_states_;
+  Numbers packed_;
+  std::vector<Index> added_;
+};
+
+/// Sums the gradients of all that every rank has a copy of over the ranks, once an update, after the
+/// last backward pass and before clipping. ExpertParallel's own are left alone: its backward() has
+/// summed the gate's, and its experts' are complete. Gradients are those of a loss of the whole
+/// batch, so nothing is divided. The sums have the same bits everywhere, and with them the copies
+/// stay the same. Collective.
+template <class Module>
+void sum_gradients(Module& module, const Communicator& communicator) {
+  PartOf<Module, Residence::everywhere> copies(module);
+  GradientSum().sum(copies, communicator);
+}
+
+/// gradient_norm() of the whole model: what every rank has a copy of counts once. The same bits on all
+/// ranks. Collective.
+template <class Module>
+double gradient_norm(const Module& module, const Communicator& communicator,
+                     Updates updates = Updates::dense) {
+  const PartOf<const Module, Residence::everywhere, Residence::summed> copies(module);
+  const PartOf<const Module, Residence::here> own(module);
+  double square = std::pow(moe::gradient_norm(own, updates), 2);
+  communicator.sum(std::span<double>(&square, 1));
+  return std::hypot(moe::gradient_norm(copies, updates), std::sqrt(square));
+}
+
+/// clip_gradients() by the norm of the whole model, after sum_gradients(). Collective.
+template <class Module>
+double clip_gradients(Module& module, double max_norm, const Communicator& communicator,
+                      Updates updates = Updates::dense) {
+  communicator.attempt("clip_gradients", [&] {
+    moe::detail::require(max_norm > 0, "clip_gradients: max_norm = ", max_norm,
+                         ", must be above 0");
+  });
+  const double norm = mpi::gradient_norm(module, communicator, updates);
+  if (std::isfinite(norm) && norm > max_norm) {
+    moe::detail::scale_gradients(module, max_norm / norm, updates);
+  }
+  return norm;
+}
+
+}  // namespace moe::mpi

@@ -1,0 +1,112 @@
+#pragma once
+
+#include <mpi.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "moe/matrix.hpp"
+#include "moe/mpi/communicator.hpp"
+
+/// \file
+/// The all-to-all that moves rows of tokens, in flight while something else is computed.
+
+namespace moe::mpi {
+
+/// Rows on their way between ranks. What is sent and received must stay where it is until wait(),
+/// which the destructor does too. For each pair of ranks the one sends what the other receives, in
+/// the same order; where rows arrive does not depend on when.
+///
+/// MPI counts in int, and some versions fail beyond 2 GiB, so what is larger goes in pieces of at
+/// most `most_bytes`, which is the same on all ranks; a row is never cut.
+class RowExchange {
+ public:
+  explicit RowExchange(const Communicator& communicator,
+                       std::int64_t most_bytes = std::int64_t{1} << 30)
+      : communicator_(communicator), most_bytes_(most_bytes) {}
+  ~RowExchange() { wait(); }
+  RowExchange(const RowExchange&) = delete;
+  RowExchange& operator=(const RowExchange&) = delete;
+
+  /// Sends rows, gathered from wherever they are by MPI itself.
+  template <class Scalar>
+  void send(const GatheredRows<Scalar>& rows, int to) {
+    for_each_piece<Scalar>(rows.count(), rows.width(), [&](Index first, int count) {
+      displacements_.clear();
+      for (Index i = 0; i < count; ++i) {
+        displacements_.push_back(static_cast<MPI_Aint>((rows.row(first + i) - rows.row(first)) *
+                                                       static_cast<Index>(sizeof(Scalar))));
+      }
+      MPI_Datatype type;
+      MPI_Type_create_hindexed_block(count, static_cast<int>(rows.width()), displacements_.data(),
+                                     Communicator::type_of<Scalar>(), &type);
+      MPI_Type_commit(&type);
+      MPI_Isend(rows.row(first), 1, type, to, 0, communicator_.handle(), next());
+      MPI_Type_free(&type);  // lives on until the message is sent
+    });
+    communicator_.traffic().row_bytes +=
+        rows.count() * rows.width() * static_cast<Index>(sizeof(Scalar));
+  }
+
+  /// Sends rows that lie one behind the other.
+  template <class Scalar>
+  void send(const Scalar* rows, Index count, Index width, int to) {
+    for_each_message(rows, count, width, [&](const Scalar* first, int size, MPI_Datatype type) {
+      MPI_Isend(first, size, type, to, 0, communicator_.handle(), next());
+    });
+    const auto bytes =
+        static_cast<std::int64_t>(count * width) * static_cast<std::int64_t>(sizeof(Scalar));
+    (width > 1 ? communicator_.traffic().row_bytes : communicator_.traffic().other_bytes) += bytes;
+  }
+
+  /// Receives as many as the other sends, one behind the other.
+  template <class Scalar>
+  void receive(Scalar* rows, Index count, Index width, int from) {
+    for_each_message(rows, count, width, [&](Scalar* first, int size, MPI_Datatype type) {
+      MPI_Irecv(first, size, type, from, 0, communicator_.handle(), next());
+    });
+  }
+
+  /// Returns when all is sent and received.
+  void wait() {
+    const Communicator::Stopwatch stopwatch(communicator_.traffic());
+    constexpr std::size_t most = std::size_t{1} << 30;
+    for (std::size_t first = 0; first < requests_.size(); first += most) {
+      MPI_Waitall(static_cast<int>(std::min(most, requests_.size() - first)),
+                  requests_.data() + first, MPI_STATUSES_IGNORE);
+    }
+    requests_.clear();
+  }
+
+ private:
+  template <class Scalar, class F>
+  void for_each_piece(Index count, Index width, F&& f) const {
+    if (width == 0) return;
+    const auto bytes = static_cast<std::int64_t>(width) * static_cast<std::int64_t>(sizeof(Scalar));
+    const Index most = std::max<Index>(1, most_bytes_ / bytes);
+    for (Index first = 0; first < count; first += most) {
+      f(first, static_cast<int>(std::min(most, count - first)));
+    }
+  }
+
+  template <class Scalar, class F>
+  void for_each_message(Scalar* rows, Index count, Index width, F&& f) const {
+    MPI_Datatype row;
+    MPI_Type_contiguous(static_cast<int>(width),
+                        Communicator::type_of<std::remove_const_t<Scalar>>(), &row);
+    MPI_Type_commit(&row);
+    for_each_piece<Scalar>(count, width,
+                           [&](Index first, int size) { f(rows + first * width, size, row); });
+    MPI_Type_free(&row);
+  }
+
+  MPI_Request* next() { return &requests_.emplace_back(MPI_REQUEST_NULL); }
+
+  const Communicator& communicator_;
+  std::int64_t most_bytes_;
+  std::vector<MPI_Request> requests_;
+  std::vector<MPI_Aint> displacements_;
+};
+
+}  // namespace moe::mpi
