@@ -40,6 +40,13 @@ if(MOE_OPENMP)
   find_package(OpenMP COMPONENTS CXX)
 endif()
 
+# For moe::mpi, which is in C++ but needs no more than MPI's C functions. A compiler wrapper for
+# this machine is of no use to a cross build.
+if(MOE_MPI AND NOT CMAKE_CROSSCOMPILING)
+  set(MPI_CXX_SKIP_MPICXX ON)
+  find_package(MPI QUIET COMPONENTS CXX)
+endif()
+
 # For moe::io, and everything of ours that saves or loads.
 if(NOT TARGET nlohmann_json::nlohmann_json)
   if(MOE_BUILD_TESTS OR MOE_BUILD_EXAMPLES)

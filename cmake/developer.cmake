@@ -40,6 +40,9 @@ endif()
 # makes the target for that in moe's folder, and only options of the folder reach it.
 if(MOE_BUILD_TESTS)
   set_target_properties(moe moe_io PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON)
+  if(TARGET moe_mpi)
+    set_target_properties(moe_mpi PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON)
+  endif()
   set_directory_properties(PROPERTIES
     COMPILE_OPTIONS "$<TARGET_PROPERTY:moe_developer,INTERFACE_COMPILE_OPTIONS>")
   add_custom_target(moe_headers ALL DEPENDS moe_verify_interface_header_sets)

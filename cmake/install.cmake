@@ -6,8 +6,9 @@ set(package_folder "${CMAKE_INSTALL_DATADIR}/cmake/moe")
 install(TARGETS moe EXPORT moe-targets
         FILE_SET HEADERS
         INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
-# moe::io is made by moe-config.cmake, where the library that it needs is found again.
+# moe::io and moe::mpi are made by moe-config.cmake, where what they need is found again.
 install(FILES ${io_headers} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/moe/io")
+install(FILES ${mpi_headers} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/moe/mpi")
 install(EXPORT moe-targets NAMESPACE moe:: DESTINATION "${package_folder}")
 
 configure_package_config_file(cmake/moe-config.cmake.in "${PROJECT_BINARY_DIR}/moe-config.cmake"

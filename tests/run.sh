@@ -4,7 +4,7 @@ set -eu
 
 cd -- "$(dirname -- "$0")/.."
 
-sh cmake/install_packages.sh
+sh cmake/install_packages.sh cmake/debian-packages-mpi.txt
 echo "Building in $PWD/build/tests"
 cmake --preset tests >/dev/null
 cmake --build --preset tests --parallel "$(getconf _NPROCESSORS_ONLN)"

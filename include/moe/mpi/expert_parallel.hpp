@@ -180,10 +180,12 @@ class ExpertParallel {
   /// Adds to the gradients of the gate and of this rank's experts; returns that of x, which is
   /// tape.dx. Throws Error on all ranks.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
-    communicator_.attempt("ExpertParallel::backward",
-                          {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
-                           {"the number of tokens", tape.batch_tokens}},
-                          [&] { prepare_backward(dy, tape); });
+    with_batch(tape, [&] {
+      communicator_.attempt("ExpertParallel::backward",
+                            {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
+                             {"the number of tokens", tape.batch_tokens}},
+                            [&] { prepare_backward(dy, tape); });
+    });
     const MatrixRef<Scalar> dsum =
         moe::detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
     run_experts_backward(dsum, tape);

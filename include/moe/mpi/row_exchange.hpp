@@ -32,7 +32,7 @@ class RowExchange {
   /// Sends rows, gathered from wherever they are by MPI itself.
   template <class Scalar>
   void send(const GatheredRows<Scalar>& rows, int to) {
-    for_each_piece<Scalar>(rows.count(), rows.width(), [&](Index first, int count) {
+    for_each_piece<Scalar>(rows.count(), rows.width(), most_bytes_, [&](Index first, int count) {
       displacements_.clear();
       for (Index i = 0; i < count; ++i) {
         displacements_.push_back(static_cast<MPI_Aint>((rows.row(first + i) - rows.row(first)) *
@@ -79,24 +79,25 @@ class RowExchange {
     requests_.clear();
   }
 
- private:
+  /// Calls f(first, count) for the pieces of `count` rows that are sent by themselves.
   template <class Scalar, class F>
-  void for_each_piece(Index count, Index width, F&& f) const {
+  static void for_each_piece(Index count, Index width, std::int64_t most_bytes, F&& f) {
     if (width == 0) return;
     const auto bytes = static_cast<std::int64_t>(width) * static_cast<std::int64_t>(sizeof(Scalar));
-    const Index most = std::max<Index>(1, most_bytes_ / bytes);
+    const Index most = std::max<Index>(1, most_bytes / bytes);
     for (Index first = 0; first < count; first += most) {
       f(first, static_cast<int>(std::min(most, count - first)));
     }
   }
 
+ private:
   template <class Scalar, class F>
   void for_each_message(Scalar* rows, Index count, Index width, F&& f) const {
     MPI_Datatype row;
     MPI_Type_contiguous(static_cast<int>(width),
                         Communicator::type_of<std::remove_const_t<Scalar>>(), &row);
     MPI_Type_commit(&row);
-    for_each_piece<Scalar>(count, width,
+    for_each_piece<Scalar>(count, width, most_bytes_,
                            [&](Index first, int size) { f(rows + first * width, size, row); });
     MPI_Type_free(&row);
   }

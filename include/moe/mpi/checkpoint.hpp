@@ -1,0 +1,269 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <numeric>
+#include <span>
+#include <sstream>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "moe/mpi/communicator.hpp"
+#include "moe/mpi/row_exchange.hpp"
+#include "moe/parameter.hpp"
+
+/// \file
+/// From a model whose experts are spread over ranks to the same model in one process, and back to
+/// any number of ranks. The whole one has a MoELayer where the other has an ExpertParallel, so the
+/// parameters have the same names, and saves and loads like any other:
+///
+///     Model* whole = ...;   // on rank 0, null on the others
+///     moe::mpi::gather_parameters(model, whole, communicator);
+///     if (whole) moe::save_parameters("model.safetensors", *whole);
+///
+///     if (whole) moe::load_parameters("model.safetensors", *whole);
+///     moe::mpi::scatter_parameters(whole, model, communicator);
+
+namespace moe::mpi {
+
+/// Numbers by the name of the parameter, or of the optimizer's state, that they are; it refers to
+/// them.
+template <class Number>
+class NamedNumbers {
+ public:
+  struct Place {
+    Number* data = nullptr;
+    Index rows = 0;
+    Index columns = 0;
+  };
+
+  void add(const std::string& name, Matrix<Number>& matrix) {
+    places_[name] = {matrix.data(), matrix.rows(), matrix.cols()};
+  }
+  void add(const std::string& name, Number& number) { places_[name] = {&number, 1, 1}; }
+
+  const std::map<std::string, Place>& places() const { return places_; }
+
+ private:
+  std::map<std::string, Place> places_;
+};
+
+namespace checkpoint {
+
+/// The names and shapes of a rank, "name rows columns" a line.
+template <class Number>
+std::string listing_of(const NamedNumbers<Number>& numbers) {
+  std::ostringstream text;
+  for (const auto& [name, place] : numbers.places()) {
+    text << name << ' ' << place.rows << ' ' << place.columns << '\n';
+  }
+  return text.str();
+}
+
+/// Calls f(rank, name, rows, columns) for every line of the listings of all ranks, in order.
+template <class F>
+void for_each_line(const std::vector<std::string>& listings, F&& f) {
+  for (std::size_t rank = 0; rank < listings.size(); ++rank) {
+    std::istringstream text(listings[rank]);
+    std::string name;
+    Index rows = 0;
+    Index columns = 0;
+    while (text >> name >> rows >> columns) f(static_cast<int>(rank), name, rows, columns);
+  }
+}
+
+/// Tells every rank what all have. Collective.
+inline std::vector<std::string> exchange_listings(const std::string& own,
+                                                  const Communicator& communicator) {
+  const std::vector<Index> sizes = communicator.gather(static_cast<Index>(own.size()));
+  std::string all(static_cast<std::size_t>(std::accumulate(sizes.begin(), sizes.end(), Index{0})),
+                  ' ');
+  communicator.gather(std::span<const char>(own), std::span<const Index>(sizes),
+                      std::span<char>(all));
+  std::vector<std::string> listings;
+  std::size_t first = 0;
+  for (const Index size : sizes) {
+    listings.push_back(all.substr(first, moe::detail::to_size(size)));
+    first += listings.back().size();
+  }
+  return listings;
+}
+
+/// Throws std::invalid_argument unless what the ranks have and what the whole has are the same.
+template <class Number>
+void check_listings(const std::vector<std::string>& listings, const NamedNumbers<Number>& whole) {
+  using moe::detail::require;
+  std::map<std::string, bool> found;
+  for (const auto& entry : whole.places()) found[entry.first] = false;
+  for_each_line(listings, [&](int rank, const std::string& name, Index rows, Index columns) {
+    const auto place = whole.places().find(name);
+    require(place != whole.places().end(), "the whole model has no ", name, ", rank ", rank,
+            " has");
+    require(place->second.rows == rows && place->second.columns == columns, name, " is ", rows,
+            " x ", columns, " on rank ", rank, ", in the whole model ", place->second.rows, " x ",
+            place->second.columns);
+    found[name] = true;
+  });
+  for (const auto& [name, has] : found) require(has, "no rank has the whole model's ", name);
+}
+
+/// One type of number on its way between the root's `whole` and the ranks' `parts`.
+template <class Number>
+class Copy {
+ public:
+  /// Throws Error on all ranks unless both have the same names and shapes. Collective.
+  Copy(NamedNumbers<Number> parts, NamedNumbers<Number> whole, int root,
+       const Communicator& communicator)
+      : parts_(std::move(parts)),
+        whole_(std::move(whole)),
+        root_(root),
+        communicator_(communicator),
+        listings_(exchange_listings(listing_of(parts_), communicator)) {
+    communicator.attempt("checkpoint: names", [&] {
+      if (communicator.rank() == root) check_listings(listings_, whole_);
+    });
+  }
+
+  /// To the whole from the lowest rank that has a name, or from it to all that do. Collective.
+  void run(bool to_whole) const {
+    const bool is_root = communicator_.rank() == root_;
+    std::map<std::string, bool> copied;
+    RowExchange exchange(communicator_);
+    for_each_line(listings_, [&](int rank, const std::string& name, Index rows, Index columns) {
+      if (to_whole && std::exchange(copied[name], true)) return;
+      const bool is_part = communicator_.rank() == rank;
+      if (!is_root && !is_part) return;
+      Number* of_whole = is_root ? whole_.places().at(name).data : nullptr;
+      Number* of_part = is_part ? parts_.places().at(name).data : nullptr;
+      Number* to = to_whole ? of_whole : of_part;
+      const Number* from = to_whole ? of_part : of_whole;
+      if (is_root && is_part) {
+        std::copy_n(from, rows * columns, to);
+      } else if (is_root == to_whole) {
+        exchange.receive(to, rows, columns, is_root ? rank : root_);
+      } else {
+        exchange.send(from, rows, columns, is_root ? rank : root_);
+      }
+    });
+  }
+
+ private:
+  NamedNumbers<Number> parts_;
+  NamedNumbers<Number> whole_;
+  int root_;
+  const Communicator& communicator_;
+  std::vector<std::string> listings_;
+};
+
+/// Copies numbers of all types; parts and whole are called with each of them, and whole on the root
+/// only. Nothing is changed unless all is in order.
+template <class Parts, class Whole>
+void copy_all(bool to_whole, Parts&& parts, bool has_whole, Whole&& whole, int root,
+              const Communicator& communicator) {
+  const bool is_root = communicator.rank() == root;
+  communicator.attempt("checkpoint", {{"root", root}, {"direction", to_whole ? 1 : 0}}, [&] {
+    moe::detail::require(root >= 0 && root < communicator.size(), "checkpoint: root = ", root,
+                         " of ", communicator.size(), " ranks");
+    moe::detail::require(has_whole || !is_root, "checkpoint: the root has no whole model");
+  });
+  const auto copy_of = [&]<class Number>(Number) {
+    NamedNumbers<Number> of_parts;
+    NamedNumbers<Number> of_whole;
+    communicator.attempt("checkpoint: numbers", [&] {
+      of_parts = parts(Number{});
+      if (is_root) of_whole = whole(Number{});
+    });
+    return Copy<Number>(std::move(of_parts), std::move(of_whole), root, communicator);
+  };
+  const auto floats = copy_of(float{});
+  const auto doubles = copy_of(double{});
+  const auto counts = copy_of(Index{});
+  floats.run(to_whole);
+  doubles.run(to_whole);
+  counts.run(to_whole);
+}
+
+template <class Scalar, class Module>
+NamedNumbers<Scalar> parameters_of(Module& module) {
+  NamedNumbers<Scalar> numbers;
+  for_each_parameter(module, [&]<class S>(const std::string& name, Parameter<S>& parameter) {
+    if constexpr (std::is_same_v<S, Scalar>) numbers.add(name, parameter.value);
+  });
+  return numbers;
+}
+
+/// An optimizer's matrices, or its counts: that of all updates, and those of each parameter.
+template <class Number, class Optimizer, class Module>
+NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module) {
+  NamedNumbers<Number> numbers;
+  std::vector<std::string> names;
+  for_each_parameter(module, [&](const std::string& name, const auto&) { names.push_back(name); });
+  optimizer.for_each_state(module, [&](const std::string& what, auto&& state) {
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(state)>, std::span<Index>>) {
+      if constexpr (std::is_same_v<Number, Index>) {
+        const bool each = state.size() == names.size() && what != "steps";
+        for (std::size_t i = 0; i < state.size(); ++i) {
+          numbers.add(each ? what + '.' + names[i] : what, state[i]);
+        }
+      }
+    } else if constexpr (std::is_same_v<std::remove_cvref_t<decltype(state)>, Matrix<Number>>) {
+      numbers.add(what, state);
+    }
+  });
+  return numbers;
+}
+
+template <class Module, class Whole>
+void copy_parameters(bool to_whole, Module& module, Whole* whole, int root,
+                     const Communicator& communicator) {
+  copy_all(
+      to_whole, [&]<class Number>(Number) { return parameters_of<Number>(module); },
+      whole != nullptr, [&]<class Number>(Number) { return parameters_of<Number>(*whole); }, root,
+      communicator);
+}
+
+template <class Optimizer, class Module, class Whole>
+void copy_state(bool to_whole, Optimizer& optimizer, Module& module, Optimizer* whole_optimizer,
+                Whole* whole, int root, const Communicator& communicator) {
+  copy_all(
+      to_whole, [&]<class Number>(Number) { return state_of<Number>(optimizer, module); },
+      whole != nullptr && whole_optimizer != nullptr,
+      [&]<class Number>(Number) { return state_of<Number>(*whole_optimizer, *whole); }, root,
+      communicator);
+}
+
+}  // namespace checkpoint
+
+/// Fills the root's whole model with the parameters of all ranks' modules; of what several ranks
+/// have, with those of the lowest. `whole` is null on the other ranks. Throws Error on all ranks, with
+/// nothing changed, unless names and shapes are the same. Collective.
+template <class Module, class Whole>
+void gather_parameters(Module& module, Whole* whole, const Communicator& communicator,
+                       int root = 0) {
+  checkpoint::copy_parameters(true, module, whole, root, communicator);
+}
+
+/// The other way: every rank gets what it has of the root's whole model. Throws likewise. Collective.
+template <class Whole, class Module>
+void scatter_parameters(Whole* whole, Module& module, const Communicator& communicator,
+                        int root = 0) {
+  checkpoint::copy_parameters(false, module, whole, root, communicator);
+}
+
+/// The same for what an optimizer remembers of the module (for_each_state), so that training goes
+/// on where it stopped, on another number of ranks.
+template <class Optimizer, class Module, class Whole>
+void gather_state(Optimizer& optimizer, Module& module, Optimizer* whole_optimizer, Whole* whole,
+                  const Communicator& communicator, int root = 0) {
+  checkpoint::copy_state(true, optimizer, module, whole_optimizer, whole, root, communicator);
+}
+template <class Optimizer, class Whole, class Module>
+void scatter_state(Optimizer* whole_optimizer, Whole* whole, Optimizer& optimizer, Module& module,
+                   const Communicator& communicator, int root = 0) {
+  checkpoint::copy_state(false, optimizer, module, whole_optimizer, whole, root, communicator);
+}
+
+}  // namespace moe::mpi

@@ -1,0 +1,164 @@
+#include "moe/mpi/checkpoint.hpp"
+
+#include <memory>
+
+#include "moe/io/safetensors.hpp"
+#include "temporary_folder.hpp"
+#include "whole.hpp"
+
+using namespace moe;
+using mpi::Communicator;
+using test::random_matrix;
+using test::same_bits;
+
+namespace {
+
+using Gate = SoftmaxTopKGate<double>;
+using Layer = MoELayer<Expert<FeedForward, double>, Gate>;
+using Parallel = mpi::ExpertParallel<Layer>;
+const Layer::Config config{.width = 5,
+                           .expert = {.hidden = 4},
+                           .gate = {.experts = 7, .active = 2, .selection_bias = true},
+                           .seed = 3};
+
+template <class Module>
+void train(Module& module, typename Module::Tape& tape, Adam<double>& adam, const Matrix<double>& x,
+           std::uint64_t step) {
+  zero_gradients(module);
+  module.forward(x, tape, {.step = step});
+  module.backward(x, tape);
+  adam.update(module, 0.01);
+}
+
+/// The first `size` ranks by themselves; nothing on the others.
+std::unique_ptr<Communicator> first_ranks(int size) {
+  int rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm some = MPI_COMM_NULL;
+  MPI_Comm_split(MPI_COMM_WORLD, rank < size ? 0 : MPI_UNDEFINED, rank, &some);
+  if (some == MPI_COMM_NULL) return nullptr;
+  auto communicator = std::make_unique<Communicator>(some, 30);
+  MPI_Comm_free(&some);
+  return communicator;
+}
+
+}  // namespace
+
+TEST_CASE("checkpoint: training goes on, on another number of ranks, as if nothing had happened",
+          "[mpi]") {
+  const Communicator world(MPI_COMM_WORLD, 30);
+  const auto x = random_matrix(12, 5, 1);
+  const auto own = [&](const Communicator& c) {
+    const Index first = 12 * c.rank() / c.size();
+    return Matrix<double>(x.middleRows(first, 12 * (c.rank() + 1) / c.size() - first));
+  };
+  // What one process would do.
+  Layer expected(config);
+  Layer::Tape expected_tape;
+  Adam<double> expected_adam;
+  for (std::uint64_t step = 1; step <= 6; ++step) {
+    train(expected, expected_tape, expected_adam, x, step);
+  }
+
+  const int root = world.size() - 1;
+  Layer whole(config);
+  Adam<double> whole_adam;
+  whole_adam.for_each_state(whole, [](const std::string&, auto&&) {});  // makes it
+  {
+    Parallel layer(config, world);
+    Parallel::Tape tape;
+    Adam<double> adam;
+    for (std::uint64_t step = 1; step <= 3; ++step) train(layer, tape, adam, own(world), step);
+    const bool is_root = world.rank() == root;
+    Layer* to = is_root ? &whole : nullptr;
+    mpi::gather_parameters(layer, to, world, root);
+    mpi::gather_state(adam, layer, is_root ? &whole_adam : nullptr, to, world, root);
+  }
+  // By a file, to a number of ranks that is one less.
+  const test::TemporaryFolder folder;
+  const std::string path = folder.file("whole.safetensors");
+  if (world.rank() == root) {
+    SafetensorsWriter writer;
+    writer.add_parameters(whole);
+    whole_adam.for_each_state(
+        whole, [&](const std::string& name, auto&& state) { writer.add("adam." + name, state); });
+    writer.write(path);
+    const SafetensorsFile file(path);
+    Layer loaded(config);
+    file.read_parameters(loaded);
+    for_each_parameter(whole, [&](const std::string& name, auto& p) {
+      for_each_parameter(loaded, [&](const std::string& other, auto& q) {
+        if (name == other) CHECK(same_bits(p.value, q.value));
+      });
+    });
+  }
+  // The root of the smaller group is another one, so the whole model goes there first.
+  for_each_parameter(whole, [&](const std::string&, auto& p) {
+    world.broadcast(std::span<double>(p.value.data(), static_cast<std::size_t>(p.size())), root);
+  });
+  whole_adam.for_each_state(whole, [&](const std::string&, auto&& state) {
+    if constexpr (requires { state.rows(); }) {
+      world.broadcast(std::span<double>(state.data(), static_cast<std::size_t>(state.size())),
+                      root);
+    } else {
+      world.broadcast(std::span<Index>(state), root);
+    }
+  });
+
+  if (const auto fewer = first_ranks(std::max(1, world.size() - 1))) {
+    Parallel layer(config, *fewer);
+    Parallel::Tape tape;
+    Adam<double> adam;
+    adam.for_each_state(layer, [](const std::string&, auto&&) {});
+    const bool is_root = fewer->rank() == 0;
+    mpi::scatter_parameters(is_root ? &whole : nullptr, layer, *fewer);
+    mpi::scatter_state(is_root ? &whole_adam : nullptr, is_root ? &whole : nullptr, adam, layer,
+                       *fewer);
+    for (std::uint64_t step = 4; step <= 6; ++step) train(layer, tape, adam, own(*fewer), step);
+    std::map<std::string, Matrix<double>> values;
+    for_each_parameter(expected, [&](const std::string& name, auto& p) { values[name] = p.value; });
+    for_each_parameter(layer, [&](const std::string& name, auto& p) {
+      INFO(name);
+      CHECK(test::relative_error(p.value, values.at(name)) < 1e-9);
+    });
+  }
+}
+
+TEST_CASE("checkpoint: what does not fit is refused by all, and nothing is changed", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const bool is_root = communicator.rank() == 0;
+  Parallel layer(config, communicator);
+  test::randomize_by_name(layer, 1);
+  const auto error = [](auto&& f) -> std::string {
+    try {
+      f();
+    } catch (const mpi::Error& e) {
+      return e.what();
+    }
+    return "none";
+  };
+  Layer::Config other = config;
+  other.expert.hidden = 6;
+  Layer wide(other);
+  const auto message =
+      error([&] { mpi::gather_parameters(layer, is_root ? &wide : nullptr, communicator); });
+  CHECK(message.find("in the whole model") != std::string::npos);
+  other = config;
+  other.gate.experts = 8;
+  Layer more(other);
+  CHECK(error([&] {
+          mpi::scatter_parameters(is_root ? &more : nullptr, layer, communicator);
+        }).find("gate.") != std::string::npos);
+  CHECK(error([&] { mpi::gather_parameters(layer, static_cast<Layer*>(nullptr), communicator); }) ==
+        "rank 0: moe: checkpoint: the root has no whole model");
+  CHECK(error([&] {
+          mpi::gather_parameters(layer, static_cast<Layer*>(nullptr), communicator, 9);
+        }).find("root = 9") != std::string::npos);
+  Parallel same(config, communicator);
+  test::randomize_by_name(same, 1);
+  for_each_parameter(layer, [&](const std::string& name, auto& p) {
+    for_each_parameter(same, [&](const std::string& that, auto& q) {
+      if (name == that) CHECK(same_bits(p.value, q.value));
+    });
+  });
+}

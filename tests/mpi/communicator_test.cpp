@@ -1,0 +1,142 @@
+#include "moe/mpi/communicator.hpp"
+
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support.hpp"
+
+using namespace moe;
+using mpi::Communicator;
+
+namespace {
+
+/// The text of the Error that f() throws, or nothing.
+template <class F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const mpi::Error& error) {
+    return error.what();
+  }
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("communicator: sums have the same bits on all ranks", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int ranks = communicator.size();
+  std::vector<Index> counts{communicator.rank() + 1, 10, Index{1} << 40};
+  communicator.sum(std::span<Index>(counts));
+  CHECK(counts ==
+        std::vector<Index>{ranks * (ranks + 1) / 2, 10 * ranks, ranks * (Index{1} << 40)});
+
+  // Numbers whose sum depends on the order.
+  std::vector<float> numbers(1000);
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    numbers[i] = static_cast<float>(i + 1) / static_cast<float>(3 + 7 * communicator.rank());
+  }
+  communicator.sum(std::span<float>(numbers));
+  std::vector<float> root = numbers;
+  communicator.broadcast(std::span<float>(root), 0);
+  CHECK(root == numbers);
+  float expected = 0;
+  for (int r = 0; r < ranks; ++r) expected += 1000.0f / static_cast<float>(3 + 7 * r);
+  CHECK(std::abs(numbers.back() - expected) < 1e-4f * expected);
+
+  std::vector<double> none;
+  communicator.sum(std::span<double>(none));
+}
+
+TEST_CASE("communicator: gathers what each has, in the order of ranks", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  std::vector<Index> counts;
+  std::vector<double> expected;
+  for (int r = 0; r < communicator.size(); ++r) {
+    counts.push_back(r % 2 == 0 ? 2 * r + 1 : 0);  // some have nothing
+    for (Index i = 0; i < counts.back(); ++i)
+      expected.push_back(100.0 * r + static_cast<double>(i));
+  }
+  std::vector<double> own;
+  for (Index i = 0; i < counts[static_cast<std::size_t>(communicator.rank())]; ++i) {
+    own.push_back(100.0 * communicator.rank() + static_cast<double>(i));
+  }
+  std::vector<double> all(expected.size());
+  communicator.gather(std::span<const double>(own), std::span<const Index>(counts),
+                      std::span<double>(all));
+  CHECK(all == expected);
+  std::vector<Index> ranks(static_cast<std::size_t>(communicator.size()));
+  std::iota(ranks.begin(), ranks.end(), Index{0});
+  CHECK(communicator.gather(Index{communicator.rank()}) == ranks);
+}
+
+TEST_CASE("communicator: ranks that disagree all hear who does on what", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int rank = communicator.rank();
+  const int last = communicator.size() - 1;
+  communicator.agree("a call", {{"one", 1}, {"lowest", std::numeric_limits<std::int64_t>::min()}});
+  if (last == 0) return;
+  const std::string at = std::to_string(last);
+  CHECK(error_of([&] { communicator.agree(rank == last ? "other" : "this"); }) ==
+        "moe: ranks disagree: rank 0 is in \"this\", rank " + at + " in \"other\"");
+  CHECK(error_of([&] {
+          communicator.agree("a call", {{"same", 5}, {"size", rank == last ? -3 : 4}});
+        }) == "moe: ranks disagree in \"a call\": size is 4 on rank 0 and -3 on rank " + at);
+  CHECK(error_of([&] {
+          std::vector<double> numbers(rank == last ? 3 : 2);
+          communicator.sum(std::span<double>(numbers));
+        }) ==
+        "moe: ranks disagree in \"sum\": the count of the numbers is 2 on rank 0 and 3 on rank " +
+            at);
+  communicator.agree("and goes on");
+}
+
+TEST_CASE("communicator: what one rank throws, all do", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  const std::string at = std::to_string(last);
+  const auto fails = [&](auto&& f) {
+    return error_of([&] {
+      communicator.attempt("an attempt", [&] {
+        if (communicator.rank() == last) f();
+      });
+    });
+  };
+  CHECK(fails([] { throw std::runtime_error("no luck"); }) == "rank " + at + ": no luck");
+  CHECK(fails([] { throw std::bad_alloc(); }) == "rank " + at + ": " + std::bad_alloc().what());
+  CHECK(fails([] { throw 7; }) == "rank " + at + ": an exception that is no std::exception");
+  CHECK(fails([] { throw std::runtime_error(std::string(3000, 'x')); }).size() ==
+        3000 + 6 + at.size() + 1 - 0);
+  // Of several the lowest, and while the others are in quite another call.
+  CHECK(error_of([&] {
+          communicator.attempt(
+              "an attempt", [&] { throw std::runtime_error(std::to_string(communicator.rank())); });
+        }) == "rank 0: 0");
+  CHECK(error_of([&] {
+          if (communicator.rank() == last) {
+            communicator.attempt("an attempt", [] { throw std::runtime_error("no luck"); });
+          } else {
+            double one = 1;
+            communicator.sum(std::span<double>(&one, 1));
+          }
+        }) == "rank " + at + ": no luck");
+  CHECK(fails([] {}).empty());
+}
+
+TEST_CASE("communicator: what makes no sense is refused", "[mpi]") {
+  CHECK_THROWS_AS(Communicator(MPI_COMM_WORLD, -1), std::invalid_argument);
+}
+
+TEST_CASE("communicator: a copy is the same one", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  {
+    const Communicator copy = communicator;
+    copy.agree("in the copy");
+    copy.traffic().row_bytes = 5;
+  }
+  communicator.agree("in the first");
+  CHECK(communicator.traffic().row_bytes == 5);
+  CHECK(communicator.traffic().seconds > 0);
+}

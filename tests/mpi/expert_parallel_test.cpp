@@ -1,0 +1,510 @@
+#include "moe/mpi/expert_parallel.hpp"
+
+#include <stdexcept>
+
+#include "whole.hpp"
+
+using namespace moe;
+using test::Beside;
+using test::random_matrix;
+using test::same_bits;
+
+namespace {
+
+template <class Gate, class Scalar = double>
+using Layer = MoELayer<Expert<FeedForward, Scalar>, Gate>;
+
+/// A layer with this gate, on several shares of 13 tokens among the ranks and on none.
+template <class Gate>
+void check_gate(const typename Gate::Config& gate, double scale = 0.5) {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  Beside<Layer<Gate>> beside({.width = 6,
+                              .expert = {.hidden = 10, .activation = Activation::silu},
+                              .gate = gate,
+                              .seed = 4},
+                             communicator, scale);
+  for (const auto& share : test::ways_to_share(12, communicator.size())) beside.check(share, 1e-12);
+  beside.check(std::vector<Index>(static_cast<std::size_t>(communicator.size()), 0), 1e-12);
+}
+
+}  // namespace
+
+TEST_CASE("expert parallel: equals the layer of one process behind a noisy gate", "[mpi]") {
+  for (const Index experts : {1, 2, 5, 8}) {
+    for (const Index active : {Index{1}, Index{2}, experts}) {
+      if (active > experts) continue;
+      INFO(experts << " experts, " << active << " active");
+      check_gate<NoisyTopKGate<double>>({.experts = experts, .active = active});
+    }
+  }
+  check_gate<NoisyTopKGate<double>>(
+      {.experts = 6, .active = 2, .noise = false, .importance_weight = 0.7, .load_weight = 0.3});
+}
+
+TEST_CASE("expert parallel: equals the layer of one process behind a hierarchical gate", "[mpi]") {
+  check_gate<HierarchicalGate<double>>(
+      {.groups = 3, .group_experts = 4, .active_groups = 2, .active = 2, .load_weight = 0.5});
+  check_gate<HierarchicalGate<double>>(
+      {.groups = 5, .group_experts = 2, .active_groups = 1, .active = 1});
+  check_gate<HierarchicalGate<double>>(
+      {.groups = 2, .group_experts = 3, .active_groups = 2, .active = 2, .noise = false});
+}
+
+TEST_CASE("expert parallel: equals the layer of one process behind a balanced gate", "[mpi]") {
+  check_gate<BalancedGate<double>>({.experts = 4, .active = 2, .threshold_weight = 0.3});
+  check_gate<BalancedGate<double>>({.experts = 5, .active = 1});
+}
+
+TEST_CASE("expert parallel: equals the layer of one process behind a softmax gate", "[mpi]") {
+  using Gate = SoftmaxTopKGate<double>;
+  check_gate<Gate>({.experts = 5, .active = 2, .renormalise = true, .switch_weight = 0.4});
+  check_gate<Gate>({.experts = 5, .active = 2, .score = Score::softmax_of_chosen, .z_weight = 0.2});
+  check_gate<Gate>({.experts = 6,
+                    .active = 2,
+                    .score = Score::sigmoid,
+                    .groups = 3,
+                    .active_groups = 2,
+                    .selection_bias = true,
+                    .switch_weight = 0.3,
+                    .switch_count = SwitchCount::per_token});
+  check_gate<Gate>({.experts = 4,
+                    .active = 1,
+                    .jitter = 0.1,
+                    .switch_weight = 0.3,
+                    .switch_count = SwitchCount::first_choice});
+  for (const PlaceOrder order :
+       {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+    check_gate<Gate>({.experts = 4,
+                      .active = 2,
+                      .random_second = true,
+                      .capacity_factor = 0.75,
+                      .evaluation_capacity_factor = 1,
+                      .place_order = order,
+                      .switch_weight = 0.3},
+                     2.0);
+  }
+  for (const RowOrder order : {RowOrder::time_major, RowOrder::sequence_major}) {
+    check_gate<Gate>(
+        {.experts = 4, .active = 2, .sequence_weight = 0.5, .sequences = 3, .row_order = order});
+  }
+}
+
+TEST_CASE("expert parallel: equals the layer of one process behind expert choice", "[mpi]") {
+  check_gate<ExpertChoiceGate<double>>({.experts = 4, .capacity_factor = 1.5});
+}
+
+TEST_CASE("expert parallel: equals the layer of one process with shared experts", "[mpi]") {
+  check_gate<SharedExpertGate<NoisyTopKGate<double>>>(
+      {.shared = 2, .gated = true, .routed = {.experts = 4, .active = 2}});
+  check_gate<SharedExpertGate<BalancedGate<double>>>(
+      {.shared = 1, .routed = {.experts = 3, .active = 1}});
+}
+
+TEST_CASE("expert parallel: selection biases move alike on all ranks", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  Beside<Layer<SoftmaxTopKGate<double>>> beside(
+      {.width = 6,
+       .expert = {.hidden = 4},
+       .gate = {.experts = 5, .active = 2, .selection_bias = true, .bias_rate = 0.1},
+       .seed = 4},
+      communicator);
+  const auto x = random_matrix(4 * communicator.size(), 6, 5);
+  Layer<SoftmaxTopKGate<double>>::Tape expected;
+  decltype(beside.parallel)::Tape tape;
+  beside.whole.forward(x, expected);
+  beside.parallel.forward(x.middleRows(4 * communicator.rank(), 4), tape);
+  beside.whole.gate().update_selection_bias(expected);
+  beside.parallel.gate().update_selection_bias(tape);
+  Matrix<double> biases[2];
+  const auto take = [](Matrix<double>& to) {
+    return [&](const std::string& name, auto& p) {
+      if (name == "selection_bias") to = p.value;
+    };
+  };
+  for_each_parameter(beside.whole.gate(), take(biases[0]));
+  for_each_parameter(beside.parallel.gate(), take(biases[1]));
+  CHECK(biases[0].cwiseAbs().maxCoeff() > 0);
+  CHECK(same_bits(biases[0], biases[1]));
+}
+
+TEST_CASE("expert parallel: one expert can get every token of every rank", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  for (const Index favourite : {0, 3}) {
+    Beside<Layer<NoisyTopKGate<double>>> beside(
+        {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 4, .active = 1}, .seed = 4},
+        communicator);
+    for (auto* gate : {&beside.whole.gate(), &beside.parallel.gate()}) {
+      for_each_parameter(*gate, [&](const std::string& name, auto& p) {
+        p.value.setZero();
+        // Only the noise decides without scores; here it is too small to.
+        if (name == "noise_weight") p.value.setConstant(0);
+        if (name == "weight") p.value.col(favourite).setConstant(0);
+      });
+    }
+    // Scores are x·W_g, so a column of large ones needs an x of one sign: instead, the bias of the
+    // choice is given by an x whose first number is large.
+    for (auto* gate : {&beside.whole.gate(), &beside.parallel.gate()}) {
+      for_each_parameter(*gate, [&](const std::string& name, auto& p) {
+        if (name == "weight") p.value(0, favourite) = 1e3;
+      });
+    }
+    auto x = random_matrix(12, 6, 5);
+    x.col(0).setConstant(1);
+    decltype(beside.parallel)::Tape tape;
+    Layer<NoisyTopKGate<double>>::Tape expected;
+    const Index first = 12 * communicator.rank() / communicator.size();
+    const Index count = 12 * (communicator.rank() + 1) / communicator.size() - first;
+    beside.whole.forward(x, expected);
+    beside.parallel.forward(x.middleRows(first, count), tape);
+    CHECK(tape.balance.tokens_per_expert[static_cast<std::size_t>(favourite)] == 12);
+    CHECK(test::relative_error(tape.y, expected.y.middleRows(first, count)) < 1e-12);
+    beside.whole.backward(x, expected);
+    beside.parallel.backward(x.middleRows(first, count), tape);
+    CHECK(test::relative_error(tape.dx, expected.dx.middleRows(first, count)) < 1e-12);
+  }
+}
+
+TEST_CASE("expert parallel: every kind of expert and output", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  for (const bool gated : {false, true}) {
+    for (const bool recompute : {false, true}) {
+      Beside<Layer<NoisyTopKGate<double>>> beside(
+          {.width = 6,
+           .expert = {.hidden = 10, .gated = gated, .recompute = recompute},
+           .gate = {.experts = 5, .active = 2},
+           .output = Activation::sigmoid,
+           .seed = 4},
+          communicator);
+      for (const auto& share : test::ways_to_share(20, communicator.size())) {
+        beside.check(share, 1e-12, {.step = 9, .first_token = 7});
+      }
+    }
+  }
+}
+
+TEST_CASE("expert parallel: float", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  Beside<Layer<NoisyTopKGate<float>, float>> beside(
+      {.width = 33, .expert = {.hidden = 50}, .gate = {.experts = 7, .active = 3}, .seed = 4},
+      communicator);
+  for (const auto& share : test::ways_to_share(70, communicator.size())) beside.check(share, 1e-5);
+}
+
+TEST_CASE("expert parallel: a pass has the same bits again, whatever arrives first", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  using Parallel = mpi::ExpertParallel<Layer<NoisyTopKGate<float>, float>>;
+  Parallel layer(
+      {.width = 64, .expert = {.hidden = 32}, .gate = {.experts = 8, .active = 3}, .seed = 4},
+      communicator);
+  test::randomize_by_name(layer, 0.3);
+  const auto x = random_matrix<float>(50 + 10 * communicator.rank(), 64, 5);
+  Parallel::Tape tape;
+  Matrix<float> y;
+  Matrix<float> dx;
+  std::map<std::string, Matrix<float>> gradients;
+  for (int pass = 0; pass < 8; ++pass) {
+    // Another rank is late each time.
+    if (pass % communicator.size() == communicator.rank()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    zero_gradients(layer);
+    layer.forward(x, tape, {.step = 2});
+    layer.backward(x, tape);
+    if (pass == 0) {
+      y = tape.y;
+      dx = tape.dx;
+    }
+    CHECK(same_bits(y, tape.y));
+    CHECK(same_bits(dx, tape.dx));
+    for_each_parameter(layer, [&](const std::string& name, auto& p) {
+      if (pass == 0) gradients[name] = p.gradient;
+      CHECK(same_bits(gradients[name], p.gradient));
+    });
+  }
+}
+
+TEST_CASE("expert parallel: lazy updates know of the tokens of other ranks", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  using Gate = HierarchicalGate<double>;
+  Beside<Layer<Gate>> beside(
+      {.width = 6,
+       .expert = {.hidden = 10},
+       .gate = {.groups = 6, .group_experts = 2, .active_groups = 1, .active = 1},
+       .seed = 4},
+      communicator);
+  Layer<Gate>::Tape expected;
+  decltype(beside.parallel)::Tape tape;
+  Adam<double> adam_whole({.updates = Updates::lazy});
+  Adam<double> adam({.updates = Updates::lazy});
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    // Three tokens, all on rank 0, reach few groups and experts.
+    const auto x = random_matrix(3, 6, step);
+    const Matrix<double> own = x.topRows(communicator.rank() == 0 ? 3 : 0);
+    zero_gradients(beside.whole, Updates::lazy);
+    zero_gradients(beside.parallel, Updates::lazy);
+    beside.whole.forward(x, expected, {.step = step});
+    beside.parallel.forward(own, tape, {.step = step});
+    beside.whole.backward(x, expected);
+    beside.parallel.backward(own, tape);
+    adam_whole.update(beside.whole, 0.01);
+    adam.update(beside.parallel, 0.01);
+  }
+  std::map<std::string, Matrix<double>> values;
+  for_each_parameter(beside.whole,
+                     [&](const std::string& name, auto& p) { values[name] = p.value; });
+  for_each_parameter(beside.parallel, [&](const std::string& name, auto& p) {
+    INFO(name);
+    CHECK(test::relative_error(p.value, values[name]) < 1e-9);
+  });
+}
+
+TEST_CASE("expert parallel: slots cost what is promised on the wire", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  using Parallel = mpi::ExpertParallel<Layer<NoisyTopKGate<float>, float>>;
+  Parallel layer(
+      {.width = 64, .expert = {.hidden = 32}, .gate = {.experts = 8, .active = 2}, .seed = 4},
+      communicator);
+  test::randomize_by_name(layer, 0.3);
+  const auto x = random_matrix<float>(256, 64, static_cast<std::uint64_t>(communicator.rank()));
+  Parallel::Tape tape;
+  mpi::Traffic& traffic = communicator.traffic();
+  traffic = {};
+  layer.forward(x, tape);
+  const Index leave = tape.sent.back();
+  const Index come = tape.received.back();
+  CHECK(traffic.row_bytes == (leave + come) * 64 * 4);
+  CHECK(20 * traffic.other_bytes <= traffic.row_bytes);
+  CHECK((communicator.size() == 1 || leave > 0));
+  traffic = {};
+  layer.backward(x, tape);
+  CHECK(traffic.row_bytes == (leave + come) * 64 * 4);
+  CHECK(20 * traffic.other_bytes <= traffic.row_bytes);
+}
+
+// ---- What goes wrong.
+
+namespace {
+
+using Small = mpi::ExpertParallel<Layer<NoisyTopKGate<double>>>;
+const Small::Config small{
+    .width = 6, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}, .seed = 1};
+
+/// Every rank must throw an Error with this text from f(), and the same one.
+template <class F>
+void check_error(const mpi::Communicator& communicator, F&& f, const std::string& part) {
+  std::string text;
+  try {
+    f();
+  } catch (const mpi::Error& error) {
+    text = error.what();
+  }
+  INFO(text);
+  CHECK(text.find(part) != std::string::npos);
+  std::string root = text;
+  root.resize(300, ' ');
+  text = root;
+  communicator.broadcast(std::span<char>(root), 0);
+  CHECK(root == text);
+}
+
+}  // namespace
+
+TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  if (last == 0) return;
+  const bool odd = communicator.rank() == last;
+
+  Small::Config config = small;
+  if (odd) config.width = 7;
+  check_error(
+      communicator, [&] { Small layer(config, communicator); }, "Config.width is 6 on rank 0");
+  config = small;
+  if (odd) config.gate.active = 3;
+  check_error(
+      communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
+  config = small;
+  if (odd) config.gate.load_weight = 0.2;
+  check_error(
+      communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
+  config = small;
+  if (odd) config.output = Activation::sigmoid;
+  check_error(
+      communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
+  config = small;
+  if (odd) config.gate.active = 5;
+  check_error(
+      communicator, [&] { Small layer(config, communicator); },
+      "rank " + std::to_string(last) +
+          ": moe: NoisyTopKGate::Config.active = 5, must be from 1 to experts = 4");
+  config = small;
+  if (odd) config.seed = 2;
+  check_error(
+      communicator, [&] { Small layer(config, communicator); }, "Config.seed is 1 on rank 0 and 2");
+
+  Small layer(small, communicator);
+  Small::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  check_error(
+      communicator, [&] { layer.forward(x, tape, {.step = odd ? 2u : 1u}); },
+      "key.step is 1 on rank 0 and 2 on rank " + std::to_string(last));
+  check_error(
+      communicator, [&] { layer.forward(odd ? random_matrix(5, 3, 1) : x, tape); },
+      "rank " + std::to_string(last) + ": moe: MoELayer: x has 3 columns, Config.width = 6");
+  check_error(
+      communicator,
+      [&] {
+        if (odd) {
+          layer.evaluate(x, tape);
+        } else {
+          layer.forward(x, tape);
+        }
+      },
+      "rank 0 is in \"ExpertParallel::forward\", rank " + std::to_string(last) +
+          " in \"ExpertParallel::evaluate\"");
+  check_error(
+      communicator, [&] { layer.backward(x, tape); },
+      "MoELayer::backward without a forward pass on this tape");
+
+  // And nothing is lost: the layer goes on.
+  layer.forward(x, tape, {.step = 1});
+  check_error(
+      communicator, [&] { layer.backward(odd ? random_matrix(4, 6, 1) : x, tape); },
+      "MoELayer: dy has 4 rows, y has 5");
+  for_each_parameter(layer, [](const std::string&, auto& p) { CHECK(p.gradient.isZero(0)); });
+  Small::Tape other;
+  layer.forward(x, other, {.step = 2});
+  check_error(
+      communicator, [&] { layer.backward(x, odd ? other : tape); },
+      "the step of the tape is 1 on rank 0 and 2 on rank " + std::to_string(last));
+  layer.backward(x, tape);
+}
+
+namespace {
+
+/// A network that has enough after some calls on one rank.
+template <class Scalar_>
+class Weary {
+ public:
+  using Scalar = Scalar_;
+  struct Config {
+    Index width = 0;
+  };
+  static inline int calls_left = 1000;
+
+  explicit Weary(const Config& config, std::uint64_t = 0) : weight_(config.width, config.width) {}
+
+  Index tape_width() const { return 0; }
+  void forward(ConstMatrixView<Scalar> x, MatrixView<Scalar>, MatrixView<Scalar> y) const {
+    evaluate(x, y);
+  }
+  void evaluate(ConstMatrixView<Scalar> x, MatrixView<Scalar> y) const {
+    tire();
+    y = x * weight_.value;
+  }
+  void backward(ConstMatrixView<Scalar> x, ConstMatrixView<Scalar>, ConstMatrixView<Scalar> dy,
+                MatrixView<Scalar> dx) {
+    tire();
+    weight_.gradient += x.transpose() * dy;
+    dx = dy * weight_.value.transpose();
+  }
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight_);
+  }
+
+ private:
+  static void tire() {
+    if (--calls_left < 0) throw std::runtime_error("the network is weary");
+  }
+  Parameter<Scalar> weight_;
+};
+
+}  // namespace
+
+TEST_CASE("expert parallel: a user's network, which throws on one rank", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  using WearyLayer = MoELayer<Expert<Weary, double>>;
+  Weary<double>::calls_left = 1 << 20;
+  {
+    Beside<WearyLayer> beside({.width = 6, .gate = {.experts = 4, .active = 2}, .seed = 4},
+                              communicator);
+    for (const auto& share : test::ways_to_share(20, communicator.size())) {
+      beside.check(share, 1e-12);
+    }
+  }
+  mpi::ExpertParallel<WearyLayer> layer(
+      {.width = 6, .gate = {.experts = 8, .active = 2}, .seed = 4}, communicator);
+  test::randomize_by_name(layer, 0.5);
+  decltype(layer)::Tape tape;
+  const auto x = random_matrix(30, 6, 1);
+  const int last = communicator.size() - 1;
+  const std::string text = "rank " + std::to_string(last) + ": the network is weary";
+  for (const int calls : {0, 1, 2}) {
+    if (communicator.rank() == last) Weary<double>::calls_left = calls;
+    check_error(
+        communicator, [&] { layer.forward(x, tape); }, text);
+    if (communicator.rank() == last) Weary<double>::calls_left = calls;
+    check_error(
+        communicator, [&] { layer.evaluate(x, tape); }, text);
+    Weary<double>::calls_left = 1 << 20;
+    layer.forward(x, tape);
+    if (communicator.rank() == last) Weary<double>::calls_left = calls;
+    check_error(
+        communicator, [&] { layer.backward(x, tape); }, text);
+  }
+  Weary<double>::calls_left = 1 << 20;
+  layer.forward(x, tape);
+  layer.backward(x, tape);
+}
+
+namespace {
+
+/// A gate that throws between two of its sums over the batch, on one rank.
+class Moody : public NoisyTopKGate<double> {
+ public:
+  using NoisyTopKGate<double>::NoisyTopKGate;
+  static inline bool throws = false;
+
+  const Routing<double>& forward(const MatrixRef<double>& x, Tape& tape,
+                                 const NoiseKey& key = {}) const {
+    NoisyTopKGate<double>::forward(x, tape, key);
+    if (throws) throw std::logic_error("the gate is moody");
+    double one = 1;
+    if (tape.batch != nullptr) tape.batch->sum(std::span<double>(&one, 1));
+    return tape.routing;
+  }
+  const Matrix<double>& backward(std::span<const double> dweight, Tape& tape) {
+    if (throws) throw std::logic_error("the gate is moody");
+    return NoisyTopKGate<double>::backward(dweight, tape);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("expert parallel: a gate that throws on one rank amid its sums", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  mpi::ExpertParallel<Layer<Moody>> layer(
+      {.width = 6, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}, .seed = 1},
+      communicator);
+  decltype(layer)::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  const std::string text = "rank " + std::to_string(last) + ": the gate is moody";
+  Moody::throws = communicator.rank() == last;
+  check_error(
+      communicator, [&] { layer.forward(x, tape); }, text);
+  Moody::throws = false;
+  layer.forward(x, tape);
+  Matrix<double> before;
+  for_each_parameter(layer.gate(), [&](const std::string& name, auto& p) {
+    p.gradient.setConstant(2);
+    if (name == "weight") before = p.gradient;
+  });
+  Moody::throws = communicator.rank() == last;
+  check_error(
+      communicator, [&] { layer.backward(x, tape); }, text);
+  Moody::throws = false;
+  layer.forward(x, tape);
+  layer.backward(x, tape);
+}

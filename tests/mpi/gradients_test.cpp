@@ -1,0 +1,114 @@
+#include "moe/mpi/gradients.hpp"
+
+#include <stdexcept>
+
+#include "whole.hpp"
+
+using namespace moe;
+using mpi::Communicator;
+using test::random_matrix;
+using test::same_bits;
+
+namespace {
+
+using Layer = MoELayer<Expert<FeedForward, double>, NoisyTopKGate<double>>;
+const Layer::Config config{
+    .width = 5, .expert = {.hidden = 4}, .gate = {.experts = 5, .active = 2}, .seed = 3};
+
+/// A model with parts of all kinds, around either layer.
+template <class Middle>
+struct Model {
+  Linear<double> first{{.inputs = 3, .outputs = 5}, 1};
+  Middle middle;
+  std::vector<Linear<double>> last{Linear<double>({.inputs = 5, .outputs = 2}, 2)};
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("first", self.first);
+    visit("middle", self.middle);
+    visit("last", self.last);
+  }
+};
+using Whole = Model<Layer>;
+using Parallel = Model<mpi::ExpertParallel<Layer>>;
+
+/// Puts into every gradient what does not depend on the rank, 1/ranks of it where it is to be summed.
+template <class M>
+void fill_gradients(M& model, int ranks) {
+  for_each_parameter(model, [&](const std::string& name, auto& p) {
+    fill_normal(p.gradient, 1.0, std::hash<std::string>{}(name));
+    if (!name.starts_with("middle")) p.gradient /= ranks;
+  });
+}
+
+}  // namespace
+
+TEST_CASE("gradients: only those of copies are summed", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Whole whole{.middle = Layer(config)};
+  Parallel model{.middle = mpi::ExpertParallel<Layer>(config, communicator)};
+  fill_gradients(whole, 1);
+  fill_gradients(model, communicator.size());
+  mpi::sum_gradients(model, communicator);
+  std::map<std::string, Matrix<double>> expected;
+  for_each_parameter(whole, [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+  for_each_parameter(model, [&](const std::string& name, auto& p) {
+    INFO(name);
+    CHECK(test::relative_error(p.gradient, expected.at(name)) < 1e-15);
+  });
+}
+
+TEST_CASE("gradients: the norm counts every parameter once, and is cut as in one process",
+          "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Whole whole{.middle = Layer(config)};
+  Parallel model{.middle = mpi::ExpertParallel<Layer>(config, communicator)};
+  fill_gradients(whole, 1);
+  fill_gradients(model, 1);
+  const double norm = gradient_norm(whole);
+  CHECK(std::abs(mpi::gradient_norm(model, communicator) - norm) < 1e-14 * norm);
+
+  // Not cut below the limit, nor where it is not finite.
+  for (const double limit : {2 * norm, norm / 3}) {
+    CHECK(std::abs(mpi::clip_gradients(model, limit, communicator) - norm) < 1e-14 * norm);
+    clip_gradients(whole, limit);
+    std::map<std::string, Matrix<double>> expected;
+    for_each_parameter(whole,
+                       [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+    for_each_parameter(model, [&](const std::string& name, auto& p) {
+      INFO(name);
+      CHECK(test::relative_error(p.gradient, expected.at(name)) < 1e-14);
+    });
+  }
+  if (communicator.rank() == communicator.size() - 1) {
+    for_each_parameter(model.middle.experts(), [](const std::string&, auto& p) {
+      if (p.size() > 0) p.gradient(0, 0) = std::numeric_limits<double>::infinity();
+    });
+  }
+  CHECK(std::isinf(mpi::clip_gradients(model, 1, communicator)));
+  CHECK(model.first.weight.gradient.allFinite());
+}
+
+TEST_CASE("gradients: a limit that makes no sense is refused by all", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Parallel model{.middle = mpi::ExpertParallel<Layer>(config, communicator)};
+  CHECK_THROWS_AS(mpi::clip_gradients(model, communicator.rank() == 0 ? 0.0 : 1.0, communicator),
+                  mpi::Error);
+}
+
+TEST_CASE("gradients: what is set aside comes back", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Linear<float> module({.inputs = 3, .outputs = 2}, 1);
+  for_each_parameter(module, [](const std::string&, auto& p) { p.gradient.setConstant(5); });
+  mpi::GradientSum sum;
+  sum.set_aside(module);
+  for_each_parameter(module, [&](const std::string&, auto& p) {
+    CHECK(p.gradient.isZero(0));
+    p.gradient.setConstant(static_cast<float>(communicator.rank() + 1));
+  });
+  sum.sum(module, communicator);
+  sum.add_back(module);
+  const auto expected = static_cast<float>(5 + communicator.size() * (communicator.size() + 1) / 2);
+  for_each_parameter(
+      module, [&](const std::string&, auto& p) { CHECK((p.gradient.array() == expected).all()); });
+}

@@ -1,0 +1,96 @@
+#include "moe/mpi/row_exchange.hpp"
+
+#include <vector>
+
+#include "support.hpp"
+
+using namespace moe;
+using mpi::Communicator;
+using mpi::RowExchange;
+
+namespace {
+
+/// What row i of the rank says in column j.
+template <class Scalar>
+Matrix<Scalar> rows_of_rank(int rank, Index rows, Index width) {
+  Matrix<Scalar> m(rows, width);
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = 0; j < width; ++j) {
+      m(i, j) = static_cast<Scalar>(1000 * rank + 10 * i) + static_cast<Scalar>(j) / 16;
+    }
+  }
+  return m;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("row exchange: rows arrive where they should, in one message or in pieces",
+                   "[mpi]", float, double) {
+  using Scalar = TestType;
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int ranks = communicator.size();
+  for (const Index width : {1, 3, 8}) {
+    const auto row = width * static_cast<Index>(sizeof(Scalar));
+    // Whole, two rows a piece, one row, and less than one, which is sent as one.
+    for (const Index most : {Index{1} << 30, 2 * row, row, row - 1}) {
+      // Rank a sends b + 2·a rows to rank b: those of `list`, out of a wider matrix.
+      const Matrix<Scalar> own = rows_of_rank<Scalar>(communicator.rank(), 20, width + 2);
+      std::vector<std::vector<Index>> lists;
+      std::vector<Matrix<Scalar>> received;
+      for (int r = 0; r < ranks; ++r) {
+        lists.emplace_back();
+        for (Index i = 0; i < r + 2 * communicator.rank(); ++i)
+          lists.back().push_back((7 * i + r) % 20);
+        received.emplace_back(Matrix<Scalar>::Constant(communicator.rank() + 2 * r, width, -1));
+      }
+      {
+        RowExchange exchange(communicator, most);
+        for (int r = 0; r < ranks; ++r) {
+          exchange.receive(received[static_cast<std::size_t>(r)].data(),
+                           received[static_cast<std::size_t>(r)].rows(), width, r);
+          const auto& list = lists[static_cast<std::size_t>(r)];
+          exchange.send(GatheredRows<Scalar>(own.data(), own.outerStride(),
+                                             static_cast<Index>(list.size()), width, list.data()),
+                        r);
+        }
+      }
+      for (int r = 0; r < ranks; ++r) {
+        const Matrix<Scalar> theirs = rows_of_rank<Scalar>(r, 20, width + 2);
+        const auto& got = received[static_cast<std::size_t>(r)];
+        for (Index i = 0; i < got.rows(); ++i) {
+          const Index from = (7 * i + communicator.rank()) % 20;
+          CHECK(test::same_bits(got.row(i), theirs.row(from).head(width)));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("row exchange: counts beyond an int are split", "[mpi]") {
+  // Not sent, since it would take 16 GiB: the pieces alone.
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const Index rows = (Index{1} << 31) + 5;
+  std::vector<Index> pieces;
+  RowExchange::for_each_piece<float>(rows, 1, std::int64_t{1} << 30, [&](Index first, int count) {
+    CHECK(first == (pieces.empty() ? 0 : pieces.back()));
+    CHECK(count > 0);
+    pieces.push_back(first + count);
+  });
+  CHECK(pieces.back() == rows);
+  CHECK(pieces.size() == 9);  // of 2^28 floats, and the last of 5
+}
+
+TEST_CASE("row exchange: rows behind each other, and nothing at all", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int next = (communicator.rank() + 1) % communicator.size();
+  const int previous = (communicator.rank() + communicator.size() - 1) % communicator.size();
+  const Matrix<double> own = rows_of_rank<double>(communicator.rank(), 5, 4);
+  Matrix<double> got(5, 4);
+  RowExchange exchange(communicator, 64);
+  exchange.receive(got.data(), 5, 4, previous);
+  exchange.send(own.data(), 5, 4, next);
+  exchange.receive(got.data(), 0, 4, previous);
+  exchange.send(own.data(), 0, 4, next);
+  exchange.wait();
+  CHECK(test::same_bits(got, rows_of_rank<double>(previous, 5, 4)));
+}

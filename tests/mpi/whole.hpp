@@ -1,0 +1,142 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "moe/moe.hpp"
+#include "moe/mpi/expert_parallel.hpp"
+#include "support.hpp"
+
+/// \file
+/// An expert-parallel layer beside the layer of one process that it must equal. Every rank has all of
+/// the latter.
+
+namespace moe::test {
+
+/// Values that depend on a parameter's name alone, whoever has it.
+template <class Module>
+void randomize_by_name(Module& module, double scale, std::uint64_t seed = 0) {
+  for_each_parameter(module, [&](const std::string& name, auto& parameter) {
+    using Scalar = typename std::remove_cvref_t<decltype(parameter.value)>::Scalar;
+    fill_normal(parameter.value, static_cast<Scalar>(scale),
+                derive_seed(std::hash<std::string>{}(name), seed));
+    if (!parameter.trained) parameter.value *= Scalar(0.1);
+  });
+}
+
+/// How many tokens each rank has, in several ways.
+inline std::vector<std::vector<Index>> ways_to_share(Index tokens, int ranks) {
+  const auto count = static_cast<std::size_t>(ranks);
+  std::vector<std::vector<Index>> ways;
+  std::vector<Index> even(count);
+  for (std::size_t r = 0; r < count; ++r) {
+    const auto i = static_cast<Index>(r);
+    even[r] = tokens * (i + 1) / ranks - tokens * i / ranks;
+  }
+  ways.push_back(even);
+  for (const std::size_t owner : {std::size_t{0}, count - 1}) {  // the others have none
+    std::vector<Index> one(count, 0);
+    one[owner] = tokens;
+    ways.push_back(one);
+  }
+  std::vector<Index> uneven(count, 1);
+  uneven.back() = tokens - static_cast<Index>(count) + 1;
+  ways.push_back(uneven);
+  return ways;
+}
+
+template <class Layer>
+class Beside {
+ public:
+  using Scalar = typename Layer::Scalar;
+  using Parallel = mpi::ExpertParallel<Layer>;
+
+  Beside(const typename Layer::Config& config, const mpi::Communicator& communicator,
+         double scale = 0.5)
+      : communicator_(communicator), whole(config), parallel(config, communicator) {
+    randomize_by_name(whole, scale);
+    randomize_by_name(parallel, scale);
+  }
+
+  /// Checks two training passes that add up, and evaluate(), of tokens shared among the ranks.
+  void check(const std::vector<Index>& share, double tolerance, const NoiseKey& key = {.step = 3}) {
+    const auto rank = static_cast<std::size_t>(communicator_.rank());
+    const Index tokens = std::accumulate(share.begin(), share.end(), Index{0});
+    const Index first =
+        std::accumulate(share.begin(), share.begin() + communicator_.rank(), Index{0});
+    const auto own = [&](const Matrix<Scalar>& m) {
+      return Matrix<Scalar>(m.middleRows(first, share[rank]));
+    };
+    const auto x = random_matrix<Scalar>(tokens, whole.config().width, 5);
+    const auto dy = random_matrix<Scalar>(tokens, whole.config().width, 6);
+    zero_gradients(whole);
+    zero_gradients(parallel);
+    typename Layer::Tape expected;
+    typename Parallel::Tape tape;
+    for (int pass = 0; pass < 2; ++pass) {
+      NoiseKey next = key;
+      next.step += static_cast<std::uint64_t>(pass);
+      INFO("pass " << pass << ", rank " << rank << " of " << communicator_.size() << " with "
+                   << share[rank] << " of " << tokens << " tokens");
+      whole.forward(x, expected, next);
+      parallel.forward(own(x), tape, next);
+      CHECK(relative_error(tape.y, own(expected.y)) < tolerance);
+      check_balance(tape.balance, expected.balance, tolerance);
+      CHECK(tape.batch_tokens == tokens);
+      CHECK(tape.first_token == first);
+      whole.backward(dy, expected);
+      const Matrix<Scalar>& dx = parallel.backward(own(dy), tape);
+      CHECK(&dx == &tape.dx);
+      CHECK(relative_error(dx, own(expected.dx)) < tolerance);
+      check_gradients(tolerance);
+    }
+    whole.evaluate(x, expected);
+    CHECK(relative_error(parallel.evaluate(own(x), tape), own(expected.y)) < tolerance);
+    check_balance(tape.balance, expected.balance, tolerance);
+    CHECK(tape.batch == nullptr);
+  }
+
+ private:
+  const mpi::Communicator& communicator_;
+
+ public:
+  Layer whole;
+  Parallel parallel;
+
+ private:
+  static void check_balance(const Balance<Scalar>& actual, const Balance<Scalar>& expected,
+                            double tolerance) {
+    CHECK(std::abs(actual.loss - expected.loss) <= tolerance * (1 + std::abs(expected.loss)));
+    CHECK(relative_error(actual.importance, expected.importance) < tolerance);
+    CHECK(relative_error(actual.load, expected.load) < tolerance);
+    CHECK(actual.tokens_per_expert == expected.tokens_per_expert);
+  }
+
+  /// Every parameter of a rank is one of the whole layer, and the ranks together have all of them.
+  void check_gradients(double tolerance) {
+    std::map<std::string, Matrix<Scalar>> expected;
+    for_each_parameter(whole,
+                       [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+    std::vector<Index> found(expected.size(), 0);
+    for_each_parameter(parallel, [&](const std::string& name, auto& p) {
+      INFO("parameter " << name);
+      const auto place = expected.find(name);
+      REQUIRE(place != expected.end());
+      CHECK(relative_error(p.gradient, place->second) < tolerance);
+      found[static_cast<std::size_t>(std::distance(expected.begin(), place))] = 1;
+    });
+    communicator_.sum(std::span<Index>(found));
+    std::size_t i = 0;
+    for (const auto& [name, gradient] : expected) {
+      INFO("parameter " << name);
+      CHECK(found[i++] == (name.starts_with("gate") ? communicator_.size() : 1));
+    }
+  }
+};
+
+}  // namespace moe::test
