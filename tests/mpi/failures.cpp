@@ -13,41 +13,38 @@ namespace {
 
 using Layer = moe::mpi::ExpertParallel<moe::MoELayer<moe::Expert<moe::FeedForward>>>;
 
-void train(std::string_view failure) {
+int train(std::string_view failure) {
   const moe::mpi::Communicator communicator(MPI_COMM_WORLD, failure == "stops" ? 2 : 600);
+  const bool fails = communicator.rank() == 1;
   Layer layer({.width = 4, .expert = {.hidden = 8}, .gate = {.experts = 4, .active = 2}},
               communicator);
-  moe::Matrix<float> x(8, 4);
+  moe::Matrix<float> x(8, failure == "is_given_nonsense" && fails ? 5 : 4);
   moe::fill_normal(x, 1.0f, 1);
   Layer::Tape tape;
   layer.forward(x, tape, {.step = 1});
-  if (communicator.rank() == 1) {
-    if (failure == "stops") return;
-    throw std::runtime_error("rank 1 has had enough");
-  }
+  if (fails && failure == "stops") return 0;
+  if (fails) throw std::runtime_error("has had enough");
   layer.backward(x, tape);
   std::puts("went on");
+  return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string_view failure = argc > 1 ? argv[1] : "";
+  if (failure != "throws_in_a_scope") {
+    return moe::mpi::run(&argc, &argv, [&] { return train(failure); });
+  }
   try {
-    moe::mpi::Environment environment(&argc, &argv);
-    if (failure == "throws_in_main") {
-      train(failure);
-      return 0;
-    }
+    const moe::mpi::Environment environment(&argc, &argv);
     try {
-      train(failure);
+      return train(failure);
     } catch (const std::exception& error) {
-      std::printf("%s\n", error.what());
-      std::fflush(stdout);
-      throw;  // it is the Environment that ends the others
+      std::fprintf(stderr, "%s\n", error.what());
+      throw;  // out of the environment's scope, which ends the others
     }
-  } catch (const std::exception& error) {
-    std::printf("%s\n", error.what());
+  } catch (...) {
     return 1;
   }
 }

@@ -19,18 +19,12 @@
 #include <vector>
 
 #include "moe/matrix.hpp"
+#include "moe/mpi/error.hpp"
 
 /// \file
 /// What the ranks of a program say to each other, such that none of them waits for one that failed.
 
 namespace moe::mpi {
-
-/// Thrown by all ranks of a Communicator alike, with one text: when they disagree on what they do,
-/// and when one of them failed, whose message it then has.
-class Error : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
 
 /// What was sent, and how long this rank waited for others, sending and receiving included.
 struct Traffic {

@@ -2,24 +2,20 @@
 
 #include <mpi.h>
 
+#include <cstdio>
 #include <exception>
+#include <utility>
+
+#include "moe/mpi/error.hpp"
 
 /// \file
-/// MPI's start and end, tied to a scope.
+/// MPI's start and end, and what becomes of exceptions that nobody handles.
 
 namespace moe::mpi {
 
-/// Starts MPI, unless that was done, and ends it with the scope. A program has one, at the top of
-/// main():
-///
-///     int main(int argc, char** argv) {
-///       const moe::mpi::Environment environment(&argc, &argv);
-///       ...
-///     }
-///
-/// Where an exception leaves the scope it ends the processes of all ranks instead, with MPI_Abort():
-/// the others would wait for this one for ever. So let exceptions out, into a handler around the
-/// Environment or none at all, unless all ranks handle them alike (an Error is thrown by all).
+/// Starts MPI, unless that was done, and ends it with the scope. Where an exception leaves the scope
+/// it ends the processes of all ranks instead, with MPI_Abort(), since the others would wait for this
+/// one for ever. The message is lost then, unless it was printed before; see run().
 ///
 /// Threads of OpenMP may compute, while only the thread that made this calls into MPI
 /// (MPI_THREAD_FUNNELED).
@@ -47,5 +43,36 @@ class Environment {
   int exceptions_;
   bool owns_ = false;
 };
+
+/// Runs a program between MPI's start and end:
+///
+///     int main(int argc, char** argv) {
+///       return moe::mpi::run(&argc, &argv, [&] { ...; return 0; });
+///     }
+///
+/// Returns what `program` does. An exception that leaves it is printed on stderr, with the rank, and
+/// ends all ranks within seconds; an Error, which all ranks throw, is printed once and makes all return
+/// 1.
+template <class Program>
+int run(int* argc, char*** argv, Program&& program) {
+  const Environment environment(argc, argv);
+  int rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  const auto abort_with = [&](const char* message) {
+    std::fprintf(stderr, "rank %d: %s\n", rank, message);
+    std::fflush(nullptr);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+  };
+  try {
+    return std::forward<Program>(program)();
+  } catch (const Error& error) {
+    if (rank == 0) std::fprintf(stderr, "%s\n", error.what());
+  } catch (const std::exception& error) {
+    abort_with(error.what());
+  } catch (...) {
+    abort_with("an exception that is no std::exception");
+  }
+  return 1;
+}
 
 }  // namespace moe::mpi
