@@ -10,7 +10,7 @@ trap 'echo; echo "Stopped."; exit 130' INT
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 build="$root/build/release"
 out="$root/build/bench"
-all='machine layer shrinking_batch few_tokens routing threads experts scale memory peers'
+all='machine layer shrinking_batch few_tokens routing threads exchange experts scale memory peers'
 
 peers=ON
 names=''
@@ -30,9 +30,10 @@ done
 if [ $peers = ON ]; then
   echo "Comparing with oneDNN and libtorch, of which apt-get installs what is missing (--no-peers does without)."
   sh "$root/cmake/install_packages.sh" "$root/cmake/debian-packages-bench.txt" \
-    "$root/cmake/debian-packages-peers.txt"
+    "$root/cmake/debian-packages-mpi.txt" "$root/cmake/debian-packages-peers.txt"
 else
-  sh "$root/cmake/install_packages.sh" "$root/cmake/debian-packages-bench.txt"
+  sh "$root/cmake/install_packages.sh" "$root/cmake/debian-packages-bench.txt" \
+    "$root/cmake/debian-packages-mpi.txt"
 fi
 
 echo "Building in $build"
@@ -40,11 +41,18 @@ echo "Building in $build"
 cmake --build "$build" --target benchmarks --parallel "$(getconf _NPROCESSORS_ONLN)"
 
 mkdir -p "$out"
+# bench_exchange runs on two ranks, as root too, and on one core if there is no other.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+
 for name in $names; do
   start=$(date +%s)
   printf 'Running %s' "$name"
+  launcher=''
+  [ "$name" != exchange ] || launcher='mpirun -n 2'
+  [ -x "$build/bench/bench_$name" ] || { echo ": not built, there is no MPI"; continue; }
   # Written under another name first, so that a result is a whole one.
-  "$build/bench/bench_$name" --benchmark_out="$out/$name.part" --benchmark_out_format=json \
+  # shellcheck disable=SC2086  # several words or none
+  $launcher "$build/bench/bench_$name" --benchmark_out="$out/$name.part" --benchmark_out_format=json \
     >"$out/$name.log" 2>&1 || { echo; cat "$out/$name.log"; exit 1; }
   mv "$out/$name.part" "$out/$name.json"
   awk -f "$root/bench/rows.awk" "$out/$name.json" >"$out/$name.tsv"

@@ -29,7 +29,7 @@ inline void catch_interrupts() { std::signal(SIGINT, on_interrupt); }
 /// A bar on the terminal, drawn over itself; nothing where the output is no terminal.
 class ProgressBar {
  public:
-  ProgressBar() : visible_(isatty(STDERR_FILENO) != 0) {}
+  explicit ProgressBar(bool visible = isatty(STDERR_FILENO) != 0) : visible_(visible) {}
   ~ProgressBar() { clear(); }
   ProgressBar(const ProgressBar&) = delete;
   ProgressBar& operator=(const ProgressBar&) = delete;

@@ -103,13 +103,15 @@ class AdaptiveSoftmax {
     return loss;
   }
 
-  /// Adds to the gradients and returns dx. The tape is that of forward.
-  const Matrix& backward(Tape& tape) {
+  /// Adds to the gradients and returns dx, those of `factor` times the loss. The tape is that of
+  /// forward.
+  const Matrix& backward(Tape& tape, double factor = 1) {
+    if (factor != 1) tape.loss.dlogits *= static_cast<Scalar>(factor);
     tape.dx = head_.backward(cross_entropy_.backward(tape.loss), tape.head);
     for (std::size_t i = 0; i < tails_.size(); ++i) {
       TailTape& t = tape.tails[i];
       // The tail's loss is a mean over its own tokens, the whole loss one over all.
-      t.loss.dlogits *= static_cast<Scalar>(share(t, tape));
+      t.loss.dlogits *= static_cast<Scalar>(share(t, tape) * factor);
       const Matrix& dhidden = tails_[i].words.backward(cross_entropy_.backward(t.loss), t.words);
       const Matrix& dx = tails_[i].projection.backward(dhidden, t.projection);
       for (std::size_t r = 0; r < t.rows.size(); ++r) {

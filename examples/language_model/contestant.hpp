@@ -12,6 +12,7 @@
 #include "mixture.hpp"
 #include "model.hpp"
 #include "options.hpp"
+#include "timetable.hpp"
 
 /// \file
 /// One of the models that are trained side by side, with all that its training carries along.
@@ -26,10 +27,33 @@ struct Evaluation {
   moe::Balance<float> balance;  ///< of all its tokens together
 };
 
-template <class Middle>
-Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index sequences) {
+/// Who trains a model: one process. Several that do it together have a class with the same members
+/// (../expert_parallel/ranks.hpp).
+class Alone {
+ public:
+  BatchPart part() const { return {}; }
+
+  /// The mean of what the parts have.
+  double mean(double value) const { return value; }
+
+  template <class Module>
+  Index parameter_count(const Module& module) const {
+    return moe::parameter_count(module);
+  }
+
+  /// Makes of the gradients of a part those of the batch, and clips them.
+  template <class Module>
+  void finish_gradients(Module& module, double largest_norm) const {
+    moe::clip_gradients(module, largest_norm);
+  }
+};
+
+/// `sequences` are those of all parts.
+template <class Middle, class Team = Alone>
+Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index sequences,
+                    const Team& team = {}) {
   typename Model<Middle>::Tape tape;
-  typename Model<Middle>::State state = model.initial_state(sequences);
+  typename Model<Middle>::State state = model.initial_state(sequences / team.part().count);
   Batches::Batch batch;
   Evaluation result;
   moe::Balance<float>& total = result.balance;
@@ -48,31 +72,38 @@ Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index se
       total.tokens_per_expert[e] += balance.tokens_per_expert[e];
     }
   }
-  result.perplexity = std::exp(loss / static_cast<double>(batches.count()));
+  result.perplexity = std::exp(team.mean(loss) / static_cast<double>(batches.count()));
   return result;
 }
 
 template <class Middle>
+struct ContestantConfig {
+  std::string name{};
+  typename Model<Middle>::Config model{};
+  Index sequences = 0;  ///< in a batch, those of all parts
+  double clip = 0;
+  /// Learning rates of parts of the mixture, as factors of everything else's.
+  double gate_rate = 1;
+  double noise_rate = 1;
+  double threshold_rate = 1;
+  double expert_rate = 1;
+  std::vector<double> frequencies{};  ///< of the words in the training part
+};
+
+template <class Middle, class Team = Alone>
 class Contestant {
  public:
-  struct Config {
-    std::string name{};
-    typename Model<Middle>::Config model{};
-    Index sequences = 0;
-    double clip = 0;
-    /// Learning rates of parts of the mixture, as factors of everything else's.
-    double gate_rate = 1;
-    double noise_rate = 1;
-    double threshold_rate = 1;
-    double expert_rate = 1;
-    std::vector<double> frequencies{};  ///< of the words in the training part
-  };
+  using Config = ContestantConfig<Middle>;
 
-  explicit Contestant(Config config)
+  /// `surroundings`: what else the layer in the middle takes.
+  template <class... Surroundings>
+  explicit Contestant(Config config, const Team& team = {}, const Surroundings&... surroundings)
       : config_(std::move(config)),
-        model_(config_.model),
-        adam_({.beta2 = 0.99}),
-        state_(model_.initial_state(config_.sequences)) {
+        team_(team),
+        model_(config_.model, surroundings...),
+        parameters_(team_.parameter_count(model_)),
+        adam_({.beta2 = 0.99}) {
+    start_epoch();
     model_.start_from_frequencies(config_.frequencies);
     moe::for_each_parameter(model_, [&](const std::string& name, const auto&) {
       rate_factors_.push_back(name.starts_with("middle.experts.") ? config_.expert_rate
@@ -85,6 +116,7 @@ class Contestant {
 
   const std::string& name() const { return config_.name; }
   const Model<Middle>& model() const { return model_; }
+  Index parameters() const { return parameters_; }
 
   /// Seconds of all updates so far, in which other models may have been trained too, and the recent
   /// training loss in nats.
@@ -92,23 +124,31 @@ class Contestant {
   double tokens_per_second() const { return seconds_ > 0 ? tokens_ / seconds_ : 0; }
   double loss() const { return loss_; }
 
-  void start_epoch() { state_ = model_.initial_state(config_.sequences); }
+  void start_epoch() { state_ = model_.initial_state(config_.sequences / team_.part().count); }
 
+  /// The timetable's next update; the batch is this one's part of its batch.
+  void update(const Batches::Batch& batch, const Timetable& timetable) {
+    if (timetable.batch() == 0) start_epoch();
+    update(batch, static_cast<std::uint64_t>(timetable.update()), timetable.learning_rate());
+  }
   void update(const Batches::Batch& batch, std::uint64_t step, double learning_rate) {
     const double start = seconds_now();
     moe::zero_gradients(model_);
-    const double loss = model_.train(batch.input, batch.target, state_, tape_, {.step = step});
-    moe::clip_gradients(model_, config_.clip);
+    const double loss = team_.mean(
+        model_.train(batch.input, batch.target, state_, tape_, {.step = step}, team_.part()));
+    team_.finish_gradients(model_, config_.clip);
     adam_.update(model_, learning_rate, rate_factors_);
     model_.after_update(tape_);
     seconds_ += seconds_now() - start;
-    tokens_ += static_cast<double>(batch.input.size());
-    loss_ = tokens_ > static_cast<double>(batch.input.size()) ? 0.98 * loss_ + 0.02 * loss : loss;
+    loss_ = tokens_ > 0 ? 0.98 * loss_ + 0.02 * loss : loss;
+    tokens_ += static_cast<double>(batch.input.size()) * static_cast<double>(team_.part().count);
   }
 
  private:
   Config config_;
+  Team team_;
   Model<Middle> model_;
+  Index parameters_;
   moe::Adam<float> adam_;
   std::vector<double> rate_factors_;
   typename Model<Middle>::State state_;
@@ -120,15 +160,14 @@ class Contestant {
 
 /// What the options say of every contestant; name and middle are left.
 template <class Middle>
-typename Contestant<Middle>::Config contestant_config(const Options& o,
-                                                      std::vector<double> frequencies) {
-  typename Contestant<Middle>::Config config{.sequences = o.sequences,
-                                             .clip = o.clip,
-                                             .gate_rate = o.gate_rate,
-                                             .noise_rate = o.noise_rate,
-                                             .threshold_rate = o.threshold_rate,
-                                             .expert_rate = o.expert_rate,
-                                             .frequencies = std::move(frequencies)};
+ContestantConfig<Middle> contestant_config(const Options& o, std::vector<double> frequencies) {
+  ContestantConfig<Middle> config{.sequences = o.sequences,
+                                  .clip = o.clip,
+                                  .gate_rate = o.gate_rate,
+                                  .noise_rate = o.noise_rate,
+                                  .threshold_rate = o.threshold_rate,
+                                  .expert_rate = o.expert_rate,
+                                  .frequencies = std::move(frequencies)};
   config.model.vocabulary = static_cast<Index>(config.frequencies.size());
   config.model.width = o.width;
   config.model.cutoffs = o.cutoffs;
@@ -136,6 +175,19 @@ typename Contestant<Middle>::Config contestant_config(const Options& o,
   config.model.embedding_deviation = o.embedding_deviation;
   config.model.dropout = o.dropout;
   config.model.seed = o.seed;
+  return config;
+}
+
+/// The sparse model of the options, with the gate of the paper.
+template <class Middle>
+ContestantConfig<Middle> sparse_config(const Options& o, std::vector<double> frequencies) {
+  ContestantConfig<Middle> config = contestant_config<Middle>(o, std::move(frequencies));
+  config.name = "sparse";
+  config.model.middle = {.gate = {.experts = o.experts,
+                                  .active = o.active,
+                                  .importance_weight = o.importance_weight,
+                                  .load_weight = o.load_weight},
+                         .hidden = o.hidden};
   return config;
 }
 

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "options.hpp"
+
 /// \file
 /// Text as numbers: documents, the vocabulary, and the three parts of the data.
 ///
@@ -21,8 +23,6 @@
 /// to depends on a hash of itself alone, so it is the same on every machine and for every seed.
 
 namespace language_model {
-
-using moe::Index;
 
 struct Document {
   std::uint64_t hash;
@@ -160,18 +160,37 @@ inline Corpus make_corpus(const std::vector<Document>& documents, Index vocabula
   return corpus;
 }
 
+inline Corpus read_corpus(const Options& o) {
+  return make_corpus(o.data.empty() ? read_wordnet(o.wordnet) : read_text(o.data), o.vocabulary);
+}
+
+/// Which part of every batch is read here, where several processes share it: they are numbered from 0
+/// on, and each has as many sequences as the others.
+struct BatchPart {
+  Index index = 0;
+  Index count = 1;
+};
+
 /// A stream cut into `sequences` pieces of equal length that are read side by side, `steps` words at
 /// a time, so that a recurrent state can be carried from one batch to the next.
 class Batches {
  public:
   struct Batch {
-    std::vector<Index> input;   ///< steps x sequences words, time-major
+    std::vector<Index> input;   ///< steps x sequences words, time-major; the sequences of the part
     std::vector<Index> target;  ///< the word that follows each
   };
 
-  /// The stream must outlive this. Throws std::runtime_error when it is too short for one batch.
-  Batches(const std::vector<Index>& stream, Index sequences, Index steps)
-      : stream_(stream), sequences_(sequences), steps_(steps) {
+  /// The stream must outlive this. Throws std::runtime_error when it is too short for one batch, and
+  /// when the sequences cannot be divided into such parts.
+  Batches(const std::vector<Index>& stream, Index sequences, Index steps,
+          const BatchPart& part = {})
+      : stream_(stream), sequences_(sequences / part.count), steps_(steps) {
+    if (sequences % part.count != 0) {
+      throw std::runtime_error("a batch of " + std::to_string(sequences) +
+                               " sequences cannot be divided among " + std::to_string(part.count) +
+                               " processes");
+    }
+    first_ = part.index * sequences_;
     length_ = (static_cast<Index>(stream.size()) - 1) / sequences;
     if (length_ < steps) {
       throw std::runtime_error("the text is too short: a part of it has " +
@@ -188,7 +207,7 @@ class Batches {
     batch.target.resize(size);
     for (Index t = 0; t < steps_; ++t) {
       for (Index b = 0; b < sequences_; ++b) {
-        const auto from = static_cast<std::size_t>(b * length_ + index * steps_ + t);
+        const auto from = static_cast<std::size_t>((first_ + b) * length_ + index * steps_ + t);
         const auto to = static_cast<std::size_t>(t * sequences_ + b);
         batch.input[to] = stream_[from];
         batch.target[to] = stream_[from + 1];
@@ -198,6 +217,7 @@ class Batches {
 
  private:
   const std::vector<Index>& stream_;
+  Index first_;
   Index sequences_;
   Index steps_;
   Index length_;

@@ -27,9 +27,9 @@ inline Index active_of(const moe::HierarchicalGate<float>::Config& gate) {
   return gate.active_groups * gate.active;
 }
 
-template <class Gate>
+/// `Layer` is a MoELayer, or has its verbs and its configuration.
+template <class Gate, class Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, Gate>>
 class Mixture {
-  using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, Gate>;
   using Matrix = moe::Matrix<float>;
 
  public:
@@ -40,14 +40,19 @@ class Mixture {
   struct State {};  ///< nothing is carried from one batch to the next
   using Tape = typename Layer::Tape;
 
-  Mixture(const Config& config, Index width, std::uint64_t seed = 0)
+  /// `surroundings`: what else the layer's constructor takes.
+  template <class... Surroundings>
+  Mixture(const Config& config, Index width, std::uint64_t seed,
+          const Surroundings&... surroundings)
       : config_(config),
         layer_({.width = width,
                 .expert = {.hidden = config.hidden},
                 .gate = config.gate,
                 .output = moe::Activation::sigmoid,
-                .seed = seed}) {}
+                .seed = seed},
+               surroundings...) {}
 
+  const Layer& layer() const { return layer_; }
   Index experts() const { return layer_.gate().experts(); }
   Index active() const { return active_of(config_.gate); }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "adaptive_softmax.hpp"
+#include "corpus.hpp"
 #include "recurrent.hpp"
 
 /// \file
@@ -52,14 +53,16 @@ class Model {
     Matrix dx;
   };
 
-  explicit Model(const Config& config)
+  /// `surroundings`: what else the layer in the middle takes.
+  template <class... Surroundings>
+  explicit Model(const Config& config, const Surroundings&... surroundings)
       : config_(config),
         embedding_({.vocabulary = config.vocabulary,
                     .width = config.width,
                     .deviation = config.embedding_deviation},
                    seed(0)),
         first_({.width = config.width, .hidden = memory(config)}, seed(1)),
-        middle_(config.middle, config.width, seed(2)),
+        middle_(config.middle, config.width, seed(2), surroundings...),
         second_({.width = config.width, .hidden = memory(config)}, seed(3)),
         softmax_({.vocabulary = config.vocabulary,
                   .width = config.width,
@@ -91,25 +94,30 @@ class Model {
   }
 
   /// Mean cross-entropy of a batch in nats, without the balance loss, which is in
-  /// tape.middle.balance. Adds the gradient of both to the parameters.
+  /// tape.middle.balance. Adds the gradient of both to the parameters. Of a part, the cross-entropy is
+  /// its own, and the gradient that by the mean over the parts: add up what all of them have.
   double train(std::span<const Index> input, std::span<const Index> target, State& state,
-               Tape& tape, const moe::NoiseKey& key) {
+               Tape& tape, const moe::NoiseKey& key, const BatchPart& part = {}) {
+    // The middle layer, if it knows of other parts, counts their tokens itself.
+    moe::NoiseKey dropout = key;
+    dropout.first_token +=
+        static_cast<std::uint32_t>(part.index * static_cast<Index>(input.size()));
     const Matrix& x = drop_embedding_.forward(embedding_.forward(input, tape.embedding),
-                                              tape.drop_embedding, key);
-    tape.after_first =
-        x + drop_first_.forward(first_.forward(x, state.first, tape.first), tape.drop_first, key);
+                                              tape.drop_embedding, dropout);
+    tape.after_first = x + drop_first_.forward(first_.forward(x, state.first, tape.first),
+                                               tape.drop_first, dropout);
     tape.after_middle =
         tape.after_first +
         drop_middle_.forward(middle_.forward(tape.after_first, state.middle, tape.middle, key),
-                             tape.drop_middle, key);
+                             tape.drop_middle, dropout);
     tape.after_second =
         tape.after_middle +
         drop_second_.forward(second_.forward(tape.after_middle, state.second, tape.second),
-                             tape.drop_second, key);
+                             tape.drop_second, dropout);
     const double loss = softmax_.forward(tape.after_second, target, tape.softmax);
 
     // Backwards, each residual sum passing its gradient on twice.
-    tape.dx = softmax_.backward(tape.softmax);
+    tape.dx = softmax_.backward(tape.softmax, 1 / static_cast<double>(part.count));
     tape.dx += second_.backward(drop_second_.backward(tape.dx, tape.drop_second), tape.second);
     tape.dx += middle_.backward(drop_middle_.backward(tape.dx, tape.drop_middle), tape.middle);
     tape.dx += first_.backward(drop_first_.backward(tape.dx, tape.drop_first), tape.first);

@@ -15,6 +15,17 @@ using Layer = MoELayer<Expert<FeedForward, double>, NoisyTopKGate<double>>;
 const Layer::Config config{
     .width = 5, .expert = {.hidden = 4}, .gate = {.experts = 5, .active = 2}, .seed = 3};
 
+/// A layer whose parameters have the names that the layer gives them, without one of its own.
+template <class L>
+struct Unnamed {
+  L layer;
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    L::visit_parameters(self.layer, visit);
+  }
+};
+
 /// A model with parts of all kinds, around either layer.
 template <class Middle>
 struct Model {
@@ -29,8 +40,8 @@ struct Model {
     visit("last", self.last);
   }
 };
-using Whole = Model<Layer>;
-using Parallel = Model<mpi::ExpertParallel<Layer>>;
+using Whole = Model<Unnamed<Layer>>;
+using Parallel = Model<Unnamed<mpi::ExpertParallel<Layer>>>;
 
 /// Puts into every gradient what does not depend on the rank, 1/ranks of it where it is to be summed.
 template <class M>
@@ -45,8 +56,8 @@ void fill_gradients(M& model, int ranks) {
 
 TEST_CASE("gradients: only those of copies are summed", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
-  Whole whole{.middle = Layer(config)};
-  Parallel model{.middle = mpi::ExpertParallel<Layer>(config, communicator)};
+  Whole whole{.middle = {Layer(config)}};
+  Parallel model{.middle = {mpi::ExpertParallel<Layer>(config, communicator)}};
   fill_gradients(whole, 1);
   fill_gradients(model, communicator.size());
   mpi::sum_gradients(model, communicator);
@@ -61,8 +72,8 @@ TEST_CASE("gradients: only those of copies are summed", "[mpi]") {
 TEST_CASE("gradients: the norm counts every parameter once, and is cut as in one process",
           "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
-  Whole whole{.middle = Layer(config)};
-  Parallel model{.middle = mpi::ExpertParallel<Layer>(config, communicator)};
+  Whole whole{.middle = {Layer(config)}};
+  Parallel model{.middle = {mpi::ExpertParallel<Layer>(config, communicator)}};
   fill_gradients(whole, 1);
   fill_gradients(model, 1);
   const double norm = gradient_norm(whole);
@@ -81,7 +92,7 @@ TEST_CASE("gradients: the norm counts every parameter once, and is cut as in one
     });
   }
   if (communicator.rank() == communicator.size() - 1) {
-    for_each_parameter(model.middle.experts(), [](const std::string&, auto& p) {
+    for_each_parameter(model.middle.layer.experts(), [](const std::string&, auto& p) {
       if (p.size() > 0) p.gradient(0, 0) = std::numeric_limits<double>::infinity();
     });
   }
@@ -91,7 +102,7 @@ TEST_CASE("gradients: the norm counts every parameter once, and is cut as in one
 
 TEST_CASE("gradients: a limit that makes no sense is refused by all", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
-  Parallel model{.middle = mpi::ExpertParallel<Layer>(config, communicator)};
+  Parallel model{.middle = {mpi::ExpertParallel<Layer>(config, communicator)}};
   CHECK_THROWS_AS(mpi::clip_gradients(model, communicator.rank() == 0 ? 0.0 : 1.0, communicator),
                   mpi::Error);
 }

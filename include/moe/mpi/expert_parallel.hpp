@@ -6,6 +6,7 @@
 #include <numeric>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -216,8 +217,13 @@ class ExpertParallel {
   /// Names are those of the whole layer; of the experts, this rank's only.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
-    visit("gate", *self.gate_);
-    visit("experts", self.shard_);
+    constexpr bool is_const = std::is_const_v<Self>;
+    Resident<Residence::summed, std::conditional_t<is_const, const Gate, Gate>> gate{*self.gate_};
+    using Experts = Shard<Expert>;
+    Resident<Residence::here, std::conditional_t<is_const, const Experts, Experts>> experts{
+        self.shard_};
+    visit("gate", gate);
+    visit("experts", experts);
   }
 
  private:

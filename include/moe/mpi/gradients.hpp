@@ -18,19 +18,24 @@
 
 namespace moe::mpi {
 
-template <class Layer>
-class ExpertParallel;
-
-template <class Type>
-inline constexpr bool is_expert_parallel = false;
-template <class Layer>
-inline constexpr bool is_expert_parallel<ExpertParallel<Layer>> = true;
-
 /// Where a parameter of a model lives.
 enum class Residence {
   everywhere,  ///< every rank has a copy, and gradients of its own tokens
   summed,      ///< every rank has a copy, with gradients of all tokens: an ExpertParallel's gate
   here,        ///< only this rank has it: an ExpertParallel's expert
+};
+
+/// A module that does not live everywhere. ExpertParallel shows its parts as such, so they are known
+/// for what they are however deep in a model they lie.
+template <Residence residence, class Module>
+struct Resident {
+  static constexpr Residence lives = residence;
+  Module& module;
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    std::remove_const_t<Module>::visit_parameters(self.module, visit);
+  }
 };
 
 /// The parameters of a module that live somewhere, a module itself; it refers to the other one.
@@ -54,9 +59,8 @@ class PartOf {
       if constexpr (has(Residence::everywhere)) visit(name, member);
     } else if constexpr (moe::detail::is_vector<Type>) {
       for (auto& element : member) visit_in(element, name, visit);
-    } else if constexpr (is_expert_parallel<Type>) {
-      if constexpr (has(Residence::summed)) visit("gate", member.gate());
-      if constexpr (has(Residence::here)) visit("experts", member.experts());
+    } else if constexpr (requires { Type::lives; }) {
+      if constexpr (has(Type::lives)) visit(name, member);
     } else {
       Type::visit_parameters(
           member, [&](std::string_view part, auto& inner) { visit_in(inner, part, visit); });

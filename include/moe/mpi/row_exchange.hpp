@@ -32,6 +32,7 @@ class RowExchange {
   /// Sends rows, gathered from wherever they are by MPI itself.
   template <class Scalar>
   void send(const GatheredRows<Scalar>& rows, int to) {
+    const Communicator::Stopwatch stopwatch(communicator_.traffic());
     for_each_piece<Scalar>(rows.count(), rows.width(), most_bytes_, [&](Index first, int count) {
       displacements_.clear();
       for (Index i = 0; i < count; ++i) {
@@ -52,6 +53,7 @@ class RowExchange {
   /// Sends rows that lie one behind the other.
   template <class Scalar>
   void send(const Scalar* rows, Index count, Index width, int to) {
+    const Communicator::Stopwatch stopwatch(communicator_.traffic());
     for_each_message(rows, count, width, [&](const Scalar* first, int size, MPI_Datatype type) {
       MPI_Isend(first, size, type, to, 0, communicator_.handle(), next());
     });
@@ -63,6 +65,7 @@ class RowExchange {
   /// Receives as many as the other sends, one behind the other.
   template <class Scalar>
   void receive(Scalar* rows, Index count, Index width, int from) {
+    const Communicator::Stopwatch stopwatch(communicator_.traffic());
     for_each_message(rows, count, width, [&](Scalar* first, int size, MPI_Datatype type) {
       MPI_Irecv(first, size, type, from, 0, communicator_.handle(), next());
     });

@@ -1,0 +1,43 @@
+# What the exchange would take on a network, from what bench_exchange measured on one machine:
+#
+#     awk -f bench/network_model.awk build/bench/exchange.tsv
+#
+# A step of a rank with T tokens, S = T·K slots and R ranks:
+#
+#     arithmetic   measured with 1 rank; `cores` times faster where a rank has so many
+#     exchange     4 all-to-alls (x and y, dy and dx), each with (R - 1)/R of the S rows of D floats
+#                  through the rank's own link, and R - 1 messages; 20 small agreements, each twice
+#                  up and down a tree: 4·(S·(R - 1)/R·D·4 bytes / bandwidth + (R - 1)·latency)
+#                  + 20·2·log2(R)·latency
+#
+# Nothing overlaps in it, links are not shared, and the gate's gradients are left out, of which there
+# are as many as one process has. `H where equal` is the hidden width at which both take the same time:
+# arithmetic is in proportion to it, the exchange does not know it.
+BEGIN {
+  FS = "\t"
+  K = 2
+  split("1 32", cores)
+  split("1.25e9 12.5e9", bandwidths)
+  split("20e-6 2e-6", latencies)
+  split("10 Gbit/s, 20 us|100 Gbit/s, 2 us", networks, "|")
+  split("2 8 64 1024", counts, " ")
+}
+$1 ~ /^step\/.*ranks:1$/ {
+  split($1, parts, "/")
+  T = substr(parts[2], 3)
+  D = substr(parts[3], 3)
+  H = substr(parts[4], 3)
+  if (H < 512) next
+  if (!heads++) {
+    print "| D | H | cores a rank | network | ranks | arithmetic ms | exchange ms | share of exchange | H where equal |"
+    print "| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
+  }
+  for (c = 1; c <= 2; ++c) for (n = 1; n <= 2; ++n) for (r = 1; r <= 4; ++r) {
+    R = counts[r]
+    arithmetic = $2 * 1e-3 / cores[c]
+    exchange = 4 * (T * K * (R - 1) / R * D * 4 / bandwidths[n] + (R - 1) * latencies[n]) \
+      + 20 * 2 * log(R) / log(2) * latencies[n]
+    printf "| %d | %d | %d | %s | %d | %.1f | %.1f | %.2f | %.0f |\n", D, H, cores[c], networks[n], R,
+      arithmetic * 1e3, exchange * 1e3, exchange / (arithmetic + exchange), H * exchange / arithmetic
+  }
+}

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <algorithm>
+#include <moe/moe.hpp>
+
+#include "options.hpp"
+
+/// \file
+/// How long a training is, and what is to be done when.
+
+namespace language_model {
+
+/// It lasts for a number of readings of the text or for a time, as the options say.
+class Timetable {
+ public:
+  /// `batches` are one reading of the text. The options must outlive this.
+  Timetable(const Options& options, Index batches) : options_(options), batches_(batches) {
+    const auto planned = static_cast<double>(batches) * options.epochs;
+    total_ =
+        options.minutes > 0 ? options.warm_up + 1 : std::max<Index>(1, static_cast<Index>(planned));
+  }
+
+  /// Begins the next update, `seconds` after the first one was begun.
+  void next(double seconds) {
+    ++update_;
+    if (options_.minutes > 0) {
+      // How many updates there will be is an estimate that gets better; the learning rate and the
+      // evaluations follow it.
+      fraction_ = seconds / (60 * options_.minutes);
+      total_ = std::max({update_, options_.warm_up + 1,
+                         static_cast<Index>(static_cast<double>(update_) / fraction_)});
+    } else {
+      fraction_ = static_cast<double>(update_) / static_cast<double>(total_);
+    }
+  }
+
+  Index update() const { return update_; }
+  Index total() const { return total_; }
+  double fraction() const { return fraction_; }
+  bool is_over() const { return fraction_ >= 1; }
+
+  /// Of the update's batch; 0 where a reading begins.
+  Index batch() const { return (update_ - 1) % batches_; }
+
+  double learning_rate() const {
+    return moe::WarmUpLinearDecay{.peak = options_.learning_rate,
+                                  .warm_up = std::min(options_.warm_up, total_),
+                                  .total = total_ + 1}(update_);
+  }
+
+  /// To be asked once an update.
+  bool evaluation_is_due() {
+    if (fraction_ * static_cast<double>(options_.evaluations) <
+        static_cast<double>(evaluations_ + 1)) {
+      return false;
+    }
+    ++evaluations_;
+    return true;
+  }
+
+ private:
+  const Options& options_;
+  Index batches_;
+  Index update_ = 0;
+  Index total_ = 0;
+  Index evaluations_ = 0;
+  double fraction_ = 0;
+};
+
+}  // namespace language_model
