@@ -79,7 +79,7 @@ class Communicator {
              std::exception_ptr failure = nullptr) const {
     const Claim claim(call, facts, failure != nullptr);
     if (all_agree(claim)) return;
-    const std::vector<Claim> claims = exchange(claim);
+    const std::vector<Claim> claims = all_claims(claim);
     const auto failed = std::find_if(claims.begin(), claims.end(),
                                      [](const Claim& c) { return c.numbers[Claim::failed] != 0; });
     if (failed != claims.end()) throw_failure(static_cast<int>(failed - claims.begin()), failure);
@@ -125,6 +125,13 @@ class Communicator {
     agree("gather", {{"the count of all numbers", static_cast<std::int64_t>(all.size())}});
     const Stopwatch stopwatch(traffic());
     MOE_ASSERT(static_cast<Index>(numbers.size()) == counts[detail::to_size(rank_)]);
+    if (all.size() <= most_at_once) {
+      const Blocks blocks(counts);
+      MPI_Allgatherv(numbers.data(), static_cast<int>(numbers.size()), type_of<Number>(),
+                     all.data(), blocks.counts.data(), blocks.offsets.data(), type_of<Number>(),
+                     handle());
+      return;
+    }
     Number* first = all.data();
     for (int r = 0; r < size_; ++r) {
       const std::span<Number> part(first, detail::to_size(counts[detail::to_size(r)]));
@@ -142,6 +149,21 @@ class Communicator {
     const std::vector<Index> ones(detail::to_size(size_), 1);
     gather(std::span<const Index>(&number, 1), std::span<const Index>(ones), std::span<Index>(all));
     return all;
+  }
+
+  /// Sends some numbers to each rank and receives some from each, `sent` and `received` being their
+  /// counts by rank; the numbers stand by rank too. For few numbers, such as counts of others.
+  void exchange(std::span<const Index> numbers, std::span<const Index> sent,
+                std::span<Index> received_numbers, std::span<const Index> received) const {
+    agree("exchange");
+    const Stopwatch stopwatch(traffic());
+    const Blocks to(sent);
+    const Blocks from(received);
+    MPI_Alltoallv(numbers.data(), to.counts.data(), to.offsets.data(), MPI_INT64_T,
+                  received_numbers.data(), from.counts.data(), from.offsets.data(), MPI_INT64_T,
+                  handle());
+    const auto own = static_cast<std::size_t>(sent[detail::to_size(rank_)]);
+    traffic().other_bytes += static_cast<std::int64_t>((numbers.size() - own) * sizeof(Index));
   }
 
   /// Rank `root`'s numbers, for all.
@@ -278,7 +300,7 @@ class Communicator {
     }
   }
 
-  std::vector<Claim> exchange(const Claim& claim) const {
+  std::vector<Claim> all_claims(const Claim& claim) const {
     static_assert(std::is_trivially_copyable_v<Claim>);
     std::vector<Claim> claims(detail::to_size(size_));
     MPI_Allgather(&claim, sizeof(Claim), MPI_BYTE, claims.data(), sizeof(Claim), MPI_BYTE,
@@ -331,14 +353,29 @@ class Communicator {
     return "moe: ranks disagree in " + call(0);
   }
 
-  /// MPI counts in int.
+  /// Of numbers in one message, since MPI counts in int.
+  static constexpr std::size_t most_at_once = std::size_t{1} << 28;
+
   template <class Number, class F>
   static void for_each_piece(std::span<Number> numbers, F&& f) {
-    constexpr std::size_t most = std::size_t{1} << 28;
-    for (std::size_t first = 0; first < numbers.size(); first += most) {
-      f(numbers.data() + first, static_cast<int>(std::min(most, numbers.size() - first)));
+    for (std::size_t first = 0; first < numbers.size(); first += most_at_once) {
+      f(numbers.data() + first, static_cast<int>(std::min(most_at_once, numbers.size() - first)));
     }
   }
+
+  /// How many numbers there are for each rank, and where they begin, as MPI wants it.
+  struct Blocks {
+    explicit Blocks(std::span<const Index> of_rank) {
+      int offset = 0;
+      for (const Index count : of_rank) {
+        counts.push_back(static_cast<int>(count));
+        offsets.push_back(offset);
+        offset += counts.back();
+      }
+    }
+    std::vector<int> counts;
+    std::vector<int> offsets;
+  };
 
   std::shared_ptr<Shared> shared_;
   int rank_ = 0;

@@ -137,6 +137,10 @@ class ExpertParallel {
     communicator_.attempt("ExpertParallel: experts", [&] {
       shard_.first = placement_.first(communicator_.rank());
       const Index count = placement_.count(communicator_.rank());
+      for (int r = 0; r < communicator_.size(); ++r) {
+        rank_experts_.push_back(placement_.count(r));
+        here_for_each_rank_.push_back(count);
+      }
       shard_.experts.reserve(moe::detail::to_size(count));
       for (Index e = shard_.first; e < shard_.first + count; ++e) {
         shard_.experts.emplace_back(config_.expert,
@@ -373,18 +377,15 @@ class ExpertParallel {
       }
       tape.sent.push_back(static_cast<Index>(tape.sent_token.size()));
     }
+    moe::detail::resize(tape.received_counts,
+                        communicator_.size() * static_cast<Index>(shard_.experts.size()));
   }
 
   /// Tells the other ranks how many slots there are for each of their experts.
   void exchange_counts(Tape& tape) const {
-    using moe::detail::to_size;
-    const auto here = static_cast<Index>(shard_.experts.size());
-    moe::detail::resize(tape.received_counts, communicator_.size() * here);
-    RowExchange exchange(communicator_);
-    for_each_other_rank([&](int r) {
-      exchange.receive(tape.received_counts.data() + r * here, here, 1, r);
-      exchange.send(tape.sent_counts.data() + placement_.first(r), placement_.count(r), 1, r);
-    });
+    communicator_.exchange(
+        std::span<const Index>(tape.sent_counts), std::span<const Index>(rank_experts_),
+        std::span<Index>(tape.received_counts), std::span<const Index>(here_for_each_rank_));
   }
 
   /// Makes the routing of what comes, a token of one slot for each row.
@@ -581,6 +582,8 @@ class ExpertParallel {
   Config config_;
   std::unique_ptr<Gate> gate_;
   Placement placement_{1, 1};
+  std::vector<Index> rank_experts_;        ///< R, experts of each rank
+  std::vector<Index> here_for_each_rank_;  ///< R times those of this one
   Shard<Expert> shard_;
 };
 
