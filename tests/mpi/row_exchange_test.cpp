@@ -33,10 +33,11 @@ TEMPLATE_TEST_CASE("row exchange: rows arrive where they should, in one message 
     const auto row = width * static_cast<Index>(sizeof(Scalar));
     // Whole, two rows a piece, one row, and less than one, which is sent as one.
     for (const Index most : {Index{1} << 30, 2 * row, row, row - 1}) {
-      // Rank a sends b + 2·a rows to rank b: those of `list`, out of a wider matrix.
+      // Rank a sends b + 2·a rows to rank b: those of `list`.
       const Matrix<Scalar> own = rows_of_rank<Scalar>(communicator.rank(), 20, width + 2);
       std::vector<std::vector<Index>> lists;
       std::vector<Matrix<Scalar>> received;
+      std::vector<Matrix<Scalar>> sent;
       for (int r = 0; r < ranks; ++r) {
         lists.emplace_back();
         for (Index i = 0; i < r + 2 * communicator.rank(); ++i)
@@ -49,9 +50,11 @@ TEMPLATE_TEST_CASE("row exchange: rows arrive where they should, in one message 
           exchange.receive(received[static_cast<std::size_t>(r)].data(),
                            received[static_cast<std::size_t>(r)].rows(), width, r);
           const auto& list = lists[static_cast<std::size_t>(r)];
-          exchange.send(GatheredRows<Scalar>(own.data(), own.outerStride(),
-                                             static_cast<Index>(list.size()), width, list.data()),
-                        r);
+          Matrix<Scalar>& packed = sent.emplace_back(static_cast<Index>(list.size()), width);
+          for (Index i = 0; i < packed.rows(); ++i) {
+            packed.row(i) = own.row(list[static_cast<std::size_t>(i)]).head(width);
+          }
+          exchange.send(std::as_const(packed).data(), packed.rows(), width, r);
         }
       }
       for (int r = 0; r < ranks; ++r) {

@@ -29,27 +29,6 @@ class RowExchange {
   RowExchange(const RowExchange&) = delete;
   RowExchange& operator=(const RowExchange&) = delete;
 
-  /// Sends rows, gathered from wherever they are by MPI itself.
-  template <class Scalar>
-  void send(const GatheredRows<Scalar>& rows, int to) {
-    const Communicator::Stopwatch stopwatch(communicator_.traffic());
-    for_each_piece<Scalar>(rows.count(), rows.width(), most_bytes_, [&](Index first, int count) {
-      displacements_.clear();
-      for (Index i = 0; i < count; ++i) {
-        displacements_.push_back(static_cast<MPI_Aint>((rows.row(first + i) - rows.row(first)) *
-                                                       static_cast<Index>(sizeof(Scalar))));
-      }
-      MPI_Datatype type;
-      MPI_Type_create_hindexed_block(count, static_cast<int>(rows.width()), displacements_.data(),
-                                     Communicator::type_of<Scalar>(), &type);
-      MPI_Type_commit(&type);
-      MPI_Isend(rows.row(first), 1, type, to, 0, communicator_.handle(), next());
-      MPI_Type_free(&type);  // lives on until the message is sent
-    });
-    communicator_.traffic().row_bytes +=
-        rows.count() * rows.width() * static_cast<Index>(sizeof(Scalar));
-  }
-
   /// Sends rows that lie one behind the other.
   template <class Scalar>
   void send(const Scalar* rows, Index count, Index width, int to) {
@@ -110,7 +89,6 @@ class RowExchange {
   const Communicator& communicator_;
   std::int64_t most_bytes_;
   std::vector<MPI_Request> requests_;
-  std::vector<MPI_Aint> displacements_;
 };
 
 }  // namespace moe::mpi
