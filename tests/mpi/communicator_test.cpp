@@ -129,6 +129,22 @@ TEST_CASE("communicator: what makes no sense is refused", "[mpi]") {
   CHECK_THROWS_AS(Communicator(MPI_COMM_WORLD, -1), std::invalid_argument);
 }
 
+TEST_CASE("communicator: counts beyond an int are split", "[mpi]") {
+  // Not sent, since it would take 16 GiB: the pieces alone.
+  const std::size_t numbers = (std::size_t{1} << 32) + 7;
+  std::size_t next = 0;
+  int pieces = 0;
+  Communicator::for_each_piece(numbers, [&](std::size_t first, int count) {
+    CHECK(first == next);
+    CHECK(count > 0);
+    next += static_cast<std::size_t>(count);
+    ++pieces;
+  });
+  CHECK(next == numbers);
+  CHECK(pieces == 17);  // of 2^28, and the last of 7
+  Communicator::for_each_piece(0, [](std::size_t, int) { FAIL(); });
+}
+
 TEST_CASE("communicator: a copy is the same one", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   {

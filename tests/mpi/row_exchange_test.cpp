@@ -38,6 +38,7 @@ TEMPLATE_TEST_CASE("row exchange: rows arrive where they should, in one message 
       std::vector<std::vector<Index>> lists;
       std::vector<Matrix<Scalar>> received;
       std::vector<Matrix<Scalar>> sent;
+      sent.reserve(static_cast<std::size_t>(ranks));  // they must stay where they are
       for (int r = 0; r < ranks; ++r) {
         lists.emplace_back();
         for (Index i = 0; i < r + 2 * communicator.rank(); ++i)

@@ -110,7 +110,8 @@ class Communicator {
     agree("sum", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}});
     const Stopwatch stopwatch(traffic());
     // One rank adds up, since the sums of several might differ in their last bits.
-    for_each_piece(numbers, [&](Number* first, int count) {
+    for_each_piece(numbers.size(), [&](std::size_t piece, int count) {
+      Number* first = numbers.data() + piece;
       const bool root = rank_ == 0;
       MPI_Reduce(root ? MPI_IN_PLACE : first, root ? first : nullptr, count, type_of<Number>(),
                  MPI_SUM, 0, handle());
@@ -136,8 +137,8 @@ class Communicator {
     for (int r = 0; r < size_; ++r) {
       const std::span<Number> part(first, detail::to_size(counts[detail::to_size(r)]));
       if (r == rank_) std::copy(numbers.begin(), numbers.end(), first);
-      for_each_piece(part, [&](Number* piece, int count) {
-        MPI_Bcast(piece, count, type_of<Number>(), r, handle());
+      for_each_piece(part.size(), [&](std::size_t piece, int count) {
+        MPI_Bcast(first + piece, count, type_of<Number>(), r, handle());
       });
       first += part.size();
     }
@@ -171,9 +172,20 @@ class Communicator {
   void broadcast(std::span<Number> numbers, int root) const {
     agree("broadcast", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}});
     const Stopwatch stopwatch(traffic());
-    for_each_piece(numbers, [&](Number* first, int count) {
-      MPI_Bcast(first, count, type_of<Number>(), root, handle());
+    for_each_piece(numbers.size(), [&](std::size_t piece, int count) {
+      MPI_Bcast(numbers.data() + piece, count, type_of<Number>(), root, handle());
     });
+  }
+
+  /// Of numbers in one message, since MPI counts in int.
+  static constexpr std::size_t most_at_once = std::size_t{1} << 28;
+
+  /// Calls f(first, count) for the pieces that so many numbers are sent in.
+  template <class F>
+  static void for_each_piece(std::size_t numbers, F&& f) {
+    for (std::size_t first = 0; first < numbers; first += most_at_once) {
+      f(first, static_cast<int>(std::min(most_at_once, numbers - first)));
+    }
   }
 
   /// MPI's name of a number.
@@ -351,16 +363,6 @@ class Communicator {
       ++number;
     }
     return "moe: ranks disagree in " + call(0);
-  }
-
-  /// Of numbers in one message, since MPI counts in int.
-  static constexpr std::size_t most_at_once = std::size_t{1} << 28;
-
-  template <class Number, class F>
-  static void for_each_piece(std::span<Number> numbers, F&& f) {
-    for (std::size_t first = 0; first < numbers.size(); first += most_at_once) {
-      f(numbers.data() + first, static_cast<int>(std::min(most_at_once, numbers.size() - first)));
-    }
   }
 
   /// How many numbers there are for each rank, and where they begin, as MPI wants it.
