@@ -193,8 +193,8 @@ struct Right {
     const bool whole = !transposed && strip.width == tile_columns<Scalar>;
     return whole ? at(strip.k, strip.column) : nullptr;
   }
-  /// What will be read of steps [first, first + count): rows of two lines each. Transposed, and with
-  /// few tiles and more than two lines for each, it is not all of it.
+  /// What will be read of steps [first, first + count): rows of strip_lines each. Transposed, and
+  /// with few tiles and more lines for each, it is not all of it.
   Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
     return {at(strip.k + first, strip.column), b.outerStride(), transposed ? strip.width : count};
   }
@@ -225,7 +225,7 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
     const Scalar* in_place = first_is_full ? right.in_place(strip) : nullptr;
     const Panel<Scalar> panel = in_place != nullptr ? Panel<Scalar>{buffer, tile_columns<Scalar>}
                                                     : right.copy(strip, buffer);
-    constexpr Index piece = 2 * cache_line<Scalar>;  // of a row in nt
+    constexpr Index piece = strip_lines * cache_line<Scalar>;  // of a row in nt
     const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
     const Index each = (pieces + tiles - 1) / tiles * piece;
     Index asked = 0;
@@ -408,7 +408,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       }
       Ahead<Scalar> ahead;
       if (in_one_piece) {
-        constexpr Index strip = 2 * cache_line<Scalar>;
+        constexpr Index strip = strip_lines * cache_line<Scalar>;
         const Index next = std::min(rows, columns - first - rows);
         ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
       }

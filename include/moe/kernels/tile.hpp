@@ -54,11 +54,15 @@ EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-/// Two cache lines, about as much as a tile takes of a row.
+/// As many cache lines as a tile takes of a row: all of them, since the processor does not foresee
+/// any that are left out.
+inline constexpr Index strip_lines =
+    std::max<Index>(2, (tile_columns<float> + cache_line<float> - 1) / cache_line<float>);
+
 template <class Scalar>
-void prefetch_strip(const Scalar* place) {
-  prefetch(place);
-  prefetch(place + cache_line<Scalar>);
+EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
+  MOE_UNROLL
+  for (Index line = 0; line < strip_lines; ++line) prefetch(place + line * cache_line<Scalar>);
 }
 
 /// The left operand: where each row starts, and how far its values along the depth are apart.
@@ -75,7 +79,7 @@ struct Panel {
   Index stride;
 };
 
-/// Memory that will be wanted soon: two cache lines at each of `count` places. A tile asks for some
+/// Memory that will be wanted soon: strip_lines cache lines at each of `count` places. A tile asks for some
 /// of them every few steps, so that they come while it calculates; the processor does not foresee
 /// them itself, since they are short pieces at a long stride.
 template <class Scalar>
