@@ -46,9 +46,18 @@ inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
 
-/// How many rows of B multiply_few_nn reads side by side. The processor follows so many streams, and
-/// more would not fit into one set of the first-level cache where rows are a power of two apart.
-inline constexpr Index few_steps = 8;
+/// How many pairs of rows multiply_few_tn takes, at most.
+inline constexpr Index few_pairs = 8;
+
+/// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Eight are as many
+/// streams as the processor follows well, if each is a page of memory of its own; twice as many where
+/// rows are shorter. Where arithmetic limits, more, since C is read and written less often then.
+inline constexpr Index most_steps = 128;
+template <class Scalar>
+constexpr Index stream_steps(Index rows, Index stride) {
+  if (rows > 12) return most_steps;
+  return rows > 4 || stride < 64 * cache_line<Scalar> ? 16 : 8;
+}
 
 /// Whether rows so far apart, read side by side, end before the processor has foreseen them: what
 /// few rows of A are multiplied with is then asked for a tile ahead.
@@ -275,93 +284,149 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
   if (pending) run(strip, nullptr);
 }
 
-/// One tile of multiply_stream(): R rows of C, V packets of columns; what is `ahead` is asked for.
+/// What multiply_stream() asks for when it reads a column: what is `distance` columns after it, and
+/// where that is beyond column `last`, what is `beyond` further away still.
+struct StreamAhead {
+  Index distance = 0;
+  Index last = 0;
+  Index beyond = 0;
+  Index at(Index column) const { return column + distance < last ? distance : distance + beyond; }
+};
+
+/// What multiply_stream() multiplies: `steps` rows, `stride` apart.
+template <class Scalar>
+struct Stream {
+  const Scalar* data;
+  Index stride;
+  Index steps;
+  StreamAhead ahead{};
+};
+
+/// One tile of multiply_stream(): R rows of C, V packets of columns.
 template <Index R, Index V, class Scalar>
 EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_size(R)],
-                                              const Scalar* right, Index right_stride, Index steps,
-                                              Index ahead, Index column,
+                                              const Stream<Scalar>& right, Index column,
+                                              Start start, const Scalar* bias,
                                               Scalar* const (&c)[to_size(R)]) {
   constexpr Index size = packet_size<Scalar>;
+  constexpr Index lines = (V * size + cache_line<Scalar> - 1) / cache_line<Scalar>;
   Packet<Scalar> sum[to_size(R)][to_size(V)];
   MOE_UNROLL
-  for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
-  const Scalar* b = right + column;
-  for (Index k = 0; k < steps; ++k, b += right_stride) {
-    prefetch_strip(b + ahead);
+  for (Index i = 0; i < R * V; ++i) {
+    const Index at = column + i % V * size;
+    sum[i / V][i % V] = start == Start::accumulate ? load(c[i / V] + at)
+                        : start == Start::bias     ? load(bias + at)
+                                                   : broadcast(Scalar{0});
+  }
+  const Index ahead = right.ahead.at(column);
+  const Index stride = right.stride;
+  const Index steps = right.steps;
+  const Scalar* b = right.data + column;
+  for (Index k = 0; k < steps; ++k, b += stride) {
+    prefetch_far<lines>(b + ahead);
     add_products(left, k, b, sum);
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// R rows of C, `columns` of them, += left[r][k]·right[k, :] for k below `steps`: the rows of `right`
-/// are read side by side from one end to the other, and asked for when the place `ahead` before them
-/// is read (0: they are near already).
+/// R rows of C, the whole packets of `columns` of them, += left[r][k]·right[k, :], the rows of `right`
+/// being read side by side from one end to the other. Returns how many columns that were.
 template <Index R, class Scalar>
-void multiply_stream(const Scalar* const* left, const Scalar* right, Index right_stride, Index steps,
-                     Index ahead, Index columns, Scalar* const* c) {
+#if defined(__GNUC__)
+[[gnu::noinline]]
+#endif
+Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Index columns,
+                      Start start, const Scalar* bias, Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
   const Scalar* a[to_size(R)];
   Scalar* out[to_size(R)];
-  std::copy_n(left, R, a);
+  std::copy_n(left.row, R, a);
   std::copy_n(c, R, out);
   Index column = 0;
   for (; column + 3 * size <= columns; column += 3 * size) {
-    multiply_stream_tile<R, 3>(a, right, right_stride, steps, ahead, column, out);
+    multiply_stream_tile<R, 3>(a, right, column, start, bias, out);
   }
-  for (; column + size <= columns; column += size) {
-    multiply_stream_tile<R, 1>(a, right, right_stride, steps, ahead, column, out);
+  if (column + 2 * size <= columns) {
+    multiply_stream_tile<R, 2>(a, right, column, start, bias, out);
+    column += 2 * size;
+  } else if (column + size <= columns) {
+    multiply_stream_tile<R, 1>(a, right, column, start, bias, out);
+    column += size;
   }
-  for (; column < columns; ++column) {
-    for (Index r = 0; r < R; ++r) {
-      Packet<Scalar> sum = broadcast(out[r][column]);
-      for (Index k = 0; k < steps; ++k) {
-        sum = Eigen::internal::pmadd(broadcast(a[r][k]),
-                                     broadcast(right[k * right_stride + column]), sum);
-      }
-      out[r][column] = Eigen::internal::pfirst(sum);
-    }
-  }
+  return column;
 }
 
-/// The form nn for few rows, which wait for B to come from memory. It comes fastest when some rows
-/// of it are read side by side from one end to the other, as the processor foresees, so the depth
-/// goes in small steps and C, which is small, is read and written at each.
+/// The same for rows from 1 to tile_rows and all of the columns: `rest` holds those of `right` that
+/// are less than a packet.
 template <class Scalar>
-void multiply_few_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
-                     Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
-                     Finish finish) {
-  for (Index i = 0; i < c.count() && start != Start::accumulate; ++i) {
-    Scalar* row = c.row(i) + first_column;
-    if (start == Start::bias) {
-      std::copy_n(bias + first_column, columns, row);
-    } else {
-      std::fill_n(row, columns, Scalar{0});
-    }
-  }
+void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>& right,
+                     Index columns, Panel<Scalar> rest, Start start, const Scalar* bias,
+                     Scalar* const* c) {
+  Index done = 0;
+  with_constant<tile_rows>(rows, [&](auto R) {
+    done = multiply_stream<R>(left, right, columns, start, bias, c);
+  });
+  if (done == columns) return;
+  Scalar* to[to_size(tile_rows)];
+  for (Index r = 0; r < rows; ++r) to[r] = c[r] + done;
+  multiply_tile(rows, 1, columns - done, left, rest, right.steps, start,
+                start == Start::bias ? bias + done : nullptr, to);
+}
+
+/// The form nn with B where it lies, in the order in which memory gives it fastest: some rows of it
+/// side by side, from one end to the other. So the depth goes in steps, at each of which C is read and
+/// written, in slices of columns that stay in the caches while all rows of A pass. The processor
+/// foresees nothing beyond a page of memory, so the rows are asked for 32 KiB ahead, and at their
+/// ends those that are read in the next steps in their places.
+template <class Scalar>
+void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
+                        Index first_column, Index columns, Start start, const Scalar* bias,
+                        const ScatteredRows<Scalar>& c, Finish finish) {
+  constexpr Index size = packet_size<Scalar>;
+  alignas(64) Scalar buffer[to_size(size * most_steps)];
   const Index depth = a.width();
-  const Index ahead = rows_are_short<Scalar>(b.outerStride()) ? few_steps * b.outerStride()
-                                                              : 4 * cache_line<Scalar>;
-  for (Index k = 0; k < depth; k += few_steps) {
-    // Slices of columns so short that C stays in the first-level cache for a second tile.
-    const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
-    for (Index column = 0; column < columns; column += slice) {
-      for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
-        const Scalar* left[to_size(tile_rows)];
-        Scalar* to[to_size(tile_rows)];
-        for (Index r = 0; r < rows; ++r) {
-          left[r] = a.row(first + r) + k;
-          to[r] = c.row(first + r) + first_column + column;
+  const Index stride = b.outerStride();
+  const Index steps = stream_steps<Scalar>(a.count(), stride);
+  const Index distance = (Index{32} << 10) / (steps * static_cast<Index>(sizeof(Scalar)));
+  const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
+  const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
+  const Index end = first_column + columns;
+  for (Index group = first_column; group < end; group += slices * slice) {
+    const Index last = std::min(end, group + slices * slice);
+    for (Index k = 0; k == 0 || k < depth; k += steps) {
+      const Index count = std::min(steps, depth - k);
+      const Start from = k == 0 ? start : Start::accumulate;
+      const Index next = k + steps < depth ? steps * stride - (last - group)
+                         : last < end      ? -k * stride
+                                           : -distance;
+      for (Index column = group; column < last; column += slice) {
+        const Index width = std::min(slice, last - column);
+        const Scalar* place = b.data() + k * stride + column;
+        const Stream<Scalar> right{place, stride, count, {distance, last - column, next}};
+        Panel<Scalar> rest{};
+        if (width % size != 0) {
+          const Index whole = width / size * size;
+          rest = copy_panel(GatheredRows<Scalar>(place + whole, stride, count, width - whole),
+                            buffer);
         }
-        with_constant<tile_rows>(rows, [&](auto R) {
-          multiply_stream<R>(left, b.data() + k * b.outerStride() + first_column + column,
-                             b.outerStride(), std::min(few_steps, depth - k), ahead,
-                             std::min(slice, columns - column), to);
+        for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
+          Left<Scalar> left;
+          Scalar* to[to_size(tile_rows)];
+          for (Index r = 0; r < rows; ++r) {
+            left.row[r] = a.row(first + r) + k;
+            to[r] = c.row(first + r) + column;
+          }
+          multiply_stream(rows, left, right, width, rest, from,
+                          from == Start::bias ? bias + column : nullptr, to);
+          if (!finish || k + steps < depth) return;
+          for_each_strip<Scalar>(column, width, [&](Index at, Index, Index strip_width) {
+            finish(first, rows, at, strip_width);
+          });
         });
-      });
+      }
     }
   }
-  finish_rows<Scalar>(a.count(), first_column, columns, finish);
 }
 
 /// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
@@ -370,8 +435,9 @@ void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
                  Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                  Finish finish = {}) {
   if (a.count() == 0) return;
-  if (a.count() <= 2 * tile_rows) {
-    return multiply_few_nn(a, b, first_column, columns, start, bias, c, finish);
+  // With 16 registers a tile is so small that it needs its part of B in the nearest cache.
+  if (tile_rows == max_tile_rows || a.count() <= 2 * tile_rows) {
+    return multiply_stream_nn(a, b, first_column, columns, start, bias, c, finish);
   }
   multiply_rows(a, Right<Scalar>{b, false}, first_column, columns, start, bias, c, finish);
 }
@@ -443,26 +509,30 @@ template <class Scalar>
 void multiply_few_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
                      Index rows, Index first_column, Index columns, Start start,
                      MatrixView<Scalar> c) {
-  constexpr Index slice = (Index{16} << 10) / (few_steps * static_cast<Index>(sizeof(Scalar)));
-  alignas(64) Scalar right[to_size(few_steps * slice)];
+  constexpr Index slice = (Index{16} << 10) / (few_pairs * static_cast<Index>(sizeof(Scalar)));
+  constexpr Index size = packet_size<Scalar>;
+  alignas(64) Scalar right[to_size(few_pairs * slice)];
+  alignas(64) Scalar buffer[to_size(few_pairs * size)];
   const Index pairs = a.count();
   for (Index column = first_column; column < first_column + columns; column += slice) {
     const Index width = std::min(slice, first_column + columns - column);
+    const Index whole = width / size * size;
     for (Index i = 0; i < pairs; ++i) std::copy_n(b.row(i) + column, width, right + i * slice);
+    Panel<Scalar> rest{};
+    if (whole < width) rest = copy_panel(b.columns(column + whole, width - whole), buffer);
     for_each_tile(rows, tile_rows, [&](Index first, Index count) {
-      Scalar values[to_size(tile_rows)][to_size(few_steps)];
-      const Scalar* left[to_size(tile_rows)];
+      Scalar values[to_size(tile_rows)][to_size(few_pairs)];
+      Left<Scalar> left;
       Scalar* to[to_size(tile_rows)];
       for (Index r = 0; r < count; ++r) {
         const Index row = first_row + first + r;
         for (Index i = 0; i < pairs; ++i) values[r][i] = a.row(i)[row];
-        left[r] = values[r];
+        left.row[r] = values[r];
         to[r] = row_data(c, row) + column;
-        if (start == Start::zero) std::fill_n(to[r], width, Scalar{0});
       }
-      with_constant<tile_rows>(count, [&](auto R) {
-        multiply_stream<R>(left, right, slice, pairs, 0, width, to);
-      });
+      const Scalar* no_bias = nullptr;
+      multiply_stream(count, left, Stream<Scalar>{right, slice, pairs}, width, rest, start, no_bias,
+                      to);
     });
   }
 }
@@ -481,7 +551,7 @@ template <class Scalar>
 void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
                  Index rows, Index first_column, Index columns, Start start,
                  MatrixView<Scalar> c) {
-  if (a.count() <= few_steps) {
+  if (a.count() <= few_pairs) {
     return multiply_few_tn(a, b, first_row, rows, first_column, columns, start, c);
   }
   constexpr Index size = packet_size<Scalar>;

@@ -65,6 +65,18 @@ EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
   for (Index line = 0; line < strip_lines; ++line) prefetch(place + line * cache_line<Scalar>);
 }
 
+/// So many lines of what is wanted so much later that the nearest cache would not hold it until then.
+template <Index lines, class Scalar>
+EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place) {
+#if defined(__GNUC__)
+  MOE_UNROLL
+  for (Index line = 0; line < lines; ++line) {
+    __builtin_prefetch(place + line * cache_line<Scalar>, 0, 2);
+  }
+  asm volatile("");
+#endif
+}
+
 /// The left operand: where each row starts, and how far its values along the depth are apart.
 template <class Scalar>
 struct Left {
