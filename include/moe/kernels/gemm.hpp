@@ -46,8 +46,8 @@ inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
 
-/// How many pairs of rows multiply_few_tn takes, at most.
-inline constexpr Index few_pairs = 8;
+/// How many pairs of rows multiply_stream_tn adds at once, at most.
+inline constexpr Index stream_pairs = tile_rows == max_tile_rows ? 128 : 8;
 
 /// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Eight are as many
 /// streams as the processor follows well, if each is a page of memory of its own; twice as many where
@@ -300,11 +300,12 @@ struct Stream {
   Index stride;
   Index steps;
   StreamAhead ahead{};
+  StreamAhead ahead_in_c{};  ///< of the rows of C, where those come from memory
 };
 
 /// One tile of multiply_stream(): R rows of C, V packets of columns.
 template <Index R, Index V, class Scalar>
-EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_size(R)],
+EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_size(R)], Index step,
                                               const Stream<Scalar>& right, Index column,
                                               Start start, const Scalar* bias,
                                               Scalar* const (&c)[to_size(R)]) {
@@ -318,13 +319,18 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
                         : start == Start::bias     ? load(bias + at)
                                                    : broadcast(Scalar{0});
   }
+  if (right.ahead_in_c.distance != 0) {
+    const Index ahead = right.ahead_in_c.at(column);
+    MOE_UNROLL
+    for (Index r = 0; r < R; ++r) prefetch_far<lines>(c[r] + column + ahead);
+  }
   const Index ahead = right.ahead.at(column);
   const Index stride = right.stride;
-  const Index steps = right.steps;
+  const Index end = right.steps * step;
   const Scalar* b = right.data + column;
-  for (Index k = 0; k < steps; ++k, b += stride) {
+  for (Index at = 0; at < end; at += step, b += stride) {
     prefetch_far<lines>(b + ahead);
-    add_products(left, k, b, sum);
+    add_products(left, at, b, sum);
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
@@ -345,13 +351,13 @@ Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Ind
   std::copy_n(c, R, out);
   Index column = 0;
   for (; column + 3 * size <= columns; column += 3 * size) {
-    multiply_stream_tile<R, 3>(a, right, column, start, bias, out);
+    multiply_stream_tile<R, 3>(a, left.step, right, column, start, bias, out);
   }
   if (column + 2 * size <= columns) {
-    multiply_stream_tile<R, 2>(a, right, column, start, bias, out);
+    multiply_stream_tile<R, 2>(a, left.step, right, column, start, bias, out);
     column += 2 * size;
   } else if (column + size <= columns) {
-    multiply_stream_tile<R, 1>(a, right, column, start, bias, out);
+    multiply_stream_tile<R, 1>(a, left.step, right, column, start, bias, out);
     column += size;
   }
   return column;
@@ -503,38 +509,57 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
   multiply_rows(a, Right<Scalar>{b, true}, first_column, columns, start, no_bias, c, finish);
 }
 
-/// The form tn for few pairs of rows, which waits for C to come from memory and go back there: rows
-/// of C are read and written from one end to the other, as the processor foresees.
+/// The form tn in the order in which memory gives and takes C fastest: some rows of it are read and
+/// written from one end to the other, and asked for ahead as multiply_stream_nn does with B. What is
+/// added to them, at most stream_pairs at once, stays in the second-level cache, with 16 registers in
+/// the first.
 template <class Scalar>
-void multiply_few_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
-                     Index rows, Index first_column, Index columns, Start start,
-                     MatrixView<Scalar> c) {
-  constexpr Index slice = (Index{16} << 10) / (few_pairs * static_cast<Index>(sizeof(Scalar)));
+void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
+                        Index first_row, Index rows, Index first_column, Index columns,
+                        Start start, MatrixView<Scalar> c) {
   constexpr Index size = packet_size<Scalar>;
-  alignas(64) Scalar right[to_size(few_pairs * slice)];
-  alignas(64) Scalar buffer[to_size(few_pairs * size)];
-  const Index pairs = a.count();
-  for (Index column = first_column; column < first_column + columns; column += slice) {
-    const Index width = std::min(slice, first_column + columns - column);
-    const Index whole = width / size * size;
-    for (Index i = 0; i < pairs; ++i) std::copy_n(b.row(i) + column, width, right + i * slice);
-    Panel<Scalar> rest{};
-    if (whole < width) rest = copy_panel(b.columns(column + whole, width - whole), buffer);
-    for_each_tile(rows, tile_rows, [&](Index first, Index count) {
-      Scalar values[to_size(tile_rows)][to_size(few_pairs)];
-      Left<Scalar> left;
-      Scalar* to[to_size(tile_rows)];
-      for (Index r = 0; r < count; ++r) {
-        const Index row = first_row + first + r;
-        for (Index i = 0; i < pairs; ++i) values[r][i] = a.row(i)[row];
-        left.row[r] = values[r];
-        to[r] = row_data(c, row) + column;
-      }
-      const Scalar* no_bias = nullptr;
-      multiply_stream(count, left, Stream<Scalar>{right, slice, pairs}, width, rest, start, no_bias,
-                      to);
-    });
+  constexpr Index capacity = (Index{tile_rows == max_tile_rows ? 192 : 16} << 10) /
+                             static_cast<Index>(sizeof(Scalar));
+  constexpr Index distance = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  alignas(64) Scalar values[to_size(stream_pairs * tile_rows)];  // a step's are neighbours
+  const Index end = first_column + columns;
+  for (Index row = first_row; row < first_row + rows && a.count() == 0; ++row) {
+    if (start == Start::zero) std::fill_n(row_data(c, row) + first_column, columns, Scalar{0});
   }
+  for_each_tile(a.count(), stream_pairs, [&](Index k, Index pairs) {
+    const Start from = k == 0 ? start : Start::accumulate;
+    const Index slice = capacity / pairs / size * size;
+    for (Index column = first_column; column < end; column += slice) {
+      const Index width = std::min(slice, end - column);
+      const Index whole = width / size * size;
+      const Index stride = (width + size - 1) / size * size;
+      copy_panel(b.slice(k, pairs).columns(column, width), buffer);
+      Stream<Scalar> right{buffer, stride, pairs};
+      right.ahead_in_c = {distance, width, tile_rows * c.outerStride() - width};
+      for_each_tile(rows, tile_rows, [&](Index first, Index count) {
+        Left<Scalar> left;
+        Scalar* to[to_size(tile_rows)];
+        const Index row = first_row + first;
+        left.step = tile_rows;
+        for (Index r = 0; r < count; ++r) {
+          left.row[r] = values + r;
+          to[r] = row_data(c, row + r) + column;
+        }
+        for (Index i = 0; i < pairs; ++i) {
+          const Scalar* held = a.row(k + i) + row;
+          Scalar* value = values + i * tile_rows;
+          if (count == tile_rows) {  // nearly always, and then a constant
+            std::copy_n(held, tile_rows, value);
+          } else {
+            std::copy_n(held, count, value);
+          }
+        }
+        const Scalar* no_bias = nullptr;
+        multiply_stream(count, left, right, width, {buffer + whole, stride}, from, no_bias, to);
+      });
+    }
+  });
 }
 
 /// The form tn adds at most so many pairs of rows at once, to so many rows of C.
@@ -551,8 +576,8 @@ template <class Scalar>
 void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
                  Index rows, Index first_column, Index columns, Start start,
                  MatrixView<Scalar> c) {
-  if (a.count() <= few_pairs) {
-    return multiply_few_tn(a, b, first_row, rows, first_column, columns, start, c);
+  if (tile_rows == max_tile_rows || a.count() <= stream_pairs) {
+    return multiply_stream_tn(a, b, first_row, rows, first_column, columns, start, c);
   }
   constexpr Index size = packet_size<Scalar>;
   constexpr Index wide = 2 * panel_columns<Scalar>;
