@@ -243,6 +243,14 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
     check(tile_rows + 3, n, 7, true);
   }
   check(64 + 1, task + 1, panel_depth + 1, false);
+  // Halves of packets and several blocks of the depth, where products stream.
+  constexpr Index packet = packet_size<TestType>;
+  for (const Index m : {Index{1}, packet / 2, packet / 2 + 1, packet + 1, 3 * packet + packet / 2}) {
+    check(m, tile_rows + 1, 2 * 512 + 3, true);
+  }
+  // More pairs of rows than go at once, and rows of C in several slices.
+  check(tile_rows + 1, 7 * task + 3, 3, true);
+  check(2 * tile_rows, 3, 2 * 128 + 1, true);
 }
 
 TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile finished once",

@@ -139,14 +139,13 @@ Panel<Scalar> copy_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
   return {buffer, stride};
 }
 
-/// Copies rows as columns next to each other, the last packet of columns filled up with zeros.
+/// Copies rows as columns next to each other, `stride` of them, the last of which are zeros.
 template <class Scalar>
-Panel<Scalar> transpose_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
+void copy_transposed(const GatheredRows<Scalar>& rows, Index stride, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
   using Block = Eigen::internal::PacketBlock<Packet<Scalar>, static_cast<int>(size)>;
   const Index depth = rows.width();
   const Index width = rows.count();
-  const Index stride = (width + size - 1) / size * size;
   Index column = 0;
   for (; column + size <= width; column += size) {
     const Scalar* row[to_size(size)];
@@ -166,6 +165,14 @@ Panel<Scalar> transpose_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) 
     const Scalar* row = j < width ? rows.row(j) : nullptr;
     for (Index k = 0; k < depth; ++k) buffer[k * stride + j] = row != nullptr ? row[k] : Scalar{0};
   }
+}
+
+/// The same, the last packet of columns filled up with zeros.
+template <class Scalar>
+Panel<Scalar> transpose_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
+  constexpr Index size = packet_size<Scalar>;
+  const Index stride = (rows.count() + size - 1) / size * size;
+  copy_transposed(rows, stride, buffer);
   return {buffer, stride};
 }
 
@@ -496,12 +503,165 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
   finish_rows<Scalar>(a.count(), first_column, columns, finish);
 }
 
+/// to(j)[i] = from(i)[j], a block of as many rows as a packet that a tile's rows fill has at a time.
+template <class Scalar, class From, class To>
+void transpose_rows(Index rows, Index columns, From from, To to) {
+  using Whole = Packet<Scalar>;
+  using Half = typename Eigen::internal::unpacket_traits<Whole>::half;
+  using Fitting = std::conditional_t<(packet_size<Scalar> > tile_rows), Half, Whole>;
+  constexpr Index size = Eigen::internal::unpacket_traits<Fitting>::size;
+  using Block = Eigen::internal::PacketBlock<Fitting, static_cast<int>(size)>;
+  const Index whole_rows = rows / size * size;
+  const Index whole_columns = columns / size * size;
+  for (Index i = 0; i < whole_rows; i += size) {
+    for (Index j = 0; j < whole_columns; j += size) {
+      Block block;
+      for (Index x = 0; x < size; ++x) {
+        block.packet[x] = Eigen::internal::ploadu<Fitting>(from(i + x) + j);
+      }
+      if constexpr (size > 1) Eigen::internal::ptranspose(block);
+      for (Index x = 0; x < size; ++x) Eigen::internal::pstoreu(to(j + x) + i, block.packet[x]);
+    }
+  }
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to(j)[i] = from(i)[j];
+  }
+}
+
+/// R rows of B, `stride` apart, times V packets of the columns of a panel, from zero or what is in
+/// `tile` (R x V packets, tile_columns apart). The rows are asked for when what is `ahead` places
+/// before them is read.
+template <class P, Index R, Index V, class Scalar>
+#if defined(__GNUC__)
+[[gnu::noinline]]
+#endif
+void multiply_rows_tile(const Scalar* b, Index stride, Panel<Scalar> panel, Index depth,
+                        bool from_zero, Index ahead, Scalar* tile) {
+  using namespace Eigen::internal;
+  constexpr Index size = unpacket_traits<P>::size;
+  const Scalar* row[to_size(R)];
+  MOE_UNROLL
+  for (Index r = 0; r < R; ++r) row[r] = b + r * stride;
+  P sum[to_size(R)][to_size(V)];
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) {
+    const Scalar* held = tile + i / V * tile_columns<Scalar> + i % V * size;
+    sum[i / V][i % V] = from_zero ? pset1<P>(Scalar{0}) : ploadu<P>(held);
+  }
+  const Scalar* right = panel.data;
+  for (Index k = 0; k < depth;) {
+    if (ahead != 0) {
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) prefetch_far<1>(row[r] + k + ahead);
+    }
+    const Index pause = std::min(depth, k + cache_line<Scalar>);
+    for (; k < pause; ++k, right += panel.stride) {
+      const P p0 = to_register(ploadu<P>(right));
+      const P p1 = V > 1 ? to_register(ploadu<P>(right + size)) : p0;
+      const P p2 = V > 2 ? to_register(ploadu<P>(right + 2 * size)) : p0;
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) {
+        const P value = pset1<P>(row[r][k]);
+        sum[r][0] = pmadd(value, p0, sum[r][0]);
+        if constexpr (V > 1) sum[r][1] = pmadd(value, p1, sum[r][1]);
+        if constexpr (V > 2) sum[r][2] = pmadd(value, p2, sum[r][2]);
+      }
+    }
+  }
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) {
+    pstoreu(tile + i / V * tile_columns<Scalar> + i % V * size, sum[i / V][i % V]);
+  }
+}
+
+/// The form nt with B where it lies, a tile's rows of it side by side. What runs along the packets is
+/// rows of A, copied as columns; where half a packet or less of them is left, a packet half as wide,
+/// of which the processor can do two at once.
+template <class Scalar>
+void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
+                        Index first_column, Index columns, Start start,
+                        const ScatteredRows<Scalar>& c, Finish finish) {
+  using Whole = Packet<Scalar>;
+  using Half = typename Eigen::internal::unpacket_traits<Whole>::half;
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index half = Eigen::internal::unpacket_traits<Half>::size;
+  constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)];
+  const Index rows = a.count();
+  const Index left_over = rows % size;
+  const bool ends_in_half = left_over > 0 && left_over <= half;
+  const Index packets = rows / size + (left_over > half ? 1 : 0);
+  const Index width = packets * size + (ends_in_half ? half : 0);
+  const Index block = std::min<Index>(512, capacity / width);
+  const Index depth = a.width();
+  const Index stride = b.outerStride();
+
+  const auto multiply = [&](Index k, Index count, Index column, Index height) {
+    const Scalar* place = b.data() + column * stride + k;
+    const bool from_zero = k == 0 && start == Start::zero;
+    // One tile of rows [first, first + reach), which are `parts` whole packets, or half a one.
+    const auto run = [&](Index first, Index parts, Index reach) {
+      const Panel<Scalar> panel{buffer + first, width};
+      const auto in_tile = [&](Index r) { return tile + r * tile_columns<Scalar>; };
+      const auto in_c = [&](Index i) { return c.row(first + i) + column; };
+      if (!from_zero) transpose_rows<Scalar>(reach, height, in_c, in_tile);
+      const Index ahead = first == 0 ? tile_rows * stride : 0;
+      if (height < tile_rows) {
+        Left<Scalar> left;
+        Scalar* to[to_size(tile_rows)];
+        for (Index r = 0; r < height; ++r) {
+          left.row[r] = place + r * stride;
+          to[r] = in_tile(r);
+        }
+        const Index used = parts > 0 ? parts * size : half;
+        multiply_tile(height, std::max<Index>(1, parts), used, left, panel, count,
+                      from_zero ? Start::zero : Start::accumulate,
+                      static_cast<const Scalar*>(nullptr), to);
+      } else if (parts == 0) {
+        multiply_rows_tile<Half, tile_rows, 1>(place, stride, panel, count, from_zero, ahead, tile);
+      } else {
+        with_constant<tile_packets>(parts, [&](auto V) {
+          multiply_rows_tile<Whole, tile_rows, V>(place, stride, panel, count, from_zero, ahead,
+                                                  tile);
+        });
+      }
+      transpose_rows<Scalar>(height, reach, in_tile, in_c);
+    };
+    for_each_tile(packets, tile_packets, [&](Index first, Index parts) {
+      run(first * size, parts, std::min(parts * size, rows - first * size));
+    });
+    if (ends_in_half) run(packets * size, 0, left_over);
+  };
+
+  const Index end = first_column + columns;
+  for (Index k = 0; k == 0 || k < depth; k += block) {
+    const Index count = std::min(block, depth - k);
+    copy_transposed(a.columns(k, count), width, buffer);
+    for (Index group = first_column; group < end; group += panel_columns<Scalar>) {
+      const Index last = std::min(end, group + panel_columns<Scalar>);
+      for (Index column = group; column < last; column += tile_rows) {
+        multiply(k, count, column, std::min(tile_rows, last - column));
+      }
+      if (!finish || k + block < depth) continue;
+      for_each_tile(rows, tile_rows, [&](Index first, Index height) {
+        for_each_strip<Scalar>(group, last - group, [&](Index column, Index, Index strip_width) {
+          finish(first, height, column, strip_width);
+        });
+      });
+    }
+  }
+}
+
 /// C[:, columns] = A·Bᵀ, from zero or added to what C holds.
 template <class Scalar>
 void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const ScatteredRows<Scalar>& c,
                  Finish finish = {}) {
   if (a.count() == 0) return;
+  if constexpr (tile_rows == max_tile_rows) {
+    return multiply_stream_nt(a, b, first_column, columns, start, c, finish);
+  }
   if (a.count() <= 2 * packet_size<Scalar>) {
     return multiply_few_nt(a, b, first_column, columns, start, c, finish);
   }

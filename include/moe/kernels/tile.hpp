@@ -102,10 +102,9 @@ struct Ahead {
   Index each = 2;  ///< places at a time
 };
 
-/// Loads a packet that the compiler must keep in a register, else GCC loads it anew for every row.
-template <class Scalar>
-EIGEN_ALWAYS_INLINE Packet<Scalar> load_to_register(const Scalar* from) {
-  Packet<Scalar> packet = load(from);
+/// A packet that the compiler must keep in a register, else GCC loads it anew for every row.
+template <class P>
+EIGEN_ALWAYS_INLINE P to_register(P packet) {
 #if defined(__GNUC__) && defined(EIGEN_VECTORIZE_AVX512)
   asm("" : "+v"(packet));
 #elif defined(__GNUC__) && defined(EIGEN_VECTORIZE_SSE)
@@ -126,9 +125,9 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
   using Eigen::internal::pmadd;
   static_assert(V <= 3);
   constexpr Index size = packet_size<Scalar>;
-  const Packet<Scalar> b0 = load_to_register(b);
-  const Packet<Scalar> b1 = V > 1 ? load_to_register(b + size) : b0;
-  const Packet<Scalar> b2 = V > 2 ? load_to_register(b + 2 * size) : b0;
+  const Packet<Scalar> b0 = to_register(load(b));
+  const Packet<Scalar> b1 = V > 1 ? to_register(load(b + size)) : b0;
+  const Packet<Scalar> b2 = V > 2 ? to_register(load(b + 2 * size)) : b0;
   MOE_UNROLL
   for (std::size_t r = 0; r < R; ++r) {
     const Packet<Scalar> a = broadcast(row[r][at]);
