@@ -162,3 +162,38 @@ TEST_CASE("checkpoint: what does not fit is refused by all, and nothing is chang
     });
   });
 }
+
+namespace {
+
+template <class F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const mpi::Error& error) {
+    return error.what();
+  }
+  return "none";
+}
+
+/// A whole model with a parameter that no rank has.
+struct More {
+  Layer layer{config};
+  Parameter<double> extra{1, 1};
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    Layer::visit_parameters(self.layer, visit);
+    visit("extra", self.extra);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("checkpoint: a whole model that has more than the ranks is refused", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Parallel layer(config, communicator);
+  More whole;
+  CHECK(error_of([&] {
+          mpi::gather_parameters(layer, communicator.rank() == 0 ? &whole : nullptr, communicator);
+        }) == "rank 0: moe: no rank has the whole model's extra");
+}

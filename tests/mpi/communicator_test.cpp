@@ -156,3 +156,26 @@ TEST_CASE("communicator: a copy is the same one", "[mpi]") {
   CHECK(communicator.traffic().row_bytes == 5);
   CHECK(communicator.traffic().seconds > 0);
 }
+
+TEST_CASE("communicator: the last copy frees, and not while an exception leads the way", "[mpi]") {
+  static int freed = 0;
+  int key = 0;
+  MPI_Comm_create_keyval(
+      MPI_COMM_NULL_COPY_FN, [](MPI_Comm, int, void*, void*) { return ++freed, MPI_SUCCESS; }, &key,
+      nullptr);
+  {
+    const Communicator communicator(MPI_COMM_WORLD, 30);
+    MPI_Comm_set_attr(communicator.handle(), key, nullptr);
+    { const Communicator copy = communicator; }
+    CHECK(freed == 0);
+  }
+  CHECK(freed == 1);
+  try {
+    const Communicator communicator(MPI_COMM_WORLD, 30);
+    MPI_Comm_set_attr(communicator.handle(), key, nullptr);
+    throw 1;
+  } catch (int) {
+  }
+  CHECK(freed == 1);  // freeing is collective: not while an exception leads the way
+  MPI_Comm_free_keyval(&key);
+}

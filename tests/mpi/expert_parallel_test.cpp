@@ -281,6 +281,27 @@ TEST_CASE("expert parallel: slots cost what is promised on the wire", "[mpi]") {
   CHECK(20 * traffic.other_bytes <= traffic.row_bytes);
 }
 
+TEST_CASE("expert parallel: a wrapped gate sees the batch in backward too", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Beside<Layer<SharedExpertGate<SoftmaxTopKGate<double>>>> beside(
+      {.width = 6,
+       .expert = {.hidden = 10},
+       .gate = {.shared = 1, .gated = true, .routed = {.experts = 5, .active = 2, .z_weight = 0.2}},
+       .seed = 4},
+      communicator);
+  for (const auto& s : test::ways_to_share(12, communicator.size())) beside.check(s, 1e-12);
+}
+
+TEST_CASE("expert parallel: the groups of a hierarchical gate are placed together", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const mpi::ExpertParallel<Layer<HierarchicalGate<double>>> layer(
+      {.width = 6,
+       .expert = {.hidden = 4},
+       .gate = {.groups = 3, .group_experts = 4, .active_groups = 2, .active = 2}},
+      communicator);
+  for (int r = 0; r <= communicator.size(); ++r) CHECK(layer.placement().first(r) % 4 == 0);
+}
+
 // ---- What goes wrong.
 
 namespace {
@@ -307,7 +328,43 @@ void check_error(const mpi::Communicator& communicator, F&& f, const std::string
   CHECK(root == text);
 }
 
+/// The text of the Error that f() throws.
+template <class F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const mpi::Error& error) {
+    return error.what();
+  }
+  return "none";
+}
+
 }  // namespace
+
+TEST_CASE("expert parallel: x and dy may be columns of wider matrices", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Small layer(small, communicator);
+  test::randomize_by_name(layer, 0.5);
+  const auto wide = random_matrix(9, 11, static_cast<std::uint64_t>(communicator.rank()));
+  const Matrix<double> x = wide.middleCols(3, 6);
+  Small::Tape a;
+  Small::Tape b;
+  CHECK(same_bits(layer.evaluate(x, a), layer.evaluate(wide.middleCols(3, 6), b)));
+  layer.forward(x, a);
+  layer.forward(wide.middleCols(3, 6), b);
+  CHECK(same_bits(layer.backward(x, a), layer.backward(wide.middleCols(3, 6), b)));
+}
+
+TEST_CASE("expert parallel: bytes beside the rows", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Small layer(small, communicator);
+  const auto x = random_matrix(50, 6, 1);
+  Small::Tape tape;
+  communicator.traffic() = {};
+  layer.forward(x, tape);
+  CHECK(communicator.traffic().other_bytes ==
+        8 * tape.sent.back() + 8 * (4 - static_cast<Index>(layer.experts().size())));
+}
 
 TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
@@ -475,8 +532,9 @@ class Moody : public NoisyTopKGate<double> {
     return tape.routing;
   }
   const Matrix<double>& backward(std::span<const double> dweight, Tape& tape) {
+    NoisyTopKGate<double>::backward(dweight, tape);
     if (throws) throw std::logic_error("the gate is moody");
-    return NoisyTopKGate<double>::backward(dweight, tape);
+    return tape.dx;
   }
 };
 
@@ -496,15 +554,89 @@ TEST_CASE("expert parallel: a gate that throws on one rank amid its sums", "[mpi
       communicator, [&] { layer.forward(x, tape); }, text);
   Moody::throws = false;
   layer.forward(x, tape);
-  Matrix<double> before;
-  for_each_parameter(layer.gate(), [&](const std::string& name, auto& p) {
-    p.gradient.setConstant(2);
-    if (name == "weight") before = p.gradient;
-  });
+  for_each_parameter(layer.gate(), [&](const std::string&, auto& p) { p.gradient.setConstant(2); });
   Moody::throws = communicator.rank() == last;
   check_error(
       communicator, [&] { layer.backward(x, tape); }, text);
+  // What they were, on the ranks that did not fail too.
+  for_each_parameter(layer.gate(),
+                     [](const std::string&, auto& p) { CHECK((p.gradient.array() == 2).all()); });
   Moody::throws = false;
   layer.forward(x, tape);
   layer.backward(x, tape);
+}
+
+TEST_CASE("expert parallel: tapes and layers that ranks mix up", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 5);
+  const int last = communicator.size() - 1;
+  if (last == 0) return;
+  const bool odd = communicator.rank() == last;
+  Small layer(small, communicator);
+  Small::Config config = small;
+  config.width = 12;
+  Small other(config, communicator);
+  test::randomize_by_name(layer, 2.0);
+  Small::Tape a;
+  Small::Tape b;
+  layer.forward(random_matrix(9, 6, 1), a);
+  layer.forward(random_matrix(9, 6, 2), b);
+  CHECK(error_of([&] {
+          layer.backward(random_matrix(9, 6, 3), odd ? b : a);
+        }).find("pass of the tape") != std::string::npos);
+  CHECK(error_of([&] {
+          (odd ? other : layer).forward(random_matrix(9, odd ? 12 : 6, 1), a);
+        }).find("the layer is") != std::string::npos);
+}
+
+TEST_CASE("expert parallel: the first token and the count of facts are compared", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  if (last == 0) return;
+  const bool odd = communicator.rank() == last;
+  Small layer(small, communicator);
+  Small::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  CHECK(error_of([&] {
+          layer.forward(x, tape, {.first_token = odd ? 2u : 1u});
+        }).find("key.first_token is 1 on rank 0 and 2") != std::string::npos);
+  CHECK(error_of([&] {
+          if (odd) {
+            communicator.agree("a call");
+          } else {
+            communicator.agree("a call", {{"nought", 0}});
+          }
+        }) == "moe: ranks disagree in \"a call\"");
+}
+
+TEST_CASE("expert parallel: a pass that failed cannot be gone back", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Small layer(small, communicator);
+  Small::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  layer.forward(x, tape);
+  CHECK_THROWS_AS(layer.forward(random_matrix(5, 3, 1), tape), mpi::Error);
+  CHECK(error_of([&] { layer.backward(x, tape); }).find("without a forward pass") !=
+        std::string::npos);
+  layer.forward(x, tape);
+  layer.evaluate(x, tape);
+  CHECK(error_of([&] { layer.backward(x, tape); }).find("without a forward pass") !=
+        std::string::npos);
+}
+
+TEST_CASE("expert parallel: the tape or dy of another layer is refused", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Small layer(small, communicator);
+  Small::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  layer.forward(x, tape);
+  CHECK(error_of([&] { layer.backward(random_matrix(5, 7, 1), tape); }).find("dy has 7 columns") !=
+        std::string::npos);
+  Small::Config config = small;
+  config.expert.hidden = 9;
+  Small wide(config, communicator);
+  CHECK(error_of([&] { wide.backward(x, tape); }).find("another layer's") != std::string::npos);
+  config = small;
+  config.gate.experts = 8;
+  Small more(config, communicator);
+  CHECK(error_of([&] { more.backward(x, tape); }).find("another layer's") != std::string::npos);
 }

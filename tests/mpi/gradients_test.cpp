@@ -123,3 +123,38 @@ TEST_CASE("gradients: what is set aside comes back", "[mpi]") {
   for_each_parameter(
       module, [&](const std::string&, auto& p) { CHECK((p.gradient.array() == expected).all()); });
 }
+
+TEST_CASE("gradients: clipping leaves them alone where the norm is not finite", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  mpi::ExpertParallel<Layer> layer(config, communicator);
+  for_each_parameter(layer, [](const std::string&, auto& p) { p.gradient.setConstant(3); });
+  for_each_parameter(layer.experts(), [](const std::string&, auto& p) {
+    p.gradient(0, 0) = std::numeric_limits<double>::infinity();
+  });
+  mpi::clip_gradients(layer, 1, communicator);
+  for_each_parameter(layer.gate(),
+                     [](const std::string&, auto& p) { CHECK((p.gradient.array() == 3).all()); });
+}
+
+TEST_CASE("gradients: what lazy zeroing left is not summed", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Layer copy(config);  // a copy on every rank
+  Layer::Tape tape;
+  copy.forward(random_matrix(20, 5, 1), tape);
+  copy.backward(random_matrix(20, 5, 2), tape);
+  zero_gradients(copy, Updates::lazy);
+  const int last = communicator.size() - 1;
+  Layer alone(config);
+  for (Layer* layer : {&alone, &copy}) {
+    if (layer == &copy && communicator.rank() != last) continue;
+    layer->forward(random_matrix(20, 5, 3), tape);
+    layer->backward(random_matrix(20, 5, 4), tape);
+  }
+  mpi::sum_gradients(copy, communicator);
+  std::map<std::string, Matrix<double>> expected;
+  for_each_parameter(alone, [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+  for_each_parameter(copy, [&](const std::string& name, auto& p) {
+    if (name.starts_with("experts"))
+      CHECK(test::relative_error(p.gradient, expected[name]) < 1e-14);
+  });
+}

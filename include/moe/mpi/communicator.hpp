@@ -60,6 +60,7 @@ class Communicator {
     detail::require(timeout >= 0, "Communicator: timeout = ", timeout, ", must be at least 0");
     shared_ = std::make_shared<Shared>();
     MPI_Comm_dup(communicator, &shared_->handle);
+    MPI_Comm_set_errhandler(shared_->handle, MPI_ERRORS_ARE_FATAL);  // nothing here reads codes
     MPI_Comm_rank(shared_->handle, &rank_);
     MPI_Comm_size(shared_->handle, &size_);
     timeout_ = timeout;
@@ -71,6 +72,8 @@ class Communicator {
   int size() const { return size_; }
   MPI_Comm handle() const { return shared_->handle; }
   Traffic& traffic() const { return shared_->traffic; }
+  /// 1, 2, ...: the same on all ranks if it is asked for after the same calls.
+  std::int64_t next_number() const { return ++shared_->numbers; }
 
   /// Returns when all ranks made the same call with the same facts and none failed, else throws Error
   /// on all: what a rank says that failed, or who disagrees on what. At most 6 facts; `call` and
@@ -82,6 +85,7 @@ class Communicator {
     const std::vector<Claim> claims = all_claims(claim);
     const auto failed = std::find_if(claims.begin(), claims.end(),
                                      [](const Claim& c) { return c.numbers[Claim::failed] != 0; });
+    ++shared_->errors;
     if (failed != claims.end()) throw_failure(static_cast<int>(failed - claims.begin()), failure);
     throw Error(disagreement(claims, facts));
   }
@@ -90,11 +94,12 @@ class Communicator {
   template <class F>
   void attempt(const char* call, std::initializer_list<Fact> facts, F&& f) const {
     std::exception_ptr failure;
+    const std::int64_t errors = shared_->errors;
     try {
       f();
-    } catch (const Error&) {
-      throw;  // all ranks throw it already
     } catch (...) {
+      // All ranks throw it already, or none can be told any more.
+      if (shared_->errors > errors || shared_->broken) throw;
       failure = std::current_exception();
     }
     agree(call, facts, failure);
@@ -262,11 +267,16 @@ class Communicator {
 
     MPI_Comm handle = MPI_COMM_NULL;
     Traffic traffic;
-    bool broken = false;  ///< a call did not end
+    std::int64_t numbers = 0;
+    std::int64_t errors = 0;  ///< how many Errors all ranks have thrown
+    bool broken = false;      ///< a call did not end
   };
 
   /// The lowest and the highest of each number over the ranks tell whether all are equal.
   bool all_agree(const Claim& claim) const {
+    if (shared_->broken) {
+      throw std::runtime_error("moe: a call of this communicator timed out before");
+    }
     const Stopwatch stopwatch(traffic());
     constexpr std::size_t size = std::tuple_size_v<decltype(claim.numbers)>;
     // On the heap, where it stays if the others never come.

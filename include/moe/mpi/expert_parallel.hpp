@@ -93,6 +93,7 @@ class ExpertParallel {
     Index batch_tokens = 0;          ///< of all ranks
     Index first_token = 0;           ///< this rank's first one among them
     std::uint64_t step = 0;          ///< of the key
+    std::int64_t pass = 0;           ///< numbers the passes of a communicator
     Matrix<Scalar> combined;         ///< T x D, y before the output activation, if there is one
     Matrix<Scalar> dcombined;        ///< T x D
     Matrix<Scalar> dexperts;         ///< T x D, the experts' share of dx
@@ -147,6 +148,7 @@ class ExpertParallel {
                                     derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
       }
     });
+    number_ = communicator_.next_number();
   }
 
   const Config& config() const { return config_; }
@@ -188,7 +190,8 @@ class ExpertParallel {
     with_batch(tape, [&] {
       communicator_.attempt("ExpertParallel::backward",
                             {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
-                             {"the number of tokens", tape.batch_tokens}},
+                             {"the number of tokens", tape.batch_tokens},
+                             {"the pass of the tape", tape.pass}},
                             [&] { prepare_backward(dy, tape); });
     });
     const MatrixRef<Scalar> dsum =
@@ -305,9 +308,11 @@ class ExpertParallel {
   void begin(const char* call, const MatrixRef<Scalar>& x, const NoiseKey& key, Tape& tape) const {
     communicator_.attempt(call,
                           {{"key.step", static_cast<std::int64_t>(key.step)},
-                           {"key.first_token", static_cast<std::int64_t>(key.first_token)}},
+                           {"key.first_token", static_cast<std::int64_t>(key.first_token)},
+                           {"the layer", number_}},
                           [&] { check_width(x, "x"); });
     tape.step = key.step;
+    tape.pass = communicator_.next_number();
     tape.rank_tokens = communicator_.gather(x.rows());
     const auto own = tape.rank_tokens.begin() + communicator_.rank();
     tape.first_token = std::accumulate(tape.rank_tokens.begin(), own, Index{0});
@@ -568,28 +573,31 @@ class ExpertParallel {
 
   /// Fills tape.dx and adds the gradients of all ranks' tokens to the gate's.
   void run_gate_backward(Tape& tape) {
-    const auto back = [&] { tape.gate_gradients.add_back(*gate_); };
-    communicator_.attempt("the gate's gradients", [&] {
-      moe::detail::resize_to_zero(tape.dx, tape.x.rows(), config_.width);
-      tape.gate_gradients.set_aside(*gate_);
-      try {
+    bool aside = false;
+    try {
+      communicator_.attempt("the gate's gradients", [&] {
+        moe::detail::resize_to_zero(tape.dx, tape.x.rows(), config_.width);
+        tape.gate_gradients.set_aside(*gate_);
+        aside = true;
         gate_->backward(std::span<const Scalar>(tape.dweight), tape);
         moe::detail::require(tape.dx.rows() == tape.x.rows() && tape.dx.cols() == config_.width,
                              "MoELayer: the gate left a tape.dx of ", tape.dx.rows(), " x ",
                              tape.dx.cols(), " for an x of ", tape.x.rows(), " x ", config_.width);
-      } catch (...) {
-        back();
-        throw;
-      }
-    });
-    tape.gate_gradients.sum(*gate_, communicator_);
-    back();
+      });
+      tape.gate_gradients.sum(*gate_, communicator_);
+    } catch (...) {
+      // On the ranks that did not fail too, whose gradients were set aside as well.
+      if (aside) tape.gate_gradients.restore(*gate_);
+      throw;
+    }
+    tape.gate_gradients.add_back(*gate_);
   }
 
   Communicator communicator_;
   Config config_;
   std::unique_ptr<Gate> gate_;
   Placement placement_{1, 1};
+  std::int64_t number_ = 0;                ///< among what the communicator numbers
   std::vector<Index> rank_experts_;        ///< R, experts of each rank
   std::vector<Index> here_for_each_rank_;  ///< R times those of this one
   Shard<Expert> shard_;

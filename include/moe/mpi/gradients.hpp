@@ -82,9 +82,23 @@ class GradientSum {
       moe::detail::settle(p);
       kept_.push_back(p.gradient);
       kept_states_.push_back(p.gradient_state);
+    });
+    moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
       moe::detail::resize_to_zero(p.gradient, p.gradient.rows(), p.gradient.cols());
       if (p.gradient_state != State::untracked) p.gradient_state = State::zero;
     });
+  }
+
+  /// Makes gradients again what they were when they were set aside.
+  template <class Module>
+  void restore(Module& module) {
+    kept_.rewind();
+    auto state = kept_states_.begin();
+    moe::detail::walk_parameters(
+        module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
+          std::copy_n(kept_.next<Scalar>(p.size()), p.size(), p.gradient.data());
+          p.gradient_state = *state++;
+        });
   }
 
   /// Adds what was set aside.

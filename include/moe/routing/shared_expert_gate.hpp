@@ -101,6 +101,7 @@ class SharedExpertGate {
   /// gate gets its own part. Adds to the gradients of both; returns the gradient of x (T x D), which
   /// is tape.dx. Throws std::invalid_argument when dweight does not belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+    tape.routed.batch = tape.batch;  // that of forward() may be gone
     check_tape(tape);
     const Index tokens = tape.x.rows();
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
