@@ -245,8 +245,9 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   check(64 + 1, task + 1, panel_depth + 1, false);
   // Halves of packets and several blocks of the depth, where products stream.
   constexpr Index packet = packet_size<TestType>;
-  for (const Index m : {Index{1}, packet / 2, packet / 2 + 1, packet + 1, 3 * packet + packet / 2}) {
-    check(m, tile_rows + 1, 2 * 512 + 3, true);
+  const List few = {1, packet / 2, packet / 2 + 1, packet + 1, 3 * packet + packet / 2};
+  for (const Index m : few) {
+    check(m, tile_rows + 1, 2 * 1024 + 3, true);
   }
   // More pairs of rows than go at once, and rows of C in several slices.
   check(tile_rows + 1, 7 * task + 3, 3, true);

@@ -46,8 +46,14 @@ inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
 
+/// Whether a tile is so large that the second-level cache can feed it: 8 x 3 packets of 64 bytes need
+/// 8 to 16 bytes a cycle. Then every form streams its large operand where it lies, for any number of
+/// rows. Smaller tiles need theirs in the first-level cache, as panels; with few rows, which wait for
+/// memory, they stream as well.
+inline constexpr bool streams = tile_rows == max_tile_rows;
+
 /// How many pairs of rows multiply_stream_tn adds at once, at most.
-inline constexpr Index stream_pairs = tile_rows == max_tile_rows ? 128 : 8;
+inline constexpr Index stream_pairs = streams ? 128 : 8;
 
 /// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Eight are as many
 /// streams as the processor follows well, if each is a page of memory of its own; twice as many where
@@ -377,9 +383,8 @@ void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>&
                      Index columns, Panel<Scalar> rest, Start start, const Scalar* bias,
                      Scalar* const* c) {
   Index done = 0;
-  with_constant<tile_rows>(rows, [&](auto R) {
-    done = multiply_stream<R>(left, right, columns, start, bias, c);
-  });
+  with_constant<tile_rows>(
+      rows, [&](auto R) { done = multiply_stream<R>(left, right, columns, start, bias, c); });
   if (done == columns) return;
   Scalar* to[to_size(tile_rows)];
   for (Index r = 0; r < rows; ++r) to[r] = c[r] + done;
@@ -420,8 +425,8 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
         Panel<Scalar> rest{};
         if (width % size != 0) {
           const Index whole = width / size * size;
-          rest = copy_panel(GatheredRows<Scalar>(place + whole, stride, count, width - whole),
-                            buffer);
+          rest =
+              copy_panel(GatheredRows<Scalar>(place + whole, stride, count, width - whole), buffer);
         }
         for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
           Left<Scalar> left;
@@ -448,11 +453,13 @@ void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
                  Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                  Finish finish = {}) {
   if (a.count() == 0) return;
-  // With 16 registers a tile is so small that it needs its part of B in the nearest cache.
-  if (tile_rows == max_tile_rows || a.count() <= 2 * tile_rows) {
-    return multiply_stream_nn(a, b, first_column, columns, start, bias, c, finish);
+  if constexpr (!streams) {
+    if (a.count() > 2 * tile_rows) {
+      const Right<Scalar> right{b, false};
+      return multiply_rows(a, right, first_column, columns, start, bias, c, finish);
+    }
   }
-  multiply_rows(a, Right<Scalar>{b, false}, first_column, columns, start, bias, c, finish);
+  multiply_stream_nn(a, b, first_column, columns, start, bias, c, finish);
 }
 
 /// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
@@ -593,7 +600,7 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   const bool ends_in_half = left_over > 0 && left_over <= half;
   const Index packets = rows / size + (left_over > half ? 1 : 0);
   const Index width = packets * size + (ends_in_half ? half : 0);
-  const Index block = std::min<Index>(512, capacity / width);
+  const Index block = std::min<Index>(1024, capacity / width);
   const Index depth = a.width();
   const Index stride = b.outerStride();
 
@@ -659,14 +666,21 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
                  Index columns, Start start, const ScatteredRows<Scalar>& c,
                  Finish finish = {}) {
   if (a.count() == 0) return;
-  if constexpr (tile_rows == max_tile_rows) {
-    return multiply_stream_nt(a, b, first_column, columns, start, c, finish);
+  if constexpr (streams) {
+    // With more rows their columns would be copied in too many short pieces.
+    for_each_tile(a.count(), 128, [&](Index first, Index rows) {
+      const auto shifted = [&](Index row, Index height, Index column, Index width) {
+        finish(first + row, height, column, width);
+      };
+      multiply_stream_nt(a.slice(first, rows), b, first_column, columns, start,
+                         c.slice(first, rows), finish ? Finish(shifted) : Finish());
+    });
+  } else if (a.count() <= 2 * packet_size<Scalar>) {
+    multiply_few_nt(a, b, first_column, columns, start, c, finish);
+  } else {
+    const Scalar* no_bias = nullptr;
+    multiply_rows(a, Right<Scalar>{b, true}, first_column, columns, start, no_bias, c, finish);
   }
-  if (a.count() <= 2 * packet_size<Scalar>) {
-    return multiply_few_nt(a, b, first_column, columns, start, c, finish);
-  }
-  const Scalar* no_bias = nullptr;
-  multiply_rows(a, Right<Scalar>{b, true}, first_column, columns, start, no_bias, c, finish);
 }
 
 /// The form tn in the order in which memory gives and takes C fastest: some rows of it are read and
@@ -675,11 +689,10 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
 /// the first.
 template <class Scalar>
 void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
-                        Index first_row, Index rows, Index first_column, Index columns,
-                        Start start, MatrixView<Scalar> c) {
+                        Index first_row, Index rows, Index first_column, Index columns, Start start,
+                        MatrixView<Scalar> c) {
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index capacity = (Index{tile_rows == max_tile_rows ? 192 : 16} << 10) /
-                             static_cast<Index>(sizeof(Scalar));
+  constexpr Index capacity = (Index{streams ? 192 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
   constexpr Index distance = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
   alignas(64) Scalar values[to_size(stream_pairs * tile_rows)];  // a step's are neighbours
@@ -729,16 +742,12 @@ inline constexpr Index pairs_rows = 128;
 /// where rows are a power of two apart.
 inline constexpr Index pairs_group = 16;
 
-/// Rows [first_row, first_row + rows) and some columns of C = Aᵀ·B, from zero or added to what C
-/// holds, the rows of A and B going in pairs. Columns of A and strips of B are copied together, and
-/// stay in the second-level cache with the part of C that they add to.
+/// The form tn for many pairs of rows: columns of A and strips of B are copied together, and stay in
+/// the second-level cache with the part of C that they add to.
 template <class Scalar>
-void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
-                 Index rows, Index first_column, Index columns, Start start,
-                 MatrixView<Scalar> c) {
-  if (tile_rows == max_tile_rows || a.count() <= stream_pairs) {
-    return multiply_stream_tn(a, b, first_row, rows, first_column, columns, start, c);
-  }
+void multiply_panels_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
+                        Index first_row, Index rows, Index first_column, Index columns, Start start,
+                        MatrixView<Scalar> c) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index wide = 2 * panel_columns<Scalar>;
   static_assert(pairs_rows % tile_rows == 0);
@@ -797,6 +806,19 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
       }
     }
   });
+}
+
+/// Rows [first_row, first_row + rows) and some columns of C = Aᵀ·B, from zero or added to what C
+/// holds, the rows of A and B going in pairs.
+template <class Scalar>
+void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
+                 Index rows, Index first_column, Index columns, Start start, MatrixView<Scalar> c) {
+  if constexpr (!streams) {
+    if (a.count() > stream_pairs) {
+      return multiply_panels_tn(a, b, first_row, rows, first_column, columns, start, c);
+    }
+  }
+  multiply_stream_tn(a, b, first_row, rows, first_column, columns, start, c);
 }
 
 /// Splits C into blocks and calls f(first_row, rows, first_column, columns) for each, over the
