@@ -668,7 +668,7 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
   if (a.count() == 0) return;
   if constexpr (streams) {
     // With more rows their columns would be copied in too many short pieces.
-    for_each_tile(a.count(), 128, [&](Index first, Index rows) {
+    for_each_tile(a.count(), 160, [&](Index first, Index rows) {
       const auto shifted = [&](Index row, Index height, Index column, Index width) {
         finish(first + row, height, column, width);
       };
