@@ -692,7 +692,7 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
                         Index first_row, Index rows, Index first_column, Index columns, Start start,
                         MatrixView<Scalar> c) {
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index capacity = (Index{streams ? 192 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
+  constexpr Index capacity = (Index{streams ? 256 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
   constexpr Index distance = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
   alignas(64) Scalar values[to_size(stream_pairs * tile_rows)];  // a step's are neighbours
