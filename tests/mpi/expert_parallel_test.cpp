@@ -5,6 +5,7 @@
 #include "whole.hpp"
 
 using namespace moe;
+using mpi::Communicator;
 using test::Beside;
 using test::random_matrix;
 using test::same_bits;
