@@ -97,6 +97,8 @@ TEST_CASE("expert parallel: equals the layer of one process behind expert choice
 TEST_CASE("expert parallel: equals the layer of one process with shared experts", "[mpi]") {
   check_gate<SharedExpertGate<NoisyTopKGate<double>>>(
       {.shared = 2, .gated = true, .routed = {.experts = 4, .active = 2}});
+  check_gate<SharedExpertGate<HierarchicalGate<double>>>(
+      {.shared = 1, .routed = {.groups = 3, .group_experts = 2, .active_groups = 2, .active = 1}});
   check_gate<SharedExpertGate<BalancedGate<double>>>(
       {.shared = 1, .routed = {.experts = 3, .active = 1}});
 }

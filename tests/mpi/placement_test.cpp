@@ -31,6 +31,14 @@ TEST_CASE("placement: groups stay together", "[mpi]") {
   for (int r = 0; r < 3; ++r) CHECK(many.count(r) % 4 == 0);
 }
 
+TEST_CASE("placement: shared experts are on rank 0, before the groups", "[mpi]") {
+  const Placement placement(2 + 12, 2, 4, 2);  // two shared, three groups of four
+  CHECK(placement.first(0) == 0);
+  CHECK(placement.first(1) == 6);
+  CHECK(placement.count(1) == 8);
+  CHECK_THROWS_WITH(Placement(8, 2, 1, 9), "moe: Placement: 9 shared of 8 experts");
+}
+
 TEST_CASE("placement: what makes no sense is refused", "[mpi]") {
   CHECK_THROWS_WITH(Placement(8, 0), "moe: Placement: 0 ranks, must be at least 1");
   CHECK_THROWS_WITH(Placement(8, 2, 3), "moe: Placement: units of 3 experts do not divide 8");

@@ -44,7 +44,7 @@ struct Fact {
 /// Calls that do not say otherwise are collective: all ranks make the same ones in the same order.
 /// Each begins with agree(), in which a rank that failed still takes part, to say so; so none is left
 /// waiting in a call that another will never make. One that makes no call at all is waited for as
-/// long as `timeout` says. Of the threads of a process only one at a time may use it.
+/// long as `timeout` says, there and in exchanges of rows. Of the threads of a process only one at a time may use it.
 class Communicator {
  public:
   /// The ranks of `communicator`, which is duplicated, so messages of others do not get in the way.
@@ -87,7 +87,7 @@ class Communicator {
                                      [](const Claim& c) { return c.numbers[Claim::failed] != 0; });
     ++shared_->errors;
     if (failed != claims.end()) throw_failure(static_cast<int>(failed - claims.begin()), failure);
-    throw Error(disagreement(claims, facts));
+    throw Error(disagreement(claims, facts), rank_, size_);
   }
 
   /// Calls f() and then agree(): what it throws on one rank, all throw as an Error.
@@ -128,11 +128,12 @@ class Communicator {
   template <class Number>
   void gather(std::span<const Number> numbers, std::span<const Index> counts,
               std::span<Number> all) const {
+    const bool at_once = all.size() <= most_at_once;
+    const Blocks blocks(at_once ? counts : std::span<const Index>());
     agree("gather", {{"the count of all numbers", static_cast<std::int64_t>(all.size())}});
     const Stopwatch stopwatch(traffic());
     MOE_ASSERT(static_cast<Index>(numbers.size()) == counts[detail::to_size(rank_)]);
-    if (all.size() <= most_at_once) {
-      const Blocks blocks(counts);
+    if (at_once) {
       MPI_Allgatherv(numbers.data(), static_cast<int>(numbers.size()), type_of<Number>(),
                      all.data(), blocks.counts.data(), blocks.offsets.data(), type_of<Number>(),
                      handle());
@@ -161,10 +162,10 @@ class Communicator {
   /// counts by rank; the numbers stand by rank too. For few numbers, such as counts of others.
   void exchange(std::span<const Index> numbers, std::span<const Index> sent,
                 std::span<Index> received_numbers, std::span<const Index> received) const {
-    agree("exchange");
-    const Stopwatch stopwatch(traffic());
     const Blocks to(sent);
     const Blocks from(received);
+    agree("exchange");
+    const Stopwatch stopwatch(traffic());
     MPI_Alltoallv(numbers.data(), to.counts.data(), to.offsets.data(), MPI_INT64_T,
                   received_numbers.data(), from.counts.data(), from.offsets.data(), MPI_INT64_T,
                   handle());
@@ -190,6 +191,30 @@ class Communicator {
   static void for_each_piece(std::size_t numbers, F&& f) {
     for (std::size_t first = 0; first < numbers; first += most_at_once) {
       f(first, static_cast<int>(std::min(most_at_once, numbers - first)));
+    }
+  }
+
+  /// Returns when all requests are done. After the timeout the communicator is of no more use, and
+  /// std::runtime_error is thrown. Of this no other rank knows.
+  void wait_for(std::span<MPI_Request> requests, const char* call) const {
+    if (shared_->broken) throw_broken();
+    const Stopwatch stopwatch(traffic());
+    const auto start = Clock::now();
+    for (Index turns = 0;; ++turns) {
+      int done = 0;
+      MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE);
+      if (done != 0) return;
+      if (turns % 64 != 63) continue;
+      const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+      if (timeout_ > 0 && seconds > timeout_) {
+        (void)shared_->message.release();  // MPI may still write there
+        shared_->broken = true;
+        throw std::runtime_error("moe: rank " + std::to_string(rank_) + " waited for " +
+                                 std::to_string(timeout_) + " s in \"" + call +
+                                 "\" for a rank that never came");
+      }
+      // There may be more ranks than cores; and who waits for long leaves them to others.
+      if (seconds > 0.001) std::this_thread::yield();
     }
   }
 
@@ -252,13 +277,24 @@ class Communicator {
     std::array<char, 40> call{};
   };
 
+  /// What the ranks reduce to find out whether they agree.
+  struct Message {
+    std::array<std::int64_t, 2 * (Claim::first_fact + Claim::most_facts)> mine;
+    std::array<std::int64_t, 2 * (Claim::first_fact + Claim::most_facts)> highest;
+  };
+
+  [[noreturn]] static void throw_broken() {
+    throw std::runtime_error("moe: a call of this communicator timed out before");
+  }
+
   struct Shared {
     Shared() = default;
     ~Shared() {
       int finalized = 0;
       MPI_Finalized(&finalized);
       // Freeing is collective, so it is left out where an exception leads the way.
-      if (handle != MPI_COMM_NULL && finalized == 0 && std::uncaught_exceptions() == 0 && !broken) {
+      const bool unwinds = std::uncaught_exceptions() > exceptions;
+      if (handle != MPI_COMM_NULL && finalized == 0 && !unwinds && !broken) {
         MPI_Comm_free(&handle);
       }
     }
@@ -267,6 +303,8 @@ class Communicator {
 
     MPI_Comm handle = MPI_COMM_NULL;
     Traffic traffic;
+    std::unique_ptr<Message> message = std::make_unique<Message>();
+    int exceptions = std::uncaught_exceptions();  ///< when it was made
     std::int64_t numbers = 0;
     std::int64_t errors = 0;  ///< how many Errors all ranks have thrown
     bool broken = false;      ///< a call did not end
@@ -274,52 +312,23 @@ class Communicator {
 
   /// The lowest and the highest of each number over the ranks tell whether all are equal.
   bool all_agree(const Claim& claim) const {
-    if (shared_->broken) {
-      throw std::runtime_error("moe: a call of this communicator timed out before");
-    }
-    const Stopwatch stopwatch(traffic());
+    if (shared_->broken) throw_broken();
     constexpr std::size_t size = std::tuple_size_v<decltype(claim.numbers)>;
-    // On the heap, where it stays if the others never come.
-    struct Message {
-      std::array<std::int64_t, 2 * size> mine;
-      std::array<std::int64_t, 2 * size> highest;
-    };
-    auto message = std::make_unique<Message>();
+    Message& message = *shared_->message;
     for (std::size_t i = 0; i < size; ++i) {
-      message->mine[2 * i] = claim.numbers[i];
-      message->mine[2 * i + 1] =
-          ~claim.numbers[i];  // falls as the number rises, and never overflows
+      message.mine[2 * i] = claim.numbers[i];
+      // Falls as the number rises, and never overflows.
+      message.mine[2 * i + 1] = ~claim.numbers[i];
     }
     MPI_Request request = MPI_REQUEST_NULL;
-    MPI_Iallreduce(message->mine.data(), message->highest.data(), static_cast<int>(2 * size),
+    MPI_Iallreduce(message.mine.data(), message.highest.data(), static_cast<int>(2 * size),
                    MPI_INT64_T, MPI_MAX, handle(), &request);
-    if (!wait(request)) {
-      (void)message.release();  // MPI may still write there
-      shared_->broken = true;
-      throw std::runtime_error("moe: rank " + std::to_string(rank_) + " waited for " +
-                               std::to_string(timeout_) + " s in \"" + claim.call.data() +
-                               "\" for a rank that never came");
-    }
-    if (message->highest[0] != 0) return false;
+    wait_for(std::span<MPI_Request>(&request, 1), claim.call.data());
+    if (message.highest[0] != 0) return false;
     for (std::size_t i = 0; i < size; ++i) {
-      if (message->highest[2 * i] != ~message->highest[2 * i + 1]) return false;
+      if (message.highest[2 * i] != ~message.highest[2 * i + 1]) return false;
     }
     return true;
-  }
-
-  /// False after the timeout.
-  bool wait(MPI_Request& request) const {
-    const auto start = Clock::now();
-    int done = 0;
-    for (Index turns = 0;; ++turns) {
-      MPI_Test(&request, &done, MPI_STATUS_IGNORE);
-      if (done != 0) return true;
-      if (turns % 64 != 63) continue;
-      const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-      if (timeout_ > 0 && seconds > timeout_) return false;
-      // There may be more ranks than cores; and who waits for long leaves them to others.
-      if (seconds > 0.001) std::this_thread::yield();
-    }
   }
 
   std::vector<Claim> all_claims(const Claim& claim) const {
@@ -346,7 +355,7 @@ class Communicator {
     MPI_Bcast(&length, 1, MPI_INT, failed, handle());
     text.resize(detail::to_size(length));
     MPI_Bcast(text.data(), length, MPI_CHAR, failed, handle());
-    throw Error(text);
+    throw Error(text, rank_, size_);
   }
 
   static std::string disagreement(const std::vector<Claim>& claims,

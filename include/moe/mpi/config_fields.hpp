@@ -109,7 +109,8 @@ void with_fields(const Type& value, F&& call) {
 }
 
 /// Calls f(number) for every number, flag and enumerator of a configuration and of those inside of
-/// it, in their order, as 64 bits. What is neither, a string for example, is passed by.
+/// it, in their order, as 64 bits. What is neither, a string or a vector
+/// for example, is passed by.
 template <class Type, class F>
 void for_each_field(const Type& value, F& f) {
   if constexpr (std::is_floating_point_v<Type>) {

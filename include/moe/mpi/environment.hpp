@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <exception>
+#include <stdexcept>
 #include <utility>
 
 #include "moe/mpi/error.hpp"
@@ -21,14 +22,21 @@ namespace moe::mpi {
 /// (MPI_THREAD_FUNNELED).
 class Environment {
  public:
+  /// Throws std::runtime_error when MPI allows no threads.
   explicit Environment(int* argc = nullptr, char*** argv = nullptr)
       : exceptions_(std::uncaught_exceptions()) {
     int initialized = 0;
     MPI_Initialized(&initialized);
-    if (initialized != 0) return;
     int provided = MPI_THREAD_SINGLE;
-    MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
-    owns_ = true;
+    if (initialized != 0) {
+      MPI_Query_thread(&provided);
+    } else {
+      MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
+      owns_ = true;
+    }
+    if (provided < MPI_THREAD_FUNNELED) {
+      throw std::runtime_error("moe: MPI was built or started without MPI_THREAD_FUNNELED");
+    }
   }
   ~Environment() {
     if (std::uncaught_exceptions() > exceptions_) MPI_Abort(MPI_COMM_WORLD, 1);
@@ -51,13 +59,15 @@ class Environment {
 ///     }
 ///
 /// Returns what `program` does. An exception that leaves it is printed on stderr, with the rank, and
-/// ends all ranks within seconds; an Error, which all ranks throw, is printed once and makes all return
+/// ends all ranks within seconds; an Error, if all ranks throw it, is printed once and makes all return
 /// 1.
 template <class Program>
 int run(int* argc, char*** argv, Program&& program) {
   const Environment environment(argc, argv);
   int rank = 0;
+  int size = 1;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
   const auto abort_with = [&](const char* message) {
     std::fprintf(stderr, "rank %d: %s\n", rank, message);
     std::fflush(nullptr);
@@ -66,7 +76,8 @@ int run(int* argc, char*** argv, Program&& program) {
   try {
     return std::forward<Program>(program)();
   } catch (const Error& error) {
-    if (rank == 0) std::fprintf(stderr, "%s\n", error.what());
+    if (error.rank() == 0) std::fprintf(stderr, "%s\n", error.what());
+    if (error.size() < size) abort_with("not all ranks had this error");
   } catch (const std::exception& error) {
     abort_with(error.what());
   } catch (...) {

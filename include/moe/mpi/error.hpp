@@ -1,6 +1,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <string>
 
 namespace moe::mpi {
 
@@ -8,7 +9,15 @@ namespace moe::mpi {
 /// and when one of them failed, whose message it then has.
 class Error : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  Error(const std::string& text, int rank, int size)
+      : std::runtime_error(text), rank_(rank), size_(size) {}
+
+  int rank() const { return rank_; }  ///< this one's, of those that throw it
+  int size() const { return size_; }  ///< how many do
+
+ private:
+  int rank_;
+  int size_;
 };
 
 }  // namespace moe::mpi

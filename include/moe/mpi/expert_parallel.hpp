@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -62,10 +63,11 @@ struct Shard {
 ///
 /// It has the verbs of the layer, and computes what the layer would compute on the tokens of all
 /// ranks one behind the other, first those of rank 0: the same y and dx for them, and the same
-/// gradients, up to the order of sums; with one rank, and for all that a rank computes, the results
-/// are the same bits in every run. The noise of a token depends on its place in that batch, and
+/// gradients, up to the order of sums. In every run on as many ranks they have the same bits. The noise of a token depends on its place in that batch, and
 /// tape.balance speaks of all of it. dy is the gradient of a loss of the whole batch, so where that
 /// is a mean, divide by the number of tokens of all ranks, tape.batch_tokens.
+///
+/// It is moved, not copied, and what it was moved from is of no use.
 ///
 /// All verbs and the constructor are collective, also on a rank that has no tokens: all ranks make
 /// the same call with the same key.step. What goes wrong on one is thrown on all, as an Error.
@@ -132,7 +134,8 @@ class ExpertParallel {
     communicator_.attempt("ExpertParallel::ExpertParallel", [&] {
       config_ = Layer::completed(config);
       gate_ = std::make_unique<Gate>(config_.gate, derive_seed(config.seed, 0));
-      placement_ = Placement(gate_->experts(), communicator_.size(), experts_together());
+      placement_ = Placement(gate_->experts(), communicator_.size(), experts_together(config_.gate),
+                             shared_experts(config_.gate));
     });
     check_configuration();
     communicator_.attempt("ExpertParallel: experts", [&] {
@@ -269,11 +272,22 @@ class ExpertParallel {
   };
 
   /// The experts of a hierarchical gate's group are placed together.
-  Index experts_together() const {
-    if constexpr (requires { config_.gate.group_experts; }) {
-      return config_.gate.group_experts;
+  template <class GateConfig>
+  static Index experts_together(const GateConfig& gate) {
+    if constexpr (requires { gate.group_experts; }) {
+      return gate.group_experts;
+    } else if constexpr (requires { gate.routed; }) {
+      return experts_together(gate.routed);
     } else {
       return 1;
+    }
+  }
+  template <class GateConfig>
+  static Index shared_experts(const GateConfig& gate) {
+    if constexpr (requires { gate.shared; }) {
+      return gate.shared;
+    } else {
+      return 0;
     }
   }
 
@@ -465,10 +479,13 @@ class ExpertParallel {
 
   /// to.row(token) += the answers of its slots, in the order of their experts.
   void add_answers(const Tape& tape, Matrix<Scalar>& to) const {
-    for (Index i = 0; i < tape.returned.rows(); ++i) {
-      moe::detail::add_scaled(config_.width, Scalar{1}, moe::detail::row_data(tape.returned, i),
-                              moe::detail::row_data(to, tape.sent_token[moe::detail::to_size(i)]));
-    }
+    parallel_for_blocks(config_.width, 64, [&](Index first, Index count) {
+      for (Index i = 0; i < tape.returned.rows(); ++i) {
+        moe::detail::add_scaled(
+            count, Scalar{1}, moe::detail::row_data(tape.returned, i) + first,
+            moe::detail::row_data(to, tape.sent_token[moe::detail::to_size(i)]) + first);
+      }
+    });
   }
 
   /// y = act(Σ G·experts(x)).
@@ -477,30 +494,30 @@ class ExpertParallel {
     const bool plain = config_.output == Activation::identity;
     Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
     exchange_counts(tape);
+    std::optional<RowExchange> there;
+    std::optional<RowExchange> back;
     communicator_.attempt("the slots", [&] {
       prepare_others(tape);
       moe::detail::resize_to_zero(tape.answer, tape.received.back(), config_.width);
       moe::detail::resize_to_zero(sum, x.rows(), config_.width);
+      if (!plain) tape.y.resize(x.rows(), config_.width);
+      there.emplace(communicator_);
+      back.emplace(communicator_);
     });
-    {
-      RowExchange exchange(communicator_);
-      send_tokens(x, tape.received_x, tape, exchange);
-      for_each_other_rank([&](int r) {
-        exchange.receive(tape.others.routing.weight.data() + tape.received[to_size(r)],
-                         came_from(r, tape), 1, r);
-        exchange.send(std::as_const(tape.sent_weight).data() + tape.sent[to_size(r)],
-                      leave_for(r, tape), 1, r);
-      });
-      communicator_.attempt("the experts", [&] {
-        run_share(x, keeps, tape.own, sum);
-        exchange.wait();
-        run_share(tape.received_x, keeps, tape.others, tape.answer);
-      });
-    }
-    {
-      RowExchange exchange(communicator_);
-      return_answers(tape, exchange);
-    }
+    send_tokens(x, tape.received_x, tape, *there);
+    for_each_other_rank([&](int r) {
+      there->receive(tape.others.routing.weight.data() + tape.received[to_size(r)],
+                     came_from(r, tape), 1, r);
+      there->send(std::as_const(tape.sent_weight).data() + tape.sent[to_size(r)],
+                  leave_for(r, tape), 1, r);
+    });
+    communicator_.attempt("the experts", [&] {
+      run_share(x, keeps, tape.own, sum);
+      there->wait();
+      run_share(tape.received_x, keeps, tape.others, tape.answer);
+    });
+    return_answers(tape, *back);
+    back->wait();
     add_answers(tape, sum);
     if (!plain) moe::detail::activate_output(config_.output, sum, tape.y);
   }
@@ -536,25 +553,25 @@ class ExpertParallel {
   /// Fills tape.dweight and tape.dexperts, adds to the experts' gradients.
   void run_experts_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     using moe::detail::to_size;
-    {
-      RowExchange exchange(communicator_);
-      send_tokens(dy, tape.received_dy, tape, exchange);
-      communicator_.attempt("the experts' gradients", [&] {
-        run_share_backward(tape.x, dy, tape.own, tape.dexperts);
-        exchange.wait();
-        run_share_backward(tape.received_x, tape.received_dy, tape.others, tape.answer);
-      });
-    }
-    {
-      RowExchange exchange(communicator_);
-      return_answers(tape, exchange);
-      for_each_other_rank([&](int r) {
-        exchange.receive(tape.returned_dweight.data() + tape.sent[to_size(r)], leave_for(r, tape),
-                         1, r);
-        exchange.send(std::as_const(tape.others.dweight).data() + tape.received[to_size(r)],
-                      came_from(r, tape), 1, r);
-      });
-    }
+    std::optional<RowExchange> there;
+    std::optional<RowExchange> back;
+    communicator_.attempt("the way back", [&] {
+      there.emplace(communicator_);
+      back.emplace(communicator_);
+    });
+    send_tokens(dy, tape.received_dy, tape, *there);
+    communicator_.attempt("the experts' gradients", [&] {
+      run_share_backward(tape.x, dy, tape.own, tape.dexperts);
+      there->wait();
+      run_share_backward(tape.received_x, tape.received_dy, tape.others, tape.answer);
+    });
+    return_answers(tape, *back);
+    for_each_other_rank([&](int r) {
+      back->receive(tape.returned_dweight.data() + tape.sent[to_size(r)], leave_for(r, tape), 1, r);
+      back->send(std::as_const(tape.others.dweight).data() + tape.received[to_size(r)],
+                 came_from(r, tape), 1, r);
+    });
+    back->wait();
     add_answers(tape, tape.dexperts);
     for (std::size_t i = 0; i < tape.own_slot.size(); ++i) {
       tape.dweight[to_size(tape.own_slot[i])] = tape.own.dweight[i];

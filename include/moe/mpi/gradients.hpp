@@ -117,16 +117,19 @@ class GradientSum {
   /// added. Collective.
   template <class Module>
   void sum(Module& module, const Communicator& communicator) {
-    packed_.clear();
-    added_.clear();
-    moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
-      if (!p.trained) return;
-      moe::detail::settle(p);
-      packed_.push_back(p.gradient);
-      added_.push_back(p.gradient_state == State::added_to ? 1 : 0);
+    communicator.attempt("the gradients to be summed", [&] {
+      packed_.clear();
+      added_.clear();
+      moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
+        if (!p.trained) return;
+        moe::detail::settle(p);
+        packed_.push_back(p.gradient);
+        added_.push_back(p.gradient_state == State::added_to ? 1 : 0);
+      });
     });
-    communicator.sum(std::span<float>(packed_.floats));
-    communicator.sum(std::span<double>(packed_.doubles));
+    // A type that the module does not have is missing on all ranks.
+    if (!packed_.floats.empty()) communicator.sum(std::span<float>(packed_.floats));
+    if (!packed_.doubles.empty()) communicator.sum(std::span<double>(packed_.doubles));
     communicator.sum(std::span<Index>(added_));
     packed_.rewind();
     auto added = added_.begin();

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
+#include <type_traits>
 #include <vector>
 
 #include "moe/matrix.hpp"
@@ -24,8 +26,15 @@ class RowExchange {
  public:
   explicit RowExchange(const Communicator& communicator,
                        std::int64_t most_bytes = std::int64_t{1} << 30)
-      : communicator_(communicator), most_bytes_(most_bytes) {}
-  ~RowExchange() { wait(); }
+      : communicator_(communicator), most_bytes_(most_bytes) {
+    requests_.reserve(static_cast<std::size_t>(4 * communicator.size()));
+  }
+  ~RowExchange() {
+    try {
+      wait();
+    } catch (...) {  // NOLINT: a time-out, of which the communicator knows
+    }
+  }
   RowExchange(const RowExchange&) = delete;
   RowExchange& operator=(const RowExchange&) = delete;
 
@@ -50,14 +59,10 @@ class RowExchange {
     });
   }
 
-  /// Returns when all is sent and received.
+  /// Returns when all is sent and received. Throws std::runtime_error after the communicator's
+  /// timeout.
   void wait() {
-    const Communicator::Stopwatch stopwatch(communicator_.traffic());
-    constexpr std::size_t most = std::size_t{1} << 30;
-    for (std::size_t first = 0; first < requests_.size(); first += most) {
-      MPI_Waitall(static_cast<int>(std::min(most, requests_.size() - first)),
-                  requests_.data() + first, MPI_STATUSES_IGNORE);
-    }
+    communicator_.wait_for(std::span<MPI_Request>(requests_), "an exchange of rows");
     requests_.clear();
   }
 

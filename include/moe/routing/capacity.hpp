@@ -87,8 +87,10 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
     if (choices.keeps[c] == 0) scratch.kept[c] = -1;
   }
   batch->gather(std::span<const Index>(scratch.kept), choices.active, std::span<Index>(all.expert));
-  batch->gather(std::span<const Scalar>(choices.weight), choices.active,
-                std::span<Scalar>(all.weight));
+  if (how == PlaceOrder::largest_weight) {
+    batch->gather(std::span<const Scalar>(choices.weight), choices.active,
+                  std::span<Scalar>(all.weight));
+  }
   for (std::size_t c = 0; c < all.keeps.size(); ++c) all.keeps[c] = all.expert[c] >= 0 ? 1 : 0;
   drop_over_capacity(how, capacity, experts, all, scratch);
   std::copy_n(all.keeps.begin() + batch->first_token() * choices.active, choices.size(),

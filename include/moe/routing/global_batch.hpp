@@ -15,8 +15,7 @@ namespace moe {
 /// the sums of its losses or for a choice among tokens, finds it in tape.batch; where that is null,
 /// x is all of the batch. moe::mpi::ExpertParallel makes one.
 ///
-/// The calls that are not const getters are collective: every process makes the same ones in the
-/// same order. All throw, on every process, when one of them has thrown since the call before.
+/// Sums and gathers are collective: every process makes the same ones in the same order. All throw, on every process, when one of them has thrown since the call before.
 template <class Scalar>
 class GlobalBatch {
  public:
