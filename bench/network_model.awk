@@ -6,13 +6,14 @@
 #
 #     arithmetic   measured with 1 rank; `cores` times faster where a rank has so many
 #     exchange     4 all-to-alls (x and y, dy and dx), each with (R - 1)/R of the S rows of D floats
-#                  through the rank's own link, and R - 1 messages; 20 small agreements, each twice
+#                  through the rank's own link, and R - 1 messages; 30 small collectives, each
 #                  up and down a tree: 4·(S·(R - 1)/R·D·4 bytes / bandwidth + (R - 1)·latency)
-#                  + 20·2·log2(R)·latency
+#                  + 30·2·log2(R)·latency
 #
-# Nothing overlaps in it, links are not shared, and the gate's gradients are left out, of which there
-# are as many as one process has. `H where equal` is the hidden width at which both take the same time:
-# arithmetic is in proportion to it, the exchange does not know it.
+# Nothing overlaps in it, and links are not shared. The gate's gradients are a column of their own: of a
+# flat gate with 8 experts a rank, 2 matrices of D x 8·R, summed on one rank and sent to all in pieces,
+# twice their bytes. `H where equal` is the hidden width at which arithmetic and exchange take the same
+# time: the one is in proportion to it, the other does not know it.
 BEGIN {
   FS = "\t"
   K = 2
@@ -29,15 +30,17 @@ $1 ~ /^step\/.*ranks:1$/ {
   H = substr(parts[4], 3)
   if (H < 512) next
   if (!heads++) {
-    print "| D | H | cores a rank | network | ranks | arithmetic ms | exchange ms | share of exchange | H where equal |"
-    print "| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
+    print "| D | H | cores a rank | network | ranks | arithmetic ms | exchange ms | share of exchange | H where equal | gate gradients ms |"
+    print "| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
   }
   for (c = 1; c <= 2; ++c) for (n = 1; n <= 2; ++n) for (r = 1; r <= 4; ++r) {
     R = counts[r]
     arithmetic = $2 * 1e-3 / cores[c]
     exchange = 4 * (T * K * (R - 1) / R * D * 4 / bandwidths[n] + (R - 1) * latencies[n]) \
-      + 20 * 2 * log(R) / log(2) * latencies[n]
-    printf "| %d | %d | %d | %s | %d | %.1f | %.1f | %.2f | %.0f |\n", D, H, cores[c], networks[n], R,
-      arithmetic * 1e3, exchange * 1e3, exchange / (arithmetic + exchange), H * exchange / arithmetic
+      + 30 * 2 * log(R) / log(2) * latencies[n]
+    gate = 2 * (2 * D * 8 * R * 4) / bandwidths[n]
+    printf "| %d | %d | %d | %s | %d | %.1f | %.1f | %.2f | %.0f | %.1f |\n", D, H, cores[c], networks[n],
+      R, arithmetic * 1e3, exchange * 1e3, exchange / (arithmetic + exchange),
+      H * exchange / arithmetic, gate * 1e3
   }
 }
