@@ -1,9 +1,9 @@
 /// What does it cost that tokens meet on the machines where their experts are?
 ///
-/// Run by mpirun, a core a rank; a row takes so many of the ranks. Every rank has as many tokens and experts as one alone would have, so
-/// without any cost its time would stay the same. In turns: `alone`, a MoELayer on rank 0, the
-/// others asleep; `apart`, one on every rank at once, which shows what ranks on one machine take from
-/// each other's memory; and the row itself, an ExpertParallel over all ranks, of which each slot
+/// Run by mpirun, a core a rank; a row takes so many of the ranks. Every rank has as many tokens and
+/// experts as one alone would have, so without any cost its time would stay the same. In turns:
+/// `alone`, a MoELayer on rank 0, the others asleep; `apart`, one on every rank at once, which shows what
+/// ranks on one machine take from each other's memory; and the row itself, an ExpertParallel over all ranks, of which each slot
 /// leaves its rank with probability (R - 1)/R. `weak_scaling` is alone over the row's time, `of_apart`
 /// apart over it, `percent_exchange` the share of it in which a rank waits for others or moves rows.
 /// `wire_bytes` is what a slot that leaves takes each way, `wire_over_rows` the same over D numbers.

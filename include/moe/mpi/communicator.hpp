@@ -44,7 +44,8 @@ struct Fact {
 /// Calls that do not say otherwise are collective: all ranks make the same ones in the same order.
 /// Each begins with agree(), in which a rank that failed still takes part, to say so; so none is left
 /// waiting in a call that another will never make. One that makes no call at all is waited for as
-/// long as `timeout` says, there and in exchanges of rows. Of the threads of a process only one at a time may use it.
+/// long as `timeout` says, there and in exchanges of rows. Of the threads of a process only one at a
+/// time may use it.
 class Communicator {
  public:
   /// The ranks of `communicator`, which is duplicated, so messages of others do not get in the way.

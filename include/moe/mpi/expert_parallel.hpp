@@ -63,9 +63,10 @@ struct Shard {
 ///
 /// It has the verbs of the layer, and computes what the layer would compute on the tokens of all
 /// ranks one behind the other, first those of rank 0: the same y and dx for them, and the same
-/// gradients, up to the order of sums. In every run on as many ranks they have the same bits. The noise of a token depends on its place in that batch, and
-/// tape.balance speaks of all of it. dy is the gradient of a loss of the whole batch, so where that
-/// is a mean, divide by the number of tokens of all ranks, tape.batch_tokens.
+/// gradients, up to the order of sums. In every run on as many ranks they have the same bits. The
+/// noise of a token depends on its place in that batch, and tape.balance speaks of all of it. dy is
+/// the gradient of a loss of the whole batch, so where that is a mean, divide by the number of tokens
+/// of all ranks, tape.batch_tokens.
 ///
 /// It is moved, not copied, and what it was moved from is of no use.
 ///

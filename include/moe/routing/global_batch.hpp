@@ -15,7 +15,9 @@ namespace moe {
 /// the sums of its losses or for a choice among tokens, finds it in tape.batch; where that is null,
 /// x is all of the batch. moe::mpi::ExpertParallel makes one.
 ///
-/// Sums and gathers are collective: every process makes the same ones in the same order. All throw, on every process, when one of them has thrown since the call before.
+/// Sums and gathers are collective: every process makes the same ones in the same order. They throw,
+/// on every process, when one of them has thrown since the call before. A gate inside of another gets
+/// the pointer in each of its passes, backward() too: it is not valid from one to the next.
 template <class Scalar>
 class GlobalBatch {
  public:
