@@ -2,12 +2,14 @@
 
 #include <memory>
 
+#include "errors.hpp"
 #include "moe/io/safetensors.hpp"
 #include "temporary_folder.hpp"
 #include "whole.hpp"
 
 using namespace moe;
 using mpi::Communicator;
+using test::error_of;
 using test::random_matrix;
 using test::same_bits;
 
@@ -129,29 +131,22 @@ TEST_CASE("checkpoint: what does not fit is refused by all, and nothing is chang
   const bool is_root = communicator.rank() == 0;
   Parallel layer(config, communicator);
   test::randomize_by_name(layer, 1);
-  const auto error = [](auto&& f) -> std::string {
-    try {
-      f();
-    } catch (const mpi::Error& e) {
-      return e.what();
-    }
-    return "none";
-  };
   Layer::Config other = config;
   other.expert.hidden = 6;
   Layer wide(other);
   const auto message =
-      error([&] { mpi::gather_parameters(layer, is_root ? &wide : nullptr, communicator); });
+      error_of([&] { mpi::gather_parameters(layer, is_root ? &wide : nullptr, communicator); });
   CHECK(message.find("in the whole model") != std::string::npos);
   other = config;
   other.gate.experts = 8;
   Layer more(other);
-  CHECK(error([&] {
+  CHECK(error_of([&] {
           mpi::scatter_parameters(is_root ? &more : nullptr, layer, communicator);
         }).find("gate.") != std::string::npos);
-  CHECK(error([&] { mpi::gather_parameters(layer, static_cast<Layer*>(nullptr), communicator); }) ==
-        "rank 0: moe: checkpoint: the root has no whole model");
-  CHECK(error([&] {
+  CHECK(error_of([&] {
+          mpi::gather_parameters(layer, static_cast<Layer*>(nullptr), communicator);
+        }) == "rank 0: moe: checkpoint: the root has no whole model");
+  CHECK(error_of([&] {
           mpi::gather_parameters(layer, static_cast<Layer*>(nullptr), communicator, 9);
         }).find("root = 9") != std::string::npos);
   Parallel same(config, communicator);
@@ -164,16 +159,6 @@ TEST_CASE("checkpoint: what does not fit is refused by all, and nothing is chang
 }
 
 namespace {
-
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const mpi::Error& error) {
-    return error.what();
-  }
-  return "none";
-}
 
 /// A whole model with a parameter that no rank has.
 struct More {

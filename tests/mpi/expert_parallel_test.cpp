@@ -2,11 +2,13 @@
 
 #include <stdexcept>
 
+#include "errors.hpp"
 #include "whole.hpp"
 
 using namespace moe;
 using mpi::Communicator;
 using test::Beside;
+using test::error_of;
 using test::random_matrix;
 using test::same_bits;
 
@@ -316,12 +318,7 @@ const Small::Config small{
 /// Every rank must throw an Error with this text from f(), and the same one.
 template <class F>
 void check_error(const mpi::Communicator& communicator, F&& f, const std::string& part) {
-  std::string text;
-  try {
-    f();
-  } catch (const mpi::Error& error) {
-    text = error.what();
-  }
+  std::string text = error_of(f);
   INFO(text);
   CHECK(text.find(part) != std::string::npos);
   std::string root = text;
@@ -329,17 +326,6 @@ void check_error(const mpi::Communicator& communicator, F&& f, const std::string
   text = root;
   communicator.broadcast(std::span<char>(root), 0);
   CHECK(root == text);
-}
-
-/// The text of the Error that f() throws.
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const mpi::Error& error) {
-    return error.what();
-  }
-  return "none";
 }
 
 }  // namespace
