@@ -594,7 +594,7 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   constexpr Index half = Eigen::internal::unpacket_traits<Half>::size;
   constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
-  alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)];
+  alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)] = {};
   const Index rows = a.count();
   const Index left_over = rows % size;
   const bool ends_in_half = left_over > 0 && left_over <= half;
