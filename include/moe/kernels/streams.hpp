@@ -1,0 +1,444 @@
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "moe/kernels/blocks.hpp"
+
+/// \file
+/// Products that read their large operand where it lies, in the order in which memory gives it
+/// fastest: for few rows on any processor, for all on one with 32 registers.
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
+
+namespace moe::detail {
+
+/// How many pairs of rows multiply_stream_tn adds at once, at most.
+inline constexpr Index stream_pairs = streams ? 128 : 8;
+
+/// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Eight are as many
+/// streams as the processor follows well, if each is a page of memory of its own; twice as many where
+/// rows are shorter. Where arithmetic limits, more, since C is read and written less often then.
+inline constexpr Index most_steps = 128;
+template <class Scalar>
+constexpr Index stream_steps(Index rows, Index stride) {
+  if (rows > 12) return most_steps;
+  return rows > 4 || stride < 64 * cache_line<Scalar> ? 16 : 8;
+}
+
+/// Whether rows so far apart, read side by side, end before the processor has foreseen them: what
+/// few rows of A are multiplied with is then asked for a tile ahead.
+template <class Scalar>
+constexpr bool rows_are_short(Index stride) {
+  return stride <= 16 * cache_line<Scalar>;
+}
+
+/// What multiply_stream() asks for when it reads a column: what is `distance` columns after it, and
+/// where that is beyond column `last`, what is `beyond` further away still.
+struct StreamAhead {
+  Index distance = 0;
+  Index last = 0;
+  Index beyond = 0;
+  Index at(Index column) const { return column + distance < last ? distance : distance + beyond; }
+};
+
+/// What multiply_stream() multiplies: `steps` rows, `stride` apart.
+template <class Scalar>
+struct Stream {
+  const Scalar* data;
+  Index stride;
+  Index steps;
+  StreamAhead ahead{};
+  StreamAhead ahead_in_c{};  ///< of the rows of C, where those come from memory
+};
+
+/// One tile of multiply_stream(): R rows of C, V packets of columns.
+template <Index R, Index V, class Scalar>
+EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_size(R)], Index step,
+                                              const Stream<Scalar>& right, Index column,
+                                              Start start, const Scalar* bias,
+                                              Scalar* const (&c)[to_size(R)]) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index lines = (V * size + cache_line<Scalar> - 1) / cache_line<Scalar>;
+  Packet<Scalar> sum[to_size(R)][to_size(V)];
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) {
+    const Index at = column + i % V * size;
+    sum[i / V][i % V] = start == Start::accumulate ? load(c[i / V] + at)
+                        : start == Start::bias     ? load(bias + at)
+                                                   : broadcast(Scalar{0});
+  }
+  if (right.ahead_in_c.distance != 0) {
+    const Index ahead = right.ahead_in_c.at(column);
+    MOE_UNROLL
+    for (Index r = 0; r < R; ++r) prefetch_far<lines>(c[r] + column + ahead);
+  }
+  const Index ahead = right.ahead.at(column);
+  const Index stride = right.stride;
+  const Index end = right.steps * step;
+  const Scalar* b = right.data + column;
+  for (Index at = 0; at < end; at += step, b += stride) {
+    prefetch_far<lines>(b + ahead);
+    add_products(left, at, b, sum);
+  }
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
+}
+
+/// R rows of C, the whole packets of `columns` of them, += left[r][k]·right[k, :], the rows of `right`
+/// being read side by side from one end to the other. Returns how many columns that were.
+template <Index R, class Scalar>
+#if defined(__GNUC__)
+[[gnu::noinline]]
+#endif
+Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Index columns,
+                      Start start, const Scalar* bias, Scalar* const* c) {
+  constexpr Index size = packet_size<Scalar>;
+  const Scalar* a[to_size(R)];
+  Scalar* out[to_size(R)];
+  std::copy_n(left.row, R, a);
+  std::copy_n(c, R, out);
+  Index column = 0;
+  for (; column + 3 * size <= columns; column += 3 * size) {
+    multiply_stream_tile<R, 3>(a, left.step, right, column, start, bias, out);
+  }
+  if (column + 2 * size <= columns) {
+    multiply_stream_tile<R, 2>(a, left.step, right, column, start, bias, out);
+    column += 2 * size;
+  } else if (column + size <= columns) {
+    multiply_stream_tile<R, 1>(a, left.step, right, column, start, bias, out);
+    column += size;
+  }
+  return column;
+}
+
+/// The same for rows from 1 to tile_rows and all of the columns: `rest` holds those of `right` that
+/// are less than a packet.
+template <class Scalar>
+void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>& right,
+                     Index columns, Panel<Scalar> rest, Start start, const Scalar* bias,
+                     Scalar* const* c) {
+  Index done = 0;
+  with_constant<tile_rows>(
+      rows, [&](auto R) { done = multiply_stream<R>(left, right, columns, start, bias, c); });
+  if (done == columns) return;
+  Scalar* to[to_size(tile_rows)];
+  for (Index r = 0; r < rows; ++r) to[r] = c[r] + done;
+  multiply_tile(rows, 1, columns - done, left, rest, right.steps, start,
+                start == Start::bias ? bias + done : nullptr, to);
+}
+
+/// The form nn with B where it lies, in the order in which memory gives it fastest: some rows of it
+/// side by side, from one end to the other. So the depth goes in steps, at each of which C is read and
+/// written, in slices of columns that stay in the caches while all rows of A pass. The processor
+/// foresees nothing beyond a page of memory, so the rows are asked for 32 KiB ahead, and at their
+/// ends those that are read in the next steps in their places.
+template <class Scalar>
+void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
+                        Index first_column, Index columns, Start start, const Scalar* bias,
+                        const ScatteredRows<Scalar>& c, Finish finish) {
+  constexpr Index size = packet_size<Scalar>;
+  alignas(64) Scalar buffer[to_size(size * most_steps)];
+  const Index depth = a.width();
+  const Index stride = b.outerStride();
+  const Index steps = stream_steps<Scalar>(a.count(), stride);
+  const Index distance = (Index{32} << 10) / (steps * static_cast<Index>(sizeof(Scalar)));
+  const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
+  const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
+  const Index end = first_column + columns;
+  for (Index group = first_column; group < end; group += slices * slice) {
+    const Index last = std::min(end, group + slices * slice);
+    for (Index k = 0; k == 0 || k < depth; k += steps) {
+      const Index count = std::min(steps, depth - k);
+      const Start from = k == 0 ? start : Start::accumulate;
+      const Index next = k + steps < depth ? steps * stride - (last - group)
+                         : last < end      ? -k * stride
+                                           : -distance;
+      for (Index column = group; column < last; column += slice) {
+        const Index width = std::min(slice, last - column);
+        const Scalar* place = b.data() + k * stride + column;
+        const Stream<Scalar> right{place, stride, count, {distance, last - column, next}};
+        Panel<Scalar> rest{};
+        if (width % size != 0) {
+          const Index whole = width / size * size;
+          rest =
+              copy_panel(GatheredRows<Scalar>(place + whole, stride, count, width - whole), buffer);
+        }
+        for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
+          Left<Scalar> left;
+          Scalar* to[to_size(tile_rows)];
+          for (Index r = 0; r < rows; ++r) {
+            left.row[r] = a.row(first + r) + k;
+            to[r] = c.row(first + r) + column;
+          }
+          multiply_stream(rows, left, right, width, rest, from,
+                          from == Start::bias ? bias + column : nullptr, to);
+          if (!finish || k + steps < depth) return;
+          for_each_strip<Scalar>(column, width, [&](Index at, Index, Index strip_width) {
+            finish(first, rows, at, strip_width);
+          });
+        });
+      }
+    }
+  }
+}
+
+/// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
+/// B, which is by far the larger, is neither transposed nor copied.
+template <class Scalar>
+void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
+                     Index columns, Start start, const ScatteredRows<Scalar>& c,
+                     Finish finish) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index capacity = (Index{1} << 16) / static_cast<Index>(sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  const Index packets = (a.count() + size - 1) / size;
+  const Index block_depth = capacity / (packets * size);
+  const Index highest = packets == 1 ? max_tile_rows : tile_rows;
+  const Index depth = a.width();
+  const bool in_one_piece = b.outerStride() == depth && rows_are_short<Scalar>(depth);
+  for (Index k = 0; k == 0 || k < depth; k += block_depth) {
+    const Index count = std::min(block_depth, depth - k);
+    const Panel<Scalar> right = transpose_panel(a.columns(k, count), buffer);
+    const bool from_zero = k == 0 && start == Start::zero;
+    for_each_tile(columns, highest, [&](Index first, Index rows) {
+      Scalar tile[to_size(max_tile_rows * tile_columns<Scalar>)];
+      Left<Scalar> left;
+      Scalar* to[to_size(max_tile_rows)];
+      for (Index r = 0; r < rows; ++r) {
+        left.row[r] = b.data() + (first_column + first + r) * b.outerStride() + k;
+        to[r] = tile + r * right.stride;
+      }
+      for (Index i = 0; i < a.count() && !from_zero; ++i) {
+        const Scalar* held = c.row(i) + first_column + first;
+        for (Index r = 0; r < rows; ++r) to[r][i] = held[r];
+      }
+      Ahead<Scalar> ahead;
+      if (in_one_piece) {
+        constexpr Index strip = strip_lines * cache_line<Scalar>;
+        const Index next = std::min(rows, columns - first - rows);
+        ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
+      }
+      const Start from = from_zero ? Start::zero : Start::accumulate;
+      multiply_tile(rows, packets, packets * size, left, right, count, from,
+                    static_cast<const Scalar*>(nullptr), to, ahead);
+      for (Index i = 0; i < a.count(); ++i) {
+        Scalar* result = c.row(i) + first_column + first;
+        for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
+      }
+    });
+  }
+  finish_rows<Scalar>(a.count(), first_column, columns, finish);
+}
+
+/// to(j)[i] = from(i)[j], a block of as many rows as a packet that a tile's rows fill has at a time.
+template <class Scalar, class From, class To>
+void transpose_rows(Index rows, Index columns, From from, To to) {
+  using Whole = Packet<Scalar>;
+  using Half = typename Eigen::internal::unpacket_traits<Whole>::half;
+  using Fitting = std::conditional_t<(packet_size<Scalar> > tile_rows), Half, Whole>;
+  constexpr Index size = Eigen::internal::unpacket_traits<Fitting>::size;
+  using Block = Eigen::internal::PacketBlock<Fitting, static_cast<int>(size)>;
+  const Index whole_rows = rows / size * size;
+  const Index whole_columns = columns / size * size;
+  for (Index i = 0; i < whole_rows; i += size) {
+    for (Index j = 0; j < whole_columns; j += size) {
+      Block block;
+      for (Index x = 0; x < size; ++x) {
+        block.packet[x] = Eigen::internal::ploadu<Fitting>(from(i + x) + j);
+      }
+      if constexpr (size > 1) Eigen::internal::ptranspose(block);
+      for (Index x = 0; x < size; ++x) Eigen::internal::pstoreu(to(j + x) + i, block.packet[x]);
+    }
+  }
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to(j)[i] = from(i)[j];
+  }
+}
+
+/// R rows of B, `stride` apart, times V packets of the columns of a panel, from zero or what is in
+/// `tile` (R x V packets, tile_columns apart). The rows are asked for when what is `ahead` places
+/// before them is read.
+template <class P, Index R, Index V, class Scalar>
+#if defined(__GNUC__)
+[[gnu::noinline]]
+#endif
+void multiply_rows_tile(const Scalar* b, Index stride, Panel<Scalar> panel, Index depth,
+                        bool from_zero, Index ahead, Scalar* tile) {
+  using namespace Eigen::internal;
+  constexpr Index size = unpacket_traits<P>::size;
+  const Scalar* row[to_size(R)];
+  MOE_UNROLL
+  for (Index r = 0; r < R; ++r) row[r] = b + r * stride;
+  P sum[to_size(R)][to_size(V)];
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) {
+    const Scalar* held = tile + i / V * tile_columns<Scalar> + i % V * size;
+    sum[i / V][i % V] = from_zero ? pset1<P>(Scalar{0}) : ploadu<P>(held);
+  }
+  const Scalar* right = panel.data;
+  for (Index k = 0; k < depth;) {
+    if (ahead != 0) {
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) prefetch_far<1>(row[r] + k + ahead);
+    }
+    const Index pause = std::min(depth, k + cache_line<Scalar>);
+    for (; k < pause; ++k, right += panel.stride) {
+      const P p0 = to_register(ploadu<P>(right));
+      const P p1 = V > 1 ? to_register(ploadu<P>(right + size)) : p0;
+      const P p2 = V > 2 ? to_register(ploadu<P>(right + 2 * size)) : p0;
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) {
+        const P value = pset1<P>(row[r][k]);
+        sum[r][0] = pmadd(value, p0, sum[r][0]);
+        if constexpr (V > 1) sum[r][1] = pmadd(value, p1, sum[r][1]);
+        if constexpr (V > 2) sum[r][2] = pmadd(value, p2, sum[r][2]);
+      }
+    }
+  }
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) {
+    pstoreu(tile + i / V * tile_columns<Scalar> + i % V * size, sum[i / V][i % V]);
+  }
+}
+
+/// The form nt with B where it lies, a tile's rows of it side by side. What runs along the packets is
+/// rows of A, copied as columns; where half a packet or less of them is left, a packet half as wide,
+/// of which the processor can do two at once.
+template <class Scalar>
+void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
+                        Index first_column, Index columns, Start start,
+                        const ScatteredRows<Scalar>& c, Finish finish) {
+  using Whole = Packet<Scalar>;
+  using Half = typename Eigen::internal::unpacket_traits<Whole>::half;
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index half = Eigen::internal::unpacket_traits<Half>::size;
+  constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)] = {};
+  const Index rows = a.count();
+  const Index left_over = rows % size;
+  const bool ends_in_half = left_over > 0 && left_over <= half;
+  const Index packets = rows / size + (left_over > half ? 1 : 0);
+  const Index width = packets * size + (ends_in_half ? half : 0);
+  const Index block = std::min<Index>(1024, capacity / width);
+  const Index depth = a.width();
+  const Index stride = b.outerStride();
+
+  const auto multiply = [&](Index k, Index count, Index column, Index height) {
+    const Scalar* place = b.data() + column * stride + k;
+    const bool from_zero = k == 0 && start == Start::zero;
+    // One tile of rows [first, first + reach), which are `parts` whole packets, or half a one.
+    const auto run = [&](Index first, Index parts, Index reach) {
+      const Panel<Scalar> panel{buffer + first, width};
+      const auto in_tile = [&](Index r) { return tile + r * tile_columns<Scalar>; };
+      const auto in_c = [&](Index i) { return c.row(first + i) + column; };
+      if (!from_zero) transpose_rows<Scalar>(reach, height, in_c, in_tile);
+      const Index ahead = first == 0 ? tile_rows * stride : 0;
+      if (height < tile_rows) {
+        Left<Scalar> left;
+        Scalar* to[to_size(tile_rows)];
+        for (Index r = 0; r < height; ++r) {
+          left.row[r] = place + r * stride;
+          to[r] = in_tile(r);
+        }
+        const Index used = parts > 0 ? parts * size : half;
+        multiply_tile(height, std::max<Index>(1, parts), used, left, panel, count,
+                      from_zero ? Start::zero : Start::accumulate,
+                      static_cast<const Scalar*>(nullptr), to);
+      } else if (parts == 0) {
+        multiply_rows_tile<Half, tile_rows, 1>(place, stride, panel, count, from_zero, ahead, tile);
+      } else {
+        with_constant<tile_packets>(parts, [&](auto V) {
+          multiply_rows_tile<Whole, tile_rows, V>(place, stride, panel, count, from_zero, ahead,
+                                                  tile);
+        });
+      }
+      transpose_rows<Scalar>(height, reach, in_tile, in_c);
+    };
+    for_each_tile(packets, tile_packets, [&](Index first, Index parts) {
+      run(first * size, parts, std::min(parts * size, rows - first * size));
+    });
+    if (ends_in_half) run(packets * size, 0, left_over);
+  };
+
+  const Index end = first_column + columns;
+  for (Index k = 0; k == 0 || k < depth; k += block) {
+    const Index count = std::min(block, depth - k);
+    copy_transposed(a.columns(k, count), width, buffer);
+    for (Index group = first_column; group < end; group += panel_columns<Scalar>) {
+      const Index last = std::min(end, group + panel_columns<Scalar>);
+      for (Index column = group; column < last; column += tile_rows) {
+        multiply(k, count, column, std::min(tile_rows, last - column));
+      }
+      if (!finish || k + block < depth) continue;
+      for_each_tile(rows, tile_rows, [&](Index first, Index height) {
+        for_each_strip<Scalar>(group, last - group, [&](Index column, Index, Index strip_width) {
+          finish(first, height, column, strip_width);
+        });
+      });
+    }
+  }
+}
+
+/// The form tn in the order in which memory gives and takes C fastest: some rows of it are read and
+/// written from one end to the other, and asked for ahead as multiply_stream_nn does with B. What is
+/// added to them, at most stream_pairs at once, stays in the second-level cache, with 16 registers in
+/// the first.
+template <class Scalar>
+void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
+                        Index first_row, Index rows, Index first_column, Index columns, Start start,
+                        MatrixView<Scalar> c) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index capacity = (Index{streams ? 256 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
+  constexpr Index distance = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  alignas(64) Scalar values[to_size(stream_pairs * tile_rows)];  // a step's are neighbours
+  const Index end = first_column + columns;
+  for (Index row = first_row; row < first_row + rows && a.count() == 0; ++row) {
+    if (start == Start::zero) std::fill_n(row_data(c, row) + first_column, columns, Scalar{0});
+  }
+  for_each_tile(a.count(), stream_pairs, [&](Index k, Index pairs) {
+    const Start from = k == 0 ? start : Start::accumulate;
+    const Index slice = capacity / pairs / size * size;
+    for (Index column = first_column; column < end; column += slice) {
+      const Index width = std::min(slice, end - column);
+      const Index whole = width / size * size;
+      const Index stride = (width + size - 1) / size * size;
+      copy_panel(b.slice(k, pairs).columns(column, width), buffer);
+      Stream<Scalar> right{buffer, stride, pairs};
+      right.ahead_in_c = {distance, width, tile_rows * c.outerStride() - width};
+      for_each_tile(rows, tile_rows, [&](Index first, Index count) {
+        Left<Scalar> left;
+        Scalar* to[to_size(tile_rows)];
+        const Index row = first_row + first;
+        left.step = tile_rows;
+        for (Index r = 0; r < count; ++r) {
+          left.row[r] = values + r;
+          to[r] = row_data(c, row + r) + column;
+        }
+        for (Index i = 0; i < pairs; ++i) {
+          const Scalar* held = a.row(k + i) + row;
+          Scalar* value = values + i * tile_rows;
+          if (count == tile_rows) {  // nearly always, and then a constant
+            std::copy_n(held, tile_rows, value);
+          } else {
+            std::copy_n(held, count, value);
+          }
+        }
+        const Scalar* no_bias = nullptr;
+        multiply_stream(count, left, right, width, {buffer + whole, stride}, from, no_bias, to);
+      });
+    }
+  });
+}
+
+}  // namespace moe::detail
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
