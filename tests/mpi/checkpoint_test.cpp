@@ -182,3 +182,18 @@ TEST_CASE("checkpoint: a whole model that has more than the ranks is refused", "
           mpi::gather_parameters(layer, communicator.rank() == 0 ? &whole : nullptr, communicator);
         }) == "rank 0: moe: no rank has the whole model's extra");
 }
+
+TEST_CASE("checkpoint: of what several ranks have, the whole model gets the lowest one's",
+          "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Parallel layer(config, communicator);
+  for_each_parameter(layer.gate(), [&](const std::string&, auto& p) {
+    p.value.setConstant(communicator.rank() + 5);
+  });
+  Layer whole(config);
+  const int root = communicator.size() - 1;
+  mpi::gather_parameters(layer, communicator.rank() == root ? &whole : nullptr, communicator, root);
+  if (communicator.rank() != root) return;
+  for_each_parameter(whole.gate(),
+                     [](const std::string&, auto& p) { CHECK((p.value.array() == 5).all()); });
+}

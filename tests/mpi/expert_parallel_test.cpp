@@ -490,6 +490,9 @@ TEST_CASE("expert parallel: a user's network, which throws on one rank", "[mpi]"
     if (communicator.rank() == last) Weary<double>::calls_left = calls;
     check_error(
         communicator, [&] { layer.forward(x, tape); }, text);
+    // What an earlier pass may have left in the tape is not gone back through.
+    check_error(
+        communicator, [&] { layer.backward(x, tape); }, "without a forward pass");
     if (communicator.rank() == last) Weary<double>::calls_left = calls;
     check_error(
         communicator, [&] { layer.evaluate(x, tape); }, text);

@@ -158,3 +158,31 @@ TEST_CASE("gradients: what lazy zeroing left is not summed", "[mpi]") {
       CHECK(test::relative_error(p.gradient, expected[name]) < 1e-14);
   });
 }
+
+namespace {
+
+/// State that is no weight, in front of a weight.
+struct Untrained {
+  Parameter<double> state{2, 3};
+  Parameter<double> weight{2, 3};
+
+  Untrained() { state.trained = false; }
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("state", self.state);
+    visit("weight", self.weight);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("gradients: what is not trained is not summed", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Untrained module;
+  module.state.gradient.setConstant(7);
+  module.weight.gradient.setConstant(communicator.rank() + 1);
+  mpi::sum_gradients(module, communicator);
+  CHECK((module.state.gradient.array() == 7).all());
+  const int ranks = communicator.size();
+  CHECK((module.weight.gradient.array() == ranks * (ranks + 1) / 2).all());
+}
