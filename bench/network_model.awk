@@ -17,17 +17,17 @@
 BEGIN {
   FS = "\t"
   K = 2
-  split("1 32", cores)
-  split("1.25e9 12.5e9", bandwidths)
-  split("20e-6 2e-6", latencies)
+  split("1 32", cores, " ")
+  split("1.25e9 12.5e9", bandwidths, " ")
+  split("20e-6 2e-6", latencies, " ")
   split("10 Gbit/s, 20 us|100 Gbit/s, 2 us", networks, "|")
   split("2 8 64 1024", counts, " ")
 }
 $1 ~ /^step\/.*ranks:1$/ {
   split($1, parts, "/")
-  T = substr(parts[2], 3)
-  D = substr(parts[3], 3)
-  H = substr(parts[4], 3)
+  T = substr(parts[2], 3) + 0
+  D = substr(parts[3], 3) + 0
+  H = substr(parts[4], 3) + 0
   if (H < 512) next
   if (!heads++) {
     print "| D | H | cores a rank | network | ranks | arithmetic ms | exchange ms | share of exchange | H where equal | gate gradients ms |"
