@@ -8,6 +8,7 @@
 #include "moe/experts/feed_forward.hpp"
 #include "moe/function_ref.hpp"
 #include "moe/layer/expert_pass.hpp"
+#include "moe/layer/layer_checks.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/layer/output_activation.hpp"
 #include "moe/matrix.hpp"

@@ -6,6 +6,7 @@
 
 #include "moe/experts/feed_forward.hpp"
 #include "moe/layer/expert_pass.hpp"
+#include "moe/layer/layer_checks.hpp"
 #include "moe/layer/output_activation.hpp"
 #include "moe/routing/noisy_top_k_gate.hpp"
 
@@ -99,14 +100,12 @@ class MoELayer {
   /// gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                 const NoiseKey& key = {}) const {
-    check_width(x, "x");
+    detail::check_layer_width<Scalar>(x, "x", config_.width);
     tape.trained = false;
     gate_.forward(x, tape, key);
     tape.trained = false;  // until the experts have run too
-    detail::require(tape.x.rows() == x.rows() && tape.x.cols() == config_.width,
-                    "MoELayer: the gate left a tape.x of ", tape.x.rows(), " x ", tape.x.cols(),
-                    " for an x of ", x.rows(), " x ", config_.width);
-    dispatch(tape, x.rows());
+    detail::check_left_by_gate(tape.x, "x", x.rows(), config_.width);
+    detail::group_checked(tape.routing, gate_.experts(), x.rows());
     run_experts(tape.x, tape, true);
     tape.trained = true;
     return tape.y;
@@ -119,7 +118,7 @@ class MoELayer {
   /// such a layer, before anything is changed.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
-    check_width(dy, "dy");
+    detail::check_layer_width<Scalar>(dy, "dy", config_.width);
     const Index tokens = tape.x.rows();
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
     detail::require(tape.routing.experts == gate_.experts() && tape.x.cols() == config_.width &&
@@ -134,9 +133,7 @@ class MoELayer {
         .run_backward(experts_, tape.x, dsum, tape.dweight, tape.dexperts);
     detail::resize_to_zero(tape.dx, tokens, config_.width);
     gate_.backward(std::span<const Scalar>(tape.dweight), tape);
-    detail::require(tape.dx.rows() == tokens && tape.dx.cols() == config_.width,
-                    "MoELayer: the gate left a tape.dx of ", tape.dx.rows(), " x ", tape.dx.cols(),
-                    " for an x of ", tokens, " x ", config_.width);
+    detail::check_left_by_gate(tape.dx, "dx", tokens, config_.width);
     detail::add_scaled(tape.dx.size(), Scalar{1}, tape.dexperts.data(), tape.dx.data());
     return tape.dx;
   }
@@ -144,11 +141,11 @@ class MoELayer {
   /// y (T x D) without noise. Leaves tape.routing and tape.balance too, so a served or validated
   /// batch can be watched, but nothing that backward() could use.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check_width(x, "x");
+    detail::check_layer_width<Scalar>(x, "x", config_.width);
     tape.trained = false;
     gate_.evaluate(x, tape);
     tape.trained = false;
-    dispatch(tape, x.rows());
+    detail::group_checked(tape.routing, gate_.experts(), x.rows());
     run_experts(x, tape, false);
     return tape.y;
   }
@@ -165,21 +162,6 @@ class MoELayer {
   }
 
  private:
-  void check_width(const MatrixRef<Scalar>& matrix, const char* name) const {
-    detail::require(matrix.cols() == config_.width, "MoELayer: ", name, " has ", matrix.cols(),
-                    " columns, Config.width = ", config_.width);
-  }
-
-  /// Sorts the slots by expert.
-  void dispatch(Tape& tape, Index tokens) const {
-    const Index experts = gate_.experts();
-    detail::require(tape.routing.experts == experts, "MoELayer: the gate's routing has ",
-                    tape.routing.experts, " experts, the layer has ", experts);
-    detail::require(tape.routing.tokens() == tokens, "MoELayer: the gate's routing has ",
-                    tape.routing.tokens(), " tokens, x has ", tokens);
-    group_by_expert(tape.routing);
-  }
-
   /// y = act(Σ G·experts(x)), x being T x D.
   void run_experts(const MatrixRef<Scalar>& x, Tape& tape, bool keeps) const {
     const bool plain = config_.output == Activation::identity;

@@ -7,15 +7,15 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
-#include <limits>
+#include <initializer_list>
 #include <memory>
-#include <numeric>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "moe/matrix.hpp"

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "moe/layer/expert_pass.hpp"
+#include "moe/layer/layer_checks.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/layer/output_activation.hpp"
 #include "moe/mpi/communicator.hpp"
@@ -176,9 +177,7 @@ class ExpertParallel {
       communicator_.attempt("the gate", [&] {
         gate_->forward(x, tape, own);
         tape.trained = false;  // until the experts have run too
-        moe::detail::require(tape.x.rows() == x.rows() && tape.x.cols() == config_.width,
-                             "MoELayer: the gate left a tape.x of ", tape.x.rows(), " x ",
-                             tape.x.cols(), " for an x of ", x.rows(), " x ", config_.width);
+        moe::detail::check_left_by_gate(tape.x, "x", x.rows(), config_.width);
         dispatch(x.rows(), tape);
       });
     });
@@ -197,11 +196,11 @@ class ExpertParallel {
                              {"the number of tokens", tape.batch_tokens},
                              {"the pass of the tape", tape.pass}},
                             [&] { prepare_backward(dy, tape); });
+      run_experts_backward(
+          moe::detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined),
+          tape);
+      run_gate_backward(tape);
     });
-    const MatrixRef<Scalar> dsum =
-        moe::detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
-    run_experts_backward(dsum, tape);
-    with_batch(tape, [&] { run_gate_backward(tape); });
     moe::detail::add_scaled(tape.dx.size(), Scalar{1}, tape.dexperts.data(), tape.dx.data());
     return tape.dx;
   }
@@ -314,18 +313,13 @@ class ExpertParallel {
     });
   }
 
-  void check_width(const MatrixRef<Scalar>& matrix, const char* name) const {
-    moe::detail::require(matrix.cols() == config_.width, "MoELayer: ", name, " has ", matrix.cols(),
-                         " columns, Config.width = ", config_.width);
-  }
-
   /// Finds out how many tokens all ranks have.
   void begin(const char* call, const MatrixRef<Scalar>& x, const NoiseKey& key, Tape& tape) const {
     communicator_.attempt(call,
                           {{"key.step", static_cast<std::int64_t>(key.step)},
                            {"key.first_token", static_cast<std::int64_t>(key.first_token)},
                            {"the layer", number_}},
-                          [&] { check_width(x, "x"); });
+                          [&] { moe::detail::check_layer_width<Scalar>(x, "x", config_.width); });
     tape.step = key.step;
     tape.pass = communicator_.next_number();
     tape.rank_tokens = communicator_.gather(x.rows());
@@ -357,11 +351,7 @@ class ExpertParallel {
     using moe::detail::to_size;
     const Index experts = gate_->experts();
     Routing<Scalar>& routing = tape.routing;
-    moe::detail::require(routing.experts == experts, "MoELayer: the gate's routing has ",
-                         routing.experts, " experts, the layer has ", experts);
-    moe::detail::require(routing.tokens() == tokens, "MoELayer: the gate's routing has ",
-                         routing.tokens(), " tokens, x has ", tokens);
-    group_by_expert(routing);
+    moe::detail::group_checked(routing, experts, tokens);
 
     Routing<Scalar>& own = tape.own.routing;
     own.experts = static_cast<Index>(shard_.experts.size());
@@ -508,9 +498,9 @@ class ExpertParallel {
     send_tokens(x, tape.received_x, tape, *there);
     for_each_other_rank([&](int r) {
       there->receive(tape.others.routing.weight.data() + tape.received[to_size(r)],
-                     came_from(r, tape), 1, r);
+                     came_from(r, tape), r);
       there->send(std::as_const(tape.sent_weight).data() + tape.sent[to_size(r)],
-                  leave_for(r, tape), 1, r);
+                  leave_for(r, tape), r);
     });
     communicator_.attempt("the experts", [&] {
       run_share(x, keeps, tape.own, sum);
@@ -533,7 +523,7 @@ class ExpertParallel {
   void prepare_backward(const MatrixRef<Scalar>& dy, Tape& tape) const {
     using moe::detail::require;
     require(tape.trained, "MoELayer::backward without a forward pass on this tape");
-    check_width(dy, "dy");
+    moe::detail::check_layer_width<Scalar>(dy, "dy", config_.width);
     require(dy.rows() == tape.x.rows(), "MoELayer: dy has ", dy.rows(), " rows, y has ",
             tape.x.rows());
     require(tape.routing.experts == gate_->experts() && tape.x.cols() == config_.width &&
@@ -568,9 +558,9 @@ class ExpertParallel {
     });
     return_answers(tape, *back);
     for_each_other_rank([&](int r) {
-      back->receive(tape.returned_dweight.data() + tape.sent[to_size(r)], leave_for(r, tape), 1, r);
+      back->receive(tape.returned_dweight.data() + tape.sent[to_size(r)], leave_for(r, tape), r);
       back->send(std::as_const(tape.others.dweight).data() + tape.received[to_size(r)],
-                 came_from(r, tape), 1, r);
+                 came_from(r, tape), r);
     });
     back->wait();
     add_answers(tape, tape.dexperts);
@@ -598,9 +588,7 @@ class ExpertParallel {
         tape.gate_gradients.set_aside(*gate_);
         aside = true;
         gate_->backward(std::span<const Scalar>(tape.dweight), tape);
-        moe::detail::require(tape.dx.rows() == tape.x.rows() && tape.dx.cols() == config_.width,
-                             "MoELayer: the gate left a tape.dx of ", tape.dx.rows(), " x ",
-                             tape.dx.cols(), " for an x of ", tape.x.rows(), " x ", config_.width);
+        moe::detail::check_left_by_gate(tape.dx, "dx", tape.x.rows(), config_.width);
       });
       tape.gate_gradients.sum(*gate_, communicator_);
     } catch (...) {

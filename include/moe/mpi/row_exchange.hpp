@@ -41,13 +41,12 @@ class RowExchange {
   /// Sends rows that lie one behind the other.
   template <class Scalar>
   void send(const Scalar* rows, Index count, Index width, int to) {
-    const Communicator::Stopwatch stopwatch(communicator_.traffic());
-    for_each_message(rows, count, width, [&](const Scalar* first, int size, MPI_Datatype type) {
-      MPI_Isend(first, size, type, to, 0, communicator_.handle(), next());
-    });
-    const auto bytes =
-        static_cast<std::int64_t>(count * width) * static_cast<std::int64_t>(sizeof(Scalar));
-    (width > 1 ? communicator_.traffic().row_bytes : communicator_.traffic().other_bytes) += bytes;
+    communicator_.traffic().row_bytes += post_send(rows, count, width, to);
+  }
+  /// Sends numbers that go with rows.
+  template <class Scalar>
+  void send(const Scalar* numbers, Index count, int to) {
+    communicator_.traffic().other_bytes += post_send(numbers, count, 1, to);
   }
 
   /// Receives as many as the other sends, one behind the other.
@@ -57,6 +56,10 @@ class RowExchange {
     for_each_message(rows, count, width, [&](Scalar* first, int size, MPI_Datatype type) {
       MPI_Irecv(first, size, type, from, 0, communicator_.handle(), next());
     });
+  }
+  template <class Scalar>
+  void receive(Scalar* numbers, Index count, int from) {
+    receive(numbers, count, 1, from);
   }
 
   /// Returns when all is sent and received. Throws std::runtime_error after the communicator's
@@ -78,6 +81,16 @@ class RowExchange {
   }
 
  private:
+  /// Returns how many bytes go.
+  template <class Scalar>
+  std::int64_t post_send(const Scalar* rows, Index count, Index width, int to) {
+    const Communicator::Stopwatch stopwatch(communicator_.traffic());
+    for_each_message(rows, count, width, [&](const Scalar* first, int size, MPI_Datatype type) {
+      MPI_Isend(first, size, type, to, 0, communicator_.handle(), next());
+    });
+    return static_cast<std::int64_t>(count * width) * static_cast<std::int64_t>(sizeof(Scalar));
+  }
+
   template <class Scalar, class F>
   void for_each_message(Scalar* rows, Index count, Index width, F&& f) const {
     MPI_Datatype row;

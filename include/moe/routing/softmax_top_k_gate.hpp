@@ -417,7 +417,8 @@ class SoftmaxTopKGate {
     if (config_.switch_weight > 0) measure(tape.batch_loss, config_.switch_weight, 1);
     if (by_sequence) measure(tape.sequence_loss, config_.sequence_weight, config_.sequences);
     if (config_.z_weight > 0) {
-      balance.loss += static_cast<Scalar>(config_.z_weight) * detail::router_z_loss(tape.log_sum, tape.batch);
+      balance.loss += static_cast<Scalar>(config_.z_weight) *
+                      detail::router_z_loss(tape.log_sum, tape.batch);
     }
   }
 

@@ -1,0 +1,36 @@
+#pragma once
+
+#include "moe/matrix.hpp"
+#include "moe/routing/routing.hpp"
+
+/// \file
+/// What a layer asks of its caller and of its gate. All throw std::invalid_argument.
+
+namespace moe::detail {
+
+/// `name` is the matrix's in the message.
+template <class Scalar>
+void check_layer_width(const MatrixRef<Scalar>& matrix, const char* name, Index width) {
+  require(matrix.cols() == width, "MoELayer: ", name, " has ", matrix.cols(),
+          " columns, Config.width = ", width);
+}
+
+/// What a gate leaves in its tape, `name` being "x" or "dx", for an x of tokens x width.
+template <class Scalar>
+void check_left_by_gate(const Matrix<Scalar>& matrix, const char* name, Index tokens, Index width) {
+  require(matrix.rows() == tokens && matrix.cols() == width, "MoELayer: the gate left a tape.",
+          name, " of ", matrix.rows(), " x ", matrix.cols(), " for an x of ", tokens, " x ", width);
+}
+
+/// Groups the slots that a gate made by expert, after checking that they are of these experts and
+/// tokens.
+template <class Scalar>
+void group_checked(Routing<Scalar>& routing, Index experts, Index tokens) {
+  require(routing.experts == experts, "MoELayer: the gate's routing has ", routing.experts,
+          " experts, the layer has ", experts);
+  require(routing.tokens() == tokens, "MoELayer: the gate's routing has ", routing.tokens(),
+          " tokens, x has ", tokens);
+  group_by_expert(routing);
+}
+
+}  // namespace moe::detail
