@@ -1219,6 +1219,12 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
   CHECK_THROWS_WITH(forgetful.forward(x, tape),
                     "moe: MoELayer: the gate left a tape.x of 0 x 0 for an x of 6 x 3");
   CHECK_THROWS_AS(forgetful.backward(x, tape), std::invalid_argument);
+  for (const Index rows : {4, 7}) {  // of an earlier batch
+    tape.x = random_matrix<float>(rows, 3, 2);
+    CHECK_THROWS_WITH(forgetful.forward(x, tape), "moe: MoELayer: the gate left a tape.x of " +
+                                                      std::to_string(rows) +
+                                                      " x 3 for an x of 6 x 3");
+  }
 
   // A gate without a gradient need not touch tape.dx: it comes as zeros.
   Careless layer({.width = 3, .expert = {.hidden = 4}});
