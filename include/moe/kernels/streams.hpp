@@ -128,8 +128,8 @@ void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>&
   if (done == columns) return;
   Scalar* to[to_size(tile_rows)];
   for (Index r = 0; r < rows; ++r) to[r] = c[r] + done;
-  multiply_tile(rows, 1, columns - done, left, rest, right.steps, start,
-                start == Start::bias ? bias + done : nullptr, to);
+  multiply_tile<1>(rows, 1, columns - done, left, rest, right.steps, start,
+                   start == Start::bias ? bias + done : nullptr, to);
 }
 
 /// The form nn with B where it lies, in the order in which memory gives it fastest: some rows of it
@@ -191,8 +191,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
 /// B, which is by far the larger, is neither transposed nor copied.
 template <class Scalar>
 void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
-                     Index columns, Start start, const ScatteredRows<Scalar>& c,
-                     Finish finish) {
+                     Index columns, Start start, const ScatteredRows<Scalar>& c, Finish finish) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index capacity = (Index{1} << 16) / static_cast<Index>(sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
@@ -261,19 +260,19 @@ void transpose_rows(Index rows, Index columns, From from, To to) {
 }
 
 /// R rows of B, `stride` apart, times V packets of the columns of a panel, from zero or what is in
-/// `tile` (R x V packets, tile_columns apart). The rows are asked for when what is `ahead` places
-/// before them is read.
+/// `tile` (R x V packets, tile_columns apart). If there are only `height` rows, the last stands for the
+/// others. The rows are asked for when what is `ahead` places before them is read.
 template <class P, Index R, Index V, class Scalar>
 #if defined(__GNUC__)
 [[gnu::noinline]]
 #endif
-void multiply_rows_tile(const Scalar* b, Index stride, Panel<Scalar> panel, Index depth,
+void multiply_rows_tile(const Scalar* b, Index stride, Index height, Panel<Scalar> panel, Index depth,
                         bool from_zero, Index ahead, Scalar* tile) {
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
   const Scalar* row[to_size(R)];
   MOE_UNROLL
-  for (Index r = 0; r < R; ++r) row[r] = b + r * stride;
+  for (Index r = 0; r < R; ++r) row[r] = b + std::min(r, height - 1) * stride;
   P sum[to_size(R)][to_size(V)];
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) {
@@ -339,23 +338,13 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
       const auto in_c = [&](Index i) { return c.row(first + i) + column; };
       if (!from_zero) transpose_rows<Scalar>(reach, height, in_c, in_tile);
       const Index ahead = first == 0 ? tile_rows * stride : 0;
-      if (height < tile_rows) {
-        Left<Scalar> left;
-        Scalar* to[to_size(tile_rows)];
-        for (Index r = 0; r < height; ++r) {
-          left.row[r] = place + r * stride;
-          to[r] = in_tile(r);
-        }
-        const Index used = parts > 0 ? parts * size : half;
-        multiply_tile(height, std::max<Index>(1, parts), used, left, panel, count,
-                      from_zero ? Start::zero : Start::accumulate,
-                      static_cast<const Scalar*>(nullptr), to);
-      } else if (parts == 0) {
-        multiply_rows_tile<Half, tile_rows, 1>(place, stride, panel, count, from_zero, ahead, tile);
+      if (parts == 0) {
+        multiply_rows_tile<Half, tile_rows, 1>(place, stride, height, panel, count, from_zero,
+                                               ahead, tile);
       } else {
         with_constant<tile_packets>(parts, [&](auto V) {
-          multiply_rows_tile<Whole, tile_rows, V>(place, stride, panel, count, from_zero, ahead,
-                                                  tile);
+          multiply_rows_tile<Whole, tile_rows, V>(place, stride, height, panel, count, from_zero,
+                                                  ahead, tile);
         });
       }
       transpose_rows<Scalar>(height, reach, in_tile, in_c);

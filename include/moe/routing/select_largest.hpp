@@ -21,12 +21,12 @@ class ByScore {
     const Scalar sb = key(b);
     return sa > sb || (sa == sb && a < b);
   }
-
- private:
   // A NaN compares false with everything, which would leave the order to the sorting algorithm.
   Scalar key(Index i) const {
     return std::isnan(scores_[i]) ? -std::numeric_limits<Scalar>::infinity() : scores_[i];
   }
+
+ private:
   const Scalar* scores_;
 };
 
@@ -38,12 +38,14 @@ void select_largest(const Scalar* scores, Index size, Index count, Index* best) 
   const ByScore<Scalar> before(scores);
   for (Index i = 0; i < count; ++i) best[i] = i;
   std::make_heap(best, best + count, before);  // the worst of the best at the front
+  Scalar worst = before.key(best[0]);
   for (Index i = count; i < size; ++i) {
-    if (before(i, best[0])) {
-      std::pop_heap(best, best + count, before);
-      best[count - 1] = i;
-      std::push_heap(best, best + count, before);
-    }
+    // No later index wins a tie, and a NaN wins nothing, so most scores take this comparison alone.
+    if (!(scores[i] > worst)) continue;
+    std::pop_heap(best, best + count, before);
+    best[count - 1] = i;
+    std::push_heap(best, best + count, before);
+    worst = before.key(best[0]);
   }
   std::sort_heap(best, best + count, before);
 }
