@@ -64,6 +64,53 @@ TEST_CASE("random: derived seeds differ by stream and by seed", "[random]") {
   }
 }
 
+TEST_CASE("random: a multiply-add is rounded once, with or without an instruction for it",
+          "[random]") {
+  const auto check = [](float a, float b, float c) {
+    INFO(a << " * " << b << " + " << c);
+    const float expected = std::fma(a, b, c);
+    CHECK(std::bit_cast<std::uint32_t>(detail::multiply_add_in_double(a, b, c)) ==
+          std::bit_cast<std::uint32_t>(expected));
+    CHECK(std::bit_cast<std::uint32_t>(detail::multiply_add(a, b, c)) ==
+          std::bit_cast<std::uint32_t>(expected));
+  };
+  // c and half a unit in its last place, but for 2^-56, which a double beside c cannot hold: rounded
+  // to double first, the sum seems to lie in the middle between two floats.
+  const float a = 0x1p-12f * (1.0f + 0x1p-16f);
+  const float b = 0x1p-12f * (1.0f - 0x1p-16f);
+  const float c = 1.0f + 0x1p-23f;
+  CHECK(detail::multiply_add_in_double(a, b, c) == c);
+  CHECK(detail::multiply_add_in_double(-a, b, c) == c);
+  CHECK(static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + c) != c);
+  for (const float scale : {1.0f, -1.0f, 0x1p40f, -0x1p-40f}) {
+    for (const float addend : {c, -c, 1.0f, 1.0f + 0x1p-22f}) {
+      check(a, b * scale, addend * scale);
+      check(a, -b * scale, addend * scale);
+    }
+  }
+  for (const float value : {0.0f, -0.0f, 1.0f, -3.0f}) check(value, 5.0f, -5.0f * value);
+  for (std::uint32_t i = 0; i < 20000; ++i) {
+    const Words words = philox({i, 0, 0, 0}, 1);
+    const auto number = [](std::uint32_t bits) {  // of exponents that lie near each other
+      return std::bit_cast<float>((bits & 0x807FFFFFu) | ((120u + (bits >> 26 & 15u)) << 23));
+    };
+    check(number(words[0]), number(words[1]), number(words[2]));
+  }
+}
+
+TEST_CASE("random: noise is the same column by column, however many there are", "[random]") {
+  const NoiseKey key{(std::uint64_t{3} << 32) + 5, 7};
+  for (const Index count : {1, 15, 16, 63, 64, 65, 127, 200}) {
+    std::vector<float> row(detail::to_size(count) + 1, 9.0f);
+    detail::fill_noise_row(11, key, 2, count, row.data());
+    CHECK(row.back() == 9.0f);  // beyond it nothing is written
+    for (Index column = 0; column < count; ++column) {
+      const Words words = philox({static_cast<std::uint32_t>(column / 4), 9, 5, 3}, 11);
+      CHECK(row[detail::to_size(column)] == standard_normal(words[detail::to_size(column % 4)]));
+    }
+  }
+}
+
 TEST_CASE("random: normal deviates are the quantiles of their bits", "[random]") {
   // Tail probabilities from 2^-33 to 1/2, on both sides of zero, in steps of 1/64.
   double middle = 0.0;

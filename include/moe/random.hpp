@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "moe/matrix.hpp"
 
@@ -14,22 +15,42 @@
 
 namespace moe {
 
+namespace detail {
+
+/// Philox 4x32-10 of N counters, word by word, so that the compiler can turn it into vector code.
+template <std::size_t N>
+constexpr void philox_lanes(std::array<std::array<std::uint32_t, N>, 4>& counters,
+                            std::uint64_t key) {
+  auto key_low = static_cast<std::uint32_t>(key);
+  auto key_high = static_cast<std::uint32_t>(key >> 32);
+  std::array<std::uint64_t, N> a{};
+  std::array<std::uint64_t, N> b{};
+  for (int round = 0; round < 10; ++round) {
+    for (std::size_t i = 0; i < N; ++i) a[i] = std::uint64_t{0xD2511F53} * counters[0][i];
+    for (std::size_t i = 0; i < N; ++i) b[i] = std::uint64_t{0xCD9E8D57} * counters[2][i];
+    for (std::size_t i = 0; i < N; ++i) {
+      counters[0][i] = static_cast<std::uint32_t>(b[i] >> 32) ^ counters[1][i] ^ key_low;
+      counters[2][i] = static_cast<std::uint32_t>(a[i] >> 32) ^ counters[3][i] ^ key_high;
+    }
+    for (std::size_t i = 0; i < N; ++i) {
+      counters[1][i] = static_cast<std::uint32_t>(b[i]);
+      counters[3][i] = static_cast<std::uint32_t>(a[i]);
+    }
+    key_low += 0x9E3779B9;
+    key_high += 0xBB67AE85;
+  }
+}
+
+}  // namespace detail
+
 /// Philox 4x32-10: four random words from a counter and a key.
 /// J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
                                               std::uint64_t key) {
-  auto key_low = static_cast<std::uint32_t>(key);
-  auto key_high = static_cast<std::uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = std::uint64_t{0xD2511F53} * counter[0];
-    const std::uint64_t b = std::uint64_t{0xCD9E8D57} * counter[2];
-    counter = {
-        static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key_low, static_cast<std::uint32_t>(b),
-        static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key_high, static_cast<std::uint32_t>(a)};
-    key_low += 0x9E3779B9;
-    key_high += 0xBB67AE85;
-  }
-  return counter;
+  std::array<std::array<std::uint32_t, 1>, 4> one{};
+  for (std::size_t word = 0; word < 4; ++word) one[word][0] = counter[word];
+  detail::philox_lanes(one, key);
+  return {one[0][0], one[1][0], one[2][0], one[3][0]};
 }
 
 /// A seed for part `stream` of something that was seeded with `seed`; different streams are
@@ -59,16 +80,37 @@ inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseK
       seed);
 }
 
-/// a·b + c rounded to float. The product of two floats is exact in double, so a compiler that fuses
-/// the multiply-add and one that does not give the same bits: everything below is made of it.
-inline float multiply_add(float a, float b, float c) {
-  return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) +
-                            static_cast<double>(c));
+/// a·b + c rounded once, by a processor that has no instruction for it. In double the product of two
+/// floats is exact, and a sum that is rounded to an odd last digit is rounded to float as the exact one
+/// would be (S. Boldo, G. Melquiond, "Emulation of FMA and Correctly Rounded Sums", 2008).
+EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double addend = static_cast<double>(c);
+  const double sum = product + addend;
+  const double rest = sum - product;
+  const double error = (product - (sum - rest)) + (addend - rest);
+  // Without a branch, and with nothing that the oldest vector instructions lack.
+  const auto bits = std::bit_cast<std::uint64_t>(sum);
+  const auto error_bits = std::bit_cast<std::uint64_t>(error);
+  const std::uint64_t magnitude = error_bits << 1;
+  const std::uint64_t inexact = (magnitude | (0 - magnitude)) >> 63;
+  const std::uint64_t moves = inexact & ~bits & 1;
+  const std::uint64_t toward_zero = moves & ((bits ^ error_bits) >> 63);
+  return static_cast<float>(std::bit_cast<double>(bits + moves - 2 * toward_zero));
+}
+
+/// a·b + c rounded once: everything below is made of it, so it has the same bits on every platform.
+EIGEN_ALWAYS_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
+  return std::fma(a, b, c);
+#else
+  return multiply_add_in_double(a, b, c);
+#endif
 }
 
 /// Natural logarithm of a normal positive float, to about 1e-7, the same bits on every platform:
 /// log(m·2^e) = e·log 2 + 2·atanh((m - 1) / (m + 1)) with m in [2/3, 4/3).
-inline float portable_log(float x) {
+EIGEN_ALWAYS_INLINE float portable_log(float x) {
   const auto bits = std::bit_cast<std::int32_t>(x);
   const std::int32_t two_thirds = 0x3F2AAAAB;
   const std::int32_t exponent = (bits - two_thirds) >> 23;
@@ -85,7 +127,7 @@ inline float portable_log(float x) {
 }
 
 template <class... Coefficients>
-float polynomial(float x, Coefficients... coefficients) {
+EIGEN_ALWAYS_INLINE float polynomial(float x, Coefficients... coefficients) {
   float sum = 0.0f;
   ((sum = multiply_add(sum, x, coefficients)), ...);
   return sum;
@@ -94,13 +136,13 @@ float polynomial(float x, Coefficients... coefficients) {
 /// erfinv(y)/y as a function of w = -log(1 - y²), in the middle (w < 5): M. Giles'
 /// single-precision approximation ("Approximating the erfinv function", GPU Computing Gems 2,
 /// 2011).
-inline float erfinv_middle(float w) {
+EIGEN_ALWAYS_INLINE float erfinv_middle(float w) {
   return polynomial(w - 2.5f, 2.81022636e-08f, 3.43273939e-07f, -3.5233877e-06f, -4.39150654e-06f,
                     2.1858087e-04f, -1.25372503e-03f, -4.17768164e-03f, 0.246640727f, 1.50140941f);
 }
 /// The published tail ends at w = 16 and 32 bits reach 21.5, so this one was fitted anew, to 7e-6
 /// in the tail's probability.
-inline float erfinv_tail(float w) {
+EIGEN_ALWAYS_INLINE float erfinv_tail(float w) {
   return polynomial(std::sqrt(w) - 3.0f, 3.64533917e-05f, -1.47937535e-04f, -3.40692932e-05f,
                     1.28576276e-03f, -3.55479051e-03f, 5.76756196e-03f, -7.65693327e-03f,
                     9.43400245e-03f, 1.00167668f, 2.83297706f);
@@ -135,21 +177,35 @@ inline float standard_normal(std::uint32_t bits) { return standard_normals(std::
 
 namespace detail {
 
+/// The noise of columns [first, first + 4·N) of a row; first is a multiple of 4.
+template <std::size_t N>
+std::array<float, 4 * N> noise_block(std::uint64_t seed, const NoiseKey& key, Index row,
+                                     Index first) {
+  std::array<std::array<std::uint32_t, N>, 4> counters;
+  for (std::size_t i = 0; i < N; ++i) {
+    counters[0][i] = static_cast<std::uint32_t>(first / 4) + static_cast<std::uint32_t>(i);
+    counters[1][i] = key.first_token + static_cast<std::uint32_t>(row);
+    counters[2][i] = static_cast<std::uint32_t>(key.step);
+    counters[3][i] = static_cast<std::uint32_t>(key.step >> 32);
+  }
+  philox_lanes(counters, seed);
+  std::array<std::uint32_t, 4 * N> bits;
+  for (std::size_t i = 0; i < 4 * N; ++i) bits[i] = counters[i % 4][i / 4];
+  return standard_normals(bits);
+}
+
 /// One row of normal noise, keyed by (seed, step, token, column): n[0 .. count).
 template <class Scalar>
 void fill_noise_row(std::uint64_t seed, const NoiseKey& key, Index row, Index count, Scalar* n) {
-  constexpr Index batch = 16;
-  for (Index first = 0; first < count; first += batch) {
-    std::array<std::uint32_t, batch> bits;
-    for (Index i = 0; i < batch; i += 4) {
-      const auto words = noise_words(seed, key, row, (first + i) / 4);
-      std::copy(words.begin(), words.end(), bits.begin() + i);
-    }
-    const auto normals = standard_normals(bits);
-    for (Index i = 0; i < std::min(batch, count - first); ++i) {
-      n[first + i] = static_cast<Scalar>(normals[to_size(i)]);
-    }
-  }
+  const auto fill = [&](auto blocks, Index first) {
+    const auto normals = noise_block<blocks>(seed, key, row, first);
+    const Index size = std::min(static_cast<Index>(normals.size()), count - first);
+    for (Index i = 0; i < size; ++i) n[first + i] = static_cast<Scalar>(normals[to_size(i)]);
+    return size;
+  };
+  Index first = 0;
+  while (count - first >= 64) first += fill(std::integral_constant<std::size_t, 16>{}, first);
+  while (first < count) first += fill(std::integral_constant<std::size_t, 4>{}, first);
 }
 
 }  // namespace detail
