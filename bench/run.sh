@@ -1,9 +1,10 @@
 #!/bin/sh
 # Measures how fast the library is: installs what is missing, builds, runs every benchmark, draws
 # plots, and prints the tables. Results are in build/bench.
-#     sh bench/run.sh [--no-peers] [NAME...]
+#     sh bench/run.sh [--no-peers] [--small-pages] [NAME...]
 # With names, those benchmarks only (layer, peers, ...; one a file of this folder). --no-peers does
-# without oneDNN and libtorch, whose packages take half a gigabyte.
+# without oneDNN and libtorch, whose packages take half a gigabyte. --small-pages leaves memory in
+# the pages that the system gives by itself; else all programs ask for large ones.
 set -eu
 trap 'echo; echo "Stopped."; exit 130' INT
 
@@ -13,11 +14,13 @@ out="$root/build/bench"
 all='machine layer shrinking_batch few_tokens routing threads exchange experts scale memory peers'
 
 peers=ON
+large_pages=ON
 names=''
 for argument in "$@"; do
   case $argument in
     --no-peers) peers=OFF ;;
-    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit ;;
+    --small-pages) large_pages=OFF ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit ;;
     -*) echo "$0: what is $argument?" >&2; exit 2 ;;
     *)
       [ -f "$root/bench/$argument.cpp" ] || { echo "$0: there is no $argument" >&2; exit 2; }
@@ -43,6 +46,11 @@ cmake --build "$build" --target benchmarks --parallel "$(getconf _NPROCESSORS_ON
 mkdir -p "$out"
 # bench_exchange runs on two ranks, as root too, and on one core if there is no other.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+
+# Where malloc is the GNU C library's, for all parties alike: ours, the peers and the machine's limits.
+if [ $large_pages = ON ]; then
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1"
+fi
 
 for name in $names; do
   start=$(date +%s)

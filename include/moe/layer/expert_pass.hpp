@@ -207,7 +207,7 @@ class ExpertPass {
   Index pieces_of(Index rows) const {
     const Index workers = worker_count();
     if (workers == 1) return 1;
-    return (4 * workers * rows + group_rows() - 1) / group_rows();
+    return (8 * workers * rows + group_rows() - 1) / group_rows();
   }
 
   /// Cuts [0, count) into at most `pieces` ranges whose lengths are multiples of `unit`.
@@ -238,12 +238,14 @@ class ExpertPass {
     }
   }
 
+  /// A piece for each worker, all of one size: columns while they are a tile wide, then rows too. They
+  /// are not cut finer, since each piece of rows reads the weights anew.
   void plan_combines(Index width) const {
-    const Index tokens = routing_.tokens();
-    const Index pieces = worker_count() == 1 ? 1 : 2 * worker_count();
-    const Index strips = (width + tile_columns<Scalar> - 1) / tile_columns<Scalar>;
-    cut(tokens, (pieces + strips - 1) / strips, 1, [&](Range rows) {
-      cut(width, pieces, tile_columns<Scalar>, [&](Range columns) {
+    const Index workers = worker_count();
+    Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers);
+    while (workers % strips != 0) --strips;
+    cut(routing_.tokens(), workers / strips, 1, [&](Range rows) {
+      cut(width, strips, cache_line<Scalar>, [&](Range columns) {
         tape_.tasks.push_back({Task::combine, 0, rows, columns});
       });
     });
@@ -260,7 +262,7 @@ class ExpertPass {
 
   /// At most so many tasks come from a group: each kind makes one of every slice and for rows of it,
   /// and its share of the pieces, rounded up.
-  Index most_tasks(Index rows) const { return 4 * rows + 32 * worker_count() + 32; }
+  Index most_tasks(Index rows) const { return 4 * rows + 64 * worker_count() + 32; }
 
   /// Which all experts are like.
   const Expert& first_expert() const { return experts_.front(); }
