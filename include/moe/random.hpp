@@ -80,7 +80,7 @@ inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseK
       seed);
 }
 
-/// a·b + c rounded once, by a processor that has no instruction for it. In double the product of two
+/// a·b + c rounded once, by a processor that has no instruction for it, of finite numbers. In double the product of two
 /// floats is exact, and a sum that is rounded to an odd last digit is rounded to float as the exact one
 /// would be (S. Boldo, G. Melquiond, "Emulation of FMA and Correctly Rounded Sums", 2008).
 EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {

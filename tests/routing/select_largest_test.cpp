@@ -32,4 +32,7 @@ TEMPLATE_TEST_CASE("select_largest: a stable sort's for any scores", "[routing]"
       }
     }
   }
+  TestType* nothing = nullptr;
+  Index* nowhere = nullptr;
+  detail::select_largest(nothing, 0, 0, nowhere);
 }

@@ -337,7 +337,7 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
       const auto in_tile = [&](Index r) { return tile + r * tile_columns<Scalar>; };
       const auto in_c = [&](Index i) { return c.row(first + i) + column; };
       if (!from_zero) transpose_rows<Scalar>(reach, height, in_c, in_tile);
-      const Index ahead = first == 0 ? tile_rows * stride : 0;
+      const Index ahead = first == 0 && height == tile_rows ? tile_rows * stride : 0;
       if (parts == 0) {
         multiply_rows_tile<Half, tile_rows, 1>(place, stride, height, panel, count, from_zero,
                                                ahead, tile);

@@ -210,13 +210,16 @@ class ExpertPass {
     return (8 * workers * rows + group_rows() - 1) / group_rows();
   }
 
-  /// Cuts [0, count) into at most `pieces` ranges whose lengths are multiples of `unit`.
+  /// Cuts [0, count) into at most `pieces` ranges that start at multiples of `unit`, as even as can be,
+  /// the larger ones first, so that what is left over at the end of a plan is small.
   static void cut(Index count, Index pieces, Index unit, FunctionRef<void(Range)> f) {
     const Index units = (count + unit - 1) / unit;
     const Index parts = std::max<Index>(1, std::min(pieces, units));
-    const Index size = (units + parts - 1) / parts * unit;
-    for (Index first = 0; first < count; first += size) {
-      f(Range{first, std::min(size, count - first)});
+    Index first = 0;
+    for (Index part = 0; part < parts; ++part) {
+      const Index size = (units / parts + (part < units % parts ? 1 : 0)) * unit;
+      if (first < count) f(Range{first, std::min(size, count - first)});
+      first += size;
     }
   }
 
@@ -238,13 +241,13 @@ class ExpertPass {
     }
   }
 
-  /// A piece for each worker, all of one size: columns while they are a tile wide, then rows too. They
-  /// are not cut finer, since each piece of rows reads the weights anew.
+  /// An even piece for each worker: columns while they are a tile wide, then rows too, with which a
+  /// few pieces more may come out. They are not cut finer, since each piece of rows reads the weights
+  /// anew.
   void plan_combines(Index width) const {
     const Index workers = worker_count();
-    Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers);
-    while (workers % strips != 0) --strips;
-    cut(routing_.tokens(), workers / strips, 1, [&](Range rows) {
+    const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers);
+    cut(routing_.tokens(), (workers + strips - 1) / strips, 1, [&](Range rows) {
       cut(width, strips, cache_line<Scalar>, [&](Range columns) {
         tape_.tasks.push_back({Task::combine, 0, rows, columns});
       });

@@ -35,6 +35,7 @@ class ByScore {
 /// scores in random order.
 template <class Scalar>
 void select_largest(const Scalar* scores, Index size, Index count, Index* best) {
+  if (count == 0) return;
   const ByScore<Scalar> before(scores);
   for (Index i = 0; i < count; ++i) best[i] = i;
   std::make_heap(best, best + count, before);  // the worst of the best at the front
