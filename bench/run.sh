@@ -48,9 +48,12 @@ mkdir -p "$out"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 
 # Where malloc is the GNU C library's, for all parties alike: ours, the peers and the machine's limits.
-if [ $large_pages = ON ]; then
-  export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1"
-fi
+# The last setting counts.
+hugetlb=0
+[ $large_pages = OFF ] || hugetlb=1
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=$hugetlb"
+echo "With GLIBC_TUNABLES=$GLIBC_TUNABLES; the system gives large pages:" \
+  "$(cat /sys/kernel/mm/transparent_hugepage/enabled 2>/dev/null || echo unknown)"
 
 for name in $names; do
   start=$(date +%s)
