@@ -14,12 +14,12 @@ out="$root/build/bench"
 all='machine layer shrinking_batch few_tokens routing threads exchange experts scale memory peers'
 
 peers=ON
-large_pages=ON
+hugetlb=1
 names=''
 for argument in "$@"; do
   case $argument in
     --no-peers) peers=OFF ;;
-    --small-pages) large_pages=OFF ;;
+    --small-pages) hugetlb=0 ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit ;;
     -*) echo "$0: what is $argument?" >&2; exit 2 ;;
     *)
@@ -49,8 +49,6 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_
 
 # Where malloc is the GNU C library's, for all parties alike: ours, the peers and the machine's limits.
 # The last setting counts.
-hugetlb=0
-[ $large_pages = OFF ] || hugetlb=1
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=$hugetlb"
 echo "With GLIBC_TUNABLES=$GLIBC_TUNABLES; the system gives large pages:" \
   "$(cat /sys/kernel/mm/transparent_hugepage/enabled 2>/dev/null || echo unknown)"

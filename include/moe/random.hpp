@@ -71,18 +71,23 @@ struct NoiseKey {
 
 namespace detail {
 
-/// The words of one row of noise, four columns at a time: keyed by (seed, step, token, column / 4).
-inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseKey& key, Index row,
-                                                Index column_block) {
-  return philox(
-      {static_cast<std::uint32_t>(column_block), key.first_token + static_cast<std::uint32_t>(row),
-       static_cast<std::uint32_t>(key.step), static_cast<std::uint32_t>(key.step >> 32)},
-      seed);
+/// What four columns of one row of noise are made from: (step, token, column / 4).
+inline std::array<std::uint32_t, 4> noise_counter(const NoiseKey& key, Index row,
+                                                  Index column_block) {
+  return {static_cast<std::uint32_t>(column_block),
+          key.first_token + static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(key.step),
+          static_cast<std::uint32_t>(key.step >> 32)};
 }
 
-/// a·b + c rounded once, by a processor that has no instruction for it, of finite numbers. In double the product of two
-/// floats is exact, and a sum that is rounded to an odd last digit is rounded to float as the exact one
-/// would be (S. Boldo, G. Melquiond, "Emulation of FMA and Correctly Rounded Sums", 2008).
+/// The words of four columns of one row of noise.
+inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseKey& key, Index row,
+                                                Index column_block) {
+  return philox(noise_counter(key, row, column_block), seed);
+}
+
+/// a·b + c of finite numbers, rounded once, by a processor that has no instruction for it. In double
+/// the product of two floats is exact, and a sum that is rounded to an odd last digit is rounded to
+/// float as the exact one would be (S. Boldo, G. Melquiond, "Emulation of FMA and Correctly Rounded Sums", 2008).
 EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b);
   const double addend = static_cast<double>(c);
@@ -183,10 +188,8 @@ std::array<float, 4 * N> noise_block(std::uint64_t seed, const NoiseKey& key, In
                                      Index first) {
   std::array<std::array<std::uint32_t, N>, 4> counters;
   for (std::size_t i = 0; i < N; ++i) {
-    counters[0][i] = static_cast<std::uint32_t>(first / 4) + static_cast<std::uint32_t>(i);
-    counters[1][i] = key.first_token + static_cast<std::uint32_t>(row);
-    counters[2][i] = static_cast<std::uint32_t>(key.step);
-    counters[3][i] = static_cast<std::uint32_t>(key.step >> 32);
+    const auto counter = noise_counter(key, row, first / 4 + static_cast<Index>(i));
+    for (std::size_t word = 0; word < 4; ++word) counters[word][i] = counter[word];
   }
   philox_lanes(counters, seed);
   std::array<std::uint32_t, 4 * N> bits;

@@ -37,6 +37,17 @@ inline constexpr bool streams = tile_rows == max_tile_rows;
 /// rows, column, width).
 using Finish = FunctionRef<void(Index, Index, Index, Index)>;
 
+/// Cuts [0, count) into `parts` as even as can be, the longer ones first, and calls f(first, size).
+template <class F>
+void for_each_part(Index count, Index parts, F&& f) {
+  Index first = 0;
+  for (Index part = 0; part < parts; ++part) {
+    const Index size = (count - first + parts - part - 1) / (parts - part);
+    f(first, size);
+    first += size;
+  }
+}
+
 /// Calls f(column, packets, width) for strips of one to three packets that cover the columns. The
 /// strips start anew every panel_columns and are as even as possible there (4 packets are 2 + 2,
 /// since a tile of one packet wastes the broadcasts), so where a strip begins does not depend on
@@ -49,13 +60,10 @@ void for_each_strip(Index first_column, Index columns, F&& f) {
     const Index width = std::min(panel_columns<Scalar>, end - panel);
     const Index packets = (width + size - 1) / size;
     const Index strips = (packets + tile_packets - 1) / tile_packets;
-    Index packet = 0;
-    for (Index s = 0; s < strips; ++s) {
-      const Index count = (packets - packet + strips - s - 1) / (strips - s);
+    for_each_part(packets, strips, [&](Index packet, Index count) {
       const Index column = packet * size;
       f(panel + column, count, std::min(count * size, width - column));
-      packet += count;
-    }
+    });
   }
 }
 
@@ -63,21 +71,14 @@ void for_each_strip(Index first_column, Index columns, F&& f) {
 template <class Scalar>
 void finish_rows(Index rows, Index first_column, Index columns, Finish finish) {
   if (!finish) return;
-  for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
-    finish(0, rows, column, width);
-  });
+  for_each_strip<Scalar>(first_column, columns,
+                         [&](Index column, Index, Index width) { finish(0, rows, column, width); });
 }
 
 /// Splits rows into as few tiles as possible, of even height, and calls f(row, count) for each.
 template <class F>
 void for_each_tile(Index rows, Index highest, F&& f) {
-  const Index tiles = (rows + highest - 1) / highest;
-  Index row = 0;
-  for (Index t = 0; t < tiles; ++t) {
-    const Index count = (rows - row + tiles - t - 1) / (tiles - t);
-    f(row, count);
-    row += count;
-  }
+  for_each_part(rows, (rows + highest - 1) / highest, f);
 }
 
 /// Copies rows next to each other, the last packet of each filled up with zeros.

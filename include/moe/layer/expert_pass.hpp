@@ -214,13 +214,9 @@ class ExpertPass {
   /// the larger ones first, so that what is left over at the end of a plan is small.
   static void cut(Index count, Index pieces, Index unit, FunctionRef<void(Range)> f) {
     const Index units = (count + unit - 1) / unit;
-    const Index parts = std::max<Index>(1, std::min(pieces, units));
-    Index first = 0;
-    for (Index part = 0; part < parts; ++part) {
-      const Index size = (units / parts + (part < units % parts ? 1 : 0)) * unit;
-      if (first < count) f(Range{first, std::min(size, count - first)});
-      first += size;
-    }
+    for_each_part(units, std::min(pieces, units), [&](Index first, Index size) {
+      f(Range{first * unit, std::min(size * unit, count - first * unit)});
+    });
   }
 
   void plan_runs(bool splits_rows) const {
