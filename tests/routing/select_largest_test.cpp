@@ -13,8 +13,8 @@ using Indices = std::vector<Index>;
 TEMPLATE_TEST_CASE("select_largest: a stable sort's for any scores", "[routing]", float, double) {
   const auto nan = std::numeric_limits<TestType>::quiet_NaN();
   const auto infinity = std::numeric_limits<TestType>::infinity();
-  for (std::uint64_t seed = 0; seed < 40; ++seed) {
-    for (const Index size : {1, 2, 7, 33}) {
+  for (std::uint64_t seed = 0; seed < 200; ++seed) {
+    for (const Index size : {1, 2, 7, 31, 32, 33, 90}) {
       Matrix<TestType> scores = random_matrix<TestType>(1, size, seed);
       if (seed % 2 == 0) scores = (scores * 2).array().round().matrix();  // many ties
       if (seed % 4 == 1) scores(0, size / 2) = nan;

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "moe/matrix.hpp"
+#include "moe/kernels/packet.hpp"
 
 /// \file
 /// The choice that every top-k gate makes.
@@ -30,12 +30,85 @@ class ByScore {
   const Scalar* scores_;
 };
 
+/// What few are, and the number of lanes that many scores are divided into.
+inline constexpr Index select_few = 8;
+inline constexpr Index select_lanes = 16;
+static_assert(select_few <= select_lanes);
+
+/// The largest of scores lane, lane + select_lanes, ... for each lane.
+template <class Scalar>
+void lane_maxima(const Scalar* scores, Index size, Scalar* maxima) {
+  using namespace Eigen::internal;
+  constexpr Index packet = packet_size<Scalar>;
+  static_assert(select_lanes % packet == 0);
+  const ByScore<Scalar> before(scores);
+  const Packet<Scalar> lowest = broadcast(-std::numeric_limits<Scalar>::infinity());
+  const Index whole = size / select_lanes * select_lanes;
+  for (Index part = 0; part < select_lanes; part += packet) {
+    Packet<Scalar> maximum = lowest;
+    for (Index i = part; i < whole; i += select_lanes) {
+      const Packet<Scalar> score = load(scores + i);
+      // A NaN is not equal to itself; what a maximum makes of one depends on the processor.
+      maximum = pmax(maximum, pselect(pcmp_eq(score, score), score, lowest));
+    }
+    store(maxima + part, maximum);
+  }
+  for (Index i = whole; i < size; ++i) {
+    maxima[i - whole] = std::max(maxima[i - whole], before.key(i));
+  }
+}
+
+/// The `count`-th largest of some values.
+template <class Scalar>
+Scalar nth_largest(Index count, const Scalar* values, Index size) {
+  Scalar largest[to_size(select_few)];  // the first is the largest of all
+  std::fill_n(largest, count, -std::numeric_limits<Scalar>::infinity());
+  for (Index i = 0; i < size; ++i) {
+    Scalar value = values[i];
+    for (Index place = 0; place < count; ++place) {  // without a branch to foresee
+      const Scalar held = largest[place];
+      largest[place] = std::max(held, value);
+      value = std::min(held, value);
+    }
+  }
+  return largest[count - 1];
+}
+
+/// select_largest() for a count of at most select_few, in O(size + count·size / select_lanes) for
+/// many scores: the count-th largest maximum of a lane is a bound that so many scores reach, all of
+/// them in lanes whose maximum does. So most scores are read once, by vector code.
+template <class Scalar>
+void select_few_largest(const Scalar* scores, Index size, Index count, Index* best) {
+  const ByScore<Scalar> before(scores);
+  Index found = 0;
+  const auto consider = [&](Index i) {
+    if (found == count && !before(i, best[count - 1])) return;
+    Index place = found < count ? found++ : count - 1;
+    for (; place > 0 && before(i, best[place - 1]); --place) best[place] = best[place - 1];
+    best[place] = i;
+  };
+  if (size < 2 * select_lanes) {
+    for (Index i = 0; i < size; ++i) consider(i);
+    return;
+  }
+  Scalar maxima[to_size(select_lanes)];
+  lane_maxima(scores, size, maxima);
+  const Scalar bound = nth_largest(count, maxima, select_lanes);
+  for (Index lane = 0; lane < select_lanes; ++lane) {
+    if (maxima[lane] < bound) continue;
+    for (Index i = lane; i < size; i += select_lanes) {
+      if (!(scores[i] < bound)) consider(i);  // a NaN may be needed too
+    }
+  }
+}
+
 /// Puts the indices of the `count` largest of `size` scores into `best`, the largest first; ties go
 /// to the lower index, NaN counts as -infinity. O(size + count·log(count)·log(size / count)) for
 /// scores in random order.
 template <class Scalar>
 void select_largest(const Scalar* scores, Index size, Index count, Index* best) {
   if (count == 0) return;
+  if (count <= select_few) return select_few_largest(scores, size, count, best);
   const ByScore<Scalar> before(scores);
   for (Index i = 0; i < count; ++i) best[i] = i;
   std::make_heap(best, best + count, before);  // the worst of the best at the front
