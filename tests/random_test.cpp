@@ -98,15 +98,23 @@ TEST_CASE("random: a multiply-add is rounded once, with or without an instructio
   }
 }
 
-TEST_CASE("random: noise is the same column by column, however many there are", "[random]") {
+TEMPLATE_TEST_CASE("random: noise is a function of token and column, however much is drawn at once",
+                   "[random]", float, double) {
   const NoiseKey key{(std::uint64_t{3} << 32) + 5, 7};
-  for (const Index count : {1, 15, 16, 63, 64, 65, 127, 200}) {
-    std::vector<float> row(detail::to_size(count) + 1, 9.0f);
-    detail::fill_noise_row(11, key, 2, count, row.data());
-    CHECK(row.back() == 9.0f);  // beyond it nothing is written
-    for (Index column = 0; column < count; ++column) {
-      const Words words = philox({static_cast<std::uint32_t>(column / 4), 9, 5, 3}, 11);
-      CHECK(row[detail::to_size(column)] == standard_normal(words[detail::to_size(column % 4)]));
+  const std::vector<Index> token{4, 0, 9, 2, 2, 30, 11};
+  for (const Index columns : {1, 2, 3, 4, 5, 8, 15, 16, 17, 63, 64, 65, 66, 67, 127, 128, 200}) {
+    for (const Index rows : {0, 1, 2, 5, 7}) {
+      std::vector<TestType> noise(detail::to_size(rows * columns) + 1, TestType{9});
+      const auto token_of = [&](Index row) { return token[detail::to_size(row)]; };
+      detail::fill_noise(11, key, rows, columns, token_of, noise.data());
+      CHECK(noise.back() == TestType{9});  // beyond it nothing is written
+      for (Index i = 0; i < rows * columns; ++i) {
+        const auto row = static_cast<std::uint32_t>(token_of(i / columns) + 7);
+        const auto block = static_cast<std::uint32_t>(i % columns / 4);
+        const Words words = philox({block, row, 5, 3}, 11);
+        const float expected = standard_normal(words[detail::to_size(i % columns % 4)]);
+        REQUIRE(noise[detail::to_size(i)] == static_cast<TestType>(expected));
+      }
     }
   }
 }
@@ -259,21 +267,6 @@ TEST_CASE("random: noise belongs to the token and not to its place in the batch"
   for (Index row = 0; row < 5; ++row) {
     CHECK(detail::noise_words(3, {.step = 7, .first_token = 10}, row, 2) ==
           detail::noise_words(3, {.step = 7, .first_token = 0}, row + 10, 2));
-  }
-}
-
-TEMPLATE_TEST_CASE("random: a row of noise is a function of the column", "[random]", float,
-                   double) {
-  const NoiseKey key{.step = 5, .first_token = 100};
-  for (Index count = 0; count <= 50; ++count) {
-    std::vector<TestType> noise(detail::to_size(count) + 1, TestType{-77});
-    detail::fill_noise_row(11, key, 3, count, noise.data());
-    for (Index i = 0; i < count; ++i) {
-      const Words words = detail::noise_words(11, key, 3, i / 4);
-      const float expected = standard_normal(words[detail::to_size(i % 4)]);
-      REQUIRE(noise[detail::to_size(i)] == static_cast<TestType>(expected));
-    }
-    REQUIRE(noise.back() == TestType{-77});
   }
 }
 

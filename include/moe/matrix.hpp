@@ -38,6 +38,12 @@ using MatrixView = Eigen::Map<Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStri
 template <class Scalar>
 using ConstMatrixView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
 
+/// `count` things from `first` on: rows, or columns, that a task computes.
+struct Range {
+  Index first = 0;
+  Index count = 0;
+};
+
 /// `count` whole rows from row `first` on.
 template <class Scalar>
 MatrixView<Scalar> rows_of(Matrix<Scalar>& matrix, Index first, Index count) {

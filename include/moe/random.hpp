@@ -17,24 +17,27 @@ namespace moe {
 
 namespace detail {
 
-/// Philox 4x32-10 of N counters, word by word, so that the compiler can turn it into vector code.
+/// Philox 4x32-10 of N counters, word by word, in the form that compilers turn into vector code.
 template <std::size_t N>
 constexpr void philox_lanes(std::array<std::array<std::uint32_t, N>, 4>& counters,
                             std::uint64_t key) {
   auto key_low = static_cast<std::uint32_t>(key);
   auto key_high = static_cast<std::uint32_t>(key >> 32);
-  std::array<std::uint64_t, N> a{};
-  std::array<std::uint64_t, N> b{};
+  constexpr auto high_word = [](std::uint32_t a, std::uint32_t b) {
+    return static_cast<std::uint32_t>(std::uint64_t{a} * b >> 32);
+  };
+  constexpr std::uint32_t a = 0xD2511F53;
+  constexpr std::uint32_t b = 0xCD9E8D57;
   for (int round = 0; round < 10; ++round) {
-    for (std::size_t i = 0; i < N; ++i) a[i] = std::uint64_t{0xD2511F53} * counters[0][i];
-    for (std::size_t i = 0; i < N; ++i) b[i] = std::uint64_t{0xCD9E8D57} * counters[2][i];
     for (std::size_t i = 0; i < N; ++i) {
-      counters[0][i] = static_cast<std::uint32_t>(b[i] >> 32) ^ counters[1][i] ^ key_low;
-      counters[2][i] = static_cast<std::uint32_t>(a[i] >> 32) ^ counters[3][i] ^ key_high;
-    }
-    for (std::size_t i = 0; i < N; ++i) {
-      counters[1][i] = static_cast<std::uint32_t>(b[i]);
-      counters[3][i] = static_cast<std::uint32_t>(a[i]);
+      const std::uint32_t a_high = high_word(a, counters[0][i]);
+      const std::uint32_t a_low = a * counters[0][i];
+      const std::uint32_t b_high = high_word(b, counters[2][i]);
+      const std::uint32_t b_low = b * counters[2][i];
+      counters[0][i] = b_high ^ counters[1][i] ^ key_low;
+      counters[1][i] = b_low;
+      counters[2][i] = a_high ^ counters[3][i] ^ key_high;
+      counters[3][i] = a_low;
     }
     key_low += 0x9E3779B9;
     key_high += 0xBB67AE85;
@@ -172,7 +175,9 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
     y[i] = sign * (1.0f - 2.0f * tail) * 1.41421356f;
     normal[i] = detail::erfinv_middle(w[i]) * y[i];
   }
-  for (std::size_t i = 0; i < N; ++i) {
+  bool tails = false;
+  for (std::size_t i = 0; i < N; ++i) tails |= w[i] >= 5.0f;
+  for (std::size_t i = 0; i < N && tails; ++i) {
     if (w[i] >= 5.0f) normal[i] = detail::erfinv_tail(w[i]) * y[i];
   }
   return normal;
@@ -182,33 +187,80 @@ inline float standard_normal(std::uint32_t bits) { return standard_normals(std::
 
 namespace detail {
 
-/// The noise of columns [first, first + 4·N) of a row; first is a multiple of 4.
-template <std::size_t N>
-std::array<float, 4 * N> noise_block(std::uint64_t seed, const NoiseKey& key, Index row,
-                                     Index first) {
-  std::array<std::array<std::uint32_t, N>, 4> counters;
-  for (std::size_t i = 0; i < N; ++i) {
-    const auto counter = noise_counter(key, row, first / 4 + static_cast<Index>(i));
-    for (std::size_t word = 0; word < 4; ++word) counters[word][i] = counter[word];
-  }
-  philox_lanes(counters, seed);
-  std::array<std::uint32_t, 4 * N> bits;
-  for (std::size_t i = 0; i < 4 * N; ++i) bits[i] = counters[i % 4][i / 4];
-  return standard_normals(bits);
-}
+/// Counters that are drawn from together, word by word, and the deviates of each, next to each other.
+struct NoiseLanes {
+  static constexpr std::size_t count = 16;
+  std::array<std::array<std::uint32_t, count>, 4> counters{};
 
-/// One row of normal noise, keyed by (seed, step, token, column): n[0 .. count).
-template <class Scalar>
-void fill_noise_row(std::uint64_t seed, const NoiseKey& key, Index row, Index count, Scalar* n) {
-  const auto fill = [&](auto blocks, Index first) {
-    const auto normals = noise_block<blocks>(seed, key, row, first);
-    const Index size = std::min(static_cast<Index>(normals.size()), count - first);
-    for (Index i = 0; i < size; ++i) n[first + i] = static_cast<Scalar>(normals[to_size(i)]);
-    return size;
+  void set(std::size_t lane, const std::array<std::uint32_t, 4>& counter) {
+    for (std::size_t word = 0; word < 4; ++word) counters[word][lane] = counter[word];
+  }
+  /// Lane i is `counter` with i added to its column block.
+  void set_row(const std::array<std::uint32_t, 4>& counter) {
+    for (std::size_t word = 0; word < 4; ++word) counters[word].fill(counter[word]);
+    for (std::size_t i = 0; i < count; ++i) counters[0][i] += static_cast<std::uint32_t>(i);
+  }
+#if defined(__GNUC__)
+  [[gnu::
+        noinline]]  // else GCC keeps the counters in scalar registers where it saw them set one by one
+#endif
+  std::array<float, 4 * count>
+  normals(std::uint64_t seed) const {
+    auto words = counters;
+    philox_lanes(words, seed);
+    std::array<std::uint32_t, 4 * count> bits;
+    for (std::size_t lane = 0; lane < count;
+         ++lane) {  // written out, so that it becomes vector code
+      bits[4 * lane] = words[0][lane];
+      bits[4 * lane + 1] = words[1][lane];
+      bits[4 * lane + 2] = words[2][lane];
+      bits[4 * lane + 3] = words[3][lane];
+    }
+    return standard_normals(bits);
+  }
+};
+
+/// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). What is
+/// left of rows when whole NoiseLanes are taken goes together.
+template <class Scalar, class TokenOf>
+void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns, TokenOf token,
+                Scalar* n) {
+  constexpr auto lanes = static_cast<Index>(NoiseLanes::count);
+  const auto copy = [](const float* from, Index count, Scalar* to) {
+    for (Index i = 0; i < count; ++i) to[i] = static_cast<Scalar>(from[i]);
   };
-  Index first = 0;
-  while (count - first >= 64) first += fill(std::integral_constant<std::size_t, 16>{}, first);
-  while (first < count) first += fill(std::integral_constant<std::size_t, 4>{}, first);
+  const Index blocks = (columns + 3) / 4;
+  NoiseLanes whole;
+  NoiseLanes rest;
+  Index place[to_size(lanes)];  // in n, of a lane of the rest
+  Index width[to_size(lanes)];
+  Index used = 0;
+  const auto draw_rest = [&] {
+    const auto normals = rest.normals(seed);
+    for (Index lane = 0; lane < used; ++lane) {
+      const float* from = normals.data() + 4 * lane;
+      Scalar* to = n + place[lane];
+      width[lane] == 4 ? copy(from, 4, to)
+                       : copy(from, width[lane], to);  // nearly always a constant
+    }
+    used = 0;
+  };
+  for (Index row = 0; row < rows; ++row) {
+    Index block = 0;
+    for (; block + lanes <= blocks; block += lanes) {
+      whole.set_row(noise_counter(key, token(row), block));
+      const Index first = 4 * block;
+      copy(whole.normals(seed).data(), std::min(4 * lanes, columns - first),
+           n + row * columns + first);
+    }
+    for (; block < blocks; ++block) {
+      rest.set(to_size(used), noise_counter(key, token(row), block));
+      place[used] = row * columns + 4 * block;
+      width[used] = std::min<Index>(4, columns - 4 * block);
+      if (++used == lanes) draw_rest();
+    }
+  }
+  if (used > 0) draw_rest();
 }
 
 }  // namespace detail

@@ -23,12 +23,6 @@ namespace moe {
 /// pieces, so that a piece and its scratch stay in the second-level cache.
 inline constexpr Index expert_block_rows = 128;
 
-/// `count` things from `first` on: columns or rows that a task computes.
-struct Range {
-  Index first = 0;
-  Index count = 0;
-};
-
 /// The rows of one expert that go through it together, n of them.
 template <class Scalar>
 struct ExpertBlock {

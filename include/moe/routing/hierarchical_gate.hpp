@@ -164,12 +164,6 @@ class HierarchicalGate {
  private:
   using TopK = detail::NoisyTopK<Scalar>;
 
-  /// The rows of a group.
-  struct Range {
-    Index first;
-    Index count;
-  };
-
   static const Config& checked(const Config& config) {
     using detail::require;
     require(config.width >= 1, "HierarchicalGate::Config.width = ", config.width,

@@ -100,13 +100,14 @@ class NoisyTopK {
   void forward(const GatheredRows<Scalar>& x, const Index* token, const NoiseKey& key, Index first,
                Tape& tape, Routing<Scalar>& routing) const {
     compute_scores(x, first, tape);
-    parallel_for_blocks(x.count(), block, [&](Index begin, Index count) {
-      for (Index i = begin; i < begin + count; ++i) {
-        const Index row = first + i;
-        if (tape.has_noise) add_noise(key, token != nullptr ? token[i] : row, row, tape);
-        choose(row, tape, routing);
-        if (load_has_gradient(tape)) compute_probability(row, routing, tape);
-      }
+    parallel_for_blocks(x.count(), block_rows(), [&](Index begin, Index count) {
+      const Range rows{first + begin, count};
+      const auto token_of = [&](Index i) {
+        return token != nullptr ? token[begin + i] : rows.first + i;
+      };
+      if (tape.has_noise) add_noise(key, token_of, rows, tape);
+      for_each_row(rows, [&](Index row) { choose(row, tape, routing); });
+      if (load_has_gradient(tape)) compute_probability(rows, routing, tape);
     });
   }
 
@@ -136,17 +137,18 @@ class NoisyTopK {
   void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                 MatrixView<Scalar> dx) {
-    parallel_for_blocks(x.count(), block, [&](Index begin, Index count) {
-      for (Index row = first + begin; row < first + begin + count; ++row) {
-        if (load_has_gradient(tape)) {
-          probability_backward(row, dload, routing, tape);
-        } else {
-          std::fill_n(row_data(tape.dclean, row), experts(), Scalar{0});
-          if (tape.has_noise) std::fill_n(row_data(tape.draw, row), experts(), Scalar{0});
+    parallel_for_blocks(x.count(), block_rows(), [&](Index begin, Index count) {
+      const Range rows{first + begin, count};
+      if (load_has_gradient(tape)) {
+        probability_backward(rows, dload, routing, tape);
+      } else {
+        std::fill_n(row_data(tape.dclean, rows.first), scores_of(rows), Scalar{0});
+        if (tape.has_noise) {
+          std::fill_n(row_data(tape.draw, rows.first), scores_of(rows), Scalar{0});
         }
-        choose_backward(row, dweight, routing, tape);
-        if (tape.has_noise) scale_backward(row, tape);
       }
+      for_each_row(rows, [&](Index row) { choose_backward(row, dweight, routing, tape); });
+      if (tape.has_noise) scale_backward(rows, tape);
     });
     compute_scores_backward(x, first, tape, dx);
   }
@@ -163,9 +165,15 @@ class NoisyTopK {
   }
 
  private:
-  static constexpr Index block = 64;  ///< rows in a task
-
   Index experts() const { return config_.experts; }
+  /// Rows in a task: what it needs of the tape stays in the nearest caches.
+  Index block_rows() const { return std::clamp<Index>(4096 / experts(), 1, 64); }
+  /// Scores of rows, which are next to each other.
+  Index scores_of(Range rows) const { return rows.count * experts(); }
+  template <class F>
+  static void for_each_row(Range rows, F&& f) {
+    for (Index row = rows.first; row < rows.first + rows.count; ++row) f(row);
+  }
   Index candidates() const { return std::min(config_.active + 1, experts()); }
 
   // c = x·W_g and x·W_noise.
@@ -196,30 +204,30 @@ class NoisyTopK {
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
 
-  void add_noise(const NoiseKey& key, Index token, Index row, Tape& tape) const {
+  template <class TokenOf>
+  void add_noise(const NoiseKey& key, TokenOf token_of, Range rows, Tape& tape) const {
     using P = Packet<Scalar>;
     const P floor = broadcast(static_cast<Scalar>(config_.noise_floor));
-    Scalar* noise = row_data(tape.noise, row);
-    fill_noise_row(seed_, key, token, experts(), noise);
+    Scalar* noise = row_data(tape.noise, rows.first);
+    Scalar* scale = row_data(tape.scale, rows.first);
+    fill_noise(seed_, key, rows.count, experts(), token_of, noise);
     map(
-        experts(), row_data(tape.scale, row),
+        scores_of(rows), scale,
         [&](const P& raw) { return Eigen::internal::padd(softplus<Scalar>(raw), floor); },
-        row_data(tape.raw, row));
+        row_data(tape.raw, rows.first));
     map(
-        experts(), row_data(tape.noisy, row),
-        [](const P& clean, const P& n, const P& scale) {
-          return Eigen::internal::pmadd(n, scale, clean);
-        },
-        row_data(tape.clean, row), noise, row_data(tape.scale, row));
+        scores_of(rows), row_data(tape.noisy, rows.first),
+        [](const P& clean, const P& n, const P& s) { return Eigen::internal::pmadd(n, s, clean); },
+        row_data(tape.clean, rows.first), noise, scale);
   }
 
-  /// Turns a row of tape.draw from ∂L/∂s into ∂L/∂(x·W_noise).
-  void scale_backward(Index row, Tape& tape) const {
+  /// Turns rows of tape.draw from ∂L/∂s into ∂L/∂(x·W_noise).
+  void scale_backward(Range rows, Tape& tape) const {
     using P = Packet<Scalar>;
     map(
-        experts(), row_data(tape.draw, row),
+        scores_of(rows), row_data(tape.draw, rows.first),
         [](const P& ds, const P& raw) { return Eigen::internal::pmul(ds, sigmoid<Scalar>(raw)); },
-        row_data(tape.draw, row), row_data(tape.raw, row));
+        row_data(tape.draw, rows.first), row_data(tape.raw, rows.first));
   }
 
   // The K largest and the softmax over them [S17 eq. 3 and 5].
@@ -260,66 +268,79 @@ class NoisyTopK {
 
   // [S17 eq. 8-9]: P(x, i) = Φ(z) with z = (c_i − kth_excluding(h, K, i)) / s_i is the probability
   // that i is among the top when its own noise is drawn again. The threshold is the K-th largest h
-  // for an expert outside the top, the (K+1)-th for one inside; a whole row is computed as if
-  // outside, and then the K chosen ones again.
+  // for an expert outside the top, the (K+1)-th for one inside.
 
-  void compute_probability(Index row, const Routing<Scalar>& routing, Tape& tape) const {
+  /// The threshold of each expert, in the places of the scores.
+  void set_thresholds(Range rows, const Routing<Scalar>& routing, const Tape& tape,
+                      Matrix<Scalar>& threshold) const {
+    for_each_row(rows, [&](Index row) {
+      Scalar* of = row_data(threshold, row);
+      std::fill_n(of, experts(), tape.noisy(row, last_inside(tape, row)));
+      const Scalar inside = tape.noisy(row, first_outside(tape, row));
+      for_each_chosen(routing, row, [&](Index i) { of[i] = inside; });
+    });
+  }
+
+  void compute_probability(Range rows, const Routing<Scalar>& routing, Tape& tape) const {
     using P = Packet<Scalar>;
-    const P threshold = broadcast(tape.noisy(row, last_inside(tape, row)));
+    set_thresholds(rows, routing, tape, tape.probability);
+    Scalar* probability = row_data(tape.probability, rows.first);
     map(
-        experts(), row_data(tape.probability, row),
-        [&](const P& clean, const P& scale) {
+        scores_of(rows), probability,
+        [](const P& threshold, const P& clean, const P& scale) {
           using namespace Eigen::internal;
           return normal_cdf<Scalar>(pdiv(psub(clean, threshold), scale));
         },
-        row_data(tape.clean, row), row_data(tape.scale, row));
-    for_each_chosen(routing, row, [&](Index i) {
-      const P z = broadcast(z_inside(tape, row, i));
-      tape.probability(row, i) = Eigen::internal::pfirst(normal_cdf<Scalar>(z));
-    });
+        probability, row_data(tape.clean, rows.first), row_data(tape.scale, rows.first));
   }
 
   /// With l = ∂L/∂Load, j the expert whose h is the threshold and φ the normal density:
   /// ∂P/∂c_i = φ(z)/s_i, ∂P/∂s_i = −φ(z)·z/s_i, ∂P/∂h_j = −φ(z)/s_i, and h_j = c_j + n_j·s_j passes
-  /// on to c_j and s_j. Overwrites the row.
-  void probability_backward(Index row, const Scalar* dload, const Routing<Scalar>& routing,
+  /// on to c_j and s_j. Overwrites the rows.
+  void probability_backward(Range rows, const Scalar* dload, const Routing<Scalar>& routing,
                             Tape& tape) const {
     using P = Packet<Scalar>;
     using namespace Eigen::internal;
-    const Index inside = last_inside(tape, row);
-    const Index outside = first_outside(tape, row);
-    Scalar* dclean = row_data(tape.dclean, row);
-    Scalar* draw = row_data(tape.draw, row);
-    const Scalar* clean = row_data(tape.clean, row);
-    const Scalar* scale = row_data(tape.scale, row);
+    const Index count = scores_of(rows);
+    Scalar* dclean = row_data(tape.dclean, rows.first);
+    Scalar* draw = row_data(tape.draw, rows.first);
+    const Scalar* scale = row_data(tape.scale, rows.first);
 
-    const P threshold = broadcast(tape.noisy(row, inside));
+    set_thresholds(rows, routing, tape, tape.draw);
+    Scalar* z = draw;
     map(
-        experts(), dclean,
-        [&](const P& c, const P& s, const P& l) {
-          const P z = pdiv(psub(c, threshold), s);
-          return pdiv(pmul(l, normal_density<Scalar>(z)), s);
+        count, z,
+        [](const P& threshold, const P& c, const P& s) { return pdiv(psub(c, threshold), s); }, z,
+        row_data(tape.clean, rows.first), scale);
+    for_each_row(rows,
+                 [&](Index row) { std::copy_n(dload, experts(), row_data(tape.dclean, row)); });
+    map(
+        count, dclean,
+        [](const P& l, const P& zi, const P& s) {
+          return pdiv(pmul(l, normal_density<Scalar>(zi)), s);
         },
-        clean, scale, dload);
-    for_each_chosen(routing, row, [&](Index i) { dclean[i] = Scalar{0}; });
+        dclean, z, scale);
     map(
-        experts(), draw,
-        [&](const P& d, const P& c, const P& s) { return pmul(d, pdiv(psub(threshold, c), s)); },
-        dclean, clean, scale);
-    const Scalar from_outside = sum(experts(), dclean);
+        count, draw, [](const P& zi, const P& d) { return pmul(pnegate(d), zi); }, z, dclean);
 
-    Scalar from_inside{0};
-    for_each_chosen(routing, row, [&](Index i) {
-      const Scalar z = z_inside(tape, row, i);
-      const Scalar density = pfirst(normal_density<Scalar>(broadcast(z)));
-      dclean[i] = dload[i] * density / scale[i];
-      draw[i] = -dclean[i] * z;
-      from_inside += dclean[i];
+    for_each_row(rows, [&](Index row) {
+      const Scalar* d = row_data(tape.dclean, row);
+      Scalar from_inside{0};
+      Scalar from_outside{0};
+      Index next = 0;
+      for_each_chosen(routing, row, [&](Index i) {  // in ascending order, the others between them
+        from_outside += sum(i - next, d + next);
+        from_inside += d[i];
+        next = i + 1;
+      });
+      from_outside += sum(experts() - next, d + next);
+      const auto pass_on = [&](Index i, Scalar from) {
+        tape.dclean(row, i) -= from;
+        tape.draw(row, i) -= from * tape.noise(row, i);
+      };
+      pass_on(last_inside(tape, row), from_outside);
+      pass_on(first_outside(tape, row), from_inside);
     });
-    dclean[inside] -= from_outside;
-    draw[inside] -= from_outside * tape.noise(row, inside);
-    dclean[outside] -= from_inside;
-    draw[outside] -= from_inside * tape.noise(row, outside);
   }
 
   const Index* best_of(const Tape& tape, Index row) const {
@@ -330,11 +351,6 @@ class NoisyTopK {
   }
   Index first_outside(const Tape& tape, Index row) const {
     return best_of(tape, row)[candidates() - 1];
-  }
-
-  /// z of an expert inside the top.
-  Scalar z_inside(const Tape& tape, Index row, Index i) const {
-    return (tape.clean(row, i) - tape.noisy(row, first_outside(tape, row))) / tape.scale(row, i);
   }
 
   template <class F>
