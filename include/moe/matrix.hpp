@@ -146,6 +146,9 @@ class ScatteredRows {
     return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,
             list_ ? list_ + first : nullptr};
   }
+  ScatteredRows columns(Index first, Index count) const {
+    return {data_ + first, stride_, count_, count, list_};
+  }
 
  private:
   Scalar* data_;

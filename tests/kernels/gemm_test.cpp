@@ -249,6 +249,15 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   for (const Index m : few) {
     check(m, tile_rows + 1, 2 * 1024 + 3, true);
   }
+  // A small depth, of which nt copies B, and few columns, of which tn makes the transpose of C.
+  for (const Index k : {1, 63, 64, 65}) {
+    for (const Index m : {2 * tile_rows - 1, 2 * tile_rows, 2 * tile_rows + 3}) {
+      check(m, task + 3, k, true);
+    }
+  }
+  for (const Index n : {Index{1}, packet / 4, packet / 2, tile_rows, tile_rows + 1}) {
+    for (const Index m : {tile - 1, tile, 2 * task + 5}) check(m, n, 131, true);
+  }
   // More pairs of rows than go at once, and rows of C in several slices.
   check(tile_rows + 1, 7 * task + 3, 3, true);
   check(2 * tile_rows, 3, 2 * 128 + 1, true);
@@ -259,7 +268,7 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
   using S = TestType;
   constexpr Index rows = 250;
   constexpr Index columns = 5 * panel_columns<S> + 5;
-  constexpr Index depth = 2 * panel_depth + 3;
+  const Index depth = GENERATE(Index{60}, 2 * panel_depth + 3);  // nt may copy B for the first
   static_assert(cached_elements<S> / (rows * panel_columns<S>) < 3, "several groups");
   const Matrix<S> a = random_matrix<S>(rows, depth, 1);
   const Matrix<S> b = random_matrix<S>(depth, columns, 2);

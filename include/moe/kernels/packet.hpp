@@ -25,6 +25,13 @@ using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
 template <class Scalar>
 inline constexpr Index packet_size = Eigen::internal::unpacket_traits<Packet<Scalar>>::size;
 
+/// A packet half as wide, of which the processor can do two at once; where there is none, the packet.
+template <class Scalar>
+using HalfPacket = typename Eigen::internal::unpacket_traits<Packet<Scalar>>::half;
+template <class Scalar>
+inline constexpr Index half_packet_size =
+    Eigen::internal::unpacket_traits<HalfPacket<Scalar>>::size;
+
 template <class Scalar>
 Packet<Scalar> load(const Scalar* from) {
   return Eigen::internal::ploadu<Packet<Scalar>>(from);

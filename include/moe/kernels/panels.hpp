@@ -43,10 +43,11 @@ struct Right {
   Panel<Scalar> copy(const Strip& strip, Scalar* buffer) const {
     const Scalar* first = at(strip.k, strip.column);
     if (transposed) {
-      return transpose_panel(
-          GatheredRows<Scalar>(first, b.outerStride(), strip.width, strip.depth), buffer);
+      return transpose_panel(GatheredRows<Scalar>(first, b.outerStride(), strip.width, strip.depth),
+                             buffer);
     }
-    return copy_panel(GatheredRows<Scalar>(first, b.outerStride(), strip.depth, strip.width), buffer);
+    return copy_panel(GatheredRows<Scalar>(first, b.outerStride(), strip.depth, strip.width),
+                      buffer);
   }
   /// Where it lies, if whole tiles can read it there.
   const Scalar* in_place(const Strip& strip) const {
@@ -105,11 +106,11 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
         asked += each;
       }
       if (first == 0 && in_place != nullptr) {
-        multiply_tile<tile_rows, tile_packets, true>(left, {in_place, right.b.outerStride()},
-                                                     strip.depth, from, initial, to, ahead, buffer);
+        multiply_tile<Packet<Scalar>, tile_rows, tile_packets, true>(
+            left, {in_place, right.b.outerStride()}, strip.depth, from, initial, to, ahead, buffer);
       } else {
-        multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
-                      ahead);
+        multiply_tile<Packet<Scalar>, tile_packets>(rows, strip.packets, strip.width, left, panel,
+                                                    strip.depth, from, initial, to, ahead);
       }
       if (finish && strip.k + strip.depth >= depth) {
         finish(first, rows, strip.column, strip.width);
@@ -117,7 +118,8 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
     });
   };
 
-  const Index panels = std::max<Index>(1, cached_elements<Scalar> / (a.count() * panel_columns<Scalar>));
+  const Index panels =
+      std::max<Index>(1, cached_elements<Scalar> / (a.count() * panel_columns<Scalar>));
   const Index group = panels * panel_columns<Scalar>;
   Strip strip{};
   bool pending = false;
@@ -198,8 +200,9 @@ void multiply_panels_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
               const Index below = std::clamp<Index>(last - row - top - pairs_group, 0, tile_rows);
               const Ahead<Scalar> ahead{to[0] + pairs_group * c.outerStride(), c.outerStride(),
                                         below};
-              multiply_tile(count, packets, strip_width, left, panel, depth, from,
-                            static_cast<const Scalar*>(nullptr), to, ahead);
+              multiply_tile<Packet<Scalar>, tile_packets>(
+                  count, packets, strip_width, left, panel, depth, from,
+                  static_cast<const Scalar*>(nullptr), to, ahead);
             }
           });
         }

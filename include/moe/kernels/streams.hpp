@@ -116,6 +116,18 @@ Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Ind
   return column;
 }
 
+/// Columns that are less than a packet: those of `right`, which has half a packet of them or a whole
+/// one, beyond `width` with any values.
+template <class Scalar>
+void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, Index depth,
+                   Index width, Start start, const Scalar* bias, Scalar* const* c) {
+  if (width <= half_packet_size<Scalar>) {
+    multiply_tile<HalfPacket<Scalar>, 1>(rows, 1, width, left, right, depth, start, bias, c);
+  } else {
+    multiply_tile<Packet<Scalar>, 1>(rows, 1, width, left, right, depth, start, bias, c);
+  }
+}
+
 /// The same for rows from 1 to tile_rows and all of the columns: `rest` holds those of `right` that
 /// are less than a packet.
 template <class Scalar>
@@ -128,8 +140,8 @@ void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>&
   if (done == columns) return;
   Scalar* to[to_size(tile_rows)];
   for (Index r = 0; r < rows; ++r) to[r] = c[r] + done;
-  multiply_tile<1>(rows, 1, columns - done, left, rest, right.steps, start,
-                   start == Start::bias ? bias + done : nullptr, to);
+  multiply_rest(rows, left, rest, right.steps, columns - done, start,
+                start == Start::bias ? bias + done : nullptr, to);
 }
 
 /// The form nn with B where it lies, in the order in which memory gives it fastest: some rows of it
@@ -163,10 +175,11 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
         const Scalar* place = b.data() + k * stride + column;
         const Stream<Scalar> right{place, stride, count, {distance, last - column, next}};
         Panel<Scalar> rest{};
-        if (width % size != 0) {
-          const Index whole = width / size * size;
+        if (const Index over = width % size; over == half_packet_size<Scalar>) {
+          rest = {place + width - over, stride};
+        } else if (over != 0) {
           rest =
-              copy_panel(GatheredRows<Scalar>(place + whole, stride, count, width - whole), buffer);
+              copy_panel(GatheredRows<Scalar>(place + width - over, stride, count, over), buffer);
         }
         for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
           Left<Scalar> left;
@@ -223,8 +236,9 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
       }
       const Start from = from_zero ? Start::zero : Start::accumulate;
-      multiply_tile(rows, packets, packets * size, left, right, count, from,
-                    static_cast<const Scalar*>(nullptr), to, ahead);
+      multiply_tile<Packet<Scalar>, tile_packets>(rows, packets, packets * size, left, right, count,
+                                                  from, static_cast<const Scalar*>(nullptr), to,
+                                                  ahead);
       for (Index i = 0; i < a.count(); ++i) {
         Scalar* result = c.row(i) + first_column + first;
         for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
@@ -238,7 +252,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
 template <class Scalar, class From, class To>
 void transpose_rows(Index rows, Index columns, From from, To to) {
   using Whole = Packet<Scalar>;
-  using Half = typename Eigen::internal::unpacket_traits<Whole>::half;
+  using Half = HalfPacket<Scalar>;
   using Fitting = std::conditional_t<(packet_size<Scalar> > tile_rows), Half, Whole>;
   constexpr Index size = Eigen::internal::unpacket_traits<Fitting>::size;
   using Block = Eigen::internal::PacketBlock<Fitting, static_cast<int>(size)>;
@@ -286,18 +300,7 @@ void multiply_rows_tile(const Scalar* b, Index stride, Index height, Panel<Scala
       for (Index r = 0; r < R; ++r) prefetch_far<1>(row[r] + k + ahead);
     }
     const Index pause = std::min(depth, k + cache_line<Scalar>);
-    for (; k < pause; ++k, right += panel.stride) {
-      const P p0 = to_register(ploadu<P>(right));
-      const P p1 = V > 1 ? to_register(ploadu<P>(right + size)) : p0;
-      const P p2 = V > 2 ? to_register(ploadu<P>(right + 2 * size)) : p0;
-      MOE_UNROLL
-      for (Index r = 0; r < R; ++r) {
-        const P value = pset1<P>(row[r][k]);
-        sum[r][0] = pmadd(value, p0, sum[r][0]);
-        if constexpr (V > 1) sum[r][1] = pmadd(value, p1, sum[r][1]);
-        if constexpr (V > 2) sum[r][2] = pmadd(value, p2, sum[r][2]);
-      }
-    }
+    for (; k < pause; ++k, right += panel.stride) add_products(row, k, right, sum);
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) {
@@ -313,9 +316,9 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
                         Index first_column, Index columns, Start start,
                         const ScatteredRows<Scalar>& c, Finish finish) {
   using Whole = Packet<Scalar>;
-  using Half = typename Eigen::internal::unpacket_traits<Whole>::half;
+  using Half = HalfPacket<Scalar>;
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index half = Eigen::internal::unpacket_traits<Half>::size;
+  constexpr Index half = half_packet_size<Scalar>;
   constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
   alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)] = {};
@@ -424,6 +427,26 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
       });
     }
   });
+}
+
+/// The form tn where C has few columns, no more than a tile has rows: as Cᵀ = Bᵀ·A, beside C.
+template <class Scalar>
+void multiply_narrow_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
+                        Index first_row, Index rows, Index first_column, Index columns, Start start,
+                        MatrixView<Scalar> c) {
+  constexpr Index widest = 2 * panel_columns<Scalar>;
+  alignas(64) Scalar buffer[to_size(tile_rows * widest)];
+  const Index end = first_row + rows;
+  for (Index first = first_row; first < end; first += widest) {
+    const Index width = std::min(widest, end - first);
+    const MatrixView<Scalar> transposed(buffer, columns, width, Eigen::OuterStride<>(widest));
+    const auto in_c = [&](Index row) { return row_data(c, first + row) + first_column; };
+    const auto in_buffer = [&](Index column) { return buffer + column * widest; };
+    if (start == Start::accumulate) transpose_rows<Scalar>(width, columns, in_c, in_buffer);
+    multiply_stream_tn(b.columns(first_column, columns), a.columns(first, width), 0, columns, 0,
+                       width, start, transposed);
+    transpose_rows<Scalar>(columns, width, in_buffer, in_c);
+  }
 }
 
 }  // namespace moe::detail

@@ -119,34 +119,35 @@ EIGEN_ALWAYS_INLINE P to_register(P packet) {
 
 /// One step of k. The packets of `right` have names of their own, since GCC at times leaves an array
 /// of them in memory.
-template <class Scalar, std::size_t R, std::size_t V>
+template <class P, class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
-                                      Packet<Scalar> (&sum)[R][V]) {
-  using Eigen::internal::pmadd;
+                                      P (&sum)[R][V]) {
+  using namespace Eigen::internal;
   static_assert(V <= 3);
-  constexpr Index size = packet_size<Scalar>;
-  const Packet<Scalar> b0 = to_register(load(b));
-  const Packet<Scalar> b1 = V > 1 ? to_register(load(b + size)) : b0;
-  const Packet<Scalar> b2 = V > 2 ? to_register(load(b + 2 * size)) : b0;
+  constexpr Index size = unpacket_traits<P>::size;
+  const P b0 = to_register(ploadu<P>(b));
+  const P b1 = V > 1 ? to_register(ploadu<P>(b + size)) : b0;
+  const P b2 = V > 2 ? to_register(ploadu<P>(b + 2 * size)) : b0;
   MOE_UNROLL
   for (std::size_t r = 0; r < R; ++r) {
-    const Packet<Scalar> a = broadcast(row[r][at]);
+    const P a = pset1<P>(row[r][at]);
     sum[r][0] = pmadd(a, b0, sum[r][0]);
     if constexpr (V > 1) sum[r][1] = pmadd(a, b1, sum[r][1]);
     if constexpr (V > 2) sum[r][2] = pmadd(a, b2, sum[r][2]);
   }
 }
 
-/// One tile, whose start is zero, a bias (V packets), or what C holds. If it `copies`, it leaves the
-/// packets of `right` in `panel`, next to each other, for the tiles that come after it.
-template <Index R, Index V, bool copies = false, class Scalar>
+/// One tile of packets P, whose start is zero, a bias (V packets), or what C holds. If it `copies`, it
+/// leaves the packets of `right` in `panel`, next to each other, for the tiles that come after it.
+template <class P, Index R, Index V, bool copies = false, class Scalar>
 #if defined(__GNUC__)
 [[gnu::noinline]]  // else its registers mix with those of the loops around it
 #endif
 void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, Start start,
                    const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead,
                    [[maybe_unused]] Scalar* panel = nullptr) {
-  constexpr Index size = packet_size<Scalar>;
+  using namespace Eigen::internal;
+  constexpr Index size = unpacket_traits<P>::size;
   constexpr Index stretch = 8;  // steps between looks ahead
   // Pointers in variables of their own are registers; through the arguments they would be loaded anew.
   const Scalar* row[to_size(R)];
@@ -158,16 +159,16 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
   }
   const Index step = left.step;
   const Index end = depth * step;
-  Packet<Scalar> sum[to_size(R)][to_size(V)];
+  P sum[to_size(R)][to_size(V)];
   if (start == Start::accumulate) {
     MOE_UNROLL
-    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(to[i / V] + i % V * size);
+    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = ploadu<P>(to[i / V] + i % V * size);
   } else if (start == Start::bias) {
     MOE_UNROLL
-    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(bias + i % V * size);
+    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = ploadu<P>(bias + i % V * size);
   } else {
     MOE_UNROLL
-    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = broadcast(Scalar{0});
+    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = pset1<P>(Scalar{0});
   }
   const Scalar* b = right.data;
   Index at = 0;
@@ -181,30 +182,31 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
       add_products(row, at, b, sum);
       if constexpr (copies) {
         MOE_UNROLL
-        for (Index v = 0; v < V; ++v) store(panel + v * size, load(b + v * size));
+        for (Index v = 0; v < V; ++v) pstoreu(panel + v * size, ploadu<P>(b + v * size));
         panel += V * size;
       }
     }
   }
   MOE_UNROLL
-  for (Index i = 0; i < R * V; ++i) store(to[i / V] + i % V * size, sum[i / V][i % V]);
+  for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
 /// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`
 /// from 1 to `most_packets` known at run time, of whose columns `width` belong to C: a tile that sticks
 /// out is computed beside C and copied.
-template <Index most_packets = tile_packets, class Scalar>
+template <class P, Index most_packets, class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Scalar* bias,
                    Scalar* const* c, Ahead<Scalar> ahead = {}) {
   const auto run = [&](Start from, const Scalar* initial, Scalar* const* to) {
     with_constant<most_packets>(packets, [&](auto V) {
       constexpr Index highest = V == 1 ? max_tile_rows : tile_rows;
-      with_constant<highest>(
-          rows, [&](auto R) { multiply_tile<R, V>(left, right, depth, from, initial, to, ahead); });
+      with_constant<highest>(rows, [&](auto R) {
+        multiply_tile<P, R, V>(left, right, depth, from, initial, to, ahead);
+      });
     });
   };
-  if (width == packets * packet_size<Scalar>) return run(start, bias, c);
+  if (width == packets * Eigen::internal::unpacket_traits<P>::size) return run(start, bias, c);
 
   constexpr Index columns = tile_columns<Scalar>;
   Scalar beside[to_size(max_tile_rows * columns)] = {};
