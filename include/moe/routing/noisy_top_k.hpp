@@ -99,15 +99,9 @@ class NoisyTopK {
   /// keys the noise of row first + i; without a list it is the row itself.
   void forward(const GatheredRows<Scalar>& x, const Index* token, const NoiseKey& key, Index first,
                Tape& tape, Routing<Scalar>& routing) const {
-    compute_scores(x, first, tape);
-    parallel_for_blocks(x.count(), block_rows(), [&](Index begin, Index count) {
-      const Range rows{first + begin, count};
-      const auto token_of = [&](Index i) {
-        return token != nullptr ? token[begin + i] : rows.first + i;
-      };
-      if (tape.has_noise) add_noise(key, token_of, rows, tape);
-      for_each_row(rows, [&](Index row) { choose(row, tape, routing); });
-      if (load_has_gradient(tape)) compute_probability(rows, routing, tape);
+    for_each_batch(x.count(), [&](Index begin, Index count) {
+      const Index* keys = token != nullptr ? token + begin : nullptr;
+      forward_batch(x.slice(begin, count), keys, key, {first + begin, count}, tape, routing);
     });
   }
 
@@ -137,20 +131,12 @@ class NoisyTopK {
   void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                 MatrixView<Scalar> dx) {
-    parallel_for_blocks(x.count(), block_rows(), [&](Index begin, Index count) {
-      const Range rows{first + begin, count};
-      if (load_has_gradient(tape)) {
-        probability_backward(rows, dload, routing, tape);
-      } else {
-        std::fill_n(row_data(tape.dclean, rows.first), scores_of(rows), Scalar{0});
-        if (tape.has_noise) {
-          std::fill_n(row_data(tape.draw, rows.first), scores_of(rows), Scalar{0});
-        }
-      }
-      for_each_row(rows, [&](Index row) { choose_backward(row, dweight, routing, tape); });
-      if (tape.has_noise) scale_backward(rows, tape);
+    for_each_batch(x.count(), [&](Index begin, Index count) {
+      backward_batch(x.slice(begin, count), {first + begin, count}, dweight, dload, tape, routing,
+                     rows_of(dx, begin, count));
     });
-    compute_scores_backward(x, first, tape, dx);
+    if (!tape.has_noise)
+      mark_gradients(noise_weight_);  // it is in use, though its gradient is zero
   }
 
   /// Whether dload has any effect.
@@ -176,23 +162,64 @@ class NoisyTopK {
   }
   Index candidates() const { return std::min(config_.active + 1, experts()); }
 
+  /// Calls f(first, count) for rows, zero ones too, that go through all steps before the next ones
+  /// begin, so that each step finds near what the one before it left.
+  static void for_each_batch(Index rows, FunctionRef<void(Index, Index)> f) {
+    const Index most = worker_count() * task_rows;
+    Index first = 0;
+    do {
+      f(first, std::min(most, rows - first));
+      first += most;
+    } while (first < rows);
+  }
+
+  void forward_batch(const GatheredRows<Scalar>& x, const Index* token, const NoiseKey& key,
+                     Range batch, Tape& tape, Routing<Scalar>& routing) const {
+    compute_scores(x, batch, tape);
+    parallel_for_blocks(batch.count, block_rows(), [&](Index begin, Index count) {
+      const Range rows{batch.first + begin, count};
+      const auto token_of = [&](Index i) {
+        return token != nullptr ? token[begin + i] : rows.first + i;
+      };
+      if (tape.has_noise) add_noise(key, token_of, rows, tape);
+      for_each_row(rows, [&](Index row) { choose(row, tape, routing); });
+      if (load_has_gradient(tape)) compute_probability(rows, routing, tape);
+    });
+  }
+  void backward_batch(const GatheredRows<Scalar>& x, Range batch, const Scalar* dweight,
+                      const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
+                      MatrixView<Scalar> dx) {
+    parallel_for_blocks(batch.count, block_rows(), [&](Index begin, Index count) {
+      const Range rows{batch.first + begin, count};
+      if (load_has_gradient(tape)) {
+        probability_backward(rows, dload, routing, tape);
+      } else {
+        std::fill_n(row_data(tape.dclean, rows.first), scores_of(rows), Scalar{0});
+        if (tape.has_noise) {
+          std::fill_n(row_data(tape.draw, rows.first), scores_of(rows), Scalar{0});
+        }
+      }
+      for_each_row(rows, [&](Index row) { choose_backward(row, dweight, routing, tape); });
+      if (tape.has_noise) scale_backward(rows, tape);
+    });
+    compute_scores_backward(x, batch, tape, dx);
+  }
+
   // c = x·W_g and x·W_noise.
 
-  void compute_scores(const GatheredRows<Scalar>& x, Index first, Tape& tape) const {
-    product_nn(x, view(weight_.value), rows_of(tape.clean, first, x.count()));
+  void compute_scores(const GatheredRows<Scalar>& x, Range rows, Tape& tape) const {
+    product_nn(x, view(weight_.value), rows_of(tape.clean, rows.first, rows.count));
     if (tape.has_noise) {
-      product_nn(x, view(noise_weight_.value), rows_of(tape.raw, first, x.count()));
+      product_nn(x, view(noise_weight_.value), rows_of(tape.raw, rows.first, rows.count));
     }
   }
 
-  void compute_scores_backward(const GatheredRows<Scalar>& x, Index first, Tape& tape,
+  void compute_scores_backward(const GatheredRows<Scalar>& x, Range rows, Tape& tape,
                                MatrixView<Scalar> dx) {
-    score_backward(x, rows_of(tape.dclean, first, x.count()), weight_, Start::zero, dx);
-    if (tape.has_noise) {
-      score_backward(x, rows_of(tape.draw, first, x.count()), noise_weight_, Start::accumulate, dx);
-    } else {
-      mark_gradients(noise_weight_);  // it is in use, though its gradient is zero
-    }
+    score_backward(x, rows_of(tape.dclean, rows.first, rows.count), weight_, Start::zero, dx);
+    if (!tape.has_noise) return;
+    score_backward(x, rows_of(tape.draw, rows.first, rows.count), noise_weight_, Start::accumulate,
+                   dx);
   }
   static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
                              Parameter<Scalar>& weight, Start start, MatrixView<Scalar> dx) {
