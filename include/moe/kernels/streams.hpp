@@ -20,13 +20,15 @@ namespace moe::detail {
 /// How many pairs of rows multiply_stream_tn adds at once, at most.
 inline constexpr Index stream_pairs = streams ? 128 : 8;
 
-/// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Eight are as many
-/// streams as the processor follows well, if each is a page of memory of its own; twice as many where
-/// rows are shorter. Where arithmetic limits, more, since C is read and written less often then.
+/// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Where memory limits,
+/// eight are as many streams as the processor follows well, if each is a page of memory of its own;
+/// twice as many where rows are shorter. Where a tile is high enough that arithmetic limits, more, since
+/// C is read and written less often then.
 inline constexpr Index most_steps = 128;
 template <class Scalar>
 constexpr Index stream_steps(Index rows, Index stride) {
-  if (rows > 12) return most_steps;
+  if (rows > 64) return most_steps;
+  if (streams && rows > 5) return 96;
   return rows > 4 || stride < 64 * cache_line<Scalar> ? 16 : 8;
 }
 
@@ -45,6 +47,14 @@ struct StreamAhead {
   Index beyond = 0;
   Index at(Index column) const { return column + distance < last ? distance : distance + beyond; }
 };
+
+/// A distance of at least `distance` at which, of columns that are `width` wide, the first that is beyond
+/// the end is the first of a row: a tile that asked for the end of one row and the start of the next
+/// would get only one of them.
+template <class Scalar>
+constexpr Index distance_by_tiles(Index distance, Index width) {
+  return distance < width ? distance + (width - distance) % tile_columns<Scalar> : distance;
+}
 
 /// What multiply_stream() multiplies: `steps` rows, `stride` apart.
 template <class Scalar>
@@ -158,12 +168,13 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   const Index depth = a.width();
   const Index stride = b.outerStride();
   const Index steps = stream_steps<Scalar>(a.count(), stride);
-  const Index distance = (Index{32} << 10) / (steps * static_cast<Index>(sizeof(Scalar)));
+  constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
   const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
   const Index end = first_column + columns;
   for (Index group = first_column; group < end; group += slices * slice) {
     const Index last = std::min(end, group + slices * slice);
+    const Index distance = distance_by_tiles<Scalar>(ahead / steps, last - group);
     for (Index k = 0; k == 0 || k < depth; k += steps) {
       const Index count = std::min(steps, depth - k);
       const Start from = k == 0 ? start : Start::accumulate;
@@ -181,7 +192,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
           rest =
               copy_panel(GatheredRows<Scalar>(place + width - over, stride, count, over), buffer);
         }
-        for_each_tile(a.count(), tile_rows, [&](Index first, Index rows) {
+        const auto multiply = [&](Index first, Index rows) {
           Left<Scalar> left;
           Scalar* to[to_size(tile_rows)];
           for (Index r = 0; r < rows; ++r) {
@@ -194,7 +205,12 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
           for_each_strip<Scalar>(column, width, [&](Index at, Index, Index strip_width) {
             finish(first, rows, at, strip_width);
           });
-        });
+        };
+        // The first tile waits for memory, so it is as high as can be.
+        const Index highest = std::min(a.count(), tile_rows);
+        multiply(0, highest);
+        for_each_tile(a.count() - highest, tile_rows,
+                      [&](Index first, Index rows) { multiply(highest + first, rows); });
       }
     }
   }
@@ -387,7 +403,7 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
                         MatrixView<Scalar> c) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index capacity = (Index{streams ? 256 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
-  constexpr Index distance = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
+  constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
   alignas(64) Scalar values[to_size(stream_pairs * tile_rows)];  // a step's are neighbours
   const Index end = first_column + columns;
@@ -403,7 +419,8 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
       const Index stride = (width + size - 1) / size * size;
       copy_panel(b.slice(k, pairs).columns(column, width), buffer);
       Stream<Scalar> right{buffer, stride, pairs};
-      right.ahead_in_c = {distance, width, tile_rows * c.outerStride() - width};
+      right.ahead_in_c = {distance_by_tiles<Scalar>(ahead, width), width,
+                          tile_rows * c.outerStride() - width};
       for_each_tile(rows, tile_rows, [&](Index first, Index count) {
         Left<Scalar> left;
         Scalar* to[to_size(tile_rows)];
