@@ -257,10 +257,12 @@ class FeedForward {
     auto hidden = tile_of(hidden_of(block), column);
     auto from = tile_of(pre, column);
     for_each_next(block, rows, [&](Index row) { detail::prefetch_strip(hidden(row)); });
+    detail::activate<Scalar>(config_.activation, rows.count, width,
+                             {from(rows.first), pre.outerStride()},
+                             {hidden(rows.first), block.scratch.outerStride()});
     for (Index i = rows.first; i < rows.first + rows.count; ++i) {
       const P w = detail::broadcast(block.weight[i]);
       Scalar* a = hidden(i);
-      detail::activate(config_.activation, width, from(i), a);
       if (config_.gated) {
         detail::map(
             width, a, [=](const P& v, const P& l) { return pmul(w, pmul(v, l)); }, a, from(i, 1));
@@ -281,18 +283,22 @@ class FeedForward {
     auto gradient = tile_of(pre_of(block), column);
     auto from = tile_of(pre, column);
     for_each_next(block, rows, [&](Index row) {
-      detail::prefetch_strip(hidden(row));
       detail::prefetch_strip(from(row));
       if (config_.gated) detail::prefetch_strip(from(row, 1));
     });
-    Scalar slope[detail::to_size(detail::tile_columns<Scalar>)];
+    constexpr Index widest = detail::tile_columns<Scalar>;
+    Scalar slopes[detail::to_size(detail::tile_rows * widest)];
+    detail::activate<Scalar>(config_.activation, rows.count, width,
+                             {from(rows.first), pre.outerStride()},
+                             {hidden(rows.first), block.scratch.outerStride()});
+    detail::differentiate<Scalar>(config_.activation, rows.count, width,
+                                  {from(rows.first), pre.outerStride()}, {slopes, widest});
     for (Index i = rows.first; i < rows.first + rows.count; ++i) {
       const P w = detail::broadcast(block.weight[i]);
       Scalar* a = hidden(i);
       Scalar* dpre = gradient(i);
       P part = detail::broadcast(Scalar{0});
-      detail::activate(config_.activation, width, from(i), a);
-      detail::differentiate(config_.activation, width, from(i), slope);
+      const Scalar* slope = slopes + (i - rows.first) * widest;
       if (config_.gated) {
         const Scalar* linear = from(i, 1);
         Scalar* dlinear = gradient(i, 1);

@@ -111,21 +111,42 @@ inline void require_activation(const char* field, Activation activation) {
           static_cast<int>(Activation::tanh) + 1, " activations");
 }
 
-/// y[i] = activation(x[i]); y may be x.
+/// Some rows of numbers, so far apart.
 template <class Scalar>
-void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
+struct StridedRows {
+  Scalar* data;
+  Index stride;
+  Scalar* row(Index i) const { return data + i * stride; }
+};
+
+/// y[r][i] = activation(x[r][i]); y may be x.
+template <class Scalar>
+void activate(Activation activation, Index rows, Index count, StridedRows<const Scalar> x,
+              StridedRows<Scalar> y) {
   with_activation<Scalar>(activation, [&](auto function) {
-    map(
-        count, y, [=](const Packet<Scalar>& v) { return function.value(v); }, x);
+    for (Index r = 0; r < rows; ++r) {
+      map(
+          count, y.row(r), [=](const Packet<Scalar>& v) { return function.value(v); }, x.row(r));
+    }
   });
 }
 
-/// dy[i] = activation'(x[i]); dy may be x.
+/// The same of one row.
 template <class Scalar>
-void differentiate(Activation activation, Index count, const Scalar* x, Scalar* dy) {
+void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
+  activate<Scalar>(activation, 1, count, {x, 0}, {y, 0});
+}
+
+/// dy[r][i] = activation'(x[r][i]); dy may be x.
+template <class Scalar>
+void differentiate(Activation activation, Index rows, Index count, StridedRows<const Scalar> x,
+                   StridedRows<Scalar> dy) {
   with_activation<Scalar>(activation, [&](auto function) {
-    map(
-        count, dy, [=](const Packet<Scalar>& v) { return function.derivative(v); }, x);
+    for (Index r = 0; r < rows; ++r) {
+      map(
+          count, dy.row(r), [=](const Packet<Scalar>& v) { return function.derivative(v); },
+          x.row(r));
+    }
   });
 }
 
@@ -137,7 +158,7 @@ void activate_backward(Activation activation, Index count, const Scalar* x, cons
   Scalar slope[to_size(chunk)];
   for (Index i = 0; i < count; i += chunk) {
     const Index size = std::min(chunk, count - i);
-    differentiate(activation, size, x + i, slope);
+    differentiate<Scalar>(activation, 1, size, {x + i, 0}, {slope, 0});
     map(
         size, dx + i,
         [](const Packet<Scalar>& d, const Packet<Scalar>& s) {

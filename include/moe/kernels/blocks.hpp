@@ -34,7 +34,7 @@ inline constexpr Index task_rows = 256;
 inline constexpr bool streams = tile_rows == max_tile_rows;
 
 /// What is to be done with a tile of C when its sums are complete, if anything: called with (row,
-/// rows, column, width).
+/// rows, column, width), of at most tile_rows and tile_columns.
 using Finish = FunctionRef<void(Index, Index, Index, Index)>;
 
 /// Cuts [0, count) into `parts` as even as can be, the longer ones first, and calls f(first, size).
@@ -67,18 +67,21 @@ void for_each_strip(Index first_column, Index columns, F&& f) {
   }
 }
 
-/// finish() for all rows, strip by strip.
-template <class Scalar>
-void finish_rows(Index rows, Index first_column, Index columns, Finish finish) {
-  if (!finish) return;
-  for_each_strip<Scalar>(first_column, columns,
-                         [&](Index column, Index, Index width) { finish(0, rows, column, width); });
-}
-
 /// Splits rows into as few tiles as possible, of even height, and calls f(row, count) for each.
 template <class F>
 void for_each_tile(Index rows, Index highest, F&& f) {
   for_each_part(rows, (rows + highest - 1) / highest, f);
+}
+
+/// finish() for all tiles of some columns.
+template <class Scalar>
+void finish_tiles(Index rows, Index first_column, Index columns, Finish finish) {
+  if (!finish) return;
+  for_each_tile(rows, tile_rows, [&](Index row, Index count) {
+    for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
+      finish(row, count, column, width);
+    });
+  });
 }
 
 /// Copies rows next to each other, the last packet of each filled up with zeros.

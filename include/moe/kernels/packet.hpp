@@ -17,6 +17,13 @@
 /// row, and where the ends are depends on the address; a token would get other bits in another
 /// row.)
 
+// A packet as a template argument loses its alignment attribute, which is harmless there; Eigen's own
+// headers silence it the same way.
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
+
 namespace moe::detail {
 
 template <class Scalar>
@@ -239,3 +246,7 @@ Packet<Scalar> normal_cdf(const Packet<Scalar>& x) {
 }
 
 }  // namespace moe::detail
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif

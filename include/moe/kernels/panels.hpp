@@ -109,8 +109,8 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
         multiply_tile<Packet<Scalar>, tile_rows, tile_packets, true>(
             left, {in_place, right.b.outerStride()}, strip.depth, from, initial, to, ahead, buffer);
       } else {
-        multiply_tile<Packet<Scalar>, tile_packets>(rows, strip.packets, strip.width, left, panel,
-                                                    strip.depth, from, initial, to, ahead);
+        multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
+                      ahead);
       }
       if (finish && strip.k + strip.depth >= depth) {
         finish(first, rows, strip.column, strip.width);
@@ -200,9 +200,8 @@ void multiply_panels_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
               const Index below = std::clamp<Index>(last - row - top - pairs_group, 0, tile_rows);
               const Ahead<Scalar> ahead{to[0] + pairs_group * c.outerStride(), c.outerStride(),
                                         below};
-              multiply_tile<Packet<Scalar>, tile_packets>(
-                  count, packets, strip_width, left, panel, depth, from,
-                  static_cast<const Scalar*>(nullptr), to, ahead);
+              multiply_tile(count, packets, strip_width, left, panel, depth, from,
+                            static_cast<const Scalar*>(nullptr), to, ahead);
             }
           });
         }

@@ -127,15 +127,35 @@ Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Ind
 }
 
 /// Columns that are less than a packet: those of `right`, which has half a packet of them or a whole
-/// one, beyond `width` with any values.
+/// one, beyond `width` with any values. What is no whole tile is computed beside C, its last row standing
+/// for those that are not there, since the tile is compiled in one height only.
 template <class Scalar>
 void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                    Index width, Start start, const Scalar* bias, Scalar* const* c) {
-  if (width <= half_packet_size<Scalar>) {
-    multiply_tile<HalfPacket<Scalar>, 1>(rows, 1, width, left, right, depth, start, bias, c);
-  } else {
-    multiply_tile<Packet<Scalar>, 1>(rows, 1, width, left, right, depth, start, bias, c);
+  constexpr Index half = half_packet_size<Scalar>;
+  const auto run = [&](const Left<Scalar>& a, Start from, Scalar* const* to) {
+    if (width <= half) {
+      multiply_tile<HalfPacket<Scalar>, tile_rows, 1>(a, right, depth, from, bias, to, {});
+    } else {
+      multiply_tile<Packet<Scalar>, tile_rows, 1>(a, right, depth, from, bias, to, {});
+    }
+  };
+  if (rows == tile_rows && width == half) return run(left, start, c);
+
+  constexpr Index columns = packet_size<Scalar>;
+  Scalar beside[to_size(tile_rows * columns)] = {};
+  Scalar* to[to_size(tile_rows)];
+  Left<Scalar> a;
+  a.step = left.step;
+  for (Index r = 0; r < tile_rows; ++r) {
+    a.row[r] = left.row[std::min(r, rows - 1)];
+    to[r] = beside + r * columns;
+    if (start == Start::accumulate && r < rows) std::copy_n(c[r], width, to[r]);
+    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
+    if (start == Start::bias && bias != nullptr) std::copy_n(bias, width, to[r]);
   }
+  run(a, Start::accumulate, to);
+  for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
 }
 
 /// The same for rows from 1 to tile_rows and all of the columns: `rest` holds those of `right` that
@@ -252,16 +272,15 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
       }
       const Start from = from_zero ? Start::zero : Start::accumulate;
-      multiply_tile<Packet<Scalar>, tile_packets>(rows, packets, packets * size, left, right, count,
-                                                  from, static_cast<const Scalar*>(nullptr), to,
-                                                  ahead);
+      multiply_tile(rows, packets, packets * size, left, right, count, from,
+                    static_cast<const Scalar*>(nullptr), to, ahead);
       for (Index i = 0; i < a.count(); ++i) {
         Scalar* result = c.row(i) + first_column + first;
         for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
       }
     });
   }
-  finish_rows<Scalar>(a.count(), first_column, columns, finish);
+  finish_tiles<Scalar>(a.count(), first_column, columns, finish);
 }
 
 /// to(j)[i] = from(i)[j], a block of as many rows as a packet that a tile's rows fill has at a time.
@@ -383,12 +402,7 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
       for (Index column = group; column < last; column += tile_rows) {
         multiply(k, count, column, std::min(tile_rows, last - column));
       }
-      if (!finish || k + block < depth) continue;
-      for_each_tile(rows, tile_rows, [&](Index first, Index height) {
-        for_each_strip<Scalar>(group, last - group, [&](Index column, Index, Index strip_width) {
-          finish(first, height, column, strip_width);
-        });
-      });
+      if (k + block >= depth) finish_tiles<Scalar>(rows, group, last - group, finish);
     }
   }
 }

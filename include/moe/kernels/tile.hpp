@@ -192,21 +192,21 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
 }
 
 /// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`
-/// from 1 to `most_packets` known at run time, of whose columns `width` belong to C: a tile that sticks
+/// from 1 to tile_packets known at run time, of whose columns `width` belong to C: a tile that sticks
 /// out is computed beside C and copied.
-template <class P, Index most_packets, class Scalar>
+template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Scalar* bias,
                    Scalar* const* c, Ahead<Scalar> ahead = {}) {
   const auto run = [&](Start from, const Scalar* initial, Scalar* const* to) {
-    with_constant<most_packets>(packets, [&](auto V) {
+    with_constant<tile_packets>(packets, [&](auto V) {
       constexpr Index highest = V == 1 ? max_tile_rows : tile_rows;
       with_constant<highest>(rows, [&](auto R) {
-        multiply_tile<P, R, V>(left, right, depth, from, initial, to, ahead);
+        multiply_tile<Packet<Scalar>, R, V>(left, right, depth, from, initial, to, ahead);
       });
     });
   };
-  if (width == packets * Eigen::internal::unpacket_traits<P>::size) return run(start, bias, c);
+  if (width == packets * packet_size<Scalar>) return run(start, bias, c);
 
   constexpr Index columns = tile_columns<Scalar>;
   Scalar beside[to_size(max_tile_rows * columns)] = {};
