@@ -187,7 +187,7 @@ inline float standard_normal(std::uint32_t bits) { return standard_normals(std::
 
 namespace detail {
 
-/// Counters that are drawn from together, word by word, and the deviates of each, next to each other.
+/// Counters that are drawn from together, word by word; the deviates of each are next to each other.
 struct NoiseLanes {
   static constexpr std::size_t count = 16;
   std::array<std::array<std::uint32_t, count>, 4> counters{};
@@ -200,17 +200,17 @@ struct NoiseLanes {
     for (std::size_t word = 0; word < 4; ++word) counters[word].fill(counter[word]);
     for (std::size_t i = 0; i < count; ++i) counters[0][i] += static_cast<std::uint32_t>(i);
   }
+  // Not inline, else GCC keeps counters in scalar registers where it saw them set one by one; and the
+  // words of a lane are written out, so that it becomes vector code.
 #if defined(__GNUC__)
-  [[gnu::
-        noinline]]  // else GCC keeps the counters in scalar registers where it saw them set one by one
+  [[gnu::noinline]]
 #endif
   std::array<float, 4 * count>
   normals(std::uint64_t seed) const {
     auto words = counters;
     philox_lanes(words, seed);
     std::array<std::uint32_t, 4 * count> bits;
-    for (std::size_t lane = 0; lane < count;
-         ++lane) {  // written out, so that it becomes vector code
+    for (std::size_t lane = 0; lane < count; ++lane) {
       bits[4 * lane] = words[0][lane];
       bits[4 * lane + 1] = words[1][lane];
       bits[4 * lane + 2] = words[2][lane];
@@ -220,8 +220,8 @@ struct NoiseLanes {
   }
 };
 
-/// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). What is
-/// left of rows when whole NoiseLanes are taken goes together.
+/// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). The ends of
+/// rows that are less than NoiseLanes draws at once go together.
 template <class Scalar, class TokenOf>
 void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns, TokenOf token,
                 Scalar* n) {
@@ -240,8 +240,11 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
     for (Index lane = 0; lane < used; ++lane) {
       const float* from = normals.data() + 4 * lane;
       Scalar* to = n + place[lane];
-      width[lane] == 4 ? copy(from, 4, to)
-                       : copy(from, width[lane], to);  // nearly always a constant
+      if (width[lane] == 4) {  // nearly always, and then a constant
+        copy(from, 4, to);
+      } else {
+        copy(from, width[lane], to);
+      }
     }
     used = 0;
   };

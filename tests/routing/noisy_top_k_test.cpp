@@ -15,19 +15,19 @@ namespace {
 template <class Scalar>
 using TopK = detail::NoisyTopK<Scalar>;
 
-/// What is left of a forward and a backward pass over 7 rows.
+/// What is left of a forward and a backward pass over some rows.
 template <class Scalar>
 struct Passes {
   TopK<Scalar> top_k{{.width = 4, .experts = 5, .active = 2}, 9};
   typename TopK<Scalar>::Tape tape;
   Routing<Scalar> routing;
   std::vector<Scalar> load = std::vector<Scalar>(5);
-  Matrix<Scalar> dx{7, 4};
+  Matrix<Scalar> dx;
 
-  Passes() {
+  explicit Passes(Index rows = 7) : dx(rows, 4) {
     test::randomize(top_k, 1);
     zero_gradients(top_k);
-    top_k.prepare(7, true, tape, routing);
+    top_k.prepare(rows, true, tape, routing);
   }
 };
 
@@ -65,6 +65,48 @@ TEMPLATE_TEST_CASE("noisy top-k: rows may come in pieces", "[routing]", float, d
   for (const auto& [name, gradient] : test::gradients_of(pieces.top_k)) {
     INFO(name);
     CHECK(test::relative_error(gradient, expected.at(name)) < test::tolerance<S>);
+  }
+}
+
+TEMPLATE_TEST_CASE("noisy top-k: many rows go in batches, which leave the same bits", "[routing]",
+                   float, double) {
+  using S = TestType;
+  constexpr Index count = 2 * detail::task_rows + 91;
+  const Matrix<S> x = random_matrix<S>(50, 4, 1);
+  Indices list(detail::to_size(count));
+  for (Index i = 0; i < count; ++i) list[detail::to_size(i)] = 7 * i % 50;
+  const GatheredRows<S> rows(x, list.data(), count);
+  const Matrix<S> dweight = random_matrix<S>(1, 2 * count, 2);
+  const Matrix<S> dload = random_matrix<S>(1, 5, 3);
+  const bool listed = GENERATE(false, true);  // whether the list keys the noise as well
+  const auto run = [&](Index most, Passes<S>& passes) {
+    passes.top_k.prepare_backward(passes.tape);
+    for (Index first = 0; first < count; first += most) {
+      const Index size = std::min(most, count - first);
+      const Index* token = listed ? list.data() + first : nullptr;
+      passes.top_k.forward(rows.slice(first, size), token, {.step = 4}, first, passes.tape,
+                           passes.routing);
+      passes.top_k.backward(rows.slice(first, size), first, dweight.data(), dload.data(),
+                            passes.tape, passes.routing, rows_of(passes.dx, first, size));
+    }
+  };
+  Passes<S> pieces(count);
+  run(100, pieces);
+  const test::Named expected = test::gradients_of(pieces.top_k);
+  for (const int threads : {1, 2, 3}) {
+    CAPTURE(threads);
+    const test::Threads scope(threads);
+    Passes<S> whole(count);
+    run(count, whole);
+    CHECK(same_bits(whole.tape.noise, pieces.tape.noise));
+    CHECK(same_bits(whole.tape.probability, pieces.tape.probability));
+    CHECK(whole.routing.expert == pieces.routing.expert);
+    CHECK(whole.routing.weight == pieces.routing.weight);
+    CHECK(same_bits(whole.dx, pieces.dx));
+    for (const auto& [name, gradient] : test::gradients_of(whole.top_k)) {
+      INFO(name);
+      CHECK(gradient == expected.at(name));
+    }
   }
 }
 

@@ -44,32 +44,6 @@ void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
   multiply_stream_nn(a, b, first_column, columns, start, bias, c, finish);
 }
 
-/// So deep, or less, A·Bᵀ is worth a copy of Bᵀ: C would be transposed on its way for too little.
-inline constexpr Index shallow_depth = 64;
-
-/// The form nt for many rows and a small depth, as that of a gate with few experts.
-template <class Scalar>
-void multiply_shallow_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
-                         Index first_column, Index columns, Start start,
-                         const ScatteredRows<Scalar>& c, Finish finish) {
-  constexpr Index widest = panel_columns<Scalar>;
-  alignas(64) Scalar buffer[to_size(shallow_depth * widest)];
-  const Index end = first_column + columns;
-  for (Index first = first_column; first < end; first += widest) {
-    const Index width = std::min(widest, end - first);
-    const Index depth = a.width();
-    copy_transposed(GatheredRows<Scalar>(row_data(b, first), b.outerStride(), width, depth), width,
-                    buffer);
-    const auto shifted = [&](Index row, Index height, Index column, Index count) {
-      finish(row, height, first + column, count);
-    };
-    const Scalar* no_bias = nullptr;
-    multiply_stream_nn(
-        a, ConstMatrixView<Scalar>(buffer, depth, width, Eigen::OuterStride<>(width)), 0, width,
-        start, no_bias, c.columns(first, width), finish ? Finish(shifted) : Finish());
-  }
-}
-
 /// C[:, columns] = A·Bᵀ, from zero or added to what C holds.
 template <class Scalar>
 void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,

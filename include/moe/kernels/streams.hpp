@@ -407,6 +407,33 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   }
 }
 
+/// What multiply_shallow_nt is for: so deep, or less, and some tiles of rows.
+inline constexpr Index shallow_depth = 64;
+
+/// The form nt for a small depth, as that of a gate with few experts: a copy of Bᵀ costs less than
+/// transposing C on its way for so few steps.
+template <class Scalar>
+void multiply_shallow_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
+                         Index first_column, Index columns, Start start,
+                         const ScatteredRows<Scalar>& c, Finish finish) {
+  constexpr Index widest = panel_columns<Scalar>;
+  alignas(64) Scalar buffer[to_size(shallow_depth * widest)];
+  const Index end = first_column + columns;
+  for (Index first = first_column; first < end; first += widest) {
+    const Index width = std::min(widest, end - first);
+    const Index depth = a.width();
+    copy_transposed(GatheredRows<Scalar>(row_data(b, first), b.outerStride(), width, depth), width,
+                    buffer);
+    const auto shifted = [&](Index row, Index height, Index column, Index count) {
+      finish(row, height, first + column, count);
+    };
+    const Scalar* no_bias = nullptr;
+    multiply_stream_nn(
+        a, ConstMatrixView<Scalar>(buffer, depth, width, Eigen::OuterStride<>(width)), 0, width,
+        start, no_bias, c.columns(first, width), finish ? Finish(shifted) : Finish());
+  }
+}
+
 /// The form tn in the order in which memory gives and takes C fastest: some rows of it are read and
 /// written from one end to the other, and asked for ahead as multiply_stream_nn does with B. What is
 /// added to them, at most stream_pairs at once, stays in the second-level cache, with 16 registers in

@@ -135,8 +135,8 @@ class NoisyTopK {
       backward_batch(x.slice(begin, count), {first + begin, count}, dweight, dload, tape, routing,
                      rows_of(dx, begin, count));
     });
-    if (!tape.has_noise)
-      mark_gradients(noise_weight_);  // it is in use, though its gradient is zero
+    // They are in use, though their gradient is zero.
+    if (!tape.has_noise) mark_gradients(noise_weight_);
   }
 
   /// Whether dload has any effect.
