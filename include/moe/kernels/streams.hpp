@@ -21,15 +21,15 @@ namespace moe::detail {
 inline constexpr Index stream_pairs = streams ? 128 : 8;
 
 /// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Where memory limits,
-/// eight are as many streams as the processor follows well, if each is a page of memory of its own;
-/// twice as many where rows are shorter. Where a tile is high enough that arithmetic limits, more, since
-/// C is read and written less often then.
+/// eight are as many streams as the processor follows well; twice as many for a single row of A where
+/// B's are shorter than a page of memory. Where a tile is high enough that arithmetic limits, more,
+/// since C is read and written less often then.
 inline constexpr Index most_steps = 128;
 template <class Scalar>
 constexpr Index stream_steps(Index rows, Index stride) {
   if (rows > 64) return most_steps;
   if (streams && rows > 5) return 96;
-  return rows > 4 || stride < 64 * cache_line<Scalar> ? 16 : 8;
+  return rows == 1 && stride < 64 * cache_line<Scalar> ? 16 : 8;
 }
 
 /// Whether rows so far apart, read side by side, end before the processor has foreseen them: what
