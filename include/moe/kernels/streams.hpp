@@ -20,16 +20,19 @@ namespace moe::detail {
 /// How many pairs of rows multiply_stream_tn adds at once, at most.
 inline constexpr Index stream_pairs = streams ? 128 : 8;
 
-/// How many rows of B multiply_stream_nn reads side by side for so many rows of A. Where memory limits,
-/// eight are as many streams as the processor follows well; twice as many for a single row of A where
-/// B's are shorter than a page of memory. Where a tile is high enough that arithmetic limits, more,
-/// since C is read and written less often then.
+/// How many rows of B, `stride` apart and `depth` in all, multiply_stream_nn reads side by side for so
+/// many rows of A. Where memory limits, eight are as many streams as the processor follows well; twice
+/// as many for one or two rows of A where B's are shorter than a page of memory. Where a tile is high
+/// enough that arithmetic limits, more, since C is read and written less often then, unless that were
+/// all of B at once and nothing left to ask for.
 inline constexpr Index most_steps = 128;
 template <class Scalar>
-constexpr Index stream_steps(Index rows, Index stride) {
+constexpr Index stream_steps(Index rows, Index depth, Index stride) {
+  constexpr Index many = 96;
   if (rows > 64) return most_steps;
-  if (streams && rows > 5) return 96;
-  return rows == 1 && stride < 64 * cache_line<Scalar> ? 16 : 8;
+  if (streams && rows > 5 && (rows > 12 || depth > many)) return many;
+  const bool short_rows = stride < 64 * cache_line<Scalar>;
+  return rows > 5 || (rows <= (streams ? 2 : 1) && short_rows) ? 16 : 8;
 }
 
 /// Whether rows so far apart, read side by side, end before the processor has foreseen them: what
@@ -187,7 +190,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   alignas(64) Scalar buffer[to_size(size * most_steps)];
   const Index depth = a.width();
   const Index stride = b.outerStride();
-  const Index steps = stream_steps<Scalar>(a.count(), stride);
+  const Index steps = stream_steps<Scalar>(a.count(), depth, stride);
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
   const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
