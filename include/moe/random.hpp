@@ -5,7 +5,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "moe/matrix.hpp"
 
@@ -187,7 +186,7 @@ inline float standard_normal(std::uint32_t bits) { return standard_normals(std::
 
 namespace detail {
 
-/// Counters that are drawn from together, word by word; the deviates of each are next to each other.
+/// Counters that are drawn from together, word by word; a counter's deviates are next to each other.
 struct NoiseLanes {
   static constexpr std::size_t count = 16;
   std::array<std::array<std::uint32_t, count>, 4> counters{};
@@ -200,8 +199,8 @@ struct NoiseLanes {
     for (std::size_t word = 0; word < 4; ++word) counters[word].fill(counter[word]);
     for (std::size_t i = 0; i < count; ++i) counters[0][i] += static_cast<std::uint32_t>(i);
   }
-  // Not inline, else GCC keeps counters in scalar registers where it saw them set one by one; and the
-  // words of a lane are written out, so that it becomes vector code.
+  // Not inline, else GCC keeps counters in scalar registers where it saw them set one by one; and
+  // the words of a lane are written out, so that they become vector code.
 #if defined(__GNUC__)
   [[gnu::noinline]]
 #endif

@@ -153,3 +153,27 @@ TEST_CASE("activations: far from zero the gradient of gelu_tanh is 0 or 1", "[ke
     CHECK(std::abs(dx - (x > 0 ? 1.0f : 0.0f)) < 1e-6f);
   }
 }
+
+TEMPLATE_TEST_CASE("activations: rows that are apart", "[kernels]", float, double) {
+  using S = TestType;
+  constexpr Index count = detail::packet_size<S> + 3;
+  const Matrix<S> x = test::random_matrix<S>(3, count + 2, 1);
+  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::tanh}) {
+    Matrix<S> y = Matrix<S>::Constant(3, count + 7, S{9});
+    Matrix<S> slope = y;
+    detail::activate<S>(activation, 3, count, {x.data(), x.cols()}, {y.data(), y.cols()});
+    detail::differentiate<S>(activation, 3, count, {x.data(), x.cols()}, {slope.data(), y.cols()});
+    const Matrix<S> ones = Matrix<S>::Ones(1, count);
+    for (Index row = 0; row < 3; ++row) {
+      Matrix<S> value(1, count);
+      Matrix<S> derivative(1, count);
+      detail::activate(activation, count, x.row(row).data(), value.data());
+      detail::activate_backward(activation, count, x.row(row).data(), ones.data(),
+                                derivative.data());
+      CHECK(test::same_bits(y.row(row).head(count), value));
+      CHECK(test::same_bits(slope.row(row).head(count), derivative));
+    }
+    CHECK((y.rightCols(7).array() == S{9}).all());
+    CHECK((slope.rightCols(7).array() == S{9}).all());
+  }
+}

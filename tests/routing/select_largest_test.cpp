@@ -20,6 +20,12 @@ TEMPLATE_TEST_CASE("select_largest: a stable sort's for any scores", "[routing]"
       if (seed % 4 == 1) scores(0, size / 2) = nan;
       if (seed % 4 == 3) scores(0, size / 2) = -infinity;
       if (seed % 8 == 1) scores(0, 0) = infinity;
+      if (seed % 16 == 5) {  // fewer that count than are asked for, or none at all
+        for (Index i = 0; i < size; ++i) {
+          if (i % 29 != static_cast<Index>(seed % 3)) scores(0, i) = i % 2 == 0 ? nan : -infinity;
+        }
+      }
+      if (seed % 64 == 13) scores.setConstant(nan);
       Indices expected;
       for (Index i = 0; i < size; ++i) expected.push_back(i);
       const auto key = [&](Index i) { return std::isnan(scores(0, i)) ? -infinity : scores(0, i); };

@@ -234,9 +234,10 @@ class FeedForward {
     }
   }
 
-  // Both work on a tile, row by row; m(row, part) is where its columns are in the part-th H columns
-  // of m. Only value and slope are compiled for each activation; the rest is the same for all. What
-  // they read and write beside C is far away, so they ask for the next tile's.
+  // Both work on a tile: first the activation of all its rows, of which only value and slope are
+  // compiled for each, then the rest row by row. m(row, part) is where its columns are in the part-th
+  // H columns of m. What they read beside C is far away, so they ask for the next tile's; forward asks
+  // for the hidden rows too, which are only written, but backward would ask for too much then.
 
   auto tile_of(MatrixView<Scalar> matrix, Index column) const {
     return [this, matrix, column](Index row, Index part = 0) mutable {

@@ -111,7 +111,7 @@ inline void require_activation(const char* field, Activation activation) {
           static_cast<int>(Activation::tanh) + 1, " activations");
 }
 
-/// Some rows of numbers, so far apart.
+/// Rows of numbers, `stride` apart.
 template <class Scalar>
 struct StridedRows {
   Scalar* data;
@@ -119,7 +119,7 @@ struct StridedRows {
   Scalar* row(Index i) const { return data + i * stride; }
 };
 
-/// y[r][i] = activation(x[r][i]); y may be x.
+/// y[r][i] = activation(x[r][i]); y may be x, with the same stride.
 template <class Scalar>
 void activate(Activation activation, Index rows, Index count, StridedRows<const Scalar> x,
               StridedRows<Scalar> y) {
@@ -137,7 +137,7 @@ void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
   activate<Scalar>(activation, 1, count, {x, 0}, {y, 0});
 }
 
-/// dy[r][i] = activation'(x[r][i]); dy may be x.
+/// dy[r][i] = activation'(x[r][i]); dy may be x, with the same stride.
 template <class Scalar>
 void differentiate(Activation activation, Index rows, Index count, StridedRows<const Scalar> x,
                    StridedRows<Scalar> dy) {

@@ -17,8 +17,8 @@
 /// row, and where the ends are depends on the address; a token would get other bits in another
 /// row.)
 
-// A packet as a template argument loses its alignment attribute, which is harmless there; Eigen's own
-// headers silence it the same way.
+// A packet as a template argument loses its alignment attribute, which is harmless there; Eigen's
+// own headers silence it the same way.
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -32,7 +32,8 @@ using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
 template <class Scalar>
 inline constexpr Index packet_size = Eigen::internal::unpacket_traits<Packet<Scalar>>::size;
 
-/// A packet half as wide, of which the processor can do two at once; where there is none, the packet.
+/// A packet half as wide, of which the processor can do two at once; the packet itself where there
+/// is none.
 template <class Scalar>
 using HalfPacket = typename Eigen::internal::unpacket_traits<Packet<Scalar>>::half;
 template <class Scalar>

@@ -20,12 +20,12 @@ namespace moe::detail {
 /// How many pairs of rows multiply_stream_tn adds at once, at most.
 inline constexpr Index stream_pairs = streams ? 128 : 8;
 
+inline constexpr Index most_steps = 128;
 /// How many rows of B, `stride` apart and `depth` in all, multiply_stream_nn reads side by side for so
 /// many rows of A. Where memory limits, eight are as many streams as the processor follows well; twice
-/// as many for one or two rows of A where B's are shorter than a page of memory. Where a tile is high
-/// enough that arithmetic limits, more, since C is read and written less often then, unless that were
-/// all of B at once and nothing left to ask for.
-inline constexpr Index most_steps = 128;
+/// as many for one row of A, with 32 registers two, where B's are shorter than a page of memory. Where
+/// a tile is high enough that arithmetic limits, more, since C is read and written less often then; for
+/// up to 12 rows not so many that they were all of B at once, which would leave nothing to ask for.
 template <class Scalar>
 constexpr Index stream_steps(Index rows, Index depth, Index stride) {
   constexpr Index many = 96;
@@ -51,9 +51,9 @@ struct StreamAhead {
   Index at(Index column) const { return column + distance < last ? distance : distance + beyond; }
 };
 
-/// A distance of at least `distance` at which, of columns that are `width` wide, the first that is beyond
-/// the end is the first of a row: a tile that asked for the end of one row and the start of the next
-/// would get only one of them.
+/// A distance of at least `distance` at which, of `width` columns, the first that is beyond the end is
+/// the first of a row: a tile that asked for the end of one row and the start of the next would get
+/// only one of them.
 template <class Scalar>
 constexpr Index distance_by_tiles(Index distance, Index width) {
   return distance < width ? distance + (width - distance) % tile_columns<Scalar> : distance;
@@ -129,9 +129,9 @@ Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Ind
   return column;
 }
 
-/// Columns that are less than a packet: those of `right`, which has half a packet of them or a whole
-/// one, beyond `width` with any values. What is no whole tile is computed beside C, its last row standing
-/// for those that are not there, since the tile is compiled in one height only.
+/// Columns of C that are less than a packet. `right` has half a packet of them or a whole one, with any
+/// values beyond `width`. What is no whole tile is computed beside C, its last row standing for those
+/// that are not there, since the tile is compiled in one height only.
 template <class Scalar>
 void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                    Index width, Start start, const Scalar* bias, Scalar* const* c) {
@@ -161,8 +161,8 @@ void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, In
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
 }
 
-/// The same for rows from 1 to tile_rows and all of the columns: `rest` holds those of `right` that
-/// are less than a packet.
+/// multiply_stream<R>() for rows from 1 to tile_rows known at run time, and for all of the columns:
+/// `rest` holds those of `right` that are less than a packet.
 template <class Scalar>
 void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>& right,
                      Index columns, Panel<Scalar> rest, Start start, const Scalar* bias,
