@@ -161,8 +161,9 @@ TEMPLATE_TEST_CASE("activations: rows that are apart", "[kernels]", float, doubl
   for (const Activation activation : {Activation::relu, Activation::gelu, Activation::tanh}) {
     Matrix<S> y = Matrix<S>::Constant(3, count + 7, S{9});
     Matrix<S> slope = y;
-    detail::activate<S>(activation, 3, count, {x.data(), x.cols()}, {y.data(), y.cols()});
-    detail::differentiate<S>(activation, 3, count, {x.data(), x.cols()}, {slope.data(), y.cols()});
+    const GatheredRows<S> rows = GatheredRows<S>(x).columns(0, count);
+    detail::activate(activation, rows, ScatteredRows<S>(view(y)));
+    detail::differentiate(activation, rows, ScatteredRows<S>(view(slope)));
     const Matrix<S> ones = Matrix<S>::Ones(1, count);
     for (Index row = 0; row < 3; ++row) {
       Matrix<S> value(1, count);

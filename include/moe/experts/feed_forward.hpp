@@ -258,9 +258,10 @@ class FeedForward {
     auto hidden = tile_of(hidden_of(block), column);
     auto from = tile_of(pre, column);
     for_each_next(block, rows, [&](Index row) { detail::prefetch_strip(hidden(row)); });
-    detail::activate<Scalar>(config_.activation, rows.count, width,
-                             {from(rows.first), pre.outerStride()},
-                             {hidden(rows.first), block.scratch.outerStride()});
+    const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
+    detail::activate(
+        config_.activation, x,
+        ScatteredRows<Scalar>(hidden(rows.first), block.scratch.outerStride(), rows.count, width));
     for (Index i = rows.first; i < rows.first + rows.count; ++i) {
       const P w = detail::broadcast(block.weight[i]);
       Scalar* a = hidden(i);
@@ -289,11 +290,12 @@ class FeedForward {
     });
     constexpr Index widest = detail::tile_columns<Scalar>;
     Scalar slopes[detail::to_size(detail::tile_rows * widest)];
-    detail::activate<Scalar>(config_.activation, rows.count, width,
-                             {from(rows.first), pre.outerStride()},
-                             {hidden(rows.first), block.scratch.outerStride()});
-    detail::differentiate<Scalar>(config_.activation, rows.count, width,
-                                  {from(rows.first), pre.outerStride()}, {slopes, widest});
+    const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
+    detail::activate(
+        config_.activation, x,
+        ScatteredRows<Scalar>(hidden(rows.first), block.scratch.outerStride(), rows.count, width));
+    detail::differentiate(config_.activation, x,
+                          ScatteredRows<Scalar>(slopes, widest, rows.count, width));
     for (Index i = rows.first; i < rows.first + rows.count; ++i) {
       const P w = detail::broadcast(block.weight[i]);
       Scalar* a = hidden(i);

@@ -111,22 +111,15 @@ inline void require_activation(const char* field, Activation activation) {
           static_cast<int>(Activation::tanh) + 1, " activations");
 }
 
-/// Rows of numbers, `stride` apart.
+/// y[r][i] = activation(x[r][i]); y may be x.
 template <class Scalar>
-struct StridedRows {
-  Scalar* data;
-  Index stride;
-  Scalar* row(Index i) const { return data + i * stride; }
-};
-
-/// y[r][i] = activation(x[r][i]); y may be x, with the same stride.
-template <class Scalar>
-void activate(Activation activation, Index rows, Index count, StridedRows<const Scalar> x,
-              StridedRows<Scalar> y) {
+void activate(Activation activation, const GatheredRows<Scalar>& x,
+              const ScatteredRows<Scalar>& y) {
   with_activation<Scalar>(activation, [&](auto function) {
-    for (Index r = 0; r < rows; ++r) {
+    for (Index r = 0; r < x.count(); ++r) {
       map(
-          count, y.row(r), [=](const Packet<Scalar>& v) { return function.value(v); }, x.row(r));
+          x.width(), y.row(r), [=](const Packet<Scalar>& v) { return function.value(v); },
+          x.row(r));
     }
   });
 }
@@ -134,17 +127,17 @@ void activate(Activation activation, Index rows, Index count, StridedRows<const 
 /// The same of one row.
 template <class Scalar>
 void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
-  activate<Scalar>(activation, 1, count, {x, 0}, {y, 0});
+  activate<Scalar>(activation, {x, count, 1, count}, {y, count, 1, count});
 }
 
-/// dy[r][i] = activation'(x[r][i]); dy may be x, with the same stride.
+/// dy[r][i] = activation'(x[r][i]); dy may be x.
 template <class Scalar>
-void differentiate(Activation activation, Index rows, Index count, StridedRows<const Scalar> x,
-                   StridedRows<Scalar> dy) {
+void differentiate(Activation activation, const GatheredRows<Scalar>& x,
+                   const ScatteredRows<Scalar>& dy) {
   with_activation<Scalar>(activation, [&](auto function) {
-    for (Index r = 0; r < rows; ++r) {
+    for (Index r = 0; r < x.count(); ++r) {
       map(
-          count, dy.row(r), [=](const Packet<Scalar>& v) { return function.derivative(v); },
+          x.width(), dy.row(r), [=](const Packet<Scalar>& v) { return function.derivative(v); },
           x.row(r));
     }
   });
@@ -158,7 +151,7 @@ void activate_backward(Activation activation, Index count, const Scalar* x, cons
   Scalar slope[to_size(chunk)];
   for (Index i = 0; i < count; i += chunk) {
     const Index size = std::min(chunk, count - i);
-    differentiate<Scalar>(activation, 1, size, {x + i, 0}, {slope, 0});
+    differentiate<Scalar>(activation, {x + i, size, 1, size}, {slope, size, 1, size});
     map(
         size, dx + i,
         [](const Packet<Scalar>& d, const Packet<Scalar>& s) {

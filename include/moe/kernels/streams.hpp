@@ -145,20 +145,11 @@ void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, In
   };
   if (rows == tile_rows && width == half) return run(left, start, c);
 
-  constexpr Index columns = packet_size<Scalar>;
-  Scalar beside[to_size(tile_rows * columns)] = {};
-  Scalar* to[to_size(tile_rows)];
   Left<Scalar> a;
   a.step = left.step;
-  for (Index r = 0; r < tile_rows; ++r) {
-    a.row[r] = left.row[std::min(r, rows - 1)];
-    to[r] = beside + r * columns;
-    if (start == Start::accumulate && r < rows) std::copy_n(c[r], width, to[r]);
-    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
-    if (start == Start::bias && bias != nullptr) std::copy_n(bias, width, to[r]);
-  }
-  run(a, Start::accumulate, to);
-  for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
+  for (Index r = 0; r < tile_rows; ++r) a.row[r] = left.row[std::min(r, rows - 1)];
+  compute_beside(rows, width, start, bias, c,
+                 [&](Scalar* const* to) { run(a, Start::accumulate, to); });
 }
 
 /// multiply_stream<R>() for rows from 1 to tile_rows known at run time, and for all of the columns:

@@ -191,6 +191,24 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
+/// Calls run(to) for a tile beside C, which `to` points to in max_tile_rows rows: it holds what C starts
+/// from, and its first `rows` and `width` columns are then copied to C.
+template <class Scalar, class F>
+void compute_beside(Index rows, Index width, Start start, const Scalar* bias, Scalar* const* c,
+                    F&& run) {
+  constexpr Index columns = tile_columns<Scalar>;
+  Scalar beside[to_size(max_tile_rows * columns)] = {};
+  Scalar* to[to_size(max_tile_rows)];
+  for (Index r = 0; r < max_tile_rows; ++r) to[r] = beside + r * columns;
+  for (Index r = 0; r < rows; ++r) {
+    if (start == Start::accumulate) std::copy_n(c[r], width, to[r]);
+    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
+    if (start == Start::bias && bias != nullptr) std::copy_n(bias, width, to[r]);
+  }
+  run(to);
+  for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
+}
+
 /// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`
 /// from 1 to tile_packets known at run time, of whose columns `width` belong to C: a tile that sticks
 /// out is computed beside C and copied.
@@ -208,17 +226,8 @@ void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& l
   };
   if (width == packets * packet_size<Scalar>) return run(start, bias, c);
 
-  constexpr Index columns = tile_columns<Scalar>;
-  Scalar beside[to_size(max_tile_rows * columns)] = {};
-  Scalar* to[to_size(max_tile_rows)] = {};
-  for (Index r = 0; r < rows; ++r) {
-    to[r] = beside + r * columns;
-    if (start == Start::accumulate) std::copy_n(c[r], width, to[r]);
-    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
-    if (start == Start::bias && bias != nullptr) std::copy_n(bias, width, to[r]);
-  }
-  run(Start::accumulate, nullptr, to);
-  for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
+  compute_beside(rows, width, start, bias, c,
+                 [&](Scalar* const* to) { run(Start::accumulate, nullptr, to); });
 }
 
 }  // namespace moe::detail
