@@ -263,6 +263,53 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   check(2 * tile_rows, 3, 2 * 128 + 1, true);
 }
 
+TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the order of memory",
+                   "[kernels][gemm]", float, double) {
+  using S = TestType;
+  constexpr Index packet = packet_size<S>;
+  constexpr Index longest = 64 * cache_line<S>;
+  STATIC_REQUIRE(is_in_order<S>(rows_in_order, longest, longest));
+  STATIC_REQUIRE_FALSE(is_in_order<S>(rows_in_order + 1, longest, longest));
+  STATIC_REQUIRE_FALSE(is_in_order<S>(1, longest, 2 * longest));
+  STATIC_REQUIRE_FALSE(is_in_order<S>(1, 2 * longest, 2 * longest));
+  STATIC_REQUIRE_FALSE(is_in_order<S>(1, packet - 1, packet - 1));
+  const List all_columns = {packet,     2 * packet, 3 * packet, 4 * packet,
+                            5 * packet, longest,    longest + packet};
+  for (Index rows = 1; rows <= rows_in_order + 1; ++rows) {
+    for (const Index columns : all_columns) {
+      for (const Index depth : {0, 1, 2, 3, 8, 131}) {
+        CAPTURE(rows, columns, depth);
+        const Matrix<S> a = random_matrix<S>(3, depth, 1);
+        const List list = random_list(rows, 3, 2);
+        const Matrix<S> b = random_matrix<S>(depth, columns, 3);
+        const Matrix<S> before = random_matrix<S>(rows, columns, 4);
+        const Matrix<S> bias = random_matrix<S>(1, columns, 5);
+        for (const Start start : {Start::zero, Start::bias, Start::accumulate}) {
+          Expected<S> expected;
+          expected.left = gather(a, list);
+          expected.right = b;
+          expected.initial = before;
+          if (start == Start::zero) expected.initial.setZero();
+          if (start == Start::bias) expected.initial = bias.replicate(rows, 1);
+          const Matrix<S> product = expected.chain();
+          Framed<S> c(before);
+          Eigen::MatrixXi finished = Eigen::MatrixXi::Zero(rows, columns);
+          const auto finish = [&](Index row, Index count, Index column, Index width) {
+            finished.block(row, column, count, width).array() += 1;
+            CHECK(same_bits(c.view().block(row, column, count, width),
+                            product.block(row, column, count, width)));
+          };
+          multiply_nn(GatheredRows<S>(a, list.data(), rows), view(b), 0, columns, start,
+                      start == Start::bias ? bias.data() : nullptr, ScatteredRows<S>(c.view()),
+                      Finish(finish));
+          CHECK(finished.isOnes(0));
+          CHECK(c.frame_is_whole());
+        }
+      }
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile finished once",
                    "[kernels][gemm]", float, double) {
   using S = TestType;
