@@ -48,8 +48,10 @@ mkdir -p "$out"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 
 # Where malloc is the GNU C library's, for all parties alike: ours, the peers and the machine's limits.
-# The last setting counts.
+# What it gives a mapping of its own gets large pages only where it fills them, so matrices of less than
+# 32 MiB come from the heap then. The last setting counts.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=$hugetlb"
+[ $hugetlb = 0 ] || GLIBC_TUNABLES="$GLIBC_TUNABLES:glibc.malloc.mmap_threshold=33554432"
 echo "With GLIBC_TUNABLES=$GLIBC_TUNABLES; the system gives large pages:" \
   "$(cat /sys/kernel/mm/transparent_hugepage/enabled 2>/dev/null || echo unknown)"
 
