@@ -174,8 +174,10 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
     y[i] = sign * (1.0f - 2.0f * tail) * 1.41421356f;
     normal[i] = detail::erfinv_middle(w[i]) * y[i];
   }
-  bool tails = false;
-  for (std::size_t i = 0; i < N; ++i) tails |= w[i] >= 5.0f;
+  // As integers, which compilers take the maximum of in vector code, positive floats have their order.
+  std::int32_t largest = 0;
+  for (const float each : w) largest = std::max(largest, std::bit_cast<std::int32_t>(each));
+  const bool tails = largest >= std::bit_cast<std::int32_t>(5.0f);
   for (std::size_t i = 0; i < N && tails; ++i) {
     if (w[i] >= 5.0f) normal[i] = detail::erfinv_tail(w[i]) * y[i];
   }
