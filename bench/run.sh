@@ -49,9 +49,9 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_
 
 # Where malloc is the GNU C library's, for all parties alike: ours, the peers and the machine's limits.
 # What it gives a mapping of its own gets large pages only where it fills them, so matrices of less than
-# 32 MiB come from the heap then. The last setting counts.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=$hugetlb"
-[ $hugetlb = 0 ] || GLIBC_TUNABLES="$GLIBC_TUNABLES:glibc.malloc.mmap_threshold=33554432"
+# 32 MiB come from the heap, which keeps what is freed. The last setting counts.
+GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=$hugetlb"
+export GLIBC_TUNABLES="$GLIBC_TUNABLES:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
 echo "With GLIBC_TUNABLES=$GLIBC_TUNABLES; the system gives large pages:" \
   "$(cat /sys/kernel/mm/transparent_hugepage/enabled 2>/dev/null || echo unknown)"
 

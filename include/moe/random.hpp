@@ -164,8 +164,8 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
   std::array<float, N> w;
   std::array<float, N> y;
   std::array<float, N> normal;
-  // Two loops, so that the compiler can turn the first into vector code: it has no branch, and
-  // only one deviate in three hundred needs the second.
+  // Loops of their own, so that the compiler can turn the first into vector code: it has no branch,
+  // and only one deviate in three hundred needs the last.
   for (std::size_t i = 0; i < N; ++i) {
     const float tail = (static_cast<float>(static_cast<std::int32_t>(bits[i] >> 1)) + 0.5f) *
                        0x1p-32f;  // in (0, 1/2]

@@ -34,7 +34,7 @@ template <class Scalar>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
                  Finish finish = {}) {
-  if (a.count() == 0) return;
+  if (a.count() == 0 || columns == 0) return;
   if constexpr (!streams) {
     if (a.count() > 2 * tile_rows) {
       const Right<Scalar> right{b, false};
@@ -118,7 +118,11 @@ void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Matrix
                 Start start = Start::zero, const Scalar* bias = nullptr) {
   MOE_ASSERT(a.width() == b.rows() && c.rows() == a.count() && c.cols() == b.cols());
   MOE_ASSERT(start == Start::bias || bias == nullptr);
-  for_each_block(c.rows(), c.cols(), a.width(), 2 * panel_columns<Scalar>,
+  // One worker reads few rows' B as it lies.
+  const bool whole =
+      worker_count() == 1 && is_in_order<Scalar>(c.rows(), c.cols(), b.outerStride());
+  const Index block_columns = whole ? c.cols() : 2 * panel_columns<Scalar>;
+  for_each_block(c.rows(), c.cols(), a.width(), block_columns,
                  [&](Index row, Index rows, Index column, Index columns) {
                    multiply_nn(a.slice(row, rows), b, column, columns, start, bias,
                                ScatteredRows<Scalar>(c).slice(row, rows));

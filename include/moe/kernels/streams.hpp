@@ -21,15 +21,18 @@ namespace moe::detail {
 inline constexpr Index stream_pairs = streams ? 128 : 8;
 
 inline constexpr Index most_steps = 128;
-/// How many rows of B, of which there are `depth`, multiply_stream_nn reads side by side for so many
-/// rows of A. Where memory limits, eight are as many streams as the processor follows well. Where a
-/// tile is high enough that arithmetic limits, more, since C is read and written less often then; for
+/// How many rows of B, `stride` apart and `depth` in all, multiply_stream_nn reads side by side for so
+/// many rows of A. Where memory limits, eight are as many streams as the processor follows well; twice
+/// as many for one row of A, with 32 registers two, where B's are shorter than a page of memory. Where
+/// a tile is high enough that arithmetic limits, more, since C is read and written less often then; for
 /// up to 12 rows not so many that they were all of B at once, which would leave nothing to ask for.
-constexpr Index stream_steps(Index rows, Index depth) {
+template <class Scalar>
+constexpr Index stream_steps(Index rows, Index depth, Index stride) {
   constexpr Index many = 96;
   if (rows > 64) return most_steps;
   if (streams && rows > 5 && (rows > 12 || depth > many)) return many;
-  return rows > 5 ? 16 : 8;
+  const bool short_rows = stride < 64 * cache_line<Scalar>;
+  return rows > 5 || (rows <= (streams ? 2 : 1) && short_rows) ? 16 : 8;
 }
 
 /// Whether rows so far apart, read side by side, end before the processor has foreseen them: what
@@ -172,10 +175,13 @@ inline constexpr Index rows_in_order = 3;
 template <Index R, Index V, class Scalar>
 EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_size(R)],
                                                 const Scalar* b, Index stride, Index steps,
-                                                const Scalar*& ahead, Index column,
+                                                const Scalar* ahead, Index column,
                                                 Scalar* const (&c)[to_size(R)]) {
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index lines = streams && R == 1 ? 1 : (V * size + cache_line<Scalar> - 1) / cache_line<Scalar>;
+  // With packets of a line the processor foresees most of what one row is multiplied with, and what
+  // is asked for besides would take the places in which it waits for memory.
+  constexpr Index lines =
+      streams && R == 1 ? 1 : (V * size + cache_line<Scalar> - 1) / cache_line<Scalar>;
   Packet<Scalar> sum[to_size(R)][to_size(V)];
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
@@ -188,73 +194,75 @@ EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_s
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// R rows of C += left[r][k]·right[k, :], where the rows of `right` are whole packets and follow each
-/// other, so that all of it can be read and asked for as it lies, which memory gives fastest by
-/// far: only so many rows side by side as keep the traffic with C, in the nearest cache, below that
-/// with memory. For one row the processor foresees most itself, and what is asked for besides would
-/// take the places in which it waits for memory.
+/// R rows of C += a[r][k]·b[k, :], where the rows of B are whole packets and follow each other, so that
+/// all of it is read and asked for in the order in which it lies. Only so many rows of B are side by
+/// side as it takes for C, in the nearest cache, to cost less time than memory.
 template <Index R, class Scalar>
 #if defined(__GNUC__)
 [[gnu::noinline]]
 #endif
-void multiply_in_order(const Left<Scalar>& left, ConstMatrixView<Scalar> right, Scalar* const* c) {
+void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b, Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index side_by_side = R <= 2 ? 1 : 2;
   constexpr Index further = (Index{8} << 10) / static_cast<Index>(sizeof(Scalar));
-  const Scalar* a[to_size(R)];
+  const Scalar* row[to_size(R)];
   Scalar* out[to_size(R)];
-  std::copy_n(left.row, R, a);
+  std::copy_n(a, R, row);
   std::copy_n(c, R, out);
-  const Index columns = right.cols();
-  const Scalar* b = right.data();
-  const Scalar* const end = b + right.rows() * columns;
-  const Scalar* ahead = b + side_by_side * columns + further;
-  while (b < end) {
-    const Index steps = side_by_side == 1 ? 1 : std::min(side_by_side, (end - b) / columns);
-    if (end - ahead < steps * columns) ahead = b;  // nothing is left to ask for
+  const Index columns = b.cols();
+  const Index end = b.rows() * columns;
+  Index asked = side_by_side * columns + further;
+  Index steps = 0;
+  for (Index at = 0; at < end; at += steps * columns) {
+    steps = side_by_side == 1 ? 1 : std::min(side_by_side, (end - at) / columns);
+    if (asked + steps * columns > end) asked = at;  // nothing is left to ask for
+    const Scalar* place = b.data() + at;
+    const Scalar* ahead = b.data() + asked;
     Index column = 0;
     for (; column + 3 * size <= columns; column += 3 * size) {
-      multiply_in_order_tile<R, 3>(a, b, columns, steps, ahead, column, out);
+      multiply_in_order_tile<R, 3>(row, place, columns, steps, ahead, column, out);
+      ahead += steps * 3 * size;
     }
-    if (column + 2 * size == columns) {
-      multiply_in_order_tile<R, 2>(a, b, columns, steps, ahead, column, out);
-    } else if (column < columns) {
-      multiply_in_order_tile<R, 1>(a, b, columns, steps, ahead, column, out);
+    for (; column < columns; column += size) {
+      multiply_in_order_tile<R, 1>(row, place, columns, steps, ahead, column, out);
+      ahead += steps * size;
     }
-    b += steps * columns;
-    for (const Scalar*& row : a) row += steps;
+    asked += steps * columns;
+    for (const Scalar*& r : row) r += steps;
   }
 }
 
-/// Whether multiply_in_order() can compute `columns` columns with so many rows of A and a B whose rows
-/// are `stride` apart, and rows are short: of those longer than a page of memory, eight side by side
-/// are as fast, and faster where pages are small.
+/// Whether multiply_in_order() is for so many rows of A and so many columns, all those of B, whose rows
+/// are `stride` apart: few rows, and short ones of B. Of those longer than a page of memory, eight side
+/// by side are as fast in large pages, and faster in small ones.
 template <class Scalar>
 constexpr bool is_in_order(Index rows, Index columns, Index stride) {
-  return rows <= rows_in_order && columns == stride && columns % packet_size<Scalar> == 0 &&
-         stride <= 64 * cache_line<Scalar>;
+  return rows <= rows_in_order && columns == stride && columns > 0 &&
+         columns % packet_size<Scalar> == 0 && stride <= 64 * cache_line<Scalar>;
 }
 
-/// multiply_in_order<R>() for a number of rows known at run time.
+/// multiply_in_order<R>() for a number of rows known at run time, from what C starts at.
 template <class Scalar>
 void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Start start,
                        const Scalar* bias, const ScatteredRows<Scalar>& c) {
-  Left<Scalar> left;
+  const Scalar* from[to_size(rows_in_order)];
   Scalar* to[to_size(rows_in_order)];
   for (Index r = 0; r < a.count(); ++r) {
-    left.row[r] = a.row(r);
+    from[r] = a.row(r);
     to[r] = c.row(r);
     if (start == Start::zero) std::fill_n(to[r], b.cols(), Scalar{0});
-    if (start == Start::bias) std::copy_n(bias, b.cols(), to[r]);
+    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
+    if (start == Start::bias && bias != nullptr) std::copy_n(bias, b.cols(), to[r]);
   }
-  with_constant<rows_in_order>(a.count(), [&](auto R) { multiply_in_order<R>(left, b, to); });
+  with_constant<rows_in_order>(a.count(), [&](auto R) { multiply_in_order<R>(from, b, to); });
 }
 
-/// The form nn with B where it lies, in the order in which memory gives it fastest: some rows of it
-/// side by side, from one end to the other. So the depth goes in steps, at each of which C is read and
-/// written, in slices of columns that stay in the caches while all rows of A pass. The processor
-/// foresees nothing beyond a page of memory, so the rows are asked for 32 KiB ahead, and at their
-/// ends those that are read in the next steps in their places.
+/// The form nn with B where it lies, in the order in which memory gives it fastest: with few rows, and
+/// short ones of B, one after the other; else some side by side, from one end to the other. Then the
+/// depth goes in steps, at each of which C is read and written, in slices of columns that stay in the
+/// caches while all rows of A pass. The processor foresees nothing beyond a page of memory, so the
+/// rows are asked for 32 KiB ahead, and at their ends those that are read in the next steps in their
+/// places.
 template <class Scalar>
 void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
                         Index first_column, Index columns, Start start, const Scalar* bias,
@@ -263,11 +271,11 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   alignas(64) Scalar buffer[to_size(size * most_steps)];
   const Index depth = a.width();
   const Index stride = b.outerStride();
-  if (is_in_order<Scalar>(a.count(), columns, stride)) {
+  if (columns == b.cols() && is_in_order<Scalar>(a.count(), columns, stride)) {
     multiply_in_order(a, b, start, bias, c);
     return finish_tiles<Scalar>(a.count(), first_column, columns, finish);
   }
-  const Index steps = stream_steps(a.count(), depth);
+  const Index steps = stream_steps<Scalar>(a.count(), depth, stride);
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
   const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
