@@ -32,6 +32,13 @@ TEST_CASE("function reference: calls what it refers to, with its state", "[funct
   CHECK(last == 2);
 }
 
+TEST_CASE("function reference: returns what it refers to returns", "[function_ref]") {
+  const int base = 40;
+  const auto add = [&](int value) { return base + value; };
+  const FunctionRef<long(int)> reference = add;
+  CHECK(reference(2) == 42);
+}
+
 TEST_CASE("function reference: a copy refers to the same, an empty one to nothing",
           "[function_ref]") {
   int calls = 0;

@@ -41,6 +41,13 @@
 #define MOE_UNROLL
 #endif
 
+/// Before a function that is not to become part of those that call it.
+#if defined(__GNUC__)
+#define MOE_NOINLINE [[gnu::noinline]]
+#else
+#define MOE_NOINLINE
+#endif
+
 namespace moe::detail {
 
 static_assert(sizeof(Eigen::Index) >= 8, "moe counts in 64 bits");
@@ -63,12 +70,11 @@ class Part {
     char digits[32];
     switch (kind_) {
       case Kind::text: text += text_; return;
-      case Kind::whole: text += std::to_string(whole_); return;
-      case Kind::count: text += std::to_string(count_); return;
-      case Kind::number:
-        std::snprintf(digits, sizeof(digits), "%g", number_);
-        text += digits;
+      case Kind::whole: std::snprintf(digits, sizeof(digits), "%lld", whole_); break;
+      case Kind::count: std::snprintf(digits, sizeof(digits), "%llu", count_); break;
+      case Kind::number: std::snprintf(digits, sizeof(digits), "%g", number_); break;
     }
+    text += digits;
   }
 
  private:

@@ -12,8 +12,8 @@ class FunctionRef;
 
 /// A reference to a callable, which must outlive it. What takes one is compiled once and not anew
 /// for every lambda, and a call costs little beside a task; neither making nor calling one allocates.
-template <class... Arguments>
-class FunctionRef<void(Arguments...)> {
+template <class Result, class... Arguments>
+class FunctionRef<Result(Arguments...)> {
  public:
   /// Refers to nothing and must not be called.
   FunctionRef() = default;
@@ -22,8 +22,8 @@ class FunctionRef<void(Arguments...)> {
   requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> &&
            std::is_invocable_v<F&, Arguments...>)
       FunctionRef(F&& f)  // NOLINT: implicit, so that a lambda can be passed where one is taken
-      : call_([](void* object, Arguments... arguments) {
-          (*reinterpret_cast<std::remove_reference_t<F>*>(object))(arguments...);
+      : call_([](void* object, Arguments... arguments) -> Result {
+          return (*reinterpret_cast<std::remove_reference_t<F>*>(object))(arguments...);
         }) {
     if constexpr (std::is_function_v<std::remove_reference_t<F>>) {
       object_ = reinterpret_cast<void*>(&f);
@@ -33,11 +33,11 @@ class FunctionRef<void(Arguments...)> {
   }
 
   explicit operator bool() const { return call_ != nullptr; }
-  void operator()(Arguments... arguments) const { call_(object_, arguments...); }
+  Result operator()(Arguments... arguments) const { return call_(object_, arguments...); }
 
  private:
   void* object_ = nullptr;
-  void (*call_)(void*, Arguments...) = nullptr;
+  Result (*call_)(void*, Arguments...) = nullptr;
 };
 
 }  // namespace moe::detail

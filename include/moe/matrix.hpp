@@ -171,14 +171,33 @@ auto* row_data(Matrix&& matrix, Index i) {
 // What the library itself does to whole matrices. Eigen's assignments do the same, and each is about a
 // twentieth of what a program that trains a layer compiles.
 
-/// A matrix or vector of zeros.
-template <class Matrix, class... Sizes>
-void resize_to_zero(Matrix& matrix, Sizes... sizes) {
-  matrix.resize(sizes...);
-  std::fill_n(matrix.data(), matrix.size(), 0);
+/// Resizes scratch memory; like Eigen's resize it keeps its memory when nothing changed.
+template <class Scalar>
+MOE_NOINLINE void resize(Matrix<Scalar>& matrix, Index rows, Index columns) {
+  matrix.resize(rows, columns);
 }
 template <class Scalar>
-Matrix<Scalar> zeros(Index rows, Index columns) {
+MOE_NOINLINE void resize(Vector<Scalar>& vector, Index size) {
+  vector.resize(size);
+}
+template <class Value>
+MOE_NOINLINE void resize(std::vector<Value>& vector, Index size) {
+  vector.resize(to_size(size));
+}
+
+/// A matrix or vector of zeros.
+template <class Scalar>
+MOE_NOINLINE void resize_to_zero(Matrix<Scalar>& matrix, Index rows, Index columns) {
+  matrix.resize(rows, columns);
+  std::fill_n(matrix.data(), matrix.size(), Scalar{0});
+}
+template <class Scalar>
+MOE_NOINLINE void resize_to_zero(Vector<Scalar>& vector, Index size) {
+  vector.resize(size);
+  std::fill_n(vector.data(), size, Scalar{0});
+}
+template <class Scalar>
+MOE_NOINLINE Matrix<Scalar> zeros(Index rows, Index columns) {
   Matrix<Scalar> matrix;
   resize_to_zero(matrix, rows, columns);
   return matrix;
@@ -187,7 +206,7 @@ Matrix<Scalar> zeros(Index rows, Index columns) {
 /// to = from, which may be all of `to` but no other part of it.
 template <class Scalar>
 void copy_matrix(const MatrixRef<Scalar>& from, Matrix<Scalar>& to) {
-  to.resize(from.rows(), from.cols());
+  resize(to, from.rows(), from.cols());
   for (Index i = 0; i < from.rows(); ++i) {
     if (row_data(from, i) == row_data(to, i)) continue;  // x may be the tape's own
     std::copy_n(row_data(from, i), from.cols(), row_data(to, i));
@@ -204,12 +223,6 @@ template <class Scalar>
 constexpr Index spread_width(Index width) {
   constexpr Index line = cache_line<Scalar>;
   return width > 0 && width % (16 * line) == 0 ? width + line : width;
-}
-
-/// Resizes a scratch vector; like Eigen's resize it keeps its memory when nothing changed.
-template <class Value>
-void resize(std::vector<Value>& vector, Index size) {
-  vector.resize(to_size(size));
 }
 
 }  // namespace detail

@@ -78,7 +78,8 @@ class ParameterName {
     if (parent_ == nullptr) return {};
     std::string text = parent_->string();
     if (!text.empty()) text += '.';
-    return text += part_.empty() ? std::to_string(index_) : std::string(part_);
+    (part_.empty() ? detail::Part(index_) : detail::Part(part_)).append_to(text);
+    return text;
   }
   operator std::string() const { return string(); }  // NOLINT(google-explicit-constructor)
 

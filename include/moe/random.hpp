@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "moe/function_ref.hpp"
 #include "moe/matrix.hpp"
 
 /// \file
@@ -203,9 +204,7 @@ struct NoiseLanes {
   }
   // Not inline, else GCC keeps counters in scalar registers where it saw them set one by one; and
   // the words of a lane are written out, so that they become vector code.
-#if defined(__GNUC__)
-  [[gnu::noinline]]
-#endif
+  MOE_NOINLINE
   std::array<float, 4 * count>
   normals(std::uint64_t seed) const {
     auto words = counters;
@@ -223,8 +222,8 @@ struct NoiseLanes {
 
 /// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). The ends of
 /// rows that are less than NoiseLanes draws at once go together.
-template <class Scalar, class TokenOf>
-void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns, TokenOf token,
+template <class Scalar>
+void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns, FunctionRef<Index(Index)> token,
                 Scalar* n) {
   constexpr auto lanes = static_cast<Index>(NoiseLanes::count);
   const auto copy = [](const float* from, Index count, Scalar* to) {
@@ -272,40 +271,31 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
 /// A uniform deviate in [0, 1) with 24 random bits, exact in float.
 inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
-namespace detail {
-
-/// Calls f(i, words) for every fourth i of [0, count), words being those of elements i to i + 3.
-template <class F>
-void for_each_words(Index count, std::uint64_t seed, F&& f) {
-  for (Index i = 0; i < count; i += 4) {
-    f(i, noise_words(seed, {}, i >> 32, (i & 0xFFFFFFFF) / 4));
-  }
-}
-
-}  // namespace detail
+// Element i of a matrix is drawn as column i of one row of noise; a row has at most 2^32.
 
 /// Fills a matrix with uniform deviates in [-bound, bound): how weights start.
 template <class Scalar>
 void fill_uniform(Matrix<Scalar>& matrix, Scalar bound, std::uint64_t seed) {
-  detail::for_each_words(matrix.size(), seed, [&](Index first, const auto& words) {
+  for (Index first = 0; first < matrix.size(); first += 4) {
+    const auto words = detail::noise_words(seed, {}, first >> 32, (first & 0xFFFFFFFF) / 4);
     const Index count = std::min<Index>(4, matrix.size() - first);
     for (Index i = 0; i < count; ++i) {
       const float unit = uniform(words[detail::to_size(i)]);
       matrix.data()[first + i] = bound * (Scalar{2} * static_cast<Scalar>(unit) - Scalar{1});
     }
-  });
+  }
 }
 
 /// Fills a matrix with normal deviates of the given standard deviation.
 template <class Scalar>
 void fill_normal(Matrix<Scalar>& matrix, Scalar deviation, std::uint64_t seed) {
-  detail::for_each_words(matrix.size(), seed, [&](Index first, const auto& words) {
-    const Index count = std::min<Index>(4, matrix.size() - first);
-    const auto normals = standard_normals(words);
-    for (Index i = 0; i < count; ++i) {
-      matrix.data()[first + i] = deviation * static_cast<Scalar>(normals[detail::to_size(i)]);
-    }
-  });
+  constexpr Index longest = Index{1} << 32;
+  for (Index first = 0; first < matrix.size(); first += longest) {
+    detail::fill_noise<Scalar>(
+        seed, {}, 1, std::min(longest, matrix.size() - first),
+        [first](Index) { return first / longest; }, matrix.data() + first);
+  }
+  for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] *= deviation;
 }
 
 }  // namespace moe

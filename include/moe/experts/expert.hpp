@@ -181,8 +181,8 @@ class Expert {
   /// Readies the memory of a worker that may get its first rows in a later pass only.
   void reserve(Scratch& scratch) const {
     if constexpr (!fused) {
-      scratch.x.resize(expert_block_rows, width_);
-      scratch.dy.resize(expert_block_rows, width_);
+      detail::resize(scratch.x, expert_block_rows, width_);
+      detail::resize(scratch.dy, expert_block_rows, width_);
     }
   }
 

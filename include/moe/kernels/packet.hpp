@@ -55,9 +55,7 @@ void store(Scalar* to, const Packet<Scalar>& packet) {
 
 /// The first `count` < packet_size elements; the rest are zero.
 template <class Scalar>
-#if defined(__GNUC__)
-[[gnu::noinline]]  // rare, and there would be very many
-#endif
+MOE_NOINLINE  // rare, and there would be very many
 Packet<Scalar>
 load_first(const Scalar* from, Index count) {
   Scalar buffer[packet_size<Scalar>] = {};
@@ -65,9 +63,7 @@ load_first(const Scalar* from, Index count) {
   return load(buffer);
 }
 template <class Scalar>
-#if defined(__GNUC__)
-[[gnu::noinline]]
-#endif
+MOE_NOINLINE
 void store_first(Scalar* to, Index count, const Packet<Scalar>& packet) {
   Scalar buffer[packet_size<Scalar>];
   store(buffer, packet);

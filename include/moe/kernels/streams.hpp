@@ -105,9 +105,7 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
 /// R rows of C, the whole packets of `columns` of them, += left[r][k]·right[k, :], the rows of `right`
 /// being read side by side from one end to the other. Returns how many columns that were.
 template <Index R, class Scalar>
-#if defined(__GNUC__)
-[[gnu::noinline]]
-#endif
+MOE_NOINLINE
 Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Index columns,
                       Start start, const Scalar* bias, Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
@@ -119,12 +117,8 @@ Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Ind
   for (; column + 3 * size <= columns; column += 3 * size) {
     multiply_stream_tile<R, 3>(a, left.step, right, column, start, bias, out);
   }
-  if (column + 2 * size <= columns) {
-    multiply_stream_tile<R, 2>(a, left.step, right, column, start, bias, out);
-    column += 2 * size;
-  } else if (column + size <= columns) {
+  for (; column + size <= columns; column += size) {
     multiply_stream_tile<R, 1>(a, left.step, right, column, start, bias, out);
-    column += size;
   }
   return column;
 }
@@ -198,9 +192,7 @@ EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_s
 /// all of it is read and asked for in the order in which it lies. Only so many rows of B are side by
 /// side as it takes for C, in the nearest cache, to cost less time than memory.
 template <Index R, class Scalar>
-#if defined(__GNUC__)
-[[gnu::noinline]]
-#endif
+MOE_NOINLINE
 void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b, Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index side_by_side = R <= 2 ? 1 : 2;
@@ -325,7 +317,8 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
 }
 
 /// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
-/// B, which is by far the larger, is neither transposed nor copied.
+/// B, which is by far the larger, is neither transposed nor copied. In a tile that is not full its last
+/// row stands for those that are not there, since tiles are compiled in one height.
 template <class Scalar>
 void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                      Index columns, Start start, const ScatteredRows<Scalar>& c, Finish finish) {
@@ -333,6 +326,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
   constexpr Index capacity = (Index{1} << 16) / static_cast<Index>(sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
   const Index packets = (a.count() + size - 1) / size;
+  MOE_ASSERT(packets <= 2);
   const Index block_depth = capacity / (packets * size);
   const Index highest = packets == 1 ? max_tile_rows : tile_rows;
   const Index depth = a.width();
@@ -345,9 +339,10 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       Scalar tile[to_size(max_tile_rows * tile_columns<Scalar>)];
       Left<Scalar> left;
       Scalar* to[to_size(max_tile_rows)];
-      for (Index r = 0; r < rows; ++r) {
-        left.row[r] = b.data() + (first_column + first + r) * b.outerStride() + k;
-        to[r] = tile + r * right.stride;
+      for (Index r = 0; r < highest; ++r) {
+        const Index row = std::min(r, rows - 1);
+        left.row[r] = b.data() + (first_column + first + row) * b.outerStride() + k;
+        to[r] = tile + row * right.stride;
       }
       for (Index i = 0; i < a.count() && !from_zero; ++i) {
         const Scalar* held = c.row(i) + first_column + first;
@@ -360,8 +355,12 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
       }
       const Start from = from_zero ? Start::zero : Start::accumulate;
-      multiply_tile(rows, packets, packets * size, left, right, count, from,
-                    static_cast<const Scalar*>(nullptr), to, ahead);
+      const Scalar* no_bias = nullptr;
+      if (packets == 1) {
+        multiply_tile<Packet<Scalar>, max_tile_rows, 1>(left, right, count, from, no_bias, to, ahead);
+      } else {
+        multiply_tile<Packet<Scalar>, tile_rows, 2>(left, right, count, from, no_bias, to, ahead);
+      }
       for (Index i = 0; i < a.count(); ++i) {
         Scalar* result = c.row(i) + first_column + first;
         for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
@@ -371,28 +370,31 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
   finish_tiles<Scalar>(a.count(), first_column, columns, finish);
 }
 
-/// to(j)[i] = from(i)[j], a block of as many rows as a packet that a tile's rows fill has at a time.
-template <class Scalar, class From, class To>
-void transpose_rows(Index rows, Index columns, From from, To to) {
+/// The first `columns` of some rows as rows: to[j][i] = from[i][j], a block of as many rows as a packet
+/// that a tile's rows fill has at a time.
+template <class Scalar>
+void transpose_rows(const ScatteredRows<Scalar>& from, const ScatteredRows<Scalar>& to) {
   using Whole = Packet<Scalar>;
   using Half = HalfPacket<Scalar>;
   using Fitting = std::conditional_t<(packet_size<Scalar> > tile_rows), Half, Whole>;
   constexpr Index size = Eigen::internal::unpacket_traits<Fitting>::size;
   using Block = Eigen::internal::PacketBlock<Fitting, static_cast<int>(size)>;
+  const Index rows = from.count();
+  const Index columns = from.width();
   const Index whole_rows = rows / size * size;
   const Index whole_columns = columns / size * size;
   for (Index i = 0; i < whole_rows; i += size) {
     for (Index j = 0; j < whole_columns; j += size) {
       Block block;
       for (Index x = 0; x < size; ++x) {
-        block.packet[x] = Eigen::internal::ploadu<Fitting>(from(i + x) + j);
+        block.packet[x] = Eigen::internal::ploadu<Fitting>(from.row(i + x) + j);
       }
       if constexpr (size > 1) Eigen::internal::ptranspose(block);
-      for (Index x = 0; x < size; ++x) Eigen::internal::pstoreu(to(j + x) + i, block.packet[x]);
+      for (Index x = 0; x < size; ++x) Eigen::internal::pstoreu(to.row(j + x) + i, block.packet[x]);
     }
   }
   for (Index i = 0; i < rows; ++i) {
-    for (Index j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to(j)[i] = from(i)[j];
+    for (Index j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to.row(j)[i] = from.row(i)[j];
   }
 }
 
@@ -400,9 +402,7 @@ void transpose_rows(Index rows, Index columns, From from, To to) {
 /// `tile` (R x V packets, tile_columns apart). If there are only `height` rows, the last stands for the
 /// others. The rows are asked for when what is `ahead` places before them is read.
 template <class P, Index R, Index V, class Scalar>
-#if defined(__GNUC__)
-[[gnu::noinline]]
-#endif
+MOE_NOINLINE
 void multiply_rows_tile(const Scalar* b, Index stride, Index height, Panel<Scalar> panel, Index depth,
                         bool from_zero, Index ahead, Scalar* tile) {
   using namespace Eigen::internal;
@@ -460,9 +460,9 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
     // One tile of rows [first, first + reach), which are `parts` whole packets, or half a one.
     const auto run = [&](Index first, Index parts, Index reach) {
       const Panel<Scalar> panel{buffer + first, width};
-      const auto in_tile = [&](Index r) { return tile + r * tile_columns<Scalar>; };
-      const auto in_c = [&](Index i) { return c.row(first + i) + column; };
-      if (!from_zero) transpose_rows<Scalar>(reach, height, in_c, in_tile);
+      const ScatteredRows<Scalar> in_tile(tile, tile_columns<Scalar>, height, reach);
+      const ScatteredRows<Scalar> in_c = c.slice(first, reach).columns(column, height);
+      if (!from_zero) transpose_rows(in_c, in_tile);
       const Index ahead = first == 0 && height == tile_rows ? tile_rows * stride : 0;
       if (parts == 0) {
         multiply_rows_tile<Half, tile_rows, 1>(place, stride, height, panel, count, from_zero,
@@ -473,7 +473,7 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
                                                   ahead, tile);
         });
       }
-      transpose_rows<Scalar>(height, reach, in_tile, in_c);
+      transpose_rows(in_tile, in_c);
     };
     for_each_tile(packets, tile_packets, [&](Index first, Index parts) {
       run(first * size, parts, std::min(parts * size, rows - first * size));
@@ -586,12 +586,13 @@ void multiply_narrow_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
   for (Index first = first_row; first < end; first += widest) {
     const Index width = std::min(widest, end - first);
     const MatrixView<Scalar> transposed(buffer, columns, width, Eigen::OuterStride<>(widest));
-    const auto in_c = [&](Index row) { return row_data(c, first + row) + first_column; };
-    const auto in_buffer = [&](Index column) { return buffer + column * widest; };
-    if (start == Start::accumulate) transpose_rows<Scalar>(width, columns, in_c, in_buffer);
+    const ScatteredRows<Scalar> in_buffer(buffer, widest, columns, width);
+    const ScatteredRows<Scalar> in_c =
+        ScatteredRows<Scalar>(c).slice(first, width).columns(first_column, columns);
+    if (start == Start::accumulate) transpose_rows(in_c, in_buffer);
     multiply_stream_tn(b.columns(first_column, columns), a.columns(first, width), 0, columns, 0,
                        width, start, transposed);
-    transpose_rows<Scalar>(columns, width, in_buffer, in_c);
+    transpose_rows(in_buffer, in_c);
   }
 }
 

@@ -140,9 +140,7 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
 /// One tile of packets P, whose start is zero, a bias (V packets), or what C holds. If it `copies`, it
 /// leaves the packets of `right` in `panel`, next to each other, for the tiles that come after it.
 template <class P, Index R, Index V, bool copies = false, class Scalar>
-#if defined(__GNUC__)
-[[gnu::noinline]]  // else its registers mix with those of the loops around it
-#endif
+MOE_NOINLINE  // else its registers mix with those of the loops around it
 void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, Start start,
                    const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead,
                    [[maybe_unused]] Scalar* panel = nullptr) {
@@ -209,17 +207,15 @@ void compute_beside(Index rows, Index width, Start start, const Scalar* bias, Sc
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
 }
 
-/// The same with `rows` from 1 to tile_rows (max_tile_rows where there is one packet) and `packets`
-/// from 1 to tile_packets known at run time, of whose columns `width` belong to C: a tile that sticks
-/// out is computed beside C and copied.
+/// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time, of
+/// whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
 template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Scalar* bias,
                    Scalar* const* c, Ahead<Scalar> ahead = {}) {
   const auto run = [&](Start from, const Scalar* initial, Scalar* const* to) {
     with_constant<tile_packets>(packets, [&](auto V) {
-      constexpr Index highest = V == 1 ? max_tile_rows : tile_rows;
-      with_constant<highest>(rows, [&](auto R) {
+      with_constant<tile_rows>(rows, [&](auto R) {
         multiply_tile<Packet<Scalar>, R, V>(left, right, depth, from, initial, to, ahead);
       });
     });

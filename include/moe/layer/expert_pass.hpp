@@ -67,7 +67,7 @@ class ExpertPass {
   void run(const MatrixRef<Scalar>& x, bool keeps, Matrix<Scalar>& sum) const {
     // Without, what an earlier pass kept may be of fewer slots.
     tape_.kept_width = keeps ? first_expert().tape_width() : 0;
-    if (keeps) tape_.kept.resize(routing_.slots(), spread_width<Scalar>(tape_.kept_width));
+    if (keeps) resize(tape_.kept, routing_.slots(), spread_width<Scalar>(tape_.kept_width));
     if (routing_.slots() == 0) return;
     copy_weights();
     for_each_group([&] {
@@ -156,7 +156,7 @@ class ExpertPass {
     const Index workers = worker_count();
     const Index width = first_expert().scratch_width();
     const Index rows = std::min(routing_.slots(), std::max(task_rows, workers * cached / width));
-    tape_.group.resize(rows, width);
+    resize(tape_.group, rows, width);
     resize(tape_.row_dweight, rows);
     tape_.slices.reserve(to_size(rows));
     tape_.tasks.reserve(to_size(most_tasks(rows)));

@@ -11,7 +11,7 @@ namespace moe::detail {
 /// y = act(sum), both T x D.
 template <class Scalar>
 void activate_output(Activation activation, const Matrix<Scalar>& sum, Matrix<Scalar>& y) {
-  y.resize(sum.rows(), sum.cols());
+  resize(y, sum.rows(), sum.cols());
   parallel_for_blocks(sum.size(), Index{1} << 14, [&](Index first, Index count) {
     activate(activation, count, sum.data() + first, y.data() + first);
   });

@@ -40,7 +40,7 @@ class Dropout {
 
   /// The same key drops the same entries.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const NoiseKey& key) const {
-    tape.y.resize(x.rows(), x.cols());
+    detail::resize(tape.y, x.rows(), x.cols());
     detail::resize(tape.kept, x.size());
     for_row_blocks(x.rows(), x.cols(), [&](Index row) {
       std::uint8_t* kept = tape.kept.data() + row * x.cols();
@@ -58,7 +58,7 @@ class Dropout {
                     " columns, x had ", tape.y.cols());
     detail::require(static_cast<Index>(tape.kept.size()) == dy.size(),
                     "Dropout::backward: the last pass on this tape was an evaluation");
-    tape.dx.resize(dy.rows(), dy.cols());
+    detail::resize(tape.dx, dy.rows(), dy.cols());
     for_row_blocks(dy.rows(), dy.cols(), [&](Index row) {
       apply(dy.cols(), dy.data() + row * dy.outerStride(), tape.kept.data() + row * dy.cols(),
             tape.dx.row(row).data());

@@ -85,7 +85,7 @@ class Embedding {
     }
     const auto tokens = static_cast<Index>(ids.size());
     tape.trained = false;
-    tape.y.resize(tokens, config_.width);
+    detail::resize(tape.y, tokens, config_.width);
     const Index block = std::max<Index>(1, elements_in_task / config_.width);
     parallel_for_blocks(tokens, block, [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {

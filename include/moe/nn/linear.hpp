@@ -77,7 +77,7 @@ class Linear {
     const GatheredRows<Scalar> dy_rows(dy);
     detail::product_tn(GatheredRows<Scalar>(tape.x), dy_rows, view(weight.gradient));
     if (config_.bias) detail::add_column_sums(dy_rows, bias.gradient);
-    tape.dx.resize(dy.rows(), config_.inputs);
+    detail::resize(tape.dx, dy.rows(), config_.inputs);
     detail::product_nt(dy_rows, view(std::as_const(weight.value)), view(tape.dx));
     return tape.dx;
   }
@@ -111,7 +111,7 @@ class Linear {
   }
 
   void run(const MatrixRef<Scalar>& x, Tape& tape) const {
-    tape.y.resize(x.rows(), config_.outputs);
+    detail::resize(tape.y, x.rows(), config_.outputs);
     detail::product_nn(GatheredRows<Scalar>(x), view(weight.value), view(tape.y),
                        config_.bias ? detail::Start::bias : detail::Start::zero,
                        config_.bias ? bias.value.data() : nullptr);

@@ -188,7 +188,7 @@ class LSTM {
       check_state(dfinal, sequences);
       tape.dstate = dfinal;
     }
-    tape.dgates.resize(dy.rows(), 4 * H);
+    detail::resize(tape.dgates, dy.rows(), 4 * H);
     parallel_for_blocks(sequences, sequences_in_task(dy.rows(), sequences),
                         [&](Index first, Index count) { run_back(dy, first, count, tape); });
 
@@ -206,7 +206,7 @@ class LSTM {
                          view(weight_hh.gradient));
     }
     detail::add_column_sums(GatheredRows<Scalar>(dgates), bias.gradient);
-    tape.dx.resize(dy.rows(), config_.inputs);
+    detail::resize(tape.dx, dy.rows(), config_.inputs);
     detail::product_nt(GatheredRows<Scalar>(dgates), view(std::as_const(weight_ih.value)),
                        view(tape.dx));
     return tape.dx;
@@ -258,9 +258,9 @@ class LSTM {
   void run_all(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     const Index sequences = state.hidden.rows();
     tape.initial = state;
-    tape.gates.resize(x.rows(), 4 * config_.hidden);
-    tape.cell.resize(x.rows(), config_.hidden);
-    tape.y.resize(x.rows(), config_.hidden);
+    detail::resize(tape.gates, x.rows(), 4 * config_.hidden);
+    detail::resize(tape.cell, x.rows(), config_.hidden);
+    detail::resize(tape.y, x.rows(), config_.hidden);
     detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
                        detail::Start::bias, bias.value.data());
     parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences),

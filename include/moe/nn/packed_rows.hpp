@@ -28,7 +28,7 @@ struct PackedRows {
   void pack(const Matrix<Scalar>& padded, Matrix<Scalar>& packed) const {
     check(padded.rows());
     detail::require(&packed != &padded, "PackedRows::pack: a matrix cannot be packed into itself");
-    packed.resize(count(), padded.cols());
+    detail::resize(packed, count(), padded.cols());
     for (Index i = 0; i < count(); ++i) packed.row(i) = padded.row(rows[detail::to_size(i)]);
   }
 

@@ -31,7 +31,7 @@ class SoftmaxCrossEntropy {
   Scalar forward(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
                  Tape& tape) const {
     const Index counted = check(logits, targets);
-    tape.dlogits.resize(logits.rows(), logits.cols());
+    detail::resize(tape.dlogits, logits.rows(), logits.cols());
     tape.trained = true;
     return run(logits, targets, counted, tape.losses, tape.dlogits.data());
   }

@@ -213,7 +213,7 @@ class FactoredAdam {
       columns = std::max(columns, parameter.value.cols());
     });
     if (column_sums_.rows() < rows || column_sums_.cols() < columns) {
-      column_sums_.resize(rows, columns);
+      detail::resize(column_sums_, rows, columns);
     }
   }
 

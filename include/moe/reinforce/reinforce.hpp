@@ -474,7 +474,7 @@ class Reinforce {
                       " rows of logits and Config.hidden = ", config_.hidden);
       tape.sampled.pack(hidden, tape.hidden);
       const Matrix<Scalar>& b = linear_.forward(tape.hidden, tape.linear);
-      tape.dbaseline.resize(b.rows(), 1);
+      detail::resize(tape.dbaseline, b.rows(), 1);
       const auto steps = static_cast<double>(b.rows());
       for (Index i = 0; i < b.rows(); ++i) {
         const auto baseline = static_cast<double>(b(i, 0));

@@ -156,7 +156,7 @@ void write_all(const P& policy, std::span<const typename P::Input> inputs,
   const Index rows = rollout.rows();
   const Index symbols = policy.symbols();
   policy.begin(inputs, rollout.samples, noise, state);
-  terms.resize(rows, symbols);
+  resize(terms, rows, symbols);
   for (Index t = 0; read_previous(rollout, t, sampling); ++t) {
     const Matrix<Scalar>& logits =
         policy.step(std::span<const Index>(rollout.previous).last(to_size(rows)), state);

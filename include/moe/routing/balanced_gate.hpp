@@ -273,8 +273,8 @@ class BalancedGate {
   void compute_loss(Tape& tape) const {
     const Index tokens = tape.p.rows();
     const Scalar* threshold = threshold_.value.data();
-    tape.difference.resize(tokens, experts());
-    tape.token_loss.resize(tokens);
+    detail::resize(tape.difference, tokens, experts());
+    detail::resize(tape.token_loss, tokens);
     parallel_for_blocks(tokens, block, [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
         const Scalar* p = detail::row_data(tape.p, t);
@@ -300,7 +300,7 @@ class BalancedGate {
   /// ∂L/∂threshold_i = −w·Σ_t (Mthreshold − Mbatch)_ti.
   void compute_loss_backward(Tape& tape) {
     const auto weight = static_cast<Scalar>(config_.threshold_weight);
-    tape.dscores.resize(tape.p.rows(), experts());
+    detail::resize(tape.dscores, tape.p.rows(), experts());
     tape.dscores = weight * tape.difference;
     detail::softmax_rows_backward(tape.p, tape.dscores);
     const Scalar minus = -weight;  // a column of T of them, all in one place

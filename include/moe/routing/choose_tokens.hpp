@@ -49,7 +49,7 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
   if (static_cast<Index>(choice.columns.size()) < worker_count()) {
     resize(choice.columns, worker_count());
   }
-  for (auto& columns : choice.columns) columns.resize(strip, spread_width<Scalar>(tokens));
+  for (auto& columns : choice.columns) resize(columns, strip, spread_width<Scalar>(tokens));
 
   parallel_for((experts + strip - 1) / strip, [&](Index task, Index worker) {
     const Index first = task * strip;
@@ -83,7 +83,7 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, const GlobalBatch<
                    TokenChoice<Scalar>& choice, Routing<Scalar>& routing) {
   if (batch == nullptr) return choose_tokens(scores, count, choice, routing);
   const Index experts = scores.cols();
-  choice.all_scores.resize(batch->tokens(), experts);
+  resize(choice.all_scores, batch->tokens(), experts);
   batch->gather(std::span<const Scalar>(scores.data(), to_size(scores.size())), experts,
                 std::span<Scalar>(choice.all_scores.data(), to_size(choice.all_scores.size())));
   choose_tokens(choice.all_scores, count, choice, choice.all_routing);

@@ -125,8 +125,8 @@ class HierarchicalGate {
                                   tape.dimportance, tape.dload);
     combine_load_backward(tape);
     combine_backward(dweight, tape);
-    tape.dx.resize(tape.x.rows(), config_.width);
-    tape.dx_rows.resize(tape.primary.routing.slots(), config_.width);
+    detail::resize(tape.dx, tape.x.rows(), config_.width);
+    detail::resize(tape.dx_rows, tape.primary.routing.slots(), config_.width);
     primary_.prepare_backward(tape.primary);
     secondary_.front().prepare_backward(tape.secondary);
     primary_.backward(GatheredRows<Scalar>(tape.x), 0, tape.primary.dchoice.data(),
@@ -269,8 +269,8 @@ class HierarchicalGate {
   void measure_loads(Tape& tape) const {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
-    groups.load.resize(config_.groups);
-    level.load.resize(experts());
+    detail::resize(groups.load, config_.groups);
+    detail::resize(level.load, experts());
     if (tape.batch != nullptr) level.load.setZero();
     primary_.compute_load(0, groups.routing.tokens(), groups, groups.routing, groups.load.data());
     for_each_group(tape, [&](Index i, Range rows) {
@@ -306,7 +306,7 @@ class HierarchicalGate {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
     groups.dload.setZero(config_.groups);
-    level.dload.resize(experts());
+    detail::resize(level.dload, experts());
     if (!groups.has_noise) return;
     for (Index i = 0; i < config_.groups; ++i) {
       if (tape.group_tokens[detail::to_size(i)] == 0) continue;

@@ -17,8 +17,8 @@ template <class Scalar>
 void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const Matrix<Scalar>& x,
                   Matrix<Scalar>& factor, Matrix<Scalar>& jittered) {
   const Index width = x.cols();
-  factor.resize(x.rows(), width);
-  jittered.resize(x.rows(), width);
+  resize(factor, x.rows(), width);
+  resize(jittered, x.rows(), width);
   parallel_for_blocks(x.rows(), 64, [&](Index first, Index count) {
     for (Index t = first; t < first + count; ++t) {
       for (Index d = 0; d < width; d += 4) {

@@ -15,7 +15,7 @@ namespace moe::detail {
 template <class Scalar>
 void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
                    Matrix<Scalar>& scores) {
-  scores.resize(x.rows(), weight.value.cols());
+  resize(scores, x.rows(), weight.value.cols());
   product_nn(GatheredRows<Scalar>(x), view(weight.value), view(scores));
 }
 
@@ -24,7 +24,7 @@ template <class Scalar>
 void linear_scores_backward(const Matrix<Scalar>& x, const Matrix<Scalar>& dscores,
                             Parameter<Scalar>& weight, Matrix<Scalar>& dx) {
   const GatheredRows<Scalar> rows(dscores);
-  dx.resize(x.rows(), x.cols());
+  resize(dx, x.rows(), x.cols());
   product_nt(rows, view(std::as_const(weight.value)), view(dx));
   product_tn(GatheredRows<Scalar>(x), rows, view(weight.gradient));
 }
@@ -36,7 +36,7 @@ inline constexpr Index softmax_block = 64;  ///< tokens in a task
 template <class Scalar>
 void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
   const Index experts = scores.cols();
-  p.resize(scores.rows(), experts);
+  resize(p, scores.rows(), experts);
   parallel_for_blocks(scores.rows(), softmax_block, [&](Index first, Index count) {
     for (Index t = first; t < first + count; ++t) {
       const auto softmax = softmax_row(experts, row_data(scores, t), row_data(p, t));

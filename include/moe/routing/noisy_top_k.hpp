@@ -78,12 +78,12 @@ class NoisyTopK {
   /// Makes room for N rows. The routing takes a row for a token.
   void prepare(Index rows, bool has_noise, Tape& tape, Routing<Scalar>& routing) const {
     tape.has_noise = has_noise;
-    tape.clean.resize(rows, experts());
+    resize(tape.clean, rows, experts());
     if (has_noise) {
       for (Matrix<Scalar>* matrix : {&tape.raw, &tape.scale, &tape.noise, &tape.noisy}) {
-        matrix->resize(rows, experts());
+        resize(*matrix, rows, experts());
       }
-      if (load_has_gradient(tape)) tape.probability.resize(rows, experts());
+      if (load_has_gradient(tape)) resize(tape.probability, rows, experts());
     }
     resize(tape.best, rows * candidates());
     routing.experts = experts();
@@ -121,8 +121,8 @@ class NoisyTopK {
 
   /// Makes room for the way back of all rows.
   void prepare_backward(Tape& tape) const {
-    tape.dclean.resize(tape.clean.rows(), experts());
-    if (tape.has_noise) tape.draw.resize(tape.clean.rows(), experts());
+    resize(tape.dclean, tape.clean.rows(), experts());
+    if (tape.has_noise) resize(tape.draw, tape.clean.rows(), experts());
   }
 
   /// Takes dweight (a number a slot of the whole routing), the gradient by G, and dload (E), that by
@@ -231,8 +231,8 @@ class NoisyTopK {
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
 
-  template <class TokenOf>
-  void add_noise(const NoiseKey& key, TokenOf token_of, Range rows, Tape& tape) const {
+  void add_noise(const NoiseKey& key, FunctionRef<Index(Index)> token_of, Range rows,
+                 Tape& tape) const {
     using P = Packet<Scalar>;
     const P floor = broadcast(static_cast<Scalar>(config_.noise_floor));
     Scalar* noise = row_data(tape.noise, rows.first);

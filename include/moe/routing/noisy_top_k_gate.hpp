@@ -94,7 +94,7 @@ class NoisyTopKGate {
     for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
       tape.dchoice[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
     }
-    tape.dx.resize(tape.x.rows(), tape.x.cols());
+    detail::resize(tape.dx, tape.x.rows(), tape.x.cols());
     top_k_.prepare_backward(tape);
     top_k_.backward(GatheredRows<Scalar>(tape.x), 0, tape.dchoice.data(), tape.dload.data(), tape,
                     tape.routing, view(tape.dx));
@@ -140,7 +140,7 @@ class NoisyTopKGate {
     top_k_.prepare(x.rows(), noise, tape, tape.routing);
     top_k_.forward(GatheredRows<Scalar>(x), nullptr, key, 0, tape, tape.routing);
     detail::measure_importance(tape.routing, tape.batch, tape.balance);
-    tape.balance.load.resize(experts());
+    detail::resize(tape.balance.load, experts());
     top_k_.compute_load(0, x.rows(), tape, tape.routing, tape.balance.load.data());
     detail::sum_over_batch(tape.batch, experts(), tape.balance.load.data());
     tape.balance.loss =

@@ -112,7 +112,7 @@ class SharedExpertGate {
     detail::require(tape.routed.dx.rows() == tokens && tape.routed.dx.cols() == config_.width,
                     "SharedExpertGate: the wrapped gate left a tape.dx of ", tape.routed.dx.rows(),
                     " x ", tape.routed.dx.cols(), " for an x of ", tokens, " x ", config_.width);
-    tape.dx.resize(tokens, config_.width);  // so that the wrapped gate gets as much in exchange
+    detail::resize(tape.dx, tokens, config_.width);  // so that the wrapped gate gets as much in exchange
     tape.dx.swap(tape.routed.dx);
     if (config_.gated) {
       detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.shared_dx);
@@ -200,7 +200,7 @@ class SharedExpertGate {
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());
-    if (config_.gated) tape.dscores.resize(tape.x.rows(), config_.shared);
+    if (config_.gated) detail::resize(tape.dscores, tape.x.rows(), config_.shared);
     std::size_t slot = 0;
     for (Index t = 0; t < tape.x.rows(); ++t) {
       for (Index i = 0; i < config_.shared; ++i, ++slot) {
@@ -217,7 +217,7 @@ class SharedExpertGate {
 
   void compute_shared_weight(const MatrixRef<Scalar>& x, Tape& tape) const {
     if (!config_.gated) {
-      tape.shared_weight.resize(x.rows(), 0);
+      detail::resize(tape.shared_weight, x.rows(), 0);
       return;
     }
     detail::linear_scores(x, weight_, tape.shared_weight);

@@ -105,7 +105,7 @@ class SoftmaxTopKGate {
     if (config_.jitter > 0) {
       detail::jitter_input(config_.jitter, jitter_seed_, key, tape.x, tape.jitter, tape.jittered);
     } else {
-      tape.jitter.resize(0, 0);
+      detail::resize(tape.jitter, 0, 0);
     }
     compute_scores(config_.jitter > 0 ? tape.jittered : tape.x, tape);
     choose(tape);
@@ -232,9 +232,9 @@ class SoftmaxTopKGate {
 
   void compute_scores(const MatrixRef<Scalar>& x, Tape& tape) const {
     detail::linear_scores(x, weight_, tape.logits);
-    tape.scores.resize(x.rows(), experts());
-    tape.probability_scale.resize(x.rows());
-    tape.log_sum.resize(x.rows());
+    detail::resize(tape.scores, x.rows(), experts());
+    detail::resize(tape.probability_scale, x.rows());
+    detail::resize(tape.log_sum, x.rows());
     parallel_for_blocks(x.rows(), block, [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
         const Scalar* c = detail::row_data(tape.logits, t);
