@@ -69,6 +69,16 @@ struct Expected {
   Matrix<Scalar> right;
   Matrix<Scalar> initial;
 
+  /// Adds a bias: one product more, ahead of the others.
+  void add_bias(const Matrix<Scalar>& factors, const Matrix<Scalar>& bias) {
+    Matrix<Scalar> wider(left.rows(), left.cols() + 1);
+    wider << factors, left;
+    Matrix<Scalar> deeper(right.rows() + 1, right.cols());
+    deeper << bias, right;
+    left = wider;
+    right = deeper;
+  }
+
   /// Each element the chain of multiply-adds that the header promises.
   Matrix<Scalar> chain() const {
     Matrix<Scalar> c = initial;
@@ -104,12 +114,16 @@ struct Expected {
   }
 };
 
+/// What is added to all rows, and whether each has a factor of its own.
+enum class Added { nothing, bias, scaled_bias };
+
 /// One product of the given form, shape and start, with framed operands and maybe through lists.
 template <class Scalar>
-void check_product(Form form, Index rows, Index columns, Index depth, Start start, bool listed,
-                   bool exactly) {
-  INFO("form " << static_cast<int>(form) << ", start " << static_cast<int>(start) << ", M " << rows
-               << ", N " << columns << ", K " << depth << ", listed " << listed);
+void check_product(Form form, Index rows, Index columns, Index depth, Start start, Added added,
+                   bool listed, bool exactly) {
+  INFO("form " << static_cast<int>(form) << ", start " << static_cast<int>(start) << ", added "
+               << static_cast<int>(added) << ", M " << rows << ", N " << columns << ", K " << depth
+               << ", listed " << listed);
   const auto seed = static_cast<std::uint64_t>((rows * 1000 + columns) * 1000 + depth);
   const bool tn = form == Form::tn;
   const Index gathered = tn ? depth : rows;  // rows of A that go in
@@ -125,14 +139,15 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
   const Matrix<Scalar> b_gathered = listed && tn ? gather(b, list_b) : b;
   const Matrix<Scalar> before = random_matrix<Scalar>(rows, columns, seed + 5);
   const Matrix<Scalar> bias = random_matrix<Scalar>(1, columns, seed + 6);
-  // A vector of its own size, so that a sanitizer sees a read beyond the bias.
-  const std::vector<Scalar> bias_values(bias.data(), bias.data() + columns);
+  const Matrix<Scalar> factors = added == Added::scaled_bias
+                                     ? random_matrix<Scalar>(rows, 1, seed + 7)
+                                     : Matrix<Scalar>::Ones(rows, 1);
 
   Expected<Scalar> expected;
   expected.left = tn ? Matrix<Scalar>(a_rows.transpose()) : a_rows;
   expected.right = form == Form::nt ? Matrix<Scalar>(b.transpose()) : b_gathered;
   expected.initial = start == Start::accumulate ? before : Matrix<Scalar>::Zero(rows, columns);
-  if (start == Start::bias) expected.initial.rowwise() += bias.row(0);
+  if (added != Added::nothing) expected.add_bias(factors, bias);
 
   const Framed<Scalar> framed_a(a);
   const Framed<Scalar> framed_b(b);
@@ -141,10 +156,13 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
       listed ? GatheredRows<Scalar>(framed_a.view(), list_a.data(), gathered)
              : GatheredRows<Scalar>(framed_a.view());
   if (form == Form::nn) {
-    // An empty vector may have no memory, and null means no bias.
-    const Scalar none{};
-    const Scalar* bias_data = bias_values.empty() ? &none : bias_values.data();
-    product_nn(left, framed_b.view(), c.view(), start, start == Start::bias ? bias_data : nullptr);
+    // Vectors of their own size, so that a sanitizer sees a read beyond them.
+    const std::vector<Scalar> values(bias.data(), bias.data() + columns);
+    const std::vector<Scalar> weights(factors.data(), factors.data() + rows);
+    Bias<Scalar> with{values.data()};
+    if (added == Added::nothing) with.values = nullptr;
+    if (added == Added::scaled_bias) with = {values.data(), weights.data(), 1};
+    product_nn(left, framed_b.view(), c.view(), start, with);
   } else if (form == Form::nt) {
     product_nt(left, framed_b.view(), c.view(), start);
   } else {
@@ -160,10 +178,11 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
 
 template <class Scalar, class F>
 void for_each_form_and_start(const F& f) {
-  for (const Start start : {Start::zero, Start::bias, Start::accumulate}) f(Form::nn, start);
-  for (const Form form : {Form::nt, Form::tn}) {
-    for (const Start start : {Start::zero, Start::accumulate}) f(form, start);
+  for (const Start start : {Start::zero, Start::accumulate}) {
+    for (const Form form : {Form::nn, Form::nt, Form::tn}) f(form, start, Added::nothing);
   }
+  f(Form::nn, Start::zero, Added::bias);
+  f(Form::nn, Start::accumulate, Added::scaled_bias);
 }
 
 }  // namespace
@@ -183,9 +202,14 @@ TEMPLATE_TEST_CASE("gemm: worked by hand", "[kernels][gemm]", float, double) {
   CHECK(c == ab);
   product_nn(rows, view(std::as_const(b)), view(c), Start::accumulate);
   CHECK(c == 2 * ab);
-  product_nn(rows, view(std::as_const(b)), view(c), Start::bias, bias.data());
+  product_nn(rows, view(std::as_const(b)), view(c), Start::zero, {bias.data()});
   CHECK(c.row(0) == ab.row(0) + Eigen::Matrix<TestType, 1, 2>(10, 20));
   CHECK(c.row(1) == ab.row(1) + Eigen::Matrix<TestType, 1, 2>(10, 20));
+  const std::array<TestType, 2> factors = {3, -1};
+  product_nn(rows, view(std::as_const(b)), view(c), Start::accumulate,
+             {bias.data(), factors.data(), 1});
+  CHECK(c.row(0) == 2 * ab.row(0) + Eigen::Matrix<TestType, 1, 2>(10 + 30, 20 + 60));
+  CHECK(c.row(1) == 2 * ab.row(1) + Eigen::Matrix<TestType, 1, 2>(10 - 10, 20 - 20));
 
   const Matrix<TestType> bt = b.transpose();
   product_nt(rows, view(bt), view(c));
@@ -214,8 +238,8 @@ TEMPLATE_TEST_CASE("gemm: small and odd shapes are right to the last bit", "[ker
     for (const Index n : columns) {
       for (const Index k : {0, 1, 2, 9, 17}) {
         const bool listed = (m + n + k) % 2 == 1;
-        for_each_form_and_start<TestType>([&](Form form, Start start) {
-          check_product<TestType>(form, m, n, k, start, listed, true);
+        for_each_form_and_start<TestType>([&](Form form, Start start, Added added) {
+          check_product<TestType>(form, m, n, k, start, added, listed, true);
         });
       }
     }
@@ -227,8 +251,8 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   constexpr Index tile = tile_columns<TestType>;
   constexpr Index task = panel_columns<TestType>;
   const auto check = [](Index m, Index n, Index k, bool exactly) {
-    for_each_form_and_start<TestType>([&](Form form, Start start) {
-      check_product<TestType>(form, m, n, k, start, start == Start::accumulate, exactly);
+    for_each_form_and_start<TestType>([&](Form form, Start start, Added added) {
+      check_product<TestType>(form, m, n, k, start, added, start == Start::accumulate, exactly);
     });
   };
   for (const Index k : {panel_depth - 1, panel_depth, panel_depth + 1, 2 * panel_depth + 3}) {
@@ -290,13 +314,17 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
         const ConstMatrixView<S> b = rows_of(std::as_const(framed_b), 1, depth);
         const Matrix<S> before = random_matrix<S>(rows, columns, 4);
         const Matrix<S> bias = random_matrix<S>(1, columns, 5);
-        for (const Start start : {Start::zero, Start::bias, Start::accumulate}) {
+        const Matrix<S> factors = random_matrix<S>(rows, 1, 6);
+        const Bias<S> scaled{bias.data(), factors.data(), 1};
+        for (const auto& [start, added] :
+             {std::pair(Start::zero, Bias<S>{}), std::pair(Start::accumulate, Bias<S>{}),
+              std::pair(Start::accumulate, scaled)}) {
           Expected<S> expected;
           expected.left = gather(a, list);
           expected.right = b;
           expected.initial = gather(before, backwards);
           if (start == Start::zero) expected.initial.setZero();
-          if (start == Start::bias) expected.initial = bias.replicate(rows, 1);
+          if (added.values != nullptr) expected.add_bias(factors, bias);
           const Matrix<S> product = expected.chain();
           Framed<S> c(before);
           const ScatteredRows<S> to(c.view().data(), c.view().outerStride(), rows, columns,
@@ -310,8 +338,7 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
             }
           };
           const GatheredRows<S> left(a, list.data(), rows);
-          multiply_nn(left, b, 0, columns, start, start == Start::bias ? bias.data() : nullptr, to,
-                      Finish(finish));
+          multiply_nn(left, b, 0, columns, start, added, to, Finish(finish));
           CHECK(finished.isOnes(0));
           CHECK(c.frame_is_whole());
           if (start != Start::zero) continue;
@@ -354,9 +381,7 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
     if (transposed) {
       multiply_nt(GatheredRows<S>(a), view(bt), 0, columns, Start::zero, to, Finish(finish));
     } else {
-      const S* no_bias = nullptr;
-      multiply_nn(GatheredRows<S>(a), view(b), 0, columns, Start::zero, no_bias, to,
-                  Finish(finish));
+      multiply_nn(GatheredRows<S>(a), view(b), 0, columns, Start::zero, {}, to, Finish(finish));
     }
     CHECK(finished.isOnes(0));
     CHECK(same_bits(c, whole));
@@ -366,8 +391,8 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
 }
 
 TEMPLATE_TEST_CASE("gemm: long sums keep their accuracy", "[kernels][gemm]", float, double) {
-  for_each_form_and_start<TestType>([&](Form form, Start start) {
-    check_product<TestType>(form, 9, 35, 5000, start, false, false);
+  for_each_form_and_start<TestType>([&](Form form, Start start, Added added) {
+    check_product<TestType>(form, 9, 35, 5000, start, added, false, false);
   });
 }
 
@@ -422,7 +447,7 @@ TEMPLATE_TEST_CASE("gemm: a row has the same bits whatever rows it is multiplied
     if (transposed) {
       product_nt(rows, view(bt), view(c));
     } else {
-      product_nn(rows, view(b), view(c), Start::bias, bias.data());
+      product_nn(rows, view(b), view(c), Start::zero, {bias.data()});
     }
     return c;
   };

@@ -87,14 +87,10 @@ class FeedForward {
   }
 
   void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
-    const ScatteredRows<Scalar> rows = block.rows_of(y);
-    if (!config_.gated) {
-      const GatheredRows<Scalar> bias(down_bias_.value.data(), 0, rows.count(), config_.width);
-      detail::combine(bias, block.weight, columns.first, columns.count, rows);
-    }
-    detail::multiply_nn<Scalar>(GatheredRows<Scalar>(hidden_of(block)), view(down_.value),
-                                columns.first, columns.count, detail::Start::accumulate, nullptr,
-                                rows);
+    const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
+    detail::multiply_nn(GatheredRows<Scalar>(hidden_of(block)), view(down_.value), columns.first,
+                        columns.count, detail::Start::accumulate, {bias, block.weight, 1},
+                        block.rows_of(y));
   }
 
   // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
@@ -224,13 +220,13 @@ class FeedForward {
     const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
     if (config_.gated) {
       const ScatteredRows<Scalar> linear(columns_of(pre, config_.hidden, config_.hidden));
-      detail::multiply_nn<Scalar>(block.x, view(gate_.value), columns.first, columns.count,
-                                  Start::zero, nullptr, first);
-      detail::multiply_nn<Scalar>(block.x, view(up_.value), columns.first, columns.count,
-                                  Start::zero, nullptr, linear, finish);
+      detail::multiply_nn(block.x, view(gate_.value), columns.first, columns.count, Start::zero, {},
+                          first);
+      detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::zero, {},
+                          linear, finish);
     } else {
-      detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::bias,
-                          up_bias_.value.data(), first, finish);
+      detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::zero,
+                          {up_bias_.value.data()}, first, finish);
     }
   }
 

@@ -15,7 +15,7 @@
 ///
 /// A (and B in the last form) may be rows gathered through a list, and C in the first two forms rows
 /// scattered through one, so tokens are never copied together. Every element of C is one chain of
-/// multiply-adds over ascending k, from the value it starts at (zero, a bias, or what C held), fused
+/// multiply-adds over ascending k, from the value it starts at (zero or what C held, then a bias), fused
 /// where the processor fuses. Blocks, tiles and threads only decide when a chain is continued; hence
 /// a row of C has the same bits whatever other rows are multiplied with it, on any number of
 /// threads. Nothing allocates and nothing throws.
@@ -29,11 +29,11 @@
 
 namespace moe::detail {
 
-/// C[:, columns] = A·B, from zero, from a bias (N values), or added to what C holds.
+/// C[:, columns] = A·B, from zero or added to what C holds, and to a bias (N values).
 template <class Scalar>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
-                 Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
-                 Finish finish = {}) {
+                 Index columns, Start start, const Bias<Scalar>& bias,
+                 const ScatteredRows<Scalar>& c, Finish finish = {}) {
   if (a.count() == 0 || columns == 0) return;
   if constexpr (!streams) {
     if (a.count() > 2 * tile_rows) {
@@ -64,8 +64,7 @@ void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
   } else if (a.count() <= 2 * packet_size<Scalar>) {
     multiply_few_nt(a, b, first_column, columns, start, c, finish);
   } else {
-    const Scalar* no_bias = nullptr;
-    multiply_rows(a, Right<Scalar>{b, true}, first_column, columns, start, no_bias, c, finish);
+    multiply_rows<Scalar>(a, {b, true}, first_column, columns, start, {}, c, finish);
   }
 }
 
@@ -112,19 +111,18 @@ inline void for_each_block(Index rows, Index columns, Index depth, Index block_c
   }
 }
 
-/// C = A·B, from zero, from a bias (N values), or added to what C holds.
+/// C = A·B, from zero or added to what C holds, and to a bias (N values).
 template <class Scalar>
 void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
-                Start start = Start::zero, const Scalar* bias = nullptr) {
+                Start start = Start::zero, const Bias<Scalar>& bias = {}) {
   MOE_ASSERT(a.width() == b.rows() && c.rows() == a.count() && c.cols() == b.cols());
-  MOE_ASSERT(start == Start::bias || bias == nullptr);
   // One worker reads few rows' B as it lies.
   const bool whole =
       worker_count() == 1 && is_in_order<Scalar>(c.rows(), c.cols(), b.outerStride());
   const Index block_columns = whole ? c.cols() : 2 * panel_columns<Scalar>;
   for_each_block(c.rows(), c.cols(), a.width(), block_columns,
                  [&](Index row, Index rows, Index column, Index columns) {
-                   multiply_nn(a.slice(row, rows), b, column, columns, start, bias,
+                   multiply_nn(a.slice(row, rows), b, column, columns, start, bias.at(row, 0),
                                ScatteredRows<Scalar>(c).slice(row, rows));
                  });
 }
@@ -134,7 +132,6 @@ template <class Scalar>
 void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
                 Start start = Start::zero) {
   MOE_ASSERT(a.width() == b.cols() && c.rows() == a.count() && c.cols() == b.rows());
-  MOE_ASSERT(start != Start::bias);
   for_each_block(c.rows(), c.cols(), a.width(), panel_columns<Scalar>,
                  [&](Index row, Index rows, Index column, Index columns) {
                    multiply_nt(a.slice(row, rows), b, column, columns, start,
@@ -147,7 +144,6 @@ template <class Scalar>
 void product_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, MatrixView<Scalar> c,
                 Start start = Start::accumulate) {
   MOE_ASSERT(a.count() == b.count() && c.rows() == a.width() && c.cols() == b.width());
-  MOE_ASSERT(start != Start::bias);
   for_each_block(c.rows(), c.cols(), a.count(), 2 * panel_columns<Scalar>,
                  [&](Index row, Index rows, Index column, Index columns) {
                    multiply_tn(a, b, row, rows, column, columns, start, c);

@@ -73,8 +73,8 @@ struct Right {
 /// its cache.
 template <class Scalar>
 void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, Index first_column,
-                   Index columns, Start start, const Scalar* bias, const ScatteredRows<Scalar>& c,
-                   Finish finish) {
+                   Index columns, Start start, const Bias<Scalar>& bias,
+                   const ScatteredRows<Scalar>& c, Finish finish) {
   alignas(64) Scalar buffer[to_size(panel_depth * tile_columns<Scalar>)];
   const Index depth = a.width();
   const Index tiles = (a.count() + tile_rows - 1) / tile_rows;
@@ -82,7 +82,6 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
 
   const auto run = [&](const Strip& strip, const Strip* next) {
     const Start from = strip.k == 0 ? start : Start::accumulate;
-    const Scalar* initial = from == Start::bias ? bias + strip.column : nullptr;
     const Scalar* in_place = first_is_full ? right.in_place(strip) : nullptr;
     const Panel<Scalar> panel = in_place != nullptr ? Panel<Scalar>{buffer, tile_columns<Scalar>}
                                                     : right.copy(strip, buffer);
@@ -105,6 +104,7 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
         ahead = right.ahead(*next, asked, std::min(each, next->depth - asked));
         asked += each;
       }
+      const Bias<Scalar> initial = strip.k == 0 ? bias.at(first, strip.column) : Bias<Scalar>{};
       if (first == 0 && in_place != nullptr) {
         multiply_tile<Packet<Scalar>, tile_rows, tile_packets, true>(
             left, {in_place, right.b.outerStride()}, strip.depth, from, initial, to, ahead, buffer);
@@ -200,8 +200,8 @@ void multiply_panels_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
               const Index below = std::clamp<Index>(last - row - top - pairs_group, 0, tile_rows);
               const Ahead<Scalar> ahead{to[0] + pairs_group * c.outerStride(), c.outerStride(),
                                         below};
-              multiply_tile(count, packets, strip_width, left, panel, depth, from,
-                            static_cast<const Scalar*>(nullptr), to, ahead);
+              multiply_tile<Scalar>(count, packets, strip_width, left, panel, depth, from, {}, to,
+                                    ahead);
             }
           });
         }

@@ -73,7 +73,7 @@ struct Stream {
 template <Index R, Index V, class Scalar>
 EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_size(R)], Index step,
                                               const Stream<Scalar>& right, Index column,
-                                              Start start, const Scalar* bias,
+                                              Start start, const Bias<Scalar>& bias,
                                               Scalar* const (&c)[to_size(R)]) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index lines = (V * size + cache_line<Scalar> - 1) / cache_line<Scalar>;
@@ -81,10 +81,9 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) {
     const Index at = column + i % V * size;
-    sum[i / V][i % V] = start == Start::accumulate ? load(c[i / V] + at)
-                        : start == Start::bias     ? load(bias + at)
-                                                   : broadcast(Scalar{0});
+    sum[i / V][i % V] = start == Start::accumulate ? load(c[i / V] + at) : broadcast(Scalar{0});
   }
+  add_bias(bias.at(0, column), sum);
   if (right.ahead_in_c.distance != 0) {
     const Index ahead = right.ahead_in_c.at(column);
     MOE_UNROLL
@@ -107,7 +106,7 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
 template <Index R, class Scalar>
 MOE_NOINLINE
 Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Index columns,
-                      Start start, const Scalar* bias, Scalar* const* c) {
+                      Start start, const Bias<Scalar>& bias, Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
   const Scalar* a[to_size(R)];
   Scalar* out[to_size(R)];
@@ -128,29 +127,30 @@ Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Ind
 /// that are not there, since the tile is compiled in one height only.
 template <class Scalar>
 void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, Index depth,
-                   Index width, Start start, const Scalar* bias, Scalar* const* c) {
+                   Index width, Start start, const Bias<Scalar>& bias, Scalar* const* c) {
   constexpr Index half = half_packet_size<Scalar>;
-  const auto run = [&](const Left<Scalar>& a, Start from, Scalar* const* to) {
+  const auto run = [&](const Left<Scalar>& a, Start from, const Bias<Scalar>& initial,
+                       Scalar* const* to) {
     if (width <= half) {
-      multiply_tile<HalfPacket<Scalar>, tile_rows, 1>(a, right, depth, from, bias, to, {});
+      multiply_tile<HalfPacket<Scalar>, tile_rows, 1>(a, right, depth, from, initial, to, {});
     } else {
-      multiply_tile<Packet<Scalar>, tile_rows, 1>(a, right, depth, from, bias, to, {});
+      multiply_tile<Packet<Scalar>, tile_rows, 1>(a, right, depth, from, initial, to, {});
     }
   };
-  if (rows == tile_rows && width == half) return run(left, start, c);
+  if (rows == tile_rows && width == half) return run(left, start, bias, c);
 
   Left<Scalar> a;
   a.step = left.step;
   for (Index r = 0; r < tile_rows; ++r) a.row[r] = left.row[std::min(r, rows - 1)];
   compute_beside(rows, width, start, bias, c,
-                 [&](Scalar* const* to) { run(a, Start::accumulate, to); });
+                 [&](Scalar* const* to) { run(a, Start::accumulate, {}, to); });
 }
 
 /// multiply_stream<R>() for rows from 1 to tile_rows known at run time, and for all of the columns:
 /// `rest` holds those of `right` that are less than a packet.
 template <class Scalar>
 void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>& right,
-                     Index columns, Panel<Scalar> rest, Start start, const Scalar* bias,
+                     Index columns, Panel<Scalar> rest, Start start, const Bias<Scalar>& bias,
                      Scalar* const* c) {
   Index done = 0;
   with_constant<tile_rows>(
@@ -158,8 +158,7 @@ void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>&
   if (done == columns) return;
   Scalar* to[to_size(tile_rows)];
   for (Index r = 0; r < rows; ++r) to[r] = c[r] + done;
-  multiply_rest(rows, left, rest, right.steps, columns - done, start,
-                start == Start::bias ? bias + done : nullptr, to);
+  multiply_rest(rows, left, rest, right.steps, columns - done, start, bias.at(0, done), to);
 }
 
 /// How many rows of A multiply_in_order() is for, at most.
@@ -236,15 +235,14 @@ constexpr bool is_in_order(Index rows, Index columns, Index stride) {
 /// multiply_in_order<R>() for a number of rows known at run time, from what C starts at.
 template <class Scalar>
 void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Start start,
-                       const Scalar* bias, const ScatteredRows<Scalar>& c) {
+                       const Bias<Scalar>& bias, const ScatteredRows<Scalar>& c) {
   const Scalar* from[to_size(rows_in_order)];
   Scalar* to[to_size(rows_in_order)];
   for (Index r = 0; r < a.count(); ++r) {
     from[r] = a.row(r);
     to[r] = c.row(r);
     if (start == Start::zero) std::fill_n(to[r], b.cols(), Scalar{0});
-    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
-    if (start == Start::bias && bias != nullptr) std::copy_n(bias, b.cols(), to[r]);
+    if (bias.values != nullptr) add_scaled(b.cols(), *bias.factor(r), bias.values, to[r]);
   }
   with_constant<rows_in_order>(a.count(), [&](auto R) { multiply_in_order<R>(from, b, to); });
 }
@@ -257,7 +255,7 @@ void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
 /// places.
 template <class Scalar>
 void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
-                        Index first_column, Index columns, Start start, const Scalar* bias,
+                        Index first_column, Index columns, Start start, const Bias<Scalar>& bias,
                         const ScatteredRows<Scalar>& c, Finish finish) {
   constexpr Index size = packet_size<Scalar>;
   alignas(64) Scalar buffer[to_size(size * most_steps)];
@@ -300,7 +298,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
             to[r] = c.row(first + r) + column;
           }
           multiply_stream(rows, left, right, width, rest, from,
-                          from == Start::bias ? bias + column : nullptr, to);
+                          k == 0 ? bias.at(first, column) : Bias<Scalar>{}, to);
           if (!finish || k + steps < depth) return;
           for_each_strip<Scalar>(column, width, [&](Index at, Index, Index strip_width) {
             finish(first, rows, at, strip_width);
@@ -355,7 +353,7 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
       }
       const Start from = from_zero ? Start::zero : Start::accumulate;
-      const Scalar* no_bias = nullptr;
+      const Bias<Scalar> no_bias;
       if (packets == 1) {
         multiply_tile<Packet<Scalar>, max_tile_rows, 1>(left, right, count, from, no_bias, to, ahead);
       } else {
@@ -515,10 +513,9 @@ void multiply_shallow_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> 
     const auto shifted = [&](Index row, Index height, Index column, Index count) {
       finish(row, height, first + column, count);
     };
-    const Scalar* no_bias = nullptr;
-    multiply_stream_nn(
+    multiply_stream_nn<Scalar>(
         a, ConstMatrixView<Scalar>(buffer, depth, width, Eigen::OuterStride<>(width)), 0, width,
-        start, no_bias, c.columns(first, width), finish ? Finish(shifted) : Finish());
+        start, {}, c.columns(first, width), finish ? Finish(shifted) : Finish());
   }
 }
 
@@ -568,8 +565,7 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
             std::copy_n(held, count, value);
           }
         }
-        const Scalar* no_bias = nullptr;
-        multiply_stream(count, left, right, width, {buffer + whole, stride}, from, no_bias, to);
+        multiply_stream<Scalar>(count, left, right, width, {buffer + whole, stride}, from, {}, to);
       });
     }
   });

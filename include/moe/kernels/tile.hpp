@@ -8,7 +8,8 @@
 /// \file
 /// The innermost loop of every product: a small tile of C that stays in registers while k runs.
 ///
-///     C[r, v] = start[r, v] + Σ_k left[r][k·step]·right[k, v]      R rows, V packets of columns
+///     C[r, v] = start[r, v] + factor[r]·bias[v] + Σ_k left[r][k·step]·right[k, v]
+///                                                                  R rows, V packets of columns
 ///
 /// A step of k takes V loads of `right`, R broadcasts of `left` and R·V multiply-adds. With 8 x 3
 /// packets where there are 32 registers, and 4 x 3 where there are 16, the multiply-adds are what
@@ -23,8 +24,24 @@
 
 namespace moe::detail {
 
-/// What an element of C is before the first product is added.
-enum class Start { zero, bias, accumulate };
+/// What an element of C is before anything is added: zero, or what C holds.
+enum class Start { zero, accumulate };
+
+/// A row that is added to all rows of C, times a factor of each or 1: one more product, ahead of the
+/// others, of a column and a row that lie elsewhere. Without values there is none.
+template <class Scalar>
+struct Bias {
+  static constexpr Scalar one{1};
+  const Scalar* values = nullptr;
+  const Scalar* factors = &one;
+  Index step = 0;  ///< between the factors of neighbouring rows
+
+  /// What is left of it from a row and a column on.
+  Bias at(Index row, Index column) const {
+    return values == nullptr ? Bias{} : Bias{values + column, factors + row * step, step};
+  }
+  const Scalar* factor(Index row) const { return factors + row * step; }
+};
 
 #if defined(EIGEN_VECTORIZE_AVX512) || EIGEN_ARCH_ARM64
 inline constexpr Index tile_rows = 8;
@@ -137,12 +154,22 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
   }
 }
 
-/// One tile of packets P, whose start is zero, a bias (V packets), or what C holds. If it `copies`, it
-/// leaves the packets of `right` in `panel`, next to each other, for the tiles that come after it.
+/// The same of a bias, if there is one.
+template <class P, class Scalar, std::size_t R, std::size_t V>
+EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
+  if (bias.values == nullptr) return;
+  const Scalar* factor[R];
+  MOE_UNROLL
+  for (std::size_t r = 0; r < R; ++r) factor[r] = bias.factor(static_cast<Index>(r));
+  add_products(factor, 0, bias.values, sum);
+}
+
+/// One tile of packets P. If it `copies`, it leaves the packets of `right` in `panel`, next to each
+/// other, for the tiles that come after it.
 template <class P, Index R, Index V, bool copies = false, class Scalar>
 MOE_NOINLINE  // else its registers mix with those of the loops around it
 void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, Start start,
-                   const Scalar* bias, Scalar* const* c, Ahead<Scalar> ahead,
+                   const Bias<Scalar>& bias, Scalar* const* c, Ahead<Scalar> ahead,
                    [[maybe_unused]] Scalar* panel = nullptr) {
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
@@ -161,13 +188,11 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
   if (start == Start::accumulate) {
     MOE_UNROLL
     for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = ploadu<P>(to[i / V] + i % V * size);
-  } else if (start == Start::bias) {
-    MOE_UNROLL
-    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = ploadu<P>(bias + i % V * size);
   } else {
     MOE_UNROLL
     for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = pset1<P>(Scalar{0});
   }
+  add_bias(bias, sum);
   const Scalar* b = right.data;
   Index at = 0;
   while (at < end) {
@@ -192,16 +217,15 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
 /// Calls run(to) for a tile beside C, which `to` points to in max_tile_rows rows: it holds what C starts
 /// from, and its first `rows` and `width` columns are then copied to C.
 template <class Scalar, class F>
-void compute_beside(Index rows, Index width, Start start, const Scalar* bias, Scalar* const* c,
-                    F&& run) {
+void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bias,
+                    Scalar* const* c, F&& run) {
   constexpr Index columns = tile_columns<Scalar>;
   Scalar beside[to_size(max_tile_rows * columns)] = {};
   Scalar* to[to_size(max_tile_rows)];
   for (Index r = 0; r < max_tile_rows; ++r) to[r] = beside + r * columns;
   for (Index r = 0; r < rows; ++r) {
     if (start == Start::accumulate) std::copy_n(c[r], width, to[r]);
-    // GCC warns of null where it sees that there is no bias, but not that there is none to add.
-    if (start == Start::bias && bias != nullptr) std::copy_n(bias, width, to[r]);
+    if (bias.values != nullptr) add_scaled(width, *bias.factor(r), bias.values, to[r]);
   }
   run(to);
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
@@ -211,9 +235,9 @@ void compute_beside(Index rows, Index width, Start start, const Scalar* bias, Sc
 /// whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
 template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
-                   Panel<Scalar> right, Index depth, Start start, const Scalar* bias,
+                   Panel<Scalar> right, Index depth, Start start, const Bias<Scalar>& bias,
                    Scalar* const* c, Ahead<Scalar> ahead = {}) {
-  const auto run = [&](Start from, const Scalar* initial, Scalar* const* to) {
+  const auto run = [&](Start from, const Bias<Scalar>& initial, Scalar* const* to) {
     with_constant<tile_packets>(packets, [&](auto V) {
       with_constant<tile_rows>(rows, [&](auto R) {
         multiply_tile<Packet<Scalar>, R, V>(left, right, depth, from, initial, to, ahead);
@@ -223,7 +247,7 @@ void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& l
   if (width == packets * packet_size<Scalar>) return run(start, bias, c);
 
   compute_beside(rows, width, start, bias, c,
-                 [&](Scalar* const* to) { run(Start::accumulate, nullptr, to); });
+                 [&](Scalar* const* to) { run(Start::accumulate, {}, to); });
 }
 
 }  // namespace moe::detail

@@ -262,7 +262,7 @@ class LSTM {
     detail::resize(tape.cell, x.rows(), config_.hidden);
     detail::resize(tape.y, x.rows(), config_.hidden);
     detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
-                       detail::Start::bias, bias.value.data());
+                       detail::Start::zero, {bias.value.data()});
     parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences),
                         [&](Index first, Index count) { run(first, count, tape); });
     if (x.rows() > 0) {
