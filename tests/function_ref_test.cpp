@@ -32,11 +32,20 @@ TEST_CASE("function reference: calls what it refers to, with its state", "[funct
   CHECK(last == 2);
 }
 
+TEST_CASE("function reference: of nothing to return, takes what returns something",
+          "[function_ref]") {
+  int last_value = 0;
+  call_twice([&](int value) { return last_value = value; });
+  CHECK(last_value == 2);
+}
+
 TEST_CASE("function reference: returns what it refers to returns", "[function_ref]") {
   const int base = 40;
   const auto add = [&](int value) { return base + value; };
   const FunctionRef<long(int)> reference = add;
   CHECK(reference(2) == 42);
+  const auto name = [](int) { return "not a number"; };
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<FunctionRef<long(int)>, decltype(name)&>);
 }
 
 TEST_CASE("function reference: a copy refers to the same, an empty one to nothing",

@@ -67,7 +67,7 @@ class Part {
   explicit Part(std::string_view value) : kind_(Kind::text), text_(value) {}
 
   void append_to(std::string& text) const {
-    char digits[32];
+    char digits[32] = "";
     switch (kind_) {
       case Kind::text: text += text_; return;
       case Kind::whole: std::snprintf(digits, sizeof(digits), "%lld", whole_); break;

@@ -20,10 +20,15 @@ class FunctionRef<Result(Arguments...)> {
 
   template <class F>
   requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> &&
-           std::is_invocable_v<F&, Arguments...>)
+           std::is_invocable_r_v<Result, F&, Arguments...>)
       FunctionRef(F&& f)  // NOLINT: implicit, so that a lambda can be passed where one is taken
       : call_([](void* object, Arguments... arguments) -> Result {
-          return (*reinterpret_cast<std::remove_reference_t<F>*>(object))(arguments...);
+          auto& callable = *reinterpret_cast<std::remove_reference_t<F>*>(object);
+          if constexpr (std::is_void_v<Result>) {
+            callable(arguments...);  // whatever it returns
+          } else {
+            return callable(arguments...);
+          }
         }) {
     if constexpr (std::is_function_v<std::remove_reference_t<F>>) {
       object_ = reinterpret_cast<void*>(&f);

@@ -171,7 +171,8 @@ auto* row_data(Matrix&& matrix, Index i) {
 // What the library itself does to whole matrices. Eigen's assignments do the same, and each is about a
 // twentieth of what a program that trains a layer compiles.
 
-/// Resizes scratch memory; like Eigen's resize it keeps its memory when nothing changed.
+/// Resizes scratch memory; like Eigen's resize it keeps its memory when nothing changed. Not inline
+/// like that, since a pass resizes some dozen matrices.
 template <class Scalar>
 MOE_NOINLINE void resize(Matrix<Scalar>& matrix, Index rows, Index columns) {
   matrix.resize(rows, columns);

@@ -204,9 +204,7 @@ struct NoiseLanes {
   }
   // Not inline, else GCC keeps counters in scalar registers where it saw them set one by one; and
   // the words of a lane are written out, so that they become vector code.
-  MOE_NOINLINE
-  std::array<float, 4 * count>
-  normals(std::uint64_t seed) const {
+  MOE_NOINLINE std::array<float, 4 * count> normals(std::uint64_t seed) const {
     auto words = counters;
     philox_lanes(words, seed);
     std::array<std::uint32_t, 4 * count> bits;
@@ -223,8 +221,8 @@ struct NoiseLanes {
 /// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). The ends of
 /// rows that are less than NoiseLanes draws at once go together.
 template <class Scalar>
-void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns, FunctionRef<Index(Index)> token,
-                Scalar* n) {
+void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns,
+                FunctionRef<Index(Index)> token, Scalar* n) {
   constexpr auto lanes = static_cast<Index>(NoiseLanes::count);
   const auto copy = [](const float* from, Index count, Scalar* to) {
     for (Index i = 0; i < count; ++i) to[i] = static_cast<Scalar>(from[i]);
@@ -249,15 +247,16 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
     used = 0;
   };
   for (Index row = 0; row < rows; ++row) {
+    const Index token_row = token(row);
     Index block = 0;
     for (; block + lanes <= blocks; block += lanes) {
-      whole.set_row(noise_counter(key, token(row), block));
+      whole.set_row(noise_counter(key, token_row, block));
       const Index first = 4 * block;
       copy(whole.normals(seed).data(), std::min(4 * lanes, columns - first),
            n + row * columns + first);
     }
     for (; block < blocks; ++block) {
-      rest.set(to_size(used), noise_counter(key, token(row), block));
+      rest.set(to_size(used), noise_counter(key, token_row, block));
       place[used] = row * columns + 4 * block;
       width[used] = std::min<Index>(4, columns - 4 * block);
       if (++used == lanes) draw_rest();
@@ -271,7 +270,7 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
 /// A uniform deviate in [0, 1) with 24 random bits, exact in float.
 inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
-// Element i of a matrix is drawn as column i of one row of noise; a row has at most 2^32.
+// Element i of a matrix is drawn as column i mod 2^32 of row i / 2^32 of noise.
 
 /// Fills a matrix with uniform deviates in [-bound, bound): how weights start.
 template <class Scalar>

@@ -159,9 +159,13 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
     // Vectors of their own size, so that a sanitizer sees a read beyond them.
     const std::vector<Scalar> values(bias.data(), bias.data() + columns);
     const std::vector<Scalar> weights(factors.data(), factors.data() + rows);
-    Bias<Scalar> with{values.data()};
+    const Scalar none{};  // an empty vector may have no memory, and null means no bias
+    Bias<Scalar> with{.values = values.empty() ? &none : values.data()};
+    if (added == Added::scaled_bias) {
+      with.factors = weights.data();
+      with.step = 1;
+    }
     if (added == Added::nothing) with.values = nullptr;
-    if (added == Added::scaled_bias) with = {values.data(), weights.data(), 1};
     product_nn(left, framed_b.view(), c.view(), start, with);
   } else if (form == Form::nt) {
     product_nt(left, framed_b.view(), c.view(), start);
@@ -181,8 +185,9 @@ void for_each_form_and_start(const F& f) {
   for (const Start start : {Start::zero, Start::accumulate}) {
     for (const Form form : {Form::nn, Form::nt, Form::tn}) f(form, start, Added::nothing);
   }
-  f(Form::nn, Start::zero, Added::bias);
-  f(Form::nn, Start::accumulate, Added::scaled_bias);
+  for (const Start start : {Start::zero, Start::accumulate}) {
+    for (const Added added : {Added::bias, Added::scaled_bias}) f(Form::nn, start, added);
+  }
 }
 
 }  // namespace

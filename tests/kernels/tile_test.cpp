@@ -30,12 +30,16 @@ TEMPLATE_TEST_CASE("tile: every height and width, any step of the left operand",
             const Matrix<S> a = test::random_matrix<S>(rows, depth * step + 1, 1);
             const Matrix<S> b = test::random_matrix<S>(depth + 1, packets * size, 2);
             Matrix<S> c = test::random_matrix<S>(rows, width, 3);
-            Matrix<double> expected = c.template cast<double>();
+            // Twice, so that both starts are seen: from zero with a bias, then added to that.
+            const Matrix<S> bias = test::random_matrix<S>(1, width, 4);
+            const Matrix<S> factors = test::random_matrix<S>(rows, 2, 5);
+            Matrix<double> expected =
+                factors.col(0).template cast<double>() * bias.template cast<double>();
             for (Index r = 0; r < rows; ++r) {
               for (Index k = 0; k < depth; ++k) {
                 for (Index j = 0; j < width; ++j) {
                   expected(r, j) +=
-                      static_cast<double>(a(r, k * step)) * static_cast<double>(b(k, j));
+                      2 * static_cast<double>(a(r, k * step)) * static_cast<double>(b(k, j));
                 }
               }
             }
@@ -46,10 +50,13 @@ TEMPLATE_TEST_CASE("tile: every height and width, any step of the left operand",
               left.row[r] = row_data(a, r);
               to.push_back(row_data(c, r));
             }
-            const Bias<S> no_bias;
-            // What lies ahead is only asked for, so any place will do.
-            multiply_tile(rows, packets, width, left, Panel<S>{b.data(), packets * size}, depth,
-                          Start::accumulate, no_bias, to.data(), Ahead<S>{b.data(), 1, 5});
+            for (const Start start : {Start::zero, Start::accumulate}) {
+              Bias<S> added{.factors = factors.data(), .step = 2};
+              if (start == Start::zero) added.values = bias.data();
+              // What lies ahead is only asked for, so any place will do.
+              multiply_tile(rows, packets, width, left, Panel<S>{b.data(), packets * size}, depth,
+                            start, added, to.data(), Ahead<S>{b.data(), 1, 5});
+            }
             const Matrix<double> result = c.template cast<double>();
             CHECK(test::relative_error(result, expected) < test::tolerance<S>);
           }

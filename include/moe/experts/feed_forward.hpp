@@ -89,8 +89,8 @@ class FeedForward {
   void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
     const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
     detail::multiply_nn(GatheredRows<Scalar>(hidden_of(block)), view(down_.value), columns.first,
-                        columns.count, detail::Start::accumulate, {bias, block.weight, 1},
-                        block.rows_of(y));
+                        columns.count, detail::Start::accumulate,
+                        {.values = bias, .factors = block.weight, .step = 1}, block.rows_of(y));
   }
 
   // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
@@ -226,7 +226,7 @@ class FeedForward {
                           linear, finish);
     } else {
       detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::zero,
-                          {up_bias_.value.data()}, first, finish);
+                          {.values = up_bias_.value.data()}, first, finish);
     }
   }
 

@@ -53,18 +53,15 @@ void store(Scalar* to, const Packet<Scalar>& packet) {
   Eigen::internal::pstoreu(to, packet);
 }
 
-/// The first `count` < packet_size elements; the rest are zero.
+/// The first `count` < packet_size elements; the rest are zero. Not inline, being rare, and very many.
 template <class Scalar>
-MOE_NOINLINE  // rare, and there would be very many
-Packet<Scalar>
-load_first(const Scalar* from, Index count) {
+MOE_NOINLINE Packet<Scalar> load_first(const Scalar* from, Index count) {
   Scalar buffer[packet_size<Scalar>] = {};
   for (Index i = 0; i < count; ++i) buffer[i] = from[i];
   return load(buffer);
 }
 template <class Scalar>
-MOE_NOINLINE
-void store_first(Scalar* to, Index count, const Packet<Scalar>& packet) {
+MOE_NOINLINE void store_first(Scalar* to, Index count, const Packet<Scalar>& packet) {
   Scalar buffer[packet_size<Scalar>];
   store(buffer, packet);
   for (Index i = 0; i < count; ++i) to[i] = buffer[i];

@@ -104,9 +104,9 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
 /// R rows of C, the whole packets of `columns` of them, += left[r][k]·right[k, :], the rows of `right`
 /// being read side by side from one end to the other. Returns how many columns that were.
 template <Index R, class Scalar>
-MOE_NOINLINE
-Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Index columns,
-                      Start start, const Bias<Scalar>& bias, Scalar* const* c) {
+MOE_NOINLINE Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right,
+                                   Index columns, Start start, const Bias<Scalar>& bias,
+                                   Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
   const Scalar* a[to_size(R)];
   Scalar* out[to_size(R)];
@@ -116,6 +116,7 @@ Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right, Ind
   for (; column + 3 * size <= columns; column += 3 * size) {
     multiply_stream_tile<R, 3>(a, left.step, right, column, start, bias, out);
   }
+  // Two at once would be little faster, and a third more to compile.
   for (; column + size <= columns; column += size) {
     multiply_stream_tile<R, 1>(a, left.step, right, column, start, bias, out);
   }
@@ -191,8 +192,8 @@ EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_s
 /// all of it is read and asked for in the order in which it lies. Only so many rows of B are side by
 /// side as it takes for C, in the nearest cache, to cost less time than memory.
 template <Index R, class Scalar>
-MOE_NOINLINE
-void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b, Scalar* const* c) {
+MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b,
+                                    Scalar* const* c) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index side_by_side = R <= 2 ? 1 : 2;
   constexpr Index further = (Index{8} << 10) / static_cast<Index>(sizeof(Scalar));
@@ -242,7 +243,7 @@ void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
     from[r] = a.row(r);
     to[r] = c.row(r);
     if (start == Start::zero) std::fill_n(to[r], b.cols(), Scalar{0});
-    if (bias.values != nullptr) add_scaled(b.cols(), *bias.factor(r), bias.values, to[r]);
+    if (bias.values != nullptr) add_scaled(b.cols(), *bias.factor_at(r), bias.values, to[r]);
   }
   with_constant<rows_in_order>(a.count(), [&](auto R) { multiply_in_order<R>(from, b, to); });
 }
@@ -355,7 +356,8 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
       const Start from = from_zero ? Start::zero : Start::accumulate;
       const Bias<Scalar> no_bias;
       if (packets == 1) {
-        multiply_tile<Packet<Scalar>, max_tile_rows, 1>(left, right, count, from, no_bias, to, ahead);
+        multiply_tile<Packet<Scalar>, max_tile_rows, 1>(left, right, count, from, no_bias, to,
+                                                        ahead);
       } else {
         multiply_tile<Packet<Scalar>, tile_rows, 2>(left, right, count, from, no_bias, to, ahead);
       }
@@ -368,10 +370,10 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
   finish_tiles<Scalar>(a.count(), first_column, columns, finish);
 }
 
-/// The first `columns` of some rows as rows: to[j][i] = from[i][j], a block of as many rows as a packet
-/// that a tile's rows fill has at a time.
+/// Rows as columns: to[j][i] = from[i][j], a block of as many rows as a packet that a tile's rows fill has
+/// at a time.
 template <class Scalar>
-void transpose_rows(const ScatteredRows<Scalar>& from, const ScatteredRows<Scalar>& to) {
+void transpose_rows(ScatteredRows<Scalar> from, ScatteredRows<Scalar> to) {
   using Whole = Packet<Scalar>;
   using Half = HalfPacket<Scalar>;
   using Fitting = std::conditional_t<(packet_size<Scalar> > tile_rows), Half, Whole>;
@@ -400,9 +402,9 @@ void transpose_rows(const ScatteredRows<Scalar>& from, const ScatteredRows<Scala
 /// `tile` (R x V packets, tile_columns apart). If there are only `height` rows, the last stands for the
 /// others. The rows are asked for when what is `ahead` places before them is read.
 template <class P, Index R, Index V, class Scalar>
-MOE_NOINLINE
-void multiply_rows_tile(const Scalar* b, Index stride, Index height, Panel<Scalar> panel, Index depth,
-                        bool from_zero, Index ahead, Scalar* tile) {
+MOE_NOINLINE void multiply_rows_tile(const Scalar* b, Index stride, Index height,
+                                     Panel<Scalar> panel, Index depth, bool from_zero, Index ahead,
+                                     Scalar* tile) {
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
   const Scalar* row[to_size(R)];

@@ -40,7 +40,7 @@ struct Bias {
   Bias at(Index row, Index column) const {
     return values == nullptr ? Bias{} : Bias{values + column, factors + row * step, step};
   }
-  const Scalar* factor(Index row) const { return factors + row * step; }
+  const Scalar* factor_at(Index row) const { return factors + row * step; }
 };
 
 #if defined(EIGEN_VECTORIZE_AVX512) || EIGEN_ARCH_ARM64
@@ -49,7 +49,7 @@ inline constexpr Index tile_rows = 8;
 inline constexpr Index tile_rows = 4;
 #endif
 inline constexpr Index tile_packets = 3;
-/// A tile of one packet needs that many rows to have enough chains.
+/// The highest tile, whatever the registers: of one packet where that alone has enough chains.
 inline constexpr Index max_tile_rows = 8;
 
 template <class Scalar>
@@ -154,23 +154,23 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
   }
 }
 
-/// The same of a bias, if there is one.
+/// The product of a bias, if there is one: a step ahead of the others.
 template <class P, class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
   if (bias.values == nullptr) return;
   const Scalar* factor[R];
   MOE_UNROLL
-  for (std::size_t r = 0; r < R; ++r) factor[r] = bias.factor(static_cast<Index>(r));
+  for (std::size_t r = 0; r < R; ++r) factor[r] = bias.factor_at(static_cast<Index>(r));
   add_products(factor, 0, bias.values, sum);
 }
 
 /// One tile of packets P. If it `copies`, it leaves the packets of `right` in `panel`, next to each
 /// other, for the tiles that come after it.
+// Not inline, else its registers mix with those of the loops around it.
 template <class P, Index R, Index V, bool copies = false, class Scalar>
-MOE_NOINLINE  // else its registers mix with those of the loops around it
-void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, Start start,
-                   const Bias<Scalar>& bias, Scalar* const* c, Ahead<Scalar> ahead,
-                   [[maybe_unused]] Scalar* panel = nullptr) {
+MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth,
+                                Start start, const Bias<Scalar>& bias, Scalar* const* c,
+                                Ahead<Scalar> ahead, [[maybe_unused]] Scalar* panel = nullptr) {
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
   constexpr Index stretch = 8;  // steps between looks ahead
@@ -214,18 +214,18 @@ void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth, S
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
-/// Calls run(to) for a tile beside C, which `to` points to in max_tile_rows rows: it holds what C starts
-/// from, and its first `rows` and `width` columns are then copied to C.
+/// Calls run(to) for a tile beside C, which `to` points to in tile_rows rows: it holds what C starts from,
+/// and its first `rows` and `width` columns are then copied to C.
 template <class Scalar, class F>
 void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bias,
                     Scalar* const* c, F&& run) {
   constexpr Index columns = tile_columns<Scalar>;
-  Scalar beside[to_size(max_tile_rows * columns)] = {};
-  Scalar* to[to_size(max_tile_rows)];
-  for (Index r = 0; r < max_tile_rows; ++r) to[r] = beside + r * columns;
+  Scalar beside[to_size(tile_rows * columns)] = {};
+  Scalar* to[to_size(tile_rows)];
+  for (Index r = 0; r < tile_rows; ++r) to[r] = beside + r * columns;
   for (Index r = 0; r < rows; ++r) {
     if (start == Start::accumulate) std::copy_n(c[r], width, to[r]);
-    if (bias.values != nullptr) add_scaled(width, *bias.factor(r), bias.values, to[r]);
+    if (bias.values != nullptr) add_scaled(width, *bias.factor_at(r), bias.values, to[r]);
   }
   run(to);
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);

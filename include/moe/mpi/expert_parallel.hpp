@@ -417,8 +417,8 @@ class ExpertParallel {
     moe::detail::resize(routing.token_offsets, routing.slots() + 1);
     std::iota(routing.token_offsets.begin(), routing.token_offsets.end(), Index{0});
     group_by_expert(routing);
-    tape.received_x.resize(routing.slots(), config_.width);
-    tape.returned.resize(tape.sent.back(), config_.width);
+    moe::detail::resize(tape.received_x, routing.slots(), config_.width);
+    moe::detail::resize(tape.returned, tape.sent.back(), config_.width);
   }
 
   template <class F>
@@ -491,7 +491,7 @@ class ExpertParallel {
       prepare_others(tape);
       moe::detail::resize_to_zero(tape.answer, tape.received.back(), config_.width);
       moe::detail::resize_to_zero(sum, x.rows(), config_.width);
-      if (!plain) tape.y.resize(x.rows(), config_.width);
+      if (!plain) moe::detail::resize(tape.y, x.rows(), config_.width);
       there.emplace(communicator_);
       back.emplace(communicator_);
     });
@@ -533,8 +533,8 @@ class ExpertParallel {
             "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
             " experts and width ", tape.x.cols());
     if constexpr (requires { gate_->check_tape(tape); }) gate_->check_tape(tape);
-    tape.received_dy.resize(tape.received.back(), config_.width);
-    tape.returned.resize(tape.sent.back(), config_.width);
+    moe::detail::resize(tape.received_dy, tape.received.back(), config_.width);
+    moe::detail::resize(tape.returned, tape.sent.back(), config_.width);
     moe::detail::resize_to_zero(tape.answer, tape.received.back(), config_.width);
     moe::detail::resize_to_zero(tape.dexperts, dy.rows(), config_.width);
     moe::detail::resize(tape.dweight, tape.routing.slots());

@@ -113,7 +113,7 @@ class Linear {
   void run(const MatrixRef<Scalar>& x, Tape& tape) const {
     detail::resize(tape.y, x.rows(), config_.outputs);
     detail::product_nn(GatheredRows<Scalar>(x), view(weight.value), view(tape.y),
-                       detail::Start::zero, {config_.bias ? bias.value.data() : nullptr});
+                       detail::Start::zero, {.values = config_.bias ? bias.value.data() : nullptr});
   }
 
   Config config_;

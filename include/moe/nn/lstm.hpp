@@ -182,8 +182,8 @@ class LSTM {
     detail::require(dy.cols() == H, "LSTM::backward: dy has ", dy.cols(), " columns, hidden is ",
                     H);
     if (dfinal.hidden.size() == 0 && dfinal.cell.size() == 0) {
-      tape.dstate.hidden.setZero(sequences, H);
-      tape.dstate.cell.setZero(sequences, H);
+      detail::resize_to_zero(tape.dstate.hidden, sequences, H);
+      detail::resize_to_zero(tape.dstate.cell, sequences, H);
     } else {
       check_state(dfinal, sequences);
       tape.dstate = dfinal;
@@ -262,7 +262,7 @@ class LSTM {
     detail::resize(tape.cell, x.rows(), config_.hidden);
     detail::resize(tape.y, x.rows(), config_.hidden);
     detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
-                       detail::Start::zero, {bias.value.data()});
+                       detail::Start::zero, {.values = bias.value.data()});
     parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences),
                         [&](Index first, Index count) { run(first, count, tape); });
     if (x.rows() > 0) {

@@ -40,7 +40,7 @@ struct PackedRows {
     check(T);
     detail::require(packed.rows() == count() && &packed != &padded,
                     "PackedRows::unpack: ", packed.rows(), " packed rows, ", count(), " are real");
-    padded.setZero(T, packed.cols());
+    detail::resize_to_zero(padded, T, packed.cols());
     for (Index i = 0; i < count(); ++i) padded.row(rows[detail::to_size(i)]) = packed.row(i);
   }
 

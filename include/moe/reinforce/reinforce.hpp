@@ -514,7 +514,7 @@ class Reinforce {
     const Rollout& rollout = tape.rollout;
     const Index rows = rollout.rows();
     const Index symbols = logits.cols();
-    tape.dlogits.setZero(logits.rows(), symbols);
+    detail::resize_to_zero(tape.dlogits, logits.rows(), symbols);
     tape.log_probability.assign(rollout.symbols.size(), 0.0);
     tape.entropy.assign(rollout.symbols.size(), 0.0);
     const auto references = static_cast<double>(inputs);

@@ -92,7 +92,7 @@ class ExpertChoiceGate {
     check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
-    tape.dscores.setZero(tape.p.rows(), experts());
+    detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
     const Routing<Scalar>& routing = tape.routing;
     for (Index t = 0; t < routing.tokens(); ++t) {
       for (Index s = routing.token_offsets[detail::to_size(t)];

@@ -288,7 +288,7 @@ class HierarchicalGate {
   }
 
   void combine_load(Tape& tape) const {
-    tape.balance.load.setZero(experts());
+    detail::resize_to_zero(tape.balance.load, experts());
     for (Index i = 0; i < config_.groups; ++i) {
       const Index tokens = tape.group_tokens[detail::to_size(i)];
       if (tokens == 0) continue;
@@ -305,7 +305,7 @@ class HierarchicalGate {
   void combine_load_backward(Tape& tape) const {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
-    groups.dload.setZero(config_.groups);
+    detail::resize_to_zero(groups.dload, config_.groups);
     detail::resize(level.dload, experts());
     if (!groups.has_noise) return;
     for (Index i = 0; i < config_.groups; ++i) {

@@ -107,7 +107,7 @@ class SharedExpertGate {
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
     split_backward(dweight, tape);
-    tape.routed.dx.setZero(tokens, config_.width);
+    detail::resize_to_zero(tape.routed.dx, tokens, config_.width);
     routed_.backward(std::span<const Scalar>(tape.routed_dweight), tape.routed);
     detail::require(tape.routed.dx.rows() == tokens && tape.routed.dx.cols() == config_.width,
                     "SharedExpertGate: the wrapped gate left a tape.dx of ", tape.routed.dx.rows(),

@@ -141,7 +141,7 @@ class SoftmaxTopKGate {
     check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
-    tape.dlogits.setZero(tape.x.rows(), experts());
+    detail::resize_to_zero(tape.dlogits, tape.x.rows(), experts());
     compute_losses_backward(tape);
     if (config_.score != Score::softmax_of_chosen) weigh_backward(dweight, tape);
     compute_scores_backward(tape);
@@ -404,7 +404,7 @@ class SoftmaxTopKGate {
   void compute_losses(Tape& tape, bool by_sequence) const {
     Balance<Scalar>& balance = tape.balance;
     detail::measure_importance(tape.routing, tape.batch, balance);
-    balance.load.setZero(experts());
+    detail::resize_to_zero(balance.load, experts());
     for (const Index e : tape.choices.expert) balance.load[e] += Scalar{1};
     detail::sum_over_batch(tape.batch, experts(), balance.load.data());
     balance.loss = Scalar{0};

@@ -50,8 +50,8 @@ class SwitchLoss {
     const Index experts = score.cols();
     sequences_ = sequences;
     order_ = order;
-    share_.setZero(sequences, experts);
-    probability_.setZero(sequences, experts);
+    detail::resize_to_zero(share_, sequences, experts);
+    detail::resize_to_zero(probability_, sequences, experts);
     if (tokens_ == 0) return Scalar{0};
 
     const Index active = rows > 0 ? static_cast<Index>(choices.size()) / rows : 1;
