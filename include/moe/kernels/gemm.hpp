@@ -16,8 +16,8 @@
 /// A (and B in the last form) may be rows gathered through a list, and C in the first two forms rows
 /// scattered through one, so tokens are never copied together. Every element of C is one chain of
 /// multiply-adds over ascending k, from the value it starts at (zero or what C held, then a bias),
-/// fused where the processor fuses. Blocks, tiles and threads only decide when a chain is continued; hence
-/// a row of C has the same bits whatever other rows are multiplied with it, on any number of
+/// fused where the processor fuses. Blocks, tiles and threads only decide when a chain is continued;
+/// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
 /// threads. Nothing allocates and nothing throws.
 ///
 /// multiply_nn, multiply_nt and multiply_tn compute a part of C on the calling thread; product_nn,
@@ -29,8 +29,8 @@
 
 namespace moe::detail {
 
-/// C[:, columns] = A·B, from zero or added to what C holds, and to a bias (N values, and if it has them
-/// M factors), whatever columns are asked for.
+/// C[:, columns] = A·B, from zero or added to what C holds, and to a bias: N values and maybe M
+/// factors, which begin with the first column and row of C whatever columns are asked for.
 template <class Scalar>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const Bias<Scalar>& bias,
@@ -112,7 +112,7 @@ inline void for_each_block(Index rows, Index columns, Index depth, Index block_c
   }
 }
 
-/// C = A·B, from zero or added to what C holds, and to a bias (N values, and if it has them M factors).
+/// C = A·B, from zero or added to what C holds, and to a bias: N values and maybe M factors.
 template <class Scalar>
 void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
                 Start start = Start::zero, const Bias<Scalar>& bias = {}) {

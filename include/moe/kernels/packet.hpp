@@ -53,7 +53,8 @@ void store(Scalar* to, const Packet<Scalar>& packet) {
   Eigen::internal::pstoreu(to, packet);
 }
 
-/// The first `count` < packet_size elements; the rest are zero. Not inline, being rare, and very many.
+/// The first `count` < packet_size elements; the rest are zero. Not inline: it is rare, and there
+/// would be very many.
 template <class Scalar>
 MOE_NOINLINE Packet<Scalar> load_first(const Scalar* from, Index count) {
   Scalar buffer[packet_size<Scalar>] = {};

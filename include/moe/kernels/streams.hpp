@@ -116,7 +116,7 @@ MOE_NOINLINE Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar
   for (; column + 3 * size <= columns; column += 3 * size) {
     multiply_stream_tile<R, 3>(a, left.step, right, column, start, bias, out);
   }
-  // Two at once would be little faster, and a third more to compile.
+  // Two packets at once would be little faster, and half as much again to compile.
   for (; column + size <= columns; column += size) {
     multiply_stream_tile<R, 1>(a, left.step, right, column, start, bias, out);
   }
@@ -316,8 +316,8 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
 }
 
 /// The form nt for few rows: what runs along the packets is rows of A instead of rows of B, so that
-/// B, which is by far the larger, is neither transposed nor copied. In a tile that is not full its last
-/// row stands for those that are not there, since tiles are compiled in one height.
+/// B, which is by far the larger, is neither transposed nor copied. In a tile that is not full its
+/// last row stands for those that are not there, since tiles are compiled in one height.
 template <class Scalar>
 void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                      Index columns, Start start, const ScatteredRows<Scalar>& c, Finish finish) {
@@ -370,8 +370,8 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
   finish_tiles<Scalar>(a.count(), first_column, columns, finish);
 }
 
-/// Rows as columns: to[j][i] = from[i][j], a block of as many rows as a packet that a tile's rows fill has
-/// at a time.
+/// Rows as columns: to[j][i] = from[i][j], a block of as many rows as a packet that a tile's rows
+/// fill has at a time.
 template <class Scalar>
 void transpose_rows(ScatteredRows<Scalar> from, ScatteredRows<Scalar> to) {
   using Whole = Packet<Scalar>;
@@ -394,7 +394,8 @@ void transpose_rows(ScatteredRows<Scalar> from, ScatteredRows<Scalar> to) {
     }
   }
   for (Index i = 0; i < rows; ++i) {
-    for (Index j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to.row(j)[i] = from.row(i)[j];
+    const Index first = i < whole_rows ? whole_columns : 0;
+    for (Index j = first; j < columns; ++j) to.row(j)[i] = from.row(i)[j];
   }
 }
 

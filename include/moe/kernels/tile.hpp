@@ -27,8 +27,8 @@ namespace moe::detail {
 /// What an element of C is before anything is added: zero, or what C holds.
 enum class Start { zero, accumulate };
 
-/// A row that is added to all rows of C, times a factor of each or 1: one more product, ahead of the
-/// others, of a column and a row that lie elsewhere. Without values there is none.
+/// A row that is added to all rows of C, times a factor of each or 1: one more product, ahead of
+/// the others, of a column and a row that lie elsewhere. Without values there is none.
 template <class Scalar>
 struct Bias {
   static constexpr Scalar one{1};
@@ -214,8 +214,8 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
-/// Calls run(to) for a tile beside C, which `to` points to in tile_rows rows: it holds what C starts from,
-/// and its first `rows` and `width` columns are then copied to C.
+/// Calls run(to) for a tile beside C, which `to` points to in tile_rows rows: it holds what C starts
+/// from, and its first `rows` and `width` columns are then copied to C.
 template <class Scalar, class F>
 void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bias,
                     Scalar* const* c, F&& run) {
@@ -231,8 +231,8 @@ void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bi
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
 }
 
-/// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time, of
-/// whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
+/// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
+/// of whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
 template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Bias<Scalar>& bias,

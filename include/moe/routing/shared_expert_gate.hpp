@@ -112,7 +112,8 @@ class SharedExpertGate {
     detail::require(tape.routed.dx.rows() == tokens && tape.routed.dx.cols() == config_.width,
                     "SharedExpertGate: the wrapped gate left a tape.dx of ", tape.routed.dx.rows(),
                     " x ", tape.routed.dx.cols(), " for an x of ", tokens, " x ", config_.width);
-    detail::resize(tape.dx, tokens, config_.width);  // so that the wrapped gate gets as much in exchange
+    // So that the wrapped gate gets as much in exchange.
+    detail::resize(tape.dx, tokens, config_.width);
     tape.dx.swap(tape.routed.dx);
     if (config_.gated) {
       detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.shared_dx);
