@@ -214,6 +214,17 @@ void copy_matrix(const MatrixRef<Scalar>& from, Matrix<Scalar>& to) {
   }
 }
 
+/// A factor for each row of a matrix: 1 where none are given.
+template <class Scalar>
+struct RowFactors {
+  static constexpr Scalar one{1};
+  const Scalar* data = &one;
+  Index step = 0;  ///< between those of neighbouring rows
+
+  const Scalar* at(Index row) const { return data + row * step; }
+  RowFactors from(Index row) const { return {at(row), step}; }
+};
+
 /// Numbers in a cache line.
 template <class Scalar>
 inline constexpr auto cache_line = static_cast<Index>(64 / sizeof(Scalar));

@@ -154,27 +154,61 @@ TEST_CASE("activations: far from zero the gradient of gelu_tanh is 0 or 1", "[ke
   }
 }
 
-TEMPLATE_TEST_CASE("activations: rows that are apart", "[kernels]", float, double) {
+TEMPLATE_TEST_CASE("activations: rows that are apart, with factors", "[kernels]", float, double) {
   using S = TestType;
-  constexpr Index count = detail::packet_size<S> + 3;
-  const Matrix<S> x = test::random_matrix<S>(3, count + 2, 1);
-  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::tanh}) {
-    Matrix<S> y = Matrix<S>::Constant(3, count + 7, S{9});
-    Matrix<S> slope = y;
-    const GatheredRows<S> rows = GatheredRows<S>(x).columns(0, count);
-    detail::activate(activation, rows, ScatteredRows<S>(view(y)));
-    detail::differentiate(activation, rows, ScatteredRows<S>(view(slope)));
-    const Matrix<S> ones = Matrix<S>::Ones(1, count);
-    for (Index row = 0; row < 3; ++row) {
-      Matrix<S> value(1, count);
-      Matrix<S> derivative(1, count);
-      detail::activate(activation, count, x.row(row).data(), value.data());
-      detail::activate_backward(activation, count, x.row(row).data(), ones.data(),
-                                derivative.data());
-      CHECK(test::same_bits(y.row(row).head(count), value));
-      CHECK(test::same_bits(slope.row(row).head(count), derivative));
+  constexpr Index rows = 3;
+  for (const Index count : {Index{0}, Index{1}, detail::packet_size<S>, detail::packet_size<S> + 3}) {
+    const Matrix<S> x = test::random_matrix<S>(rows, count + 2, 1, 2.0);
+    const Matrix<S> dy = test::random_matrix<S>(rows, count + 5, 2);
+    const Matrix<S> factors = test::random_matrix<S>(rows, 2, 3);
+    for (const Activation activation : test::all_activations()) {
+      INFO("count " << count << ", activation " << static_cast<int>(activation));
+      const GatheredRows<S> in = GatheredRows<S>(x).columns(0, count);
+      Matrix<S> plain = Matrix<S>::Constant(rows, count + 7, S{9});
+      Matrix<S> scaled = plain;
+      Matrix<S> y = plain;
+      Matrix<S> dx = dy;
+      Matrix<S> dots(1, rows);
+      const auto at_first = [count](Matrix<S>& matrix) {
+        return ScatteredRows<S>(view(matrix)).columns(0, count);
+      };
+      detail::activate(activation, in, at_first(plain));
+      detail::activate(activation, in, at_first(scaled), {factors.data(), 2});
+      detail::activate_backward(activation, in, at_first(y), at_first(dx), dots.data(),
+                                {factors.data(), 2});
+      Matrix<double> slope(rows, count);
+      Matrix<double> dot = Matrix<double>::Zero(1, rows);
+      for (Index r = 0; r < rows; ++r) {
+        for (Index i = 0; i < count; ++i) {
+          const auto at = static_cast<double>(x(r, i));
+          const auto d = static_cast<double>(dy(r, i));
+          slope(r, i) = static_cast<double>(factors(r, 0)) * d * naive_derivative(activation, at);
+          dot(0, r) += d * naive_activation(activation, at);
+          CHECK(scaled(r, i) == factors(r, 0) * plain(r, i));
+        }
+      }
+      CHECK(test::same_bits(y, scaled));
+      const double tolerance = sizeof(S) == 4 ? 1e-5 : 1e-13;
+      const Matrix<double> result = dx.leftCols(count).template cast<double>();
+      CHECK((result - slope).norm() <= tolerance * (1 + slope.norm()));
+      CHECK((dots.template cast<double>() - dot).norm() <= tolerance * (1 + dot.norm()));
+      // Nothing beyond the columns was touched.
+      CHECK((plain.rightCols(7).array() == S{9}).all());
+      CHECK((y.rightCols(7).array() == S{9}).all());
+      CHECK(test::same_bits(dx.rightCols(5), dy.rightCols(5)));
+
+      for (Index r = 0; r < rows; ++r) {  // the rows are those of the form for one row
+        Matrix<S> value(1, count);
+        Matrix<S> gradient(1, count);
+        detail::activate(activation, count, x.row(r).data(), value.data());
+        detail::activate_backward(activation, count, x.row(r).data(), dy.row(r).data(),
+                                  gradient.data());
+        CHECK(test::same_bits(plain.row(r).head(count), value));
+        Matrix<S> unscaled = dy.row(r).head(count);
+        detail::activate_backward<S>(activation, in.slice(r, 1), {value.data(), count, 1, count},
+                                     {unscaled.data(), count, 1, count}, dots.data());
+        CHECK(test::same_bits(unscaled, gradient));
+      }
     }
-    CHECK((y.rightCols(7).array() == S{9}).all());
-    CHECK((slope.rightCols(7).array() == S{9}).all());
   }
 }

@@ -161,10 +161,7 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
     const std::vector<Scalar> weights(factors.data(), factors.data() + rows);
     const Scalar none{};  // an empty vector may have no memory, and null means no bias
     Bias<Scalar> with{.values = values.empty() ? &none : values.data()};
-    if (added == Added::scaled_bias) {
-      with.factors = weights.data();
-      with.step = 1;
-    }
+    if (added == Added::scaled_bias) with.factors = {weights.data(), 1};
     if (added == Added::nothing) with.values = nullptr;
     product_nn(left, framed_b.view(), c.view(), start, with);
   } else if (form == Form::nt) {
@@ -212,7 +209,7 @@ TEMPLATE_TEST_CASE("gemm: worked by hand", "[kernels][gemm]", float, double) {
   CHECK(c.row(1) == ab.row(1) + Eigen::Matrix<TestType, 1, 2>(10, 20));
   const std::array<TestType, 2> factors = {3, -1};
   product_nn(rows, view(std::as_const(b)), view(c), Start::accumulate,
-             {bias.data(), factors.data(), 1});
+             {bias.data(), {factors.data(), 1}});
   CHECK(c.row(0) == 2 * ab.row(0) + Eigen::Matrix<TestType, 1, 2>(10 + 30, 20 + 60));
   CHECK(c.row(1) == 2 * ab.row(1) + Eigen::Matrix<TestType, 1, 2>(10 - 10, 20 - 20));
 

@@ -181,6 +181,34 @@ TEMPLATE_TEST_CASE("packet: map, dot, sum and add_scaled of every length at ever
   }
 }
 
+TEMPLATE_TEST_CASE("packet: add_scaled_rows adds row after row", "[packet]", float, double) {
+  constexpr Index size = packet_size<TestType>;
+  for (const Index width : {Index{1}, size - 1, size, size + 1, 8 * size - 1, 8 * size, 8 * size + 1,
+                            19 * size + 3}) {
+    for (const Index count : {0, 1, 2, 9}) {
+      INFO("width " << width << ", rows " << count);
+      const Matrix<TestType> matrix = random_matrix<TestType>(11, width + 3, 1);
+      const Matrix<TestType> factors = random_matrix<TestType>(11, 2, 2);
+      const std::vector<Index> list = {4, 4, 0, 10, 7, 2, 9, 1, 4};
+      const GatheredRows<TestType> rows =
+          GatheredRows<TestType>(matrix, list.data(), count).columns(1, width);
+      const Matrix<TestType> before = random_matrix<TestType>(1, width + 1, 3);
+      Matrix<TestType> y = before;
+      Matrix<TestType> by_rows = before;
+      Matrix<TestType> unscaled = before;
+      Matrix<TestType> sums = before;
+      add_scaled_rows(rows, {factors.data(), 2}, y.data());
+      add_scaled_rows(rows, {}, unscaled.data());
+      for (Index i = 0; i < count; ++i) {
+        add_scaled(width, factors(i, 0), rows.row(i), by_rows.data());
+        sums.leftCols(width) += matrix.row(list[to_size(i)]).segment(1, width);
+      }
+      CHECK(test::same_bits(y, by_rows));
+      CHECK(test::same_bits(unscaled, sums));
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("packet: the same value gives the same bits anywhere in a row", "[packet]",
                    float, double) {
   constexpr Index size = packet_size<TestType>;

@@ -51,7 +51,7 @@ TEMPLATE_TEST_CASE("tile: every height and width, any step of the left operand",
               to.push_back(row_data(c, r));
             }
             for (const Start start : {Start::zero, Start::accumulate}) {
-              Bias<S> added{.factors = factors.data(), .step = 2};
+              Bias<S> added{.factors = {factors.data(), 2}};
               if (start == Start::zero) added.values = bias.data();
               // What lies ahead is only asked for, so any place will do.
               multiply_tile(rows, packets, width, left, Panel<S>{b.data(), packets * size}, depth,

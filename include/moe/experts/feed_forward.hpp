@@ -90,7 +90,7 @@ class FeedForward {
     const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
     detail::multiply_nn(GatheredRows<Scalar>(hidden_of(block)), view(down_.value), columns.first,
                         columns.count, detail::Start::accumulate,
-                        {.values = bias, .factors = block.weight, .step = 1}, block.rows_of(y));
+                        {.values = bias, .factors = {block.weight, 1}}, block.rows_of(y));
   }
 
   // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
@@ -151,11 +151,8 @@ class FeedForward {
       detail::resize_to_zero(up_bias_.gradient, 1, up_bias_.size());
       detail::resize_to_zero(down_bias_.gradient, 1, down_bias_.size());
     }
-    for (Index i = 0; i < block.x.count(); ++i) {
-      detail::add_scaled(config_.hidden, Scalar{1}, dfirst.row(i), up_bias_.gradient.data());
-      detail::add_scaled(config_.width, block.weight[i], dy_rows.row(i),
-                         down_bias_.gradient.data());
-    }
+    detail::add_scaled_rows(dfirst, {}, up_bias_.gradient.data());
+    detail::add_scaled_rows(dy_rows, {block.weight, 1}, down_bias_.gradient.data());
   }
 
   void weight_gradients(const Block& block, const MatrixRef<Scalar>& dy, Scalar* dweight) const {
@@ -255,19 +252,17 @@ class FeedForward {
     auto from = tile_of(pre, column);
     for_each_next(block, rows, [&](Index row) { detail::prefetch_strip(hidden(row)); });
     const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
-    detail::activate(
-        config_.activation, x,
-        ScatteredRows<Scalar>(hidden(rows.first), block.scratch.outerStride(), rows.count, width));
+    const ScatteredRows<Scalar> y(hidden(rows.first), block.scratch.outerStride(), rows.count,
+                                  width);
+    if (!config_.gated) {
+      return detail::activate(config_.activation, x, y, {block.weight + rows.first, 1});
+    }
+    detail::activate(config_.activation, x, y);
     for (Index i = rows.first; i < rows.first + rows.count; ++i) {
       const P w = detail::broadcast(block.weight[i]);
-      Scalar* a = hidden(i);
-      if (config_.gated) {
-        detail::map(
-            width, a, [=](const P& v, const P& l) { return pmul(w, pmul(v, l)); }, a, from(i, 1));
-      } else {
-        detail::map(
-            width, a, [=](const P& v) { return pmul(w, v); }, a);
-      }
+      detail::map(
+          width, hidden(i), [=](const P& v, const P& l) { return pmul(w, pmul(v, l)); }, hidden(i),
+          from(i, 1));
     }
   }
 
@@ -280,26 +275,37 @@ class FeedForward {
     auto hidden = tile_of(hidden_of(block), column);
     auto gradient = tile_of(pre_of(block), column);
     auto from = tile_of(pre, column);
-    for_each_next(block, rows, [&](Index row) {
-      detail::prefetch_strip(from(row));
-      if (config_.gated) detail::prefetch_strip(from(row, 1));
-    });
-    constexpr Index widest = detail::tile_columns<Scalar>;
-    Scalar slopes[detail::to_size(detail::tile_rows * widest)];
+    const auto ask = [&](Index row, Index further) {
+      for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
+        detail::prefetch_far<detail::strip_lines>(from(row, part) + further);
+      }
+    };
+    if (column < detail::panel_columns<Scalar>) {
+      for_each_next(block, rows, [&](Index row) { ask(row, 0); });
+    }
+    if (column + detail::panel_columns<Scalar> < config_.hidden) {
+      for (Index row = rows.first; row < rows.first + rows.count; ++row) {
+        ask(row, detail::panel_columns<Scalar>);
+      }
+    }
     const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
-    detail::activate(
-        config_.activation, x,
-        ScatteredRows<Scalar>(hidden(rows.first), block.scratch.outerStride(), rows.count, width));
-    detail::differentiate(config_.activation, x,
-                          ScatteredRows<Scalar>(slopes, widest, rows.count, width));
-    for (Index i = rows.first; i < rows.first + rows.count; ++i) {
-      const P w = detail::broadcast(block.weight[i]);
-      Scalar* a = hidden(i);
-      Scalar* dpre = gradient(i);
-      P part = detail::broadcast(Scalar{0});
-      const Scalar* slope = slopes + (i - rows.first) * widest;
-      if (config_.gated) {
+    const Index stride = block.scratch.outerStride();
+    const ScatteredRows<Scalar> y(hidden(rows.first), stride, rows.count, width);
+    const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
+    Scalar parts[detail::to_size(detail::tile_rows)];
+    if (!config_.gated) {
+      detail::activate_backward(config_.activation, x, y, dx, parts, {block.weight + rows.first, 1});
+    } else {
+      // The product with u comes behind the activation, whose gradient by itself is that of 1.
+      for (Index r = 0; r < rows.count; ++r) std::fill_n(dx.row(r), width, Scalar{1});
+      detail::activate_backward(config_.activation, x, y, dx, parts);
+      for (Index r = 0; r < rows.count; ++r) {
+        const Index i = rows.first + r;
+        const P w = detail::broadcast(block.weight[i]);
+        P part = detail::broadcast(Scalar{0});
         const Scalar* linear = from(i, 1);
+        Scalar* a = y.row(r);
+        Scalar* dpre = dx.row(r);
         Scalar* dlinear = gradient(i, 1);
         detail::for_each_packet<Scalar>(width, [&](const detail::Place& at) {
           const P value = at.load(a);
@@ -307,20 +313,13 @@ class FeedForward {
           const P u = at.load(dlinear);
           part = pmadd(u, pmul(value, l), part);
           at.store(a, pmul(w, pmul(value, l)));
-          at.store(dpre, pmul(pmul(pmul(w, u), l), at.load(slope)));
+          at.store(dpre, pmul(pmul(pmul(w, u), l), at.load(dpre)));
           at.store(dlinear, pmul(pmul(w, u), value));
         });
-      } else {
-        detail::for_each_packet<Scalar>(width, [&](const detail::Place& at) {
-          const P value = at.load(a);
-          const P u = at.load(dpre);
-          part = pmadd(u, value, part);
-          at.store(a, pmul(w, value));
-          at.store(dpre, pmul(pmul(w, u), at.load(slope)));
-        });
+        parts[r] = predux(part);
       }
-      add_part(block, i, column, predux(part));
     }
+    for (Index r = 0; r < rows.count; ++r) add_part(block, rows.first + r, column, parts[r]);
   }
 
   /// The parts of a row's ⟨u, a⟩, one a panel of columns: each is added up by one task, strip by

@@ -111,15 +111,49 @@ inline void require_activation(const char* field, Activation activation) {
           static_cast<int>(Activation::tanh) + 1, " activations");
 }
 
-/// y[r][i] = activation(x[r][i]); y may be x.
+/// y[r][i] = factor[r]·activation(x[r][i]); y may be x.
 template <class Scalar>
-void activate(Activation activation, const GatheredRows<Scalar>& x,
-              const ScatteredRows<Scalar>& y) {
+void activate(Activation activation, const GatheredRows<Scalar>& x, const ScatteredRows<Scalar>& y,
+              const RowFactors<Scalar>& factors = {}) {
   with_activation<Scalar>(activation, [&](auto function) {
     for (Index r = 0; r < x.count(); ++r) {
+      const Packet<Scalar> factor = broadcast(*factors.at(r));
       map(
-          x.width(), y.row(r), [=](const Packet<Scalar>& v) { return function.value(v); },
+          x.width(), y.row(r),
+          [=](const Packet<Scalar>& v) {
+            return Eigen::internal::pmul(factor, function.value(v));
+          },
           x.row(r));
+    }
+  });
+}
+
+/// With dy[r][i], the gradient by activation(x[r][i]) but for factor[r], in dx: y as activate() makes
+/// it, dx[r][i] = factor[r]·dy[r][i]·activation'(x[r][i]) and dots[r] = Σ_i dy[r][i]·activation(x[r][i]),
+/// in one pass, since what it costs is mostly waiting for x.
+template <class Scalar>
+void activate_backward(Activation activation, const GatheredRows<Scalar>& x,
+                       const ScatteredRows<Scalar>& y, const ScatteredRows<Scalar>& dx,
+                       Scalar* dots, const RowFactors<Scalar>& factors = {}) {
+  using namespace Eigen::internal;
+  using P = Packet<Scalar>;
+  with_activation<Scalar>(activation, [&](auto function) {
+    for (Index r = 0; r < x.count(); ++r) {
+      const P factor = broadcast(*factors.at(r));
+      const Scalar* in = x.row(r);
+      Scalar* out = y.row(r);
+      Scalar* gradient = dx.row(r);
+      P dot = broadcast(Scalar{0});
+      for (Index i = 0; i < x.width(); i += packet_size<Scalar>) {
+        const Place at{i, std::min(packet_size<Scalar>, x.width() - i)};
+        const P v = at.load(in);
+        const P d = at.load(gradient);
+        const P value = function.value(v);
+        dot = pmadd(d, value, dot);
+        at.store(out, pmul(factor, value));
+        at.store(gradient, pmul(pmul(factor, d), function.derivative(v)));
+      }
+      dots[r] = predux(dot);
     }
   });
 }
@@ -130,34 +164,18 @@ void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
   activate<Scalar>(activation, {x, count, 1, count}, {y, count, 1, count});
 }
 
-/// dy[r][i] = activation'(x[r][i]); dy may be x.
-template <class Scalar>
-void differentiate(Activation activation, const GatheredRows<Scalar>& x,
-                   const ScatteredRows<Scalar>& dy) {
-  with_activation<Scalar>(activation, [&](auto function) {
-    for (Index r = 0; r < x.count(); ++r) {
-      map(
-          x.width(), dy.row(r), [=](const Packet<Scalar>& v) { return function.derivative(v); },
-          x.row(r));
-    }
-  });
-}
-
 /// dx[i] = dy[i]·activation'(x[i]); dx may be dy.
 template <class Scalar>
 void activate_backward(Activation activation, Index count, const Scalar* x, const Scalar* dy,
                        Scalar* dx) {
   constexpr Index chunk = 64 * packet_size<Scalar>;
-  Scalar slope[to_size(chunk)];
+  Scalar value[to_size(chunk)];
+  Scalar dot;
   for (Index i = 0; i < count; i += chunk) {
     const Index size = std::min(chunk, count - i);
-    differentiate<Scalar>(activation, {x + i, size, 1, size}, {slope, size, 1, size});
-    map(
-        size, dx + i,
-        [](const Packet<Scalar>& d, const Packet<Scalar>& s) {
-          return Eigen::internal::pmul(d, s);
-        },
-        dy + i, slope);
+    if (dx != dy) std::copy_n(dy + i, size, dx + i);
+    activate_backward<Scalar>(activation, {x + i, size, 1, size}, {value, size, 1, size},
+                              {dx + i, size, 1, size}, &dot);
   }
 }
 

@@ -243,7 +243,7 @@ void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
     from[r] = a.row(r);
     to[r] = c.row(r);
     if (start == Start::zero) std::fill_n(to[r], b.cols(), Scalar{0});
-    if (bias.values != nullptr) add_scaled(b.cols(), *bias.factor_at(r), bias.values, to[r]);
+    if (bias.values != nullptr) add_scaled(b.cols(), *bias.factors.at(r), bias.values, to[r]);
   }
   with_constant<rows_in_order>(a.count(), [&](auto R) { multiply_in_order<R>(from, b, to); });
 }
@@ -534,7 +534,8 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
   constexpr Index capacity = (Index{streams ? 256 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
-  alignas(64) Scalar values[to_size(stream_pairs * tile_rows)];  // a step's are neighbours
+  constexpr Index second = stream_pairs * tile_rows;
+  alignas(64) Scalar values[to_size(2 * second)];  // of two tiles, in each a step's are neighbours
   const Index end = first_column + columns;
   for (Index row = first_row; row < first_row + rows && a.count() == 0; ++row) {
     if (start == Start::zero) std::fill_n(row_data(c, row) + first_column, columns, Scalar{0});
@@ -550,25 +551,34 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
       Stream<Scalar> right{buffer, stride, pairs};
       right.ahead_in_c = {distance_by_tiles<Scalar>(ahead, width), width,
                           tile_rows * c.outerStride() - width};
-      for_each_tile(rows, tile_rows, [&](Index first, Index count) {
-        Left<Scalar> left;
-        Scalar* to[to_size(tile_rows)];
-        const Index row = first_row + first;
-        left.step = tile_rows;
-        for (Index r = 0; r < count; ++r) {
-          left.row[r] = values + r;
-          to[r] = row_data(c, row + r) + column;
-        }
+      // The rows of A are far apart, so what two tiles take of each, a cache line, is copied at once.
+      for_each_tile(rows, 2 * tile_rows, [&](Index pair, Index both) {
+        const Index high = (both + 1) / 2;
+        const Index row = first_row + pair;
         for (Index i = 0; i < pairs; ++i) {
           const Scalar* held = a.row(k + i) + row;
           Scalar* value = values + i * tile_rows;
-          if (count == tile_rows) {  // nearly always, and then a constant
+          prefetch_far<1>(held + 2 * tile_rows);
+          if (both == 2 * tile_rows) {  // nearly always, and then a constant
             std::copy_n(held, tile_rows, value);
+            std::copy_n(held + tile_rows, tile_rows, value + second);
           } else {
-            std::copy_n(held, count, value);
+            std::copy_n(held, high, value);
+            std::copy_n(held + high, both - high, value + second);
           }
         }
-        multiply_stream<Scalar>(count, left, right, width, {buffer + whole, stride}, from, {}, to);
+        for (Index first = 0; first < both; first += high) {
+          const Index count = std::min(high, both - first);
+          Left<Scalar> left;
+          Scalar* to[to_size(tile_rows)];
+          left.step = tile_rows;
+          for (Index r = 0; r < count; ++r) {
+            left.row[r] = values + (first > 0 ? second : 0) + r;
+            to[r] = row_data(c, row + first + r) + column;
+          }
+          multiply_stream<Scalar>(count, left, right, width, {buffer + whole, stride}, from, {},
+                                  to);
+        }
       });
     }
   });

@@ -27,20 +27,17 @@ namespace moe::detail {
 /// What an element of C is before anything is added: zero, or what C holds.
 enum class Start { zero, accumulate };
 
-/// A row that is added to all rows of C, times a factor of each or 1: one more product, ahead of
-/// the others, of a column and a row that lie elsewhere. Without values there is none.
+/// A row that is added to all rows of C, times a factor of each: one more product, ahead of the
+/// others, of a column and a row that lie elsewhere. Without values there is none.
 template <class Scalar>
 struct Bias {
-  static constexpr Scalar one{1};
   const Scalar* values = nullptr;
-  const Scalar* factors = &one;
-  Index step = 0;  ///< between the factors of neighbouring rows
+  RowFactors<Scalar> factors{};
 
   /// What is left of it from a row and a column on.
   Bias at(Index row, Index column) const {
-    return values == nullptr ? Bias{} : Bias{values + column, factors + row * step, step};
+    return values == nullptr ? Bias{} : Bias{values + column, factors.from(row)};
   }
-  const Scalar* factor_at(Index row) const { return factors + row * step; }
 };
 
 #if defined(EIGEN_VECTORIZE_AVX512) || EIGEN_ARCH_ARM64
@@ -160,7 +157,7 @@ EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
   if (bias.values == nullptr) return;
   const Scalar* factor[R];
   MOE_UNROLL
-  for (std::size_t r = 0; r < R; ++r) factor[r] = bias.factor_at(static_cast<Index>(r));
+  for (std::size_t r = 0; r < R; ++r) factor[r] = bias.factors.at(static_cast<Index>(r));
   add_products(factor, 0, bias.values, sum);
 }
 
@@ -225,7 +222,7 @@ void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bi
   for (Index r = 0; r < tile_rows; ++r) to[r] = beside + r * columns;
   for (Index r = 0; r < rows; ++r) {
     if (start == Start::accumulate) std::copy_n(c[r], width, to[r]);
-    if (bias.values != nullptr) add_scaled(width, *bias.factor_at(r), bias.values, to[r]);
+    if (bias.values != nullptr) add_scaled(width, *bias.factors.at(r), bias.values, to[r]);
   }
   run(to);
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);

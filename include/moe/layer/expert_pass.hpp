@@ -152,7 +152,7 @@ class ExpertPass {
   void for_each_group(FunctionRef<void()> f) const {
     // What a worker's rows need between the halves should stay near it. A slice goes in one piece
     // where it can, since every piece reads the expert's weights anew.
-    constexpr auto cached = static_cast<Index>((std::size_t{1} << 21) / sizeof(Scalar));
+    constexpr auto cached = static_cast<Index>((std::size_t{1} << 20) / sizeof(Scalar));
     const Index workers = worker_count();
     const Index width = first_expert().scratch_width();
     const Index rows = std::min(routing_.slots(), std::max(task_rows, workers * cached / width));
