@@ -17,27 +17,20 @@ namespace moe {
 
 namespace detail {
 
-/// Philox 4x32-10 of N counters, word by word, in the form that compilers turn into vector code.
-template <std::size_t N>
-constexpr void philox_lanes(std::array<std::array<std::uint32_t, N>, 4>& counters,
-                            std::uint64_t key) {
+/// Philox 4x32-10 of N counters, word by word, in the form that compilers turn into vector code. Of a
+/// word in 64 bits only the lower 32 count.
+template <class Word, std::size_t N>
+constexpr void philox_lanes(std::array<std::array<Word, N>, 4>& counters, std::uint64_t key) {
   auto key_low = static_cast<std::uint32_t>(key);
   auto key_high = static_cast<std::uint32_t>(key >> 32);
-  constexpr auto high_word = [](std::uint32_t a, std::uint32_t b) {
-    return static_cast<std::uint32_t>(std::uint64_t{a} * b >> 32);
-  };
-  constexpr std::uint32_t a = 0xD2511F53;
-  constexpr std::uint32_t b = 0xCD9E8D57;
   for (int round = 0; round < 10; ++round) {
     for (std::size_t i = 0; i < N; ++i) {
-      const std::uint32_t a_high = high_word(a, counters[0][i]);
-      const std::uint32_t a_low = a * counters[0][i];
-      const std::uint32_t b_high = high_word(b, counters[2][i]);
-      const std::uint32_t b_low = b * counters[2][i];
-      counters[0][i] = b_high ^ counters[1][i] ^ key_low;
-      counters[1][i] = b_low;
-      counters[2][i] = a_high ^ counters[3][i] ^ key_high;
-      counters[3][i] = a_low;
+      const std::uint64_t a = std::uint64_t{0xD2511F53} * static_cast<std::uint32_t>(counters[0][i]);
+      const std::uint64_t b = std::uint64_t{0xCD9E8D57} * static_cast<std::uint32_t>(counters[2][i]);
+      counters[0][i] = static_cast<Word>(b >> 32) ^ counters[1][i] ^ key_low;
+      counters[1][i] = static_cast<Word>(b);
+      counters[2][i] = static_cast<Word>(a >> 32) ^ counters[3][i] ^ key_high;
+      counters[3][i] = static_cast<Word>(a);
     }
     key_low += 0x9E3779B9;
     key_high += 0xBB67AE85;
@@ -192,7 +185,12 @@ namespace detail {
 /// Counters that are drawn from together, word by word; a counter's deviates are next to each other.
 struct NoiseLanes {
   static constexpr std::size_t count = 16;
-  std::array<std::array<std::uint32_t, count>, 4> counters{};
+#if defined(EIGEN_VECTORIZE_AVX512)
+  using Word = std::uint64_t;  // a product takes so much, and taking lanes apart costs more
+#else
+  using Word = std::uint32_t;
+#endif
+  std::array<std::array<Word, count>, 4> counters{};
 
   void set(std::size_t lane, const std::array<std::uint32_t, 4>& counter) {
     for (std::size_t word = 0; word < 4; ++word) counters[word][lane] = counter[word];
@@ -209,10 +207,10 @@ struct NoiseLanes {
     philox_lanes(words, seed);
     std::array<std::uint32_t, 4 * count> bits;
     for (std::size_t lane = 0; lane < count; ++lane) {
-      bits[4 * lane] = words[0][lane];
-      bits[4 * lane + 1] = words[1][lane];
-      bits[4 * lane + 2] = words[2][lane];
-      bits[4 * lane + 3] = words[3][lane];
+      bits[4 * lane] = static_cast<std::uint32_t>(words[0][lane]);
+      bits[4 * lane + 1] = static_cast<std::uint32_t>(words[1][lane]);
+      bits[4 * lane + 2] = static_cast<std::uint32_t>(words[2][lane]);
+      bits[4 * lane + 3] = static_cast<std::uint32_t>(words[3][lane]);
     }
     return standard_normals(bits);
   }
@@ -227,7 +225,6 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
   const auto copy = [](const float* from, Index count, Scalar* to) {
     for (Index i = 0; i < count; ++i) to[i] = static_cast<Scalar>(from[i]);
   };
-  const Index blocks = (columns + 3) / 4;
   NoiseLanes whole;
   NoiseLanes rest;
   Index place[to_size(lanes)];  // in n, of a lane of the rest
@@ -248,17 +245,16 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
   };
   for (Index row = 0; row < rows; ++row) {
     const Index token_row = token(row);
-    Index block = 0;
-    for (; block + lanes <= blocks; block += lanes) {
-      whole.set_row(noise_counter(key, token_row, block));
-      const Index first = 4 * block;
-      copy(whole.normals(seed).data(), std::min(4 * lanes, columns - first),
-           n + row * columns + first);
+    Index column = 0;
+    for (; column + 4 * lanes - 3 <= columns; column += 4 * lanes) {
+      whole.set_row(noise_counter(key, token_row, column / 4));
+      copy(whole.normals(seed).data(), std::min(4 * lanes, columns - column),
+           n + row * columns + column);
     }
-    for (; block < blocks; ++block) {
-      rest.set(to_size(used), noise_counter(key, token_row, block));
-      place[used] = row * columns + 4 * block;
-      width[used] = std::min<Index>(4, columns - 4 * block);
+    for (; column < columns; column += 4) {
+      rest.set(to_size(used), noise_counter(key, token_row, column / 4));
+      place[used] = row * columns + column;
+      width[used] = std::min<Index>(4, columns - column);
       if (++used == lanes) draw_rest();
     }
   }

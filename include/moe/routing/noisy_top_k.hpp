@@ -110,13 +110,13 @@ class NoisyTopK {
   void compute_load(Index first, Index count, const Tape& tape, const Routing<Scalar>& routing,
                     Scalar* load) const {
     std::fill_n(load, experts(), Scalar{0});
-    for (Index row = first; row < first + count; ++row) {
-      if (load_has_gradient(tape)) {
-        add_scaled(experts(), Scalar{1}, row_data(tape.probability, row), load);
-      } else {
-        for_each_chosen(routing, row, [&](Index i) { load[i] += Scalar{1}; });
-      }
+    if (load_has_gradient(tape)) {
+      add_scaled_rows(GatheredRows<Scalar>(tape.probability).slice(first, count), {}, load);
+      return;
     }
+    for_each_row({first, count}, [&](Index row) {
+      for_each_chosen(routing, row, [&](Index i) { load[i] += Scalar{1}; });
+    });
   }
 
   /// Makes room for the way back of all rows.
@@ -235,17 +235,17 @@ class NoisyTopK {
                  Tape& tape) const {
     using P = Packet<Scalar>;
     const P floor = broadcast(static_cast<Scalar>(config_.noise_floor));
+    const Scalar* clean = row_data(tape.clean, rows.first);
+    const Scalar* raw = row_data(tape.raw, rows.first);
     Scalar* noise = row_data(tape.noise, rows.first);
     Scalar* scale = row_data(tape.scale, rows.first);
+    Scalar* noisy = row_data(tape.noisy, rows.first);
     fill_noise(seed_, key, rows.count, experts(), token_of, noise);
-    map(
-        scores_of(rows), scale,
-        [&](const P& raw) { return Eigen::internal::padd(softplus<Scalar>(raw), floor); },
-        row_data(tape.raw, rows.first));
-    map(
-        scores_of(rows), row_data(tape.noisy, rows.first),
-        [](const P& clean, const P& n, const P& s) { return Eigen::internal::pmadd(n, s, clean); },
-        row_data(tape.clean, rows.first), noise, scale);
+    for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
+      const P s = Eigen::internal::padd(softplus<Scalar>(at.load(raw)), floor);
+      at.store(scale, s);
+      at.store(noisy, Eigen::internal::pmadd(at.load(noise), s, at.load(clean)));
+    });
   }
 
   /// Turns rows of tape.draw from ∂L/∂s into ∂L/∂(x·W_noise).
@@ -328,27 +328,21 @@ class NoisyTopK {
                             Tape& tape) const {
     using P = Packet<Scalar>;
     using namespace Eigen::internal;
-    const Index count = scores_of(rows);
+    const Scalar* clean = row_data(tape.clean, rows.first);
     Scalar* dclean = row_data(tape.dclean, rows.first);
     Scalar* draw = row_data(tape.draw, rows.first);
     const Scalar* scale = row_data(tape.scale, rows.first);
 
     set_thresholds(rows, routing, tape, tape.draw);
-    Scalar* z = draw;
-    map(
-        count, z,
-        [](const P& threshold, const P& c, const P& s) { return pdiv(psub(c, threshold), s); }, z,
-        row_data(tape.clean, rows.first), scale);
     for_each_row(rows,
                  [&](Index row) { std::copy_n(dload, experts(), row_data(tape.dclean, row)); });
-    map(
-        count, dclean,
-        [](const P& l, const P& zi, const P& s) {
-          return pdiv(pmul(l, normal_density<Scalar>(zi)), s);
-        },
-        dclean, z, scale);
-    map(
-        count, draw, [](const P& zi, const P& d) { return pmul(pnegate(d), zi); }, z, dclean);
+    for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
+      const P s = at.load(scale);
+      const P z = pdiv(psub(at.load(clean), at.load(draw)), s);  // where the threshold was
+      const P d = pdiv(pmul(at.load(dclean), normal_density<Scalar>(z)), s);
+      at.store(dclean, d);
+      at.store(draw, pmul(pnegate(d), z));
+    });
 
     for_each_row(rows, [&](Index row) {
       const Scalar* d = row_data(tape.dclean, row);
