@@ -141,6 +141,8 @@ class ScatteredRows {
   Index count() const { return count_; }
   Index width() const { return width_; }
   Scalar* row(Index i) const { return data_ + (list_ ? list_[i] : i) * stride_; }
+  /// How far apart neighbouring rows are, or 0 where a list says it.
+  Index step() const { return list_ ? 0 : stride_; }
 
   ScatteredRows slice(Index first, Index count) const {
     return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,

@@ -17,16 +17,16 @@ namespace moe {
 
 namespace detail {
 
-/// Philox 4x32-10 of N counters, word by word, in the form that compilers turn into vector code. Of a
-/// word in 64 bits only the lower 32 count.
+/// Philox 4x32-10 of N counters, word by word, in the form that compilers turn into vector code. Of
+/// words in 64 bits only the lower 32 count.
 template <class Word, std::size_t N>
 constexpr void philox_lanes(std::array<std::array<Word, N>, 4>& counters, std::uint64_t key) {
   auto key_low = static_cast<std::uint32_t>(key);
   auto key_high = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     for (std::size_t i = 0; i < N; ++i) {
-      const std::uint64_t a = std::uint64_t{0xD2511F53} * static_cast<std::uint32_t>(counters[0][i]);
-      const std::uint64_t b = std::uint64_t{0xCD9E8D57} * static_cast<std::uint32_t>(counters[2][i]);
+      const auto a = std::uint64_t{0xD2511F53} * static_cast<std::uint32_t>(counters[0][i]);
+      const auto b = std::uint64_t{0xCD9E8D57} * static_cast<std::uint32_t>(counters[2][i]);
       counters[0][i] = static_cast<Word>(b >> 32) ^ counters[1][i] ^ key_low;
       counters[1][i] = static_cast<Word>(b);
       counters[2][i] = static_cast<Word>(a >> 32) ^ counters[3][i] ^ key_high;
@@ -186,7 +186,7 @@ namespace detail {
 struct NoiseLanes {
   static constexpr std::size_t count = 16;
 #if defined(EIGEN_VECTORIZE_AVX512)
-  using Word = std::uint64_t;  // a product takes so much, and taking lanes apart costs more
+  using Word = std::uint64_t;  // products stay in their lanes; narrowing them would cost shuffles
 #else
   using Word = std::uint32_t;
 #endif
@@ -246,7 +246,7 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
   for (Index row = 0; row < rows; ++row) {
     const Index token_row = token(row);
     Index column = 0;
-    for (; column + 4 * lanes - 3 <= columns; column += 4 * lanes) {
+    for (; columns - column > 4 * (lanes - 1); column += 4 * lanes) {
       whole.set_row(noise_counter(key, token_row, column / 4));
       copy(whole.normals(seed).data(), std::min(4 * lanes, columns - column),
            n + row * columns + column);

@@ -317,7 +317,7 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
         const Matrix<S> before = random_matrix<S>(rows, columns, 4);
         const Matrix<S> bias = random_matrix<S>(1, columns, 5);
         const Matrix<S> factors = random_matrix<S>(rows, 1, 6);
-        const Bias<S> scaled{bias.data(), factors.data(), 1};
+        const Bias<S> scaled{bias.data(), {factors.data(), 1}};
         for (const auto& [start, added] :
              {std::pair(Start::zero, Bias<S>{}), std::pair(Start::accumulate, Bias<S>{}),
               std::pair(Start::accumulate, scaled)}) {

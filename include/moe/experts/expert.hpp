@@ -85,7 +85,9 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are
-/// there. Ranges begin at multiples of detail::panel_columns.
+/// there. Ranges begin at multiples of detail::panel_columns. run and combine may take one argument
+/// more: a pointer to the network that is called next in the same way, or null, whose weights can be
+/// asked for in advance.
 // clang-format off
 template <class N>
 concept FusedNetwork =
@@ -186,9 +188,13 @@ class Expert {
     }
   }
 
-  /// First half of a pass; fills the block's kept if `keeps`.
-  void run(const Block& block, Range columns, bool keeps, Scratch& scratch) const {
-    if constexpr (fused) {
+  /// First half of a pass; fills the block's kept if `keeps`. `next` is the expert whose first half
+  /// comes next, if that is known; so in combine().
+  void run(const Block& block, Range columns, bool keeps, Scratch& scratch,
+           [[maybe_unused]] const Expert* next = nullptr) const {
+    if constexpr (requires { network_.run(block, columns, keeps, &network_); }) {
+      network_.run(block, columns, keeps, network_of(next));
+    } else if constexpr (fused) {
       network_.run(block, columns, keeps);
     } else {
       for_each_piece(block, [&](const Block& piece) {
@@ -205,8 +211,11 @@ class Expert {
   }
 
   /// Second half: adds columns of weight·network(x) to the tokens' rows of y (T x D).
-  void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
-    if constexpr (fused) {
+  void combine(const Block& block, Range columns, MatrixView<Scalar> y,
+               [[maybe_unused]] const Expert* next = nullptr) const {
+    if constexpr (requires { network_.combine(block, columns, y, &network_); }) {
+      network_.combine(block, columns, y, network_of(next));
+    } else if constexpr (fused) {
       network_.combine(block, columns, y);
     } else {
       detail::combine(GatheredRows<Scalar>(block.scratch), block.weight, columns.first,
@@ -265,6 +274,10 @@ class Expert {
   }
 
  private:
+  static const Net* network_of(const Expert* expert) {
+    return expert != nullptr ? &expert->network_ : nullptr;
+  }
+
   template <class F>
   static void for_each_piece(const Block& block, F&& f) {
     for (Index first = 0; first < block.x.count(); first += expert_block_rows) {

@@ -77,20 +77,22 @@ class FeedForward {
 
   // a = w·act(x·W_1 + b_1) or w·act(x·W_1) ⊙ (x·W_3), then y += a·W_2 + w·b_2.
 
-  void run(const Block& block, Range columns, bool keeps) const {
+  void run(const Block& block, Range columns, bool keeps, const FeedForward* next = nullptr) const {
     using detail::Start;
     const MatrixView<Scalar> pre = keeps && !config_.recompute ? block.kept : pre_of(block);
     const auto finish = [&](Index row, Index rows, Index column, Index width) {
       activate(block, pre, {row, rows}, column, width);
     };
-    compute_pre(block, columns, pre, finish);
+    compute_pre(block, columns, pre, finish, next);
   }
 
-  void combine(const Block& block, Range columns, MatrixView<Scalar> y) const {
+  void combine(const Block& block, Range columns, MatrixView<Scalar> y,
+               const FeedForward* next = nullptr) const {
     const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
     detail::multiply_nn(GatheredRows<Scalar>(hidden_of(block)), view(down_.value), columns.first,
                         columns.count, detail::Start::accumulate,
-                        {.values = bias, .factors = {block.weight, 1}}, block.rows_of(y));
+                        {.values = bias, .factors = {block.weight, 1}}, block.rows_of(y), {},
+                        next != nullptr ? next->down_.value.data() : nullptr);
   }
 
   // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
@@ -99,11 +101,11 @@ class FeedForward {
   void run_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
     using detail::Start;
     const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.kept;
-    if (config_.recompute) compute_pre(block, columns, pre, {});
+    if (config_.recompute) compute_pre(block, columns, pre, {}, nullptr);
     const MatrixView<Scalar> u = columns_of(pre_of(block), config_.gated ? config_.hidden : 0,
                                             config_.hidden);
     const auto finish = [&](Index row, Index rows, Index column, Index width) {
-      activate_backward(block, pre, {row, rows}, column, width);
+      activate_backward(block, pre, columns, {row, rows}, column, width);
     };
     detail::multiply_nt(block.rows_of(dy), view(down_.value), columns.first, columns.count,
                         Start::zero, ScatteredRows<Scalar>(u), finish);
@@ -211,26 +213,27 @@ class FeedForward {
 
   /// Columns of the pre-activations (n x pre_width()); finish(row, rows, column, width) comes when
   /// those of a tile are there.
-  void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre,
-                   detail::Finish finish) const {
+  void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre, detail::Finish finish,
+                   const FeedForward* next) const {
     using detail::Start;
     const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
     if (config_.gated) {
       const ScatteredRows<Scalar> linear(columns_of(pre, config_.hidden, config_.hidden));
       detail::multiply_nn(block.x, view(gate_.value), columns.first, columns.count, Start::zero, {},
-                          first);
+                          first, {}, up_.value.data());
       detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::zero, {},
-                          linear, finish);
+                          linear, finish, next != nullptr ? next->gate_.value.data() : nullptr);
     } else {
       detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::zero,
-                          {.values = up_bias_.value.data()}, first, finish);
+                          {.values = up_bias_.value.data()}, first, finish,
+                          next != nullptr ? next->up_.value.data() : nullptr);
     }
   }
 
-  // Both work on a tile: first the activation of all its rows, of which only value and slope are
-  // compiled for each, then the rest row by row. m(row, part) is where its columns are in the part-th
-  // H columns of m. What they read beside C is far away, so they ask for the next tile's; forward asks
-  // for the hidden rows too, which are only written, but backward would ask for too much then.
+  // Both work on a tile; m(row, part) is where its columns are in the part-th H columns of m. What they
+  // read and write beside C is far away, so they ask for it. Forward asks for the next tile's hidden
+  // rows, which are only written. Backward, for which that would be too much, asks for pre-activations
+  // while there is time, those of the next panel; in its first panel for the next tile's too.
 
   auto tile_of(MatrixView<Scalar> matrix, Index column) const {
     return [this, matrix, column](Index row, Index part = 0) mutable {
@@ -269,24 +272,23 @@ class FeedForward {
   /// In: dpre holds u, gated in its second part. Out: dpre = w·u ⊙ act'(pre), gated
   /// w·u ⊙ linear ⊙ act'(pre) and w·u ⊙ act(pre); hidden as activate() makes it; and its product
   /// with u, without the weight, is added to this panel's part.
-  void activate_backward(const Block& block, MatrixView<Scalar> pre, Range rows, Index column,
-                         Index width) const {
+  void activate_backward(const Block& block, MatrixView<Scalar> pre, Range columns, Range rows,
+                         Index column, Index width) const {
     using namespace Eigen::internal;
     auto hidden = tile_of(hidden_of(block), column);
     auto gradient = tile_of(pre_of(block), column);
     auto from = tile_of(pre, column);
     const auto ask = [&](Index row, Index further) {
       for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
-        detail::prefetch_far<detail::strip_lines>(from(row, part) + further);
+        detail::prefetch_far<detail::strip_lines>(from(row, part), further);
       }
     };
-    if (column < detail::panel_columns<Scalar>) {
+    constexpr Index panel = detail::panel_columns<Scalar>;
+    if (column < columns.first + panel) {
       for_each_next(block, rows, [&](Index row) { ask(row, 0); });
     }
-    if (column + detail::panel_columns<Scalar> < config_.hidden) {
-      for (Index row = rows.first; row < rows.first + rows.count; ++row) {
-        ask(row, detail::panel_columns<Scalar>);
-      }
+    if (column + panel < columns.first + columns.count) {
+      for (Index row = rows.first; row < rows.first + rows.count; ++row) ask(row, panel);
     }
     const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
     const Index stride = block.scratch.outerStride();
@@ -294,9 +296,10 @@ class FeedForward {
     const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
     Scalar parts[detail::to_size(detail::tile_rows)];
     if (!config_.gated) {
-      detail::activate_backward(config_.activation, x, y, dx, parts, {block.weight + rows.first, 1});
+      detail::activate_backward(config_.activation, x, y, dx, parts,
+                                {block.weight + rows.first, 1});
     } else {
-      // The product with u comes behind the activation, whose gradient by itself is that of 1.
+      // From 1 dpre becomes act'(pre); what is multiplied with that, and u's part, comes after.
       for (Index r = 0; r < rows.count; ++r) std::fill_n(dx.row(r), width, Scalar{1});
       detail::activate_backward(config_.activation, x, y, dx, parts);
       for (Index r = 0; r < rows.count; ++r) {

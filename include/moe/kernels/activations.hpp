@@ -128,8 +128,17 @@ void activate(Activation activation, const GatheredRows<Scalar>& x, const Scatte
   });
 }
 
-/// With dy[r][i], the gradient by activation(x[r][i]) but for factor[r], in dx: y as activate() makes
-/// it, dx[r][i] = factor[r]·dy[r][i]·activation'(x[r][i]) and dots[r] = Σ_i dy[r][i]·activation(x[r][i]),
+/// The same of one row.
+template <class Scalar>
+void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
+  activate<Scalar>(activation, {x, count, 1, count}, {y, count, 1, count});
+}
+
+/// In dx there is dy, the gradient by y but for the factor. Then y is as activate() makes it,
+///
+///     dx[r][i] = factor[r]·dy[r][i]·activation'(x[r][i])
+///     dots[r] = Σ_i dy[r][i]·activation(x[r][i])
+///
 /// in one pass, since what it costs is mostly waiting for x.
 template <class Scalar>
 void activate_backward(Activation activation, const GatheredRows<Scalar>& x,
@@ -144,6 +153,7 @@ void activate_backward(Activation activation, const GatheredRows<Scalar>& x,
       Scalar* out = y.row(r);
       Scalar* gradient = dx.row(r);
       P dot = broadcast(Scalar{0});
+      // Not by for_each_packet(), with which GCC keeps the sum in memory.
       for (Index i = 0; i < x.width(); i += packet_size<Scalar>) {
         const Place at{i, std::min(packet_size<Scalar>, x.width() - i)};
         const P v = at.load(in);
@@ -158,13 +168,7 @@ void activate_backward(Activation activation, const GatheredRows<Scalar>& x,
   });
 }
 
-/// The same of one row.
-template <class Scalar>
-void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
-  activate<Scalar>(activation, {x, count, 1, count}, {y, count, 1, count});
-}
-
-/// dx[i] = dy[i]·activation'(x[i]); dx may be dy.
+/// dx[i] = dy[i]·activation'(x[i]) of one row; dx may be dy.
 template <class Scalar>
 void activate_backward(Activation activation, Index count, const Scalar* x, const Scalar* dy,
                        Scalar* dx) {

@@ -30,11 +30,14 @@
 namespace moe::detail {
 
 /// C[:, columns] = A·B, from zero or added to what C holds, and to a bias: N values and maybe M
-/// factors, which begin with the first column and row of C whatever columns are asked for.
+/// factors, which begin with the first column and row of C whatever columns are asked for. `next_b` is
+/// the B of the product that comes next, if that is known and like this one: at its end this one asks
+/// for what that will read first.
 template <class Scalar>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const Bias<Scalar>& bias,
-                 const ScatteredRows<Scalar>& c, Finish finish = {}) {
+                 const ScatteredRows<Scalar>& c, Finish finish = {},
+                 const Scalar* next_b = nullptr) {
   if (a.count() == 0 || columns == 0) return;
   if constexpr (!streams) {
     if (a.count() > 2 * tile_rows) {
@@ -42,7 +45,7 @@ void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index
       return multiply_rows(a, right, first_column, columns, start, bias, c, finish);
     }
   }
-  multiply_stream_nn(a, b, first_column, columns, start, bias, c, finish);
+  multiply_stream_nn(a, b, first_column, columns, start, bias, c, finish, next_b);
 }
 
 /// C[:, columns] = A·Bᵀ, from zero or added to what C holds.

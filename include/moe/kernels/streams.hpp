@@ -1,6 +1,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -59,6 +61,13 @@ constexpr Index distance_by_tiles(Index distance, Index width) {
   return distance < width ? distance + (width - distance) % tile_columns<Scalar> : distance;
 }
 
+/// How far it is from one place to another that may be in another matrix.
+template <class Scalar>
+Index distance_between(const Scalar* from, const Scalar* to) {
+  const auto bytes = reinterpret_cast<std::intptr_t>(to) - reinterpret_cast<std::intptr_t>(from);
+  return static_cast<Index>(bytes / static_cast<std::intptr_t>(sizeof(Scalar)));
+}
+
 /// What multiply_stream() multiplies: `steps` rows, `stride` apart.
 template <class Scalar>
 struct Stream {
@@ -87,14 +96,14 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
   if (right.ahead_in_c.distance != 0) {
     const Index ahead = right.ahead_in_c.at(column);
     MOE_UNROLL
-    for (Index r = 0; r < R; ++r) prefetch_far<lines>(c[r] + column + ahead);
+    for (Index r = 0; r < R; ++r) prefetch_far<lines>(c[r] + column, ahead);
   }
   const Index ahead = right.ahead.at(column);
   const Index stride = right.stride;
   const Index end = right.steps * step;
   const Scalar* b = right.data + column;
   for (Index at = 0; at < end; at += step, b += stride) {
-    prefetch_far<lines>(b + ahead);
+    prefetch_far<lines>(b, ahead);
     add_products(left, at, b, sum);
   }
   MOE_UNROLL
@@ -253,11 +262,12 @@ void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
 /// depth goes in steps, at each of which C is read and written, in slices of columns that stay in the
 /// caches while all rows of A pass. The processor foresees nothing beyond a page of memory, so the
 /// rows are asked for 32 KiB ahead, and at their ends those that are read in the next steps in their
-/// places.
+/// places, the last of which may be in `next_b`.
 template <class Scalar>
 void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
                         Index first_column, Index columns, Start start, const Bias<Scalar>& bias,
-                        const ScatteredRows<Scalar>& c, Finish finish) {
+                        const ScatteredRows<Scalar>& c, Finish finish,
+                        const Scalar* next_b = nullptr) {
   constexpr Index size = packet_size<Scalar>;
   alignas(64) Scalar buffer[to_size(size * most_steps)];
   const Index depth = a.width();
@@ -267,6 +277,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
     return finish_tiles<Scalar>(a.count(), first_column, columns, finish);
   }
   const Index steps = stream_steps<Scalar>(a.count(), depth, stride);
+  const Index to_next = distance_between(b.data(), next_b);
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
   const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
@@ -277,13 +288,14 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
     for (Index k = 0; k == 0 || k < depth; k += steps) {
       const Index count = std::min(steps, depth - k);
       const Start from = k == 0 ? start : Start::accumulate;
-      const Index next = k + steps < depth ? steps * stride - (last - group)
-                         : last < end      ? -k * stride
-                                           : -distance;
+      const Index next = k + steps < depth   ? steps * stride - (last - group)
+                         : last < end        ? -k * stride
+                         : next_b != nullptr ? to_next - k * stride - (last - first_column)
+                                             : -distance;
       for (Index column = group; column < last; column += slice) {
         const Index width = std::min(slice, last - column);
         const Scalar* place = b.data() + k * stride + column;
-        const Stream<Scalar> right{place, stride, count, {distance, last - column, next}};
+        Stream<Scalar> right{place, stride, count, {distance, last - column, next}};
         Panel<Scalar> rest{};
         if (const Index over = width % size; over == half_packet_size<Scalar>) {
           rest = {place + width - over, stride};
@@ -298,6 +310,9 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
             left.row[r] = a.row(first + r) + k;
             to[r] = c.row(first + r) + column;
           }
+          // What comes from memory of C comes with the first steps.
+          const bool asks = k == 0 && first + rows < a.count();
+          right.ahead_in_c = {asks ? rows * c.step() : 0, std::numeric_limits<Index>::max()};
           multiply_stream(rows, left, right, width, rest, from,
                           k == 0 ? bias.at(first, column) : Bias<Scalar>{}, to);
           if (!finish || k + steps < depth) return;
@@ -421,7 +436,7 @@ MOE_NOINLINE void multiply_rows_tile(const Scalar* b, Index stride, Index height
   for (Index k = 0; k < depth;) {
     if (ahead != 0) {
       MOE_UNROLL
-      for (Index r = 0; r < R; ++r) prefetch_far<1>(row[r] + k + ahead);
+      for (Index r = 0; r < R; ++r) prefetch_far<1>(row[r] + k, ahead);
     }
     const Index pause = std::min(depth, k + cache_line<Scalar>);
     for (; k < pause; ++k, right += panel.stride) add_products(row, k, right, sum);
@@ -535,6 +550,7 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
   constexpr Index second = stream_pairs * tile_rows;
+  constexpr Index held_lines = std::max<Index>(1, 2 * tile_rows / cache_line<Scalar>);
   alignas(64) Scalar values[to_size(2 * second)];  // of two tiles, in each a step's are neighbours
   const Index end = first_column + columns;
   for (Index row = first_row; row < first_row + rows && a.count() == 0; ++row) {
@@ -551,30 +567,30 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
       Stream<Scalar> right{buffer, stride, pairs};
       right.ahead_in_c = {distance_by_tiles<Scalar>(ahead, width), width,
                           tile_rows * c.outerStride() - width};
-      // The rows of A are far apart, so what two tiles take of each, a cache line, is copied at once.
-      for_each_tile(rows, 2 * tile_rows, [&](Index pair, Index both) {
-        const Index high = (both + 1) / 2;
-        const Index row = first_row + pair;
+      // The rows of A are far apart, so what two tiles take of each is copied at once.
+      for_each_tile(rows, 2 * tile_rows, [&](Index first, Index height) {
+        const Index upper = (height + 1) / 2;  // rows of the first of the two
+        const Index row = first_row + first;
         for (Index i = 0; i < pairs; ++i) {
           const Scalar* held = a.row(k + i) + row;
           Scalar* value = values + i * tile_rows;
-          prefetch_far<1>(held + 2 * tile_rows);
-          if (both == 2 * tile_rows) {  // nearly always, and then a constant
+          prefetch_far<held_lines>(held, 2 * tile_rows);
+          if (height == 2 * tile_rows) {  // nearly always, and then a constant
             std::copy_n(held, tile_rows, value);
             std::copy_n(held + tile_rows, tile_rows, value + second);
           } else {
-            std::copy_n(held, high, value);
-            std::copy_n(held + high, both - high, value + second);
+            std::copy_n(held, upper, value);
+            std::copy_n(held + upper, height - upper, value + second);
           }
         }
-        for (Index first = 0; first < both; first += high) {
-          const Index count = std::min(high, both - first);
+        for (Index done = 0; done < height; done += upper) {
+          const Index count = std::min(upper, height - done);
           Left<Scalar> left;
           Scalar* to[to_size(tile_rows)];
           left.step = tile_rows;
           for (Index r = 0; r < count; ++r) {
-            left.row[r] = values + (first > 0 ? second : 0) + r;
-            to[r] = row_data(c, row + first + r) + column;
+            left.row[r] = values + (done > 0 ? second : 0) + r;
+            to[r] = row_data(c, row + done + r) + column;
           }
           multiply_stream<Scalar>(count, left, right, width, {buffer + whole, stride}, from, {},
                                   to);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "moe/kernels/packet.hpp"
@@ -79,13 +80,17 @@ EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
   for (Index line = 0; line < strip_lines; ++line) prefetch(place + line * cache_line<Scalar>);
 }
 
-/// So many lines of what is wanted so much later that the nearest cache would not hold it until then.
+/// So many lines, `further` away from a place, of what is wanted so much later that the nearest cache
+/// would not hold it until then. It may be of another matrix, so its address is counted as a number.
 template <Index lines, class Scalar>
-EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place) {
+EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
+                                      [[maybe_unused]] Index further = 0) {
 #if defined(__GNUC__)
+  const std::uintptr_t first =
+      reinterpret_cast<std::uintptr_t>(place) + sizeof(Scalar) * to_size(further);
   MOE_UNROLL
-  for (Index line = 0; line < lines; ++line) {
-    __builtin_prefetch(place + line * cache_line<Scalar>, 0, 2);
+  for (std::uintptr_t line = 0; line < lines; ++line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(first + 64 * line), 0, 2);
   }
   asm volatile("");
 #endif

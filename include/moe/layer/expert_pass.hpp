@@ -73,13 +73,17 @@ class ExpertPass {
     for_each_group([&] {
       plan_runs(true);
       perform([&](const Task& task, Scratch& scratch) {
-        expert_of(task).run(block_of(x, task.block).slice(task.rows), task.columns, keeps, scratch);
+        expert_of(task).run(block_of(x, task.block).slice(task.rows), task.columns, keeps, scratch,
+                            next_expert(task));
       });
       tape_.tasks.clear();
       plan_combines(x.cols());
       perform([&](const Task& task, Scratch&) {
         for_each_slice_of(x, task.rows, [&](const Slice& slice, const Block& block) {
-          experts_[to_size(slice.expert)].combine(block, task.columns, view(sum));
+          const Slice* next = &slice == &tape_.slices.back() ? nullptr : &slice + 1;
+          experts_[to_size(slice.expert)].combine(
+              block, task.columns, view(sum),
+              next != nullptr ? &experts_[to_size(next->expert)] : nullptr);
         });
       });
     });
@@ -267,6 +271,11 @@ class ExpertPass {
   const Expert& first_expert() const { return experts_.front(); }
   const Expert& expert_of(const Task& task) const {
     return experts_[to_size(tape_.slices[to_size(task.block)].expert)];
+  }
+  /// That of the task that comes after this one; on several workers another may get it.
+  const Expert* next_expert(const Task& task) const {
+    const bool known = worker_count() == 1 && &task != &tape_.tasks.back();
+    return known ? &expert_of(*(&task + 1)) : nullptr;
   }
   Expert& expert_of(std::vector<Expert>& experts, const Task& task) const {
     return experts[to_size(tape_.slices[to_size(task.block)].expert)];

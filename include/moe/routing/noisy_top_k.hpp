@@ -338,7 +338,8 @@ class NoisyTopK {
                  [&](Index row) { std::copy_n(dload, experts(), row_data(tape.dclean, row)); });
     for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
       const P s = at.load(scale);
-      const P z = pdiv(psub(at.load(clean), at.load(draw)), s);  // where the threshold was
+      const P threshold = at.load(draw);  // until it is written over below
+      const P z = pdiv(psub(at.load(clean), threshold), s);
       const P d = pdiv(pmul(at.load(dclean), normal_density<Scalar>(z)), s);
       at.store(dclean, d);
       at.store(draw, pmul(pnegate(d), z));
