@@ -42,6 +42,24 @@ TEST_CASE("random: Philox gives the published known answers", "[random]") {
       Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
 }
 
+TEST_CASE("random: of Philox's words in 64 bits the upper halves count nothing", "[random]") {
+  std::array<std::array<std::uint64_t, 5>, 4> lanes{};
+  std::array<Words, 5> counters{};
+  for (std::size_t lane = 0; lane < 5; ++lane) {
+    counters[lane] = philox({static_cast<std::uint32_t>(lane), 0, 0, 1}, 7);
+    for (std::size_t word = 0; word < 4; ++word) {
+      lanes[word][lane] = counters[lane][word] | (std::uint64_t{0xDEADBEEF} << 32);
+    }
+  }
+  detail::philox_lanes(lanes, 0x123456789ABCDEF0);
+  for (std::size_t lane = 0; lane < 5; ++lane) {
+    const Words expected = philox(counters[lane], 0x123456789ABCDEF0);
+    for (std::size_t word = 0; word < 4; ++word) {
+      CHECK(static_cast<std::uint32_t>(lanes[word][lane]) == expected[word]);
+    }
+  }
+}
+
 TEST_CASE("random: derived seeds differ by stream and by seed", "[random]") {
   STATIC_REQUIRE(derive_seed(1, 2) == derive_seed(1, 2));
   std::set<std::uint64_t> seeds;

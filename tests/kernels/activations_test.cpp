@@ -103,6 +103,24 @@ TEMPLATE_TEST_CASE("activations: work in place and write nothing past the end", 
   }
 }
 
+TEMPLATE_TEST_CASE("activations: the way back of a long row", "[kernels]", float, double) {
+  constexpr Index count = 2 * 64 * detail::packet_size<TestType> + 3;  // more than two pieces
+  const Matrix<TestType> x = test::random_matrix<TestType>(1, count, 1, 2.0);
+  const Matrix<TestType> dy = test::random_matrix<TestType>(1, count, 2);
+  Matrix<TestType> dx(1, count);
+  detail::activate_backward(Activation::tanh, count, x.data(), dy.data(), dx.data());
+  Matrix<TestType> in_place = dy;
+  detail::activate_backward(Activation::tanh, count, x.data(), in_place.data(), in_place.data());
+  CHECK(test::same_bits(dx, in_place));
+  double error = 0;
+  for (Index i = 0; i < count; ++i) {
+    const double slope = naive_derivative(Activation::tanh, static_cast<double>(x(0, i)));
+    error = std::max(
+        error, std::abs(static_cast<double>(dx(0, i)) - static_cast<double>(dy(0, i)) * slope));
+  }
+  CHECK(error < (sizeof(TestType) == 4 ? 1e-6 : 1e-14));
+}
+
 TEMPLATE_TEST_CASE("activations: NaN stays NaN and touches no neighbour", "[kernels]", float,
                    double) {
   const Matrix<TestType> clean = test::random_matrix<TestType>(1, 20, 9);
@@ -157,7 +175,8 @@ TEST_CASE("activations: far from zero the gradient of gelu_tanh is 0 or 1", "[ke
 TEMPLATE_TEST_CASE("activations: rows that are apart, with factors", "[kernels]", float, double) {
   using S = TestType;
   constexpr Index rows = 3;
-  for (const Index count : {Index{0}, Index{1}, detail::packet_size<S>, detail::packet_size<S> + 3}) {
+  for (const Index count :
+       {Index{0}, Index{1}, detail::packet_size<S>, detail::packet_size<S> + 3}) {
     const Matrix<S> x = test::random_matrix<S>(rows, count + 2, 1, 2.0);
     const Matrix<S> dy = test::random_matrix<S>(rows, count + 5, 2);
     const Matrix<S> factors = test::random_matrix<S>(rows, 2, 3);

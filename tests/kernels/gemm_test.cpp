@@ -392,6 +392,27 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
   }
 }
 
+TEMPLATE_TEST_CASE("gemm: what comes next changes nothing", "[kernels][gemm]", float, double) {
+  using S = TestType;
+  const Matrix<S> b = random_matrix<S>(70, 3 * panel_columns<S>, 1);
+  const Matrix<S> next = random_matrix<S>(70, 3 * panel_columns<S>, 2);
+  for (const Index rows : {1, 5, 9, 70}) {
+    const Matrix<S> a = random_matrix<S>(rows, 70, 3);
+    for (const Index first : {Index{0}, panel_columns<S>}) {
+      Matrix<S> c = random_matrix<S>(rows, panel_columns<S>, 4);
+      Matrix<S> alone = c;
+      const auto multiply = [&](Matrix<S>& to, const S* next_b) {
+        multiply_nn(GatheredRows<S>(a), view(b), first, panel_columns<S>, Start::accumulate, {},
+                    ScatteredRows<S>(to.data() - first, to.cols(), rows, first + to.cols()), {},
+                    next_b);
+      };
+      multiply(alone, nullptr);
+      multiply(c, next.data());
+      CHECK(same_bits(c, alone));
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("gemm: long sums keep their accuracy", "[kernels][gemm]", float, double) {
   for_each_form_and_start<TestType>([&](Form form, Start start, Added added) {
     check_product<TestType>(form, 9, 35, 5000, start, added, false, false);

@@ -183,8 +183,8 @@ TEMPLATE_TEST_CASE("packet: map, dot, sum and add_scaled of every length at ever
 
 TEMPLATE_TEST_CASE("packet: add_scaled_rows adds row after row", "[packet]", float, double) {
   constexpr Index size = packet_size<TestType>;
-  for (const Index width : {Index{1}, size - 1, size, size + 1, 8 * size - 1, 8 * size, 8 * size + 1,
-                            19 * size + 3}) {
+  for (const Index width :
+       {Index{1}, size - 1, size, size + 1, 8 * size - 1, 8 * size, 8 * size + 1, 19 * size + 3}) {
     for (const Index count : {0, 1, 2, 9}) {
       INFO("width " << width << ", rows " << count);
       const Matrix<TestType> matrix = random_matrix<TestType>(11, width + 3, 1);

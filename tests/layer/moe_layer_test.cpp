@@ -28,6 +28,30 @@ using Layer = MoELayer<Expert<FeedForward, Scalar>>;
 template <class Scalar>
 using Config = typename Layer<Scalar>::Config;
 
+/// A fused network that writes down whose turn it is and who it is told comes next.
+template <class Scalar_>
+struct Queued : FeedForward<Scalar_> {
+  using Base = FeedForward<Scalar_>;
+  using Base::Base;
+  struct Call {
+    const Queued* network;
+    const Queued* next;
+  };
+  inline static std::vector<Call> runs;
+  inline static std::vector<Call> combines;
+
+  void run(const typename Base::Block& block, Range columns, bool keeps,
+           const Queued* next = nullptr) const {
+    runs.push_back({this, next});
+    Base::run(block, columns, keeps, next);
+  }
+  void combine(const typename Base::Block& block, Range columns, MatrixView<Scalar_> y,
+               const Queued* next = nullptr) const {
+    combines.push_back({this, next});
+    Base::combine(block, columns, y, next);
+  }
+};
+
 /// Largest error over all parameters' gradients, each relative to its largest entry.
 double gradient_error(const Named& actual, const Named& expected) {
   REQUIRE(actual.size() == expected.size());
@@ -317,6 +341,29 @@ struct BrokenGate : HashGate {
 };
 
 }  // namespace
+
+TEST_CASE("layer: on one worker each network is told who comes next", "[layer]") {
+  using Network = Queued<double>;
+  const Threads threads(1);
+  MoELayer<Expert<Queued, double>> layer(
+      {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 7, .active = 2}, .seed = 3});
+  const Matrix<double> x = random_matrix(40, 6, 1);
+  MoELayer<Expert<Queued, double>>::Tape tape;
+  Network::runs.clear();
+  Network::combines.clear();
+  const Matrix<double> y = layer.forward(x, tape);
+  for (const auto& calls : {Network::runs, Network::combines}) {
+    REQUIRE(calls.size() == 7);  // every expert has tokens, and all fit into one group
+    for (std::size_t i = 0; i < calls.size(); ++i) {
+      CHECK(calls[i].network == &layer.experts()[i].network());
+      CHECK(calls[i].next == (i + 1 < calls.size() ? &layer.experts()[i + 1].network() : nullptr));
+    }
+  }
+  Layer<double> plain(
+      {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 7, .active = 2}, .seed = 3});
+  Layer<double>::Tape plain_tape;
+  CHECK(same_bits(y, plain.forward(x, plain_tape)));
+}
 
 // ---- Gradients.
 

@@ -86,8 +86,8 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are
 /// there. Ranges begin at multiples of detail::panel_columns. run and combine may take one argument
-/// more: a pointer to the network that is called next in the same way, or null, whose weights can be
-/// asked for in advance.
+/// more: a pointer to the network that is called next in the same way, whose weights can be asked
+/// for in advance, or null.
 // clang-format off
 template <class N>
 concept FusedNetwork =

@@ -230,10 +230,10 @@ class FeedForward {
     }
   }
 
-  // Both work on a tile; m(row, part) is where its columns are in the part-th H columns of m. What they
-  // read and write beside C is far away, so they ask for it. Forward asks for the next tile's hidden
-  // rows, which are only written. Backward, for which that would be too much, asks for pre-activations
-  // while there is time, those of the next panel; in its first panel for the next tile's too.
+  // Both work on a tile; m(row, part) is where its columns are in the part-th H columns of m. What
+  // they read and write beside C is far away, so they ask for it. Forward asks for the next tile's
+  // hidden rows, which are only written. Backward, for which that would be too much, asks for the
+  // pre-activations of the next panel, and in its first panel for those of the next tile too.
 
   auto tile_of(MatrixView<Scalar> matrix, Index column) const {
     return [this, matrix, column](Index row, Index part = 0) mutable {

@@ -120,9 +120,7 @@ void activate(Activation activation, const GatheredRows<Scalar>& x, const Scatte
       const Packet<Scalar> factor = broadcast(*factors.at(r));
       map(
           x.width(), y.row(r),
-          [=](const Packet<Scalar>& v) {
-            return Eigen::internal::pmul(factor, function.value(v));
-          },
+          [=](const Packet<Scalar>& v) { return Eigen::internal::pmul(factor, function.value(v)); },
           x.row(r));
     }
   });

@@ -30,9 +30,9 @@
 namespace moe::detail {
 
 /// C[:, columns] = A·B, from zero or added to what C holds, and to a bias: N values and maybe M
-/// factors, which begin with the first column and row of C whatever columns are asked for. `next_b` is
-/// the B of the product that comes next, if that is known and like this one: at its end this one asks
-/// for what that will read first.
+/// factors, which begin with the first column and row of C whatever columns are asked for. At its
+/// end it asks for what the next product reads first, if that is known to be like this one, with
+/// `next_b` as its B.
 template <class Scalar>
 void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
                  Index columns, Start start, const Bias<Scalar>& bias,

@@ -145,8 +145,8 @@ void add_scaled(Index count, Scalar scale, const Scalar* x, Scalar* y) {
       x, y);
 }
 
-/// y[j] += Σ_i factor[i]·rows[i][j], i ascending, as add_scaled() of row after row does it, but the sums
-/// of eight packets at a time stay in registers.
+/// y[j] += Σ_i factor[i]·rows[i][j], i ascending, as add_scaled() of row after row does it, but the
+/// sums of eight packets at a time stay in registers.
 template <class Scalar>
 void add_scaled_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar>& factors,
                      Scalar* y) {

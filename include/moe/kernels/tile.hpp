@@ -80,8 +80,8 @@ EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
   for (Index line = 0; line < strip_lines; ++line) prefetch(place + line * cache_line<Scalar>);
 }
 
-/// So many lines, `further` away from a place, of what is wanted so much later that the nearest cache
-/// would not hold it until then. It may be of another matrix, so its address is counted as a number.
+/// So many lines, `further` away from a place, of what is wanted so much later that the nearest
+/// cache would not hold it until then. It may be in another matrix, so its address is a number first.
 template <Index lines, class Scalar>
 EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
                                       [[maybe_unused]] Index further = 0) {
