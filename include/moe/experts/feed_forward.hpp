@@ -101,7 +101,7 @@ class FeedForward {
   void run_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
     using detail::Start;
     const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.kept;
-    if (config_.recompute) compute_pre(block, columns, pre, {}, nullptr);
+    if (config_.recompute) compute_pre(block, columns, pre, {});
     const MatrixView<Scalar> u = columns_of(pre_of(block), config_.gated ? config_.hidden : 0,
                                             config_.hidden);
     const auto finish = [&](Index row, Index rows, Index column, Index width) {
@@ -214,7 +214,7 @@ class FeedForward {
   /// Columns of the pre-activations (n x pre_width()); finish(row, rows, column, width) comes when
   /// those of a tile are there.
   void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre, detail::Finish finish,
-                   const FeedForward* next) const {
+                   const FeedForward* next = nullptr) const {
     using detail::Start;
     const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
     if (config_.gated) {

@@ -310,7 +310,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
             left.row[r] = a.row(first + r) + k;
             to[r] = c.row(first + r) + column;
           }
-          // What comes from memory of C comes with the first steps.
+          // Only the first steps find C in memory, and only rows without a list can be foreseen.
           const bool asks = k == 0 && first + rows < a.count();
           right.ahead_in_c = {asks ? rows * c.step() : 0, std::numeric_limits<Index>::max()};
           multiply_stream(rows, left, right, width, rest, from,

@@ -74,16 +74,14 @@ class ExpertPass {
       plan_runs(true);
       perform([&](const Task& task, Scratch& scratch) {
         expert_of(task).run(block_of(x, task.block).slice(task.rows), task.columns, keeps, scratch,
-                            next_expert(task));
+                            expert_after(task));
       });
       tape_.tasks.clear();
       plan_combines(x.cols());
       perform([&](const Task& task, Scratch&) {
         for_each_slice_of(x, task.rows, [&](const Slice& slice, const Block& block) {
-          const Slice* next = &slice == &tape_.slices.back() ? nullptr : &slice + 1;
-          experts_[to_size(slice.expert)].combine(
-              block, task.columns, view(sum),
-              next != nullptr ? &experts_[to_size(next->expert)] : nullptr);
+          experts_[to_size(slice.expert)].combine(block, task.columns, view(sum),
+                                                  expert_after(slice));
         });
       });
     });
@@ -272,13 +270,19 @@ class ExpertPass {
   const Expert& expert_of(const Task& task) const {
     return experts_[to_size(tape_.slices[to_size(task.block)].expert)];
   }
-  /// That of the task that comes after this one; on several workers another may get it.
-  const Expert* next_expert(const Task& task) const {
-    const bool known = worker_count() == 1 && &task != &tape_.tasks.back();
-    return known ? &expert_of(*(&task + 1)) : nullptr;
-  }
   Expert& expert_of(std::vector<Expert>& experts, const Task& task) const {
     return experts[to_size(tape_.slices[to_size(task.block)].expert)];
+  }
+
+  // Whose turn it is after a slice or a task, if that is known: another worker may get the next task.
+
+  const Expert* expert_after(const Slice& slice) const {
+    const bool known = &slice != &tape_.slices.back();
+    return known ? &experts_[to_size((&slice + 1)->expert)] : nullptr;
+  }
+  const Expert* expert_after(const Task& task) const {
+    const bool known = worker_count() == 1 && &task != &tape_.tasks.back();
+    return known ? &expert_of(*(&task + 1)) : nullptr;
   }
 
   /// The rows of a slice of the group.
