@@ -269,8 +269,10 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
     check(tile_rows + 3, n, 7, true);
   }
   check(64 + 1, task + 1, panel_depth + 1, false);
-  // Halves of packets and several blocks of the depth, where products stream.
   constexpr Index packet = packet_size<TestType>;
+  // All rows in the highest tile that there is.
+  check(stream_rows, task + packet, 2 * panel_depth + 3, true);
+  // Halves of packets and several blocks of the depth, where products stream.
   const List few = {1, packet / 2, packet / 2 + 1, packet + 1, 3 * packet + packet / 2};
   for (const Index m : few) {
     check(m, tile_rows + 1, 2 * 1024 + 3, true);
@@ -394,21 +396,27 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
 
 TEMPLATE_TEST_CASE("gemm: what comes next changes nothing", "[kernels][gemm]", float, double) {
   using S = TestType;
-  const Matrix<S> b = random_matrix<S>(70, 3 * panel_columns<S>, 1);
-  const Matrix<S> next = random_matrix<S>(70, 3 * panel_columns<S>, 2);
-  for (const Index rows : {1, 5, 9, 70}) {
-    const Matrix<S> a = random_matrix<S>(rows, 70, 3);
-    for (const Index first : {Index{0}, panel_columns<S>}) {
-      Matrix<S> c = random_matrix<S>(rows, panel_columns<S>, 4);
-      Matrix<S> alone = c;
-      const auto multiply = [&](Matrix<S>& to, const S* next_b) {
-        multiply_nn(GatheredRows<S>(a), view(b), first, panel_columns<S>, Start::accumulate, {},
-                    ScatteredRows<S>(to.data() - first, to.cols(), rows, first + to.cols()), {},
-                    next_b);
-      };
-      multiply(alone, nullptr);
-      multiply(c, next.data());
-      CHECK(same_bits(c, alone));
+  constexpr Index width = panel_columns<S>;
+  STATIC_REQUIRE(is_in_order<S>(1, width, width));
+  STATIC_REQUIRE(is_in_order<S>(rows_in_order, width, width));
+  for (const Index panels : {1, 3}) {
+    const Matrix<S> b = random_matrix<S>(70, panels * width, 1);
+    const Matrix<S> next = random_matrix<S>(70, panels * width, 2);
+    for (const Index rows : {1, 3, 5, 9, 70}) {
+      const Matrix<S> a = random_matrix<S>(rows, 70, 3);
+      for (Index first = 0; first < std::min(panels, Index{2}) * width; first += width) {
+        CAPTURE(panels, rows, first);
+        Matrix<S> c = random_matrix<S>(rows, width, 4);
+        Matrix<S> alone = c;
+        const auto multiply = [&](Matrix<S>& to, const S* next_b) {
+          multiply_nn(GatheredRows<S>(a), view(b), first, width, Start::accumulate, {},
+                      ScatteredRows<S>(to.data() - first, to.cols(), rows, first + to.cols()), {},
+                      next_b);
+        };
+        multiply(alone, nullptr);
+        multiply(c, next.data());
+        CHECK(same_bits(c, alone));
+      }
     }
   }
 }

@@ -294,7 +294,7 @@ class FeedForward {
     const Index stride = block.scratch.outerStride();
     const ScatteredRows<Scalar> y(hidden(rows.first), stride, rows.count, width);
     const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
-    Scalar parts[detail::to_size(detail::tile_rows)];
+    Scalar parts[detail::to_size(detail::stream_rows)];
     if (!config_.gated) {
       detail::activate_backward(config_.activation, x, y, dx, parts,
                                 {block.weight + rows.first, 1});

@@ -34,7 +34,7 @@ inline constexpr Index task_rows = 256;
 inline constexpr bool streams = tile_rows == max_tile_rows;
 
 /// What is to be done with a tile of C when its sums are complete, if anything: called with (row,
-/// rows, column, width), of at most tile_rows and tile_columns.
+/// rows, column, width), of at most stream_rows and tile_columns.
 using Finish = FunctionRef<void(Index, Index, Index, Index)>;
 
 /// Cuts [0, count) into `parts` as even as can be, the longer ones first, and calls f(first, size).

@@ -156,29 +156,33 @@ void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, In
                  [&](Scalar* const* to) { run(a, Start::accumulate, {}, to); });
 }
 
-/// multiply_stream<R>() for rows from 1 to tile_rows known at run time, and for all of the columns:
-/// `rest` holds those of `right` that are less than a packet.
+/// multiply_stream<R>() for rows from 1 to stream_rows known at run time, and for all of the columns:
+/// `rest` holds those of `right` that are less than a packet, which more than tile_rows must not have.
 template <class Scalar>
 void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>& right,
                      Index columns, Panel<Scalar> rest, Start start, const Bias<Scalar>& bias,
                      Scalar* const* c) {
   Index done = 0;
-  with_constant<tile_rows>(
+  with_constant<stream_rows>(
       rows, [&](auto R) { done = multiply_stream<R>(left, right, columns, start, bias, c); });
   if (done == columns) return;
+  MOE_ASSERT(rows <= tile_rows);
   Scalar* to[to_size(tile_rows)];
   for (Index r = 0; r < rows; ++r) to[r] = c[r] + done;
   multiply_rest(rows, left, rest, right.steps, columns - done, start, bias.at(0, done), to);
 }
 
-/// How many rows of A multiply_in_order() is for, at most.
-inline constexpr Index rows_in_order = 3;
+/// How many rows of A multiply_in_order() is for, at most, and how many packets its tiles have: with 32
+/// registers four, which is what the length of a row is mostly a multiple of.
+inline constexpr Index rows_in_order = streams ? 5 : 3;
+inline constexpr Index packets_in_order = streams ? 4 : 2;
 
-/// One tile of multiply_in_order(): R rows of C, V packets of columns, += `steps` rows of B.
+/// One tile of multiply_in_order(): R rows of C, V packets of columns, += `steps` rows of B. What is
+/// `further` elements after `ahead` is asked for, and what follows it.
 template <Index R, Index V, class Scalar>
 EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_size(R)],
                                                 const Scalar* b, Index stride, Index steps,
-                                                const Scalar* ahead, Index column,
+                                                const Scalar* ahead, Index further, Index column,
                                                 Scalar* const (&c)[to_size(R)]) {
   constexpr Index size = packet_size<Scalar>;
   // With packets of a line the processor foresees most of what one row is multiplied with, and what
@@ -189,46 +193,43 @@ EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_s
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
   b += column;
-  for (Index k = 0; k < steps; ++k, b += stride, ahead += V * size) {
-    prefetch_far<lines>(ahead);
+  for (Index k = 0; k < steps; ++k, b += stride, further += V * size) {
+    prefetch_far<lines>(ahead, further);
     add_products(left, k, b, sum);
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// R rows of C += a[r][k]·b[k, :], where the rows of B are whole packets and follow each other, so that
-/// all of it is read and asked for in the order in which it lies. Only so many rows of B are side by
-/// side as it takes for C, in the nearest cache, to cost less time than memory.
+/// R rows of C += a[r][k]·b[k, :], where the rows of B are whole tiles and follow each other, so that
+/// all of it is read and asked for in the order in which it lies, and behind it what `next_b` begins
+/// with. Only so many rows of B are side by side as it takes for C, in the nearest cache, to cost less
+/// time than memory.
 template <Index R, class Scalar>
 MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b,
-                                    Scalar* const* c) {
+                                    Scalar* const* c, const Scalar* next_b) {
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index side_by_side = R <= 2 ? 1 : 2;
-  constexpr Index further = (Index{8} << 10) / static_cast<Index>(sizeof(Scalar));
+  constexpr Index side_by_side = R <= 2 ? 1 : R <= 4 ? 2 : 4;
+  constexpr Index ahead = (Index{8} << 10) / static_cast<Index>(sizeof(Scalar));
   const Scalar* row[to_size(R)];
   Scalar* out[to_size(R)];
   std::copy_n(a, R, row);
   std::copy_n(c, R, out);
   const Index columns = b.cols();
+  const Index block = side_by_side * columns;
   const Index end = b.rows() * columns;
-  Index asked = side_by_side * columns + further;
-  Index steps = 0;
-  for (Index at = 0; at < end; at += steps * columns) {
-    steps = side_by_side == 1 ? 1 : std::min(side_by_side, (end - at) / columns);
-    if (asked + steps * columns > end) asked = at;  // nothing is left to ask for
+  Index asked = block + ahead / block * block;
+  for (Index at = 0; at < end; at += block, asked += block) {
+    const Index steps = side_by_side == 1 ? 1 : std::min(side_by_side, (end - at) / columns);
     const Scalar* place = b.data() + at;
-    const Scalar* ahead = b.data() + asked;
-    Index column = 0;
-    for (; column + 3 * size <= columns; column += 3 * size) {
-      multiply_in_order_tile<R, 3>(row, place, columns, steps, ahead, column, out);
-      ahead += steps * 3 * size;
+    const bool is_in_next = asked >= end && next_b != nullptr;
+    const Scalar* from = is_in_next ? next_b : place;
+    Index further = is_in_next ? asked - end : asked < end ? asked - at : 0;
+    constexpr Index packets = packets_in_order;
+    for (Index column = 0; column < columns; column += packets * size) {
+      multiply_in_order_tile<R, packets>(row, place, columns, steps, from, further, column, out);
+      further += steps * packets * size;
     }
-    for (; column < columns; column += size) {
-      multiply_in_order_tile<R, 1>(row, place, columns, steps, ahead, column, out);
-      ahead += steps * size;
-    }
-    asked += steps * columns;
     for (const Scalar*& r : row) r += steps;
   }
 }
@@ -239,13 +240,15 @@ MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scal
 template <class Scalar>
 constexpr bool is_in_order(Index rows, Index columns, Index stride) {
   return rows <= rows_in_order && columns == stride && columns > 0 &&
-         columns % packet_size<Scalar> == 0 && stride <= 64 * cache_line<Scalar>;
+         columns % (packets_in_order * packet_size<Scalar>) == 0 &&
+         stride <= 64 * cache_line<Scalar>;
 }
 
 /// multiply_in_order<R>() for a number of rows known at run time, from what C starts at.
 template <class Scalar>
 void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Start start,
-                       const Bias<Scalar>& bias, const ScatteredRows<Scalar>& c) {
+                       const Bias<Scalar>& bias, const ScatteredRows<Scalar>& c,
+                       const Scalar* next_b) {
   const Scalar* from[to_size(rows_in_order)];
   Scalar* to[to_size(rows_in_order)];
   for (Index r = 0; r < a.count(); ++r) {
@@ -254,7 +257,8 @@ void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
     if (start == Start::zero) std::fill_n(to[r], b.cols(), Scalar{0});
     if (bias.values != nullptr) add_scaled(b.cols(), *bias.factors.at(r), bias.values, to[r]);
   }
-  with_constant<rows_in_order>(a.count(), [&](auto R) { multiply_in_order<R>(from, b, to); });
+  with_constant<rows_in_order>(a.count(),
+                               [&](auto R) { multiply_in_order<R>(from, b, to, next_b); });
 }
 
 /// The form nn with B where it lies, in the order in which memory gives it fastest: with few rows, and
@@ -273,13 +277,15 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   const Index depth = a.width();
   const Index stride = b.outerStride();
   if (columns == b.cols() && is_in_order<Scalar>(a.count(), columns, stride)) {
-    multiply_in_order(a, b, start, bias, c);
+    multiply_in_order(a, b, start, bias, c, next_b);
     return finish_tiles<Scalar>(a.count(), first_column, columns, finish);
   }
   const Index steps = stream_steps<Scalar>(a.count(), depth, stride);
   const Index to_next = distance_between(b.data(), next_b);
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
-  const Index slice = a.count() > tile_rows ? 2 * panel_columns<Scalar> : columns;
+  // The last columns, if they are less than a packet, have lower tiles.
+  const Index tallest = columns % size == 0 ? stream_rows : tile_rows;
+  const Index slice = a.count() > tallest ? 2 * panel_columns<Scalar> : columns;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
   const Index end = first_column + columns;
   for (Index group = first_column; group < end; group += slices * slice) {
@@ -305,7 +311,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
         }
         const auto multiply = [&](Index first, Index rows) {
           Left<Scalar> left;
-          Scalar* to[to_size(tile_rows)];
+          Scalar* to[to_size(stream_rows)];
           for (Index r = 0; r < rows; ++r) {
             left.row[r] = a.row(first + r) + k;
             to[r] = c.row(first + r) + column;
@@ -321,7 +327,7 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
           });
         };
         // The first tile waits for memory, so it is as high as can be.
-        const Index highest = std::min(a.count(), tile_rows);
+        const Index highest = a.count() <= tallest ? a.count() : tile_rows;
         multiply(0, highest);
         for_each_tile(a.count() - highest, tile_rows,
                       [&](Index first, Index rows) { multiply(highest + first, rows); });

@@ -49,6 +49,8 @@ inline constexpr Index tile_rows = 4;
 inline constexpr Index tile_packets = 3;
 /// The highest tile, whatever the registers: of one packet where that alone has enough chains.
 inline constexpr Index max_tile_rows = 8;
+/// The highest where B is read where it lies: 32 registers hold one row more, if no other value stays.
+inline constexpr Index stream_rows = tile_rows == max_tile_rows ? 9 : tile_rows;
 
 template <class Scalar>
 inline constexpr Index tile_columns = tile_packets* packet_size<Scalar>;
@@ -99,7 +101,7 @@ EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
 /// The left operand: where each row starts, and how far its values along the depth are apart.
 template <class Scalar>
 struct Left {
-  const Scalar* row[to_size(max_tile_rows)];
+  const Scalar* row[to_size(std::max(max_tile_rows, stream_rows))];
   Index step = 1;
 };
 
@@ -142,17 +144,19 @@ template <class P, class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
                                       P (&sum)[R][V]) {
   using namespace Eigen::internal;
-  static_assert(V <= 3);
+  static_assert(V <= 4);
   constexpr Index size = unpacket_traits<P>::size;
   const P b0 = to_register(ploadu<P>(b));
   const P b1 = V > 1 ? to_register(ploadu<P>(b + size)) : b0;
   const P b2 = V > 2 ? to_register(ploadu<P>(b + 2 * size)) : b0;
+  const P b3 = V > 3 ? to_register(ploadu<P>(b + 3 * size)) : b0;
   MOE_UNROLL
   for (std::size_t r = 0; r < R; ++r) {
     const P a = pset1<P>(row[r][at]);
     sum[r][0] = pmadd(a, b0, sum[r][0]);
     if constexpr (V > 1) sum[r][1] = pmadd(a, b1, sum[r][1]);
     if constexpr (V > 2) sum[r][2] = pmadd(a, b2, sum[r][2]);
+    if constexpr (V > 3) sum[r][3] = pmadd(a, b3, sum[r][3]);
   }
 }
 
