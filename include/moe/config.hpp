@@ -31,8 +31,8 @@
 #define MOE_ASSERT(condition) assert(condition)
 #endif
 
-/// Before a loop of a few constant steps: all of them one after the other, so that arrays they index
-/// become registers.
+/// Before a loop of a few constant steps: all of them one after the other, so that arrays they
+/// index become registers.
 #if defined(__clang__)
 #define MOE_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)

@@ -170,8 +170,8 @@ auto* row_data(Matrix&& matrix, Index i) {
   return matrix.data() + i * matrix.outerStride();
 }
 
-// What the library itself does to whole matrices. Eigen's assignments do the same, and each is about a
-// twentieth of what a program that trains a layer compiles.
+// What the library itself does to whole matrices. Eigen's assignments do the same, and each is
+// about a twentieth of what a program that trains a layer compiles.
 
 /// Resizes scratch memory; like Eigen's resize it keeps its memory when nothing changed. Not inline
 /// like that, since a pass resizes some dozen matrices.
@@ -231,8 +231,8 @@ struct RowFactors {
 template <class Scalar>
 inline constexpr auto cache_line = static_cast<Index>(64 / sizeof(Scalar));
 
-/// `width`, and a cache line more where rows that long would begin a large power of two apart: those
-/// compete for the same few places of a cache.
+/// `width`, and a cache line more where rows that long would begin a large power of two apart:
+/// those compete for the same few places of a cache.
 template <class Scalar>
 constexpr Index spread_width(Index width) {
   constexpr Index line = cache_line<Scalar>;

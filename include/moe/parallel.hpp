@@ -14,7 +14,8 @@
 ///
 /// Work is split by what it writes and every sum keeps one order, so the number of threads
 /// (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result. Compile all files of a
-/// program alike, with OpenMP or without: these are inline functions, of which the linker keeps one.
+/// program alike, with OpenMP or without: these are inline functions, of which the linker keeps
+/// one.
 
 namespace moe {
 

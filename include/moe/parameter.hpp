@@ -15,18 +15,18 @@
 
 namespace moe {
 
-/// Which parameters zeroing, clipping and an optimizer's update go to. `dense`: all of them. `lazy`:
-/// not to those of experts that got no token since zero_gradients(); these then cost nothing but
-/// being walked over. Where a gradient of zero has no effect (zeroing, clipping) the results have
-/// the same bits; the optimizers say what becomes of decay and momentum.
+/// Which parameters zeroing, clipping and an optimizer's update go to. `dense`: all of them.
+/// `lazy`: not to those of experts that got no token since zero_gradients(); these then cost
+/// nothing but being walked over. Where a gradient of zero has no effect (zeroing, clipping) the
+/// results have the same bits; the optimizers say what becomes of decay and momentum.
 ///
 /// An expert in a layer keeps track of its own gradients, so a user's network need not, and so does
-/// a HierarchicalGate of those of its secondary gates. Gradients written by hand into either without
-/// a token are not seen by what is lazy; those of all other modules, other gates included, always
-/// are. Lazy zeroing does not touch such memory: backward writes over what is there, as after
-/// PyTorch's zero_grad(set_to_none=True) (a plain network, which can only add, gets zeros first), and
-/// for_each_parameter() puts zeros there before it shows the gradient of what got no token. So after
-/// lazy zeroing, and before backward, gradients are to be read and written through
+/// a HierarchicalGate of those of its secondary gates. Gradients written by hand into either
+/// without a token are not seen by what is lazy; those of all other modules, other gates included,
+/// always are. Lazy zeroing does not touch such memory: backward writes over what is there, as
+/// after PyTorch's zero_grad(set_to_none=True) (a plain network, which can only add, gets zeros
+/// first), and for_each_parameter() puts zeros there before it shows the gradient of what got no
+/// token. So after lazy zeroing, and before backward, gradients are to be read and written through
 /// for_each_parameter() on a module that is not const.
 enum class Updates { dense, lazy };
 
@@ -183,8 +183,8 @@ void settle(const Parameter<Scalar>&) {}
 ///
 /// visit_parameters may be called from several threads at once (an optimizer does), so it should do
 /// no more. So may this function on a const module. On one that is not const it may write: zeros,
-/// where zero_gradients(module, Updates::lazy) left old numbers that nothing was added to. On a const
-/// module such old numbers are what it shows.
+/// where zero_gradients(module, Updates::lazy) left old numbers that nothing was added to. On a
+/// const module such old numbers are what it shows.
 template <class Module, class F>
 void for_each_parameter(Module& module, F&& f) {
   detail::walk_parameters(module, [&](const ParameterName& name, auto& parameter) {

@@ -81,9 +81,10 @@ inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseK
   return philox(noise_counter(key, row, column_block), seed);
 }
 
-/// a·b + c of finite numbers, rounded once, by a processor that has no instruction for it. In double
-/// the product of two floats is exact, and a sum that is rounded to an odd last digit is rounded to
-/// float as the exact one would be (S. Boldo, G. Melquiond, "Emulation of FMA and Correctly Rounded Sums", 2008).
+/// a·b + c of finite numbers, rounded once, by a processor that has no instruction for it. In
+/// double the product of two floats is exact, and a sum that is rounded to an odd last digit is
+/// rounded to float as the exact one would be (S. Boldo, G. Melquiond, "Emulation of FMA and
+/// Correctly Rounded Sums", 2008).
 EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b);
   const double addend = static_cast<double>(c);
@@ -168,7 +169,8 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
     y[i] = sign * (1.0f - 2.0f * tail) * 1.41421356f;
     normal[i] = detail::erfinv_middle(w[i]) * y[i];
   }
-  // As integers, which compilers take the maximum of in vector code, positive floats have their order.
+  // As integers, which compilers take the maximum of in vector code, positive floats have their
+  // order.
   std::int32_t largest = 0;
   for (const float each : w) largest = std::max(largest, std::bit_cast<std::int32_t>(each));
   const bool tails = largest >= std::bit_cast<std::int32_t>(5.0f);
@@ -182,7 +184,8 @@ inline float standard_normal(std::uint32_t bits) { return standard_normals(std::
 
 namespace detail {
 
-/// Counters that are drawn from together, word by word; a counter's deviates are next to each other.
+/// Counters that are drawn from together, word by word; a counter's deviates are next to each
+/// other.
 struct NoiseLanes {
   static constexpr std::size_t count = 16;
 #if defined(EIGEN_VECTORIZE_AVX512)
@@ -216,8 +219,8 @@ struct NoiseLanes {
   }
 };
 
-/// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). The ends of
-/// rows that are less than NoiseLanes draws at once go together.
+/// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). The
+/// ends of rows that are less than NoiseLanes draws at once go together.
 template <class Scalar>
 void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns,
                 FunctionRef<Index(Index)> token, Scalar* n) {

@@ -300,7 +300,8 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
   STATIC_REQUIRE_FALSE(is_in_order<S>(rows_in_order + 1, longest, longest));
   STATIC_REQUIRE_FALSE(is_in_order<S>(1, longest, 2 * longest));
   STATIC_REQUIRE_FALSE(is_in_order<S>(1, 2 * longest, 2 * longest));
-  STATIC_REQUIRE((packet == 1 || !is_in_order<S>(1, packet - 1, packet - 1)));
+  constexpr Index no_tile = (packets_in_order - 1) * packet;
+  STATIC_REQUIRE_FALSE(is_in_order<S>(1, no_tile, no_tile));
   const List all_columns = {0,          packet,     2 * packet, 3 * packet,
                             4 * packet, 5 * packet, longest,    longest + packet};
   for (Index rows = 1; rows <= rows_in_order + 1; ++rows) {
@@ -361,10 +362,13 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
 TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile finished once",
                    "[kernels][gemm]", float, double) {
   using S = TestType;
-  constexpr Index rows = 250;
-  constexpr Index columns = 5 * panel_columns<S> + 5;
+  constexpr Index most = 250;
+  static_assert(cached_elements<S> / (most * panel_columns<S>) < 3, "several groups");
+  // Many, or as many as the highest tile has, for which the columns must be whole packets.
+  const bool many = GENERATE(true, false);
+  const Index rows = many ? most : stream_rows;
+  const Index columns = 5 * panel_columns<S> + (many ? 5 : 0);
   const Index depth = GENERATE(Index{60}, 2 * panel_depth + 3);  // nt may copy B for the first
-  static_assert(cached_elements<S> / (rows * panel_columns<S>) < 3, "several groups");
   const Matrix<S> a = random_matrix<S>(rows, depth, 1);
   const Matrix<S> b = random_matrix<S>(depth, columns, 2);
   const Matrix<S> bt = b.transpose();
@@ -394,28 +398,38 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
   }
 }
 
+TEST_CASE("gemm: in order, all of B that is not read at once is asked for once, then the next",
+          "[kernels][gemm]") {
+  STATIC_REQUIRE(first_asked(10, 100, 35) == 40);  // 3 blocks ahead of the second
+  STATIC_REQUIRE(first_asked(10, 103, 35) == 43);  // and after 6 more at the end
+  STATIC_REQUIRE(first_asked(10, 100, 5) == 10);
+  STATIC_REQUIRE(first_asked(10, 36, 35) == 36);  // all of it is read before
+  STATIC_REQUIRE(first_asked(10, 0, 35) == 0);
+}
+
 TEMPLATE_TEST_CASE("gemm: what comes next changes nothing", "[kernels][gemm]", float, double) {
   using S = TestType;
   constexpr Index width = panel_columns<S>;
   STATIC_REQUIRE(is_in_order<S>(1, width, width));
   STATIC_REQUIRE(is_in_order<S>(rows_in_order, width, width));
   for (const Index panels : {1, 3}) {
-    const Matrix<S> b = random_matrix<S>(70, panels * width, 1);
-    const Matrix<S> next = random_matrix<S>(70, panels * width, 2);
-    for (const Index rows : {1, 3, 5, 9, 70}) {
-      const Matrix<S> a = random_matrix<S>(rows, 70, 3);
-      for (Index first = 0; first < std::min(panels, Index{2}) * width; first += width) {
-        CAPTURE(panels, rows, first);
-        Matrix<S> c = random_matrix<S>(rows, width, 4);
-        Matrix<S> alone = c;
-        const auto multiply = [&](Matrix<S>& to, const S* next_b) {
-          multiply_nn(GatheredRows<S>(a), view(b), first, width, Start::accumulate, {},
-                      ScatteredRows<S>(to.data() - first, to.cols(), rows, first + to.cols()), {},
-                      next_b);
-        };
-        multiply(alone, nullptr);
-        multiply(c, next.data());
-        CHECK(same_bits(c, alone));
+    for (const Index depth : {3, 71}) {
+      const Matrix<S> b = random_matrix<S>(depth, panels * width, 1);
+      const Matrix<S> next = random_matrix<S>(depth, panels * width, 2);
+      for (const Index rows : {1, 2, 3, 4, 5, 9, 70}) {
+        const Matrix<S> a = random_matrix<S>(rows, depth, 3);
+        for (Index first = 0; first < std::min(panels, Index{2}) * width; first += width) {
+          CAPTURE(panels, depth, rows, first);
+          Matrix<S> c = random_matrix<S>(rows, panels * width, 4);
+          Matrix<S> alone = c;
+          const auto multiply = [&](Matrix<S>& to, const S* next_b) {
+            multiply_nn(GatheredRows<S>(a), view(b), first, width, Start::accumulate, {},
+                        ScatteredRows<S>(view(to)), {}, next_b);
+          };
+          multiply(alone, nullptr);
+          multiply(c, next.data());
+          CHECK(same_bits(c, alone));
+        }
       }
     }
   }

@@ -70,8 +70,8 @@ concept PlainNetwork = requires(const N& network, N& trained,
 };
 
 /// A network in two halves, each of which can be split into columns that are computed apart, and
-/// which gathers its rows, applies the slots' weights and adds to the tokens itself, so that neither
-/// outputs nor gathered inputs are ever kept. FeedForward is one.
+/// which gathers its rows, applies the slots' weights and adds to the tokens itself, so that
+/// neither outputs nor gathered inputs are ever kept. FeedForward is one.
 ///
 ///     run(block, columns, keeps) const       first half: columns of scratch, out of columns()
 ///     combine(block, columns, y) const       second half: adds columns of weight·network(x) to the

@@ -24,8 +24,8 @@ namespace moe {
 ///
 /// It is a FusedNetwork: its first half makes the hidden row a, weighted already, its second half
 /// multiplies that by W_2 and adds it to the tokens. For backward it keeps a slot's pre-activations
-/// only (H numbers, 2·H gated), or nothing with Config::recompute: the gradient of the slot's weight
-/// is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway.
+/// only (H numbers, 2·H gated), or nothing with Config::recompute: the gradient of the slot's
+/// weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway.
 template <class Scalar_ = float>
 class FeedForward {
  public:
@@ -38,8 +38,8 @@ class FeedForward {
     Activation activation = Activation::relu;
     bool gated = false;
     /// Keep no pre-activations for backward and compute them again there: a quarter more arithmetic
-    /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App. D].
-    /// All results keep their bits.
+    /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App.
+    /// D]. All results keep their bits.
     bool recompute = false;
   };
 

@@ -120,8 +120,8 @@ std::vector<std::uint64_t> shape_of(const Matrix<Scalar>& matrix) {
 }
 
 /// A file that appears under its name whole or not at all: it is written beside it, flushed to the
-/// disk and then renamed. If anything fails it is removed, and what had the name before is untouched.
-/// A symbolic link of that name is replaced, not followed.
+/// disk and then renamed. If anything fails it is removed, and what had the name before is
+/// untouched. A symbolic link of that name is replaced, not followed.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path) : path_(std::move(path)) {
@@ -473,8 +473,8 @@ class SafetensorsWriter {
 ///     file.read_parameters(model);
 ///
 /// Nothing in the file is believed: the header must be valid JSON of at most 100 MB without a key
-/// twice, every type known, every shape in agreement with its offsets, and the tensors must cover the
-/// rest of the file exactly, without overlap or hole. Else the constructor throws
+/// twice, every type known, every shape in agreement with its offsets, and the tensors must cover
+/// the rest of the file exactly, without overlap or hole. Else the constructor throws
 /// std::runtime_error, which names the file and, where one is to blame, the tensor.
 class SafetensorsFile {
  public:

@@ -27,12 +27,6 @@ inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
 
-/// Whether a tile is so large that the second-level cache can feed it: 8 x 3 packets of 64 bytes need
-/// 8 to 16 bytes a cycle. Then every form streams its large operand where it lies, for any number of
-/// rows. Smaller tiles need theirs in the first-level cache, as panels; with few rows, which wait for
-/// memory, they stream as well.
-inline constexpr bool streams = tile_rows == max_tile_rows;
-
 /// What is to be done with a tile of C when its sums are complete, if anything: called with (row,
 /// rows, column, width), of at most stream_rows and tile_columns.
 using Finish = FunctionRef<void(Index, Index, Index, Index)>;

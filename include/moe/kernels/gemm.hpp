@@ -13,12 +13,12 @@
 ///     nt   C[M,N]  = A[M,K] · B[N,K]ᵀ      gradient of the input
 ///     tn   C[M,N]  = A[K,M]ᵀ · B[K,N]      gradient of the weights
 ///
-/// A (and B in the last form) may be rows gathered through a list, and C in the first two forms rows
-/// scattered through one, so tokens are never copied together. Every element of C is one chain of
-/// multiply-adds over ascending k, from the value it starts at (zero or what C held, then a bias),
-/// fused where the processor fuses. Blocks, tiles and threads only decide when a chain is continued;
-/// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
-/// threads. Nothing allocates and nothing throws.
+/// A (and B in the last form) may be rows gathered through a list, and C in the first two forms
+/// rows scattered through one, so tokens are never copied together. Every element of C is one chain
+/// of multiply-adds over ascending k, from the value it starts at (zero or what C held, then a
+/// bias), fused where the processor fuses. Blocks, tiles and threads only decide when a chain is
+/// continued; hence a row of C has the same bits whatever other rows are multiplied with it, on any
+/// number of threads. Nothing allocates and nothing throws.
 ///
 /// multiply_nn, multiply_nt and multiply_tn compute a part of C on the calling thread; product_nn,
 /// product_nt and product_tn split all of C over the workers.

@@ -5,8 +5,8 @@
 #include "moe/kernels/blocks.hpp"
 
 /// \file
-/// Products whose large operand is copied, a panel at a time, to the nearest cache: for many rows on a
-/// processor with 16 registers, whose tiles are too small for a farther one.
+/// Products whose large operand is copied, a panel at a time, to the nearest cache: for many rows
+/// on a processor with 16 registers, whose tiles are too small for a farther one.
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
@@ -29,8 +29,8 @@ struct Strip {
   Index width;
 };
 
-/// B as the right operand of nn, its rows running along the columns of C, or of nt, its rows running
-/// along the depth and being transposed on the way.
+/// B as the right operand of nn, its rows running along the columns of C, or of nt, its rows
+/// running along the depth and being transposed on the way.
 template <class Scalar>
 struct Right {
   ConstMatrixView<Scalar> b;
@@ -63,14 +63,14 @@ struct Right {
 
 /// C[:, columns] = A·right: columns in groups whose part of C stays in the second-level cache, for
 /// each group the depth in blocks, and of each block the strips of columns one after the other.
-/// finish(row, rows, column, width) is called for each tile right after its last sum, the tile being
-/// in the nearest cache still.
+/// finish(row, rows, column, width) is called for each tile right after its last sum, the tile
+/// being in the nearest cache still.
 ///
-/// A strip's part of B is copied to a panel, by the first tile on the way where it can, and stays in
-/// the first-level cache while the tiles of the strip are calculated. Meanwhile they ask for the
-/// memory of the next strip, so memory and arithmetic are busy at the same time without any foresight
-/// of the processor's own. A second panel, filled between the tiles, would push the first one out of
-/// its cache.
+/// A strip's part of B is copied to a panel, by the first tile on the way where it can, and stays
+/// in the first-level cache while the tiles of the strip are calculated. Meanwhile they ask for the
+/// memory of the next strip, so memory and arithmetic are busy at the same time without any
+/// foresight of the processor's own. A second panel, filled between the tiles, would push the first
+/// one out of its cache.
 template <class Scalar>
 void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, Index first_column,
                    Index columns, Start start, const Bias<Scalar>& bias,
@@ -144,8 +144,8 @@ inline constexpr Index pairs_rows = 128;
 /// where rows are a power of two apart.
 inline constexpr Index pairs_group = 16;
 
-/// The form tn for many pairs of rows: columns of A and strips of B are copied together, and stay in
-/// the second-level cache with the part of C that they add to.
+/// The form tn for many pairs of rows: columns of A and strips of B are copied together, and stay
+/// in the second-level cache with the part of C that they add to.
 template <class Scalar>
 void multiply_panels_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
                         Index first_row, Index rows, Index first_column, Index columns, Start start,

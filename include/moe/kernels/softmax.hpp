@@ -63,8 +63,8 @@ SoftmaxRow<Scalar> softmax_row(Index classes, const Scalar* x, Scalar* terms) {
   return {shift, static_cast<double>(sum_exponentials(classes, x, shift, terms))};
 }
 
-/// Turns the exponentials of a row into (weight / count)·(softmax(x) - onehot(target)): the gradient
-/// by x of one of `count` losses of that weight.
+/// Turns the exponentials of a row into (weight / count)·(softmax(x) - onehot(target)): the
+/// gradient by x of one of `count` losses of that weight.
 template <class Scalar>
 void softmax_row_backward(Index classes, const SoftmaxRow<Scalar>& row, Index target, double weight,
                           double count, Scalar* terms) {

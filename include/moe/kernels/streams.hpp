@@ -23,11 +23,12 @@ namespace moe::detail {
 inline constexpr Index stream_pairs = streams ? 128 : 8;
 
 inline constexpr Index most_steps = 128;
-/// How many rows of B, `stride` apart and `depth` in all, multiply_stream_nn reads side by side for so
-/// many rows of A. Where memory limits, eight are as many streams as the processor follows well; twice
-/// as many for one row of A, with 32 registers two, where B's are shorter than a page of memory. Where
-/// a tile is high enough that arithmetic limits, more, since C is read and written less often then; for
-/// up to 12 rows not so many that they were all of B at once, which would leave nothing to ask for.
+/// How many rows of B, `stride` apart and `depth` in all, multiply_stream_nn reads side by side for
+/// so many rows of A. Where memory limits, eight are as many streams as the processor follows well;
+/// twice as many for one row of A, with 32 registers two, where B's are shorter than a page of
+/// memory. Where a tile is high enough that arithmetic limits, more, since C is read and written
+/// less often then; for up to 12 rows not so many that they were all of B at once, which would
+/// leave nothing to ask for.
 template <class Scalar>
 constexpr Index stream_steps(Index rows, Index depth, Index stride) {
   constexpr Index many = 96;
@@ -53,9 +54,9 @@ struct StreamAhead {
   Index at(Index column) const { return column + distance < last ? distance : distance + beyond; }
 };
 
-/// A distance of at least `distance` at which, of `width` columns, the first that is beyond the end is
-/// the first of a row: a tile that asked for the end of one row and the start of the next would get
-/// only one of them.
+/// A distance of at least `distance` at which, of `width` columns, the first that is beyond the end
+/// is the first of a row: a tile that asked for the end of one row and the start of the next would
+/// get only one of them.
 template <class Scalar>
 constexpr Index distance_by_tiles(Index distance, Index width) {
   return distance < width ? distance + (width - distance) % tile_columns<Scalar> : distance;
@@ -110,8 +111,8 @@ EIGEN_ALWAYS_INLINE void multiply_stream_tile(const Scalar* const (&left)[to_siz
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// R rows of C, the whole packets of `columns` of them, += left[r][k]·right[k, :], the rows of `right`
-/// being read side by side from one end to the other. Returns how many columns that were.
+/// R rows of C, the whole packets of `columns` of them, += left[r][k]·right[k, :], the rows of
+/// `right` being read side by side from one end to the other. Returns how many columns that were.
 template <Index R, class Scalar>
 MOE_NOINLINE Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar>& right,
                                    Index columns, Start start, const Bias<Scalar>& bias,
@@ -132,9 +133,9 @@ MOE_NOINLINE Index multiply_stream(const Left<Scalar>& left, const Stream<Scalar
   return column;
 }
 
-/// Columns of C that are less than a packet. `right` has half a packet of them or a whole one, with any
-/// values beyond `width`. What is no whole tile is computed beside C, its last row standing for those
-/// that are not there, since the tile is compiled in one height only.
+/// Columns of C that are less than a packet. `right` has half a packet of them or a whole one, with
+/// any values beyond `width`. What is no whole tile is computed beside C, its last row standing for
+/// those that are not there, since the tile is compiled in one height only.
 template <class Scalar>
 void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                    Index width, Start start, const Bias<Scalar>& bias, Scalar* const* c) {
@@ -156,8 +157,9 @@ void multiply_rest(Index rows, const Left<Scalar>& left, Panel<Scalar> right, In
                  [&](Scalar* const* to) { run(a, Start::accumulate, {}, to); });
 }
 
-/// multiply_stream<R>() for rows from 1 to stream_rows known at run time, and for all of the columns:
-/// `rest` holds those of `right` that are less than a packet, which more than tile_rows must not have.
+/// multiply_stream<R>() for rows from 1 to stream_rows known at run time, and for all of the
+/// columns: `rest` holds those of `right` that are less than a packet, which more than tile_rows
+/// must not have.
 template <class Scalar>
 void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>& right,
                      Index columns, Panel<Scalar> rest, Start start, const Bias<Scalar>& bias,
@@ -172,13 +174,20 @@ void multiply_stream(Index rows, const Left<Scalar>& left, const Stream<Scalar>&
   multiply_rest(rows, left, rest, right.steps, columns - done, start, bias.at(0, done), to);
 }
 
-/// How many rows of A multiply_in_order() is for, at most, and how many packets its tiles have: with 32
-/// registers four, which is what the length of a row is mostly a multiple of.
+/// How many rows of A multiply_in_order() is for, at most: until more rows of B side by side, and
+/// so fewer passes over C, are worth more than the order.
 inline constexpr Index rows_in_order = streams ? 5 : 3;
+/// How many packets its tiles have: few enough for the registers, and mostly a row is some of them.
 inline constexpr Index packets_in_order = streams ? 4 : 2;
 
-/// One tile of multiply_in_order(): R rows of C, V packets of columns, += `steps` rows of B. What is
-/// `further` elements after `ahead` is asked for, and what follows it.
+/// Where multiply_in_order() begins to ask, some `block` of elements of B at a time: about so many
+/// elements ahead, and so that it comes to the end of B just when a block does.
+constexpr Index first_asked(Index block, Index end, Index ahead) {
+  return std::min(end, block + ahead / block * block + end % block);
+}
+
+/// One tile of multiply_in_order(): R rows of C, V packets of columns, += `steps` rows of B. What
+/// is `further` elements after `ahead` is asked for, and what follows it.
 template <Index R, Index V, class Scalar>
 EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_size(R)],
                                                 const Scalar* b, Index stride, Index steps,
@@ -201,10 +210,10 @@ EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_s
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// R rows of C += a[r][k]·b[k, :], where the rows of B are whole tiles and follow each other, so that
-/// all of it is read and asked for in the order in which it lies, and behind it what `next_b` begins
-/// with. Only so many rows of B are side by side as it takes for C, in the nearest cache, to cost less
-/// time than memory.
+/// R rows of C += a[r][k]·b[k, :], where the rows of B are whole tiles and follow each other, so
+/// that all of it is read and asked for in the order in which it lies, and behind it what `next_b`
+/// begins with. Only so many rows of B are side by side as it takes for C, in the nearest cache, to
+/// cost less time than memory.
 template <Index R, class Scalar>
 MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b,
                                     Scalar* const* c, const Scalar* next_b) {
@@ -218,12 +227,13 @@ MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scal
   const Index columns = b.cols();
   const Index block = side_by_side * columns;
   const Index end = b.rows() * columns;
-  Index asked = block + ahead / block * block;
+  Index asked = first_asked(block, end, ahead);
   for (Index at = 0; at < end; at += block, asked += block) {
     const Index steps = side_by_side == 1 ? 1 : std::min(side_by_side, (end - at) / columns);
     const Scalar* place = b.data() + at;
     const bool is_in_next = asked >= end && next_b != nullptr;
     const Scalar* from = is_in_next ? next_b : place;
+    // If nothing is left to ask for, it is what is read anyway.
     Index further = is_in_next ? asked - end : asked < end ? asked - at : 0;
     constexpr Index packets = packets_in_order;
     for (Index column = 0; column < columns; column += packets * size) {
@@ -234,9 +244,9 @@ MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scal
   }
 }
 
-/// Whether multiply_in_order() is for so many rows of A and so many columns, all those of B, whose rows
-/// are `stride` apart: few rows, and short ones of B. Of those longer than a page of memory, eight side
-/// by side are as fast in large pages, and faster in small ones.
+/// Whether multiply_in_order() is for so many rows of A and so many columns, all those of B, whose
+/// rows are `stride` apart: few rows, and short ones of B that are whole tiles. Of those longer
+/// than a page of memory, eight side by side are as fast in large pages, and faster in small ones.
 template <class Scalar>
 constexpr bool is_in_order(Index rows, Index columns, Index stride) {
   return rows <= rows_in_order && columns == stride && columns > 0 &&
@@ -261,12 +271,12 @@ void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
                                [&](auto R) { multiply_in_order<R>(from, b, to, next_b); });
 }
 
-/// The form nn with B where it lies, in the order in which memory gives it fastest: with few rows, and
-/// short ones of B, one after the other; else some side by side, from one end to the other. Then the
-/// depth goes in steps, at each of which C is read and written, in slices of columns that stay in the
-/// caches while all rows of A pass. The processor foresees nothing beyond a page of memory, so the
-/// rows are asked for 32 KiB ahead, and at their ends those that are read in the next steps in their
-/// places, the last of which may be in `next_b`.
+/// The form nn with B where it lies, in the order in which memory gives it fastest: with few rows,
+/// and short ones of B, one after the other; else some side by side, from one end to the other.
+/// Then the depth goes in steps, at each of which C is read and written, in slices of columns that
+/// stay in the caches while all rows of A pass. The processor foresees nothing beyond a page of
+/// memory, so the rows are asked for 32 KiB ahead, and at their ends those that are read in the
+/// next steps in their places, the last of which may be in `next_b`.
 template <class Scalar>
 void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
                         Index first_column, Index columns, Start start, const Bias<Scalar>& bias,
@@ -421,8 +431,8 @@ void transpose_rows(ScatteredRows<Scalar> from, ScatteredRows<Scalar> to) {
 }
 
 /// R rows of B, `stride` apart, times V packets of the columns of a panel, from zero or what is in
-/// `tile` (R x V packets, tile_columns apart). If there are only `height` rows, the last stands for the
-/// others. The rows are asked for when what is `ahead` places before them is read.
+/// `tile` (R x V packets, tile_columns apart). If there are only `height` rows, the last stands for
+/// the others. The rows are asked for when what is `ahead` places before them is read.
 template <class P, Index R, Index V, class Scalar>
 MOE_NOINLINE void multiply_rows_tile(const Scalar* b, Index stride, Index height,
                                      Panel<Scalar> panel, Index depth, bool from_zero, Index ahead,
@@ -453,9 +463,9 @@ MOE_NOINLINE void multiply_rows_tile(const Scalar* b, Index stride, Index height
   }
 }
 
-/// The form nt with B where it lies, a tile's rows of it side by side. What runs along the packets is
-/// rows of A, copied as columns; where half a packet or less of them is left, a packet half as wide,
-/// of which the processor can do two at once.
+/// The form nt with B where it lies, a tile's rows of it side by side. What runs along the packets
+/// is rows of A, copied as columns; where half a packet or less of them is left, a packet half as
+/// wide, of which the processor can do two at once.
 template <class Scalar>
 void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
                         Index first_column, Index columns, Start start,
@@ -544,9 +554,9 @@ void multiply_shallow_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> 
 }
 
 /// The form tn in the order in which memory gives and takes C fastest: some rows of it are read and
-/// written from one end to the other, and asked for ahead as multiply_stream_nn does with B. What is
-/// added to them, at most stream_pairs at once, stays in the second-level cache, with 16 registers in
-/// the first.
+/// written from one end to the other, and asked for ahead as multiply_stream_nn does with B. What
+/// is added to them, at most stream_pairs at once, stays in the second-level cache, with 16
+/// registers in the first.
 template <class Scalar>
 void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
                         Index first_row, Index rows, Index first_column, Index columns, Start start,

@@ -49,8 +49,14 @@ inline constexpr Index tile_rows = 4;
 inline constexpr Index tile_packets = 3;
 /// The highest tile, whatever the registers: of one packet where that alone has enough chains.
 inline constexpr Index max_tile_rows = 8;
-/// The highest where B is read where it lies: 32 registers hold one row more, if no other value stays.
-inline constexpr Index stream_rows = tile_rows == max_tile_rows ? 9 : tile_rows;
+/// Whether a tile is so large that the second-level cache can feed it: 8 x 3 packets of 64 bytes
+/// need 8 to 16 bytes a cycle. Then every form streams its large operand where it lies, for any
+/// number of rows. Smaller tiles need theirs in the first-level cache, as panels; with few rows,
+/// which wait for memory, they stream as well.
+inline constexpr bool streams = tile_rows == max_tile_rows;
+/// The highest tile of a product that reads B where it lies: 32 registers hold one row more, if no
+/// other value stays in them.
+inline constexpr Index stream_rows = streams ? 9 : tile_rows;
 
 template <class Scalar>
 inline constexpr Index tile_columns = tile_packets* packet_size<Scalar>;
@@ -83,7 +89,8 @@ EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
 }
 
 /// So many lines, `further` away from a place, of what is wanted so much later that the nearest
-/// cache would not hold it until then. It may be in another matrix, so its address is a number first.
+/// cache would not hold it until then. It may be in another matrix, so its address is a number
+/// first.
 template <Index lines, class Scalar>
 EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
                                       [[maybe_unused]] Index further = 0) {
@@ -112,9 +119,9 @@ struct Panel {
   Index stride;
 };
 
-/// Memory that will be wanted soon: strip_lines cache lines at each of `count` places. A tile asks for some
-/// of them every few steps, so that they come while it calculates; the processor does not foresee
-/// them itself, since they are short pieces at a long stride.
+/// Memory that will be wanted soon: strip_lines cache lines at each of `count` places. A tile asks
+/// for some of them every few steps, so that they come while it calculates; the processor does not
+/// foresee them itself, since they are short pieces at a long stride.
 template <class Scalar>
 struct Ahead {
   const Scalar* place = nullptr;
@@ -138,8 +145,8 @@ EIGEN_ALWAYS_INLINE P to_register(P packet) {
   return packet;
 }
 
-/// One step of k. The packets of `right` have names of their own, since GCC at times leaves an array
-/// of them in memory.
+/// One step of k. The packets of `right` have names of their own, since GCC at times leaves an
+/// array of them in memory.
 template <class P, class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
                                       P (&sum)[R][V]) {
@@ -180,7 +187,8 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
   constexpr Index stretch = 8;  // steps between looks ahead
-  // Pointers in variables of their own are registers; through the arguments they would be loaded anew.
+  // Pointers in variables of their own are registers; through the arguments they would be loaded
+  // anew.
   const Scalar* row[to_size(R)];
   Scalar* to[to_size(R)];
   MOE_UNROLL
@@ -220,8 +228,8 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
-/// Calls run(to) for a tile beside C, which `to` points to in tile_rows rows: it holds what C starts
-/// from, and its first `rows` and `width` columns are then copied to C.
+/// Calls run(to) for a tile beside C, which `to` points to in tile_rows rows: it holds what C
+/// starts from, and its first `rows` and `width` columns are then copied to C.
 template <class Scalar, class F>
 void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bias,
                     Scalar* const* c, F&& run) {

@@ -43,8 +43,8 @@ struct ExpertTape {
   std::vector<typename Expert::Scratch> scratch;  ///< one a worker
 };
 
-/// A pass of some experts, one or more, over the slots of a routing that group_by_expert() was called
-/// on. It refers to all that it is given.
+/// A pass of some experts, one or more, over the slots of a routing that group_by_expert() was
+/// called on. It refers to all that it is given.
 ///
 /// Experts run in groups, one group after the other: first the first halves of all its slices, then
 /// the second halves, which add to the tokens. A group is as many rows as the caches hold between
@@ -198,8 +198,8 @@ class ExpertPass {
     flush();
   }
 
-  // Plans append tasks. On one worker a task is as large as can be, since each reads its weights and
-  // rows anew; on several there are some for each worker, in proportion to the work in a slice.
+  // Plans append tasks. On one worker a task is as large as can be, since each reads its weights
+  // and rows anew; on several there are some for each worker, in proportion to the work in a slice.
 
   Index group_rows() const {
     return tape_.slices.back().first + tape_.slices.back().count - tape_.slices.front().first;
@@ -212,8 +212,8 @@ class ExpertPass {
     return (8 * workers * rows + group_rows() - 1) / group_rows();
   }
 
-  /// Cuts [0, count) into at most `pieces` ranges that start at multiples of `unit`, as even as can be,
-  /// the larger ones first, so that what is left over at the end of a plan is small.
+  /// Cuts [0, count) into at most `pieces` ranges that start at multiples of `unit`, as even as can
+  /// be, the larger ones first, so that what is left over at the end of a plan is small.
   static void cut(Index count, Index pieces, Index unit, FunctionRef<void(Range)> f) {
     const Index units = (count + unit - 1) / unit;
     for_each_part(units, std::min(pieces, units), [&](Index first, Index size) {
@@ -240,8 +240,8 @@ class ExpertPass {
   }
 
   /// An even piece for each worker: columns while they are a tile wide, then rows too, with which a
-  /// few pieces more may come out. They are not cut finer, since each piece of rows reads the weights
-  /// anew.
+  /// few pieces more may come out. They are not cut finer, since each piece of rows reads the
+  /// weights anew.
   void plan_combines(Index width) const {
     const Index workers = worker_count();
     const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers);
@@ -261,8 +261,8 @@ class ExpertPass {
     }
   }
 
-  /// At most so many tasks come from a group: each kind makes one of every slice and for rows of it,
-  /// and its share of the pieces, rounded up.
+  /// At most so many tasks come from a group: each kind makes one of every slice and for rows of
+  /// it, and its share of the pieces, rounded up.
   Index most_tasks(Index rows) const { return 4 * rows + 64 * worker_count() + 32; }
 
   /// Which all experts are like.
@@ -274,7 +274,8 @@ class ExpertPass {
     return experts[to_size(tape_.slices[to_size(task.block)].expert)];
   }
 
-  // Whose turn it is after a slice or a task, if that is known: another worker may get the next task.
+  // Whose turn it is after a slice or a task, if that is known: another worker may get the next
+  // task.
 
   const Expert* expert_after(const Slice& slice) const {
     const bool known = &slice != &tape_.slices.back();
@@ -311,9 +312,9 @@ class ExpertPass {
     }
   }
 
-  /// Calls f(task, scratch) for every task. In a parallel region even if there is one task only where
-  /// a network may use Eigen's own products: outside of one, Eigen would split them over threads,
-  /// with other bits for each number.
+  /// Calls f(task, scratch) for every task. In a parallel region even if there is one task only
+  /// where a network may use Eigen's own products: outside of one, Eigen would split them over
+  /// threads, with other bits for each number.
   void perform(FunctionRef<void(const Task&, Scratch&)> f) const {
     const auto count = static_cast<Index>(tape_.tasks.size());
     const Index calls = Expert::fused ? count : std::max<Index>(2, count);

@@ -16,9 +16,9 @@
 namespace moe {
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few
-/// experts, each expert runs over the rows it got, and the results are added up by weight. The layer
-/// drops no token, and computes and back-propagates nothing for an expert that got none. A token that
-/// a gate gave no slot (some do, see docs/gates.md) has a y of act(0).
+/// experts, each expert runs over the rows it got, and the results are added up by weight. The
+/// layer drops no token, and computes and back-propagates nothing for an expert that got none. A
+/// token that a gate gave no slot (some do, see docs/gates.md) has a y of act(0).
 ///
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>> layer({.width = 128,
 ///                                                         .expert = {.hidden = 256},
@@ -31,9 +31,9 @@ namespace moe {
 ///
 /// The layer knows neither what a network computes nor how a gate chose. A const layer may be used
 /// from several threads at once, each with its own tape. The same seed, input and step give the
-/// same bits on any number of threads, and a token's y does not depend on the other rows of x unless
-/// the gate's choice does. After a first call with the same shapes and number of slots nothing is
-/// allocated, except what evaluate() without a tape returns.
+/// same bits on any number of threads, and a token's y does not depend on the other rows of x
+/// unless the gate's choice does. After a first call with the same shapes and number of slots
+/// nothing is allocated, except what evaluate() without a tape returns.
 template <class Expert, class Gate_ = NoisyTopKGate<typename Expert::Scalar>>
 requires Gate<Gate_> && std::same_as<typename Expert::Scalar, typename Gate_::Scalar>
 class MoELayer {
@@ -71,8 +71,8 @@ class MoELayer {
     }
   }
 
-  /// The configuration with the widths that were left 0. Throws std::invalid_argument for one out of
-  /// range.
+  /// The configuration with the widths that were left 0. Throws std::invalid_argument for one out
+  /// of range.
   static Config completed(Config config) {
     detail::require(config.width >= 1, "MoELayer::Config.width = ", config.width,
                     ", must be at least 1");
@@ -96,8 +96,8 @@ class MoELayer {
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
   /// in tape.balance. Give every update its own key.step: the same key draws the same noise.
-  /// O(S·D·H), and what the gate costs. Throws std::invalid_argument when x is not D wide, and when a
-  /// gate contradicts itself, which leaves the tape unusable.
+  /// O(S·D·H), and what the gate costs. Throws std::invalid_argument when x is not D wide, and when
+  /// a gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                 const NoiseKey& key = {}) const {
     detail::check_layer_width<Scalar>(x, "x", config_.width);

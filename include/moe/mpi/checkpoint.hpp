@@ -238,15 +238,16 @@ void copy_state(bool to_whole, Optimizer& optimizer, Module& module, Optimizer* 
 }  // namespace checkpoint
 
 /// Fills the root's whole model with the parameters of all ranks' modules; of what several ranks
-/// have, with those of the lowest. `whole` is null on the other ranks. Throws Error on all ranks, with
-/// nothing changed, unless names and shapes are the same. Collective.
+/// have, with those of the lowest. `whole` is null on the other ranks. Throws Error on all ranks,
+/// with nothing changed, unless names and shapes are the same. Collective.
 template <class Module, class Whole>
 void gather_parameters(Module& module, Whole* whole, const Communicator& communicator,
                        int root = 0) {
   checkpoint::copy_parameters(true, module, whole, root, communicator);
 }
 
-/// The other way: every rank gets what it has of the root's whole model. Throws likewise. Collective.
+/// The other way: every rank gets what it has of the root's whole model. Throws likewise.
+/// Collective.
 template <class Whole, class Module>
 void scatter_parameters(Whole* whole, Module& module, const Communicator& communicator,
                         int root = 0) {

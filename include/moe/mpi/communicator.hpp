@@ -42,16 +42,17 @@ struct Fact {
 /// Some processes that train together. A copy refers to the same ones.
 ///
 /// Calls that do not say otherwise are collective: all ranks make the same ones in the same order.
-/// Each begins with agree(), in which a rank that failed still takes part, to say so; so none is left
-/// waiting in a call that another will never make. One that makes no call at all is waited for as
-/// long as `timeout` says, there and in exchanges of rows. Of the threads of a process only one at a
-/// time may use it.
+/// Each begins with agree(), in which a rank that failed still takes part, to say so; so none is
+/// left waiting in a call that another will never make. One that makes no call at all is waited for
+/// as long as `timeout` says, there and in exchanges of rows. Of the threads of a process only one
+/// at a time may use it.
 class Communicator {
  public:
   /// The ranks of `communicator`, which is duplicated, so messages of others do not get in the way.
   /// After `timeout` seconds in which not all ranks made the same call, those that did throw
-  /// std::runtime_error, and can do no more with it; 0 stands for ever. Throws std::invalid_argument
-  /// for a timeout below 0, and std::logic_error before MPI is started (Environment).
+  /// std::runtime_error, and can do no more with it; 0 stands for ever. Throws
+  /// std::invalid_argument for a timeout below 0, and std::logic_error before MPI is started
+  /// (Environment).
   explicit Communicator(MPI_Comm communicator = MPI_COMM_WORLD, double timeout = 600) {
     int initialized = 0;
     MPI_Initialized(&initialized);
@@ -76,9 +77,9 @@ class Communicator {
   /// 1, 2, ...: the same on all ranks if it is asked for after the same calls.
   std::int64_t next_number() const { return ++shared_->numbers; }
 
-  /// Returns when all ranks made the same call with the same facts and none failed, else throws Error
-  /// on all: what a rank says that failed, or who disagrees on what. At most 6 facts; `call` and
-  /// the names are text that lives on.
+  /// Returns when all ranks made the same call with the same facts and none failed, else throws
+  /// Error on all: what a rank says that failed, or who disagrees on what. At most 6 facts; `call`
+  /// and the names are text that lives on.
   void agree(const char* call, std::initializer_list<Fact> facts = {},
              std::exception_ptr failure = nullptr) const {
     const Claim claim(call, facts, failure != nullptr);

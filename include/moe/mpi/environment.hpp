@@ -14,9 +14,9 @@
 
 namespace moe::mpi {
 
-/// Starts MPI, unless that was done, and ends it with the scope. Where an exception leaves the scope
-/// it ends the processes of all ranks instead, with MPI_Abort(), since the others would wait for this
-/// one for ever. The message is lost then, unless it was printed before; see run().
+/// Starts MPI, unless that was done, and ends it with the scope. Where an exception leaves the
+/// scope it ends the processes of all ranks instead, with MPI_Abort(), since the others would wait
+/// for this one for ever. The message is lost then, unless it was printed before; see run().
 ///
 /// Threads of OpenMP may compute, while only the thread that made this calls into MPI
 /// (MPI_THREAD_FUNNELED).
@@ -58,9 +58,9 @@ class Environment {
 ///       return moe::mpi::run(&argc, &argv, [&] { ...; return 0; });
 ///     }
 ///
-/// Returns what `program` does. An exception that leaves it is printed on stderr, with the rank, and
-/// ends all ranks within seconds; an Error, if all ranks throw it, is printed once and makes all return
-/// 1.
+/// Returns what `program` does. An exception that leaves it is printed on stderr, with the rank,
+/// and ends all ranks within seconds; an Error, if all ranks throw it, is printed once and makes
+/// all return 1.
 template <class Program>
 int run(int* argc, char*** argv, Program&& program) {
   const Environment environment(argc, argv);

@@ -22,9 +22,9 @@
 #include "moe/mpi/row_exchange.hpp"
 
 /// \file
-/// The mixture-of-experts layer over several machines [S17 sec. 3.1]: every rank has tokens of its own
-/// and a copy of the gate, every expert lives on one rank, and the tokens of all ranks that chose an
-/// expert meet there.
+/// The mixture-of-experts layer over several machines [S17 sec. 3.1]: every rank has tokens of its
+/// own and a copy of the gate, every expert lives on one rank, and the tokens of all ranks that
+/// chose an expert meet there.
 
 namespace moe::mpi {
 
@@ -66,8 +66,8 @@ struct Shard {
 /// ranks one behind the other, first those of rank 0: the same y and dx for them, and the same
 /// gradients, up to the order of sums. In every run on as many ranks they have the same bits. The
 /// noise of a token depends on its place in that batch, and tape.balance speaks of all of it. dy is
-/// the gradient of a loss of the whole batch, so where that is a mean, divide by the number of tokens
-/// of all ranks, tape.batch_tokens.
+/// the gradient of a loss of the whole batch, so where that is a mean, divide by the number of
+/// tokens of all ranks, tape.batch_tokens.
 ///
 /// It is moved, not copied, and what it was moved from is of no use.
 ///
@@ -75,13 +75,13 @@ struct Shard {
 /// the same call with the same key.step. What goes wrong on one is thrown on all, as an Error.
 ///
 /// An expert's gradients are those of all ranks' tokens, on the rank that holds it; they are never
-/// divided by the number of ranks. Gradients of the gate are summed over the ranks in backward(), and
-/// have the same bits everywhere. So do those of other modules after sum_gradients(); clip with
+/// divided by the number of ranks. Gradients of the gate are summed over the ranks in backward(),
+/// and have the same bits everywhere. So do those of other modules after sum_gradients(); clip with
 /// mpi::clip_gradients().
 ///
 /// A slot that leaves its rank costs D numbers each way, forward and backward, and one more for its
-/// weight. Rows are packed where they leave, and computed with as they arrive: they are not sorted by
-/// expert first. While they travel a rank computes its own share.
+/// weight. Rows are packed where they leave, and computed with as they arrive: they are not sorted
+/// by expert first. While they travel a rank computes its own share.
 template <class Layer>
 class ExpertParallel {
  public:
@@ -113,8 +113,8 @@ class ExpertParallel {
     std::vector<Index> own_slot;  ///< which of its slots those are
     Share others;                 ///< of the tokens of the other ranks, a row a slot, N of them
 
-    // A rank's slots that leave it, L of them, are numbered in the order of their experts, those that
-    // come to it by rank, and by expert and token in each.
+    // A rank's slots that leave it, L of them, are numbered in the order of their experts, those
+    // that come to it by rank, and by expert and token in each.
     std::vector<Index> sent;               ///< R + 1, which of the L go to which rank
     std::vector<Index> received;           ///< R + 1, which of the N come from which rank
     std::vector<Index> sent_counts;        ///< E, slots of this rank for each expert
@@ -186,9 +186,9 @@ class ExpertParallel {
     return tape.y;
   }
 
-  /// Takes dy, the gradient of the whole batch's loss by y (T x D), after forward() on the same tape.
-  /// Adds to the gradients of the gate and of this rank's experts; returns that of x, which is
-  /// tape.dx. Throws Error on all ranks.
+  /// Takes dy, the gradient of the whole batch's loss by y (T x D), after forward() on the same
+  /// tape. Adds to the gradients of the gate and of this rank's experts; returns that of x, which
+  /// is tape.dx. Throws Error on all ranks.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     with_batch(tape, [&] {
       communicator_.attempt("ExpertParallel::backward",
@@ -431,9 +431,9 @@ class ExpertParallel {
 
   // Both ways of a pass: rows of tokens go to where their experts are, answers come back.
 
-  /// Rows are packed into what the answers will come to later. An MPI datatype that lists them would
-  /// spare that, but was 2 to 6 times slower, since MPI then neither copies from process to process nor
-  /// lets a network read the memory.
+  /// Rows are packed into what the answers will come to later. An MPI datatype that lists them
+  /// would spare that, but was 2 to 6 times slower, since MPI then neither copies from process to
+  /// process nor lets a network read the memory.
   void send_tokens(const MatrixRef<Scalar>& matrix, Matrix<Scalar>& received, Tape& tape,
                    RowExchange& exchange) const {
     using moe::detail::to_size;

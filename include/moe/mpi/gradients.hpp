@@ -13,8 +13,8 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// Gradients of several ranks: those of what every rank has a copy of are summed, those of what only
-/// one rank has are not.
+/// Gradients of several ranks: those of what every rank has a copy of are summed, those of what
+/// only one rank has are not.
 
 namespace moe::mpi {
 
@@ -25,8 +25,8 @@ enum class Residence {
   here,        ///< only this rank has it: an ExpertParallel's expert
 };
 
-/// A module that does not live everywhere. ExpertParallel shows its parts as such, so they are known
-/// for what they are however deep in a model they lie.
+/// A module that does not live everywhere. ExpertParallel shows its parts as such, so they are
+/// known for what they are however deep in a model they lie.
 template <Residence residence, class Module>
 struct Resident {
   static constexpr Residence lives = residence;
@@ -180,9 +180,9 @@ class GradientSum {
   std::vector<Index> added_;
 };
 
-/// Sums the gradients of all that every rank has a copy of over the ranks, once an update, after the
-/// last backward pass and before clipping. ExpertParallel's own are left alone: its backward() has
-/// summed the gate's, and its experts' are complete. Gradients are those of a loss of the whole
+/// Sums the gradients of all that every rank has a copy of over the ranks, once an update, after
+/// the last backward pass and before clipping. ExpertParallel's own are left alone: its backward()
+/// has summed the gate's, and its experts' are complete. Gradients are those of a loss of the whole
 /// batch, so nothing is divided. The sums have the same bits everywhere, and with them the copies
 /// stay the same. Collective.
 template <class Module>
@@ -191,8 +191,8 @@ void sum_gradients(Module& module, const Communicator& communicator) {
   GradientSum().sum(copies, communicator);
 }
 
-/// gradient_norm() of the whole model: what every rank has a copy of counts once. The same bits on all
-/// ranks. Collective.
+/// gradient_norm() of the whole model: what every rank has a copy of counts once. The same bits on
+/// all ranks. Collective.
 template <class Module>
 double gradient_norm(const Module& module, const Communicator& communicator,
                      Updates updates = Updates::dense) {

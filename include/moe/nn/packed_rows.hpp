@@ -22,8 +22,8 @@ struct PackedRows {
     }
   }
 
-  /// packed[i] = padded[rows[i]]. The padding is not read. Throws std::invalid_argument if there is no
-  /// such row, or if both are one matrix.
+  /// packed[i] = padded[rows[i]]. The padding is not read. Throws std::invalid_argument if there is
+  /// no such row, or if both are one matrix.
   template <class Scalar>
   void pack(const Matrix<Scalar>& padded, Matrix<Scalar>& packed) const {
     check(padded.rows());
@@ -33,8 +33,8 @@ struct PackedRows {
   }
 
   /// padded[rows[i]] = packed[i], and 0 in the other rows, T in all. With gradients in the place of
-  /// values, each of the two is the other's backward. Throws std::invalid_argument if the rows do not
-  /// fit, or if both are one matrix.
+  /// values, each of the two is the other's backward. Throws std::invalid_argument if the rows do
+  /// not fit, or if both are one matrix.
   template <class Scalar>
   void unpack(const Matrix<Scalar>& packed, Index T, Matrix<Scalar>& padded) const {
     check(T);

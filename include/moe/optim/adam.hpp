@@ -19,11 +19,11 @@ namespace moe {
 /// D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015;
 /// I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 ///
-/// Dense Adam, the default, moves every parameter at every update: the weights of an expert that got
-/// no token go on moving by its old m, and m, v and the weights go on decaying. Updates::lazy leaves
-/// such an expert entirely alone, and t counts the updates of each parameter by itself, so every
-/// expert gets exactly the Adam of the updates at which it had tokens. PyTorch's SparseAdam, the
-/// nearest thing, leaves rows alone likewise but takes the optimizer's t for all.
+/// Dense Adam, the default, moves every parameter at every update: the weights of an expert that
+/// got no token go on moving by its old m, and m, v and the weights go on decaying. Updates::lazy
+/// leaves such an expert entirely alone, and t counts the updates of each parameter by itself, so
+/// every expert gets exactly the Adam of the updates at which it had tokens. PyTorch's SparseAdam,
+/// the nearest thing, leaves rows alone likewise but takes the optimizer's t for all.
 ///
 /// Runs at the speed of memory: four reads and three writes a parameter. After the first update of
 /// a module no further one allocates.
@@ -53,10 +53,10 @@ class Adam {
 
   const Config& config() const { return config_; }
 
-  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter, in
-  /// the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument, with
-  /// nothing changed, if the learning rate or a factor is negative or not finite, if there are not as
-  /// many factors as parameters, or if the module is not that of the first update.
+  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter,
+  /// in the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument,
+  /// with nothing changed, if the learning rate or a factor is negative or not finite, if there are
+  /// not as many factors as parameters, or if the module is not that of the first update.
   template <class Module>
   void update(Module& module, double learning_rate, std::span<const double> factors = {}) {
     detail::check_learning_rates("Adam", learning_rate, factors);
@@ -81,8 +81,8 @@ class Adam {
 
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
   /// f(name, matrix) with "first_moment.experts.3.up.weight" and "second_moment. ...", and
-  /// f(name, numbers), a std::span<Index>, with "steps" and "updates". Before the first update it is
-  /// all zero. Throws std::invalid_argument if the module is not that of the first update.
+  /// f(name, numbers), a std::span<Index>, with "steps" and "updates". Before the first update it
+  /// is all zero. Throws std::invalid_argument if the module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     first_moment_.match(module, "Adam");

@@ -79,25 +79,26 @@ class FactoredState {
 ///     w = (1 - η·weight_decay)·w - η·g / (√v̂ + ε)         η the learning rate
 ///
 /// Where g² = a·bᵀ at every update, with one a or with one b for all of them, v is Adam's and the
-/// update is Adam's with β1 = 0. So it is for every vector: a bias is a matrix of one row, its c the
-/// full second moment. Elsewhere v is the matrix of rank one that has the row and column means of
-/// Adam's. An element that is large for its row and its column then moves by more than η, and by far
-/// more if most of mean(r) comes from other rows and columns: of a gradient diag(1000, 1) the first
-/// update moves the second element by 1000·η. A lower learning rate than Adam's helps.
+/// update is Adam's with β1 = 0. So it is for every vector: a bias is a matrix of one row, its c
+/// the full second moment. Elsewhere v is the matrix of rank one that has the row and column means
+/// of Adam's. An element that is large for its row and its column then moves by more than η, and by
+/// far more if most of mean(r) comes from other rows and columns: of a gradient diag(1000, 1) the
+/// first update moves the second element by 1000·η. A lower learning rate than Adam's helps.
 ///
 /// N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018
-/// (arXiv 1804.04235) took this up a year later. Adafactor factors v alike, but corrects no bias and
-/// lets β2 rise with t instead, adds its constant to g² and not to the root, scales an update down
-/// whose root mean square is above 1, and takes steps relative to the size of the weights. Here only
-/// what Adam does is done.
+/// (arXiv 1804.04235) took this up a year later. Adafactor factors v alike, but corrects no bias
+/// and lets β2 rise with t instead, adds its constant to g² and not to the root, scales an update
+/// down whose root mean square is above 1, and takes steps relative to the size of the weights.
+/// Here only what Adam does is done.
 ///
-/// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the range
-/// of gradients is that of their squares' sums: in float up to 1e16, and below 1e-19 they count less
-/// and less. A gradient that is not finite, or whose square is not, makes NaN of its whole matrix,
-/// being part of mean(r), and of no other; as with Adam, it stays in what is remembered.
+/// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the
+/// range of gradients is that of their squares' sums: in float up to 1e16, and below 1e-19 they
+/// count less and less. A gradient that is not finite, or whose square is not, makes NaN of its
+/// whole matrix, being part of mean(r), and of no other; as with Adam, it stays in what is
+/// remembered.
 ///
-/// Updates::lazy leaves an expert that got no token alone, as Adam's does. A dense update of it lets r
-/// and c decay, and its weights.
+/// Updates::lazy leaves an expert that got no token alone, as Adam's does. A dense update of it
+/// lets r and c decay, and its weights.
 ///
 /// Reads the gradient twice and the weights once, and writes the weights: four sevenths of Adam's
 /// traffic. After the first update of a module no further one allocates with as many threads; it
@@ -127,10 +128,10 @@ class FactoredAdam {
 
   const Config& config() const { return config_; }
 
-  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter, in
-  /// the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument, with
-  /// nothing changed, if the learning rate or a factor is negative or not finite, if there are not as
-  /// many factors as parameters, or if the module is not that of the first update.
+  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter,
+  /// in the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument,
+  /// with nothing changed, if the learning rate or a factor is negative or not finite, if there are
+  /// not as many factors as parameters, or if the module is not that of the first update.
   template <class Module>
   void update(Module& module, double learning_rate, std::span<const double> factors = {}) {
     detail::check_learning_rates("FactoredAdam", learning_rate, factors);
@@ -163,8 +164,8 @@ class FactoredAdam {
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
   /// f(name, matrix) with "row_means.experts.3.up.weight" (D x 1) and
   /// "column_means. ..." (1 x H), and f(name, numbers), a std::span<Index>, with "steps" and
-  /// "updates". Before the first update it is all zero. Throws std::invalid_argument if the module is
-  /// not that of the first update.
+  /// "updates". Before the first update it is all zero. Throws std::invalid_argument if the module
+  /// is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     second_moment_.match(module, "FactoredAdam");
@@ -195,8 +196,8 @@ class FactoredAdam {
 
   double correction(Index t) const { return 1 - std::pow(config_.beta2, static_cast<double>(t)); }
 
-  /// Into how many pieces, some rows each, a matrix is cut: by its shape alone, since the order of the
-  /// columns' sums hangs on it.
+  /// Into how many pieces, some rows each, a matrix is cut: by its shape alone, since the order of
+  /// the columns' sums hangs on it.
   static Index pieces_of(const Matrix<Scalar>& matrix) {
     constexpr Index piece = Index{1} << 17;  // far longer than waking the workers takes
     constexpr Index most = 16;
@@ -246,8 +247,8 @@ class FactoredAdam {
     });
   }
 
-  // Of the rows from `first` to `last`: row_means[i] += share·Σ_j g_ij² and column_sums[j] = Σ_i g_ij².
-  // Every sum has one order, down the rows of a strip and strip by strip.
+  // Of the rows from `first` to `last`: row_means[i] += share·Σ_j g_ij² and column_sums[j] = Σ_i
+  // g_ij². Every sum has one order, down the rows of a strip and strip by strip.
 
   static void add_squares(const Matrix<Scalar>& gradient, Index first, Index last, Scalar share,
                           Scalar* row_means, Scalar* column_sums) {

@@ -15,8 +15,8 @@ inline constexpr Index optimizer_block = 4096;
 /// what a lane adds up has the same bits on any number of threads.
 inline constexpr Index optimizer_lanes = 16;
 
-/// Whether passes over a module leave a parameter out: it is idle, or a gradient that stands for zero
-/// and cannot be made so, the module being const.
+/// Whether passes over a module leave a parameter out: it is idle, or a gradient that stands for
+/// zero and cannot be made so, the module being const.
 template <class Scalar>
 bool is_passed_by(const Parameter<Scalar>& parameter, Updates updates) {
   return is_idle(parameter, updates) || parameter.gradient_state == GradientState::cleared;
@@ -42,8 +42,8 @@ Index prepare_gradients(Module& module, Updates updates) {
   return scalars;
 }
 
-/// Into how many tasks passes over so many scalars are cut. Every task walks over all parameters, and
-/// few of them at once make for short runs through memory, so there are two tasks a worker for
+/// Into how many tasks passes over so many scalars are cut. Every task walks over all parameters,
+/// and few of them at once make for short runs through memory, so there are two tasks a worker for
 /// balance and none without enough to do.
 inline Index optimizer_tasks(Index scalars) {
   constexpr Index worth_a_task = Index{1} << 14;
@@ -54,9 +54,9 @@ inline Index optimizer_tasks(Index scalars) {
 
 /// Calls f(lane, index, parameter, first, count) for every block of every parameter that is not
 /// idle, the blocks of a lane in order, several lanes at once; index counts the parameters. An idle
-/// parameter's blocks are dealt all the same, so that leaving it out moves no other block to another
-/// lane. It is one parallel region for the whole module, since a layer of many experts has a
-/// thousand small parameters and waking the workers for each would cost more than the work. Does
+/// parameter's blocks are dealt all the same, so that leaving it out moves no other block to
+/// another lane. It is one parallel region for the whole module, since a layer of many experts has
+/// a thousand small parameters and waking the workers for each would cost more than the work. Does
 /// not allocate. Throws std::invalid_argument, before the first call, if a gradient has another
 /// shape than its value.
 template <class Module, class F>
@@ -84,9 +84,9 @@ void for_each_parameter_block(Module& module, Updates updates, F&& f) {
   });
 }
 
-/// Calls f(index, parameter, worker) for every parameter that is not idle and that chosen(parameter)
-/// says yes to, several at once, in one parallel region like for_each_parameter_block(). The gradients
-/// must be prepared. Does not allocate.
+/// Calls f(index, parameter, worker) for every parameter that is not idle and that
+/// chosen(parameter) says yes to, several at once, in one parallel region like
+/// for_each_parameter_block(). The gradients must be prepared. Does not allocate.
 template <class Module, class Chosen, class F>
 void for_each_whole_parameter(Module& module, Updates updates, Chosen&& chosen, F&& f) {
   Index scalars = 0;

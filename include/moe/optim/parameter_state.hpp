@@ -16,8 +16,8 @@ inline void check_learning_rate(std::string_view optimizer, double learning_rate
           "::update: learning_rate = ", learning_rate, ", must be finite and at least 0");
 }
 
-/// Throws std::invalid_argument unless the learning rate and its products with the factors are finite
-/// and at least 0.
+/// Throws std::invalid_argument unless the learning rate and its products with the factors are
+/// finite and at least 0.
 inline void check_learning_rates(std::string_view optimizer, double learning_rate,
                                  std::span<const double> factors) {
   check_learning_rate(optimizer, learning_rate);

@@ -2,8 +2,8 @@
 
 /// \file
 /// What is taken from a return, so that the sum of what was better and what was worse than expected
-/// remains: the expectation of the gradient stays, its variance falls ([W92], see returns.hpp; [R16],
-/// see schedule.hpp).
+/// remains: the expectation of the gradient stays, its variance falls ([W92], see returns.hpp;
+/// [R16], see schedule.hpp).
 
 namespace moe {
 

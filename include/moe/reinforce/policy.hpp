@@ -12,8 +12,8 @@
 
 namespace moe {
 
-/// A policy writes a sequence of symbols for an input, one symbol a step: its recurrent state is the
-/// state of the agent, the next symbol the action.
+/// A policy writes a sequence of symbols for an input, one symbol a step: its recurrent state is
+/// the state of the agent, the next symbol the action.
 ///
 /// A batch has R = inputs·samples rows; row r writes for input r / samples, so an encoder need read
 /// each input once. What a row reads at a step is the symbol it wrote before (at the first step the
@@ -30,10 +30,10 @@ namespace moe {
 ///     backward(dlogits, tape)                          after forward: adds to the parameters'
 ///                                                      gradients. dlogits is 0 in padding
 ///
-/// Given the same numbers, step and forward give the same logits. `noise` is the key of whatever the
-/// policy draws: a mixture's gate, dropout. Without a key nothing is drawn, as in evaluation. With the
-/// same key forward must draw what the steps drew: a mixture inside step() counts the tokens that
-/// came before, and passes their number on as NoiseKey::first_token.
+/// Given the same numbers, step and forward give the same logits. `noise` is the key of whatever
+/// the policy draws: a mixture's gate, dropout. Without a key nothing is drawn, as in evaluation.
+/// With the same key forward must draw what the steps drew: a mixture inside step() counts the
+/// tokens that came before, and passes their number on as NoiseKey::first_token.
 ///
 /// A logit of -infinity forbids a symbol. The losses of a MoELayer inside the policy are in its
 /// backward already, once and unscaled, whatever the objective.

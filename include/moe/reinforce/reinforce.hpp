@@ -42,9 +42,10 @@ concept RewardOf = requires(Reward& reward, const Input& input, std::span<const 
 ///     by the logits   (A_t / (N·τ))·(softmax(z_t / τ) - onehot(a_t))
 ///
 /// Both are means over sequences, not over symbols, so the expectation of the second's gradient is,
-/// exactly, that of the expected return Σ_t discount^t·r_t of a sequence (the factor discount^t, which
-/// many programs leave out, belongs to that). Where a sequence begins with a forced prefix, t counts
-/// from its end. The end symbol is a symbol like the others: its step is trained, no step after it is.
+/// exactly, that of the expected return Σ_t discount^t·r_t of a sequence (the factor discount^t,
+/// which many programs leave out, belongs to that). Where a sequence begins with a forced prefix, t
+/// counts from its end. The end symbol is a symbol like the others: its step is trained, no step
+/// after it is.
 ///
 ///     moe::Reinforce<MyPolicy> reinforce({.end = 0, .longest = 20,
 ///                                         .baseline = moe::Baseline::leave_one_out, .samples = 4});
@@ -59,13 +60,14 @@ concept RewardOf = requires(Reward& reward, const Input& input, std::span<const 
 ///     }
 ///
 /// A reward is anything that can be called as reward(input, sequence, done) and returns a number;
-/// `sequence` is what was written so far, the end symbol included, and `done` says that nothing will
-/// follow, either because the end symbol was written or because the length limit was reached. It is
-/// called after every symbol, from one thread, in a fixed order; a score of the whole returns 0 until
-/// done.
+/// `sequence` is what was written so far, the end symbol included, and `done` says that nothing
+/// will follow, either because the end symbol was written or because the length limit was reached.
+/// It is called after every symbol, from one thread, in a fixed order; a score of the whole returns
+/// 0 until done.
 ///
-/// The only things that it remembers from update to update are the baseline's: the running mean, see
-/// running_mean(), and the linear baseline, which has parameters and needs an optimizer of its own:
+/// The only things that it remembers from update to update are the baseline's: the running mean,
+/// see running_mean(), and the linear baseline, which has parameters and needs an optimizer of its
+/// own:
 ///
 ///     moe::zero_gradients(reinforce);                   // with those of the policy
 ///     if (statistics.sampled_steps > 0) baseline_adam.update(reinforce, 1e-2);
@@ -156,15 +158,15 @@ class Reinforce {
   ///
   /// `references` has one for each input, and may be empty for {.reinforce = 1}. Give every update
   /// its own key.step: with the same key the same sequences are sampled, and the policy draws the
-  /// same noise, in the rollout and in the gradient pass as well. Sample s of input i draws the dice
-  /// of token first_token + i·Config::samples + s, so the parts of a batch can draw what the whole
-  /// would.
+  /// same noise, in the rollout and in the gradient pass as well. Sample s of input i draws the
+  /// dice of token first_token + i·Config::samples + s, so the parts of a batch can draw what the
+  /// whole would.
   ///
   /// Throws std::invalid_argument, nothing having been added to any gradient and the running mean
   /// being what it was, for an empty batch, references that are not as many as inputs, too long or
-  /// hold a symbol that is out of range or forbidden, a reward, return, baseline or logit that is not
-  /// finite, and for logits of the wrong shape. The same holds for exceptions of the reward and of all
-  /// functions of the policy but backward.
+  /// hold a symbol that is out of range or forbidden, a reward, return, baseline or logit that is
+  /// not finite, and for logits of the wrong shape. The same holds for exceptions of the reward and
+  /// of all functions of the policy but backward.
   template <detail::RewardOf<Input> Reward>
   Statistics add_gradients(P& policy, std::span<const Input> inputs,
                            std::span<const Reference> references, Reward&& reward,
@@ -204,7 +206,8 @@ class Reinforce {
   }
 
   /// Sequences sampled for each input, Config::samples of them at the temperature, as
-  /// add_gradients() samples them for the same key. Throws std::invalid_argument for an empty batch.
+  /// add_gradients() samples them for the same key. Throws std::invalid_argument for an empty
+  /// batch.
   void sample(const P& policy, std::span<const Input> inputs, const NoiseKey& key,
               Tape& tape) const {
     check_batch(policy, inputs);
@@ -354,8 +357,8 @@ class Reinforce {
     return rollout.length[detail::to_size(row)] > rollout.forced[detail::to_size(row)];
   }
 
-  /// Calls the reward after every symbol of the rows that have a sampled one, which a reference's has
-  /// not.
+  /// Calls the reward after every symbol of the rows that have a sampled one, which a reference's
+  /// has not.
   template <class Reward>
   static void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& rollout,
                           std::vector<double>& rewards) {
@@ -462,8 +465,8 @@ class Reinforce {
     }
   }
 
-  /// The linear baseline's b_t, and the gradient by it of the mean over sampled steps of (R_t - b_t)².
-  /// Its input is a copy, and no gradient goes back from it.
+  /// The linear baseline's b_t, and the gradient by it of the mean over sampled steps of (R_t -
+  /// b_t)². Its input is a copy, and no gradient goes back from it.
   void predict(const P& policy, Tape& tape) const {
     if constexpr (PolicyWithHidden<P>) {
       const Matrix<Scalar>& hidden = policy.hidden(tape.policy);

@@ -14,8 +14,8 @@
 /// M. Ranzato, S. Chopra, M. Auli, W. Zaremba, "Sequence Level Training with Recurrent Neural
 /// Networks", ICLR 2016 (arXiv 1511.06732), cited as [R16].
 ///
-/// A schedule is a value: a function of the number of the update, counted from 1, so whoever resumes
-/// at an update needs nothing but its number.
+/// A schedule is a value: a function of the number of the update, counted from 1, so whoever
+/// resumes at an update needs nothing but its number.
 
 namespace moe {
 
@@ -24,7 +24,8 @@ namespace moe {
 ///     (1 - reinforce)·(cross-entropy of the references)
 ///     reinforce·(REINFORCE for sampled sequences, plus the cross-entropy of their prefix)
 ///
-/// each a mean over sequences. The first `prefix` symbols of a sampled sequence are the reference's.
+/// each a mean over sequences. The first `prefix` symbols of a sampled sequence are the
+/// reference's.
 struct Objective {
   double reinforce = 0;  ///< in [0, 1]
   Index prefix = 0;      ///< at least 0
@@ -52,9 +53,9 @@ std::string print(const char* format, Values... values) {
 }  // namespace detail
 
 /// Cross-entropy for `warm_up` updates; then either an update of cross-entropy or one of REINFORCE,
-/// the share p of the latter rising from 0 to `highest` in `rise` updates. Update i after the warm-up
-/// is one of REINFORCE when the whole part of p(1) + ... + p(i) grows, so after any update the number
-/// of those is that sum, rounded down.
+/// the share p of the latter rising from 0 to `highest` in `rise` updates. Update i after the
+/// warm-up is one of REINFORCE when the whole part of p(1) + ... + p(i) grows, so after any update
+/// the number of those is that sum, rounded down.
 struct Alternation {
   Index warm_up = 0;
   Index rise = 1000;   ///< at least 1

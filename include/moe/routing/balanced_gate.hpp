@@ -23,8 +23,8 @@ namespace moe {
 ///
 /// Training: each expert takes the m tokens that are largest in its column of p, ties going to the
 /// lower token (eq. 18). m = K·T/E rounded down, but at least 1, so every expert gets exactly m
-/// tokens and a token gets K experts on average, or a little fewer where E does not divide K·T; only
-/// a batch of fewer than E/K tokens gives more. The paper assumes that it divides.
+/// tokens and a token gets K experts on average, or a little fewer where E does not divide K·T;
+/// only a batch of fewer than E/K tokens gives more. The paper assumes that it divides.
 ///
 /// Inference: M_ti = 1 where p_ti > threshold_i (eq. 19), so a token's experts do not depend on its
 /// batch, and how many there are is not bounded. Thresholds are trained by
@@ -34,22 +34,22 @@ namespace moe {
 /// which is never negative, and zero where both masks agree. It is continuous, so the derivative at
 /// fixed masks is exact almost everywhere: by threshold_i it is m minus the number of tokens above
 /// the threshold, which ends between the m-th and the (m+1)-th largest of a column; by p it is
-/// Mthreshold − Mbatch, and goes on through the softmax to W_g and x, as the paper's formula has it:
-/// experts come to score high what they take and low what they leave.
+/// Mthreshold − Mbatch, and goes on through the softmax to W_g and x, as the paper's formula has
+/// it: experts come to score high what they take and low what they leave.
 ///
-/// tape.balance.loss is threshold_weight·L_batchwise in training, a sum over tokens as in the paper,
-/// and 0 in evaluation, where there is no batchwise mask. Beside a training loss that is a mean over
-/// tokens the weight should be about 1/T, and the default is that for a batch of a thousand: then a
-/// mask that disagrees counts about as much as the token's own loss. Thresholds are small numbers,
-/// of size 1/E, and take a learning rate to match.
+/// tape.balance.loss is threshold_weight·L_batchwise in training, a sum over tokens as in the
+/// paper, and 0 in evaluation, where there is no batchwise mask. Beside a training loss that is a
+/// mean over tokens the weight should be about 1/T, and the default is that for a batch of a
+/// thousand: then a mask that disagrees counts about as much as the token's own loss. Thresholds
+/// are small numbers, of size 1/E, and take a learning rate to match.
 ///
 /// A token that no expert takes has no slots, so a layer's y is 0 for it. With one expert G is the
 /// constant 1 and has no gradient. The paper does not say how this gate starts. Zeros, as for its
 /// noisy gate, would tie all tokens and give the first m of a batch to every expert, so W_g starts
 /// uniform in ±1/√D, and thresholds at 1/E, which is what p is when nothing is known.
 ///
-/// A token with NaN or infinity in x has a row of p that is NaN, and its weights are. In training it
-/// comes last and the loss is NaN; in evaluation it goes to expert 0.
+/// A token with NaN or infinity in x has a row of p that is NaN, and its weights are. In training
+/// it comes last and the loss is NaN; in evaluation it goes to expert 0.
 template <class Scalar_ = float>
 class BalancedGate {
  public:
@@ -71,7 +71,8 @@ class BalancedGate {
     detail::TokenChoice<Scalar> choice;
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's start.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's
+  /// start.
   explicit BalancedGate(const Config& config, std::uint64_t seed = 0)
       : config_(checked(config)),
         weight_(config.width, config.experts),
@@ -118,8 +119,8 @@ class BalancedGate {
 
   /// Takes dweight, the gradient of the loss by the weight of each slot (S), and adds that of
   /// threshold_weight·L_batchwise once. Adds to the gradients of W_g and of the thresholds; returns
-  /// the gradient of x (T x D), which is tape.dx. Throws std::invalid_argument when dweight does not
-  /// belong to the tape.
+  /// the gradient of x (T x D), which is tape.dx. Throws std::invalid_argument when dweight does
+  /// not belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
     check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",

@@ -31,8 +31,8 @@ enum class PlaceOrder {
 
 namespace detail {
 
-/// The places of an expert: factor·T·K/E rounded up, so there is at least one where there are tokens,
-/// and at most T. (Megatron-Core does so; Mesh TensorFlow rounds down, but not below 4.)
+/// The places of an expert: factor·T·K/E rounded up, so there is at least one where there are
+/// tokens, and at most T. (Megatron-Core does so; Mesh TensorFlow rounds down, but not below 4.)
 inline Index expert_capacity(double factor, Index tokens, Index active, Index experts) {
   const double places = factor * static_cast<double>(tokens) * static_cast<double>(active) /
                         static_cast<double>(experts);

@@ -7,7 +7,8 @@
 #include "moe/routing/routing.hpp"
 
 /// \file
-/// What a gate chose, before some of it is dropped: the choices of a batch and their way into slots.
+/// What a gate chose, before some of it is dropped: the choices of a batch and their way into
+/// slots.
 
 namespace moe::detail {
 

@@ -15,8 +15,8 @@
 namespace moe::detail {
 
 /// How many of T tokens each of E experts takes when a token is to have `per_token` experts on
-/// average: per_token·T/E rounded down, but at least one, as long as there are tokens. (A share that
-/// is whole but for the rounding of per_token is that whole number.)
+/// average: per_token·T/E rounded down, but at least one, as long as there are tokens. (A share
+/// that is whole but for the rounding of per_token is that whole number.)
 inline Index tokens_to_take(double per_token, Index tokens, Index experts) {
   const double share = per_token * static_cast<double>(tokens) / static_cast<double>(experts);
   return std::min(tokens, std::max(Index{1}, static_cast<Index>(share * (1 + 1e-12))));

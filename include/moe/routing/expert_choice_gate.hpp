@@ -52,7 +52,8 @@ class ExpertChoiceGate {
     detail::TokenChoice<Scalar> choice;
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's start.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's
+  /// start.
   explicit ExpertChoiceGate(const Config& config, std::uint64_t seed = 0)
       : config_(checked(config)), weight_(config.width, config.experts) {
     fill_uniform(weight_.value, Scalar{1} / std::sqrt(static_cast<Scalar>(config.width)), seed);
@@ -85,9 +86,9 @@ class ExpertChoiceGate {
     return evaluate(x, tape);
   }
 
-  /// Takes dweight, the gradient of the loss by the weight of each slot (S). Adds to the gradient of
-  /// W_g; returns the gradient of x (T x D), which is tape.dx. At a fixed choice this is the exact
-  /// derivative. Throws std::invalid_argument when dweight does not belong to the tape.
+  /// Takes dweight, the gradient of the loss by the weight of each slot (S). Adds to the gradient
+  /// of W_g; returns the gradient of x (T x D), which is tape.dx. At a fixed choice this is the
+  /// exact derivative. Throws std::invalid_argument when dweight does not belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
     check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",

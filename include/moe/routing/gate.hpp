@@ -24,8 +24,8 @@ struct GateTape {
   Matrix<Scalar> dx;        ///< T x D, the gradient of the input, left by backward
   bool trained = false;     ///< whether the last pass was a forward() that ended well
 
-  /// Set during every pass, backward() too, where x is a part of a larger batch; then `balance` is that
-  /// of the whole batch, and so is the gradient of its loss.
+  /// Set during every pass, backward() too, where x is a part of a larger batch; then `balance` is
+  /// that of the whole batch, and so is the gradient of its loss.
   const GlobalBatch<Scalar>* batch = nullptr;
 };
 

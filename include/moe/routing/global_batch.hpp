@@ -15,9 +15,10 @@ namespace moe {
 /// the sums of its losses or for a choice among tokens, finds it in tape.batch; where that is null,
 /// x is all of the batch. moe::mpi::ExpertParallel makes one.
 ///
-/// Sums and gathers are collective: every process makes the same ones in the same order. They throw,
-/// on every process, when one of them has thrown since the call before. A gate inside of another gets
-/// the pointer in each of its passes, backward() too: it is not valid from one to the next.
+/// Sums and gathers are collective: every process makes the same ones in the same order. They
+/// throw, on every process, when one of them has thrown since the call before. A gate inside of
+/// another gets the pointer in each of its passes, backward() too: it is not valid from one to the
+/// next.
 template <class Scalar>
 class GlobalBatch {
  public:
@@ -30,8 +31,8 @@ class GlobalBatch {
   virtual void sum(std::span<Scalar> numbers) const = 0;
   virtual void sum(std::span<Index> numbers) const = 0;
 
-  /// Puts the numbers of all processes one behind the other: this one has `per_token` of each of its
-  /// tokens, and `all` has room for those of tokens().
+  /// Puts the numbers of all processes one behind the other: this one has `per_token` of each of
+  /// its tokens, and `all` has room for those of tokens().
   virtual void gather(std::span<const Scalar> numbers, Index per_token,
                       std::span<Scalar> all) const = 0;
   virtual void gather(std::span<const Index> numbers, Index per_token,

@@ -47,7 +47,7 @@ void limit_to_groups(GroupScore how, Index experts, Index groups, Index active, 
   const Index size = experts / groups;
   for (Index g = 0; g < groups; ++g) group[g] = group_score(how, scores + g * size, size);
   select_largest(group, groups, active, best);
-  std::sort(best, best + active);
+  sort_indices(best, active);
   Index next = 0;
   for (Index g = 0; g < groups; ++g) {
     if (next < active && best[next] == g) {

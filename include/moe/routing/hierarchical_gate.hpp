@@ -13,23 +13,23 @@
 
 namespace moe {
 
-/// Hierarchical noisy top-k gating [S17 App. B] over a groups of b experts each, in one flat routing
-/// over E = a·b experts, expert j of group i being i·b + j.
+/// Hierarchical noisy top-k gating [S17 App. B] over a groups of b experts each, in one flat
+/// routing over E = a·b experts, expert j of group i being i·b + j.
 ///
 ///     y = Σ_i Σ_j Gprimary_i(x) · G_i,j(x) · E_i,j(x)                                 [S17 eq. 12]
 ///     Importance_H[i,j] = Σ_x Gprimary_i(x) · G_i,j(x)                                [S17 eq. 13]
 ///     Load_H[i,j] = Loadprimary_i · Load_i(X_i)_j / |X_i|, 0 where X_i is empty       [S17 eq. 14]
 ///     loss = w_importance·CV²(Importance_H) + w_load·CV²(Load_H)
 ///
-/// Both levels score as NoisyTopKGate does, with weights that start at zero. X_i are the tokens that
-/// the primary gate sent to group i, which are all that its secondary gate sees; their number |X_i|
-/// is a constant of the choice. Without noise, and in evaluation, the load is the count of the slots
-/// and has no gradient. A token's noise depends on no other token. With active_groups = 1 the primary
-/// gate learns from the losses only, a secondary one with active = 1 from the load.
+/// Both levels score as NoisyTopKGate does, with weights that start at zero. X_i are the tokens
+/// that the primary gate sent to group i, which are all that its secondary gate sees; their number
+/// |X_i| is a constant of the choice. Without noise, and in evaluation, the load is the count of
+/// the slots and has no gradient. A token's noise depends on no other token. With active_groups = 1
+/// the primary gate learns from the losses only, a secondary one with active = 1 from the load.
 ///
 /// Scores cost O(T·D·(a + active_groups·b)) where those of a flat gate cost O(T·D·a·b), and so does
-/// memory without the D: with 131,072 experts in groups of 256 a token has a thousand scores. A group
-/// without tokens costs nothing but being walked over, in lazy updates too (Updates::lazy).
+/// memory without the D: with 131,072 experts in groups of 256 a token has a thousand scores. A
+/// group without tokens costs nothing but being walked over, in lazy updates too (Updates::lazy).
 ///
 /// A token with NaN or infinity in x gets as many experts as any other, and weights that are NaN;
 /// then the losses are NaN too.
@@ -113,10 +113,10 @@ class HierarchicalGate {
   }
 
   /// Takes dweight, the gradient of the loss by the weight of each slot (S), and adds the balance
-  /// losses' share once. Adds to the gradients of the gates; returns the gradient of x (T x D), which
-  /// is tape.dx. At fixed noise and choice this is the exact derivative, that of the loads through
-  /// their thresholds included. Throws std::invalid_argument when dweight does not belong to the
-  /// tape.
+  /// losses' share once. Adds to the gradients of the gates; returns the gradient of x (T x D),
+  /// which is tape.dx. At fixed noise and choice this is the exact derivative, that of the loads
+  /// through their thresholds included. Throws std::invalid_argument when dweight does not belong
+  /// to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
     check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
@@ -154,7 +154,8 @@ class HierarchicalGate {
                     tape.secondary.clean.cols(), " experts");
   }
 
-  /// "primary.weight", "primary.noise_weight", "secondary.0.weight", "secondary.0.noise_weight", ...
+  /// "primary.weight", "primary.noise_weight", "secondary.0.weight", "secondary.0.noise_weight",
+  /// ...
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("primary", self.primary_);
@@ -216,8 +217,8 @@ class HierarchicalGate {
         detail::balance_loss(tape.balance, config_.importance_weight, config_.load_weight);
   }
 
-  // The weight of slot (t, i, j) is Gprimary_i · G_i,j. The slots of a token are in the order of its
-  // groups, and of the experts in each, so their flat numbers ascend.
+  // The weight of slot (t, i, j) is Gprimary_i · G_i,j. The slots of a token are in the order of
+  // its groups, and of the experts in each, so their flat numbers ascend.
 
   void combine(Tape& tape) const {
     const Routing<Scalar>& groups = tape.primary.routing;
@@ -341,8 +342,8 @@ class HierarchicalGate {
     return {x.data(), x.outerStride(), rows.count, x.cols(), tokens_of(rows, tape)};
   }
 
-  /// Calls f(i, rows) for every group that has any. A group that is more than a worker's share of the
-  /// rows comes alone and splits its work itself; the others go side by side.
+  /// Calls f(i, rows) for every group that has any. A group that is more than a worker's share of
+  /// the rows comes alone and splits its work itself; the others go side by side.
   template <class F>
   void for_each_group(const Tape& tape, F&& f) const {
     const Routing<Scalar>& groups = tape.primary.routing;

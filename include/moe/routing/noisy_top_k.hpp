@@ -27,8 +27,8 @@ inline void check_noise_floor(const char* gate, double noise_floor) {
           "::Config.noise_floor = ", noise_floor, ", must be finite and above 0");
 }
 
-/// What N rows leave behind on their way through a NoisyTopK of E experts. Several of them may share
-/// a tape, each with rows of its own.
+/// What N rows leave behind on their way through a NoisyTopK of E experts. Several of them may
+/// share a tape, each with rows of its own.
 template <class Scalar>
 struct NoisyTopKTape {
   bool has_noise = false;      ///< else there is nothing but clean and best
@@ -105,8 +105,8 @@ class NoisyTopK {
     });
   }
 
-  /// load (E) = Σ P over `count` rows [S17 eq. 10]. Without noise, and with K = E, where P = 1, it is
-  /// the count of the slots and has no gradient.
+  /// load (E) = Σ P over `count` rows [S17 eq. 10]. Without noise, and with K = E, where P = 1, it
+  /// is the count of the slots and has no gradient.
   void compute_load(Index first, Index count, const Tape& tape, const Routing<Scalar>& routing,
                     Scalar* load) const {
     std::fill_n(load, experts(), Scalar{0});
@@ -125,9 +125,10 @@ class NoisyTopK {
     if (tape.has_noise) resize(tape.draw, tape.clean.rows(), experts());
   }
 
-  /// Takes dweight (a number a slot of the whole routing), the gradient by G, and dload (E), that by
-  /// the load of these rows. Adds to the gradients of the weights and sets dx (rows x D). At fixed
-  /// noise and choice this is the exact derivative, that of the load through its threshold included.
+  /// Takes dweight (a number a slot of the whole routing), the gradient by G, and dload (E), that
+  /// by the load of these rows. Adds to the gradients of the weights and sets dx (rows x D). At
+  /// fixed noise and choice this is the exact derivative, that of the load through its threshold
+  /// included.
   void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                 MatrixView<Scalar> dx) {
@@ -268,9 +269,7 @@ class NoisyTopK {
     Index* chosen = &routing.expert[to_size(row * active)];
     Scalar* weight = &routing.weight[to_size(row * active)];
     std::copy_n(best, active, chosen);
-    // Faster to compile than std::sort, of which the K of a token would need little.
-    std::make_heap(chosen, chosen + active);
-    std::sort_heap(chosen, chosen + active);
+    sort_indices(chosen, active);
     Scalar total{0};
     for (Index k = 0; k < active; ++k) {
       weight[k] = std::exp(h[chosen[k]] - h[best[0]]);

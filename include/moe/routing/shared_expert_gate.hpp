@@ -15,9 +15,9 @@
 
 namespace moe {
 
-/// A gate around another one, which adds shared experts: D. Dai et al., "DeepSeekMoE: Towards Ultimate
-/// Expert Specialization in Mixture-of-Experts Language Models", ACL 2024 (arXiv 2401.06066),
-/// section 3.2.
+/// A gate around another one, which adds shared experts: D. Dai et al., "DeepSeekMoE: Towards
+/// Ultimate Expert Specialization in Mixture-of-Experts Language Models", ACL 2024 (arXiv
+/// 2401.06066), section 3.2.
 ///
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>, moe::SharedExpertGate<moe::NoisyTopKGate<>>>
 ///         layer({.width = 128,
@@ -30,8 +30,8 @@ namespace moe {
 /// start at 1/2. The slots of the wrapped gate follow, its expert e being
 /// expert shared + e here; a token that it gives none still has its shared ones.
 ///
-/// tape.balance is the wrapped gate's own and speaks of the routed experts only, so its vectors have
-/// routed.experts() entries: a shared expert's load is always T, and nothing could balance it.
+/// tape.balance is the wrapped gate's own and speaks of the routed experts only, so its vectors
+/// have routed.experts() entries: a shared expert's load is always T, and nothing could balance it.
 ///
 /// All experts of a layer are equally wide. That is no limit: n shared feed-forward experts of
 /// hidden width H and weight 1 are one of hidden width n·H, the hidden units of a feed-forward
@@ -98,8 +98,8 @@ class SharedExpertGate {
   }
 
   /// Takes dweight, the gradient of the loss by the weight of each slot (S), of which the wrapped
-  /// gate gets its own part. Adds to the gradients of both; returns the gradient of x (T x D), which
-  /// is tape.dx. Throws std::invalid_argument when dweight does not belong to the tape.
+  /// gate gets its own part. Adds to the gradients of both; returns the gradient of x (T x D),
+  /// which is tape.dx. Throws std::invalid_argument when dweight does not belong to the tape.
   const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
     tape.routed.batch = tape.batch;  // that of forward() may be gone
     check_tape(tape);
@@ -196,8 +196,8 @@ class SharedExpertGate {
     tape.balance = tape.routed.balance;
   }
 
-  /// Hands the gradients of the routed slots to tape.routed_dweight and, if gated, turns those of the
-  /// shared ones into tape.dscores: by x·W_shared the derivative is dweight·w·(1 − w).
+  /// Hands the gradients of the routed slots to tape.routed_dweight and, if gated, turns those of
+  /// the shared ones into tape.dscores: by x·W_shared the derivative is dweight·w·(1 − w).
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());

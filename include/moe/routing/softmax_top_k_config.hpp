@@ -18,8 +18,8 @@ enum class Score {
   sigmoid,            ///< s = 1 / (1 + e^-c), each expert by itself
 };
 
-/// SoftmaxTopKGate says what the letters stand for; by default it is the plainest gate: softmax, the K
-/// largest, no loss.
+/// SoftmaxTopKGate says what the letters stand for; by default it is the plainest gate: softmax,
+/// the K largest, no loss.
 struct SoftmaxTopKConfig {
   Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
   Index experts = 0;  ///< E

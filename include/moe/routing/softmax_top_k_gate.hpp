@@ -32,19 +32,19 @@ namespace moe {
 ///     G = scale·w                        the weights of the slots
 ///     loss = switch_weight·E·Σ_i f_i·P_i + sequence_weight·(its mean over sequences) + z_weight·z
 ///
-/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids; f counts all choices as they were made,
-/// those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq. 5].
-/// backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1 a softmax over
-/// all experts learns from its weight, while renormalised weights are the constant 1. A dropped
-/// choice has no slot, and the weights that are left are not renormalised.
+/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids; f counts all choices as they were
+/// made, those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq.
+/// 5]. backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1 a
+/// softmax over all experts learns from its weight, while renormalised weights are the constant 1.
+/// A dropped choice has no slot, and the weights that are left are not renormalised.
 ///
-/// The selection bias b [W24; D3] takes part in the choice, that of groups too, and in no weight. It
-/// is moved by update_selection_bias() alone: it is a Parameter that is not trained, so checkpoints
-/// have it, as "selection_bias", and optimizers pass it by. It starts at zero, and W_g with normal
-/// deviates, since zeros would tie all experts.
+/// The selection bias b [W24; D3] takes part in the choice, that of groups too, and in no weight.
+/// It is moved by update_selection_bias() alone: it is a Parameter that is not trained, so
+/// checkpoints have it, as "selection_bias", and optimizers pass it by. It starts at zero, and W_g
+/// with normal deviates, since zeros would tie all experts.
 ///
-/// tape.balance.load is how many tokens chose each expert, tokens_per_expert how many it got. With a
-/// capacity a token's slots depend on the other tokens of its batch. NaN in a token's x makes its
+/// tape.balance.load is how many tokens chose each expert, tokens_per_expert how many it got. With
+/// a capacity a token's slots depend on the other tokens of its batch. NaN in a token's x makes its
 /// weights NaN, and the losses; it spoils no other token, but where there is a capacity it may take
 /// another's place.
 template <class Scalar_ = float>
@@ -117,8 +117,8 @@ class SoftmaxTopKGate {
   }
 
   /// Routing without jitter and random dispatch, with the capacity of evaluation, and its balance;
-  /// the loss per sequence is left out where T is not a multiple of Config.sequences. Leaves nothing
-  /// that backward() could use.
+  /// the loss per sequence is left out where T is not a multiple of Config.sequences. Leaves
+  /// nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_width(x);
     tape.trained = false;
@@ -173,10 +173,10 @@ class SoftmaxTopKGate {
             " tokens and jitter of ", tape.jitter.rows());
   }
 
-  /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of the
-  /// weights, by the load of the whole batch of that update; where that came in several passes, by
-  /// the sum of their tape.balance.load (E). Throws std::invalid_argument without a selection bias,
-  /// or when the load is not of E experts.
+  /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of
+  /// the weights, by the load of the whole batch of that update; where that came in several passes,
+  /// by the sum of their tape.balance.load (E). Throws std::invalid_argument without a selection
+  /// bias, or when the load is not of E experts.
   void update_selection_bias(const Vector<Scalar>& load) {
     detail::require(config_.selection_bias,
                     "SoftmaxTopKGate::update_selection_bias without Config.selection_bias");

@@ -7,8 +7,8 @@
 #include "moe/routing/global_batch.hpp"
 
 /// \file
-/// The balance loss of today's models, E·Σ_i f_i·P_i [F22 eq. 4-6]: f_i the share of a batch, or of a
-/// sequence, that chose expert i, P_i its mean probability there. Only P has a gradient. [F22] is
+/// The balance loss of today's models, E·Σ_i f_i·P_i [F22 eq. 4-6]: f_i the share of a batch, or of
+/// a sequence, that chose expert i, P_i its mean probability there. Only P has a gradient. [F22] is
 /// cited in capacity.hpp, [D3] in group_limit.hpp.
 
 namespace moe {
@@ -22,9 +22,9 @@ enum class SwitchCount {
 };
 
 /// How the rows of a batch of sequences of equal length are laid out. `time_major`: all sequences'
-/// first tokens, then all second ones, row = step·sequences + sequence, as in this library's models;
-/// a (time, batch, D) tensor of PyTorch. `sequence_major`: one whole sequence after the other,
-/// row = sequence·length + step; a (batch, time, D) tensor.
+/// first tokens, then all second ones, row = step·sequences + sequence, as in this library's
+/// models; a (time, batch, D) tensor of PyTorch. `sequence_major`: one whole sequence after the
+/// other, row = sequence·length + step; a (batch, time, D) tensor.
 enum class RowOrder { time_major, sequence_major };
 
 namespace detail {
@@ -33,8 +33,8 @@ inline Index sequence_of(Index row, Index rows, Index sequences, RowOrder order)
   return order == RowOrder::time_major ? row % sequences : row / (rows / sequences);
 }
 
-/// The mean over sequences of E·Σ_i f_i·P_i, and what its gradient needs; with one sequence, the loss
-/// of the batch.
+/// The mean over sequences of E·Σ_i f_i·P_i, and what its gradient needs; with one sequence, the
+/// loss of the batch.
 template <class Scalar>
 class SwitchLoss {
  public:
