@@ -54,9 +54,13 @@ inline constexpr Index max_tile_rows = 8;
 /// number of rows. Smaller tiles need theirs in the first-level cache, as panels; with few rows,
 /// which wait for memory, they stream as well.
 inline constexpr bool streams = tile_rows == max_tile_rows;
-/// The highest tile of a product that reads B where it lies: 32 registers hold one row more, if no
-/// other value stays in them.
-inline constexpr Index stream_rows = streams ? 9 : tile_rows;
+/// The highest tile of a product that reads B where it lies: 32 registers hold one row more, if what
+/// B is multiplied with takes one at a time. For ARM64 GCC gives it one for each row.
+#if defined(EIGEN_VECTORIZE_AVX512)
+inline constexpr Index stream_rows = 9;
+#else
+inline constexpr Index stream_rows = tile_rows;
+#endif
 
 template <class Scalar>
 inline constexpr Index tile_columns = tile_packets* packet_size<Scalar>;
