@@ -186,13 +186,14 @@ constexpr Index first_asked(Index block, Index end, Index ahead) {
   return std::min(end, block + ahead / block * block + end % block);
 }
 
-/// One tile of multiply_in_order(): R rows of C, V packets of columns, += `steps` rows of B. What
-/// is `further` elements after `ahead` is asked for, and what follows it.
-template <Index R, Index V, class Scalar>
+/// One tile of multiply_in_order(): R rows of C += `steps` rows of B. What is `further` elements
+/// after `ahead` is asked for, and what follows it.
+template <Index R, class Scalar>
 EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_size(R)],
                                                 const Scalar* b, Index stride, Index steps,
                                                 const Scalar* ahead, Index further, Index column,
                                                 Scalar* const (&c)[to_size(R)]) {
+  constexpr Index V = packets_in_order;
   constexpr Index size = packet_size<Scalar>;
   // With packets of a line the processor foresees most of what one row is multiplied with, and what
   // is asked for besides would take the places in which it waits for memory.
@@ -217,7 +218,7 @@ EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_s
 template <Index R, class Scalar>
 MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b,
                                     Scalar* const* c, const Scalar* next_b) {
-  constexpr Index size = packet_size<Scalar>;
+  constexpr Index width = packets_in_order * packet_size<Scalar>;
   constexpr Index side_by_side = R <= 2 ? 1 : R <= 4 ? 2 : 4;
   constexpr Index ahead = (Index{8} << 10) / static_cast<Index>(sizeof(Scalar));
   const Scalar* row[to_size(R)];
@@ -235,10 +236,9 @@ MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scal
     const Scalar* from = is_in_next ? next_b : place;
     // If nothing is left to ask for, it is what is read anyway.
     Index further = is_in_next ? asked - end : asked < end ? asked - at : 0;
-    constexpr Index packets = packets_in_order;
-    for (Index column = 0; column < columns; column += packets * size) {
-      multiply_in_order_tile<R, packets>(row, place, columns, steps, from, further, column, out);
-      further += steps * packets * size;
+    for (Index column = 0; column < columns; column += width) {
+      multiply_in_order_tile<R>(row, place, columns, steps, from, further, column, out);
+      further += steps * width;
     }
     for (const Scalar*& r : row) r += steps;
   }
