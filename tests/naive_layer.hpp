@@ -35,7 +35,7 @@ template <class Module>
 Named gradients_of(Module& module) {
   Named named;
   for_each_parameter(module, [&](const std::string& name, auto& parameter) {
-    named[name] = parameter.gradient.template cast<double>();
+    named[name] = parameter.gradient().template cast<double>();
   });
   return named;
 }

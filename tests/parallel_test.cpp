@@ -130,7 +130,7 @@ TEST_CASE("parallel: blocks cover the range without gap or overlap", "[parallel]
     std::vector<std::atomic<int>> calls(to_size(count));
     std::atomic<int> blocks{0};
     std::atomic<int> wrong{0};
-    parallel_for_blocks(count, block, [&](Index first, Index size) {
+    parallel_for_blocks(count, block, least_shared_work, [&](Index first, Index size) {
       ++blocks;
       if (first % block != 0 || size < 1 || size > block || first + size > count) {
         ++wrong;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "catch.hpp"
+#include "moe/optim/gradient_clipping.hpp"
 
 using namespace moe;
 
@@ -79,7 +80,7 @@ struct Kinds {
     detail::track_gradients(busy);
   }
   void write_by_hand() {
-    for_each_parameter(*this, [](const ParameterName&, auto& p) { p.gradient.setOnes(); });
+    for_each_parameter(*this, [](const ParameterName&, auto& p) { p.gradient().setOnes(); });
   }
 
   template <class Self, class Visitor>
@@ -107,7 +108,7 @@ TEST_CASE("parameter: starts at zero, the gradient in the value's shape", "[para
   const Parameter<double> parameter(3, 4);
   CHECK(parameter.size() == 12);
   CHECK(parameter.value == Matrix<double>::Zero(3, 4));
-  CHECK(parameter.gradient == Matrix<double>::Zero(3, 4));
+  CHECK(parameter.gradient() == Matrix<double>::Zero(3, 4));
   CHECK(Parameter<float>().size() == 0);
 }
 
@@ -188,12 +189,12 @@ TEST_CASE("parameter: zero_gradients clears every gradient and no value", "[para
   Model model = make_model(2);
   for_each_parameter(model, [](const ParameterName&, auto& parameter) {
     parameter.value.setConstant(3);
-    parameter.gradient.setConstant(4);
+    parameter.gradient().setConstant(4);
   });
   zero_gradients(model);
   Index visited = 0;
   for_each_parameter(model, [&](const ParameterName&, auto& parameter) {
-    CHECK((parameter.gradient.array() == 0).all());
+    CHECK((parameter.gradient().array() == 0).all());
     CHECK((parameter.value.array() == 3).all());
     ++visited;
   });
@@ -206,20 +207,20 @@ TEMPLATE_TEST_CASE("parameter: lazy zeroing passes by what is known to be zero",
   const auto are_zero = [&] {  // once they are shown
     std::array<bool, 3> zero{};
     std::size_t i = 0;
-    for_each_parameter(kinds, [&](const ParameterName&, auto& p) {
-      zero[i++] = p.gradient.isZero(0);
-    });
+    for_each_parameter(kinds,
+                       [&](const ParameterName&, auto& p) { zero[i++] = p.gradient().isZero(0); });
     return zero;
   };
   kinds.write_by_hand();
-  detail::mark_gradients(kinds.busy);
+  detail::accumulate(kinds.busy);
   zero_gradients(kinds, Updates::lazy);
-  CHECK_FALSE(kinds.busy.gradient.isZero(0));  // its memory was left alone
+  CHECK_FALSE(kinds.busy.stored.memory.isZero(0));  // it was left alone
+  CHECK(Matrix<TestType>(std::as_const(kinds.busy).gradient()).isZero(0));
   CHECK(are_zero() == std::array{true, false, true});
-  CHECK(kinds.busy.gradient.isZero(0));
+  CHECK(kinds.busy.gradient().isZero(0));
 
   // busy is now known to be zero, and untracked is not whatever became of it.
-  detail::mark_gradients(kinds.untracked);
+  detail::accumulate(kinds.untracked);
   zero_gradients(kinds, Updates::lazy);
   kinds.write_by_hand();
   zero_gradients(kinds, Updates::lazy);
@@ -228,7 +229,7 @@ TEMPLATE_TEST_CASE("parameter: lazy zeroing passes by what is known to be zero",
   // Dense zeroing relies on nothing, and what it zeroed is known to be zero too.
   zero_gradients(kinds);
   CHECK(are_zero() == std::array{true, true, true});
-  detail::mark_gradients(kinds.busy);
+  detail::accumulate(kinds.busy);
   zero_gradients(kinds);
   kinds.write_by_hand();
   zero_gradients(kinds, Updates::lazy);
@@ -239,58 +240,61 @@ TEST_CASE("parameter: whoever adds to a cleared gradient writes over it", "[para
   using detail::GradientState;
   std::vector<Parameter<float>> module(2, Parameter<float>(2, 2));
   detail::track_gradients(module);
-  const auto states = [&] { return std::pair{module[0].gradient_state, module[1].gradient_state}; };
+  const auto states = [&] { return std::pair{module[0].stored.state, module[1].stored.state}; };
   const auto clear = [&] {
-    for (Parameter<float>& p : module) p.gradient.setOnes();
-    detail::mark_gradients(module);
+    for (Parameter<float>& p : module) p.gradient().setOnes();
+    detail::accumulate(module);
     zero_gradients(module, Updates::lazy);
   };
 
-  // Zeros that were never cleared are added to.
-  CHECK_FALSE(detail::mark_gradients(module, true));
+  // A gradient without memory has nothing to be added to; zeros that are there have.
+  CHECK(detail::accumulate(module, true));
+  for (Parameter<float>& p : module) p.gradient().setZero();
+  zero_gradients(module);
+  CHECK_FALSE(detail::accumulate(module, true));
   clear();
-  CHECK(states() == std::pair{GradientState::cleared, GradientState::cleared});
-  CHECK(detail::mark_gradients(module, true));
-  CHECK(module[0].gradient.isOnes(0));
+  CHECK(states() == std::pair{GradientState::stale, GradientState::stale});
+  CHECK(detail::accumulate(module, true));
+  CHECK(module[0].gradient().isOnes(0));
   CHECK(states() == std::pair{GradientState::added_to, GradientState::added_to});
-  CHECK_FALSE(detail::mark_gradients(module, true));  // only the first time
+  CHECK_FALSE(detail::accumulate(module, true));  // only the first time
 
   // Who can only add finds zeros.
   clear();
-  CHECK_FALSE(detail::mark_gradients(module));
-  CHECK(module[0].gradient.isZero(0));
-  CHECK(module[1].gradient.isZero(0));
+  CHECK_FALSE(detail::accumulate(module));
+  CHECK(module[0].gradient().isZero(0));
+  CHECK(module[1].gradient().isZero(0));
 
   // So does whoever adds to all where only some are cleared.
   clear();
-  detail::mark_gradients(module[1]);
-  module[1].gradient.setConstant(3);
-  CHECK_FALSE(detail::mark_gradients(module, true));
-  CHECK(module[0].gradient.isZero(0));
-  CHECK(module[1].gradient.isConstant(3, 0));
+  detail::accumulate(module[1]);
+  module[1].gradient().setConstant(3);
+  CHECK_FALSE(detail::accumulate(module, true));
+  CHECK(module[0].gradient().isZero(0));
+  CHECK(module[1].gradient().isConstant(3, 0));
 
   // Clearing twice, or densely after lazily, is clearing.
   clear();
   zero_gradients(module, Updates::lazy);
-  CHECK(states() == std::pair{GradientState::cleared, GradientState::cleared});
+  CHECK(states() == std::pair{GradientState::stale, GradientState::stale});
   zero_gradients(module);
-  CHECK(module[0].gradient.isZero(0));
+  CHECK(module[0].gradient().isZero(0));
   CHECK(states() == std::pair{GradientState::zero, GradientState::zero});
 }
 
 TEST_CASE("parameter: nobody keeps track unless told", "[parameter][lazy]") {
   Model model = make_model(1);
-  for_each_parameter(model, [](const ParameterName&, auto& p) { p.gradient.setOnes(); });
+  for_each_parameter(model, [](const ParameterName&, auto& p) { p.gradient().setOnes(); });
   zero_gradients(model, Updates::lazy);
-  for_each_parameter(model, [](const ParameterName&, auto& p) { CHECK(p.gradient.isZero(0)); });
+  for_each_parameter(model, [](const ParameterName&, auto& p) { CHECK(p.gradient().isZero(0)); });
 
   // A parameter that was assigned anew is not kept track of, so no mark can be missing.
   Parameter<float> parameter(2, 2);
   detail::track_gradients(parameter);
   parameter = Parameter<float>(2, 2);
-  parameter.gradient.setOnes();
+  parameter.gradient().setOnes();
   zero_gradients(parameter, Updates::lazy);
-  CHECK(parameter.gradient.isZero(0));
+  CHECK(parameter.gradient().isZero(0));
 }
 
 TEST_CASE("parameter: a name that is not asked for takes no memory", "[parameter]") {
@@ -313,8 +317,9 @@ TEST_CASE("parameter: one that is not trained is named, and passed by by all tha
   for (const Updates updates : {Updates::dense, Updates::lazy}) {
     CHECK_FALSE(detail::is_idle(state.weight, updates));
     CHECK(detail::is_idle(state.counts, updates));
-    state.counts.gradient.setConstant(3);  // whatever it holds stands for nothing
-    zero_gradients(state, updates);
-    CHECK(state.counts.gradient(0, 0) == 3);
+    state.counts.gradient().setConstant(3);  // whatever it holds stands for nothing
+    CHECK(gradient_norm(state, updates) == 0);
+    zero_gradients(state, updates);  // which releases its memory
+    CHECK(state.counts.stored.memory.size() == 0);
   }
 }

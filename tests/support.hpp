@@ -65,7 +65,7 @@ void check_parameter_gradients(Module& module, const Loss& loss, double toleranc
   for_each_parameter(module, [&](const std::string& name, Parameter<double>& parameter) {
     INFO("parameter " << name);
     const Matrix<double> expected = difference_gradient(parameter.value, loss, step);
-    CHECK(relative_error(parameter.gradient, expected) < tolerance);
+    CHECK(relative_error(parameter.gradient(), expected) < tolerance);
   });
 }
 
@@ -90,7 +90,7 @@ void check_scaled_gradients(Module& module, const Matrix<double>& dx, Matrix<dou
   }
   for_each_parameter(module, [&](const std::string& name, Parameter<double>& parameter) {
     INFO("parameter " << name);
-    check(parameter.gradient, parameter.value, parameter_scale);
+    check(parameter.gradient(), parameter.value, parameter_scale);
   });
 }
 

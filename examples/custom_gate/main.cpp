@@ -69,9 +69,9 @@ double gradient_error() {
       const double below = layer.evaluate(x).squaredNorm();
       value = saved;
       const double difference = (above - below) / (2 * step);
-      error = std::max(error, std::abs(parameter.gradient.data()[i] - difference));
+      error = std::max(error, std::abs(parameter.gradient().data()[i] - difference));
     }
-    worst = std::max(worst, error / std::max(1e-3, parameter.gradient.cwiseAbs().maxCoeff()));
+    worst = std::max(worst, error / std::max(1e-3, parameter.gradient().cwiseAbs().maxCoeff()));
   });
   return worst;
 }

@@ -63,7 +63,7 @@ class NearestGate {
       const auto t = static_cast<Index>(slot);
       const Index e = tape.routing.expert[slot];
       const Scalar slope = scale * tape.routing.weight[slot] * dweight[slot];
-      centre_.gradient.row(e) += slope * (tape.x.row(t) - centre_.value.row(e));
+      centre_.gradient().row(e) += slope * (tape.x.row(t) - centre_.value.row(e));
       tape.dx.row(t) -= slope * (tape.x.row(t) - centre_.value.row(e));
     }
   }

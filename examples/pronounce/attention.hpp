@@ -55,7 +55,8 @@ class Attention {
     tape.alpha.resize(query.rows(), longest);
     tape.context.setZero(query.rows(), letters.values.cols());
     const Scalar scale = scale_of(query);
-    moe::parallel_for_blocks(query.rows(), 32, [&](Index from, Index count) {
+    const moe::Work work{2 * query.size() * longest};
+    moe::parallel_for_blocks(query.rows(), 32, work, [&](Index from, Index count) {
       for (Index i = from; i < from + count; ++i) {
         const Index word = words[static_cast<std::size_t>(i)];
         const Index first = letters.first(word);
@@ -91,7 +92,8 @@ class Attention {
       rows[static_cast<std::size_t>(tape.words[i])].push_back(static_cast<Index>(i));
     }
     const Scalar scale = scale_of(tape.query);
-    moe::parallel_for_blocks(letters.words(), 8, [&](Index from, Index count) {
+    const moe::Work work{4 * tape.query.size() * tape.alpha.cols()};
+    moe::parallel_for_blocks(letters.words(), 8, work, [&](Index from, Index count) {
       std::vector<Scalar> dalpha(static_cast<std::size_t>(tape.alpha.cols()));
       for (Index word = from; word < from + count; ++word) {
         const Index first = letters.first(word);

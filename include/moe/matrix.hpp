@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <span>
+#include <string_view>
 #include <vector>
 
 #include "moe/config.hpp"
@@ -173,31 +177,47 @@ auto* row_data(Matrix&& matrix, Index i) {
 // What the library itself does to whole matrices. Eigen's assignments do the same, and each is
 // about a twentieth of what a program that trains a layer compiles.
 
-/// Resizes scratch memory; like Eigen's resize it keeps its memory when nothing changed. Not inline
-/// like that, since a pass resizes some dozen matrices.
+/// Resizes scratch memory, whose contents may be lost; like Eigen's resize it keeps its memory when
+/// nothing changed. Not inline like that, since a pass resizes some dozen matrices. What does not fit
+/// is released before memory is taken: never are both there at once, and std::bad_alloc leaves an
+/// empty matrix. (Eigen's own resize leaves one that points to memory it has freed.)
 template <class Scalar>
 MOE_NOINLINE void resize(Matrix<Scalar>& matrix, Index rows, Index columns) {
+  if (matrix.size() != rows * columns) matrix.resize(0, 0);
   matrix.resize(rows, columns);
 }
 template <class Scalar>
 MOE_NOINLINE void resize(Vector<Scalar>& vector, Index size) {
+  if (vector.size() != size) vector.resize(0);
   vector.resize(size);
 }
 template <class Value>
+MOE_NOINLINE void reserve(std::vector<Value>& vector, Index size) {
+  if (vector.capacity() >= to_size(size)) return;
+  std::vector<Value>().swap(vector);
+  vector.reserve(to_size(size));
+}
+template <class Value>
 MOE_NOINLINE void resize(std::vector<Value>& vector, Index size) {
+  reserve(vector, size);
   vector.resize(to_size(size));
 }
 
-/// A matrix or vector of zeros.
+/// Matrices or vectors of one value.
 template <class Scalar>
 MOE_NOINLINE void resize_to_zero(Matrix<Scalar>& matrix, Index rows, Index columns) {
-  matrix.resize(rows, columns);
+  resize(matrix, rows, columns);
   std::fill_n(matrix.data(), matrix.size(), Scalar{0});
 }
 template <class Scalar>
 MOE_NOINLINE void resize_to_zero(Vector<Scalar>& vector, Index size) {
-  vector.resize(size);
+  resize(vector, size);
   std::fill_n(vector.data(), size, Scalar{0});
+}
+template <class Value>
+MOE_NOINLINE void assign(std::vector<Value>& vector, Index size, Value value) {
+  reserve(vector, size);
+  vector.assign(to_size(size), value);
 }
 template <class Scalar>
 MOE_NOINLINE Matrix<Scalar> zeros(Index rows, Index columns) {
@@ -206,14 +226,57 @@ MOE_NOINLINE Matrix<Scalar> zeros(Index rows, Index columns) {
   return matrix;
 }
 
-/// to = from, which may be all of `to` but no other part of it.
+/// Memory from a first element up to one behind the last.
+struct MemoryRange {
+  std::uintptr_t begin = 0;
+  std::uintptr_t end = 0;
+
+  template <class Value>
+  MemoryRange(const Value* first, Index count)
+      : begin(reinterpret_cast<std::uintptr_t>(first)),
+        end(begin + to_size(std::max<Index>(0, count)) * sizeof(Value)) {}
+  template <class Derived>
+  MemoryRange(const Eigen::MatrixBase<Derived>& matrix)  // NOLINT(google-explicit-constructor)
+      : MemoryRange(matrix.derived().data(),
+                    matrix.size() == 0
+                        ? 0
+                        : (matrix.rows() - 1) * matrix.derived().outerStride() + matrix.cols()) {}
+  template <class Value>
+  MemoryRange(const std::vector<Value>& vector)  // NOLINT(google-explicit-constructor)
+      : MemoryRange(vector.data(), static_cast<Index>(vector.size())) {}
+  template <class Value>
+  MemoryRange(std::span<Value> numbers)  // NOLINT(google-explicit-constructor)
+      : MemoryRange(numbers.data(), static_cast<Index>(numbers.size())) {}
+
+  bool overlaps(const MemoryRange& other) const { return begin < other.end && other.begin < end; }
+};
+
+/// Throws std::invalid_argument if an argument of a pass is, or is a part of, what the pass writes
+/// to or resizes: the pass would read what it has overwritten, or memory that it has freed.
+MOE_NOINLINE inline void require_apart(std::string_view verb, std::string_view argument,
+                                       const MemoryRange& of_argument,
+                                       std::initializer_list<MemoryRange> written) {
+  for (const MemoryRange& range : written) {
+    require(!of_argument.overlaps(range), verb, ": ", argument,
+            " lies in this tape's own memory, which the pass writes to; give it a copy, or a tape "
+            "of its own");
+  }
+}
+
+/// to = from, which may be all of `to`. Throws std::invalid_argument if it is another part of it.
 template <class Scalar>
 void copy_matrix(const MatrixRef<Scalar>& from, Matrix<Scalar>& to) {
+  if (from.data() == to.data() && from.rows() == to.rows() && from.cols() == to.cols()) return;
+  require_apart("a copy of x for backward", "x", from, {to});
   resize(to, from.rows(), from.cols());
   for (Index i = 0; i < from.rows(); ++i) {
-    if (row_data(from, i) == row_data(to, i)) continue;  // x may be the tape's own
     std::copy_n(row_data(from, i), from.cols(), row_data(to, i));
   }
+}
+template <class Value>
+void copy_vector(std::span<const Value> from, std::vector<Value>& to) {
+  resize(to, static_cast<Index>(from.size()));
+  std::copy(from.begin(), from.end(), to.begin());
 }
 
 /// A factor for each row of a matrix: 1 where none are given.

@@ -56,11 +56,39 @@ inline void parallel_for(Index count, detail::FunctionRef<void(Index, Index)> f)
   for (Index i = 0; i < count; ++i) f(i, Index{0});
 }
 
+/// How much a loop has to do, in multiply-adds of a matrix product, of which a core does some
+/// twenty to fifty in a nanosecond.
+struct Work {
+  Index multiply_adds = 0;
+};
+
+/// The work of reading, changing and writing elements of matrices.
+constexpr Work element_work(Index elements) { return {16 * elements}; }
+/// That of an exponential or a few random bits for each of some elements.
+constexpr Work function_work(Index elements) { return {64 * elements}; }
+
+/// Less than this stays on the calling thread: to wake others costs some microseconds, and on a
+/// machine that others use some milliseconds, since OpenMP's threads wait for each other in a busy
+/// loop. It is compared with the work alone, never with time. bench/threads.cpp has the row that
+/// shows where two threads begin to be worth it.
+inline constexpr Work least_shared_work{Index{1} << 20};
+
+/// How many workers a loop with so much work uses.
+inline Index worker_count(Work work) {
+  return work.multiply_adds < least_shared_work.multiply_adds ? 1 : worker_count();
+}
+
+/// parallel_for() of a loop that has this much to do in all; too little stays on the calling thread.
+inline void parallel_for(Index count, Work work, detail::FunctionRef<void(Index, Index)> f) {
+  if (worker_count(work) > 1) return parallel_for(count, f);
+  for (Index i = 0; i < count; ++i) f(i, Index{0});
+}
+
 /// Calls f(first, size) for consecutive blocks that cover [0, count): parallel_for for loops whose
 /// single step is too small to be a task.
-inline void parallel_for_blocks(Index count, Index block,
+inline void parallel_for_blocks(Index count, Index block, Work work,
                                 detail::FunctionRef<void(Index, Index)> f) {
-  parallel_for((count + block - 1) / block, [&](Index i, Index) {
+  parallel_for((count + block - 1) / block, work, [&](Index i, Index) {
     const Index first = i * block;
     f(first, first + block < count ? block : count - first);
   });

@@ -24,10 +24,7 @@ namespace moe {
 /// a HierarchicalGate of those of its secondary gates. Gradients written by hand into either
 /// without a token are not seen by what is lazy; those of all other modules, other gates included,
 /// always are. Lazy zeroing does not touch such memory: backward writes over what is there, as
-/// after PyTorch's zero_grad(set_to_none=True) (a plain network, which can only add, gets zeros
-/// first), and for_each_parameter() puts zeros there before it shows the gradient of what got no
-/// token. So after lazy zeroing, and before backward, gradients are to be read and written through
-/// for_each_parameter() on a module that is not const.
+/// after PyTorch's zero_grad(set_to_none=True) (a plain network, which can only add, finds zeros).
 enum class Updates { dense, lazy };
 
 namespace detail {
@@ -36,32 +33,67 @@ namespace detail {
 enum class GradientState : unsigned char {
   untracked,  ///< nothing, nobody keeps track
   zero,       ///< nothing was added since it was zero
-  cleared,  ///< it stands for zero, but its memory holds old numbers, for whoever adds to write over
+  stale,  ///< it stands for zero, but its memory holds old numbers, for whoever adds to write over
   added_to,
+};
+
+/// A gradient as it is stored. Without memory it stands for zero.
+template <class Scalar>
+struct StoredGradient {
+  Matrix<Scalar> memory;  ///< of the value's shape, or empty
+  GradientState state = GradientState::untracked;
+
+  bool is_stale() const { return memory.size() == 0 || state == GradientState::stale; }
 };
 
 }  // namespace detail
 
-/// A trained matrix and the gradient of the loss by it, of the same shape. A bias is 1 x N.
-/// Backward passes add to the gradient; zero_gradients() clears it. New values may be assigned to
-/// both, but the shape must stay what the module made it.
+/// A gradient that is only read; where it stands for zero, one zero seen from everywhere.
+template <class Scalar>
+using GradientView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned,
+                                Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
+
+/// A trained matrix and the gradient of the loss with respect to it, of the same shape. A bias is
+/// 1 x N. Backward passes add to the gradient; zero_gradients() clears it. New values may be
+/// assigned to both, but the shape must stay what the module made it.
+///
+/// The memory of a gradient comes with the first backward pass, so a module that is only evaluated
+/// takes none for gradients.
 ///
 /// A parameter that is not `trained` belongs to the module's state without being a weight: it is
-/// named, saved and loaded like the others, but no gradient is added to it, and zeroing, clipping
-/// and the optimizers pass it by, weight decay included. Only the module moves it.
+/// named, saved and loaded like the others, but no gradient is computed for it, and clipping and
+/// the optimizers pass it by, weight decay included. Only the module moves it. To freeze a part of
+/// a model, set `trained` to false in its parameters: backward then leaves out the products that
+/// their gradients would take, and zero_gradients() releases the memory of those they had.
 template <class Scalar>
 struct Parameter {
   Matrix<Scalar> value;
-  Matrix<Scalar> gradient;
   bool trained = true;
-  detail::GradientState gradient_state = detail::GradientState::untracked;  ///< set by who keeps track
+  detail::StoredGradient<Scalar> stored;  ///< the library's own: see gradient()
 
   Parameter() = default;
-  Parameter(Index rows, Index columns)
-      : value(detail::zeros<Scalar>(rows, columns)),
-        gradient(detail::zeros<Scalar>(rows, columns)) {}
+  Parameter(Index rows, Index columns) : value(detail::zeros<Scalar>(rows, columns)) {}
 
   Index size() const { return value.size(); }
+
+  /// To read and to write. Takes memory for it if there is none yet, which std::bad_alloc may tell
+  /// of, and puts zeros there where the gradient stands for zero.
+  Matrix<Scalar>& gradient() {
+    if (stored.is_stale()) {
+      detail::resize_to_zero(stored.memory, value.rows(), value.cols());
+      if (stored.state == detail::GradientState::stale) stored.state = detail::GradientState::zero;
+    }
+    return stored.memory;
+  }
+
+  /// To read: never takes memory, and always shows what the gradient stands for.
+  GradientView<Scalar> gradient() const {
+    static constexpr Scalar zero{0};
+    using Stride = Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>;
+    if (stored.is_stale()) return {&zero, value.rows(), value.cols(), Stride(0, 0)};
+    const Matrix<Scalar>& memory = stored.memory;
+    return {memory.data(), memory.rows(), memory.cols(), Stride(memory.cols(), 1)};
+  }
 };
 
 /// A parameter's name in the dotted form of a PyTorch state dict, "experts.3.up.weight". It is put
@@ -150,19 +182,19 @@ void walk_parameters(Module& module, F&& f) {
 template <class Scalar>
 bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
   if (!parameter.trained) return true;
-  return updates == Updates::lazy && (parameter.gradient_state == GradientState::zero ||
-                                      parameter.gradient_state == GradientState::cleared);
+  return updates == Updates::lazy && (parameter.stored.state == GradientState::zero ||
+                                      parameter.stored.state == GradientState::stale);
 }
 
-/// Makes the memory of a gradient say what the gradient is.
-template <class Scalar>
-void settle(Parameter<Scalar>& parameter) {
-  if (parameter.gradient_state != GradientState::cleared) return;
-  resize_to_zero(parameter.gradient, parameter.gradient.rows(), parameter.gradient.cols());
-  parameter.gradient_state = GradientState::zero;
+/// Whether a module has a parameter that is trained.
+template <class Module>
+bool is_trained(const Module& module) {
+  bool trained = false;
+  walk_parameters(module, [&](const ParameterName&, const auto& p) {
+    trained = trained || (p.trained && p.size() > 0);
+  });
+  return trained;
 }
-template <class Scalar>
-void settle(const Parameter<Scalar>&) {}
 
 }  // namespace detail
 
@@ -182,15 +214,11 @@ void settle(const Parameter<Scalar>&) {}
 ///     }
 ///
 /// visit_parameters may be called from several threads at once (an optimizer does), so it should do
-/// no more. So may this function on a const module. On one that is not const it may write: zeros,
-/// where zero_gradients(module, Updates::lazy) left old numbers that nothing was added to. On a
-/// const module such old numbers are what it shows.
+/// no more. So may this function on a const module.
 template <class Module, class F>
 void for_each_parameter(Module& module, F&& f) {
-  detail::walk_parameters(module, [&](const ParameterName& name, auto& parameter) {
-    detail::settle(parameter);
-    f(name, parameter);
-  });
+  detail::walk_parameters(module,
+                          [&](const ParameterName& name, auto& parameter) { f(name, parameter); });
 }
 
 /// Number of trained scalars.
@@ -205,45 +233,72 @@ Index parameter_count(const Module& module) {
 
 /// Sets every gradient to zero: before the first backward pass of an update. Lazy, it takes those
 /// that nothing was added to for zero already, and leaves it to backward to write over the others.
+/// Of parameters that are not trained it releases what memory their gradients had.
 template <class Module>
 void zero_gradients(Module& module, Updates updates = Updates::dense) {
   using detail::GradientState;
   detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
-    if (detail::is_idle(p, updates)) return;
-    const bool tracked = p.gradient_state != GradientState::untracked;
-    if (tracked && updates == Updates::lazy) {
-      p.gradient_state = GradientState::cleared;
+    const bool tracked = p.stored.state != GradientState::untracked;
+    if (!p.trained) {
+      p.stored.memory.resize(0, 0);
+      if (tracked) p.stored.state = GradientState::zero;
       return;
     }
-    detail::resize_to_zero(p.gradient, p.gradient.rows(), p.gradient.cols());
-    if (tracked) p.gradient_state = GradientState::zero;
+    if (p.stored.is_stale() || detail::is_idle(p, updates)) return;
+    if (tracked && updates == Updates::lazy) {
+      p.stored.state = GradientState::stale;
+      return;
+    }
+    std::fill_n(p.stored.memory.data(), p.stored.memory.size(), 0);
+    if (tracked) p.stored.state = GradientState::zero;
   });
 }
 
 namespace detail {
 
-/// Starts to keep track of the gradients of a module, which must be zero, as constructors leave
-/// them. From then on whatever adds to one calls mark_gradients().
+/// Starts to keep track of the gradients of a module, which must have none yet. From then on
+/// whatever adds to one calls accumulate().
 template <class Module>
 void track_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
-    MOE_ASSERT(std::count(p.gradient.data(), p.gradient.data() + p.size(), 0) == p.size());
-    p.gradient_state = GradientState::zero;
+    p.stored.memory.resize(0, 0);
+    p.stored.state = GradientState::zero;
   });
 }
 
-/// Notes that a backward pass adds to the gradients of a module, if they are kept track of. Returns
-/// whether it must write over them instead, all of them being cleared, which only happens if it
-/// `can_replace` them.
+/// Memory for the gradients that are kept track of and will be added to sooner or later, so that
+/// an expert that gets its first tokens in a later pass finds it there. It is not touched.
 template <class Module>
-bool mark_gradients(Module& module, bool can_replace = false) {
+void reserve_gradients(Module& module) {
+  walk_parameters(module, [](const ParameterName&, auto& p) {
+    const bool tracked = p.stored.state != GradientState::untracked;
+    if (!tracked || !p.trained || p.stored.memory.size() == p.size()) return;
+    resize(p.stored.memory, p.value.rows(), p.value.cols());
+    p.stored.state = GradientState::stale;
+  });
+}
+
+/// Notes that a backward pass adds to the gradients of a module. Those that are not trained stand
+/// for zero from then on. Returns whether the pass must write over the others instead, all of them
+/// being stale, which only happens if it `can_replace` them.
+template <class Module>
+bool accumulate(Module& module, bool can_replace = false) {
   bool replace = can_replace;
   walk_parameters(module, [&](const ParameterName&, const auto& p) {
-    replace = replace && (p.gradient_state == GradientState::cleared || p.size() == 0);
+    replace = replace && (!p.trained || p.stored.is_stale());
   });
   walk_parameters(module, [&](const ParameterName&, auto& p) {
-    if (!replace) settle(p);
-    if (p.gradient_state != GradientState::untracked) p.gradient_state = GradientState::added_to;
+    const bool tracked = p.stored.state != GradientState::untracked;
+    if (!p.trained) {
+      if (tracked) p.stored.state = GradientState::stale;
+      return;
+    }
+    if (replace) {
+      resize(p.stored.memory, p.value.rows(), p.value.cols());
+    } else {
+      p.gradient();
+    }
+    if (tracked) p.stored.state = GradientState::added_to;
   });
   return replace;
 }

@@ -25,7 +25,7 @@ TEST_CASE("custom gate: three tokens and two experts worked by hand", "[examples
   tape.dx.setZero(3, 2);
   gate.backward(std::vector<double>{1, 5, 2}, tape);
   for_each_parameter(gate, [&](const std::string&, Parameter<double>& centre) {
-    CHECK(relative_error(centre.gradient, Matrix<double>{{2 * w, w}, {0, 0}}) < 1e-15);
+    CHECK(relative_error(centre.gradient(), Matrix<double>{{2 * w, w}, {0, 0}}) < 1e-15);
   });
   CHECK(relative_error(tape.dx, Matrix<double>{{0, -w}, {0, 0}, {-2 * w, 0}}) < 1e-15);
 }

@@ -34,7 +34,7 @@ struct TanhMap {
   void backward(ConstMatrixView<Scalar> x, ConstMatrixView<Scalar> kept, ConstMatrixView<Scalar> dy,
                 MatrixView<Scalar> dx) {
     const Matrix<Scalar> dpre = dy.cwiseProduct((1 - kept.array().square()).matrix());
-    w.gradient += x.transpose() * dpre;
+    w.gradient() += x.transpose() * dpre;
     dx = dpre * w.value.transpose();
   }
   template <class Self, class Visitor>
@@ -158,8 +158,7 @@ TEST_CASE("expert: the gradients of a plain network are those of the weighted su
   }
 }
 
-TEST_CASE("expert: the gradients of a fused network are those of the weighted sum",
-          "[experts]") {
+TEST_CASE("expert: the gradients of a fused network are those of the weighted sum", "[experts]") {
   for (const bool gated : {false, true}) {
     Expert<FeedForward, double> expert(
         {.width = Slice::width, .hidden = 6, .activation = Activation::silu, .gated = gated}, 4);
@@ -177,7 +176,7 @@ TEST_CASE("expert: a long slice comes in pieces and changes nothing by it", "[ex
   CHECK(expert.network().largest_block == expert_block_rows);
   const Matrix<double> dy = slice.dense_dy();
   all.backward(expert, dy, slice.weight);
-  const Matrix<double> gradient = expert.network().w.gradient;
+  const Matrix<double> gradient = expert.network().w.gradient();
 
   // The same, a row at a time.
   zero_gradients(expert);
@@ -189,7 +188,7 @@ TEST_CASE("expert: a long slice comes in pieces and changes nothing by it", "[ex
     REQUIRE(relative_error(one.dx, all.dx.row(i)) < 1e-13);
     REQUIRE(std::abs(one.dweight(0, 0) - all.dweight(0, i)) < 1e-13);
   }
-  CHECK(relative_error(expert.network().w.gradient, gradient) < 1e-13);
+  CHECK(relative_error(expert.network().w.gradient(), gradient) < 1e-13);
 }
 
 TEST_CASE("expert: backward adds to the gradients", "[experts]") {
@@ -199,7 +198,7 @@ TEST_CASE("expert: backward adds to the gradients", "[experts]") {
   passes.forward(expert);
   const auto backward = [&] {
     passes.backward(expert, slice.dense_dy(), slice.weight);
-    return Matrix<double>(expert.network().w.gradient);
+    return Matrix<double>(expert.network().w.gradient());
   };
   const Matrix<double> once = backward();
   CHECK(once.cwiseAbs().minCoeff() > 0);
@@ -214,7 +213,7 @@ TEST_CASE("expert: no rows are no work", "[experts]") {
   passes.evaluate(expert);
   passes.backward(expert, slice.dense_dy(), slice.weight);
   CHECK(expert.network().largest_block == 0);
-  CHECK(expert.network().w.gradient.cwiseAbs().maxCoeff() == 0);
+  CHECK(expert.network().w.gradient().cwiseAbs().maxCoeff() == 0);
 }
 
 TEST_CASE("expert: parameters are the network's", "[experts]") {

@@ -56,7 +56,7 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
   for_each_parameter(network, [&](const std::string& name, Parameter<double>& parameter) {
     INFO("parameter " << name);
     CHECK(relative_error(
-              parameter.gradient,
+              parameter.gradient(),
               test::difference_gradient(parameter.value, loss, relative_step * weights)) < 1e-7);
   });
   CHECK(relative_error(result.dx, test::difference_gradient(x, loss, relative_step * inputs)) <
@@ -124,7 +124,8 @@ TEST_CASE("feed forward: a small network worked by hand", "[experts]") {
   const Matrix<double> x{{1, 2}};
   // dy = (1, 10), weight 0.5: u = dy·W_2ᵀ = (2, 75); dweight = ⟨u, a⟩ + ⟨b_2, dy⟩ = 6 - 9 = -3,
   // which is ⟨y, dy⟩. dpre = 0.5·u ⊙ (1, 0) = (1, 0); dx = dpre·W_1ᵀ = (1, 1).
-  const test::Passes<double> r = pass<double>(network, x, Matrix<double>{{1, 10}}, Matrix<double>{{0.5}});
+  const test::Passes<double> r =
+      pass<double>(network, x, Matrix<double>{{1, 10}}, Matrix<double>{{0.5}});
   CHECK(same_bits(r.kept, Matrix<double>{{3, -1}}));
   CHECK(same_bits(r.y, Matrix<double>{{7, -1}}));
   CHECK(same_bits(evaluate(network, x), r.y));
@@ -151,7 +152,8 @@ TEST_CASE("feed forward: a small gated network worked by hand", "[experts]") {
   const Matrix<double> x{{1, 2}};
   // dy = (1, 1), weight 2: u = 3, dweight = -18; d(x·W_1) = 2·3·(-2) = -12, d(x·W_3) = 2·3·3 = 18;
   // dx = -12·(1, 1) + 18·(0, -1) = (-12, -30).
-  const test::Passes<double> r = pass<double>(network, x, Matrix<double>{{1, 1}}, Matrix<double>{{2}});
+  const test::Passes<double> r =
+      pass<double>(network, x, Matrix<double>{{1, 1}}, Matrix<double>{{2}});
   CHECK(r.kept == Matrix<double>{{3, -2}});
   CHECK(r.y == Matrix<double>{{-6, -12}});
   CHECK(r.dweight(0, 0) == -18);
@@ -168,9 +170,9 @@ TEST_CASE("feed forward: parameters have their names and shapes in order", "[exp
     for_each_parameter(network, [&](const std::string& name, const Parameter<float>& parameter) {
       list.push_back(name + " " + std::to_string(parameter.value.rows()) + "x" +
                      std::to_string(parameter.value.cols()));
-      CHECK(parameter.gradient.rows() == parameter.value.rows());
-      CHECK(parameter.gradient.cols() == parameter.value.cols());
-      CHECK(parameter.gradient.cwiseAbs().sum() == 0);
+      CHECK(parameter.gradient().rows() == parameter.value.rows());
+      CHECK(parameter.gradient().cols() == parameter.value.cols());
+      CHECK(parameter.gradient().cwiseAbs().sum() == 0);
     });
     return list;
   };
@@ -236,9 +238,10 @@ TEMPLATE_TEST_CASE("feed forward: evaluate gives the bits of forward and a row t
   }
 }
 
-TEMPLATE_TEST_CASE("feed forward: computing the pre-activations again gives the same bits and keeps "
-                   "nothing",
-                   "[experts]", float, double) {
+TEMPLATE_TEST_CASE(
+    "feed forward: computing the pre-activations again gives the same bits and keeps "
+    "nothing",
+    "[experts]", float, double) {
   for (const bool gated : {false, true}) {
     for (const Index rows : {3, 70}) {
       typename FeedForward<TestType>::Config config{
@@ -270,11 +273,9 @@ TEMPLATE_TEST_CASE("feed forward: the halves give the same bits in any split", "
     const Index panel = detail::panel_columns<TestType>;
     const Index rows = 45;
     const Index width = 3 * detail::tile_columns<TestType> + 2;
-    FeedForward<TestType> network({.width = width,
-                                   .hidden = 2 * panel + 5,
-                                   .activation = Activation::silu,
-                                   .gated = gated},
-                                  3);
+    FeedForward<TestType> network(
+        {.width = width, .hidden = 2 * panel + 5, .activation = Activation::silu, .gated = gated},
+        3);
     const Matrix<TestType> x = random_matrix<TestType>(rows, width, 5);
     const Matrix<TestType> dy = random_matrix<TestType>(rows, width, 6);
     const Matrix<TestType> weight = random_matrix<TestType>(1, rows, 7);

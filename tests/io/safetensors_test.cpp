@@ -77,14 +77,14 @@ TEMPLATE_TEST_CASE("safetensors: what is saved is loaded, to the bit", "[io]", f
   const test::TemporaryFolder folder;
   save_parameters(folder.file("a"), saved);
   Layer loaded(config);
-  for_each_parameter(loaded, [&](const std::string&, auto& p) { p.gradient.setConstant(3); });
+  for_each_parameter(loaded, [&](const std::string&, auto& p) { p.gradient().setConstant(3); });
   load_parameters(folder.file("a"), loaded);
   std::vector<Matrix<TestType>> values;
   for_each_parameter(saved, [&](const std::string&, auto& p) { values.push_back(p.value); });
   std::size_t i = 0;
   for_each_parameter(loaded, [&](const std::string&, auto& p) {
     CHECK(same_bits(p.value, values[i++]));
-    CHECK((p.gradient.array() == 3).all());
+    CHECK((p.gradient().array() == 3).all());
   });
   const SafetensorsFile file(folder.file("a"));
   CHECK(file.tensors().count("experts.3.up.weight") == 1);
@@ -377,8 +377,8 @@ TEST_CASE("safetensors: an optimizer goes on to the same bits", "[io][optim]") {
   const test::TemporaryFolder folder;
   const std::string path = folder.file("a");
   const auto gradients = [](Linear<float>& linear, std::uint64_t step) {
-    linear.weight.gradient = random_matrix<float>(3, 2, step);
-    linear.bias.gradient = random_matrix<float>(1, 2, step + 100);
+    linear.weight.gradient() = random_matrix<float>(3, 2, step);
+    linear.bias.gradient() = random_matrix<float>(1, 2, step + 100);
   };
   Linear<float> whole({.inputs = 3, .outputs = 2}, 1);
   Adam<float> adam;

@@ -103,7 +103,7 @@ struct Scale {
   void backward(ConstMatrixView<Scalar> x, ConstMatrixView<Scalar>, ConstMatrixView<Scalar> dy,
                 MatrixView<Scalar> dx) {
     for (Index i = 0; i < x.rows(); ++i) {
-      w.gradient.row(0) += x.row(i).cwiseProduct(dy.row(i));
+      w.gradient().row(0) += x.row(i).cwiseProduct(dy.row(i));
       dx.row(i) = dy.row(i).cwiseProduct(w.value.row(0));
     }
   }

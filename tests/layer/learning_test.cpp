@@ -18,8 +18,8 @@ class PlainAdam {
         m_.emplace_back(Matrix<double>::Zero(p.value.rows(), p.value.cols()));
         v_.emplace_back(Matrix<double>::Zero(p.value.rows(), p.value.cols()));
       }
-      m_[index] = 0.9 * m_[index] + 0.1 * p.gradient;
-      v_[index] = 0.999 * v_[index] + 0.001 * p.gradient.cwiseAbs2();
+      m_[index] = 0.9 * m_[index] + 0.1 * p.gradient();
+      v_[index] = 0.999 * v_[index] + 0.001 * p.gradient().cwiseAbs2();
       const double first = 1 - std::pow(0.9, steps_);
       const double second = 1 - std::pow(0.999, steps_);
       p.value.array() -=

@@ -241,7 +241,7 @@ struct SineMap {
                 MatrixView<Scalar> dx) {
     rows_backward += x.rows();
     ++calls;
-    w.gradient += x.array().sin().matrix().transpose() * dy;
+    w.gradient() += x.array().sin().matrix().transpose() * dy;
     dx = (dy * w.value.transpose()).cwiseProduct(x.array().cos().matrix());
   }
   template <class Self, class Visitor>
@@ -298,11 +298,11 @@ struct HashGate {
            s < tape.routing.token_offsets[detail::to_size(t) + 1]; ++s) {
         const Index e = tape.routing.expert[detail::to_size(s)];
         const double d = dweight[detail::to_size(s)];
-        strength.gradient(0, e) += d * (1 + tape.x.row(t).sum());
+        strength.gradient()(0, e) += d * (1 + tape.x.row(t).sum());
         tape.dx.row(t).array() += d * strength.value(0, e);
       }
     }
-    strength.gradient += 2 * strength.value;
+    strength.gradient() += 2 * strength.value;
   }
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
@@ -805,7 +805,7 @@ TEST_CASE("layer: experts without a token are neither run nor trained", "[layer]
     CHECK(network.calls == (e < 2 ? 3 : 0));
     CHECK(network.rows_forward == (e < 2 ? 80 : 0));
     CHECK(network.rows_backward == (e < 2 ? 40 : 0));
-    CHECK((network.w.gradient.cwiseAbs().maxCoeff() == 0) == (e >= 2));
+    CHECK((network.w.gradient().cwiseAbs().maxCoeff() == 0) == (e >= 2));
   }
 }
 
@@ -1155,7 +1155,7 @@ class OwnProduct {
   void forward(ConstMatrixView<S> x, MatrixView<S>, MatrixView<S> y) const { evaluate(x, y); }
   void evaluate(ConstMatrixView<S> x, MatrixView<S> y) const { y.noalias() = x * weight_.value; }
   void backward(ConstMatrixView<S> x, ConstMatrixView<S>, ConstMatrixView<S> dy, MatrixView<S> dx) {
-    weight_.gradient.noalias() += x.transpose() * dy;
+    weight_.gradient().noalias() += x.transpose() * dy;
     dx.noalias() = dy * weight_.value.transpose();
   }
   template <class Self, class Visitor>
@@ -1315,7 +1315,7 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
     CHECK_THROWS_AS(layer.backward(x, tape), std::invalid_argument);
     for_each_parameter(layer, [](const std::string& name, const Parameter<float>& parameter) {
       INFO(name);
-      CHECK((parameter.gradient.array() == 0).all());
+      CHECK((parameter.gradient().array() == 0).all());
     });
   };
   {

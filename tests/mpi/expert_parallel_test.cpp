@@ -222,8 +222,8 @@ TEST_CASE("expert parallel: a pass has the same bits again, whatever arrives fir
     CHECK(same_bits(y, tape.y));
     CHECK(same_bits(dx, tape.dx));
     for_each_parameter(layer, [&](const std::string& name, auto& p) {
-      if (pass == 0) gradients[name] = p.gradient;
-      CHECK(same_bits(gradients[name], p.gradient));
+      if (pass == 0) gradients[name] = p.gradient();
+      CHECK(same_bits(gradients[name], p.gradient()));
     });
   }
 }
@@ -417,7 +417,7 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
   check_error(
       communicator, [&] { layer.backward(odd ? random_matrix(4, 6, 1) : x, tape); },
       "MoELayer: dy has 4 rows, y has 5");
-  for_each_parameter(layer, [](const std::string&, auto& p) { CHECK(p.gradient.isZero(0)); });
+  for_each_parameter(layer, [](const std::string&, auto& p) { CHECK(p.gradient().isZero(0)); });
   Small::Tape other;
   layer.forward(x, other, {.step = 2});
   check_error(
@@ -451,7 +451,7 @@ class Weary {
   void backward(ConstMatrixView<Scalar> x, ConstMatrixView<Scalar>, ConstMatrixView<Scalar> dy,
                 MatrixView<Scalar> dx) {
     tire();
-    weight_.gradient += x.transpose() * dy;
+    weight_.gradient() += x.transpose() * dy;
     dx = dy * weight_.value.transpose();
   }
   template <class Self, class Visitor>
@@ -546,13 +546,14 @@ TEST_CASE("expert parallel: a gate that throws on one rank amid its sums", "[mpi
       communicator, [&] { layer.forward(x, tape); }, text);
   Moody::throws = false;
   layer.forward(x, tape);
-  for_each_parameter(layer.gate(), [&](const std::string&, auto& p) { p.gradient.setConstant(2); });
+  for_each_parameter(layer.gate(),
+                     [&](const std::string&, auto& p) { p.gradient().setConstant(2); });
   Moody::throws = communicator.rank() == last;
   check_error(
       communicator, [&] { layer.backward(x, tape); }, text);
   // What they were, on the ranks that did not fail too.
   for_each_parameter(layer.gate(),
-                     [](const std::string&, auto& p) { CHECK((p.gradient.array() == 2).all()); });
+                     [](const std::string&, auto& p) { CHECK((p.gradient().array() == 2).all()); });
   Moody::throws = false;
   layer.forward(x, tape);
   layer.backward(x, tape);

@@ -47,8 +47,8 @@ using Parallel = Model<Unnamed<mpi::ExpertParallel<Layer>>>;
 template <class M>
 void fill_gradients(M& model, int ranks) {
   for_each_parameter(model, [&](const std::string& name, auto& p) {
-    fill_normal(p.gradient, 1.0, std::hash<std::string>{}(name));
-    if (!name.starts_with("middle")) p.gradient /= ranks;
+    fill_normal(p.gradient(), 1.0, std::hash<std::string>{}(name));
+    if (!name.starts_with("middle")) p.gradient() /= ranks;
   });
 }
 
@@ -62,10 +62,11 @@ TEST_CASE("gradients: only those of copies are summed", "[mpi]") {
   fill_gradients(model, communicator.size());
   mpi::sum_gradients(model, communicator);
   std::map<std::string, Matrix<double>> expected;
-  for_each_parameter(whole, [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+  for_each_parameter(whole,
+                     [&](const std::string& name, auto& p) { expected[name] = p.gradient(); });
   for_each_parameter(model, [&](const std::string& name, auto& p) {
     INFO(name);
-    CHECK(test::relative_error(p.gradient, expected.at(name)) < 1e-15);
+    CHECK(test::relative_error(p.gradient(), expected.at(name)) < 1e-15);
   });
 }
 
@@ -85,19 +86,19 @@ TEST_CASE("gradients: the norm counts every parameter once, and is cut as in one
     clip_gradients(whole, limit);
     std::map<std::string, Matrix<double>> expected;
     for_each_parameter(whole,
-                       [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+                       [&](const std::string& name, auto& p) { expected[name] = p.gradient(); });
     for_each_parameter(model, [&](const std::string& name, auto& p) {
       INFO(name);
-      CHECK(test::relative_error(p.gradient, expected.at(name)) < 1e-14);
+      CHECK(test::relative_error(p.gradient(), expected.at(name)) < 1e-14);
     });
   }
   if (communicator.rank() == communicator.size() - 1) {
     for_each_parameter(model.middle.layer.experts(), [](const std::string&, auto& p) {
-      if (p.size() > 0) p.gradient(0, 0) = std::numeric_limits<double>::infinity();
+      if (p.size() > 0) p.gradient()(0, 0) = std::numeric_limits<double>::infinity();
     });
   }
   CHECK(std::isinf(mpi::clip_gradients(model, 1, communicator)));
-  CHECK(model.first.weight.gradient.allFinite());
+  CHECK(model.first.weight.gradient().allFinite());
 }
 
 TEST_CASE("gradients: a limit that makes no sense is refused by all", "[mpi]") {
@@ -110,30 +111,31 @@ TEST_CASE("gradients: a limit that makes no sense is refused by all", "[mpi]") {
 TEST_CASE("gradients: what is set aside comes back", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   Linear<float> module({.inputs = 3, .outputs = 2}, 1);
-  for_each_parameter(module, [](const std::string&, auto& p) { p.gradient.setConstant(5); });
+  for_each_parameter(module, [](const std::string&, auto& p) { p.gradient().setConstant(5); });
   mpi::GradientSum sum;
   sum.set_aside(module);
   for_each_parameter(module, [&](const std::string&, auto& p) {
-    CHECK(p.gradient.isZero(0));
-    p.gradient.setConstant(static_cast<float>(communicator.rank() + 1));
+    CHECK(p.gradient().isZero(0));
+    p.gradient().setConstant(static_cast<float>(communicator.rank() + 1));
   });
   sum.sum(module, communicator);
   sum.add_back(module);
   const auto expected = static_cast<float>(5 + communicator.size() * (communicator.size() + 1) / 2);
-  for_each_parameter(
-      module, [&](const std::string&, auto& p) { CHECK((p.gradient.array() == expected).all()); });
+  for_each_parameter(module, [&](const std::string&, auto& p) {
+    CHECK((p.gradient().array() == expected).all());
+  });
 }
 
 TEST_CASE("gradients: clipping leaves them alone where the norm is not finite", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   mpi::ExpertParallel<Layer> layer(config, communicator);
-  for_each_parameter(layer, [](const std::string&, auto& p) { p.gradient.setConstant(3); });
+  for_each_parameter(layer, [](const std::string&, auto& p) { p.gradient().setConstant(3); });
   for_each_parameter(layer.experts(), [](const std::string&, auto& p) {
-    p.gradient(0, 0) = std::numeric_limits<double>::infinity();
+    p.gradient()(0, 0) = std::numeric_limits<double>::infinity();
   });
   mpi::clip_gradients(layer, 1, communicator);
   for_each_parameter(layer.gate(),
-                     [](const std::string&, auto& p) { CHECK((p.gradient.array() == 3).all()); });
+                     [](const std::string&, auto& p) { CHECK((p.gradient().array() == 3).all()); });
 }
 
 TEST_CASE("gradients: what lazy zeroing left is not summed", "[mpi]") {
@@ -152,10 +154,11 @@ TEST_CASE("gradients: what lazy zeroing left is not summed", "[mpi]") {
   }
   mpi::sum_gradients(copy, communicator);
   std::map<std::string, Matrix<double>> expected;
-  for_each_parameter(alone, [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+  for_each_parameter(alone,
+                     [&](const std::string& name, auto& p) { expected[name] = p.gradient(); });
   for_each_parameter(copy, [&](const std::string& name, auto& p) {
     if (name.starts_with("experts"))
-      CHECK(test::relative_error(p.gradient, expected[name]) < 1e-14);
+      CHECK(test::relative_error(p.gradient(), expected[name]) < 1e-14);
   });
 }
 
@@ -179,10 +182,10 @@ struct Untrained {
 TEST_CASE("gradients: what is not trained is not summed", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   Untrained module;
-  module.state.gradient.setConstant(7);
-  module.weight.gradient.setConstant(communicator.rank() + 1);
+  module.state.gradient().setConstant(7);
+  module.weight.gradient().setConstant(communicator.rank() + 1);
   mpi::sum_gradients(module, communicator);
-  CHECK((module.state.gradient.array() == 7).all());
+  CHECK((module.state.gradient().array() == 7).all());
   const int ranks = communicator.size();
-  CHECK((module.weight.gradient.array() == ranks * (ranks + 1) / 2).all());
+  CHECK((module.weight.gradient().array() == ranks * (ranks + 1) / 2).all());
 }

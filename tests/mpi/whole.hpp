@@ -121,13 +121,13 @@ class Beside {
   void check_gradients(double tolerance) {
     std::map<std::string, Matrix<Scalar>> expected;
     for_each_parameter(whole,
-                       [&](const std::string& name, auto& p) { expected[name] = p.gradient; });
+                       [&](const std::string& name, auto& p) { expected[name] = p.gradient(); });
     std::vector<Index> found(expected.size(), 0);
     for_each_parameter(parallel, [&](const std::string& name, auto& p) {
       INFO("parameter " << name);
       const auto place = expected.find(name);
       REQUIRE(place != expected.end());
-      CHECK(relative_error(p.gradient, place->second) < tolerance);
+      CHECK(relative_error(p.gradient(), place->second) < tolerance);
       found[static_cast<std::size_t>(std::distance(expected.begin(), place))] = 1;
     });
     communicator_.sum(std::span<Index>(found));

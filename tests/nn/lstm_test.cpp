@@ -112,9 +112,9 @@ TEST_CASE("lstm: gradients add up and a tape can be used again", "[nn][lstm]") {
   lstm.forward(random_matrix(6, 3, 2), state, tape);
   const Matrix<double> dy = random_matrix(6, 4, 3);
   const Matrix<double> dx = lstm.backward(dy, tape);
-  const Matrix<double> once = lstm.weight_hh.gradient;
+  const Matrix<double> once = lstm.weight_hh.gradient();
   CHECK(same_bits(lstm.backward(dy, tape), dx));
-  CHECK(test::relative_error(lstm.weight_hh.gradient, 2 * once) < 1e-14);
+  CHECK(test::relative_error(lstm.weight_hh.gradient(), 2 * once) < 1e-14);
 }
 
 TEMPLATE_TEST_CASE("lstm: a sequence in two pieces equals the whole", "[nn][lstm]", float, double) {
@@ -160,7 +160,7 @@ TEMPLATE_TEST_CASE("lstm: the same bits from evaluate and on any number of threa
     lstm.backward(dy, tape);
     if (threads == 1) {
       expected = tape;
-      gradient = lstm.weight_hh.gradient;
+      gradient = lstm.weight_hh.gradient();
     }
     State<TestType> evaluated = initial;
     CHECK(same_bits(lstm.evaluate(x, evaluated), expected.y));
@@ -168,7 +168,7 @@ TEMPLATE_TEST_CASE("lstm: the same bits from evaluate and on any number of threa
     CHECK(same_bits(tape.y, expected.y));
     CHECK(same_bits(tape.dx, expected.dx));
     CHECK(same_bits(tape.dstate.hidden, expected.dstate.hidden));
-    CHECK(same_bits(lstm.weight_hh.gradient, gradient));
+    CHECK(same_bits(lstm.weight_hh.gradient(), gradient));
     // A sequence alone has the bits that it has among others.
     State<TestType> alone{initial.hidden.row(17), initial.cell.row(17)};
     Matrix<TestType> x_alone(7, 20);
@@ -204,7 +204,7 @@ TEST_CASE("lstm: no steps and no sequences", "[nn][lstm]") {
   State<float> none = lstm.initial_state(0);
   CHECK(lstm.forward(Matrix<float>(0, 3), none, tape).cols() == 4);
   CHECK(lstm.backward(Matrix<float>(0, 4), tape).cols() == 3);
-  CHECK(lstm.weight_hh.gradient.isZero(0));
+  CHECK(lstm.weight_hh.gradient().isZero(0));
 }
 
 TEST_CASE("lstm: NaN stays in its sequence", "[nn][lstm]") {
@@ -256,7 +256,7 @@ TEST_CASE("lstm: what is wrong is named and changes nothing", "[nn][lstm]") {
   lstm.evaluate(ones(6, 3), state, tape);  // of the same shape, but not what tape.x belongs to
   CHECK_THROWS_WITH(lstm.backward(ones(6, 4), tape),
                     "moe: LSTM::backward without a forward pass on this tape");
-  CHECK(lstm.weight_ih.gradient.isZero(0));
+  CHECK(lstm.weight_ih.gradient().isZero(0));
 }
 
 TEST_CASE("lstm: x may be the tape's y of the pass before, in forward", "[nn][lstm]") {

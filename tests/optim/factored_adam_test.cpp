@@ -84,8 +84,8 @@ double error_after_updates(Index rows, Index columns, double gradient_scale, dou
   FactoredAdam<Scalar> adam({.beta2 = 0.9, .epsilon = epsilon, .weight_decay = 0.1});
   Naive naive{.beta2 = 0.9, .epsilon = epsilon, .weight_decay = 0.1};
   for (int t = 1; t <= updates; ++t) {
-    parameter.gradient = scattered<Scalar>(rows, columns, t, gradient_scale);
-    naive.update(w, parameter.gradient.template cast<double>(), 0.125);
+    parameter.gradient() = scattered<Scalar>(rows, columns, t, gradient_scale);
+    naive.update(w, parameter.gradient().template cast<double>(), 0.125);
     adam.update(parameter, 0.125);
   }
   return test::relative_error(parameter.value.template cast<double>(), w);
@@ -102,7 +102,7 @@ struct Several {
                                         {90, 1},
                                         {3, 90000}}) {
       parts.push_back(parameter_of<float>(rows, columns, ++seed));
-      parts.back().gradient = scattered<float>(rows, columns, ++seed);
+      parts.back().gradient() = scattered<float>(rows, columns, ++seed);
     }
   }
   template <class Self, class Visitor>
@@ -120,7 +120,7 @@ TEST_CASE("factored adam: two updates worked by hand", "[optim][factored_adam]")
   FactoredAdam<double> adam({.beta2 = 0.5, .epsilon = 0.5, .weight_decay = 0.25});
   // g² = (16 4; 0 4): r = ½·(10, 2) = (5, 1), c = ½·(8, 4) = (4, 2), mean(r) = 3, 1 - β2 = ½, so
   // v̂ = 2·(5·4, 5·2; 1·4, 1·2)/3.
-  p.gradient << 4, 2, 0, -2;
+  p.gradient() << 4, 2, 0, -2;
   adam.update(p, 0.1);
   const auto check = [&](Index i, Index j, double expected) {
     CHECK_THAT(p.value(i, j), Catch::Matchers::WithinAbs(expected, 1e-14));
@@ -135,7 +135,7 @@ TEST_CASE("factored adam: two updates worked by hand", "[optim][factored_adam]")
   check(1, 1, w11);
   // g² = (1 9; 1 1): r = ½·(5, 1) + ½·(5, 1), c = ½·(4, 2) + ½·(1, 5) = (2.5, 3.5), mean(r) = 3,
   // 1 - β2² = ¾, so v̂ = (5·2.5, 5·3.5; 2.5, 3.5)/2.25.
-  p.gradient << 1, -3, 1, 1;
+  p.gradient() << 1, -3, 1, 1;
   adam.update(p, 0.1);
   check(0, 0, w00 * 0.975 - 0.1 / (std::sqrt(50.0 / 9) + 0.5));
   check(0, 1, w01 * 0.975 + 0.3 / (std::sqrt(70.0 / 9) + 0.5));
@@ -204,7 +204,7 @@ TEMPLATE_TEST_CASE("factored adam: of rank one it is adam without a first moment
 
 TEST_CASE("factored adam: far from rank one a small element moves far", "[optim][factored_adam]") {
   Parameter<double> p(2, 2);
-  p.gradient << 1000, 0, 0, 1;
+  p.gradient() << 1000, 0, 0, 1;
   FactoredAdam<double> adam({.epsilon = 1e-12});
   adam.update(p, 0.001);
   // r = c = (5e5, 0.5), mean(r) = 250000.25: v̂ = 0.25/250000.25 for the last.
@@ -220,9 +220,9 @@ TEMPLATE_TEST_CASE("factored adam: no gradient, no move", "[optim][factored_adam
   CHECK(test::same_bits(p.value, before));
 
   // Nor where a row or a column has none.
-  p.gradient.setOnes();
-  p.gradient.row(3).setZero();
-  p.gradient.col(2).setZero();
+  p.gradient().setOnes();
+  p.gradient().row(3).setZero();
+  p.gradient().col(2).setZero();
   adam.update(p, 0.1);
   for (Index i = 0; i < 9; ++i) {
     for (Index j = 0; j < 5; ++j) CHECK((p.value(i, j) == before(i, j)) == (i == 3 || j == 2));
@@ -232,7 +232,7 @@ TEMPLATE_TEST_CASE("factored adam: no gradient, no move", "[optim][factored_adam
   FactoredAdam<TestType> forgetful({.beta2 = 0});
   forgetful.update(p, 0.1);
   const Matrix<TestType> then = p.value;
-  p.gradient.setZero();
+  p.gradient().setZero();
   forgetful.update(p, 0.1);
   CHECK(test::same_bits(p.value, then));
 }
@@ -245,14 +245,14 @@ TEMPLATE_TEST_CASE("factored adam: what is not finite makes NaN of its own matri
         -std::numeric_limits<TestType>::infinity(), largest}) {
     INFO("gradient " << bad);
     Linear<TestType> module({.inputs = 7, .outputs = 13}, 1);
-    module.weight.gradient.setOnes();
-    module.bias.gradient.setOnes();
-    module.weight.gradient(2, 11) = bad;
+    module.weight.gradient().setOnes();
+    module.bias.gradient().setOnes();
+    module.weight.gradient()(2, 11) = bad;
     FactoredAdam<TestType> adam;
     adam.update(module, 0.1);
     CHECK(module.weight.value.array().isNaN().all());
     CHECK(module.bias.value.array().isFinite().all());
-    module.weight.gradient.setOnes();
+    module.weight.gradient().setOnes();
     module.weight.value.setZero();
     adam.update(module, 0.1);
     CHECK(module.weight.value.array().isNaN().all());
@@ -322,7 +322,7 @@ TEST_CASE("factored adam: remembers D + H numbers of a D x H matrix", "[optim][f
 
 TEST_CASE("factored adam: remembers means", "[optim][factored_adam]") {
   Parameter<double> p(2, 3);
-  p.gradient << 1, 2, 1, -5, 4, 1;  // squares 1 4 1; 25 16 1
+  p.gradient() << 1, 2, 1, -5, 4, 1;  // squares 1 4 1; 25 16 1
   FactoredAdam<double> adam({.beta2 = 0.5});
   adam.update(p, 0.1);
   const auto holds = [](const Matrix<double>& actual, std::initializer_list<double> expected) {
@@ -383,7 +383,7 @@ TEST_CASE("factored adam: parameters without elements", "[optim][factored_adam]"
   for (const auto& [rows, columns] :
        {std::pair<Index, Index>{0, 0}, {0, 5}, {2, 3}, {5, 0}, {1, 1}}) {
     parts.emplace_back(rows, columns);
-    parts.back().gradient.setOnes();
+    parts.back().gradient().setOnes();
   }
   FactoredAdam<float> adam;
   adam.update(parts, 0.25);
@@ -417,7 +417,7 @@ TEST_CASE("factored adam: what is wrong is named and changes nothing", "[optim][
   CHECK_THROWS_AS(FactoredAdam<float>({.beta2 = std::nan("")}), std::invalid_argument);
 
   Linear<float> module({.inputs = 3, .outputs = 2}, 1);
-  module.weight.gradient.setOnes();
+  module.weight.gradient().setOnes();
   FactoredAdam<float> adam;
   adam.update(module, 0.1);
   const Matrix<float> before = module.weight.value;
@@ -437,14 +437,14 @@ TEST_CASE("factored adam: what is wrong is named and changes nothing", "[optim][
   CHECK_THROWS_WITH(
       adam.update(less, 0.1),
       "moe: FactoredAdam::update: the module has 1 parameters, had 2 at the first update");
-  module.bias.gradient = Matrix<float>::Ones(1, 5);
+  module.bias.gradient() = Matrix<float>::Ones(1, 5);
   CHECK_THROWS_WITH(adam.update(module, 0.1), "moe: bias is 1 x 2, its gradient 1 x 5");
   CHECK(test::same_bits(module.weight.value, before));
-  module.bias.gradient = Matrix<float>::Zero(1, 2);
+  module.bias.gradient() = Matrix<float>::Zero(1, 2);
 
   // None of the failures counted as an update.
   Linear<float> twin({.inputs = 3, .outputs = 2}, 1);
-  twin.weight.gradient.setOnes();
+  twin.weight.gradient().setOnes();
   FactoredAdam<float> unharmed;
   unharmed.update(twin, 0.1);
   unharmed.update(twin, 0.1);
@@ -467,8 +467,8 @@ TEST_CASE("factored adam: lazy, large parameters too, the bias by their own upda
   for (int t = 1; t <= 3; ++t) {
     zero_gradients(experts, Updates::lazy);
     auto& routed = experts[t == 2 ? 1 : 0];
-    detail::mark_gradients(routed);
-    routed.gradient.setOnes();
+    detail::accumulate(routed);
+    routed.gradient().setOnes();
     adam.update(experts, 0.25);
   }
   CHECK((experts[0].value.array() + 2 * 0.25f).abs().maxCoeff() < 1e-5f);
@@ -479,8 +479,8 @@ TEST_CASE("factored adam: factors scale the learning rate of each parameter",
           "[optim][factored_adam]") {
   const auto moved = [](double learning_rate, const std::vector<double>& factors) {
     Linear<double> module({.inputs = 2, .outputs = 3}, 1);
-    module.weight.gradient.setOnes();
-    module.bias.gradient.setOnes();
+    module.weight.gradient().setOnes();
+    module.bias.gradient().setOnes();
     FactoredAdam<double> adam({.weight_decay = 0.1});
     adam.update(module, learning_rate, factors);
     return module;

@@ -28,11 +28,11 @@ struct Mixture {
   template <class Routed>
   void backward(Index t, const Routed& routed) {
     const auto factor = static_cast<Scalar>(std::cos(static_cast<double>(t)));
-    gate.gradient += factor * gate.value;
+    gate.gradient() += factor * gate.value;
     for (Index e = 0; e < size(); ++e) {
       if (!routed(e, t)) continue;
-      detail::mark_gradients((*this)[e]);
-      (*this)[e].gradient += factor * (*this)[e].value;
+      detail::accumulate((*this)[e]);
+      (*this)[e].gradient() += factor * (*this)[e].value;
     }
   }
 
@@ -164,8 +164,8 @@ void check_gradients_by_hand(const Make& make) {
     Mixture<Scalar> before;
     Mixture<Scalar> mixture;
     auto optimizer = make(mode);
-    mixture.gate.gradient.setOnes();
-    mixture[5].gradient.setOnes();
+    mixture.gate.gradient().setOnes();
+    mixture[5].gradient().setOnes();
     optimizer.update(mixture, 0.1);
     // Far more than the decay.
     CHECK((before.gate.value - mixture.gate.value).minCoeff() > Scalar(0.05));

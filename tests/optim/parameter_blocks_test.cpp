@@ -83,8 +83,8 @@ TEST_CASE("parameter blocks: a parameter that is passed by moves no other to ano
           "[optim][parameter_blocks]") {
   Module module({2 * optimizer_block, 3 * optimizer_block, 4});
   detail::track_gradients(module);
-  module.parameters[0].gradient_state = detail::GradientState::added_to;
-  module.parameters[2].gradient_state = detail::GradientState::added_to;
+  module.parameters[0].stored.state = detail::GradientState::added_to;
+  module.parameters[2].stored.state = detail::GradientState::added_to;
   auto all = blocks_of(module, Updates::dense);
   REQUIRE(all.size() == 6);
   all.erase(2);
@@ -100,7 +100,7 @@ TEST_CASE("parameter blocks: a parameter that is passed by moves no other to ano
 TEST_CASE("parameter blocks: a gradient of another shape is named before the first call",
           "[optim][parameter_blocks]") {
   Module module({4, 3});
-  module.parameters[1].gradient.resize(1, 2);
+  module.parameters[1].gradient().resize(1, 2);
   Index calls = 0;
   CHECK_THROWS_WITH(
       detail::for_each_parameter_block(

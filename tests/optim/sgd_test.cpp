@@ -21,7 +21,7 @@ Linear<double> scalar_module(double value) {
 TEST_CASE("sgd: momentum and decay worked by hand", "[optim][sgd]") {
   auto module = scalar_module(1.0);
   double& w = module.weight.value(0, 0);
-  double& g = module.weight.gradient(0, 0);
+  double& g = module.weight.gradient()(0, 0);
   Sgd<double> sgd({.momentum = 0.5, .weight_decay = 0.25});
   const auto near = [](double value) { return Catch::Matchers::WithinAbs(value, 1e-14); };
   g = 2;
@@ -40,7 +40,7 @@ TEST_CASE("sgd: plain by default", "[optim][sgd]") {
   auto module = scalar_module(1.0);
   Sgd<double> sgd;
   for (int step = 0; step < 2; ++step) {
-    module.weight.gradient(0, 0) = 1;
+    module.weight.gradient()(0, 0) = 1;
     sgd.update(module, 0.25);
   }
   CHECK(module.weight.value(0, 0) == 0.5);
@@ -51,7 +51,7 @@ TEMPLATE_TEST_CASE("sgd: the same bits on any number of threads", "[optim][sgd]"
   for (const int threads : {1, 2, 3, 8}) {
     const test::Threads scope(threads);
     Linear<TestType> module({.inputs = 131, .outputs = 127}, 1);
-    module.weight.gradient = random_matrix<TestType>(131, 127, 2);
+    module.weight.gradient() = random_matrix<TestType>(131, 127, 2);
     Sgd<TestType> sgd({.momentum = 0.9, .weight_decay = 0.01});
     for (int step = 0; step < 3; ++step) sgd.update(module, 0.1);
     if (threads == 1) expected = module.weight.value;
@@ -65,7 +65,7 @@ TEST_CASE("sgd: what is wrong is named and changes nothing", "[optim][sgd]") {
   CHECK_THROWS_WITH(Sgd<float>({.weight_decay = -1}),
                     "moe: Sgd::Config.weight_decay = -1, must be finite and at least 0");
   auto module = scalar_module(1.0);
-  module.weight.gradient(0, 0) = 1;
+  module.weight.gradient()(0, 0) = 1;
   Sgd<double> sgd;
   CHECK_THROWS_WITH(sgd.update(module, -1),
                     "moe: Sgd::update: learning_rate = -1, must be finite and at least 0");

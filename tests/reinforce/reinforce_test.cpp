@@ -481,7 +481,7 @@ TEST_CASE("reinforce: errors leave everything as it was", "[reinforce]") {
   Helper<> helper({.longest = 4, .samples = 2});
   helper.set_running_mean({.sum = 1, .weight = 1});
   Helper<>::Tape tape;
-  for_each_parameter(policy, [](const std::string&, auto& p) { p.gradient.setConstant(0.5); });
+  for_each_parameter(policy, [](const std::string&, auto& p) { p.gradient().setConstant(0.5); });
   const SmallPolicy<double> before = policy;
   const auto fails = [&](const std::vector<Index>& in, const References& refs, auto&& r,
                          const Objective& objective, const std::string& message) {
@@ -491,12 +491,12 @@ TEST_CASE("reinforce: errors leave everything as it was", "[reinforce]") {
     std::vector<Matrix<double>> expected;
     for_each_parameter(before, [&](const std::string&, const auto& p) {
       expected.push_back(p.value);
-      expected.push_back(p.gradient);
+      expected.push_back(p.gradient());
     });
     std::size_t i = 0;
     for_each_parameter(policy, [&](const std::string&, const auto& p) {
       CHECK(same_bits(p.value, expected[i++]));
-      CHECK(same_bits(p.gradient, expected[i++]));
+      CHECK(same_bits(p.gradient(), expected[i++]));
     });
   };
   const auto nan_reward = [](Index input, std::span<const Index>, bool done) {

@@ -124,8 +124,8 @@ void check_gradients(const BalancedGate<double>::Config& config, Index tokens, d
     return (a - b).cwiseAbs().maxCoeff() <= 1e-10 * b.cwiseAbs().maxCoeff() + 1e-12;
   };
   CHECK(near(dx, naive.dx));
-  CHECK(near(parameter(gate, "weight").gradient, naive.dweight));
-  CHECK(near(parameter(gate, "threshold").gradient, naive.dthreshold));
+  CHECK(near(parameter(gate, "weight").gradient(), naive.dweight));
+  CHECK(near(parameter(gate, "threshold").gradient(), naive.dthreshold));
 
   const double steep = scale > 5 ? 0.02 : 1;
   const auto loss = [&] { return test::loss_of(gate, x, r); };
@@ -137,9 +137,9 @@ void check_gradients(const BalancedGate<double>::Config& config, Index tokens, d
           1e-7 * expected.cwiseAbs().maxCoeff() + 2e-15 * size / step);
   };
   check(dx, x, 1e-4 * steep * inputs);
-  check(parameter(gate, "weight").gradient, parameter(gate, "weight").value,
+  check(parameter(gate, "weight").gradient(), parameter(gate, "weight").value,
         1e-4 * steep * weights);
-  check(parameter(gate, "threshold").gradient, parameter(gate, "threshold").value,
+  check(parameter(gate, "threshold").gradient(), parameter(gate, "threshold").value,
         1e-4 * std::min(1.0, scale) / static_cast<double>(config.experts));
 }
 
@@ -211,10 +211,10 @@ TEMPLATE_TEST_CASE("balanced gate: three tokens and two experts worked by hand",
   const auto error = [](const Matrix<S>& a, const Matrix<S>& b) {
     return static_cast<double>((a - b).cwiseAbs().maxCoeff());
   };
-  CHECK(error(parameter(gate, "threshold").gradient, Matrix<S>{{-2, 2, 0}}) == 0);
+  CHECK(error(parameter(gate, "threshold").gradient(), Matrix<S>{{-2, 2, 0}}) == 0);
   const Matrix<S> token1 = Matrix<S>{{20, -16, -4}} / S{49};
   const Matrix<S> token2 = Matrix<S>{{128, -160, 32}} / S{441};
-  CHECK(error(parameter(gate, "weight").gradient, token1 + 2 * token2) < 1e-6);
+  CHECK(error(parameter(gate, "weight").gradient(), token1 + 2 * token2) < 1e-6);
   CHECK(error(dx, Matrix<S>{{ln2 / 4}, {ln2 * S(-12) / 49}, {ln2 * S(-192) / 441}}) < 1e-6);
 }
 
@@ -304,7 +304,7 @@ TEST_CASE("balanced gate: thresholds learn to do what the batchwise mask does", 
     gate.forward(random_matrix(tokens, 4, 100 + step), tape);
     zero_gradients(gate);
     gate.backward(none, tape);
-    threshold.value -= 0.2 / (100.0 + 20.0 * static_cast<double>(step)) / 8 * threshold.gradient;
+    threshold.value -= 0.2 / (100.0 + 20.0 * static_cast<double>(step)) / 8 * threshold.gradient();
   }
   gate.forward(random_matrix(tokens, 4, 1), tape);
   CHECK(tape.balance.loss < 0.02 * start);
@@ -472,7 +472,7 @@ TEST_CASE("balanced gate: parameters have their names, shapes and start", "[rout
     names.push_back(name);
     CHECK(p.value.cols() == 4);
     CHECK(p.value.rows() == (name == "weight" ? 9 : 1));
-    CHECK(p.gradient.cwiseAbs().maxCoeff() == 0);
+    CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
     if (name == "threshold") {
       CHECK((p.value.array() == 0.25f).all());
     } else {
@@ -530,7 +530,7 @@ TEST_CASE("balanced gate: a bad input is refused and changes nothing", "[routing
   CHECK(same_bits(tape.p, before.p));
   CHECK(tape.routing.weight == before.routing.weight);
   for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
-    CHECK(p.gradient.cwiseAbs().maxCoeff() == 0);
+    CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
   });
   const std::string foreign = "moe: BalancedGate::backward: the tape is another gate's, of width 3";
   BalancedGate<double> few({.width = 3, .experts = 4, .active = 2});

@@ -64,7 +64,7 @@ void check_gradients(const ExpertChoiceGate<double>::Config& config, Index token
     return (a - b).cwiseAbs().maxCoeff() <= 1e-11 * b.cwiseAbs().maxCoeff() + 1e-13;
   };
   CHECK(near(dx, naive_dx));
-  CHECK(near(parameter(gate, "weight").gradient, naive_dw));
+  CHECK(near(parameter(gate, "weight").gradient(), naive_dw));
   const auto loss = [&] { return test::loss_of(gate, x, r); };
   test::check_scaled_gradients(gate, dx, x, loss, weights, inputs, scale > 5 ? 0.02 : 1);
 }
@@ -118,7 +118,7 @@ TEMPLATE_TEST_CASE("expert choice gate: three tokens and two experts worked by h
   const std::vector<S> dweight = {4, 0, 9, 25};
   const Matrix<S>& dx = gate.backward(dweight, tape);
   CHECK(relative_error(dx, ln2 * Matrix<S>{{-1}, {2}, {4}}) < 1e-6);
-  CHECK(relative_error(parameter(gate, "weight").gradient, Matrix<S>{{-10, 10}}) < 1e-6);
+  CHECK(relative_error(parameter(gate, "weight").gradient(), Matrix<S>{{-10, 10}}) < 1e-6);
 }
 
 TEST_CASE("expert choice gate: every expert gets exactly C tokens for any shape",
@@ -242,10 +242,10 @@ TEST_CASE("expert choice gate: backward adds once each time", "[routing][gate]")
   gate.forward(random_matrix(10, 3, 2), tape);
   const std::vector<double> dweight(20, 0.5);
   const Matrix<double> dx = gate.backward(dweight, tape);
-  const Matrix<double> once = parameter(gate, "weight").gradient;
+  const Matrix<double> once = parameter(gate, "weight").gradient();
   CHECK(once.cwiseAbs().maxCoeff() > 0);
   CHECK(same_bits(gate.backward(dweight, tape), dx));
-  CHECK(relative_error(parameter(gate, "weight").gradient, Matrix<double>(2 * once)) < 1e-14);
+  CHECK(relative_error(parameter(gate, "weight").gradient(), Matrix<double>(2 * once)) < 1e-14);
 }
 
 TEST_CASE("expert choice gate: its parameter has its name, shape and start", "[routing][gate]") {
@@ -308,7 +308,7 @@ TEST_CASE("expert choice gate: a bad input is refused and changes nothing", "[ro
   CHECK_THROWS_WITH(busy.backward(dweight, tape), foreign);
   ExpertChoiceGate<double> broad({.width = 4, .experts = 5});
   CHECK_THROWS_WITH(broad.backward(dweight, tape), foreign);
-  CHECK(parameter(gate, "weight").gradient.cwiseAbs().maxCoeff() == 0);
+  CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() == 0);
   CHECK_NOTHROW(gate.backward(dweight, tape));
 }
 

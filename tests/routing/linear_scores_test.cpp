@@ -51,7 +51,7 @@ TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
     Parameter<double> weight(4, experts);
     weight.value = random_matrix(4, experts, 2);
     const Matrix<double> before = random_matrix(4, experts, 3);
-    weight.gradient = before;
+    weight.gradient() = before;
     const Matrix<double> r = random_matrix(5, experts, 4);
     const auto loss = [&] {
       Matrix<double> p;
@@ -75,6 +75,6 @@ TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
             1e-7 * expected.cwiseAbs().maxCoeff() + floor);
     };
     check(dx, x);
-    check(weight.gradient - before, weight.value);
+    check(weight.gradient() - before, weight.value);
   }
 }

@@ -145,10 +145,10 @@ TEMPLATE_TEST_CASE("noisy top-k gate: two tokens and three experts worked by han
   const auto error = [](const Matrix<S>& a, const Matrix<S>& b) {
     return static_cast<double>((a - b).cwiseAbs().maxCoeff());
   };
-  CHECK(error(parameter(gate, "weight").gradient,
+  CHECK(error(parameter(gate, "weight").gradient(),
               Matrix<S>{{ln3 * 3 / 64, 0, -ln3 * 3 / 64}, {0, -ln4 * 9 / 64, ln4 * 9 / 64}}) <
         1e-6);
-  CHECK(parameter(gate, "noise_weight").gradient.cwiseAbs().maxCoeff() == 0);
+  CHECK(parameter(gate, "noise_weight").gradient().cwiseAbs().maxCoeff() == 0);
   // dx = dh·W_gᵀ.
   CHECK(error(dx, Matrix<S>{{S(3 - 6) / 64, S(-3) / 64}, {S(18) / 64, 0}}) < 1e-6);
   CHECK(error(tape.dclean, Matrix<S>(dh / 64)) < 1e-6);
@@ -329,7 +329,7 @@ TEST_CASE("noisy top-k gate: a counted load carries no gradient", "[routing][gat
     const Matrix<double>& dx = gate.backward(std::vector<double>(all ? 30 : 6, 0.0), tape);
     CHECK(dx.cwiseAbs().maxCoeff() == 0);
     for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
-      CHECK(p.gradient.cwiseAbs().maxCoeff() == 0);
+      CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
     });
   }
 }
@@ -341,7 +341,7 @@ TEST_CASE("noisy top-k gate: one active expert learns from the load alone", "[ro
   NoisyTopKGate<double>::Tape tape;
   gate.forward(random_matrix(6, 3, 2), tape);
   gate.backward(std::vector<double>(6, 2.5), tape);
-  CHECK(parameter(gate, "weight").gradient.cwiseAbs().maxCoeff() < 1e-15);
+  CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() < 1e-15);
 }
 
 TEST_CASE("noisy top-k gate: backward adds once each time", "[routing][gate]") {
@@ -395,7 +395,7 @@ TEST_CASE("noisy top-k gate: parameters have their names and shapes and start at
     CHECK(p.value.rows() == 3);
     CHECK(p.value.cols() == 5);
     CHECK(p.value.cwiseAbs().maxCoeff() == 0);
-    CHECK(p.gradient.cwiseAbs().maxCoeff() == 0);
+    CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
   });
   CHECK(names == std::vector<std::string>{"weight", "noise_weight"});
 }
@@ -454,7 +454,7 @@ TEST_CASE("noisy top-k gate: a bad input is refused and changes nothing", "[rout
   CHECK(tape.routing.expert == before.routing.expert);
   CHECK(tape.balance.loss == before.balance.loss);
   for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
-    CHECK(p.gradient.cwiseAbs().maxCoeff() == 0);
+    CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
   });
   CHECK_NOTHROW(gate.backward(dweight, tape));  // the tape is as good as before
 

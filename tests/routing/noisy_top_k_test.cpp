@@ -44,7 +44,7 @@ TEMPLATE_TEST_CASE("noisy top-k: rows may come in pieces", "[routing]", float, d
 
   Passes<S> whole;
   whole.top_k.forward(rows, nullptr, key, 0, whole.tape, whole.routing);
-  whole.top_k.compute_load(0, 7, whole.tape, whole.routing, whole.load.data());
+  whole.top_k.compute_load(0, 7, whole.tape, whole.load.data());
   whole.top_k.prepare_backward(whole.tape);
   whole.top_k.backward(rows, 0, dweight.data(), dload.data(), whole.tape, whole.routing,
                        view(whole.dx));
@@ -57,7 +57,7 @@ TEMPLATE_TEST_CASE("noisy top-k: rows may come in pieces", "[routing]", float, d
     pieces.top_k.backward(piece, first, dweight.data(), dload.data(), pieces.tape, pieces.routing,
                           rows_of(pieces.dx, first, count));
   }
-  pieces.top_k.compute_load(0, 7, pieces.tape, pieces.routing, pieces.load.data());
+  pieces.top_k.compute_load(0, 7, pieces.tape, pieces.load.data());
   CHECK(pieces.routing.expert == whole.routing.expert);
   CHECK(pieces.routing.weight == whole.routing.weight);
   CHECK(pieces.load == whole.load);
@@ -133,7 +133,7 @@ TEMPLATE_TEST_CASE("noisy top-k: a listed token draws its own noise, wherever it
     CHECK(same_bits(listed.tape.probability.row(row), straight.tape.probability.row(token)));
   }
   std::vector<S> load(5);
-  listed.top_k.compute_load(1, 2, listed.tape, listed.routing, load.data());
+  listed.top_k.compute_load(1, 2, listed.tape, load.data());
   for (Index i = 0; i < 5; ++i) {
     const S twice = 2 * straight.tape.probability(2, i);
     CHECK(load[detail::to_size(i)] == twice);

@@ -58,7 +58,7 @@ struct Dropping {
   void backward(std::span<const Scalar> dweight, Tape& tape) {
     test::for_each_slot(tape.routing, [&](Index t, Index e, std::size_t s) {
       for (Index d = 0; d < tape.x.cols(); ++d) {
-        W.gradient(d, e) += (dweight[s] + 1) * tape.x(t, d);
+        W.gradient()(d, e) += (dweight[s] + 1) * tape.x(t, d);
         tape.dx(t, d) += (dweight[s] + 1) * W.value(d, e);
       }
     });
@@ -178,8 +178,9 @@ TEMPLATE_TEST_CASE("shared expert gate: shared slots come first, routed ones are
   std::vector<S> dweight;
   for (int s = 0; s < 11; ++s) dweight.push_back(static_cast<S>(s));
   const Matrix<S>& dx = gate.backward(dweight, tape);
-  CHECK(relative_error(parameter(gate, "shared_weight").gradient, Matrix<S>{{3, S(3.75)}}) < 1e-6);
-  CHECK(relative_error(parameter(gate, "routed.W").gradient, Matrix<S>{{8, 14, 0}}) < 1e-6);
+  CHECK(relative_error(parameter(gate, "shared_weight").gradient(), Matrix<S>{{3, S(3.75)}}) <
+        1e-6);
+  CHECK(relative_error(parameter(gate, "routed.W").gradient(), Matrix<S>{{8, 14, 0}}) < 1e-6);
   const S q = ln3 * S{3} / S{16};
   CHECK(relative_error(dx, Matrix<S>{{-q}, {5 * 5 - q}, {3 * 8 + 5 * 9 - q}, {-q}}) < 1e-6);
 }
@@ -408,7 +409,7 @@ TEST_CASE("shared expert gate: a bad input is refused and changes nothing", "[ro
   Noisy<double> busy({.width = 3, .routed = {.experts = 5, .active = 1}});  // the inner one's check
   CHECK_THROWS_AS(busy.backward(dweight, tape), std::invalid_argument);
   for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
-    CHECK(p.gradient.cwiseAbs().maxCoeff() == 0);
+    CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
   });
   CHECK_NOTHROW(gate.backward(dweight, tape));
 }

@@ -249,7 +249,7 @@ TEST_CASE("softmax top-k gate: one active expert learns from its weight", "[rout
     Tape<double> tape;
     gate.forward(random_matrix(6, 3, 2), tape);
     gate.backward(std::vector<double>(6, 2.5), tape);
-    const double size = parameter(gate, "weight").gradient.cwiseAbs().maxCoeff();
+    const double size = parameter(gate, "weight").gradient().cwiseAbs().maxCoeff();
     // The softmax of one number is the constant 1.
     CHECK((score == Score::softmax_of_chosen ? size == 0 : size > 0.01));
   }
@@ -268,7 +268,7 @@ TEMPLATE_TEST_CASE("softmax top-k gate: the same bits on any number of threads",
       SoftmaxTopKGate<S> gate(config, 7);
       gate.forward(x, tape, {.step = 2});
       gate.backward(dweight_of(tape.routing, r), tape);
-      gradient = parameter(gate, "weight").gradient;
+      gradient = parameter(gate, "weight").gradient();
     };
     Tape<S> first;
     Matrix<S> first_gradient;
@@ -469,7 +469,7 @@ TEST_CASE("softmax top-k gate: no optimizer moves the bias", "[routing][gate]") 
       zero_gradients(gate, updates);
       gate.forward(random_matrix(6, 5, step), tape, {.step = step});
       gate.backward(std::vector<double>(tape.routing.weight.size(), 0.5), tape);
-      CHECK(parameter(gate, "selection_bias").gradient.cwiseAbs().maxCoeff() == 0);
+      CHECK(parameter(gate, "selection_bias").gradient().cwiseAbs().maxCoeff() == 0);
       clip_gradients(gate, 0.01, updates);
       adam.update(gate, 0.1);
       sgd.update(gate, 0.1);
@@ -486,9 +486,10 @@ TEST_CASE("softmax top-k gate: backward adds once each time", "[routing][gate]")
   gate.forward(random_matrix(6, 5, 2), tape);
   const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
   const Matrix<double> dx = gate.backward(dweight, tape);
-  const Matrix<double> once = parameter(gate, "weight").gradient;
+  const Matrix<double> once = parameter(gate, "weight").gradient();
   CHECK(same_bits(gate.backward(dweight, tape), dx));
-  CHECK(test::relative_error(parameter(gate, "weight").gradient, Matrix<double>(2 * once)) < 1e-14);
+  CHECK(test::relative_error(parameter(gate, "weight").gradient(), Matrix<double>(2 * once)) <
+        1e-14);
 }
 
 TEMPLATE_TEST_CASE("softmax top-k gate: ties go to the lower expert and group", "[routing][gate]",
@@ -608,7 +609,7 @@ TEMPLATE_TEST_CASE("softmax top-k gate: extreme shapes", "[routing][gate]", floa
       gate.backward(std::vector<S>(tape.routing.weight.size(), S{1}), tape);
       CHECK(tape.dx.rows() == tokens);
       CHECK(tape.dx.allFinite());
-      CHECK(parameter(gate, "weight").gradient.allFinite());
+      CHECK(parameter(gate, "weight").gradient().allFinite());
       gate.evaluate(random_matrix<S>(tokens, 5, 1), tape);
       CHECK(tape.routing.slots() == tokens * active);
     };
@@ -832,7 +833,7 @@ TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[ro
   CHECK(same_bits(tape.x, before.x));
   CHECK(same_bits(tape.scores, before.scores));
   CHECK(tape.routing.weight == before.routing.weight);
-  CHECK(parameter(gate, "weight").gradient.cwiseAbs().maxCoeff() == 0);
+  CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() == 0);
 
   // Tapes of gates of other shapes or losses.
   const auto refuse = [&](auto&& change) {
@@ -840,7 +841,7 @@ TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[ro
     change(config);
     SoftmaxTopKGate<double> other(config, 1);
     CHECK_THROWS_AS(other.backward(dweight, tape), std::invalid_argument);
-    CHECK(parameter(other, "weight").gradient.cwiseAbs().maxCoeff() == 0);
+    CHECK(parameter(other, "weight").gradient().cwiseAbs().maxCoeff() == 0);
   };
   refuse([](Config& c) { c.width = 4; });
   refuse([](Config& c) { c.experts = 24; });

@@ -102,8 +102,8 @@ class FeedForward {
     using detail::Start;
     const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.kept;
     if (config_.recompute) compute_pre(block, columns, pre, {});
-    const MatrixView<Scalar> u = columns_of(pre_of(block), config_.gated ? config_.hidden : 0,
-                                            config_.hidden);
+    const MatrixView<Scalar> u =
+        columns_of(pre_of(block), config_.gated ? config_.hidden : 0, config_.hidden);
     const auto finish = [&](Index row, Index rows, Index column, Index width) {
       activate_backward(block, pre, columns, {row, rows}, column, width);
     };
@@ -121,7 +121,7 @@ class FeedForward {
     }
   }
 
-  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy.
+  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, of those that are trained.
 
   void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
                      bool replace = false) {
@@ -130,31 +130,33 @@ class FeedForward {
     const GatheredRows<Scalar> dfirst(columns_of(dpre, 0, config_.hidden));
     Index first = 0;
     const auto add = [&](const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
-                         Matrix<Scalar>& gradient) {
+                         Parameter<Scalar>& weight) {
       const Index from = std::max(rows.first, first);
-      const Index to = std::min(rows.first + rows.count, first + gradient.rows());
-      if (from < to) {
-        detail::multiply_tn(a, b, from - first, to - from, 0, gradient.cols(), start,
-                            view(gradient));
+      const Index to = std::min(rows.first + rows.count, first + weight.value.rows());
+      if (from < to && weight.trained) {
+        detail::multiply_tn(a, b, from - first, to - from, 0, weight.value.cols(), start,
+                            view(weight.gradient()));
       }
-      first += gradient.rows();
+      first += weight.value.rows();
     };
     if (config_.gated) {
-      add(block.x, dfirst, gate_.gradient);
-      add(block.x, GatheredRows<Scalar>(columns_of(dpre, config_.hidden, config_.hidden)),
-          up_.gradient);
+      add(block.x, dfirst, gate_);
+      add(block.x, GatheredRows<Scalar>(columns_of(dpre, config_.hidden, config_.hidden)), up_);
     } else {
-      add(block.x, dfirst, up_.gradient);
+      add(block.x, dfirst, up_);
     }
     const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
-    add(GatheredRows<Scalar>(hidden_of(block)), dy_rows, down_.gradient);
+    add(GatheredRows<Scalar>(hidden_of(block)), dy_rows, down_);
     if (config_.gated || rows.first > 0) return;
-    if (replace) {
-      detail::resize_to_zero(up_bias_.gradient, 1, up_bias_.size());
-      detail::resize_to_zero(down_bias_.gradient, 1, down_bias_.size());
-    }
-    detail::add_scaled_rows(dfirst, {}, up_bias_.gradient.data());
-    detail::add_scaled_rows(dy_rows, {block.weight, 1}, down_bias_.gradient.data());
+    const auto add_bias = [&](const GatheredRows<Scalar>& from,
+                              const detail::RowFactors<Scalar>& factors, Parameter<Scalar>& bias) {
+      if (!bias.trained) return;
+      Matrix<Scalar>& gradient = bias.gradient();
+      if (replace) detail::resize_to_zero(gradient, 1, bias.size());
+      detail::add_scaled_rows(from, factors, gradient.data());
+    };
+    add_bias(dfirst, {}, up_bias_);
+    add_bias(dy_rows, {block.weight, 1}, down_bias_);
   }
 
   void weight_gradients(const Block& block, const MatrixRef<Scalar>& dy, Scalar* dweight) const {
@@ -194,9 +196,7 @@ class FeedForward {
   }
 
   Index pre_width() const { return (config_.gated ? 2 : 1) * config_.hidden; }
-  Index parts_column() const {
-    return config_.hidden + (config_.recompute ? 2 : 1) * pre_width();
-  }
+  Index parts_column() const { return config_.hidden + (config_.recompute ? 2 : 1) * pre_width(); }
   Index panels() const {
     return (config_.hidden + detail::panel_columns<Scalar> - 1) / detail::panel_columns<Scalar>;
   }

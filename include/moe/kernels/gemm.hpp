@@ -90,11 +90,11 @@ void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, I
 }
 
 /// Splits C into blocks and calls f(first_row, rows, first_column, columns) for each, over the
-/// workers. Small products stay on one worker, since waking another takes some microseconds.
+/// workers. Small products stay on the calling thread.
 inline void for_each_block(Index rows, Index columns, Index depth, Index block_columns,
                            FunctionRef<void(Index, Index, Index, Index)> f) {
-  constexpr Index worth_waking = Index{1} << 18;  // multiply-adds
-  const Index wanted = rows * columns * depth >= worth_waking ? 4 * worker_count() : 1;
+  const Index workers = worker_count(Work{rows * columns * depth});
+  const Index wanted = workers > 1 ? 4 * workers : 1;
   const Index column_blocks = (columns + block_columns - 1) / block_columns;
   // High blocks copy panels less often, but there should be some for every worker.
   Index block_rows = task_rows;
@@ -121,8 +121,8 @@ void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Matrix
                 Start start = Start::zero, const Bias<Scalar>& bias = {}) {
   MOE_ASSERT(a.width() == b.rows() && c.rows() == a.count() && c.cols() == b.cols());
   // One worker reads few rows' B as it lies.
-  const bool whole =
-      worker_count() == 1 && is_in_order<Scalar>(c.rows(), c.cols(), b.outerStride());
+  const bool whole = worker_count(Work{c.rows() * c.cols() * a.width()}) == 1 &&
+                     is_in_order<Scalar>(c.rows(), c.cols(), b.outerStride());
   const Index block_columns = whole ? c.cols() : 2 * panel_columns<Scalar>;
   for_each_block(c.rows(), c.cols(), a.width(), block_columns,
                  [&](Index row, Index rows, Index column, Index columns) {

@@ -145,19 +145,26 @@ void add_scaled(Index count, Scalar scale, const Scalar* x, Scalar* y) {
       x, y);
 }
 
-/// y[j] += Σ_i factor[i]·rows[i][j], i ascending, as add_scaled() of row after row does it, but the
-/// sums of eight packets at a time stay in registers.
+/// Rows that are summed in one chain of additions, at most: the sums of longer columns are made of
+/// such blocks, so that their rounding errors do not grow with the number of rows.
+inline constexpr Index summed_rows = 256;
+
+/// y[j] += Σ_i factor[i]·rows[i][j] of at most summed_rows rows, from zero, i ascending. The sums of
+/// eight packets at a time stay in registers.
 template <class Scalar>
-void add_scaled_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar>& factors,
-                     Scalar* y) {
+void add_block_of_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar>& factors,
+                       Scalar* y) {
+  using Eigen::internal::padd;
   using Eigen::internal::pmadd;
   constexpr Index size = packet_size<Scalar>;
   constexpr Index packets = 8;
+  MOE_ASSERT(rows.count() <= summed_rows);
+  const Packet<Scalar> zero = broadcast(Scalar{0});
   Index column = 0;
   for (; column + packets * size <= rows.width(); column += packets * size) {
     Packet<Scalar> sum[packets];
     MOE_UNROLL
-    for (Index v = 0; v < packets; ++v) sum[v] = load(y + column + v * size);
+    for (Index v = 0; v < packets; ++v) sum[v] = zero;
     for (Index i = 0; i < rows.count(); ++i) {
       const Packet<Scalar> factor = broadcast(*factors.at(i));
       const Scalar* row = rows.row(i) + column;
@@ -165,15 +172,48 @@ void add_scaled_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar>&
       for (Index v = 0; v < packets; ++v) sum[v] = pmadd(factor, load(row + v * size), sum[v]);
     }
     MOE_UNROLL
-    for (Index v = 0; v < packets; ++v) store(y + column + v * size, sum[v]);
+    for (Index v = 0; v < packets; ++v) {
+      Scalar* to = y + column + v * size;
+      store(to, padd(load(to), sum[v]));
+    }
   }
   for (; column < rows.width(); column += size) {
     const Place at{column, std::min(size, rows.width() - column)};
-    Packet<Scalar> sum = at.load(y);
+    Packet<Scalar> sum = zero;
     for (Index i = 0; i < rows.count(); ++i) {
       sum = pmadd(broadcast(*factors.at(i)), at.load(rows.row(i)), sum);
     }
-    at.store(y, sum);
+    at.store(y, padd(at.load(y), sum));
+  }
+}
+
+/// y[j] += Σ_i factor[i]·rows[i][j], block after block.
+template <class Scalar>
+void add_scaled_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar>& factors,
+                     Scalar* y) {
+  for (Index first = 0; first < rows.count(); first += summed_rows) {
+    const Index count = std::min(summed_rows, rows.count() - first);
+    add_block_of_rows(rows.slice(first, count), factors.from(first), y);
+  }
+}
+
+/// The same with the blocks' sums added up in double.
+template <class Scalar>
+void add_many_scaled_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar>& factors,
+                          Scalar* y) {
+  if (rows.count() <= summed_rows) return add_block_of_rows(rows, factors, y);
+  constexpr Index strip = 128;
+  for (Index column = 0; column < rows.width(); column += strip) {
+    const Index width = std::min(strip, rows.width() - column);
+    double total[to_size(strip)];
+    for (Index j = 0; j < width; ++j) total[j] = static_cast<double>(y[column + j]);
+    for (Index first = 0; first < rows.count(); first += summed_rows) {
+      const Index count = std::min(summed_rows, rows.count() - first);
+      Scalar sum[to_size(strip)] = {};
+      add_block_of_rows(rows.slice(first, count).columns(column, width), factors.from(first), sum);
+      for (Index j = 0; j < width; ++j) total[j] += static_cast<double>(sum[j]);
+    }
+    for (Index j = 0; j < width; ++j) y[column + j] = static_cast<Scalar>(total[j]);
   }
 }
 

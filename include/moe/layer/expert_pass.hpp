@@ -60,6 +60,10 @@ class ExpertPass {
   ExpertPass(const std::vector<Expert>& experts, const Routing<Scalar>& routing, Tape& tape)
       : experts_(experts), routing_(routing), tape_(tape) {
     MOE_ASSERT(static_cast<Index>(experts.size()) == routing.experts);
+    // Each of an expert's weights is multiplied once with each of its rows.
+    walk_parameters(first_expert(),
+                    [&](const ParameterName&, const auto& p) { row_work_ += p.size(); });
+    workers_ = Expert::fused ? worker_count(Work{row_work_ * routing.slots()}) : worker_count();
   }
 
   /// sum += Σ over slots G·expert(x), x and sum being T x D. With `keeps`, leaves in the tape what
@@ -119,7 +123,8 @@ class ExpertPass {
           experts_[to_size(slice.expert)].combine_backward(block, task.columns, view(dx));
         });
       });
-      parallel_for(static_cast<Index>(tape_.slices.size()), [&](Index i, Index) {
+      const Work work = element_work(group_rows() * x.cols());
+      parallel_for(static_cast<Index>(tape_.slices.size()), work, [&](Index i, Index) {
         const Slice& slice = tape_.slices[to_size(i)];
         Scalar* row_dweight = tape_.row_dweight.data() + (slice.first - tape_.slices.front().first);
         experts_[to_size(slice.expert)].weight_gradients(block_of(x, i), dy, row_dweight);
@@ -146,7 +151,7 @@ class ExpertPass {
   /// Right before they are added to, so that an exception leaves none that is old and seems new.
   void mark_group(std::vector<Expert>& experts) const {
     for (Slice& slice : tape_.slices) {
-      slice.replaces = mark_gradients(experts[to_size(slice.expert)], Expert::fused);
+      slice.replaces = accumulate(experts[to_size(slice.expert)], Expert::fused);
     }
   }
 
@@ -155,14 +160,13 @@ class ExpertPass {
     // What a worker's rows need between the halves should stay near it. A slice goes in one piece
     // where it can, since every piece reads the expert's weights anew.
     constexpr auto cached = static_cast<Index>((std::size_t{1} << 20) / sizeof(Scalar));
-    const Index workers = worker_count();
     const Index width = first_expert().scratch_width();
-    const Index rows = std::min(routing_.slots(), std::max(task_rows, workers * cached / width));
+    const Index rows = std::min(routing_.slots(), std::max(task_rows, workers_ * cached / width));
     resize(tape_.group, rows, width);
     resize(tape_.row_dweight, rows);
-    tape_.slices.reserve(to_size(rows));
-    tape_.tasks.reserve(to_size(most_tasks(rows)));
-    if (static_cast<Index>(tape_.scratch.size()) < workers) resize(tape_.scratch, workers);
+    reserve(tape_.slices, rows);
+    reserve(tape_.tasks, most_tasks(rows));
+    if (static_cast<Index>(tape_.scratch.size()) < workers_) resize(tape_.scratch, workers_);
     for (Scratch& scratch : tape_.scratch) first_expert().reserve(scratch);
 
     tape_.slices.clear();
@@ -185,7 +189,12 @@ class ExpertPass {
       };
       if (slots == 0) continue;
       if constexpr (Expert::fused) {
-        for_each_tile(slots, rows, add);
+        // Whole blocks of those rows whose sum is made at once, whatever the number of workers.
+        const Index blocks = (slots + summed_rows - 1) / summed_rows;
+        for_each_tile(
+            blocks, std::max<Index>(1, rows / summed_rows), [&](Index first, Index count) {
+              add(first * summed_rows, std::min(count * summed_rows, slots - first * summed_rows));
+            });
       } else {
         // A plain network is handed the same rows together on any number of workers.
         const Index most =
@@ -207,9 +216,8 @@ class ExpertPass {
 
   /// How many of the pieces that a group is cut into should come from `rows` of its rows.
   Index pieces_of(Index rows) const {
-    const Index workers = worker_count();
-    if (workers == 1) return 1;
-    return (8 * workers * rows + group_rows() - 1) / group_rows();
+    if (workers_ == 1) return 1;
+    return (8 * workers_ * rows + group_rows() - 1) / group_rows();
   }
 
   /// Cuts [0, count) into at most `pieces` ranges that start at multiples of `unit`, as even as can
@@ -243,9 +251,8 @@ class ExpertPass {
   /// few pieces more may come out. They are not cut finer, since each piece of rows reads the
   /// weights anew.
   void plan_combines(Index width) const {
-    const Index workers = worker_count();
-    const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers);
-    cut(routing_.tokens(), (workers + strips - 1) / strips, 1, [&](Range rows) {
+    const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers_);
+    cut(routing_.tokens(), (workers_ + strips - 1) / strips, 1, [&](Range rows) {
       cut(width, strips, cache_line<Scalar>, [&](Range columns) {
         tape_.tasks.push_back({Task::combine, 0, rows, columns});
       });
@@ -254,6 +261,7 @@ class ExpertPass {
 
   void plan_gradients() const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
+      if (!is_trained(experts_[to_size(tape_.slices[to_size(i)].expert)])) continue;
       cut(first_expert().gradient_rows(), pieces_of(tape_.slices[to_size(i)].count), 64,
           [&](Range rows) {
             tape_.tasks.push_back({Task::add_gradients, i, rows, {}});
@@ -263,7 +271,7 @@ class ExpertPass {
 
   /// At most so many tasks come from a group: each kind makes one of every slice and for rows of
   /// it, and its share of the pieces, rounded up.
-  Index most_tasks(Index rows) const { return 4 * rows + 64 * worker_count() + 32; }
+  Index most_tasks(Index rows) const { return 4 * rows + 64 * workers_ + 32; }
 
   /// Which all experts are like.
   const Expert& first_expert() const { return experts_.front(); }
@@ -282,7 +290,7 @@ class ExpertPass {
     return known ? &experts_[to_size((&slice + 1)->expert)] : nullptr;
   }
   const Expert* expert_after(const Task& task) const {
-    const bool known = worker_count() == 1 && &task != &tape_.tasks.back();
+    const bool known = workers_ == 1 && &task != &tape_.tasks.back();
     return known ? &expert_of(*(&task + 1)) : nullptr;
   }
 
@@ -317,15 +325,22 @@ class ExpertPass {
   /// threads, with other bits for each number.
   void perform(FunctionRef<void(const Task&, Scratch&)> f) const {
     const auto count = static_cast<Index>(tape_.tasks.size());
-    const Index calls = Expert::fused ? count : std::max<Index>(2, count);
-    parallel_for(calls, [&](Index i, Index worker) {
+    const auto call = [&](Index i, Index worker) {
       if (i < count) f(tape_.tasks[to_size(i)], tape_.scratch[to_size(worker)]);
-    });
+    };
+    if constexpr (Expert::fused) {
+      const Work work{workers_ > 1 ? row_work_ * group_rows() : 0};
+      parallel_for(count, work, call);
+    } else {
+      parallel_for(std::max<Index>(2, count), call);
+    }
   }
 
   const std::vector<Expert>& experts_;
   const Routing<Scalar>& routing_;
   Tape& tape_;
+  Index row_work_ = 0;  ///< multiply-adds that a row takes in a pass
+  Index workers_ = 1;   ///< of the pass
 };
 
 }  // namespace moe::detail

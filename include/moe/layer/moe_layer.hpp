@@ -95,7 +95,7 @@ class MoELayer {
   std::vector<Expert>& experts() { return experts_; }
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
-  /// in tape.balance. Give every update its own key.step: the same key draws the same noise.
+  /// in tape.balance. x may be this tape's y or x, but of x no other part. Give every update its own key.step: the same key draws the same noise.
   /// O(S·D·H), and what the gate costs. Throws std::invalid_argument when x is not D wide, and when
   /// a gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
@@ -126,6 +126,9 @@ class MoELayer {
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
                     " experts and width ", tape.x.cols());
     if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
+    detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dexperts, tape.dcombined});
+    if (!has_gradients_) detail::reserve_gradients(*this);
+    has_gradients_ = true;
     const MatrixRef<Scalar> dsum =
         detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
     detail::resize_to_zero(tape.dexperts, tokens, config_.width);
@@ -139,9 +142,11 @@ class MoELayer {
   }
 
   /// y (T x D) without noise. Leaves tape.routing and tape.balance too, so a served or validated
-  /// batch can be watched, but nothing that backward() could use.
+  /// batch can be watched, but nothing that backward() could use. Throws std::invalid_argument
+  /// when x is not D wide, or is this tape's own y or a part of it.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     detail::check_layer_width<Scalar>(x, "x", config_.width);
+    detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
     tape.trained = false;
     gate_.evaluate(x, tape);
     tape.trained = false;
@@ -174,6 +179,7 @@ class MoELayer {
   Config config_;
   Gate_ gate_;
   std::vector<Expert> experts_;
+  bool has_gradients_ = false;  ///< a first backward pass has made room for them
 };
 
 }  // namespace moe

@@ -12,9 +12,10 @@ namespace moe::detail {
 template <class Scalar>
 void activate_output(Activation activation, const Matrix<Scalar>& sum, Matrix<Scalar>& y) {
   resize(y, sum.rows(), sum.cols());
-  parallel_for_blocks(sum.size(), Index{1} << 14, [&](Index first, Index count) {
-    activate(activation, count, sum.data() + first, y.data() + first);
-  });
+  parallel_for_blocks(sum.size(), Index{1} << 14, function_work(sum.size()),
+                      [&](Index first, Index count) {
+                        activate(activation, count, sum.data() + first, y.data() + first);
+                      });
 }
 
 /// The gradient by the sum, dy ⊙ act'(sum): dy itself without an activation, else in `dsum`.
@@ -23,10 +24,11 @@ MatrixRef<Scalar> activate_output_backward(Activation activation, const Matrix<S
                                            const MatrixRef<Scalar>& dy, Matrix<Scalar>& dsum) {
   if (activation == Activation::identity) return dy;
   copy_matrix(dy, dsum);
-  parallel_for_blocks(dsum.size(), Index{1} << 14, [&](Index first, Index count) {
-    Scalar* d = dsum.data() + first;
-    activate_backward(activation, count, sum.data() + first, d, d);
-  });
+  parallel_for_blocks(dsum.size(), Index{1} << 14, function_work(dsum.size()),
+                      [&](Index first, Index count) {
+                        Scalar* d = dsum.data() + first;
+                        activate_backward(activation, count, sum.data() + first, d, d);
+                      });
   return dsum;
 }
 

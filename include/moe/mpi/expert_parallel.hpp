@@ -195,7 +195,11 @@ class ExpertParallel {
                             {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
                              {"the number of tokens", tape.batch_tokens},
                              {"the pass of the tape", tape.pass}},
-                            [&] { prepare_backward(dy, tape); });
+                            [&] {
+                              prepare_backward(dy, tape);
+                              if (!has_gradients_) moe::detail::reserve_gradients(shard_);
+                              has_gradients_ = true;
+                            });
       run_experts_backward(
           moe::detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined),
           tape);
@@ -319,7 +323,10 @@ class ExpertParallel {
                           {{"key.step", static_cast<std::int64_t>(key.step)},
                            {"key.first_token", static_cast<std::int64_t>(key.first_token)},
                            {"the layer", number_}},
-                          [&] { moe::detail::check_layer_width<Scalar>(x, "x", config_.width); });
+                          [&] {
+                            moe::detail::check_layer_width<Scalar>(x, "x", config_.width);
+                            moe::detail::require_apart(call, "x", x, {tape.y, tape.combined});
+                          });
     tape.step = key.step;
     tape.pass = communicator_.next_number();
     tape.rank_tokens = communicator_.gather(x.rows());
@@ -438,12 +445,13 @@ class ExpertParallel {
                    RowExchange& exchange) const {
     using moe::detail::to_size;
     Matrix<Scalar>& packed = tape.returned;
-    parallel_for_blocks(packed.rows(), 64, [&](Index first, Index count) {
-      for (Index i = first; i < first + count; ++i) {
-        std::copy_n(moe::detail::row_data(matrix, tape.sent_token[to_size(i)]), config_.width,
-                    moe::detail::row_data(packed, i));
-      }
-    });
+    parallel_for_blocks(packed.rows(), 64, element_work(packed.size()),
+                        [&](Index first, Index count) {
+                          for (Index i = first; i < first + count; ++i) {
+                            std::copy_n(moe::detail::row_data(matrix, tape.sent_token[to_size(i)]),
+                                        config_.width, moe::detail::row_data(packed, i));
+                          }
+                        });
     for_each_other_rank([&](int r) {
       exchange.receive(moe::detail::row_data(received, tape.received[to_size(r)]),
                        came_from(r, tape), config_.width, r);
@@ -470,13 +478,14 @@ class ExpertParallel {
 
   /// to.row(token) += the answers of its slots, in the order of their experts.
   void add_answers(const Tape& tape, Matrix<Scalar>& to) const {
-    parallel_for_blocks(config_.width, 64, [&](Index first, Index count) {
-      for (Index i = 0; i < tape.returned.rows(); ++i) {
-        moe::detail::add_scaled(
-            count, Scalar{1}, moe::detail::row_data(tape.returned, i) + first,
-            moe::detail::row_data(to, tape.sent_token[moe::detail::to_size(i)]) + first);
-      }
-    });
+    parallel_for_blocks(
+        config_.width, 64, element_work(tape.returned.size()), [&](Index first, Index count) {
+          for (Index i = 0; i < tape.returned.rows(); ++i) {
+            moe::detail::add_scaled(
+                count, Scalar{1}, moe::detail::row_data(tape.returned, i) + first,
+                moe::detail::row_data(to, tape.sent_token[moe::detail::to_size(i)]) + first);
+          }
+        });
   }
 
   /// y = act(Σ G·experts(x)).
@@ -533,6 +542,8 @@ class ExpertParallel {
             "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
             " experts and width ", tape.x.cols());
     if constexpr (requires { gate_->check_tape(tape); }) gate_->check_tape(tape);
+    moe::detail::require_apart("ExpertParallel::backward", "dy", dy,
+                               {tape.dx, tape.dexperts, tape.dcombined, tape.returned});
     moe::detail::resize(tape.received_dy, tape.received.back(), config_.width);
     moe::detail::resize(tape.returned, tape.sent.back(), config_.width);
     moe::detail::resize_to_zero(tape.answer, tape.received.back(), config_.width);
@@ -607,6 +618,7 @@ class ExpertParallel {
   std::vector<Index> rank_experts_;        ///< R, experts of each rank
   std::vector<Index> here_for_each_rank_;  ///< R times those of this one
   Shard<Expert> shard_;
+  bool has_gradients_ = false;  ///< a first backward pass has made room for them
 };
 
 }  // namespace moe::mpi

@@ -73,19 +73,21 @@ class PartOf {
 /// Sums the gradients of copies over the ranks, packed into one message a type.
 class GradientSum {
  public:
-  /// Keeps the gradients of a module and leaves zeros, to which others are then added.
+  /// Keeps the gradients of what is trained of a module and leaves zeros, to which others are then
+  /// added.
   template <class Module>
   void set_aside(Module& module) {
     kept_.clear();
     kept_states_.clear();
     moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
-      moe::detail::settle(p);
-      kept_.push_back(p.gradient);
-      kept_states_.push_back(p.gradient_state);
+      if (!p.trained) return;
+      kept_.push_back(p.gradient());
+      kept_states_.push_back(p.stored.state);
     });
     moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
-      moe::detail::resize_to_zero(p.gradient, p.gradient.rows(), p.gradient.cols());
-      if (p.gradient_state != State::untracked) p.gradient_state = State::zero;
+      if (!p.trained) return;
+      moe::detail::resize_to_zero(p.gradient(), p.value.rows(), p.value.cols());
+      if (p.stored.state != State::untracked) p.stored.state = State::zero;
     });
   }
 
@@ -96,8 +98,9 @@ class GradientSum {
     auto state = kept_states_.begin();
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
-          std::copy_n(kept_.next<Scalar>(p.size()), p.size(), p.gradient.data());
-          p.gradient_state = *state++;
+          if (!p.trained) return;
+          std::copy_n(kept_.next<Scalar>(p.size()), p.size(), p.gradient().data());
+          p.stored.state = *state++;
         });
   }
 
@@ -106,11 +109,13 @@ class GradientSum {
   void add_back(Module& module) {
     kept_.rewind();
     auto state = kept_states_.begin();
-    moe::detail::walk_parameters(module, [&]<class Scalar>(const ParameterName&,
-                                                           Parameter<Scalar>& p) {
-      moe::detail::add_scaled(p.size(), Scalar{1}, kept_.next<Scalar>(p.size()), p.gradient.data());
-      if (*state++ == State::added_to) p.gradient_state = State::added_to;
-    });
+    moe::detail::walk_parameters(
+        module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
+          if (!p.trained) return;
+          moe::detail::add_scaled(p.size(), Scalar{1}, kept_.next<Scalar>(p.size()),
+                                  p.gradient().data());
+          if (*state++ == State::added_to) p.stored.state = State::added_to;
+        });
   }
 
   /// Every gradient becomes its sum over the ranks, and every rank learns to which something was
@@ -122,9 +127,8 @@ class GradientSum {
       added_.clear();
       moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
         if (!p.trained) return;
-        moe::detail::settle(p);
-        packed_.push_back(p.gradient);
-        added_.push_back(p.gradient_state == State::added_to ? 1 : 0);
+        packed_.push_back(p.gradient());
+        added_.push_back(p.stored.state == State::added_to ? 1 : 0);
       });
     });
     // A type that the module does not have is missing on all ranks.
@@ -136,8 +140,8 @@ class GradientSum {
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
           if (!p.trained) return;
-          std::copy_n(packed_.next<Scalar>(p.size()), p.size(), p.gradient.data());
-          if (*added++ > 0) p.gradient_state = State::added_to;
+          std::copy_n(packed_.next<Scalar>(p.size()), p.size(), p.gradient().data());
+          if (*added++ > 0) p.stored.state = State::added_to;
         });
   }
 

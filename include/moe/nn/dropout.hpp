@@ -40,6 +40,7 @@ class Dropout {
 
   /// The same key drops the same entries.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const NoiseKey& key) const {
+    detail::require_apart("Dropout::forward", "x", x, {tape.y});
     detail::resize(tape.y, x.rows(), x.cols());
     detail::resize(tape.kept, x.size());
     for_row_blocks(x.rows(), x.cols(), [&](Index row) {
@@ -58,6 +59,7 @@ class Dropout {
                     " columns, x had ", tape.y.cols());
     detail::require(static_cast<Index>(tape.kept.size()) == dy.size(),
                     "Dropout::backward: the last pass on this tape was an evaluation");
+    detail::require_apart("Dropout::backward", "dy", dy, {tape.dx});
     detail::resize(tape.dx, dy.rows(), dy.cols());
     for_row_blocks(dy.rows(), dy.cols(), [&](Index row) {
       apply(dy.cols(), dy.data() + row * dy.outerStride(), tape.kept.data() + row * dy.cols(),
@@ -68,7 +70,8 @@ class Dropout {
 
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     tape.kept.clear();
-    return tape.y = x;
+    detail::copy_matrix(x, tape.y);
+    return tape.y;
   }
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const { return x; }
 
@@ -99,7 +102,7 @@ class Dropout {
   template <class F>
   static void for_row_blocks(Index rows, Index columns, const F& f) {
     const Index block = std::max<Index>(1, (Index{1} << 13) / std::max<Index>(1, columns));
-    parallel_for_blocks(rows, block, [&](Index first, Index count) {
+    parallel_for_blocks(rows, block, function_work(rows * columns), [&](Index first, Index count) {
       for (Index row = first; row < first + count; ++row) f(row);
     });
   }

@@ -50,8 +50,9 @@ class Embedding {
 
   /// Throws std::invalid_argument if an id is not in [0, vocabulary).
   const Matrix<Scalar>& forward(std::span<const Index> ids, Tape& tape) const {
+    detail::require_apart("Embedding::forward", "ids", ids, {tape.ids});
     evaluate(ids, tape);
-    tape.ids.assign(ids.begin(), ids.end());
+    detail::copy_vector(ids, tape.ids);
     tape.vocabulary = config_.vocabulary;
     tape.trained = true;
     return tape.y;
@@ -67,14 +68,17 @@ class Embedding {
                     " rows, there were ", tokens, " ids");
     detail::require(dy.cols() == config_.width, "Embedding::backward: dy has ", dy.cols(),
                     " columns, the embedding ", config_.width);
+    if (!weight.trained) return;
+    Matrix<Scalar>& gradient = weight.gradient();
     const Index block = std::max<Index>(64, elements_in_task / std::max<Index>(1, tokens));
-    parallel_for_blocks(config_.width, block, [&](Index column, Index columns) {
-      for (Index t = 0; t < tokens; ++t) {
-        const Scalar* from = dy.data() + t * dy.outerStride() + column;
-        Scalar* to = weight.gradient.row(tape.ids[detail::to_size(t)]).data() + column;
-        detail::add_scaled(columns, Scalar{1}, from, to);
-      }
-    });
+    parallel_for_blocks(config_.width, block, element_work(dy.size()),
+                        [&](Index column, Index columns) {
+                          for (Index t = 0; t < tokens; ++t) {
+                            const Scalar* from = dy.data() + t * dy.outerStride() + column;
+                            Scalar* to = gradient.row(tape.ids[detail::to_size(t)]).data() + column;
+                            detail::add_scaled(columns, Scalar{1}, from, to);
+                          }
+                        });
   }
 
   /// forward() without the copy of the ids, so no backward can follow.
@@ -87,7 +91,7 @@ class Embedding {
     tape.trained = false;
     detail::resize(tape.y, tokens, config_.width);
     const Index block = std::max<Index>(1, elements_in_task / config_.width);
-    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+    parallel_for_blocks(tokens, block, element_work(tape.y.size()), [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
         tape.y.row(t) = weight.value.row(ids[detail::to_size(t)]);
       }

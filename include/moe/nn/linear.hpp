@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
-#include "moe/nn/column_sums.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
 
@@ -74,9 +74,12 @@ class Linear {
                     " rows, x had ", tape.x.rows());
     detail::require(dy.cols() == config_.outputs, "Linear::backward: dy has ", dy.cols(),
                     " columns, the layer ", config_.outputs, " outputs");
+    detail::require_apart("Linear::backward", "dy", dy, {tape.dx});
     const GatheredRows<Scalar> dy_rows(dy);
-    detail::product_tn(GatheredRows<Scalar>(tape.x), dy_rows, view(weight.gradient));
-    if (config_.bias) detail::add_column_sums(dy_rows, bias.gradient);
+    if (weight.trained) {
+      detail::product_tn(GatheredRows<Scalar>(tape.x), dy_rows, view(weight.gradient()));
+    }
+    if (config_.bias && bias.trained) detail::add_column_sums(dy_rows, bias.gradient());
     detail::resize(tape.dx, dy.rows(), config_.inputs);
     detail::product_nt(dy_rows, view(std::as_const(weight.value)), view(tape.dx));
     return tape.dx;
@@ -85,8 +88,7 @@ class Linear {
   /// forward() without the copy of x, so no backward can follow.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
-    detail::require(x.size() == 0 || x.data() != tape.y.data(),
-                    "Linear::evaluate: x is this tape's own y");
+    detail::require_apart("Linear::evaluate", "x", x, {tape.y});
     tape.trained = false;
     run(x, tape);
     return tape.y;

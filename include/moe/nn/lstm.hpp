@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
-#include "moe/nn/column_sums.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
 
@@ -181,31 +181,38 @@ class LSTM {
                     " rows, x had ", tape.x.rows());
     detail::require(dy.cols() == H, "LSTM::backward: dy has ", dy.cols(), " columns, hidden is ",
                     H);
+    detail::require_apart("LSTM::backward", "dy", dy,
+                          {tape.dx, tape.dgates, tape.dstate.hidden, tape.dstate.cell});
     if (dfinal.hidden.size() == 0 && dfinal.cell.size() == 0) {
       detail::resize_to_zero(tape.dstate.hidden, sequences, H);
       detail::resize_to_zero(tape.dstate.cell, sequences, H);
     } else {
       check_state(dfinal, sequences);
-      tape.dstate = dfinal;
+      copy_state(dfinal, tape.dstate);
     }
     detail::resize(tape.dgates, dy.rows(), 4 * H);
     parallel_for_blocks(sequences, sequences_in_task(dy.rows(), sequences),
+                        recurrent_work(dy.rows()),
                         [&](Index first, Index count) { run_back(dy, first, count, tape); });
 
     // The rows of the hidden state before each step are the initial state, then y.
     const Matrix<Scalar>& dgates = tape.dgates;
     const Index later = dy.rows() > 0 ? dy.rows() - sequences : 0;
-    detail::product_tn(GatheredRows<Scalar>(tape.x), GatheredRows<Scalar>(dgates),
-                       view(weight_ih.gradient));
-    if (dy.rows() > 0) {
+    if (weight_ih.trained) {
+      detail::product_tn(GatheredRows<Scalar>(tape.x), GatheredRows<Scalar>(dgates),
+                         view(weight_ih.gradient()));
+    }
+    if (weight_hh.trained && dy.rows() > 0) {
       detail::product_tn(GatheredRows<Scalar>(tape.initial.hidden),
                          GatheredRows<Scalar>(rows_of(dgates, 0, sequences)),
-                         view(weight_hh.gradient));
+                         view(weight_hh.gradient()));
       detail::product_tn(GatheredRows<Scalar>(rows_of(tape.y, 0, later)),
                          GatheredRows<Scalar>(rows_of(dgates, sequences, later)),
-                         view(weight_hh.gradient));
+                         view(weight_hh.gradient()));
     }
-    detail::add_column_sums(GatheredRows<Scalar>(dgates), bias.gradient);
+    if (bias.trained) {
+      detail::add_column_sums(GatheredRows<Scalar>(dgates), bias.gradient());
+    }
     detail::resize(tape.dx, dy.rows(), config_.inputs);
     detail::product_nt(GatheredRows<Scalar>(dgates), view(std::as_const(weight_ih.value)),
                        view(tape.dx));
@@ -215,8 +222,7 @@ class LSTM {
   /// forward() without the copy of x, so no backward can follow.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
-    detail::require(x.size() == 0 || x.data() != tape.y.data(),
-                    "LSTM::evaluate: x is this tape's own y");
+    detail::require_apart("LSTM::evaluate", "x", x, {tape.y, tape.gates, tape.cell});
     tape.trained = false;
     run_all(x, state, tape);
     return tape.y;
@@ -255,27 +261,33 @@ class LSTM {
     check("cell", state.cell);
   }
 
+  static void copy_state(const State& from, State& to) {
+    detail::copy_matrix<Scalar>(from.hidden, to.hidden);
+    detail::copy_matrix<Scalar>(from.cell, to.cell);
+  }
+
   void run_all(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     const Index sequences = state.hidden.rows();
-    tape.initial = state;
+    copy_state(state, tape.initial);
     detail::resize(tape.gates, x.rows(), 4 * config_.hidden);
     detail::resize(tape.cell, x.rows(), config_.hidden);
     detail::resize(tape.y, x.rows(), config_.hidden);
     detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
                        detail::Start::zero, {.values = bias.value.data()});
-    parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences),
+    parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences), recurrent_work(x.rows()),
                         [&](Index first, Index count) { run(first, count, tape); });
     if (x.rows() > 0) {
-      state.hidden = tape.y.bottomRows(sequences);
-      state.cell = tape.cell.bottomRows(sequences);
+      detail::copy_matrix<Scalar>(tape.y.bottomRows(sequences), state.hidden);
+      detail::copy_matrix<Scalar>(tape.cell.bottomRows(sequences), state.cell);
     }
   }
 
+  Work recurrent_work(Index rows) const { return {rows * 4 * config_.hidden * config_.hidden}; }
+
   /// Sequences never meet, so a worker takes some of them through all steps and waits for nobody.
-  /// Little work stays in one task.
+  /// On one worker all go together.
   Index sequences_in_task(Index rows, Index sequences) const {
-    const Index multiply_adds = rows * 4 * config_.hidden * config_.hidden;
-    return multiply_adds < (Index{1} << 18) ? std::max<Index>(1, sequences) : 16;
+    return worker_count(recurrent_work(rows)) == 1 ? std::max<Index>(1, sequences) : 16;
   }
 
   /// What came before step t of sequences from `first` on.

@@ -31,6 +31,7 @@ class SoftmaxCrossEntropy {
   Scalar forward(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
                  Tape& tape) const {
     const Index counted = check(logits, targets);
+    detail::require_apart("SoftmaxCrossEntropy::forward", "logits", logits, {tape.dlogits});
     detail::resize(tape.dlogits, logits.rows(), logits.cols());
     tape.trained = true;
     return run(logits, targets, counted, tape.losses, tape.dlogits.data());
@@ -80,13 +81,14 @@ class SoftmaxCrossEntropy {
     const Index classes = logits.cols();
     detail::resize(losses, logits.rows());
     const Index block = std::max<Index>(1, (Index{1} << 14) / std::max<Index>(1, classes));
-    parallel_for_blocks(logits.rows(), block, [&](Index first, Index count) {
-      for (Index t = first; t < first + count; ++t) {
-        losses[detail::to_size(t)] =
-            run_row(classes, logits.data() + t * logits.outerStride(), targets[detail::to_size(t)],
-                    counted, dlogits != nullptr ? dlogits + t * classes : nullptr);
-      }
-    });
+    parallel_for_blocks(
+        logits.rows(), block, function_work(logits.size()), [&](Index first, Index count) {
+          for (Index t = first; t < first + count; ++t) {
+            losses[detail::to_size(t)] = run_row(
+                classes, logits.data() + t * logits.outerStride(), targets[detail::to_size(t)],
+                counted, dlogits != nullptr ? dlogits + t * classes : nullptr);
+          }
+        });
     double sum = 0;
     for (const double loss : losses) sum += loss;
     return static_cast<Scalar>(counted == 0 ? 0.0 : sum / static_cast<double>(counted));

@@ -39,6 +39,8 @@ class Adam {
   };
 
   Adam() : Adam(Config{}) {}
+  /// For `Adam optimizer({})`, which the copy constructor would be as good for.
+  explicit Adam(detail::Defaults) : Adam() {}
   explicit Adam(const Config& config) : config_(config) {
     detail::require(config.beta1 >= 0 && config.beta1 < 1, "Adam::Config.beta1 = ", config.beta1,
                     ", must be in [0, 1)");
@@ -73,7 +75,7 @@ class Adam {
           const bool as_often = made == updates_.total();
           const Constants constants = as_often ? common : Constants(config_, made + 1);
           update_block(constants.at_rate(learning_rate * factor), count,
-                       parameter.value.data() + first, parameter.gradient.data() + first,
+                       parameter.value.data() + first, parameter.stored.memory.data() + first,
                        first_moment_[index].data() + first, second_moment_[index].data() + first);
         });
     updates_.add(module, config_.updates);

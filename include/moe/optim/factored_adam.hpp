@@ -114,6 +114,8 @@ class FactoredAdam {
   };
 
   FactoredAdam() : FactoredAdam(Config{}) {}
+  /// For `FactoredAdam optimizer({})`, which the copy constructor would be as good for.
+  explicit FactoredAdam(detail::Defaults) : FactoredAdam() {}
   explicit FactoredAdam(const Config& config) : config_(config) {
     detail::require(config.beta2 >= 0 && config.beta2 < 1,
                     "FactoredAdam::Config.beta2 = ", config.beta2, ", must be in [0, 1)");
@@ -234,15 +236,15 @@ class FactoredAdam {
     };
     moment.row_means *= beta2;
     moment.column_means *= beta2;
-    parallel_for(pieces, [&](Index piece, Index) {
-      add_squares(parameter.gradient, first_row(piece), first_row(piece + 1), share_of(columns),
-                  moment.row_means.data(), sums(piece));
+    parallel_for(pieces, element_work(parameter.size()), [&](Index piece, Index) {
+      add_squares(parameter.stored.memory, first_row(piece), first_row(piece + 1),
+                  share_of(columns), moment.row_means.data(), sums(piece));
     });
     for (Index piece = 0; piece < pieces; ++piece) {
       detail::add_scaled(columns, share_of(rows), sums(piece), moment.column_means.data());
     }
     const Scalar mean = mean_of(moment.row_means);
-    parallel_for(pieces, [&](Index piece, Index) {
+    parallel_for(pieces, element_work(parameter.size()), [&](Index piece, Index) {
       move(constants, correction, mean, moment, first_row(piece), first_row(piece + 1), parameter);
     });
   }
@@ -293,8 +295,9 @@ class FactoredAdam {
 
   /// An infinity would leave the rows without one a share of 0, and so a root of 0 to divide by.
   static Scalar mean_of(const Matrix<Scalar>& row_means) {
-    const Scalar mean =
-        detail::sum(row_means.size(), row_means.data()) / static_cast<Scalar>(row_means.size());
+    double sum = 0;
+    for (Index i = 0; i < row_means.size(); ++i) sum += static_cast<double>(row_means.data()[i]);
+    const auto mean = static_cast<Scalar>(sum / static_cast<double>(row_means.size()));
     return std::isfinite(mean) ? mean : std::numeric_limits<Scalar>::quiet_NaN();
   }
 
@@ -329,7 +332,7 @@ class FactoredAdam {
                 const Packet root = pmadd(row_root, column_root, k.epsilon);
                 return psub(pmul(k.decay, pw), pmul(k.step, pdiv(pg, root)));
               },
-              w, detail::row_data(parameter.gradient, i) + column, column_roots);
+              w, detail::row_data(parameter.stored.memory, i) + column, column_roots);
         }
       }
     }

@@ -36,7 +36,7 @@ void scale_gradients(Module& module, double scale, Updates updates) {
       module, updates,
       [&]<class Scalar>(Index, Index, Parameter<Scalar>& parameter, Index first, Index count) {
         const auto factor = static_cast<Scalar>(scale);
-        Scalar* g = parameter.gradient.data() + first;
+        Scalar* g = parameter.stored.memory.data() + first;
         for (Index i = 0; i < count; ++i) g[i] *= factor;
       });
 }
@@ -51,7 +51,7 @@ double gradient_norm(const Module& module, Updates updates = Updates::dense) {
   detail::for_each_parameter_block(
       module, updates, [&](Index lane, Index, const auto& parameter, Index first, Index count) {
         partial[detail::to_size(lane)] +=
-            detail::squared_norm(count, parameter.gradient.data() + first);
+            detail::squared_norm(count, parameter.stored.memory.data() + first);
       });
   double sum = 0;
   for (const double part : partial) sum += part;

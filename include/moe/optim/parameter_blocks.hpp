@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
@@ -15,11 +16,11 @@ inline constexpr Index optimizer_block = 4096;
 /// what a lane adds up has the same bits on any number of threads.
 inline constexpr Index optimizer_lanes = 16;
 
-/// Whether passes over a module leave a parameter out: it is idle, or a gradient that stands for
-/// zero and cannot be made so, the module being const.
+/// Whether passes over a module leave a parameter out: it is idle, or its gradient stands for zero
+/// without being stored so, the module being const.
 template <class Scalar>
 bool is_passed_by(const Parameter<Scalar>& parameter, Updates updates) {
-  return is_idle(parameter, updates) || parameter.gradient_state == GradientState::cleared;
+  return is_idle(parameter, updates) || parameter.stored.is_stale();
 }
 
 /// Prepares the gradients of a module for passes over its parameters: to be read as they are, where
@@ -29,10 +30,13 @@ template <class Module>
 Index prepare_gradients(Module& module, Updates updates) {
   Index scalars = 0;
   walk_parameters(module, [&](const ParameterName& name, auto& parameter) {
-    if (updates == Updates::dense) settle(parameter);
+    if constexpr (!std::is_const_v<std::remove_reference_t<decltype(parameter)>>) {
+      if (!is_idle(parameter, updates)) parameter.gradient();
+    }
     const auto& value = parameter.value;
-    const auto& gradient = parameter.gradient;
-    if (value.rows() == gradient.rows() && value.cols() == gradient.cols()) {
+    const auto& gradient = parameter.stored.memory;
+    if (gradient.size() == 0 ||
+        (value.rows() == gradient.rows() && value.cols() == gradient.cols())) {
       if (!is_passed_by(parameter, updates)) scalars += parameter.size();
       return;
     }
@@ -47,7 +51,7 @@ Index prepare_gradients(Module& module, Updates updates) {
 /// balance and none without enough to do.
 inline Index optimizer_tasks(Index scalars) {
   constexpr Index worth_a_task = Index{1} << 14;
-  const Index workers = worker_count();
+  const Index workers = worker_count(element_work(scalars));
   const Index most = workers > 1 ? std::min(2 * workers, optimizer_lanes) : 1;
   return std::clamp(scalars / worth_a_task, Index{1}, most);
 }

@@ -11,6 +11,9 @@
 
 namespace moe::detail {
 
+/// What `{}` is, where a constructor also takes a configuration: a scalar type is the better match.
+enum class Defaults {};
+
 inline void check_learning_rate(std::string_view optimizer, double learning_rate) {
   require(learning_rate >= 0 && std::isfinite(learning_rate), optimizer,
           "::update: learning_rate = ", learning_rate, ", must be finite and at least 0");

@@ -26,6 +26,8 @@ class Sgd {
   };
 
   Sgd() : Sgd(Config{}) {}
+  /// For `Sgd optimizer({})`, which the copy constructor would be as good for.
+  explicit Sgd(detail::Defaults) : Sgd() {}
   explicit Sgd(const Config& config) : config_(config) {
     detail::require(config.momentum >= 0 && config.momentum < 1,
                     "Sgd::Config.momentum = ", config.momentum, ", must be in [0, 1)");
@@ -51,7 +53,7 @@ class Sgd {
         module, config_.updates,
         [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
           update_block(constants, count, parameter.value.data() + first,
-                       parameter.gradient.data() + first,
+                       parameter.stored.memory.data() + first,
                        plain ? nullptr : velocity_[index].data() + first);
         });
   }

@@ -362,7 +362,7 @@ class Reinforce {
   template <class Reward>
   static void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& rollout,
                           std::vector<double>& rewards) {
-    rewards.assign(detail::to_size(rollout.rows() * rollout.longest), 0.0);
+    detail::assign(rewards, rollout.rows() * rollout.longest, 0.0);
     for (Index row = 0; row < rollout.rows(); ++row) {
       if (!has_sampled(rollout, row)) continue;
       const std::span<const Index> sequence = rollout.sequence(row);
@@ -380,7 +380,7 @@ class Reinforce {
   void make_returns(const Rollout& rollout, const std::vector<double>& rewards,
                     std::vector<double>& returns) const {
     const std::size_t length = detail::to_size(rollout.longest);
-    returns.resize(rewards.size());
+    detail::resize(returns, static_cast<Index>(rewards.size()));
     for (Index row = 0; row < rollout.rows(); ++row) {
       const std::size_t first = rollout.at(row, 0);
       rewards_to_go(std::span<const double>(rewards).subspan(first, length), config_.discount,
@@ -441,7 +441,7 @@ class Reinforce {
   void make_baselines(const P& policy, const Plan& plan, Tape& tape) const {
     const Rollout& rollout = tape.rollout;
     const Index steps = tape.sampled.count();
-    tape.baselines.assign(detail::to_size(steps), 0.0);
+    detail::assign(tape.baselines, steps, 0.0);
     if (steps == 0 || config_.baseline == Baseline::none) return;
     if (config_.baseline == Baseline::linear) {
       predict(policy, tape);
@@ -488,7 +488,7 @@ class Reinforce {
   }
 
   void make_advantages(Tape& tape) const {
-    tape.advantages.resize(tape.baselines.size());
+    detail::resize(tape.advantages, static_cast<Index>(tape.baselines.size()));
     const Index rows = tape.rollout.rows();
     double scale = 0;
     for (Index i = 0; i < tape.sampled.count(); ++i) {
@@ -518,44 +518,47 @@ class Reinforce {
     const Index rows = rollout.rows();
     const Index symbols = logits.cols();
     detail::resize_to_zero(tape.dlogits, logits.rows(), symbols);
-    tape.log_probability.assign(rollout.symbols.size(), 0.0);
-    tape.entropy.assign(rollout.symbols.size(), 0.0);
+    detail::assign(tape.log_probability, static_cast<Index>(rollout.symbols.size()), 0.0);
+    detail::assign(tape.entropy, static_cast<Index>(rollout.symbols.size()), 0.0);
     const auto references = static_cast<double>(inputs);
     const auto sequences = static_cast<double>(inputs * std::max<Index>(1, plan.samples));
     const Index block = std::max<Index>(1, (Index{1} << 13) / symbols);
-    parallel_for_blocks(logits.rows(), block, [&](Index first, Index count) {
-      // Advantages are listed in the order of the rows, sampled ones only.
-      auto advantage = static_cast<std::size_t>(
-          std::lower_bound(tape.sampled.rows.begin(), tape.sampled.rows.end(), first) -
-          tape.sampled.rows.begin());
-      for (Index i = first; i < first + count; ++i) {
-        const Index row = i % rows;
-        const Index t = i / rows;
-        if (t >= rollout.length[detail::to_size(row)]) continue;
-        const std::size_t at = rollout.at(row, t);
-        const bool forced = t < rollout.forced[detail::to_size(row)];
-        const double temperature = forced ? 1 : config_.temperature;
-        const Scalar* x = detail::row_data(logits, i);
-        Scalar* dx = detail::row_data(tape.dlogits, i);
-        const auto softmax = detail::softmax_row_at(temperature, symbols, x, dx);
-        detail::require(std::isfinite(softmax.sum) && std::isfinite(softmax.shift),
-                        "Reinforce: the logits of row ", row, " at step ", t, " are not finite");
-        const Index symbol = rollout.symbols[at];
-        tape.log_probability[at] = detail::log_probability_at(temperature, softmax, x[symbol]);
-        detail::require(std::isfinite(tape.log_probability[at]), "Reinforce: symbol ", symbol,
-                        " of row ", row, " at step ", t, " has probability 0");
-        if (forced) {
-          const bool whole = plan.is_reference(row);
-          detail::softmax_row_backward(symbols, softmax, symbol,
-                                       whole ? plan.reference_weight : plan.sampled_weight,
-                                       whole ? references : sequences, dx);
-        } else {
-          sampled_row(symbols, softmax, x, symbol, plan.sampled_weight * tape.advantages[advantage],
-                      plan.sampled_weight, sequences, tape.entropy[at], dx);
-          ++advantage;
-        }
-      }
-    });
+    parallel_for_blocks(
+        logits.rows(), block, function_work(logits.size()), [&](Index first, Index count) {
+          // Advantages are listed in the order of the rows, sampled ones only.
+          auto advantage = static_cast<std::size_t>(
+              std::lower_bound(tape.sampled.rows.begin(), tape.sampled.rows.end(), first) -
+              tape.sampled.rows.begin());
+          for (Index i = first; i < first + count; ++i) {
+            const Index row = i % rows;
+            const Index t = i / rows;
+            if (t >= rollout.length[detail::to_size(row)]) continue;
+            const std::size_t at = rollout.at(row, t);
+            const bool forced = t < rollout.forced[detail::to_size(row)];
+            const double temperature = forced ? 1 : config_.temperature;
+            const Scalar* x = detail::row_data(logits, i);
+            Scalar* dx = detail::row_data(tape.dlogits, i);
+            const auto softmax = detail::softmax_row_at(temperature, symbols, x, dx);
+            detail::require(std::isfinite(softmax.sum) && std::isfinite(softmax.shift),
+                            "Reinforce: the logits of row ", row, " at step ", t,
+                            " are not finite");
+            const Index symbol = rollout.symbols[at];
+            tape.log_probability[at] = detail::log_probability_at(temperature, softmax, x[symbol]);
+            detail::require(std::isfinite(tape.log_probability[at]), "Reinforce: symbol ", symbol,
+                            " of row ", row, " at step ", t, " has probability 0");
+            if (forced) {
+              const bool whole = plan.is_reference(row);
+              detail::softmax_row_backward(symbols, softmax, symbol,
+                                           whole ? plan.reference_weight : plan.sampled_weight,
+                                           whole ? references : sequences, dx);
+            } else {
+              sampled_row(symbols, softmax, x, symbol,
+                          plan.sampled_weight * tape.advantages[advantage], plan.sampled_weight,
+                          sequences, tape.entropy[at], dx);
+              ++advantage;
+            }
+          }
+        });
   }
 
   /// The gradient at a sampled step: that of REINFORCE, less that of the entropy,

@@ -101,11 +101,11 @@ inline void reset(Rollout& rollout, Index rows, Index samples, Index longest) {
   rollout.samples = samples;
   rollout.longest = longest;
   rollout.steps = 0;
-  rollout.length.assign(to_size(rows), 0);
-  rollout.forced.assign(to_size(rows), 0);
-  rollout.truncated.assign(to_size(rows), 0);
-  rollout.symbols.assign(to_size(rows * longest), -1);
-  rollout.log_probability.assign(to_size(rows * longest), 0.0);
+  assign(rollout.length, rows, Index{0});
+  assign(rollout.forced, rows, Index{0});
+  assign(rollout.truncated, rows, std::uint8_t{0});
+  assign(rollout.symbols, rows * longest, Index{-1});
+  assign(rollout.log_probability, rows * longest, 0.0);
   rollout.previous.clear();
 }
 
@@ -164,7 +164,7 @@ void write_all(const P& policy, std::span<const typename P::Input> inputs,
             logits.rows(), " x ", logits.cols(), " logits for ", rows, " rows and ", symbols,
             " symbols");
     const Index block = std::max<Index>(1, (Index{1} << 13) / symbols);
-    parallel_for_blocks(rows, block, [&](Index first, Index count) {
+    parallel_for_blocks(rows, block, function_work(rows * symbols), [&](Index first, Index count) {
       for (Index row = first; row < first + count; ++row) {
         if (!is_live(rollout, row, t, sampling.end)) continue;
         const Scalar* x = row_data(logits, row);

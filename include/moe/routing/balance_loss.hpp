@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 #include <vector>
 
 #include "moe/matrix.hpp"
@@ -16,36 +17,58 @@
 
 namespace moe {
 
-/// CV², the squared coefficient of variation: population variance / (mean² + 1e-10); 0 for fewer
-/// than two values.
+namespace detail {
+
+/// Mean and population variance of values divided by the largest of their magnitudes, so that no
+/// power of them under- or overflows whatever their scale; all zero for none and where all are 0.
+struct ScaledMoments {
+  double scale = 0;
+  double mean = 0;
+  double variance = 0;
+};
 template <class Scalar>
-Scalar cv_squared(const Vector<Scalar>& values) {
+ScaledMoments scaled_moments(const Vector<Scalar>& values) {
+  ScaledMoments moments;
   const Index count = values.size();
-  if (count < 2) return Scalar{0};
-  Scalar mean{0};
-  for (Index i = 0; i < count; ++i) mean += values[i];
-  mean /= static_cast<Scalar>(count);
-  Scalar variance{0};
-  for (Index i = 0; i < count; ++i) variance += (values[i] - mean) * (values[i] - mean);
-  variance /= static_cast<Scalar>(count);
-  return variance / (mean * mean + static_cast<Scalar>(1e-10));
+  for (Index i = 0; i < count; ++i) {
+    const double magnitude = std::abs(static_cast<double>(values[i]));
+    if (!(magnitude <= moments.scale)) moments.scale = magnitude;  // NaN too
+  }
+  if (moments.scale == 0) return {};
+  const auto scaled = [&](Index i) { return static_cast<double>(values[i]) / moments.scale; };
+  for (Index i = 0; i < count; ++i) moments.mean += scaled(i) / static_cast<double>(count);
+  for (Index i = 0; i < count; ++i) {
+    const double difference = scaled(i) - moments.mean;
+    moments.variance += difference * difference / static_cast<double>(count);
+  }
+  return moments;
 }
 
-/// scale·∂CV²/∂values: with m the mean, q the variance and ε = 1e-10,
-/// ∂CV²/∂v_i = (2/E)·[(v_i − m)/(m² + ε) − q·m/(m² + ε)²].
+}  // namespace detail
+
+/// CV², the squared coefficient of variation: population variance / mean², whatever the scale of
+/// the values; 0 for fewer than two, and where their mean is 0.
 template <class Scalar>
-void cv_squared_backward(const Vector<Scalar>& values, Scalar scale, Vector<Scalar>& gradient) {
+Scalar cv_squared(const Vector<Scalar>& values) {
+  if (values.size() < 2) return Scalar{0};
+  const auto [scale, mean, variance] = detail::scaled_moments(values);
+  return mean == 0 ? Scalar{0} : static_cast<Scalar>(variance / (mean * mean));
+}
+
+/// factor·∂CV²/∂values: with m the mean and q the variance,
+/// ∂CV²/∂v_i = (2/E)·[(v_i − m)/m² − q/m³]; 0 where CV² is a constant 0.
+template <class Scalar>
+void cv_squared_backward(const Vector<Scalar>& values, Scalar factor, Vector<Scalar>& gradient) {
   const Index count = values.size();
   detail::resize_to_zero(gradient, count);
-  if (count < 2) return;
-  const auto n = static_cast<Scalar>(count);
-  Scalar mean{0};
-  for (Index i = 0; i < count; ++i) mean += values[i];
-  mean /= n;
-  const Scalar square = mean * mean + static_cast<Scalar>(1e-10);
-  const Scalar cv2 = cv_squared(values);
+  if (count < 2 || factor == Scalar{0}) return;
+  const auto [scale, mean, variance] = detail::scaled_moments(values);
+  if (mean == 0) return;
+  const double cv2 = variance / (mean * mean);
+  const double common = 2 * static_cast<double>(factor) / static_cast<double>(count) / mean / scale;
   for (Index i = 0; i < count; ++i) {
-    gradient[i] = scale * (Scalar{2} / n) * ((values[i] - mean) - cv2 * mean) / square;
+    const double scaled = static_cast<double>(values[i]) / scale;
+    gradient[i] = static_cast<Scalar>(common * ((scaled - mean) / mean - cv2));
   }
 }
 
@@ -61,18 +84,22 @@ struct Balance {
   Vector<Scalar> load;        ///< E, Σ_t P(x_t, i) [S17 eq. 10]; the count without noise
   std::vector<Index> tokens_per_expert;  ///< E, how many tokens each expert got
 
+  std::vector<double> sums;   ///< scratch
+  std::vector<Index> counts;  ///< scratch
+
   Scalar cv_importance() const { return std::sqrt(cv_squared(importance)); }
   Scalar cv_load() const { return std::sqrt(cv_squared(load)); }
 
   /// The fullest expert's load over the mean; 1 in perfect balance, 0 when there is no load.
   Scalar max_over_mean_load() const {
-    Scalar total{0};
-    Scalar largest{0};
+    double total = 0;
+    double largest = 0;
     for (Index i = 0; i < load.size(); ++i) {
-      total += load[i];
-      largest = std::max(largest, load[i]);
+      total += static_cast<double>(load[i]);
+      largest = std::max(largest, static_cast<double>(load[i]));
     }
-    return total > Scalar{0} ? largest * static_cast<Scalar>(load.size()) / total : Scalar{0};
+    const double ratio = total > 0 ? largest * static_cast<double>(load.size()) / total : 0.0;
+    return static_cast<Scalar>(ratio);
   }
 
   Index unused_experts() const {
@@ -83,31 +110,61 @@ struct Balance {
 
 namespace detail {
 
-/// Importance and the tokens of every expert, from the slots that a gate made. O(S + E).
+/// to = from, which takes no memory where there is enough.
+template <class Scalar>
+void copy_balance(const Balance<Scalar>& from, Balance<Scalar>& to) {
+  to.loss = from.loss;
+  resize(to.importance, from.importance.size());
+  to.importance = from.importance;
+  resize(to.load, from.load.size());
+  to.load = from.load;
+  copy_vector(std::span<const Index>(from.tokens_per_expert), to.tokens_per_expert);
+}
+
+/// Importance and the tokens of every expert, from the slots that a gate made. A running sum in
+/// Scalar would stop growing at some number of tokens, so the sums are kept in double. O(S + E).
 template <class Scalar>
 void measure_importance(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
-  resize_to_zero(balance.importance, routing.experts);
-  balance.tokens_per_expert.assign(to_size(routing.experts), 0);
+  assign(balance.sums, routing.experts, 0.0);
+  assign(balance.tokens_per_expert, routing.experts, Index{0});
   for (std::size_t slot = 0; slot < routing.expert.size(); ++slot) {
-    const Index e = routing.expert[slot];
-    balance.importance[e] += routing.weight[slot];
-    ++balance.tokens_per_expert[to_size(e)];
+    const std::size_t e = to_size(routing.expert[slot]);
+    balance.sums[e] += static_cast<double>(routing.weight[slot]);
+    ++balance.tokens_per_expert[e];
+  }
+  resize(balance.importance, routing.experts);
+  for (Index e = 0; e < routing.experts; ++e) {
+    balance.importance[e] = static_cast<Scalar>(balance.sums[to_size(e)]);
   }
 }
 
-/// The load of a gate without noise: how many tokens each expert got. It has no gradient. O(S + E).
+/// load = how often each of E experts is in a list, counted in integers. O(S + E).
+template <class Scalar>
+void count_load(std::span<const Index> chosen, Index experts, std::vector<Index>& counts,
+                Vector<Scalar>& load) {
+  assign(counts, experts, Index{0});
+  for (const Index e : chosen) ++counts[to_size(e)];
+  resize(load, experts);
+  for (Index e = 0; e < experts; ++e) load[e] = static_cast<Scalar>(counts[to_size(e)]);
+}
+/// The load of a gate without noise: how many tokens each expert got. It has no gradient.
 template <class Scalar>
 void count_load(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
-  resize_to_zero(balance.load, routing.experts);
-  for (const Index e : routing.expert) balance.load[e] += Scalar{1};
+  count_load(std::span<const Index>(routing.expert), routing.experts, balance.counts, balance.load);
 }
 
-/// importance_weight·CV²(importance) + load_weight·CV²(load) [S17 eq. 7 and 11].
+/// importance_weight·CV²(importance) + load_weight·CV²(load) [S17 eq. 7 and 11]. A loss of weight 0
+/// is not computed: its value might be NaN.
 template <class Scalar>
 Scalar balance_loss(const Balance<Scalar>& balance, double importance_weight, double load_weight) {
-  return static_cast<Scalar>(importance_weight) * cv_squared(balance.importance) +
-         static_cast<Scalar>(load_weight) * cv_squared(balance.load);
+  Scalar loss{0};
+  if (importance_weight > 0) {
+    loss += static_cast<Scalar>(importance_weight) * cv_squared(balance.importance);
+  }
+  if (load_weight > 0) loss += static_cast<Scalar>(load_weight) * cv_squared(balance.load);
+  return loss;
 }
+/// Zeros for a loss of weight 0.
 template <class Scalar>
 void balance_loss_backward(const Balance<Scalar>& balance, double importance_weight,
                            double load_weight, Vector<Scalar>& dimportance, Vector<Scalar>& dload) {

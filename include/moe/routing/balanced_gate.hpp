@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "moe/kernels/column_sums.hpp"
 #include "moe/random.hpp"
 #include "moe/routing/choose_tokens.hpp"
 #include "moe/routing/gate.hpp"
@@ -207,7 +208,7 @@ class BalancedGate {
     routing.experts = experts();
     detail::resize(routing.token_offsets, tokens + 1);
     routing.token_offsets[0] = 0;
-    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+    parallel_for_blocks(tokens, block, element_work(tape.p.size()), [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
         Index passed = 0;
         for_each_passed(detail::row_data(tape.p, t), [&](Index) { ++passed; });
@@ -219,7 +220,7 @@ class BalancedGate {
     }
     detail::resize(routing.expert, routing.token_offsets.back());
     detail::resize(routing.weight, routing.token_offsets.back());
-    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+    parallel_for_blocks(tokens, block, element_work(tape.p.size()), [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
         Index slot = routing.token_offsets[detail::to_size(t)];
         for_each_passed(detail::row_data(tape.p, t),
@@ -233,40 +234,42 @@ class BalancedGate {
 
   void compute_weights(Tape& tape) const {
     Routing<Scalar>& routing = tape.routing;
-    parallel_for_blocks(tape.p.rows(), block, [&](Index first, Index count) {
-      for (Index t = first; t < first + count; ++t) {
-        const Scalar* scores = detail::row_data(tape.scores, t);
-        const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
-        const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
-        if (begin == end) continue;
-        Scalar largest = scores[routing.expert[begin]];
-        for (std::size_t s = begin; s < end; ++s) {
-          largest = std::max(largest, scores[routing.expert[s]]);
-        }
-        Scalar total{0};
-        for (std::size_t s = begin; s < end; ++s) {
-          routing.weight[s] = std::exp(scores[routing.expert[s]] - largest);
-          total += routing.weight[s];
-        }
-        for (std::size_t s = begin; s < end; ++s) routing.weight[s] /= total;
-      }
-    });
+    parallel_for_blocks(
+        tape.p.rows(), block, function_work(routing.slots()), [&](Index first, Index count) {
+          for (Index t = first; t < first + count; ++t) {
+            const Scalar* scores = detail::row_data(tape.scores, t);
+            const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
+            const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
+            if (begin == end) continue;
+            Scalar largest = scores[routing.expert[begin]];
+            for (std::size_t s = begin; s < end; ++s) {
+              largest = std::max(largest, scores[routing.expert[s]]);
+            }
+            Scalar total{0};
+            for (std::size_t s = begin; s < end; ++s) {
+              routing.weight[s] = std::exp(scores[routing.expert[s]] - largest);
+              total += routing.weight[s];
+            }
+            for (std::size_t s = begin; s < end; ++s) routing.weight[s] /= total;
+          }
+        });
   }
 
   /// dscores += G ⊙ (g − Σ_i G_i·g_i) on the slots, g being dweight.
   void compute_weights_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routing = tape.routing;
-    parallel_for_blocks(tape.p.rows(), block, [&](Index first, Index count) {
-      for (Index t = first; t < first + count; ++t) {
-        const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
-        const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
-        Scalar mean{0};
-        for (std::size_t s = begin; s < end; ++s) mean += routing.weight[s] * dweight[s];
-        for (std::size_t s = begin; s < end; ++s) {
-          tape.dscores(t, routing.expert[s]) += routing.weight[s] * (dweight[s] - mean);
-        }
-      }
-    });
+    parallel_for_blocks(
+        tape.p.rows(), block, function_work(routing.slots()), [&](Index first, Index count) {
+          for (Index t = first; t < first + count; ++t) {
+            const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
+            const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
+            Scalar mean{0};
+            for (std::size_t s = begin; s < end; ++s) mean += routing.weight[s] * dweight[s];
+            for (std::size_t s = begin; s < end; ++s) {
+              tape.dscores(t, routing.expert[s]) += routing.weight[s] * (dweight[s] - mean);
+            }
+          }
+        });
   }
 
   // L_batchwise [S17 eq. 20].
@@ -274,9 +277,11 @@ class BalancedGate {
   void compute_loss(Tape& tape) const {
     const Index tokens = tape.p.rows();
     const Scalar* threshold = threshold_.value.data();
+    tape.balance.loss = Scalar{0};
     detail::resize(tape.difference, tokens, experts());
+    if (config_.threshold_weight == 0) return;
     detail::resize(tape.token_loss, tokens);
-    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
+    parallel_for_blocks(tokens, block, element_work(tape.p.size()), [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
         const Scalar* p = detail::row_data(tape.p, t);
         Scalar* difference = detail::row_data(tape.difference, t);
@@ -292,8 +297,9 @@ class BalancedGate {
         tape.token_loss[t] = loss;
       }
     });
-    tape.balance.loss =
-        static_cast<Scalar>(config_.threshold_weight) * detail::sum(tokens, tape.token_loss.data());
+    double loss = 0;
+    for (Index t = 0; t < tokens; ++t) loss += static_cast<double>(tape.token_loss[t]);
+    tape.balance.loss = static_cast<Scalar>(config_.threshold_weight * loss);
     detail::sum_over_batch(tape.batch, 1, &tape.balance.loss);
   }
 
@@ -301,12 +307,17 @@ class BalancedGate {
   /// ∂L/∂threshold_i = −w·Σ_t (Mthreshold − Mbatch)_ti.
   void compute_loss_backward(Tape& tape) {
     const auto weight = static_cast<Scalar>(config_.threshold_weight);
+    if (config_.threshold_weight == 0) {
+      detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
+      return;
+    }
     detail::resize(tape.dscores, tape.p.rows(), experts());
     tape.dscores = weight * tape.difference;
     detail::softmax_rows_backward(tape.p, tape.dscores);
-    const Scalar minus = -weight;  // a column of T of them, all in one place
-    detail::product_tn(GatheredRows<Scalar>(&minus, 0, tape.p.rows(), 1),
-                       GatheredRows<Scalar>(tape.difference), view(threshold_.gradient));
+    if (!threshold_.trained) return;
+    const Scalar minus = -weight;
+    detail::add_column_sums(GatheredRows<Scalar>(tape.difference), threshold_.gradient(),
+                            {&minus, 0});
   }
 
   Config config_;

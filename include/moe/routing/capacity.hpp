@@ -65,7 +65,7 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   } else if (how == PlaceOrder::largest_weight) {
     std::sort(scratch.order.begin(), scratch.order.end(), ByScore<Scalar>(choices.weight.data()));
   }
-  scratch.taken.assign(to_size(experts), 0);
+  assign(scratch.taken, experts, Index{0});
   for (const Index choice : scratch.order) {
     const auto c = to_size(choice);
     if (choices.keeps[c] == 0) continue;
@@ -82,7 +82,7 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
   if (batch == nullptr) return drop_over_capacity(how, capacity, experts, choices, scratch);
   Choices<Scalar>& all = scratch.all;
   all.resize(batch->tokens(), choices.active);
-  scratch.kept = choices.expert;
+  copy_vector(std::span<const Index>(choices.expert), scratch.kept);
   for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
     if (choices.keeps[c] == 0) scratch.kept[c] = -1;
   }

@@ -29,7 +29,7 @@ struct Choices {
     active = active_experts;
     detail::resize(expert, tokens * active);
     detail::resize(weight, tokens * active);
-    keeps.assign(to_size(tokens * active), 1);
+    detail::assign(keeps, tokens * active, static_cast<unsigned char>(1));
   }
 };
 
@@ -48,12 +48,12 @@ void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<S
         routing.token_offsets[to_size(t)] + std::count(begin, begin + active, 1);
   }
   // As large as without drops, so that a batch that drops fewer finds the memory there.
-  routing.expert.reserve(choices.expert.size());
-  routing.weight.reserve(choices.expert.size());
+  reserve(routing.expert, choices.size());
+  reserve(routing.weight, choices.size());
   resize(routing.expert, routing.token_offsets.back());
   resize(routing.weight, routing.token_offsets.back());
   resize(choices.slot, choices.size());
-  parallel_for_blocks(tokens, 64, [&](Index first, Index count) {
+  parallel_for_blocks(tokens, 64, function_work(choices.size()), [&](Index first, Index count) {
     const Index* expert_of = choices.expert.data();
     Index* expert = routing.expert.data();  // at first the number of the choice
     for (Index t = first; t < first + count; ++t) {

@@ -51,19 +51,20 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
   }
   for (auto& columns : choice.columns) resize(columns, strip, spread_width<Scalar>(tokens));
 
-  parallel_for((experts + strip - 1) / strip, [&](Index task, Index worker) {
-    const Index first = task * strip;
-    const Index width = std::min(strip, experts - first);
-    Matrix<Scalar>& columns = choice.columns[to_size(worker)];
-    for (Index t = 0; t < tokens; ++t) {
-      const Scalar* row = row_data(scores, t) + first;
-      for (Index i = 0; i < width; ++i) columns(i, t) = row[i];
-    }
-    for (Index i = 0; i < width; ++i) {
-      select_largest(row_data(columns, i), tokens, count,
-                     choice.taken.data() + (first + i) * count);
-    }
-  });
+  parallel_for((experts + strip - 1) / strip, element_work(2 * scores.size()),
+               [&](Index task, Index worker) {
+                 const Index first = task * strip;
+                 const Index width = std::min(strip, experts - first);
+                 Matrix<Scalar>& columns = choice.columns[to_size(worker)];
+                 for (Index t = 0; t < tokens; ++t) {
+                   const Scalar* row = row_data(scores, t) + first;
+                   for (Index i = 0; i < width; ++i) columns(i, t) = row[i];
+                 }
+                 for (Index i = 0; i < width; ++i) {
+                   select_largest(row_data(columns, i), tokens, count,
+                                  choice.taken.data() + (first + i) * count);
+                 }
+               });
 
   // A stable sort by token leaves the experts of each ascending.
   count_offsets(choice.taken, tokens, routing.token_offsets);
@@ -91,11 +92,12 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, const GlobalBatch<
   const Routing<Scalar>& all = choice.all_routing;
   const auto offsets = all.token_offsets.begin() + batch->first_token();
   routing.experts = experts;
-  routing.token_offsets.assign(offsets, offsets + scores.rows() + 1);
+  resize(routing.token_offsets, scores.rows() + 1);
+  std::copy_n(offsets, scores.rows() + 1, routing.token_offsets.begin());
   const Index first = routing.token_offsets.front();
   for (Index& offset : routing.token_offsets) offset -= first;
-  routing.expert.assign(all.expert.begin() + first,
-                        all.expert.begin() + first + routing.token_offsets.back());
+  resize(routing.expert, routing.token_offsets.back());
+  std::copy_n(all.expert.begin() + first, routing.token_offsets.back(), routing.expert.begin());
   resize(routing.weight, routing.token_offsets.back());
 }
 

@@ -63,9 +63,9 @@ class HierarchicalGate {
     Level primary;
     Level secondary;
     std::vector<Index> group_tokens;  ///< a, |X_i|
-    Vector<Scalar> dimportance;  ///< E
-    Vector<Scalar> dload;        ///< E
-    Matrix<Scalar> dx_rows;      ///< R x D, the secondary gates' shares of dx
+    Vector<Scalar> dimportance;       ///< E
+    Vector<Scalar> dload;             ///< E
+    Matrix<Scalar> dx_rows;           ///< R x D, the secondary gates' shares of dx
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
@@ -243,7 +243,7 @@ class HierarchicalGate {
   void combine_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& groups = tape.primary.routing;
     const Routing<Scalar>& members = tape.secondary.routing;
-    tape.primary.dchoice.assign(detail::to_size(groups.slots()), Scalar{0});
+    detail::assign(tape.primary.dchoice, groups.slots(), Scalar{0});
     detail::resize(tape.secondary.dchoice, members.slots());
     for_each_slot(tape, [&](std::size_t slot, std::size_t group_slot, std::size_t member_slot) {
       const Scalar g = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
@@ -273,9 +273,9 @@ class HierarchicalGate {
     detail::resize(groups.load, config_.groups);
     detail::resize(level.load, experts());
     if (tape.batch != nullptr) level.load.setZero();
-    primary_.compute_load(0, groups.routing.tokens(), groups, groups.routing, groups.load.data());
+    primary_.compute_load(0, groups.routing.tokens(), groups, groups.load.data());
     for_each_group(tape, [&](Index i, Range rows) {
-      secondary_[detail::to_size(i)].compute_load(rows.first, rows.count, level, level.routing,
+      secondary_[detail::to_size(i)].compute_load(rows.first, rows.count, level,
                                                   level.load.data() + i * config_.group_experts);
     });
     detail::resize(tape.group_tokens, config_.groups);
@@ -325,14 +325,15 @@ class HierarchicalGate {
 
   /// tape.dx += the rows of tape.dx_rows, by token in the order of its groups.
   void add_rows_to_tokens(Tape& tape) const {
-    parallel_for_blocks(tape.dx.rows(), 64, [&](Index first, Index count) {
-      for (Index slot = first * config_.active_groups;
-           slot < (first + count) * config_.active_groups; ++slot) {
-        const Index row = tape.primary.routing.slot_row[detail::to_size(slot)];
-        detail::add_scaled(config_.width, Scalar{1}, detail::row_data(tape.dx_rows, row),
-                           detail::row_data(tape.dx, slot / config_.active_groups));
-      }
-    });
+    parallel_for_blocks(
+        tape.dx.rows(), 64, element_work(tape.dx_rows.size()), [&](Index first, Index count) {
+          for (Index slot = first * config_.active_groups;
+               slot < (first + count) * config_.active_groups; ++slot) {
+            const Index row = tape.primary.routing.slot_row[detail::to_size(slot)];
+            detail::add_scaled(config_.width, Scalar{1}, detail::row_data(tape.dx_rows, row),
+                               detail::row_data(tape.dx, slot / config_.active_groups));
+          }
+        });
   }
 
   const Index* tokens_of(Range rows, const Tape& tape) const {
@@ -347,7 +348,8 @@ class HierarchicalGate {
   template <class F>
   void for_each_group(const Tape& tape, F&& f) const {
     const Routing<Scalar>& groups = tape.primary.routing;
-    const Index workers = worker_count();
+    const Work work{2 * groups.slots() * config_.width * config_.group_experts};
+    const Index workers = worker_count(work);
     const auto is_large = [&](Index count) { return 4 * workers * count > groups.slots(); };
     const auto visit = [&](Index i, bool large) {
       const Index count = groups.slots_of(i);
@@ -355,7 +357,7 @@ class HierarchicalGate {
       f(i, Range{groups.expert_offsets[detail::to_size(i)], count});
     };
     for (Index i = 0; i < config_.groups; ++i) visit(i, true);
-    parallel_for(config_.groups, [&](Index i, Index) { visit(i, false); });
+    parallel_for(config_.groups, work, [&](Index i, Index) { visit(i, false); });
   }
 
   Config config_;

@@ -19,7 +19,7 @@ void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const Ma
   const Index width = x.cols();
   resize(factor, x.rows(), width);
   resize(jittered, x.rows(), width);
-  parallel_for_blocks(x.rows(), 64, [&](Index first, Index count) {
+  parallel_for_blocks(x.rows(), 64, function_work(x.size()), [&](Index first, Index count) {
     for (Index t = first; t < first + count; ++t) {
       for (Index d = 0; d < width; d += 4) {
         const auto words = noise_words(seed, key, t, d / 4);
@@ -36,7 +36,7 @@ void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const Ma
 /// Turns the gradient by `jittered` into that by x.
 template <class Scalar>
 void jitter_input_backward(const Matrix<Scalar>& factor, Matrix<Scalar>& dx) {
-  parallel_for_blocks(dx.rows(), 64, [&](Index first, Index count) {
+  parallel_for_blocks(dx.rows(), 64, element_work(dx.size()), [&](Index first, Index count) {
     dx.middleRows(first, count).array() *= factor.middleRows(first, count).array();
   });
 }

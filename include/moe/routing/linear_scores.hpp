@@ -19,14 +19,14 @@ void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
   product_nn(GatheredRows<Scalar>(x), view(weight.value), view(scores));
 }
 
-/// Adds xᵀ·dscores to W's gradient; dx = dscores·Wᵀ.
+/// Adds xᵀ·dscores to W's gradient, if W is trained; dx = dscores·Wᵀ.
 template <class Scalar>
 void linear_scores_backward(const Matrix<Scalar>& x, const Matrix<Scalar>& dscores,
                             Parameter<Scalar>& weight, Matrix<Scalar>& dx) {
   const GatheredRows<Scalar> rows(dscores);
   resize(dx, x.rows(), x.cols());
   product_nt(rows, view(std::as_const(weight.value)), view(dx));
-  product_tn(GatheredRows<Scalar>(x), rows, view(weight.gradient));
+  if (weight.trained) product_tn(GatheredRows<Scalar>(x), rows, view(weight.gradient()));
 }
 
 inline constexpr Index softmax_block = 64;  ///< tokens in a task
@@ -37,34 +37,37 @@ template <class Scalar>
 void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
   const Index experts = scores.cols();
   resize(p, scores.rows(), experts);
-  parallel_for_blocks(scores.rows(), softmax_block, [&](Index first, Index count) {
-    for (Index t = first; t < first + count; ++t) {
-      const auto softmax = softmax_row(experts, row_data(scores, t), row_data(p, t));
-      const auto total = broadcast(static_cast<Scalar>(softmax.sum));
-      map(
-          experts, row_data(p, t),
-          [&](const Packet<Scalar>& e) { return Eigen::internal::pdiv(e, total); }, row_data(p, t));
-    }
-  });
+  parallel_for_blocks(
+      scores.rows(), softmax_block, function_work(scores.size()), [&](Index first, Index count) {
+        for (Index t = first; t < first + count; ++t) {
+          const auto softmax = softmax_row(experts, row_data(scores, t), row_data(p, t));
+          const auto total = broadcast(static_cast<Scalar>(softmax.sum));
+          map(
+              experts, row_data(p, t),
+              [&](const Packet<Scalar>& e) { return Eigen::internal::pdiv(e, total); },
+              row_data(p, t));
+        }
+      });
 }
 
 /// Turns the gradient by p into that by the scores: p ⊙ (g − Σ_i p_i·g_i) in each row.
 template <class Scalar>
 void softmax_rows_backward(const Matrix<Scalar>& p, Matrix<Scalar>& gradient) {
   const Index experts = p.cols();
-  parallel_for_blocks(p.rows(), softmax_block, [&](Index first, Index count) {
-    using namespace Eigen::internal;
-    for (Index t = first; t < first + count; ++t) {
-      Scalar* g = row_data(gradient, t);
-      const auto mean = broadcast(dot(experts, row_data(p, t), g));
-      map(
-          experts, g,
-          [&](const Packet<Scalar>& pi, const Packet<Scalar>& gi) {
-            return pmul(pi, psub(gi, mean));
-          },
-          row_data(p, t), g);
-    }
-  });
+  parallel_for_blocks(p.rows(), softmax_block, element_work(p.size()),
+                      [&](Index first, Index count) {
+                        using namespace Eigen::internal;
+                        for (Index t = first; t < first + count; ++t) {
+                          Scalar* g = row_data(gradient, t);
+                          const auto mean = broadcast(dot(experts, row_data(p, t), g));
+                          map(
+                              experts, g,
+                              [&](const Packet<Scalar>& pi, const Packet<Scalar>& gi) {
+                                return pmul(pi, psub(gi, mean));
+                              },
+                              row_data(p, t), g);
+                        }
+                      });
 }
 
 }  // namespace moe::detail

@@ -105,18 +105,16 @@ class NoisyTopK {
     });
   }
 
-  /// load (E) = Σ P over `count` rows [S17 eq. 10]. Without noise, and with K = E, where P = 1, it
-  /// is the count of the slots and has no gradient.
-  void compute_load(Index first, Index count, const Tape& tape, const Routing<Scalar>& routing,
-                    Scalar* load) const {
-    std::fill_n(load, experts(), Scalar{0});
-    if (load_has_gradient(tape)) {
-      add_scaled_rows(GatheredRows<Scalar>(tape.probability).slice(first, count), {}, load);
+  /// load (E) = Σ P over `count` rows of a pass with noise [S17 eq. 10]. With K = E, where P = 1, it
+  /// is the count of the rows and has no gradient.
+  void compute_load(Index first, Index count, const Tape& tape, Scalar* load) const {
+    MOE_ASSERT(tape.has_noise);
+    if (!load_has_gradient(tape)) {
+      std::fill_n(load, experts(), static_cast<Scalar>(count));
       return;
     }
-    for_each_row({first, count}, [&](Index row) {
-      for_each_chosen(routing, row, [&](Index i) { load[i] += Scalar{1}; });
-    });
+    std::fill_n(load, experts(), Scalar{0});
+    add_many_scaled_rows(GatheredRows<Scalar>(tape.probability).slice(first, count), {}, load);
   }
 
   /// Makes room for the way back of all rows.
@@ -137,7 +135,7 @@ class NoisyTopK {
                      rows_of(dx, begin, count));
     });
     // They are in use, though their gradient is zero.
-    if (!tape.has_noise) mark_gradients(noise_weight_);
+    if (!tape.has_noise) accumulate(noise_weight_);
   }
 
   /// Whether dload has any effect.
@@ -155,6 +153,10 @@ class NoisyTopK {
   Index experts() const { return config_.experts; }
   /// Rows in a task: what it needs of the tape stays in the nearest caches.
   Index block_rows() const { return std::clamp<Index>(4096 / experts(), 1, 64); }
+  /// Noise and probabilities take several functions of each score.
+  Work work_of(Range rows, const Tape& tape) const {
+    return tape.has_noise ? function_work(3 * scores_of(rows)) : element_work(scores_of(rows));
+  }
   /// Scores of rows, which are next to each other.
   Index scores_of(Range rows) const { return rows.count * experts(); }
   template <class F>
@@ -177,32 +179,34 @@ class NoisyTopK {
   void forward_batch(const GatheredRows<Scalar>& x, const Index* token, const NoiseKey& key,
                      Range batch, Tape& tape, Routing<Scalar>& routing) const {
     compute_scores(x, batch, tape);
-    parallel_for_blocks(batch.count, block_rows(), [&](Index begin, Index count) {
-      const Range rows{batch.first + begin, count};
-      const auto token_of = [&](Index i) {
-        return token != nullptr ? token[begin + i] : rows.first + i;
-      };
-      if (tape.has_noise) add_noise(key, token_of, rows, tape);
-      for_each_row(rows, [&](Index row) { choose(row, tape, routing); });
-      if (load_has_gradient(tape)) compute_probability(rows, routing, tape);
-    });
+    parallel_for_blocks(batch.count, block_rows(), work_of(batch, tape),
+                        [&](Index begin, Index count) {
+                          const Range rows{batch.first + begin, count};
+                          const auto token_of = [&](Index i) {
+                            return token != nullptr ? token[begin + i] : rows.first + i;
+                          };
+                          if (tape.has_noise) add_noise(key, token_of, rows, tape);
+                          for_each_row(rows, [&](Index row) { choose(row, tape, routing); });
+                          if (load_has_gradient(tape)) compute_probability(rows, routing, tape);
+                        });
   }
   void backward_batch(const GatheredRows<Scalar>& x, Range batch, const Scalar* dweight,
                       const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                       MatrixView<Scalar> dx) {
-    parallel_for_blocks(batch.count, block_rows(), [&](Index begin, Index count) {
-      const Range rows{batch.first + begin, count};
-      if (load_has_gradient(tape)) {
-        probability_backward(rows, dload, routing, tape);
-      } else {
-        std::fill_n(row_data(tape.dclean, rows.first), scores_of(rows), Scalar{0});
-        if (tape.has_noise) {
-          std::fill_n(row_data(tape.draw, rows.first), scores_of(rows), Scalar{0});
-        }
-      }
-      for_each_row(rows, [&](Index row) { choose_backward(row, dweight, routing, tape); });
-      if (tape.has_noise) scale_backward(rows, tape);
-    });
+    parallel_for_blocks(
+        batch.count, block_rows(), work_of(batch, tape), [&](Index begin, Index count) {
+          const Range rows{batch.first + begin, count};
+          if (load_has_gradient(tape)) {
+            probability_backward(rows, dload, routing, tape);
+          } else {
+            std::fill_n(row_data(tape.dclean, rows.first), scores_of(rows), Scalar{0});
+            if (tape.has_noise) {
+              std::fill_n(row_data(tape.draw, rows.first), scores_of(rows), Scalar{0});
+            }
+          }
+          for_each_row(rows, [&](Index row) { choose_backward(row, dweight, routing, tape); });
+          if (tape.has_noise) scale_backward(rows, tape);
+        });
     compute_scores_backward(x, batch, tape, dx);
   }
 
@@ -226,8 +230,9 @@ class NoisyTopK {
                              Parameter<Scalar>& weight, Start start, MatrixView<Scalar> dx) {
     const GatheredRows<Scalar> d(dscore);
     product_nt(d, view(std::as_const(weight.value)), dx, start);
-    const bool replace = mark_gradients(weight, true);
-    product_tn(x, d, view(weight.gradient), replace ? Start::zero : Start::accumulate);
+    if (!weight.trained) return;
+    const bool replace = accumulate(weight, true);
+    product_tn(x, d, view(weight.gradient()), replace ? Start::zero : Start::accumulate);
   }
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].

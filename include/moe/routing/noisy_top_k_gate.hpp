@@ -88,6 +88,7 @@ class NoisyTopKGate {
     check_tape(tape);
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    detail::require_apart("NoisyTopKGate::backward", "dweight", dweight, {tape.dchoice});
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
                                   tape.dimportance, tape.dload);
     detail::resize(tape.dchoice, tape.routing.slots());
@@ -140,9 +141,13 @@ class NoisyTopKGate {
     top_k_.prepare(x.rows(), noise, tape, tape.routing);
     top_k_.forward(GatheredRows<Scalar>(x), nullptr, key, 0, tape, tape.routing);
     detail::measure_importance(tape.routing, tape.batch, tape.balance);
-    detail::resize(tape.balance.load, experts());
-    top_k_.compute_load(0, x.rows(), tape, tape.routing, tape.balance.load.data());
-    detail::sum_over_batch(tape.batch, experts(), tape.balance.load.data());
+    if (noise) {
+      detail::resize(tape.balance.load, experts());
+      top_k_.compute_load(0, x.rows(), tape, tape.balance.load.data());
+      detail::sum_over_batch(tape.batch, experts(), tape.balance.load.data());
+    } else {
+      detail::count_load(tape.routing, tape.batch, tape.balance);
+    }
     tape.balance.loss =
         detail::balance_loss(tape.balance, config_.importance_weight, config_.load_weight);
   }

@@ -16,7 +16,11 @@ namespace moe::detail {
 /// without tokens.
 template <class Scalar>
 Scalar router_z_loss(const Vector<Scalar>& log_sum, const GlobalBatch<Scalar>* batch = nullptr) {
-  Scalar sum = dot(log_sum.size(), log_sum.data(), log_sum.data());
+  double squares = 0;
+  for (Index t = 0; t < log_sum.size(); ++t) {
+    squares += static_cast<double>(log_sum[t]) * static_cast<double>(log_sum[t]);
+  }
+  auto sum = static_cast<Scalar>(squares);
   sum_over_batch(batch, 1, &sum);
   const Index tokens = batch_tokens(batch, log_sum.size());
   return tokens == 0 ? Scalar{0} : sum / static_cast<Scalar>(tokens);
@@ -30,7 +34,7 @@ void router_z_loss_backward(double weight, const Matrix<Scalar>& logits,
   const Index tokens = logits.rows();
   const Scalar twice =
       static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens(batch, tokens)));
-  parallel_for_blocks(tokens, 64, [&](Index first, Index count) {
+  parallel_for_blocks(tokens, 64, function_work(logits.size()), [&](Index first, Index count) {
     using namespace Eigen::internal;
     for (Index t = first; t < first + count; ++t) {
       const auto shift = broadcast(log_sum[t]);

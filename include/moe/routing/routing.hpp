@@ -42,7 +42,7 @@ namespace detail {
 /// Where each expert's rows start when slots are grouped by expert: offsets (E + 1). O(S + E).
 inline void count_offsets(std::span<const Index> expert, Index experts,
                           std::vector<Index>& offsets) {
-  offsets.assign(to_size(experts) + 1, 0);
+  assign(offsets, experts + 1, Index{0});
   for (const Index e : expert) ++offsets[to_size(e) + 1];
   for (std::size_t e = 1; e < offsets.size(); ++e) offsets[e] += offsets[e - 1];
 }
@@ -50,7 +50,7 @@ inline void count_offsets(std::span<const Index> expert, Index experts,
 /// The slot of each row: a stable sort of the slots by expert, by counting. O(S + E).
 inline void sort_slots(std::span<const Index> expert, std::vector<Index>& offsets,
                        std::vector<Index>& row_slot) {
-  row_slot.resize(expert.size());
+  resize(row_slot, static_cast<Index>(expert.size()));
   // Each offset walks to the start of the next expert and is then shifted back into place, which
   // spares a second array of E cursors.
   for (std::size_t slot = 0; slot < expert.size(); ++slot) {

@@ -106,6 +106,7 @@ class SharedExpertGate {
     const Index tokens = tape.x.rows();
     detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
                     dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    detail::require_apart("SharedExpertGate::backward", "dweight", dweight, {tape.routed_dweight});
     split_backward(dweight, tape);
     detail::resize_to_zero(tape.routed.dx, tokens, config_.width);
     routed_.backward(std::span<const Scalar>(tape.routed_dweight), tape.routed);
@@ -193,7 +194,7 @@ class SharedExpertGate {
       }
       routing.token_offsets[detail::to_size(t) + 1] = static_cast<Index>(slot);
     }
-    tape.balance = tape.routed.balance;
+    detail::copy_balance(tape.routed.balance, tape.balance);
   }
 
   /// Hands the gradients of the routed slots to tape.routed_dweight and, if gated, turns those of

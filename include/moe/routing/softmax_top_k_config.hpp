@@ -27,7 +27,11 @@ struct SoftmaxTopKConfig {
 
   Score score = Score::softmax;
   bool renormalise = false;  ///< w adds up to 1 over the chosen; softmax_of_chosen does so anyway
-  double scale = 1;          ///< of all weights, above 0
+  /// Added to the sum that weights are divided by where they are renormalised, >= 0: 1e-20 in
+  /// DeepSeek's and Hugging Face's code for sigmoids, 0 in most other models. It makes weights of
+  /// tiny scores add up to less than 1. With 0, scores that are all 0 get weights of 0.
+  double renormalise_epsilon = 0;
+  double scale = 1;  ///< of all weights, above 0
 
   Index groups = 1;         ///< divides E
   Index active_groups = 1;  ///< a token's experts are from so many groups, which must hold K
@@ -36,7 +40,7 @@ struct SoftmaxTopKConfig {
   bool selection_bias = false;
   double bias_rate = 0.001;  ///< how far update_selection_bias() moves an entry, >= 0
 
-  double jitter = 0;  ///< j is uniform in [1 - jitter, 1 + jitter), in [0, 1) [F22 app. C]
+  double jitter = 0;           ///< j is uniform in [1 - jitter, 1 + jitter), in [0, 1) [F22 app. C]
   bool random_second = false;  ///< K = 2: the second choice is kept with probability 2·w [G21]
 
   double capacity_factor = 0;             ///< of training; 0: no limit
@@ -73,6 +77,7 @@ inline const SoftmaxTopKConfig& checked(const SoftmaxTopKConfig& config) {
           ", must be one of the 3 scores");
   require(std::isfinite(config.scale) && config.scale > 0,
           "SoftmaxTopKGate::Config.scale = ", config.scale, ", must be finite and above 0");
+  at_least_zero("renormalise_epsilon", config.renormalise_epsilon);
   require(config.groups >= 1 && config.experts % config.groups == 0,
           "SoftmaxTopKGate::Config.groups = ", config.groups,
           ", must divide experts = ", config.experts);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -28,7 +30,7 @@ namespace moe {
 ///     c = (x ⊙ j)·W_g                    logits, j the jitter of training          T x E
 ///     s = softmax(c), c, or sigmoid(c)   by Config.score                           T x E
 ///     top = the K largest of s + b in the active groups; ties go to the lower expert
-///     w = s, s / (Σ_top s + 1e-20) if renormalised, or the softmax of c over top
+///     w = s, s / (Σ_top s + ε) if renormalised, or the softmax of c over top
 ///     G = scale·w                        the weights of the slots
 ///     loss = switch_weight·E·Σ_i f_i·P_i + sequence_weight·(its mean over sequences) + z_weight·z
 ///
@@ -208,14 +210,19 @@ class SoftmaxTopKGate {
 
  private:
   using P = detail::Packet<Scalar>;
-  static constexpr Index block = 64;                          ///< tokens in a task
-  static constexpr Scalar tiny = static_cast<Scalar>(1e-20);  ///< spares 0 / 0 where sigmoids are 0
+  static constexpr Index block = 64;  ///< tokens in a task
+
+  /// 1 / sum, but 0 for a sum so small that its inverse would be infinite.
+  static Scalar inverse(Scalar sum) {
+    return sum < std::numeric_limits<Scalar>::min() ? Scalar{0} : Scalar{1} / sum;
+  }
 
   static const Config& checked(const Config& config) {
     detail::checked(config);
     const auto scale = static_cast<Scalar>(config.scale);
-    detail::require(std::isfinite(scale) && scale > 0, "SoftmaxTopKGate::Config.scale = ",
-                    config.scale, ", must be finite and above 0 as a Scalar");
+    detail::require(std::isfinite(scale) && scale > 0,
+                    "SoftmaxTopKGate::Config.scale = ", config.scale,
+                    ", must be finite and above 0 as a Scalar");
     return config;
   }
 
@@ -235,27 +242,28 @@ class SoftmaxTopKGate {
     detail::resize(tape.scores, x.rows(), experts());
     detail::resize(tape.probability_scale, x.rows());
     detail::resize(tape.log_sum, x.rows());
-    parallel_for_blocks(x.rows(), block, [&](Index first, Index count) {
-      for (Index t = first; t < first + count; ++t) {
-        const Scalar* c = detail::row_data(tape.logits, t);
-        Scalar* s = detail::row_data(tape.scores, t);
-        if (config_.score == Score::sigmoid) {
-          tape.log_sum[t] = config_.z_weight > 0
-                                ? log_sum(detail::softmax_row<Scalar>(experts(), c, nullptr))
-                                : Scalar{0};
-          detail::map(
-              experts(), s, [](const P& v) { return detail::sigmoid<Scalar>(v); }, c);
-          tape.probability_scale[t] = Scalar{1} / (detail::sum(experts(), s) + tiny);
-        } else {
-          const auto softmax = detail::softmax_row(experts(), c, s);
-          tape.log_sum[t] = log_sum(softmax);
-          const P total = detail::broadcast(static_cast<Scalar>(softmax.sum));
-          detail::map(
-              experts(), s, [&](const P& e) { return Eigen::internal::pdiv(e, total); }, s);
-          tape.probability_scale[t] = Scalar{1};
-        }
-      }
-    });
+    parallel_for_blocks(
+        x.rows(), block, function_work(tape.scores.size()), [&](Index first, Index count) {
+          for (Index t = first; t < first + count; ++t) {
+            const Scalar* c = detail::row_data(tape.logits, t);
+            Scalar* s = detail::row_data(tape.scores, t);
+            if (config_.score == Score::sigmoid) {
+              tape.log_sum[t] = config_.z_weight > 0
+                                    ? log_sum(detail::softmax_row<Scalar>(experts(), c, nullptr))
+                                    : Scalar{0};
+              detail::map(
+                  experts(), s, [](const P& v) { return detail::sigmoid<Scalar>(v); }, c);
+              tape.probability_scale[t] = inverse(detail::sum(experts(), s));
+            } else {
+              const auto softmax = detail::softmax_row(experts(), c, s);
+              tape.log_sum[t] = log_sum(softmax);
+              const P total = detail::broadcast(static_cast<Scalar>(softmax.sum));
+              detail::map(
+                  experts(), s, [&](const P& e) { return Eigen::internal::pdiv(e, total); }, s);
+              tape.probability_scale[t] = Scalar{1};
+            }
+          }
+        });
   }
 
   static Scalar log_sum(const detail::SoftmaxRow<Scalar>& softmax) {
@@ -268,16 +276,18 @@ class SoftmaxTopKGate {
       detail::softmax_rows_backward(tape.scores, tape.dlogits);
       return;
     }
-    parallel_for_blocks(tape.x.rows(), block, [&](Index first, Index count) {
-      using namespace Eigen::internal;
-      const P one = detail::broadcast(Scalar{1});
-      for (Index t = first; t < first + count; ++t) {
-        Scalar* d = detail::row_data(tape.dlogits, t);
-        detail::map(
-            experts(), d, [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
-            detail::row_data(tape.scores, t));
-      }
-    });
+    parallel_for_blocks(
+        tape.x.rows(), block, element_work(tape.scores.size()), [&](Index first, Index count) {
+          using namespace Eigen::internal;
+          const P one = detail::broadcast(Scalar{1});
+          for (Index t = first; t < first + count; ++t) {
+            Scalar* d = detail::row_data(tape.dlogits, t);
+            detail::map(
+                experts(), d,
+                [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
+                detail::row_data(tape.scores, t));
+          }
+        });
   }
 
   // The choice, and the weights of the chosen.
@@ -294,14 +304,15 @@ class SoftmaxTopKGate {
       detail::resize(scratch.groups, config_.groups);
       detail::resize(scratch.best_groups, config_.active_groups);
     }
-    parallel_for((tokens + block - 1) / block, [&](Index task, Index worker) {
-      auto& scratch = tape.scratch[detail::to_size(worker)];
-      for (Index t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
-        detail::select_largest(choice_scores(tape, t, scratch), experts(), active,
-                               &tape.choices.expert[detail::to_size(t * active)]);
-        weigh(tape, t);
-      }
-    });
+    parallel_for((tokens + block - 1) / block, element_work(2 * tape.scores.size()),
+                 [&](Index task, Index worker) {
+                   auto& scratch = tape.scratch[detail::to_size(worker)];
+                   for (Index t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
+                     detail::select_largest(choice_scores(tape, t, scratch), experts(), active,
+                                            &tape.choices.expert[detail::to_size(t * active)]);
+                     weigh(tape, t);
+                   }
+                 });
   }
 
   /// s + b of the experts in the active groups, -infinity of the others.
@@ -333,44 +344,51 @@ class SoftmaxTopKGate {
       for (Index k = 0; k < config_.active; ++k) w[k] = tape.scores(t, chosen[k]);
     }
     if (!adds_up_to_one()) return;
-    Scalar total = tiny;
-    for (Index k = 0; k < config_.active; ++k) total += w[k];
+    const Scalar total = std::accumulate(w, w + config_.active, epsilon());
+    if (total == Scalar{0}) return;  // all sigmoids are 0 to the last bit
     for (Index k = 0; k < config_.active; ++k) w[k] /= total;
   }
 
   /// Adds to tape.dlogits what comes through the weights: ∂L/∂s of the chosen, or ∂L/∂c where the
   /// weights are a softmax of the chosen. With g the gradient by w, 0 where dropped, and
-  /// S = Σ s + 1e-20: ds = g; renormalised, ds = (g − Σ g·w) / S; and dc = w·(g − Σ g·w).
+  /// S = Σ s + ε: ds = g; renormalised, ds = (g − Σ g·w) / S; and dc = w·(g − Σ g·w).
   void weigh_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const auto scale = static_cast<Scalar>(config_.scale);
     const Index active = config_.active;
-    parallel_for_blocks(tape.x.rows(), block, [&](Index first, Index count) {
-      for (Index t = first; t < first + count; ++t) {
-        const auto choice = [&](Index k) { return detail::to_size(t * active + k); };
-        const auto g = [&](Index k) {
-          return tape.choices.keeps[choice(k)] == 0
-                     ? Scalar{0}
-                     : scale * dweight[detail::to_size(tape.choices.slot[choice(k)])];
-        };
-        Scalar mean{0};
-        Scalar total = tiny;
-        if (adds_up_to_one()) {
-          for (Index k = 0; k < active; ++k) {
-            mean += g(k) * tape.choices.weight[choice(k)];
-            total += tape.scores(t, tape.choices.expert[choice(k)]);
+    parallel_for_blocks(
+        tape.x.rows(), block, function_work(tape.choices.size()), [&](Index first, Index count) {
+          for (Index t = first; t < first + count; ++t) {
+            const auto choice = [&](Index k) { return detail::to_size(t * active + k); };
+            const auto g = [&](Index k) {
+              return tape.choices.keeps[choice(k)] == 0
+                         ? Scalar{0}
+                         : scale * dweight[detail::to_size(tape.choices.slot[choice(k)])];
+            };
+            Scalar mean{0};
+            Scalar total = epsilon();
+            if (adds_up_to_one()) {
+              for (Index k = 0; k < active; ++k) {
+                mean += g(k) * tape.choices.weight[choice(k)];
+                total += tape.scores(t, tape.choices.expert[choice(k)]);
+              }
+            }
+            for (Index k = 0; k < active; ++k) {
+              const Scalar factor = config_.score == Score::softmax_of_chosen
+                                        ? tape.choices.weight[choice(k)]
+                                    : adds_up_to_one() ? inverse(total)
+                                                       : Scalar{1};
+              tape.dlogits(t, tape.choices.expert[choice(k)]) += factor * (g(k) - mean);
+            }
           }
-        }
-        for (Index k = 0; k < active; ++k) {
-          const Scalar factor = config_.score == Score::softmax_of_chosen
-                                    ? tape.choices.weight[choice(k)]
-                                : adds_up_to_one() ? Scalar{1} / total
-                                                   : Scalar{1};
-          tape.dlogits(t, tape.choices.expert[choice(k)]) += factor * (g(k) - mean);
-        }
-      }
-    });
+        });
   }
 
+  /// ε. A softmax of the chosen has a term of 1 in its sum.
+  Scalar epsilon() const {
+    return config_.score == Score::softmax_of_chosen
+               ? Scalar{0}
+               : static_cast<Scalar>(config_.renormalise_epsilon);
+  }
   bool adds_up_to_one() const {
     return config_.renormalise || config_.score == Score::softmax_of_chosen;
   }
@@ -404,8 +422,8 @@ class SoftmaxTopKGate {
   void compute_losses(Tape& tape, bool by_sequence) const {
     Balance<Scalar>& balance = tape.balance;
     detail::measure_importance(tape.routing, tape.batch, balance);
-    detail::resize_to_zero(balance.load, experts());
-    for (const Index e : tape.choices.expert) balance.load[e] += Scalar{1};
+    detail::count_load(std::span<const Index>(tape.choices.expert), experts(), balance.counts,
+                       balance.load);
     detail::sum_over_batch(tape.batch, experts(), balance.load.data());
     balance.loss = Scalar{0};
     const auto measure = [&](detail::SwitchLoss<Scalar>& loss, double weight, Index sequences) {
@@ -417,8 +435,8 @@ class SoftmaxTopKGate {
     if (config_.switch_weight > 0) measure(tape.batch_loss, config_.switch_weight, 1);
     if (by_sequence) measure(tape.sequence_loss, config_.sequence_weight, config_.sequences);
     if (config_.z_weight > 0) {
-      balance.loss += static_cast<Scalar>(config_.z_weight) *
-                      detail::router_z_loss(tape.log_sum, tape.batch);
+      balance.loss +=
+          static_cast<Scalar>(config_.z_weight) * detail::router_z_loss(tape.log_sum, tape.batch);
     }
   }
 
@@ -429,21 +447,22 @@ class SoftmaxTopKGate {
     const auto batch = static_cast<Scalar>(config_.switch_weight);
     const auto sequence = static_cast<Scalar>(config_.sequence_weight);
     if (batch == Scalar{0} && sequence == Scalar{0}) return;
-    parallel_for_blocks(tokens, block, [&](Index first, Index count) {
-      using namespace Eigen::internal;
-      for (Index t = first; t < first + count; ++t) {
-        Scalar* d = detail::row_data(tape.dlogits, t);
-        if (batch > Scalar{0}) tape.batch_loss.add_gradient(batch, t, d);
-        if (sequence > Scalar{0}) tape.sequence_loss.add_gradient(sequence, t, d);
-        if (config_.score != Score::sigmoid) continue;
-        const Scalar scale = tape.probability_scale[t];
-        const P factor = detail::broadcast(scale);
-        const P mean =
-            detail::broadcast(scale * detail::dot(experts(), d, detail::row_data(tape.scores, t)));
-        detail::map(
-            experts(), d, [&](const P& g) { return pmul(factor, psub(g, mean)); }, d);
-      }
-    });
+    parallel_for_blocks(
+        tokens, block, element_work(2 * tape.scores.size()), [&](Index first, Index count) {
+          using namespace Eigen::internal;
+          for (Index t = first; t < first + count; ++t) {
+            Scalar* d = detail::row_data(tape.dlogits, t);
+            if (batch > Scalar{0}) tape.batch_loss.add_gradient(batch, t, d);
+            if (sequence > Scalar{0}) tape.sequence_loss.add_gradient(sequence, t, d);
+            if (config_.score != Score::sigmoid) continue;
+            const Scalar scale = tape.probability_scale[t];
+            const P factor = detail::broadcast(scale);
+            const P mean = detail::broadcast(
+                scale * detail::dot(experts(), d, detail::row_data(tape.scores, t)));
+            detail::map(
+                experts(), d, [&](const P& g) { return pmul(factor, psub(g, mean)); }, d);
+          }
+        });
   }
 
   Config config_;

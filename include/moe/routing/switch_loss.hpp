@@ -1,6 +1,8 @@
 #pragma once
 
+#include <algorithm>
 #include <span>
+#include <utility>
 
 #include "moe/kernels/packet.hpp"
 #include "moe/parallel.hpp"
@@ -42,8 +44,8 @@ class SwitchLoss {
   /// stand together, the first one first. Returns the loss; 0 without tokens. The T of the batch
   /// must be a multiple of `sequences`, which may span processes. O(T·E).
   Scalar measure(const Matrix<Scalar>& score, const Vector<Scalar>& scale,
-                 std::span<const Index> choices, SwitchCount count, Index sequences,
-                 RowOrder order, const GlobalBatch<Scalar>* batch = nullptr) {
+                 std::span<const Index> choices, SwitchCount count, Index sequences, RowOrder order,
+                 const GlobalBatch<Scalar>* batch = nullptr) {
     const Index rows = score.rows();
     tokens_ = batch_tokens(batch, rows);
     first_ = first_token(batch);
@@ -58,18 +60,36 @@ class SwitchLoss {
     const Index step = count == SwitchCount::first_choice ? active : 1;
     const Index counted = tokens_ / sequences * (count == SwitchCount::per_slot ? active : 1);
     const Scalar one = static_cast<Scalar>(experts) / static_cast<Scalar>(counted);
+    resize_to_zero(totals_, sequences, experts);
     for (Index c = 0; c < active * rows; c += step) {
-      share_(sequence_of(c / active), choices[to_size(c)]) += Scalar{1};
+      totals_(sequence_of(c / active), choices[to_size(c)]) += 1;
     }
-    share_ *= one;
+    for (Index i = 0; i < share_.size(); ++i) {
+      share_.data()[i] = static_cast<Scalar>(totals_.data()[i]) * one;
+    }
 
     const Scalar mean = static_cast<Scalar>(sequences) / static_cast<Scalar>(tokens_);
-    parallel_for_blocks(experts, columns, [&](Index first, Index size) {
-      for (Index t = 0; t < rows; ++t) {
-        add_scaled(size, mean * scale[t], row_data(score, t) + first,
-                   row_data(probability_, sequence_of(t)) + first);
-      }
-    });
+    // Sums of a few rows in Scalar, and of these sums in double.
+    resize_to_zero(totals_, sequences, experts);
+    const Index few = std::max(summed_rows, sequences);
+    parallel_for_blocks(experts, columns, element_work(rows * experts),
+                        [&](Index first, Index size) {
+                          for (Index row = 0; row < rows; row += few) {
+                            for (Index t = row; t < std::min(rows, row + few); ++t) {
+                              add_scaled(size, mean * scale[t], row_data(score, t) + first,
+                                         row_data(probability_, sequence_of(t)) + first);
+                            }
+                            for (Index s = 0; s < sequences; ++s) {
+                              Scalar* sum = row_data(probability_, s) + first;
+                              double* total = row_data(totals_, s) + first;
+                              for (Index i = 0; i < size; ++i)
+                                total[i] += static_cast<double>(std::exchange(sum[i], Scalar{0}));
+                            }
+                          }
+                        });
+    for (Index i = 0; i < totals_.size(); ++i) {
+      probability_.data()[i] = static_cast<Scalar>(totals_.data()[i]);
+    }
     sum_over_batch(batch, share_.size(), share_.data());
     sum_over_batch(batch, probability_.size(), probability_.data());
     Scalar total{0};
@@ -103,6 +123,7 @@ class SwitchLoss {
   RowOrder order_ = RowOrder::time_major;
   Matrix<Scalar> share_;        ///< sequences x E
   Matrix<Scalar> probability_;  ///< sequences x E
+  Matrix<double> totals_;       ///< sequences x E, scratch
 };
 
 }  // namespace detail
