@@ -13,6 +13,11 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   endif()
 endif()
 
+# Clang tells of what is marked unused and used all the same, as functions of Eigen are.
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  target_compile_options(moe_developer INTERFACE -Wused-but-marked-unused -Wformat=2)
+endif()
+
 if(MOE_WARNINGS_AS_ERRORS)
   target_compile_options(moe_developer INTERFACE -Werror)
 endif()
@@ -34,16 +39,4 @@ if(MOE_SANITIZE)
   target_compile_options(moe_developer INTERFACE
     ${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(moe_developer INTERFACE ${sanitizers})
-endif()
-
-# Each header is compiled alone, with these settings too, as part of every build of the tests. CMake
-# makes the target for that in moe's folder, and only options of the folder reach it.
-if(MOE_BUILD_TESTS)
-  set_target_properties(moe moe_io PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON)
-  if(TARGET moe_mpi)
-    set_target_properties(moe_mpi PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON)
-  endif()
-  set_directory_properties(PROPERTIES
-    COMPILE_OPTIONS "$<TARGET_PROPERTY:moe_developer,INTERFACE_COMPILE_OPTIONS>")
-  add_custom_target(moe_headers ALL DEPENDS moe_verify_interface_header_sets)
 endif()

@@ -3,13 +3,18 @@ include(GNUInstallDirs)
 
 set(package_folder "${CMAKE_INSTALL_DATADIR}/cmake/moe")
 
-install(TARGETS moe EXPORT moe-targets
-        FILE_SET HEADERS
-        INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
-# moe::io and moe::mpi are made by moe-config.cmake, where what they need is found again.
-install(FILES ${io_headers} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/moe/io")
-install(FILES ${mpi_headers} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/moe/mpi")
-install(EXPORT moe-targets NAMESPACE moe:: DESTINATION "${package_folder}")
+# An export a component, since moe-config.cmake includes those alone whose dependencies are found.
+# The headers of all are installed, whatever was found here. A project around this one may export
+# its libraries to its build tree too.
+foreach(component "" -io -mpi)
+  string(REPLACE - _ target "moe${component}")
+  install(TARGETS ${target} EXPORT moe${component}-targets
+          FILE_SET HEADERS
+          INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+  install(EXPORT moe${component}-targets NAMESPACE moe:: DESTINATION "${package_folder}")
+  export(EXPORT moe${component}-targets NAMESPACE moe::
+         FILE "${PROJECT_BINARY_DIR}/moe${component}-targets.cmake")
+endforeach()
 
 configure_package_config_file(cmake/moe-config.cmake.in "${PROJECT_BINARY_DIR}/moe-config.cmake"
                               INSTALL_DESTINATION "${package_folder}")
@@ -19,4 +24,4 @@ write_basic_package_version_file("${PROJECT_BINARY_DIR}/moe-config-version.cmake
 install(FILES "${PROJECT_BINARY_DIR}/moe-config.cmake"
               "${PROJECT_BINARY_DIR}/moe-config-version.cmake"
         DESTINATION "${package_folder}")
-install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DATAROOTDIR}/doc/moe")

@@ -87,14 +87,24 @@ class Part {
   };
 };
 
+inline std::string join_parts(std::initializer_list<Part> parts) {
+  std::string text;
+  for (const Part& part : parts) part.append_to(text);
+  return text;
+}
+
+/// The parts one after the other, numbers as "%g" prints them.
+template <class... Parts>
+std::string join(const Parts&... parts) {
+  return join_parts({Part(parts)...});
+}
+
 /// One function for all messages: each in its own would be a tenth of what a program compiles.
 #if defined(__GNUC__)
 [[gnu::noinline, gnu::cold]]
 #endif
 [[noreturn]] inline void fail(std::initializer_list<Part> parts) {
-  std::string text = "moe: ";
-  for (const Part& part : parts) part.append_to(text);
-  throw std::invalid_argument(text);
+  throw std::invalid_argument("moe: " + join_parts(parts));
 }
 
 /// Throws std::invalid_argument with the concatenated parts unless the condition holds. Every

@@ -226,10 +226,18 @@ Packet<Scalar> for_each_lane(const Packet<Scalar>& x, F f) {
   return load(lanes);
 }
 
+// Eigen marks some of pexp, ptanh and psqrt as unused, and clang warns of who calls them. So they are
+// called by Eigen's functors, whose warnings stay in Eigen's headers.
+
+template <class Scalar>
+Packet<Scalar> sqrt(const Packet<Scalar>& x) {
+  return Eigen::internal::scalar_sqrt_op<Scalar>().packetOp(x);
+}
+
 template <class Scalar>
 Packet<Scalar> exp(const Packet<Scalar>& x) {
   if constexpr (Eigen::internal::packet_traits<Scalar>::HasExp) {
-    return Eigen::internal::pexp(x);
+    return Eigen::internal::scalar_exp_op<Scalar>().packetOp(x);
   } else {
     return for_each_lane<Scalar>(x, [](Scalar v) { return std::exp(v); });
   }
@@ -247,7 +255,7 @@ template <class Scalar>
 Packet<Scalar> tanh(const Packet<Scalar>& x) {
   if constexpr (Eigen::internal::packet_traits<Scalar>::HasTanh) {
     using namespace Eigen::internal;
-    const Packet<Scalar> inside = ptanh(x);
+    const Packet<Scalar> inside = scalar_tanh_op<Scalar>().packetOp(x);
     if constexpr (!std::is_same_v<Scalar, float>) return inside;
     // Eigen's rational function ends short of 1 where it takes a processor that fuses for one that
     // does not, as on ARM.

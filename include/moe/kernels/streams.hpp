@@ -66,7 +66,7 @@ constexpr Index distance_by_tiles(Index distance, Index width) {
 template <class Scalar>
 Index distance_between(const Scalar* from, const Scalar* to) {
   const auto bytes = reinterpret_cast<std::intptr_t>(to) - reinterpret_cast<std::intptr_t>(from);
-  return static_cast<Index>(bytes / static_cast<std::intptr_t>(sizeof(Scalar)));
+  return bytes / static_cast<std::intptr_t>(sizeof(Scalar));
 }
 
 /// What multiply_stream() multiplies: `steps` rows, `stride` apart.

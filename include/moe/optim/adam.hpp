@@ -139,7 +139,7 @@ class Adam {
     const auto move = [&k](Packet& pw, const Packet& pg, Packet& pm, Packet& pv) {
       pm = pmadd(k.beta1, pm, pmul(k.one_minus_beta1, pg));
       pv = pmadd(k.beta2, pv, pmul(k.one_minus_beta2, pmul(pg, pg)));
-      const Packet root = pmadd(psqrt(pv), k.root_scale, k.epsilon);
+      const Packet root = pmadd(detail::sqrt<Scalar>(pv), k.root_scale, k.epsilon);
       pw = psub(pmul(k.decay, pw), pdiv(pmul(k.step, pm), root));
     };
     constexpr Index size = detail::packet_size<Scalar>;

@@ -311,7 +311,7 @@ class FactoredAdam {
                              Scalar* roots) {
       const Packet factor = detail::broadcast(static_cast<Scalar>(scale));
       detail::map(
-          count, roots, [&](const Packet& m) { return pmul(psqrt(m), factor); },
+          count, roots, [&](const Packet& m) { return pmul(detail::sqrt<Scalar>(m), factor); },
           means.data() + start);
     };
     const double row_scale = mean == 0 ? 0.0 : 1 / std::sqrt(static_cast<double>(mean));

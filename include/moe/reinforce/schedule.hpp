@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <string>
 
+#include "moe/config.hpp"
 #include "moe/matrix.hpp"
 
 /// \file
@@ -41,13 +41,6 @@ inline void check_schedule(const char* name, Index warm_up, Index step) {
 inline void check_rise(const char* name, Index rise, double highest) {
   require(rise >= 1, name, ".rise = ", rise, ", must be at least 1");
   require(highest >= 0 && highest <= 1, name, ".highest = ", highest, ", must be in [0, 1]");
-}
-
-template <class... Values>
-std::string print(const char* format, Values... values) {
-  char buffer[256];
-  std::snprintf(buffer, sizeof(buffer), format, values...);
-  return buffer;
 }
 
 }  // namespace detail
@@ -116,19 +109,19 @@ struct Blend {
 
 /// What a schedule does, in words.
 inline std::string to_string(const Alternation& schedule) {
-  return detail::print(
-      "alternation: %td updates of cross-entropy, then a share of REINFORCE up to %g within %td",
-      schedule.warm_up, schedule.highest, schedule.rise);
+  return detail::join("alternation: ", schedule.warm_up,
+                      " updates of cross-entropy, then a share of REINFORCE up to ",
+                      schedule.highest, " within ", schedule.rise);
 }
 inline std::string to_string(const ShrinkingPrefix& schedule) {
-  return detail::print(
-      "shrinking prefix: %td updates of cross-entropy, then %td symbols less %td every %td updates",
-      schedule.warm_up, schedule.longest, schedule.shrink, schedule.stage);
+  return detail::join("shrinking prefix: ", schedule.warm_up, " updates of cross-entropy, then ",
+                      schedule.longest, " symbols less ", schedule.shrink, " every ",
+                      schedule.stage, " updates");
 }
 inline std::string to_string(const Blend& schedule) {
-  return detail::print(
-      "blend: %td updates of cross-entropy, then a weight of REINFORCE up to %g within %td",
-      schedule.warm_up, schedule.highest, schedule.rise);
+  return detail::join("blend: ", schedule.warm_up,
+                      " updates of cross-entropy, then a weight of REINFORCE up to ",
+                      schedule.highest, " within ", schedule.rise);
 }
 
 }  // namespace moe

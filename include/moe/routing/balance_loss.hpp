@@ -103,8 +103,7 @@ struct Balance {
   }
 
   Index unused_experts() const {
-    return static_cast<Index>(
-        std::count(tokens_per_expert.begin(), tokens_per_expert.end(), Index{0}));
+    return std::count(tokens_per_expert.begin(), tokens_per_expert.end(), Index{0});
   }
 };
 
