@@ -1,7 +1,9 @@
 /// Does an expert's work stay as cheap when there are many more experts?
 ///
 /// E from 8 to 4096, each with exactly 32 slots: `ns_per_slot`, and `over_8_experts`, the time of a
-/// slot over that with 8 experts, which was measured in turns with it. One core.
+/// slot over that with 8 experts, which was measured in turns with it. `frozen`: both passes of a
+/// layer whose experts are not trained, and `over_trained`, their time over that of the same layer
+/// when all is trained. One core.
 
 #include "fixed_gate.hpp"
 #include "measure.hpp"
@@ -36,6 +38,11 @@ class Work {
         x_(bench::random_matrix<float>(shape_.tokens, width, 1)),
         dy_(bench::random_matrix<float>(shape_.tokens, width, 2)) {}
 
+  void freeze_experts() {
+    moe::for_each_parameter(layer_, [](const std::string& name, auto& parameter) {
+      if (name.starts_with("experts")) parameter.trained = false;
+    });
+  }
   void operator()() {
     layer_.forward(x_, tape_);
     if (backward_) layer_.backward(dy_, tape_);
@@ -56,7 +63,7 @@ void run(benchmark::State& state, bool backward) {
   const bench::Shape shape = shape_of(experts);
   const bench::Work work = backward ? bench::step_work<float>(shape, experts)
                                     : bench::forward_work<float>(shape, experts);
-  // Gradients are there in a forward pass too, and a few matrices beside the tape.
+  // A few matrices are there beside the tape.
   const double needed = bench::step_work<float>(shape, experts).resident * 1.2;
   if (bench::free_memory() > 0 && bench::free_memory() < needed) {
     const std::string error =
@@ -83,5 +90,18 @@ void grid(benchmark::internal::Benchmark* b) {
 }
 BENCHMARK(forward)->Apply(grid);
 BENCHMARK(forward_backward)->Apply(grid);
+
+void frozen(benchmark::State& state) {
+  bench::use_threads(1);
+  Work trained(state.range(0), true);
+  Work frozen(state.range(0), true);
+  frozen.freeze_experts();
+  const std::vector<double> seconds = bench::best_seconds({[&] { trained(); }, [&] { frozen(); }});
+  for ([[maybe_unused]] auto _ : state) state.SetIterationTime(seconds[1]);
+  state.counters["over_trained"] = seconds[1] / seconds[0];
+}
+BENCHMARK(frozen)->Apply([](benchmark::internal::Benchmark* b) {
+  bench::row(b)->ArgName("E")->Arg(64);
+});
 
 }  // namespace

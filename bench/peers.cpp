@@ -133,8 +133,8 @@ class Cell {
       moe::for_each_parameter(expert, [&](const auto&, const auto& each) { p.push_back(&each); });
       problem_.experts[e] = {p[0]->value.data(), p[1]->value.data(), p[2]->value.data(),
                              p[3]->value.data()};
-      gradients_[e++] = {p[0]->gradient.data(), p[1]->gradient.data(), p[2]->gradient.data(),
-                         p[3]->gradient.data()};
+      gradients_[e++] = {p[0]->gradient().data(), p[1]->gradient().data(), p[2]->gradient().data(),
+                         p[3]->gradient().data()};
     }
   }
 

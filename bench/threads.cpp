@@ -1,6 +1,6 @@
 /// How much faster is the layer on all cores than on one?
 ///
-/// `speedup` is the time on one thread over that on so many. The roofline is that of the cores in
+/// `speedup` is the time on one thread over that on all. The roofline is that of the cores in
 /// use, measured with all of them at work.
 
 #include "measure.hpp"
@@ -51,5 +51,35 @@ void grid(benchmark::internal::Benchmark* b) {
 }
 BENCHMARK(forward)->Apply(grid);
 BENCHMARK(forward_backward)->Apply(grid);
+
+/// A product in two halves, one after the other and on two threads: the speedup passes 1 where
+/// moe::least_shared_work should be, or a little below.
+void break_even(benchmark::State& state) {
+  const Index width = 64;
+  const Index rows = state.range(0) / (2 * width * width);
+  const auto a = bench::random_matrix<float>(rows, width, 1);
+  const auto b = bench::random_matrix<float>(width, width, 2);
+  moe::Matrix<float> c[2];
+  const auto half = [&](Index i, Index) {
+    c[i].resize(rows, width);
+    moe::detail::product_nn(moe::GatheredRows<float>(a), moe::view(b), moe::view(c[i]));
+  };
+  const auto pass_on = [&](Index workers) {
+    return [&, workers] {
+      bench::use_threads(workers);
+      moe::parallel_for(2, half);
+    };
+  };
+  const std::vector<double> seconds = bench::best_seconds({pass_on(1), pass_on(2)});
+  for ([[maybe_unused]] auto _ : state) state.SetIterationTime(seconds[1]);
+  state.counters["microseconds_alone"] = 1e6 * seconds[0];
+  state.counters["speedup"] = seconds[0] / seconds[1];
+}
+void break_even_grid(benchmark::internal::Benchmark* b) {
+  bench::row(b)->ArgNames({"multiply_adds"});
+  if (bench::all_cores() < 2) return;
+  for (Index exponent = 16; exponent <= 23; ++exponent) b->Args({Index{1} << exponent});
+}
+BENCHMARK(break_even)->Apply(break_even_grid);
 
 }  // namespace

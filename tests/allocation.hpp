@@ -12,6 +12,12 @@ namespace moe::test {
 /// Defined in layer/allocation_test.cpp, where the functions are replaced.
 std::size_t allocation_count();
 
+/// Lets `count` allocations by operator new or Eigen succeed and makes the one after them fail.
+/// Needs can_fail_allocations().
+void fail_allocation_after(std::size_t count);
+void fail_no_allocation();
+bool can_fail_allocations();
+
 /// How many allocations f() makes.
 template <class F>
 std::size_t allocations_in(F&& f) {

@@ -237,7 +237,7 @@ class NaiveLayer {
     for (Index i = 0; i < v.size(); ++i) {
       variance += (v[i] - mean) * (v[i] - mean) / static_cast<double>(v.size());
     }
-    return variance / (mean * mean + 1e-10);
+    return mean == 0 ? 0 : variance / (mean * mean);
   }
 
   /// The quotient rule on variance / (mean² + ε).
@@ -249,7 +249,7 @@ class NaiveLayer {
     double variance = 0;
     for (Index i = 0; i < v.size(); ++i) mean += v[i] / n;
     for (Index i = 0; i < v.size(); ++i) variance += (v[i] - mean) * (v[i] - mean) / n;
-    const double below = mean * mean + 1e-10;
+    const double below = mean == 0 ? 1 : mean * mean;
     for (Index i = 0; i < v.size(); ++i) {
       const double dvariance = 2 * (v[i] - mean) / n;
       const double dbelow = 2 * mean / n;

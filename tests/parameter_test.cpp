@@ -279,6 +279,8 @@ TEST_CASE("parameter: whoever adds to a cleared gradient writes over it", "[para
   CHECK(states() == std::pair{GradientState::stale, GradientState::stale});
   zero_gradients(module);
   CHECK(module[0].gradient().isZero(0));
+  CHECK(states() == std::pair{GradientState::zero, GradientState::stale});  // until it is shown
+  CHECK(module[1].gradient().isZero(0));
   CHECK(states() == std::pair{GradientState::zero, GradientState::zero});
 }
 

@@ -40,7 +40,9 @@ enum class GradientState : unsigned char {
 /// A gradient as it is stored. Without memory it stands for zero.
 template <class Scalar>
 struct StoredGradient {
-  Matrix<Scalar> memory;  ///< of the value's shape, or empty
+  Matrix<Scalar> memory;  ///< rows x columns, or empty
+  Index rows = 0;         ///< of the value, as the module made it
+  Index columns = 0;
   GradientState state = GradientState::untracked;
 
   bool is_stale() const { return memory.size() == 0 || state == GradientState::stale; }
@@ -72,7 +74,8 @@ struct Parameter {
   detail::StoredGradient<Scalar> stored;  ///< the library's own: see gradient()
 
   Parameter() = default;
-  Parameter(Index rows, Index columns) : value(detail::zeros<Scalar>(rows, columns)) {}
+  Parameter(Index rows, Index columns)
+      : value(detail::zeros<Scalar>(rows, columns)), stored{{}, rows, columns} {}
 
   Index size() const { return value.size(); }
 
@@ -80,7 +83,7 @@ struct Parameter {
   /// of, and puts zeros there where the gradient stands for zero.
   Matrix<Scalar>& gradient() {
     if (stored.is_stale()) {
-      detail::resize_to_zero(stored.memory, value.rows(), value.cols());
+      detail::resize_to_zero(stored.memory, stored.rows, stored.columns);
       if (stored.state == detail::GradientState::stale) stored.state = detail::GradientState::zero;
     }
     return stored.memory;
@@ -90,7 +93,7 @@ struct Parameter {
   GradientView<Scalar> gradient() const {
     static constexpr Scalar zero{0};
     using Stride = Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>;
-    if (stored.is_stale()) return {&zero, value.rows(), value.cols(), Stride(0, 0)};
+    if (stored.is_stale()) return {&zero, stored.rows, stored.columns, Stride(0, 0)};
     const Matrix<Scalar>& memory = stored.memory;
     return {memory.data(), memory.rows(), memory.cols(), Stride(memory.cols(), 1)};
   }
@@ -273,7 +276,7 @@ void reserve_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
     const bool tracked = p.stored.state != GradientState::untracked;
     if (!tracked || !p.trained || p.stored.memory.size() == p.size()) return;
-    resize(p.stored.memory, p.value.rows(), p.value.cols());
+    resize(p.stored.memory, p.stored.rows, p.stored.columns);
     p.stored.state = GradientState::stale;
   });
 }
@@ -294,7 +297,7 @@ bool accumulate(Module& module, bool can_replace = false) {
       return;
     }
     if (replace) {
-      resize(p.stored.memory, p.value.rows(), p.value.cols());
+      resize(p.stored.memory, p.stored.rows, p.stored.columns);
     } else {
       p.gradient();
     }

@@ -194,17 +194,17 @@ TEMPLATE_TEST_CASE("packet: add_scaled_rows adds row after row", "[packet]", flo
           GatheredRows<TestType>(matrix, list.data(), count).columns(1, width);
       const Matrix<TestType> before = random_matrix<TestType>(1, width + 1, 3);
       Matrix<TestType> y = before;
-      Matrix<TestType> by_rows = before;
+      Matrix<TestType> by_rows = Matrix<TestType>::Zero(1, width + 1);  // a block begins at zero
       Matrix<TestType> unscaled = before;
-      Matrix<TestType> sums = before;
+      Matrix<TestType> sums = by_rows;
       add_scaled_rows(rows, {factors.data(), 2}, y.data());
       add_scaled_rows(rows, {}, unscaled.data());
       for (Index i = 0; i < count; ++i) {
         add_scaled(width, factors(i, 0), rows.row(i), by_rows.data());
         sums.leftCols(width) += matrix.row(list[to_size(i)]).segment(1, width);
       }
-      CHECK(test::same_bits(y, by_rows));
-      CHECK(test::same_bits(unscaled, sums));
+      CHECK(test::same_bits(y, Matrix<TestType>(before + by_rows)));
+      CHECK(test::same_bits(unscaled, Matrix<TestType>(before + sums)));
     }
   }
 }

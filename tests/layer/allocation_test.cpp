@@ -25,6 +25,27 @@ std::atomic<std::size_t> allocations{0};
 
 std::size_t moe::test::allocation_count() { return allocations; }
 
+namespace {
+
+std::atomic<long> until_failure{-1};  ///< below 0: none fails
+
+/// Whether this allocation is the one that is to fail.
+[[maybe_unused]] bool is_to_fail() { return until_failure >= 0 && until_failure-- == 0; }
+
+}  // namespace
+
+void moe::test::fail_allocation_after(std::size_t count) {
+  until_failure = static_cast<long>(count);
+}
+void moe::test::fail_no_allocation() { until_failure = -1; }
+bool moe::test::can_fail_allocations() {
+#if !defined(MOE_TEST_COUNTS_BY_SANITIZER) && defined(__GLIBC__)
+  return true;
+#else
+  return false;
+#endif
+}
+
 #if defined(MOE_TEST_COUNTS_BY_SANITIZER)
 
 extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*malloc_hook)(const volatile void*,
@@ -46,6 +67,7 @@ void* __libc_memalign(std::size_t alignment, std::size_t size);
 
 void* malloc(std::size_t size) noexcept {
   ++allocations;
+  if (is_to_fail()) return nullptr;
   return __libc_malloc(size);
 }
 void* calloc(std::size_t count, std::size_t size) noexcept {

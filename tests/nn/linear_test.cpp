@@ -143,7 +143,9 @@ TEST_CASE("linear: x may be the tape's y of the pass before, in forward", "[nn][
   Linear<double>::Tape tape;
   linear.forward(test::random_matrix(4, 3, 1), tape);
   const Matrix<double> x = tape.y;
-  CHECK_THROWS_WITH(linear.evaluate(tape.y, tape), "moe: Linear::evaluate: x is this tape's own y");
+  CHECK_THROWS_WITH(linear.evaluate(tape.y, tape),
+                    "moe: Linear::evaluate: x lies in this tape's own memory, which the pass "
+                    "writes to; give it a copy, or a tape of its own");
   CHECK(test::same_bits(tape.y, x));
   CHECK(test::same_bits(linear.forward(tape.y, tape), linear.evaluate(x)));
   CHECK(test::same_bits(tape.x, x));

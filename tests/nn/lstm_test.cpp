@@ -268,7 +268,8 @@ TEST_CASE("lstm: x may be the tape's y of the pass before, in forward", "[nn][ls
   const Matrix<double> x = tape.y;
   auto same_state = state;
   CHECK_THROWS_WITH(lstm.evaluate(tape.y, state, tape),
-                    "moe: LSTM::evaluate: x is this tape's own y");
+                    "moe: LSTM::evaluate: x lies in this tape's own memory, which the pass writes "
+                    "to; give it a copy, or a tape of its own");
   const Matrix<double> y = lstm.forward(tape.y, state, tape);
   CHECK(test::same_bits(y, lstm.forward(x, same_state, other)));
   CHECK(test::same_bits(tape.x, x));

@@ -191,7 +191,7 @@ TEMPLATE_TEST_CASE("factored adam: of rank one it is adam without a first moment
         const Matrix<TestType> b = random_matrix<TestType>(1, columns, rows_stay ? 200 + t : 200);
         const Matrix<TestType> signs = random_matrix<TestType>(rows, columns, 300 + t);
         for (Parameter<TestType>* p : {&factored, &full}) {
-          p->gradient = (a * b).cwiseProduct(
+          p->gradient() = (a * b).cwiseProduct(
               signs.unaryExpr([](TestType s) { return s < 0 ? TestType{-1} : TestType{1}; }));
         }
         factored_adam.update(factored, 0.05);

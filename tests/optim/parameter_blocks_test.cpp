@@ -122,6 +122,7 @@ TEST_CASE("parameter blocks: whole parameters come once each, if chosen and not 
     const test::Threads threads(count);
     std::vector<int> calls(300, 0);
     std::mutex mutex;
+    detail::prepare_gradients(module, Updates::dense);
     detail::for_each_whole_parameter(
         module, Updates::dense, [](const auto& parameter) { return parameter.size() != 5; },
         [&](Index index, Parameter<float>& parameter, Index) {

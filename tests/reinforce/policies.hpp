@@ -191,7 +191,8 @@ Vector<double> gradients_of(Module& module) {
   Vector<double> all(parameter_count(module));
   Index at = 0;
   for_each_parameter(module, [&](const ParameterName&, const auto& p) {
-    for (Index i = 0; i < p.size(); ++i) all[at++] = static_cast<double>(p.gradient().data()[i]);
+    const Matrix<typename Module::Scalar> gradient = p.gradient();
+    for (Index i = 0; i < p.size(); ++i) all[at++] = static_cast<double>(gradient.data()[i]);
   });
   return all;
 }

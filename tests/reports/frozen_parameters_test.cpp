@@ -2,6 +2,8 @@
 // after they are thawed sees hundreds of updates; and a layer that only serves takes the memory of
 // its gradients too.
 
+#include <map>
+
 #include "../support.hpp"
 #include "moe/moe.hpp"
 

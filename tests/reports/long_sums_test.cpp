@@ -44,7 +44,7 @@ TEST_CASE("report: column sums of 2^24 + 2 rows are right to float", "[reports]"
     detail::add_column_sums(GatheredRows<float>(row.data(), 0, many, 3), sums);
     const double expected = static_cast<double>(value) * static_cast<double>(many);
     for (Index i = 0; i < 3; ++i) {
-      CHECK(std::abs(static_cast<double>(sums(0, i)) / expected - 1) < 1e-6);
+      CHECK(std::abs(static_cast<double>(sums(0, i)) / expected - 1) < 5e-6);
     }
   }
 }
@@ -71,6 +71,6 @@ TEST_CASE("report: a bias's gradient of many equal tokens is right to float", "[
   for_each_parameter(layer, [&](const std::string& name, Parameter<float>& p) {
     if (name != "experts.0.down.bias") return;
     const double expected = 0.1 * static_cast<double>(tokens);
-    CHECK(std::abs(static_cast<double>(p.gradient()(0, 0)) / expected - 1) < 1e-5);
+    CHECK(std::abs(static_cast<double>(p.gradient()(0, 0)) / expected - 1) < 1e-4);  // one float would be off by 5e-3
   });
 }

@@ -128,7 +128,7 @@ TEST_CASE("report: enough work is shared, and the counter sees it", "[reports]")
   CHECK(regions_in([&] { parallel_for(2, less, [](Index, Index) {}); }) == 0);
   Linear<> linear({.inputs = 128, .outputs = 128}, 1);
   Linear<>::Tape tape;
-  const Matrix<float> x = test::random_matrix<float>(64, 128, 1);
+  const Matrix<float> x = test::random_matrix<float>(512, 128, 1);
   CHECK(regions_in([&] { linear.evaluate(x, tape); }) == 1);
 }
 

@@ -14,7 +14,7 @@ TEST_CASE("choose_tokens: how many tokens an expert takes", "[routing]") {
   CHECK(detail::tokens_to_take(2, 11, 4) == 5);  // 5.5
   CHECK(detail::tokens_to_take(1.25, 64, 8) == 10);
   CHECK(detail::tokens_to_take(1.15, 100, 5) == 23);  // 22.999999999999996 in double
-  CHECK(detail::tokens_to_take(1, 5, 8) == 1);  // 0.6
+  CHECK(detail::tokens_to_take(1, 5, 8) == 1);        // 0.6
   CHECK(detail::tokens_to_take(1, 1, 131072) == 1);
   CHECK(detail::tokens_to_take(3, 7, 3) == 7);  // all
   CHECK(detail::tokens_to_take(2, 0, 4) == 0);

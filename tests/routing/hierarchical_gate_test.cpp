@@ -122,7 +122,7 @@ struct Naive {
       const double mean = v.sum() / static_cast<double>(v.size());
       double variance = 0;
       for (Index i = 0; i < v.size(); ++i) variance += (v[i] - mean) * (v[i] - mean);
-      return variance / static_cast<double>(v.size()) / (mean * mean + 1e-10);
+      return mean == 0 ? 0 : variance / static_cast<double>(v.size()) / (mean * mean);
     };
     loss = c.importance_weight * cv_squared(importance) + c.load_weight * cv_squared(load);
   }

@@ -86,7 +86,7 @@ class GradientSum {
     });
     moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
       if (!p.trained) return;
-      moe::detail::resize_to_zero(p.gradient(), p.value.rows(), p.value.cols());
+      moe::detail::resize_to_zero(p.gradient(), p.stored.rows, p.stored.columns);
       if (p.stored.state != State::untracked) p.stored.state = State::zero;
     });
   }

@@ -279,7 +279,6 @@ class BalancedGate {
     const Scalar* threshold = threshold_.value.data();
     tape.balance.loss = Scalar{0};
     detail::resize(tape.difference, tokens, experts());
-    if (config_.threshold_weight == 0) return;
     detail::resize(tape.token_loss, tokens);
     parallel_for_blocks(tokens, block, element_work(tape.p.size()), [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
@@ -297,6 +296,7 @@ class BalancedGate {
         tape.token_loss[t] = loss;
       }
     });
+    if (config_.threshold_weight == 0) return;
     double loss = 0;
     for (Index t = 0; t < tokens; ++t) loss += static_cast<double>(tape.token_loss[t]);
     tape.balance.loss = static_cast<Scalar>(config_.threshold_weight * loss);

@@ -307,8 +307,8 @@ class HierarchicalGate {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
     detail::resize_to_zero(groups.dload, config_.groups);
-    detail::resize(level.dload, experts());
-    if (!groups.has_noise) return;
+    detail::resize_to_zero(level.dload, experts());
+    if (!groups.has_noise || config_.load_weight == 0) return;  // 0 times a NaN load is no 0
     for (Index i = 0; i < config_.groups; ++i) {
       if (tape.group_tokens[detail::to_size(i)] == 0) continue;
       const Index first = i * config_.group_experts;

@@ -1,0 +1,129 @@
+// Report: when a tape that was used before grows and the memory is not there, the program does not
+// get std::bad_alloc but frees memory twice.
+
+#include <cstdlib>
+#include <new>
+
+#include "../allocation.hpp"
+#include "../support.hpp"
+#include "moe/moe.hpp"
+
+using namespace moe;
+using test::random_matrix;
+
+namespace {
+
+/// Makes the allocations of f() fail, first the first one, then the second one, and so on until
+/// none fails. Calls check() after each.
+template <class F, class Check>
+int for_each_failure(F&& f, Check&& check) {
+  for (std::size_t failing = 0;; ++failing) {
+    test::fail_allocation_after(failing);
+    bool failed = false;
+    try {
+      f();
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+    test::fail_no_allocation();
+    check();
+    if (!failed) return static_cast<int>(failing);
+  }
+}
+
+template <class Layer>
+void check_layer(const typename Layer::Config& config) {
+  using Tape = typename Layer::Tape;
+  const test::Threads threads(1);
+  Layer layer(config);
+  const Matrix<float> few = random_matrix<float>(6, config.width, 1);
+  const Matrix<float> many = random_matrix<float>(40, config.width, 2);
+  const Matrix<float> y = [&] {
+    Tape tape;
+    return Matrix<float>(layer.forward(many, tape, {.step = 3}));
+  }();
+  const Matrix<float> served = layer.evaluate(many);
+
+  // A tape of few tokens meets many.
+  int failures = 0;
+  Tape tape;
+  failures += for_each_failure(
+      [&] {
+        layer.forward(few, tape, {.step = 1});
+        layer.backward(few, tape);
+        layer.forward(many, tape, {.step = 3});
+        layer.evaluate(many, tape);
+      },
+      [&] {
+        CHECK(test::same_bits(layer.forward(many, tape, {.step = 3}), y));
+        CHECK(test::same_bits(layer.evaluate(many, tape), served));
+        tape = Tape();
+      });
+
+  // So do backward and update, on a layer whose gradients and moments are not there yet.
+  const Layer fresh(config);
+  Layer other = fresh;
+  Adam<float> adam;
+  const auto update = [&] {
+    zero_gradients(other);
+    other.forward(many, tape, {.step = 3});
+    other.backward(many, tape);
+    adam.update(other, 1e-2);
+  };
+  const auto start_anew = [&] {
+    other = fresh;
+    adam = Adam<float>();
+    tape = Tape();
+  };
+  update();
+  std::vector<Matrix<float>> expected;
+  for_each_parameter(other, [&](const std::string&, auto& p) { expected.push_back(p.value); });
+  start_anew();
+  failures += for_each_failure(update, [&] {
+    other = fresh;
+    adam = Adam<float>();
+    update();  // on the tape that met the failure
+    std::size_t i = 0;
+    for_each_parameter(other, [&](const std::string&, auto& p) {
+      CHECK(test::same_bits(p.value, expected[i++]));
+    });
+    start_anew();
+  });
+  CHECK(failures > 20);
+}
+
+}  // namespace
+
+TEST_CASE("report: a failed allocation leaves tapes that can be used again", "[reports]") {
+  if (!test::can_fail_allocations()) return;  // the sanitizer's allocator has no such switch
+  using E = Expert<FeedForward>;
+  const auto expert = FeedForward<float>::Config{.hidden = 6};
+  check_layer<MoELayer<E>>({.width = 4,
+                            .expert = expert,
+                            .gate = {.experts = 4, .active = 2},
+                            .output = Activation::sigmoid,
+                            .seed = 1});
+  check_layer<MoELayer<E, SoftmaxTopKGate<>>>({.width = 4,
+                                               .expert = expert,
+                                               .gate = {.experts = 4,
+                                                        .active = 2,
+                                                        .jitter = 0.1,
+                                                        .capacity_factor = 1,
+                                                        .switch_weight = 0.1,
+                                                        .z_weight = 0.1},
+                                               .seed = 1});
+  check_layer<MoELayer<E, BalancedGate<>>>(
+      {.width = 4, .expert = expert, .gate = {.experts = 4, .active = 2}, .seed = 1});
+  check_layer<MoELayer<E, ExpertChoiceGate<>>>(
+      {.width = 4, .expert = expert, .gate = {.experts = 4}, .seed = 1});
+  check_layer<MoELayer<E, HierarchicalGate<>>>(
+      {.width = 4,
+       .expert = expert,
+       .gate = {.groups = 2, .group_experts = 2, .active_groups = 1, .active = 1},
+       .seed = 1});
+  check_layer<MoELayer<E, SharedExpertGate<NoisyTopKGate<>>>>(
+      {.width = 4,
+       .expert = expert,
+       .gate = {.shared = 1, .gated = true, .routed = {.experts = 4, .active = 2}},
+       .seed = 1});
+}
