@@ -1,6 +1,15 @@
 include(CMakePackageConfigHelpers)
-include(GNUInstallDirs)
 
+# Within another project the folders are that one's, without twenty cache entries more.
+if(PROJECT_IS_TOP_LEVEL)
+  include(GNUInstallDirs)
+endif()
+if(NOT CMAKE_INSTALL_INCLUDEDIR)
+  set(CMAKE_INSTALL_INCLUDEDIR include)
+endif()
+if(NOT CMAKE_INSTALL_DATADIR)
+  set(CMAKE_INSTALL_DATADIR share)
+endif()
 set(package_folder "${CMAKE_INSTALL_DATADIR}/cmake/moe")
 
 # An export a component, since moe-config.cmake includes those alone whose dependencies are found.
@@ -24,4 +33,4 @@ write_basic_package_version_file("${PROJECT_BINARY_DIR}/moe-config-version.cmake
 install(FILES "${PROJECT_BINARY_DIR}/moe-config.cmake"
               "${PROJECT_BINARY_DIR}/moe-config-version.cmake"
         DESTINATION "${package_folder}")
-install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DATAROOTDIR}/doc/moe")
+install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DATADIR}/doc/moe")
