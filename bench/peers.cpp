@@ -164,7 +164,7 @@ class Cell {
     const Index weights = shape_.width * shape_.hidden;
     for (std::size_t e = 0; e < gradients_.size(); ++e) {
       const auto& ours = gradients_[e];
-      const auto theirs = peer.gradient()(e);
+      const auto theirs = peer.gradient(e);
       check("gradient of up.weight", ours.up, theirs.up, weights, sign);
       check("gradient of up.bias", ours.up_bias, theirs.up_bias, shape_.hidden, 5 * sign);
       check("gradient of down.weight", ours.down, theirs.down, weights, rounding);
