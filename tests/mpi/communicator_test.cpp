@@ -64,7 +64,7 @@ TEST_CASE("communicator: what does not fit into one piece arrives whole", "[mpi]
   const Communicator communicator(MPI_COMM_WORLD, 30);
   const int ranks = communicator.size();
   const int rank = communicator.rank();
-  // Two pieces of 2^19 numbers and a last one of 3.
+  // Two pieces of 2^17 numbers and a last one of 3.
   const auto in_a_piece = static_cast<Index>(Communicator::most_bytes / sizeof(Index));
   const Index count = 2 * in_a_piece + 3;
   std::vector<Index> numbers(static_cast<std::size_t>(count));
@@ -180,7 +180,7 @@ TEST_CASE("communicator: counts beyond an int are split", "[mpi]") {
     ++pieces;
   });
   CHECK(next == numbers);
-  CHECK(pieces == 4097);  // of 4 MiB, 2^20 numbers, and the last of 7
+  CHECK(pieces == 16385);  // of 1 MiB, 2^18 numbers, and the last of 7
   Communicator::for_each_piece<float>(0, [](std::size_t, int) { FAIL(); });
 }
 
