@@ -191,27 +191,24 @@ void train(double timeout) {
 int main(int argc, char** argv) {
   if (argc != 4) return 2;
   const double timeout = std::stod(argv[3]);
-  return moe::mpi::run(
-      &argc, &argv,
-      [&] {
-        int rank = 0;
-        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-        std::ofstream(std::string(argv[1]) + '/' + std::to_string(rank)) << getpid() << '\n';
-        MPI_Barrier(MPI_COMM_WORLD);
-        stop = Stop(argv[1], std::stoull(argv[2]));
-        if (stop.is_this_rank && stop.when == When::at_a_time) {
-          std::thread([] {
-            std::this_thread::sleep_for(std::chrono::microseconds(stop.microseconds));
-            stop.act();
-          }).detach();
-        }
-        try {
-          train(timeout);
-        } catch (const std::runtime_error& error) {
-          if (!stop.is_handled) throw;
-          std::fprintf(stderr, "%s\n", error.what());
-        }
-        return 0;
-      },
-      timeout);
+  return moe::mpi::run(&argc, &argv, [&] {
+    int rank = 0;
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    std::ofstream(std::string(argv[1]) + '/' + std::to_string(rank)) << getpid() << '\n';
+    MPI_Barrier(MPI_COMM_WORLD);
+    stop = Stop(argv[1], std::stoull(argv[2]));
+    if (stop.is_this_rank && stop.when == When::at_a_time) {
+      std::thread([] {
+        std::this_thread::sleep_for(std::chrono::microseconds(stop.microseconds));
+        stop.act();
+      }).detach();
+    }
+    try {
+      train(timeout);
+    } catch (const std::runtime_error& error) {
+      if (!stop.is_handled) throw;
+      std::fprintf(stderr, "%s\n", error.what());
+    }
+    return 0;
+  });
 }

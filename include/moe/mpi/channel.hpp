@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "moe/matrix.hpp"
+#include "moe/mpi/ending.hpp"
 
 /// \file
 /// Waiting for other ranks, never longer than a timeout, and what becomes of MPI after one.
@@ -152,8 +153,8 @@ class Channel {
         MPI_COMM_NULL_COPY_FN,
         [](MPI_Comm, int, void*, void*) -> int {
           std::fputs("moe: a call timed out, so MPI cannot be finalized: all ranks end\n", stderr);
-          std::fflush(nullptr);
-          return MPI_Abort(MPI_COMM_WORLD, 1);
+          end_all_ranks();
+          return MPI_SUCCESS;
         },
         &key, nullptr);
     MPI_Comm_set_attr(MPI_COMM_SELF, key, nullptr);

@@ -2,59 +2,19 @@
 
 #include <mpi.h>
 
-#include <chrono>
-#include <condition_variable>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
-#include <mutex>
 #include <stdexcept>
-#include <thread>
 #include <utility>
 
 #include "moe/config.hpp"
+#include "moe/mpi/ending.hpp"
 #include "moe/mpi/error.hpp"
 
 /// \file
 /// MPI's start and end, and what becomes of exceptions that nobody handles.
 
 namespace moe::mpi {
-
-/// Ends this process with a message, and mpirun with it the others, unless the scope ends within so
-/// many seconds; 0 stands for ever. For calls of MPI that cannot be given up.
-class Deadline {
- public:
-  Deadline(const char* call, double seconds) {
-    if (seconds <= 0) return;
-    thread_ = std::thread([this, call, seconds] {
-      std::unique_lock lock(mutex_);
-      if (met_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return is_met_; })) {
-        return;
-      }
-      std::fprintf(stderr, "moe: waited for %f s in \"%s\" for a rank that never came\n", seconds,
-                   call);
-      std::fflush(nullptr);
-      std::_Exit(1);
-    });
-  }
-  ~Deadline() {
-    if (!thread_.joinable()) return;
-    {
-      const std::lock_guard lock(mutex_);
-      is_met_ = true;
-    }
-    met_.notify_one();
-    thread_.join();
-  }
-  Deadline(const Deadline&) = delete;
-  Deadline& operator=(const Deadline&) = delete;
-
- private:
-  std::mutex mutex_;
-  std::condition_variable met_;
-  bool is_met_ = false;
-  std::thread thread_;
-};
 
 /// Starts MPI, unless that was done, and ends it with the scope. Where an exception leaves the
 /// scope it ends the processes of all ranks instead, with MPI_Abort(), since the others would wait
@@ -87,7 +47,7 @@ class Environment {
     }
   }
   ~Environment() {
-    if (std::uncaught_exceptions() > exceptions_) MPI_Abort(MPI_COMM_WORLD, 1);
+    if (std::uncaught_exceptions() > exceptions_) end_all_ranks();
     int finalized = 0;
     MPI_Finalized(&finalized);
     if (!owns_ || finalized != 0) return;
@@ -121,8 +81,7 @@ int run(int* argc, char*** argv, Program&& program, double timeout = 600) {
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   const auto abort_with = [&](const char* message) {
     std::fprintf(stderr, "rank %d: %s\n", rank, message);
-    std::fflush(nullptr);
-    MPI_Abort(MPI_COMM_WORLD, 1);
+    end_all_ranks();
   };
   try {
     return std::forward<Program>(program)();

@@ -97,7 +97,7 @@ class RowExchange {
   template <class Scalar, class F>
   static void for_each_piece(Index count, Index width, std::int64_t most_bytes, F&& f) {
     if (width == 0) return;
-    const auto bytes = static_cast<std::int64_t>(width) * static_cast<std::int64_t>(sizeof(Scalar));
+    const std::int64_t bytes = width * static_cast<std::int64_t>(sizeof(Scalar));
     const Index most = std::max<Index>(1, most_bytes / bytes);
     for (Index first = 0; first < count; first += most) {
       f(first, static_cast<int>(std::min(most, count - first)));
@@ -129,7 +129,7 @@ class RowExchange {
     for_each_message(rows, count, width, [&](const Scalar* first, int size, MPI_Datatype type) {
       MPI_Isend(first, size, type, to, 0, communicator_.handle(), next());
     });
-    return static_cast<std::int64_t>(count * width) * static_cast<std::int64_t>(sizeof(Scalar));
+    return count * width * static_cast<std::int64_t>(sizeof(Scalar));
   }
   template <class Buffer, class Scalar>
   void post_receive(Buffer& buffer, Scalar* rows, Index count, Index width, int from) {
