@@ -199,3 +199,45 @@ TEST_CASE("checkpoint: of what several ranks have, the whole model gets the lowe
                        [](const std::string&, auto& p) { CHECK((p.value.array() == 5).all()); });
   }
 }
+
+TEST_CASE("checkpoint: numbers that go in pieces all arrive, both ways", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int rank = communicator.rank();
+  for (int root = 0; root < communicator.size(); ++root) {
+    for (const Index most : {1, 3, 5, 100}) {
+      // Of each rank a row of 7 numbers, 10·rank + 0, 1, ...; and one that all have.
+      Matrix<double> own(1, 7);
+      for (Index i = 0; i < 7; ++i) own(0, i) = static_cast<double>(10 * rank + i);
+      Matrix<double> all = Matrix<double>::Constant(2, 2, 5 + rank);
+      Matrix<double> whole_all(2, 2);
+      whole_all.setConstant(-1);
+      std::vector<Matrix<double>> parts(static_cast<std::size_t>(communicator.size()), own);
+      mpi::NamedNumbers<double> part;
+      mpi::NamedNumbers<double> whole;
+      part.add("all", all);
+      part.add("of." + std::to_string(rank), own);
+      if (rank == root) {
+        whole.add("all", whole_all);
+        for (std::size_t r = 0; r < parts.size(); ++r) {
+          parts[r].setConstant(-1);
+          whole.add("of." + std::to_string(r), parts[r]);
+        }
+      }
+      const mpi::checkpoint::Copy<double> copy(part, whole, root, communicator);
+      copy.run(true, most);
+      if (rank == root) {
+        CHECK((whole_all.array() == 5).all());
+        for (std::size_t r = 0; r < parts.size(); ++r) {
+          for (Index i = 0; i < 7; ++i) {
+            CHECK(parts[r](0, i) == static_cast<double>(10 * static_cast<Index>(r) + i));
+          }
+        }
+      }
+      own.setConstant(-2);
+      all.setConstant(-2);
+      copy.run(false, most);
+      CHECK((all.array() == 5).all());
+      for (Index i = 0; i < 7; ++i) CHECK(own(0, i) == static_cast<double>(10 * rank + i));
+    }
+  }
+}

@@ -1,5 +1,6 @@
 #include "moe/mpi/communicator.hpp"
 
+#include <algorithm>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -57,6 +58,57 @@ TEST_CASE("communicator: gathers what each has, in the order of ranks", "[mpi]")
   std::vector<Index> ranks(static_cast<std::size_t>(communicator.size()));
   std::iota(ranks.begin(), ranks.end(), Index{0});
   CHECK(communicator.gather(Index{communicator.rank()}) == ranks);
+}
+
+TEST_CASE("communicator: what does not fit into one piece arrives whole", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int ranks = communicator.size();
+  const int rank = communicator.rank();
+  // Two pieces of 2^17 numbers and a last one of 3.
+  const auto in_a_piece = static_cast<Index>(Communicator::most_bytes / sizeof(Index));
+  const Index count = 2 * in_a_piece + 3;
+  std::vector<Index> numbers(static_cast<std::size_t>(count));
+  std::iota(numbers.begin(), numbers.end(), Index{0});
+  communicator.sum(std::span<Index>(numbers));
+  const auto is_at = [&](Index factor, Index plus) {
+    for (Index i = 0; i < count; ++i) {
+      if (numbers[static_cast<std::size_t>(i)] != factor * i + plus) return false;
+    }
+    return true;
+  };
+  CHECK(is_at(ranks, 0));
+  if (rank != ranks - 1) std::fill(numbers.begin(), numbers.end(), -1);
+  communicator.broadcast(std::span<Index>(numbers), ranks - 1);
+  CHECK(is_at(ranks, 0));
+
+  // Rank r has r + 1 pieces less r numbers, which count on from those of the ranks before.
+  std::vector<Index> counts;
+  for (Index r = 0; r < ranks; ++r) counts.push_back((r + 1) * in_a_piece - r);
+  const auto own = counts.begin() + rank;
+  std::vector<Index> mine(static_cast<std::size_t>(*own));
+  std::iota(mine.begin(), mine.end(), std::accumulate(counts.begin(), own, Index{0}));
+  std::vector<Index> all(
+      static_cast<std::size_t>(std::accumulate(counts.begin(), counts.end(), Index{0})), -1);
+  communicator.gather(std::span<const Index>(mine), std::span<const Index>(counts),
+                      std::span<Index>(all));
+  std::vector<Index> expected(all.size());
+  std::iota(expected.begin(), expected.end(), Index{0});
+  CHECK(all == expected);
+
+  // Counts too have room: rank a sends 2^20 numbers a·R + b to rank b.
+  const Index many = Index{1} << 20;
+  const std::vector<Index> each(static_cast<std::size_t>(ranks), many);
+  std::vector<Index> sent;
+  for (int to = 0; to < ranks; ++to) {
+    sent.insert(sent.end(), static_cast<std::size_t>(many), rank * ranks + to);
+  }
+  std::vector<Index> got(sent.size(), -1);
+  communicator.exchange(std::span<const Index>(sent), std::span<const Index>(each),
+                        std::span<Index>(got), std::span<const Index>(each));
+  for (int from = 0; from < ranks; ++from) {
+    const auto first = got.begin() + from * many;
+    CHECK(std::count(first, first + many, from * ranks + rank) == many);
+  }
 }
 
 TEST_CASE("communicator: ranks that disagree all hear who does on what", "[mpi]") {
@@ -121,15 +173,15 @@ TEST_CASE("communicator: counts beyond an int are split", "[mpi]") {
   const std::size_t numbers = (std::size_t{1} << 32) + 7;
   std::size_t next = 0;
   int pieces = 0;
-  Communicator::for_each_piece(numbers, [&](std::size_t first, int count) {
+  Communicator::for_each_piece<float>(numbers, [&](std::size_t first, int count) {
     CHECK(first == next);
     CHECK(count > 0);
     next += static_cast<std::size_t>(count);
     ++pieces;
   });
   CHECK(next == numbers);
-  CHECK(pieces == 17);  // of 2^28, and the last of 7
-  Communicator::for_each_piece(0, [](std::size_t, int) { FAIL(); });
+  CHECK(pieces == 16385);  // of 1 MiB, 2^18 numbers, and the last of 7
+  Communicator::for_each_piece<float>(0, [](std::size_t, int) { FAIL(); });
 }
 
 TEST_CASE("communicator: a copy is the same one", "[mpi]") {

@@ -126,6 +126,22 @@ TEST_CASE("gradients: what is set aside comes back", "[mpi]") {
   });
 }
 
+TEST_CASE("gradients: what was added before they were set aside counts again when it is back",
+          "[mpi]") {
+  Layer layer(config);
+  Layer::Tape tape;
+  layer.forward(random_matrix(20, 5, 1), tape);
+  layer.backward(random_matrix(20, 5, 2), tape);
+  // A lazy norm leaves out the experts to which nothing was added.
+  const double norm = gradient_norm(layer, Updates::lazy);
+  mpi::GradientSum sum;
+  sum.set_aside(layer);
+  CHECK(gradient_norm(layer, Updates::lazy) == 0);
+  sum.add_back(layer);
+  CHECK(gradient_norm(layer, Updates::lazy) == norm);
+  CHECK(gradient_norm(layer) == norm);
+}
+
 TEST_CASE("gradients: clipping leaves them alone where the norm is not finite", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   mpi::ExpertParallel<Layer> layer(config, communicator);

@@ -1,5 +1,7 @@
 #include "moe/mpi/row_exchange.hpp"
 
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "support.hpp"
@@ -48,15 +50,16 @@ TEMPLATE_TEST_CASE("row exchange: rows arrive where they should, in one message 
       {
         RowExchange exchange(communicator, most);
         for (int r = 0; r < ranks; ++r) {
-          exchange.receive(received[static_cast<std::size_t>(r)].data(),
-                           received[static_cast<std::size_t>(r)].rows(), width, r);
+          Matrix<Scalar>& to = received[static_cast<std::size_t>(r)];
+          exchange.receive(to, 0, to.rows(), r);
           const auto& list = lists[static_cast<std::size_t>(r)];
           Matrix<Scalar>& packed = sent.emplace_back(static_cast<Index>(list.size()), width);
           for (Index i = 0; i < packed.rows(); ++i) {
             packed.row(i) = own.row(list[static_cast<std::size_t>(i)]).head(width);
           }
-          exchange.send(std::as_const(packed).data(), packed.rows(), width, r);
+          exchange.send(packed, 0, packed.rows(), r);
         }
+        exchange.wait();
       }
       for (int r = 0; r < ranks; ++r) {
         const Matrix<Scalar> theirs = rows_of_rank<Scalar>(r, 20, width + 2);
@@ -88,13 +91,73 @@ TEST_CASE("row exchange: rows behind each other, and nothing at all", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   const int next = (communicator.rank() + 1) % communicator.size();
   const int previous = (communicator.rank() + communicator.size() - 1) % communicator.size();
-  const Matrix<double> own = rows_of_rank<double>(communicator.rank(), 5, 4);
+  Matrix<double> own = rows_of_rank<double>(communicator.rank(), 5, 4);
   Matrix<double> got(5, 4);
+  std::vector<double> number{static_cast<double>(communicator.rank()), -1};
   RowExchange exchange(communicator, 64);
-  exchange.receive(got.data(), 5, 4, previous);
-  exchange.send(own.data(), 5, 4, next);
-  exchange.receive(got.data(), 0, 4, previous);
-  exchange.send(own.data(), 0, 4, next);
+  exchange.receive(got, 0, 3, previous);
+  exchange.receive(got, 3, 2, previous);
+  exchange.send(own, 0, 3, next);
+  exchange.send(own, 3, 2, next);
+  exchange.receive(got, 0, 0, previous);
+  exchange.send(own, 0, 0, next);
+  exchange.receive(number, 1, 1, previous);
+  exchange.send(number, 0, 1, next);
   exchange.wait();
   CHECK(test::same_bits(got, rows_of_rank<double>(previous, 5, 4)));
+  CHECK(number[1] == previous);
+}
+
+namespace {
+
+/// Sends a row to the next rank.
+void post(RowExchange& exchange, const Communicator& communicator, Matrix<double>& own,
+          Matrix<double>& got) {
+  exchange.receive(got, 0, 1,
+                   (communicator.rank() + communicator.size() - 1) % communicator.size());
+  exchange.send(own, 0, 1, (communicator.rank() + 1) % communicator.size());
+}
+
+/// What a call says that the communicator refuses.
+std::string refusal_of(const Communicator& communicator) {
+  try {
+    communicator.agree("a call");
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "none";
+}
+
+}  // namespace
+
+TEST_CASE("row exchange: without wait() the communicator refuses every later call", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Matrix<double> own = rows_of_rank<double>(communicator.rank(), 1, 4);
+  Matrix<double> got(1, 4);
+  {
+    RowExchange exchange(communicator);
+    post(exchange, communicator, own, got);
+  }
+  CHECK(refusal_of(communicator) == "moe: an exchange of rows was left without wait() before");
+  RowExchange exchange(communicator);
+  CHECK_THROWS_AS(exchange.send(own, 0, 1, 0), std::runtime_error);
+  CHECK_THROWS_AS(exchange.receive(got, 0, 1, 0), std::runtime_error);
+  // Nothing timed out, so the rows came, and their memory is still its owner's.
+  CHECK(got.rows() == 1);
+}
+
+TEST_CASE("row exchange: an exception that all ranks throw leaves the communicator as it was",
+          "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Matrix<double> own = rows_of_rank<double>(communicator.rank(), 1, 4);
+  Matrix<double> got(1, 4);
+  CHECK_THROWS_AS(
+      [&] {
+        RowExchange exchange(communicator);
+        post(exchange, communicator, own, got);
+        communicator.attempt("work", [] { throw std::runtime_error("no luck"); });
+      }(),
+      mpi::Error);
+  CHECK(refusal_of(communicator) == "none");
+  CHECK(got.rows() == 1);
 }

@@ -127,30 +127,88 @@ class Copy {
     });
   }
 
-  /// To the whole from the lowest rank that has a name, or from it to all that do. Collective.
-  void run(bool to_whole) const {
-    const bool is_root = communicator_.rank() == root_;
-    std::map<std::string, bool> copied;
-    RowExchange exchange(communicator_);
-    for_each_line(listings_, [&](int rank, const std::string& name, Index rows, Index columns) {
-      if (to_whole && std::exchange(copied[name], true)) return;
-      const bool is_part = communicator_.rank() == rank;
-      if (!is_root && !is_part) return;
-      Number* of_whole = is_root ? whole_.places().at(name).data : nullptr;
-      Number* of_part = is_part ? parts_.places().at(name).data : nullptr;
-      Number* to = to_whole ? of_whole : of_part;
-      const Number* from = to_whole ? of_part : of_whole;
-      if (is_root && is_part) {
-        std::copy_n(from, rows * columns, to);
-      } else if (is_root == to_whole) {
-        exchange.receive(to, rows, columns, is_root ? rank : root_);
-      } else {
-        exchange.send(from, rows, columns, is_root ? rank : root_);
-      }
+  /// To the whole from the lowest rank that has a name, or from it to all that do. Returns when all
+  /// numbers are where they belong, on all ranks; `most` of them are on their way at a time, in
+  /// memory of this call, which MPI may go on using after a time-out. Collective.
+  void run(bool to_whole, Index most = Index{1} << 22) const {
+    std::vector<Piece> pieces;
+    std::vector<Number> moving;
+    communicator_.attempt("checkpoint: pieces", [&] {
+      pieces = pieces_of(to_whole, most);
+      moving.resize(moe::detail::to_size(most));
     });
+    for (std::size_t first = 0; first < pieces.size();) {
+      std::size_t last = first;
+      Index numbers = 0;
+      while (last < pieces.size() && numbers + pieces[last].count <= most) {
+        numbers += pieces[last++].count;
+      }
+      move(std::span<const Piece>(pieces).subspan(first, last - first), to_whole, moving);
+      // Each hears before the next ones, and before it returns, that the others have theirs.
+      communicator_.agree("checkpoint: numbers");
+      first = last;
+    }
   }
 
  private:
+  /// Neighbours of one matrix, between the root and a rank.
+  struct Piece {
+    int rank;
+    Index count;
+    Number* of_whole;  ///< on the root
+    Number* of_part;   ///< on the rank
+  };
+
+  /// The same on all ranks but for the memory.
+  std::vector<Piece> pieces_of(bool to_whole, Index most) const {
+    std::vector<Piece> pieces;
+    std::map<std::string, bool> copied;
+    for_each_line(listings_, [&](int rank, const std::string& name, Index rows, Index columns) {
+      if (to_whole && std::exchange(copied[name], true)) return;
+      Number* const of_whole = has(root_) ? whole_.places().at(name).data : nullptr;
+      Number* const of_part = has(rank) ? parts_.places().at(name).data : nullptr;
+      for (Index first = 0; first < rows * columns; first += most) {
+        pieces.push_back({rank, std::min(most, rows * columns - first),
+                          has(root_) ? of_whole + first : nullptr,
+                          has(rank) ? of_part + first : nullptr});
+      }
+    });
+    return pieces;
+  }
+  bool has(int rank) const { return communicator_.rank() == rank; }
+
+  void move(std::span<const Piece> pieces, bool to_whole, std::vector<Number>& moving) const {
+    RowExchange exchange(communicator_);
+    const auto for_each_here = [&](auto&& f) {
+      Index first = 0;
+      for (const Piece& piece : pieces) {
+        if (has(root_) != has(piece.rank)) f(piece, first);
+        first += piece.count;
+      }
+    };
+    const bool sends = has(root_) != to_whole;
+    for_each_here([&](const Piece& piece, Index first) {
+      const int other = has(root_) ? piece.rank : root_;
+      if (sends) {
+        std::copy_n(has(root_) ? piece.of_whole : piece.of_part, piece.count,
+                    moving.begin() + first);
+        exchange.send(moving, first, piece.count, other);
+      } else {
+        exchange.receive(moving, first, piece.count, other);
+      }
+    });
+    for (const Piece& piece : pieces) {
+      if (!has(root_) || !has(piece.rank)) continue;
+      std::copy_n(to_whole ? piece.of_part : piece.of_whole, piece.count,
+                  to_whole ? piece.of_whole : piece.of_part);
+    }
+    exchange.wait();
+    if (sends) return;
+    for_each_here([&](const Piece& piece, Index first) {
+      std::copy_n(moving.begin() + first, piece.count, has(root_) ? piece.of_whole : piece.of_part);
+    });
+  }
+
   NamedNumbers<Number> parts_;
   NamedNumbers<Number> whole_;
   int root_;
@@ -239,15 +297,18 @@ void copy_state(bool to_whole, Optimizer& optimizer, Module& module, Optimizer* 
 
 /// Fills the root's whole model with the parameters of all ranks' modules; of what several ranks
 /// have, with those of the lowest. `whole` is null on the other ranks. Throws Error on all ranks,
-/// with nothing changed, unless names and shapes are the same. Collective.
+/// with nothing changed, unless names and shapes are the same. Where it returns, on any rank, the
+/// whole model is complete. Where a rank stopped it throws std::runtime_error after the
+/// communicator's timeout; the whole model then is of old and new numbers, and not to be saved.
+/// Collective.
 template <class Module, class Whole>
 void gather_parameters(Module& module, Whole* whole, const Communicator& communicator,
                        int root = 0) {
   checkpoint::copy_parameters(true, module, whole, root, communicator);
 }
 
-/// The other way: every rank gets what it has of the root's whole model. Throws likewise.
-/// Collective.
+/// The other way: every rank gets what it has of the root's whole model. Throws likewise, and where
+/// it returns all ranks have theirs. Collective.
 template <class Whole, class Module>
 void scatter_parameters(Whole* whole, Module& module, const Communicator& communicator,
                         int root = 0) {

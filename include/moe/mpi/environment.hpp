@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "moe/config.hpp"
+#include "moe/mpi/ending.hpp"
 #include "moe/mpi/error.hpp"
 
 /// \file
@@ -16,21 +18,27 @@ namespace moe::mpi {
 
 /// Starts MPI, unless that was done, and ends it with the scope. Where an exception leaves the
 /// scope it ends the processes of all ranks instead, with MPI_Abort(), since the others would wait
-/// for this one for ever. The message is lost then, unless it was printed before; see run().
+/// for this one for ever. The message is lost then, unless it was printed before; see run(). It does
+/// so too after a time-out of a Communicator, since MPI cannot be finalized then. A rank that stops
+/// while MPI starts or ends is waited for as long as `timeout` says, in seconds, 0 standing for ever;
+/// then this process ends, with a message.
 ///
 /// Threads of OpenMP may compute, while only the thread that made this calls into MPI
 /// (MPI_THREAD_FUNNELED).
 class Environment {
  public:
-  /// Throws std::runtime_error when MPI allows no threads.
-  explicit Environment(int* argc = nullptr, char*** argv = nullptr)
-      : exceptions_(std::uncaught_exceptions()) {
+  /// Throws std::runtime_error when MPI allows no threads, and std::invalid_argument for a timeout
+  /// below 0.
+  explicit Environment(int* argc = nullptr, char*** argv = nullptr, double timeout = 600)
+      : exceptions_(std::uncaught_exceptions()), timeout_(timeout) {
+    moe::detail::require(timeout >= 0, "Environment: timeout = ", timeout, ", must be at least 0");
     int initialized = 0;
     MPI_Initialized(&initialized);
     int provided = MPI_THREAD_SINGLE;
     if (initialized != 0) {
       MPI_Query_thread(&provided);
     } else {
+      const Deadline deadline("MPI_Init_thread()", timeout);
       MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
       owns_ = true;
     }
@@ -39,16 +47,19 @@ class Environment {
     }
   }
   ~Environment() {
-    if (std::uncaught_exceptions() > exceptions_) MPI_Abort(MPI_COMM_WORLD, 1);
+    if (std::uncaught_exceptions() > exceptions_) end_all_ranks();
     int finalized = 0;
     MPI_Finalized(&finalized);
-    if (owns_ && finalized == 0) MPI_Finalize();
+    if (!owns_ || finalized != 0) return;
+    const Deadline deadline("MPI_Finalize()", timeout_);
+    MPI_Finalize();
   }
   Environment(const Environment&) = delete;
   Environment& operator=(const Environment&) = delete;
 
  private:
   int exceptions_;
+  double timeout_;
   bool owns_ = false;
 };
 
@@ -60,18 +71,17 @@ class Environment {
 ///
 /// Returns what `program` does. An exception that leaves it is printed on stderr, with the rank,
 /// and ends all ranks within seconds; an Error, if all ranks throw it, is printed once and makes
-/// all return 1.
+/// all return 1. `timeout` is Environment's.
 template <class Program>
-int run(int* argc, char*** argv, Program&& program) {
-  const Environment environment(argc, argv);
+int run(int* argc, char*** argv, Program&& program, double timeout = 600) {
+  const Environment environment(argc, argv, timeout);
   int rank = 0;
   int size = 1;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   const auto abort_with = [&](const char* message) {
     std::fprintf(stderr, "rank %d: %s\n", rank, message);
-    std::fflush(nullptr);
-    MPI_Abort(MPI_COMM_WORLD, 1);
+    end_all_ranks();
   };
   try {
     return std::forward<Program>(program)();

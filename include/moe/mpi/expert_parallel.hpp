@@ -310,9 +310,9 @@ class ExpertParallel {
     communicator_.attempt("ExpertParallel: Config", [&] {
       const auto [here, there] = std::mismatch(fields.begin(), fields.end(), root.begin());
       moe::detail::require(here == fields.end(),
-                           "ExpertParallel: Config differs from rank 0's in its ",
+                           "ExpertParallel: Config differs from rank 0's in number ",
                            here - fields.begin() + 1,
-                           "th number (those of expert, gate, output and "
+                           " of its fields (those of expert, gate, output and "
                            "seed follow width)");
     });
   }
@@ -453,19 +453,15 @@ class ExpertParallel {
                           }
                         });
     for_each_other_rank([&](int r) {
-      exchange.receive(moe::detail::row_data(received, tape.received[to_size(r)]),
-                       came_from(r, tape), config_.width, r);
-      exchange.send(std::as_const(packed).data() + tape.sent[to_size(r)] * config_.width,
-                    leave_for(r, tape), config_.width, r);
+      exchange.receive(received, tape.received[to_size(r)], came_from(r, tape), r);
+      exchange.send(packed, tape.sent[to_size(r)], leave_for(r, tape), r);
     });
   }
   void return_answers(Tape& tape, RowExchange& exchange) const {
     using moe::detail::to_size;
     for_each_other_rank([&](int r) {
-      exchange.receive(moe::detail::row_data(tape.returned, tape.sent[to_size(r)]),
-                       leave_for(r, tape), config_.width, r);
-      exchange.send(std::as_const(tape.answer).data() + tape.received[to_size(r)] * config_.width,
-                    came_from(r, tape), config_.width, r);
+      exchange.receive(tape.returned, tape.sent[to_size(r)], leave_for(r, tape), r);
+      exchange.send(tape.answer, tape.received[to_size(r)], came_from(r, tape), r);
     });
   }
   static Index leave_for(int rank, const Tape& tape) {
@@ -506,10 +502,8 @@ class ExpertParallel {
     });
     send_tokens(x, tape.received_x, tape, *there);
     for_each_other_rank([&](int r) {
-      there->receive(tape.others.routing.weight.data() + tape.received[to_size(r)],
-                     came_from(r, tape), r);
-      there->send(std::as_const(tape.sent_weight).data() + tape.sent[to_size(r)],
-                  leave_for(r, tape), r);
+      there->receive(tape.others.routing.weight, tape.received[to_size(r)], came_from(r, tape), r);
+      there->send(tape.sent_weight, tape.sent[to_size(r)], leave_for(r, tape), r);
     });
     communicator_.attempt("the experts", [&] {
       run_share(x, keeps, tape.own, sum);
@@ -569,9 +563,8 @@ class ExpertParallel {
     });
     return_answers(tape, *back);
     for_each_other_rank([&](int r) {
-      back->receive(tape.returned_dweight.data() + tape.sent[to_size(r)], leave_for(r, tape), r);
-      back->send(std::as_const(tape.others.dweight).data() + tape.received[to_size(r)],
-                 came_from(r, tape), r);
+      back->receive(tape.returned_dweight, tape.sent[to_size(r)], leave_for(r, tape), r);
+      back->send(tape.others.dweight, tape.received[to_size(r)], came_from(r, tape), r);
     });
     back->wait();
     add_answers(tape, tape.dexperts);

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// What a rank says that it is doing, and how ranks differ in that.
+
+namespace moe::mpi {
+
+/// A number that must be the same on all ranks, for Communicator::agree().
+struct Fact {
+  const char* name;
+  std::int64_t value;
+};
+
+/// What a rank says in agree().
+struct Claim {
+  enum Number : std::size_t { failed, name, count, first_fact };
+  static constexpr std::size_t most_facts = 6;
+
+  Claim() = default;
+  Claim(const char* said, std::initializer_list<Fact> facts, bool has_failed) {
+    MOE_ASSERT(facts.size() <= most_facts);
+    numbers[failed] = has_failed ? 1 : 0;
+    // A hash of the call's name [FNV-1a], so that two calls differ in a number.
+    std::uint64_t hash = 14695981039346656037u;
+    for (const char c : std::string_view(said)) {
+      hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+    }
+    numbers[name] = static_cast<std::int64_t>(hash >> 1);
+    numbers[count] = static_cast<std::int64_t>(facts.size());
+    std::size_t place = first_fact;
+    for (const Fact& fact : facts) numbers[place++] = fact.value;
+    const std::string_view text(said);
+    text.substr(0, call.size() - 1).copy(call.data(), call.size() - 1);
+  }
+
+  std::array<std::int64_t, first_fact + most_facts> numbers{};
+  std::array<char, 40> call{};
+};
+
+/// Who disagrees with rank 0, and on what; the facts are those of any rank.
+inline std::string disagreement(std::span<const Claim> claims, std::initializer_list<Fact> facts) {
+  const auto difference = [&](std::size_t number) -> int {
+    for (std::size_t r = 1; r < claims.size(); ++r) {
+      if (claims[r].numbers[number] != claims[0].numbers[number]) return static_cast<int>(r);
+    }
+    return 0;
+  };
+  const auto call = [&](std::size_t r) { return '"' + std::string(claims[r].call.data()) + '"'; };
+  if (const int r = difference(Claim::name); r > 0) {
+    return "moe: ranks disagree: rank 0 is in " + call(0) + ", rank " + std::to_string(r) + " in " +
+           call(detail::to_size(r));
+  }
+  std::size_t number = Claim::first_fact;
+  for (const Fact& fact : facts) {
+    if (const int r = difference(number); r > 0) {
+      return "moe: ranks disagree in " + call(0) + ": " + fact.name + " is " +
+             std::to_string(claims[0].numbers[number]) + " on rank 0 and " +
+             std::to_string(claims[detail::to_size(r)].numbers[number]) + " on rank " +
+             std::to_string(r);
+    }
+    ++number;
+  }
+  return "moe: ranks disagree in " + call(0);
+}
+
+}  // namespace moe::mpi

@@ -1,0 +1,96 @@
+#!/bin/sh
+# Stops or kills a rank of a training program at some moments, one run each, and sees that all other
+# ranks end in time and say why:
+#
+#     sh stops.sh COUNT TIMEOUT MPIRUN ARGUMENTS... PROGRAM
+#
+# PROGRAM is moe_mpi_stops, which is given a folder, the numbers 1 to COUNT as seeds, and the timeout in
+# seconds. What it prints is shown for a run that fails. The time allowed after the stop is the timeout
+# and one second. (Of a rank that is killed the launcher ends the others, so nobody says a thing.)
+set -eu
+
+count=$1
+timeout=$2
+shift 2
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+# Sets `now`, in hundredths of a second.
+set_now() {
+  read -r now rest </proc/uptime
+  now=$(hundredths "$now")
+}
+hundredths() {
+  whole=${1%%.*}
+  part=$(printf '%s00' "$(echo "$1." | cut -d . -f 2)" | cut -c 1-2)
+  echo $((whole * 100 + ${part#0}))
+}
+# Whether a process runs, or is stopped: what has ended is a zombie while mpirun is busy.
+lives() {
+  read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
+  case ${stat##*) } in
+    Z* | X*) return 1 ;;
+  esac
+}
+
+allowed=$(($(hundredths "$timeout") + 100))
+longest=0
+status=0
+seed=0
+while [ $seed -lt "$count" ]; do
+  seed=$((seed + 1))
+  rm -f "$folder"/*
+  "$@" "$folder" $seed "$timeout" >"$folder/output" 2>&1 &
+  launcher=$!
+
+  set_now
+  start=$now
+  while [ ! -e "$folder/stopped" ] && [ $((now - start)) -lt 6000 ] && kill -0 $launcher 2>/dev/null; do
+    sleep 0.02
+    set_now
+  done
+  problem=
+  elapsed=0
+  if [ -e "$folder/stopped" ]; then
+    stopped=$(hundredths "$(cat "$folder/stopped")")
+    victim=$(sed -n 's/^seed [0-9]*: rank \([0-9]*\),.*/\1/p' "$folder/output")
+    others=
+    for rank in "$folder"/[0-9]*; do
+      [ "${rank##*/}" = "$victim" ] || others="$others $(cat "$rank")"
+    done
+    # Twice as long, to tell late from never.
+    while :; do
+      alive=
+      for process in $others; do
+        if lives "$process"; then alive="$alive $process"; fi
+      done
+      set_now
+      elapsed=$((now - stopped))
+      [ -n "$alive" ] && [ $elapsed -lt $((2 * allowed)) ] || break
+      sleep 0.02
+    done
+    if [ -n "$alive" ]; then
+      problem="still live:$alive"
+    elif [ $elapsed -gt $allowed ]; then
+      problem="late"
+    elif grep -q ', stopped, ' "$folder/output" && ! grep -q 'for a rank that never came' "$folder/output"; then
+      problem="nobody said why"
+    fi
+  else
+    problem="no rank stopped"
+  fi
+  # Open MPI's mpirun may hang after such an end, see ends.sh.
+  for process in $(cat "$folder"/[0-9]* 2>/dev/null) $launcher; do
+    kill -KILL "$process" 2>/dev/null || true
+  done
+  wait $launcher 2>/dev/null || true
+  if [ $elapsed -gt $longest ]; then longest=$elapsed; fi
+  if [ -n "$problem" ]; then
+    echo "seed $seed: $problem, $elapsed hundredths of a second after the stop"
+    cat "$folder/output"
+    status=1
+  fi
+done
+echo "$count stops, the others ended within $longest hundredths of a second, allowed were $allowed"
+exit $status
