@@ -43,7 +43,9 @@ endif()
 if(NOT PROJECT_IS_TOP_LEVEL)
   get_cmake_property(moe_cache_after CACHE_VARIABLES)
   list(REMOVE_ITEM moe_cache_after ${moe_cache_before})
-  mark_as_advanced(${moe_cache_after})
+  if(moe_cache_after)  # else this is a second configuration
+    mark_as_advanced(${moe_cache_after})
+  endif()
 endif()
 
 if(MOE_BUILD_TESTS)

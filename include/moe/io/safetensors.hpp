@@ -406,7 +406,7 @@ class SafetensorsWriter {
     const std::string header = make_header(order);
     detail::require(header.size() <= detail::longest_header, "SafetensorsWriter: a header of ",
                     header.size(), " bytes, more than a file may have");
-    const auto length = static_cast<std::uint64_t>(header.size());
+    const std::uint64_t length = header.size();
     detail::AtomicFile file(path);
     file.write(&length, sizeof(length));
     file.write(header.data(), header.size());
