@@ -71,6 +71,7 @@ TEST_CASE("report: a bias's gradient of many equal tokens is right to float", "[
   for_each_parameter(layer, [&](const std::string& name, Parameter<float>& p) {
     if (name != "experts.0.down.bias") return;
     const double expected = 0.1 * static_cast<double>(tokens);
-    CHECK(std::abs(static_cast<double>(p.gradient()(0, 0)) / expected - 1) < 1e-4);  // one float would be off by 5e-3
+    CHECK(std::abs(static_cast<double>(p.gradient()(0, 0)) / expected - 1) <
+          1e-4);  // one float would be off by 5e-3
   });
 }

@@ -115,7 +115,8 @@ class MoELayer {
   /// every parameter's gradient, the balance losses' included once; returns the gradient of the
   /// loss by x (T x D), which is tape.dx. The parameters must be those of the forward pass. Throws
   /// std::invalid_argument when dy has another shape than y or the tape is not of a forward pass of
-  /// such a layer, before anything is changed.
+  /// such a layer, before anything is changed. std::bad_alloc, which only a first pass of its shapes
+  /// can throw, may leave gradients that are added to in part: zero them before going on.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
     detail::check_layer_width<Scalar>(dy, "dy", config_.width);
