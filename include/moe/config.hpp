@@ -69,18 +69,10 @@ class Part {
   void append_to(std::string& text) const {
     char digits[32] = "";
     switch (kind_) {
-      case Kind::text:
-        text += text_;
-        return;
-      case Kind::whole:
-        std::snprintf(digits, sizeof(digits), "%lld", whole_);
-        break;
-      case Kind::count:
-        std::snprintf(digits, sizeof(digits), "%llu", count_);
-        break;
-      case Kind::number:
-        std::snprintf(digits, sizeof(digits), "%g", number_);
-        break;
+      case Kind::text: text += text_; return;
+      case Kind::whole: std::snprintf(digits, sizeof(digits), "%lld", whole_); break;
+      case Kind::count: std::snprintf(digits, sizeof(digits), "%llu", count_); break;
+      case Kind::number: std::snprintf(digits, sizeof(digits), "%g", number_); break;
     }
     text += digits;
   }
@@ -111,8 +103,7 @@ std::string join(const Parts&... parts) {
 #if defined(__GNUC__)
 [[gnu::noinline, gnu::cold]]
 #endif
-[[noreturn]] inline void
-fail(std::initializer_list<Part> parts) {
+[[noreturn]] inline void fail(std::initializer_list<Part> parts) {
   throw std::invalid_argument("moe: " + join_parts(parts));
 }
 
