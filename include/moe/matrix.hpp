@@ -267,7 +267,7 @@ MOE_NOINLINE inline void require_apart(std::string_view verb, std::string_view a
 template <class Scalar>
 void copy_matrix(const MatrixRef<Scalar>& from, Matrix<Scalar>& to) {
   if (from.data() == to.data() && from.rows() == to.rows() && from.cols() == to.cols()) return;
-  require_apart("a copy of x for backward", "x", from, {to});
+  require_apart("the copy of an argument for backward", "it", from, {to});
   resize(to, from.rows(), from.cols());
   for (Index i = 0; i < from.rows(); ++i) {
     std::copy_n(row_data(from, i), from.cols(), row_data(to, i));

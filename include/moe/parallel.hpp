@@ -73,7 +73,7 @@ constexpr Work function_work(Index elements) { return {64 * elements}; }
 /// shows where two threads begin to be worth it.
 inline constexpr Work least_shared_work{Index{1} << 20};
 
-/// How many workers a loop with so much work uses.
+/// How many workers a loop with this much work uses.
 inline Index worker_count(Work work) {
   return work.multiply_adds < least_shared_work.multiply_adds ? 1 : worker_count();
 }

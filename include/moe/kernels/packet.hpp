@@ -187,14 +187,21 @@ void add_block_of_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar
   }
 }
 
+/// Calls f(first, count) for the blocks of rows that are summed by themselves.
+template <class F>
+void for_each_summed_block(Index rows, F&& f) {
+  for (Index first = 0; first < rows; first += summed_rows) {
+    f(first, std::min(summed_rows, rows - first));
+  }
+}
+
 /// y[j] += Σ_i factor[i]·rows[i][j], block after block.
 template <class Scalar>
 void add_scaled_rows(const GatheredRows<Scalar>& rows, const RowFactors<Scalar>& factors,
                      Scalar* y) {
-  for (Index first = 0; first < rows.count(); first += summed_rows) {
-    const Index count = std::min(summed_rows, rows.count() - first);
+  for_each_summed_block(rows.count(), [&](Index first, Index count) {
     add_block_of_rows(rows.slice(first, count), factors.from(first), y);
-  }
+  });
 }
 
 /// The same with the blocks' sums added up in double.
@@ -207,12 +214,11 @@ void add_many_scaled_rows(const GatheredRows<Scalar>& rows, const RowFactors<Sca
     const Index width = std::min(strip, rows.width() - column);
     double total[to_size(strip)];
     for (Index j = 0; j < width; ++j) total[j] = static_cast<double>(y[column + j]);
-    for (Index first = 0; first < rows.count(); first += summed_rows) {
-      const Index count = std::min(summed_rows, rows.count() - first);
+    for_each_summed_block(rows.count(), [&](Index first, Index count) {
       Scalar sum[to_size(strip)] = {};
       add_block_of_rows(rows.slice(first, count).columns(column, width), factors.from(first), sum);
       for (Index j = 0; j < width; ++j) total[j] += static_cast<double>(sum[j]);
-    }
+    });
     for (Index j = 0; j < width; ++j) y[column + j] = static_cast<Scalar>(total[j]);
   }
 }

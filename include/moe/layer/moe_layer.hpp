@@ -95,9 +95,10 @@ class MoELayer {
   std::vector<Expert>& experts() { return experts_; }
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
-  /// in tape.balance. x may be this tape's y or x, but of x no other part. Give every update its own key.step: the same key draws the same noise.
-  /// O(S·D·H), and what the gate costs. Throws std::invalid_argument when x is not D wide, and when
-  /// a gate contradicts itself, which leaves the tape unusable.
+  /// in tape.balance. Give every update its own key.step: the same key draws the same noise.
+  /// O(S·D·H), and what the gate costs. x may be all of this tape's x, and any part of its y. Throws
+  /// std::invalid_argument when x is not D wide or another part of tape.x, and when a gate
+  /// contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                 const NoiseKey& key = {}) const {
     detail::check_layer_width<Scalar>(x, "x", config_.width);
@@ -114,8 +115,8 @@ class MoELayer {
   /// Takes dy, the gradient of the loss by y (T x D), after forward() on the same tape. Adds to
   /// every parameter's gradient, the balance losses' included once; returns the gradient of the
   /// loss by x (T x D), which is tape.dx. The parameters must be those of the forward pass. Throws
-  /// std::invalid_argument when dy has another shape than y or the tape is not of a forward pass of
-  /// such a layer, before anything is changed. std::bad_alloc, which only a first pass of its shapes
+  /// std::invalid_argument when dy has another shape than y or lies in tape.dx, or the tape is not of
+  /// a forward pass of such a layer, before anything is changed. std::bad_alloc, which only a first pass of its shapes
   /// can throw, may leave gradients that are added to in part: zero them before going on.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");

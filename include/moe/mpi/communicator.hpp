@@ -207,7 +207,7 @@ class Communicator {
   /// long sums faster than in one message.
   static constexpr std::size_t most_bytes = std::size_t{1} << 20;
 
-  /// Calls f(first, count) for the pieces that so many numbers are moved in.
+  /// Calls f(first, count) for the pieces that `numbers` numbers are moved in.
   template <class Number, class F>
   static void for_each_piece(std::size_t numbers, F&& f) {
     constexpr std::size_t most = most_numbers<Number>();
@@ -254,7 +254,7 @@ class Communicator {
   static constexpr std::size_t most_numbers() {
     return most_bytes / sizeof(Number);
   }
-  /// Room for a piece of so many numbers, and for a number of each rank.
+  /// Room for a piece of some numbers, and for a number of each rank.
   template <class Number>
   Number* room_for(std::size_t numbers) const {
     const std::size_t most = std::max(most_numbers<Number>(), detail::to_size(size_));

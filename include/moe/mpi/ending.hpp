@@ -14,7 +14,7 @@
 
 namespace moe::mpi {
 
-/// Ends this process with a message unless the scope is left within so many seconds; 0 stands for
+/// Ends this process with a message unless the scope is left within `seconds`; 0 stands for
 /// ever. For calls of MPI that cannot be given up. The launcher then ends the other ranks.
 class Deadline {
  public:
