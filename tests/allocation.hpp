@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <new>
 
 /// \file
 /// How often this program took memory from the heap.
@@ -17,6 +18,24 @@ std::size_t allocation_count();
 void fail_allocation_after(std::size_t count);
 void fail_no_allocation();
 bool can_fail_allocations();
+
+/// Makes the allocations of f() fail, first the first one, then the second one, and so on until
+/// none fails. Calls check() after each. Returns how many failed.
+template <class F, class Check>
+std::size_t for_each_failure(F&& f, Check&& check) {
+  for (std::size_t failing = 0;; ++failing) {
+    test::fail_allocation_after(failing);
+    bool failed = false;
+    try {
+      f();
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+    test::fail_no_allocation();
+    check();
+    if (!failed) return failing;
+  }
+}
 
 /// How many allocations f() makes.
 template <class F>

@@ -1,8 +1,5 @@
 #include "moe/io/safetensors.hpp"
 
-#include <sys/resource.h>
-
-#include <csignal>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -142,9 +139,6 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   };
   const std::string f32 = "\"F32\"";
 
-  CHECK_THROWS_WITH(SafetensorsFile(folder.file("missing")), Contains("cannot be read"));
-  CHECK_THROWS_AS(SafetensorsFile(fs::path(folder.file("missing")).parent_path().string()),
-                  std::runtime_error);  // a folder
   std::ofstream(path, std::ios::binary) << "seven b";
   fails("it has 7 bytes");
   std::ofstream(path, std::ios::binary) << "";
@@ -167,6 +161,7 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   header_fails(" {}", 0, "does not begin with {");
   header_fails("{\"a\":", 0, "is no JSON");
   header_fails("{} {}", 0, "is no JSON");
+  header_fails(std::string("{}\0garbage", 10), 0, "byte 2 of it is zero");
   header_fails("{\"\xff\":1}", 0, "is no JSON");
   header_fails("{\"a\":" + std::string(100000, '['), 0, "tensor \"a\" is no object");
   header_fails("{\"a\":1}", 0, "tensor \"a\" is no object");
@@ -176,14 +171,12 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
       "tensor \"a\" twice");
   header_fails(R"({"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}})", 4,
                "\"shape\" twice");
-  header_fails(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}})", 4,
-               "tensor \"a\" must have dtype, shape and data_offsets, and nothing else");
   header_fails(R"({"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"":{}})", 4,
                "tensor \"\" twice");
   header_fails(R"({"__metadata__":{"":"a","":"b"}})", 0, "\"\" twice");
   header_fails("{\"a\":{\"dtype\":\"F32\",\"shape\":" + std::string(1000000, '['), 0,
                "shape has a list");
-  header_fails("{\"a\":{\"b\":" + std::string(1000000, '['), 0, "and nothing else");
+  header_fails("{\"a\":{\"b\":" + std::string(1000000, '['), 0, "is no JSON");
   header_fails(R"({"a":{"dtype":{},"shape":[1],"data_offsets":[0,4]}})", 4, "dtype is no text");
   header_fails(R"({"a":{"dtype":"F32","shape":["1"],"data_offsets":[0,4]}})", 4,
                "shape has a text");
@@ -201,8 +194,8 @@ TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
 
   // Types and shapes.
   header_fails("{" + tensor("a", "7", "[1]", "[0,4]") + "}", 4, "tensor \"a\": dtype is no text");
-  header_fails("{" + tensor("a", "\"F31\"", "[1]", "[0,4]") + "}", 4,
-               "tensor \"a\": unknown dtype \"F31\"");
+  header_fails("{" + tensor("a", "\"F4\"", "[3]", "[0,1]") + "}", 1,
+               "tensor \"a\": shape [3] of F4 takes 12 bits, which are no whole bytes");
   header_fails("{" + tensor("a", f32, "1", "[0,4]") + "}", 4, "tensor \"a\": shape is no list");
   header_fails("{" + tensor("a", f32, "[-1]", "[0,4]") + "}", 4, "tensor \"a\": shape has -1");
   header_fails("{" + tensor("a", f32, "[1.0]", "[0,4]") + "}", 4, "tensor \"a\": shape has 1.0");
@@ -331,39 +324,9 @@ TEST_CASE("safetensors: a file that shrinks after it was opened", "[io]") {
   CHECK(same_bits(linear.weight.value, before.weight.value));
 }
 
-TEST_CASE("safetensors: whoever cannot write keeps the old file", "[io]") {
+TEST_CASE("safetensors: a writer that is used wrongly", "[io]") {
   const test::TemporaryFolder folder;
   Linear<float> linear({.inputs = 2, .outputs = 2}, 1);
-  CHECK_THROWS_WITH(save_parameters(folder.file("no/such/folder/a"), linear),
-                    Contains("cannot be written"));
-  // A folder stands where the file should be: the rename fails, and nothing is left over.
-  fs::create_directory(folder.file("a"));
-  std::ofstream(folder.file("a/keep")) << "x";
-  CHECK_THROWS_WITH(save_parameters(folder.file("a"), linear), Contains("cannot be written"));
-  CHECK(folder.files() == std::vector<std::string>{"a"});
-  CHECK(fs::exists(folder.file("a/keep")));
-
-  // A disk that is full: no file may have more than 64 bytes.
-  save_parameters(folder.file("old"), linear);
-  const std::string old = read_all(folder.file("old"));
-  rlimit limit{};
-  REQUIRE(getrlimit(RLIMIT_FSIZE, &limit) == 0);
-  rlimit full = limit;
-  full.rlim_cur = 64;
-  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
-  REQUIRE(setrlimit(RLIMIT_FSIZE, &full) == 0);
-  std::string message;
-  try {
-    save_parameters(folder.file("old"), linear);
-  } catch (const std::runtime_error& error) {
-    message = error.what();
-  }
-  setrlimit(RLIMIT_FSIZE, &limit);
-  std::signal(SIGXFSZ, handler);
-  CHECK_THAT(message, Contains("cannot be written"));
-  CHECK(read_all(folder.file("old")) == old);
-  CHECK(folder.files().size() == 2);
-
   SafetensorsWriter twice;
   twice.add("a", linear.weight.value);
   CHECK_THROWS_WITH(twice.add("a", linear.bias.value), Contains("tensor \"a\" is there already"));

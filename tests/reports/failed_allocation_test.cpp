@@ -1,35 +1,21 @@
 // Report: when a tape that was used before grows and the memory is not there, the program does not
 // get std::bad_alloc but frees memory twice.
 
+#include <algorithm>
 #include <cstdlib>
-#include <new>
+#include <string>
+#include <vector>
 
 #include "../allocation.hpp"
 #include "../support.hpp"
+#include "../temporary_folder.hpp"
+#include "moe/io/safetensors.hpp"
 #include "moe/moe.hpp"
 
 using namespace moe;
 using test::random_matrix;
 
 namespace {
-
-/// Makes the allocations of f() fail, first the first one, then the second one, and so on until
-/// none fails. Calls check() after each.
-template <class F, class Check>
-int for_each_failure(F&& f, Check&& check) {
-  for (std::size_t failing = 0;; ++failing) {
-    test::fail_allocation_after(failing);
-    bool failed = false;
-    try {
-      f();
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-    test::fail_no_allocation();
-    check();
-    if (!failed) return static_cast<int>(failing);
-  }
-}
 
 template <class Layer>
 void check_layer(const typename Layer::Config& config) {
@@ -45,9 +31,9 @@ void check_layer(const typename Layer::Config& config) {
   const Matrix<float> served = layer.evaluate(many);
 
   // A tape of few tokens meets many.
-  int failures = 0;
+  std::size_t failures = 0;
   Tape tape;
-  failures += for_each_failure(
+  failures += test::for_each_failure(
       [&] {
         layer.forward(few, tape, {.step = 1});
         layer.backward(few, tape);
@@ -79,7 +65,7 @@ void check_layer(const typename Layer::Config& config) {
   std::vector<Matrix<float>> expected;
   for_each_parameter(other, [&](const std::string&, auto& p) { expected.push_back(p.value); });
   start_anew();
-  failures += for_each_failure(update, [&] {
+  failures += test::for_each_failure(update, [&] {
     other = fresh;
     adam = Adam<float>();
     update();  // on the tape that met the failure
@@ -126,4 +112,54 @@ TEST_CASE("report: a failed allocation leaves tapes that can be used again", "[r
        .expert = expert,
        .gate = {.shared = 1, .gated = true, .routed = {.experts = 4, .active = 2}},
        .seed = 1});
+}
+
+TEST_CASE("report: a failed allocation while saving or loading leaves what was there",
+          "[reports]") {
+  if (!test::can_fail_allocations()) return;
+  const test::Threads threads(1);
+  const test::TemporaryFolder folder;
+  const std::string path = folder.file("model");
+  const auto filled = [](float value) {
+    Linear<float> linear({.inputs = 3, .outputs = 2}, 1);
+    linear.weight.value.setConstant(value);
+    linear.bias.value.setConstant(value);
+    return linear;
+  };
+  const Linear<float> old = filled(1);
+  const Linear<float> next = filled(2);
+  save_parameters(path, old);
+  const auto stored = [&] {
+    Linear<float> linear = filled(0);
+    load_parameters(path, linear);
+    CHECK((linear.weight.value.array() == linear.bias.value(0, 0)).all());
+    CHECK((linear.bias.value.array() == linear.bias.value(0, 0)).all());
+    CHECK(folder.files() == std::vector<std::string>{"model"});
+    return linear.bias.value(0, 0);
+  };
+
+  std::vector<float> seen;
+  CHECK(test::for_each_failure([&] { save_parameters(path, next); },
+                               [&] { seen.push_back(stored()); }) > 5);
+  // What threw has saved nothing: only the last time went through.
+  CHECK(std::count(seen.begin(), seen.end(), 1.0f) + 1 == std::ssize(seen));
+  CHECK(seen.back() == 2);
+
+  seen.clear();
+  Linear<float> linear = filled(3);
+  CHECK(test::for_each_failure(
+            [&] { load_parameters(path, linear); },
+            [&] {
+              CHECK((linear.weight.value.array() == linear.bias.value(0, 0)).all());
+              seen.push_back(linear.bias.value(0, 0));
+            }) > 5);
+  CHECK(std::count(seen.begin(), seen.end(), 3.0f) + 1 == std::ssize(seen));
+  CHECK(seen.back() == 2);
+
+  // An add() that failed has added nothing.
+  SafetensorsWriter writer;
+  CHECK(test::for_each_failure([&] { writer.add("a name that takes memory", old.bias.value); },
+                               [] {}) > 1);
+  writer.write(path);
+  CHECK(SafetensorsFile(path).tensors().size() == 1);
 }

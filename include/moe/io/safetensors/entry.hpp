@@ -1,0 +1,82 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// What the format says of one tensor: its type, its shape and where it lies.
+
+namespace moe::detail {
+
+/// What a header says of one tensor.
+struct SafetensorsEntry {
+  std::string type;
+  std::vector<std::uint64_t> shape;
+  std::uint64_t begin = 0;  ///< in the data
+  std::uint64_t end = 0;
+};
+
+/// Bits of an element of a type, 0 for a type that is not known. These are the types of version 0.8
+/// of the Python package.
+inline std::uint64_t element_bits(std::string_view type) {
+  using Type = std::pair<std::string_view, std::uint64_t>;
+  static constexpr std::array types{
+      Type{"F64", 64},    Type{"I64", 64},    Type{"U64", 64},        Type{"C64", 64},
+      Type{"F32", 32},    Type{"I32", 32},    Type{"U32", 32},        Type{"F16", 16},
+      Type{"BF16", 16},   Type{"I16", 16},    Type{"U16", 16},        Type{"F8_E4M3", 8},
+      Type{"F8_E5M2", 8}, Type{"F8_E8M0", 8}, Type{"F8_E4M3FNUZ", 8}, Type{"F8_E5M2FNUZ", 8},
+      Type{"I8", 8},      Type{"U8", 8},      Type{"BOOL", 8},        Type{"F6_E2M3", 6},
+      Type{"F6_E3M2", 6}, Type{"F4", 4}};
+  for (const auto& [name, bits] : types) {
+    if (name == type) return bits;
+  }
+  return 0;
+}
+
+/// The type of a tensor whose elements are Element.
+template <class Element>
+constexpr std::string_view element_type() {
+  static_assert(std::is_same_v<Element, float> || std::is_same_v<Element, double> ||
+                std::is_same_v<Element, Index>);
+  if constexpr (std::is_same_v<Element, float>) return "F32";
+  if constexpr (std::is_same_v<Element, double>) return "F64";
+  if constexpr (std::is_same_v<Element, Index>) return "I64";
+}
+
+/// Bits of a tensor of that shape; nothing if they cannot be counted. A size of zero empties the
+/// tensor, whatever the other sizes are.
+inline std::optional<std::uint64_t> tensor_bits(const std::vector<std::uint64_t>& shape,
+                                                std::uint64_t bits) {
+  if (std::find(shape.begin(), shape.end(), 0u) != shape.end()) return 0;
+  for (const std::uint64_t size : shape) {
+    if (bits > UINT64_MAX / size) return std::nullopt;
+    bits *= size;
+  }
+  return bits;
+}
+
+/// "[2,3]"
+inline std::string to_string(const std::vector<std::uint64_t>& numbers) {
+  std::string text = "[";
+  for (const std::uint64_t number : numbers) {
+    text += (text.size() > 1 ? "," : "") + std::to_string(number);
+  }
+  return text + "]";
+}
+
+/// The shape of a parameter in a file: that of its matrix, 1 x N for a bias.
+template <class Scalar>
+std::vector<std::uint64_t> shape_of(const Matrix<Scalar>& matrix) {
+  return {static_cast<std::uint64_t>(matrix.rows()), static_cast<std::uint64_t>(matrix.cols())};
+}
+
+}  // namespace moe::detail

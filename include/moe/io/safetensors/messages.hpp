@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cerrno>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
+
+#include "moe/config.hpp"
+
+/// \file
+/// How a file's trouble is put into words.
+
+namespace moe::detail {
+
+/// Throws std::runtime_error: "moe: model.safetensors: ...".
+template <class... Parts>
+[[noreturn]] void fail_file(const std::string& path, const Parts&... parts) {
+  std::string text = "moe: " + path + ": ";
+  (Part(parts).append_to(text), ...);
+  throw std::runtime_error(text);
+}
+
+/// For conditions whose parts cost nothing to name; where a text would have to be made first, `if`
+/// and fail_file() make it only for a file that fails.
+template <class... Parts>
+void require_file(bool condition, const std::string& path, const Parts&... parts) {
+  if (!condition) fail_file(path, parts...);
+}
+
+/// "cannot be read: No such file or directory", by errno.
+[[noreturn]] inline void fail_errno(const std::string& path, std::string_view what, int error) {
+  fail_file(path, what, std::string_view(": "), std::generic_category().message(error));
+}
+
+/// What a file says, as part of a message: not longer than a line, in ASCII without controls.
+inline std::string plain(std::string_view said) {
+  constexpr std::size_t most = 120;
+  std::string text;
+  for (const char c : said.substr(0, most)) {
+    text += c >= 0x20 && c < 0x7F ? c : '?';
+  }
+  return said.size() > most ? text + "..." : text;
+}
+
+inline std::string tensor_named(std::string_view name) { return "tensor \"" + plain(name) + '"'; }
+
+}  // namespace moe::detail

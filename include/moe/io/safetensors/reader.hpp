@@ -1,0 +1,167 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "moe/io/safetensors/entry.hpp"
+#include "moe/io/safetensors/header.hpp"
+#include "moe/io/safetensors/input_file.hpp"
+#include "moe/parameter.hpp"
+
+namespace moe {
+
+/// A file that was read and found to be in order.
+///
+///     const moe::SafetensorsFile file("model.safetensors");
+///     file.read_parameters(model);
+///
+/// Nothing in the file is believed: the header must be valid JSON of at most 100 MB, every shape in
+/// agreement with its offsets, and the tensors must cover the rest of the file exactly, without
+/// overlap or hole. Else the constructor throws std::runtime_error, which names the file and, where
+/// one is to blame, the tensor.
+///
+/// What the Python package safetensors 0.8 reads is read, with these differences. It refuses a type
+/// that it does not know; here such a tensor only cannot be read, and its size is what its offsets
+/// say. It accepts, and this refuses: white space before the header's {, a tensor or metadata key
+/// that is there twice, a tensor as a list or a type as an object instead of what the format
+/// describes, and more than 64 dimensions. It refuses, and this accepts: sizes whose product
+/// overflows before a zero empties the tensor, and unknown values nested deeper than 127.
+///
+/// The file is opened once. If its path is replaced meanwhile, as SafetensorsWriter does, all
+/// tensors still come from the file that was opened; a file that is written over in place is not
+/// protected from that, but if it shrinks, reading throws. Copies share the open file, which is
+/// closed with the last of them; const members may be called by several threads at once.
+class SafetensorsFile {
+ public:
+  using Tensor = detail::SafetensorsEntry;
+
+  /// Reads the header; a tensor is read when it is asked for. Throws std::runtime_error, which says
+  /// why, if the path cannot be opened or is no regular file's; never waits for a FIFO's writer.
+  explicit SafetensorsFile(std::string path)
+      : path_(std::move(path)), file_(std::make_shared<const detail::InputFile>(path_)) {
+    require(file_->size() >= 8, "is no safetensors file: it has ", file_->size(),
+            " bytes, the length of the header alone takes 8");
+    std::uint64_t length = 0;
+    file_->read(0, &length, sizeof(length));
+    const std::uint64_t rest = file_->size() - sizeof(length);
+    require(length <= detail::longest_header, "says that its header has ", length,
+            " bytes, more than any has");
+    require(length <= rest, "says that its header has ", length, " bytes, but only ", rest,
+            " follow");
+    std::string text(length, '\0');
+    file_->read(sizeof(length), text.data(), text.size());
+    detail::SafetensorsHeader header(path_);
+    detail::parse_header(text, rest - length, header, path_);
+    tensors_ = std::move(header.tensors);
+    metadata_ = std::move(header.metadata);
+    data_begin_ = sizeof(length) + length;
+  }
+
+  const std::string& path() const { return path_; }
+  const std::map<std::string, Tensor>& tensors() const { return tensors_; }
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
+  /// Throws std::runtime_error if there is none of that key.
+  const std::string& metadata(const std::string& key) const {
+    const auto found = metadata_.find(key);
+    require(found != metadata_.end(), "has no metadata \"", key, "\"");
+    return found->second;
+  }
+
+  /// Throws std::runtime_error naming the tensor unless it is there, with this type and shape.
+  template <class Scalar>
+  void check(const std::string& name, const Matrix<Scalar>& matrix) const {
+    find(name, detail::element_type<Scalar>(), detail::shape_of(matrix));
+  }
+  void check(const std::string& name, std::span<const Index> numbers) const {
+    find(name, detail::element_type<Index>(), {numbers.size()});
+  }
+
+  /// Overwrites a matrix, whose shape must be the tensor's. Throws like check(), and when the file
+  /// cannot be read any more, the matrix being what it was.
+  template <class Scalar>
+  void read(const std::string& name, Matrix<Scalar>& matrix) const {
+    check(name, matrix);
+    Matrix<Scalar> read(matrix.rows(), matrix.cols());
+    copy(tensors_.at(name), read.data());
+    matrix = std::move(read);
+  }
+  /// Overwrites whole numbers, as many as the tensor has; throws likewise.
+  void read(const std::string& name, std::span<Index> numbers) const {
+    check(name, numbers);
+    std::vector<Index> read(numbers.size());
+    copy(tensors_.at(name), read.data());
+    std::copy(read.begin(), read.end(), numbers.begin());
+  }
+
+  /// Overwrites every parameter of a module by the tensor of its name, after `prefix`. All are read
+  /// first, so if one is missing or of another type or shape, or the file cannot be read any more,
+  /// std::runtime_error names it and the module is what it was. Tensors that the module has no use
+  /// for are left alone; gradients too.
+  template <class Module>
+  void read_parameters(Module& module, const std::string& prefix = {}) const {
+    detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
+      check(prefix + name.string(), parameter.value);
+    });
+    std::vector<Matrix<float>> floats;  // a module may have parameters of both types
+    std::vector<Matrix<double>> doubles;
+    const auto of_type = [&]<class Scalar>(const Parameter<Scalar>&) -> auto& {
+      if constexpr (std::is_same_v<Scalar, float>) {
+        return floats;
+      } else {
+        return doubles;
+      }
+    };
+    detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
+      auto& value = of_type(parameter).emplace_back(parameter.value.rows(), parameter.value.cols());
+      copy(tensors_.at(prefix + name.string()), value.data());
+    });
+    auto next_float = floats.begin();
+    auto next_double = doubles.begin();
+    detail::walk_parameters(module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
+      if constexpr (std::is_same_v<Scalar, float>) {
+        p.value = std::move(*next_float++);
+      } else {
+        p.value = std::move(*next_double++);
+      }
+    });
+  }
+
+ private:
+  template <class... Parts>
+  void require(bool condition, const Parts&... parts) const {
+    detail::require_file(condition, path_, parts...);
+  }
+
+  const Tensor& find(const std::string& name, std::string_view type,
+                     const std::vector<std::uint64_t>& shape) const {
+    const auto found = tensors_.find(name);
+    require(found != tensors_.end(), "has no ", detail::tensor_named(name));
+    const Tensor& tensor = found->second;
+    require(tensor.type == type, detail::tensor_named(name), " is ", detail::plain(tensor.type),
+            ", needed is ", type);
+    require(tensor.shape == shape, detail::tensor_named(name), " has shape ",
+            detail::to_string(tensor.shape), ", needed is ", detail::to_string(shape));
+    return tensor;
+  }
+
+  void copy(const Tensor& tensor, void* to) const {
+    file_->read(data_begin_ + tensor.begin, to, tensor.end - tensor.begin);
+  }
+
+  std::string path_;
+  std::shared_ptr<const detail::InputFile> file_;
+  std::map<std::string, Tensor> tensors_;
+  std::map<std::string, std::string> metadata_;
+  std::uint64_t data_begin_ = 0;
+};
+
+}  // namespace moe

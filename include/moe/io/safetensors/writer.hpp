@@ -1,0 +1,148 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moe/io/safetensors/atomic_file.hpp"
+#include "moe/io/safetensors/entry.hpp"
+#include "moe/io/safetensors/header.hpp"
+#include "moe/parameter.hpp"
+
+namespace moe {
+
+/// Collects tensors and writes them to a file.
+///
+///     moe::SafetensorsWriter writer;
+///     writer.add_parameters(model);
+///     writer.set_metadata("step", "1000");
+///     writer.write("model.safetensors");
+///
+/// Tensors are not copied: they must live and stay unchanged until write(). In the file those of
+/// larger elements come first, so that each is aligned.
+class SafetensorsWriter {
+ public:
+  /// A matrix of float (F32) or double (F64). Throws std::invalid_argument if the name is taken or
+  /// is "__metadata__", which the format keeps for itself.
+  template <class Scalar>
+  void add(const std::string& name, const Matrix<Scalar>& matrix) {
+    add(name, detail::element_type<Scalar>(), detail::shape_of(matrix), matrix.data(),
+        static_cast<std::size_t>(matrix.size()) * sizeof(Scalar));
+  }
+  template <class Scalar>
+  void add(const std::string& name, Matrix<Scalar>&& matrix) = delete;  // would be gone by write()
+
+  /// Whole numbers (I64), in one dimension.
+  void add(const std::string& name, std::span<const Index> numbers) {
+    add(name, detail::element_type<Index>(), {numbers.size()}, numbers.data(),
+        numbers.size_bytes());
+  }
+
+  void add(const std::string& name, std::vector<Index>&& numbers) = delete;
+
+  /// Every parameter of a module by its name, after `prefix`.
+  template <class Module>
+  void add_parameters(const Module& module, const std::string& prefix = {}) {
+    for_each_parameter(module, [&](const ParameterName& name, const auto& parameter) {
+      add(prefix + name.string(), parameter.value);
+    });
+  }
+
+  template <class Module>
+  void add_parameters(const Module&& module, const std::string& prefix = {}) = delete;
+
+  void set_metadata(const std::string& key, const std::string& text) { metadata_[key] = text; }
+
+  /// Writes the file beside its place, flushes it and renames it: whatever happens, there is either
+  /// the whole new file or the old one, and after an exception the old one. A file that is replaced
+  /// hands on its permissions, and its owner and group where the system permits it; a new one gets
+  /// what the umask leaves. Temporaries of this path that killed processes left are removed.
+  ///
+  /// Throws std::runtime_error, which says why, if the file cannot be written or if something else
+  /// than a file has its name (a directory, a device, a FIFO, a socket, or a symbolic link to
+  /// these; any other link is replaced, not followed), and std::invalid_argument for names or
+  /// metadata that are no UTF-8.
+  void write(const std::string& path) const {
+    std::vector<const Entry*> order;
+    for (const Entry& entry : entries_) order.push_back(&entry);
+    std::stable_sort(order.begin(), order.end(), [](const Entry* a, const Entry* b) {
+      return detail::element_bits(a->type) > detail::element_bits(b->type);
+    });
+    const std::string header = make_header(order);
+    detail::require(header.size() <= detail::longest_header, "SafetensorsWriter: a header of ",
+                    header.size(), " bytes, more than a file may have");
+    const std::uint64_t length = header.size();
+    detail::AtomicFile file(path);
+    file.write(&length, sizeof(length));
+    file.write(header.data(), header.size());
+    for (const Entry* entry : order) file.write(entry->data, entry->size);
+    file.commit();
+  }
+
+ private:
+  struct Entry {
+    std::string name;
+    std::string_view type;
+    std::vector<std::uint64_t> shape;
+    const void* data;
+    std::size_t size;
+  };
+
+  void add(const std::string& name, std::string_view type, std::vector<std::uint64_t> shape,
+           const void* data, std::size_t size) {
+    entries_.push_back({name, type, std::move(shape), data, size});
+    try {
+      detail::require(name != "__metadata__" && names_.insert(name).second,
+                      "SafetensorsWriter: ", detail::tensor_named(name), " is there already");
+    } catch (...) {
+      entries_.pop_back();
+      throw;
+    }
+  }
+
+  std::string make_header(const std::vector<const Entry*>& order) const {
+    std::string text = "{";
+    if (!metadata_.empty()) {
+      text += quoted_json("__metadata__") + ":{";
+      for (const auto& [key, value] : metadata_) {
+        if (text.back() != '{') text += ',';
+        text += quoted_json(key) + ':' + quoted_json(value);
+      }
+      text += '}';
+    }
+    std::size_t offset = 0;
+    for (const Entry* entry : order) {
+      if (text.size() > 1) text += ',';
+      text += quoted_json(entry->name) + ":{\"dtype\":\"" + std::string(entry->type) +
+              "\",\"shape\":" + detail::to_string(entry->shape) +
+              ",\"data_offsets\":" + detail::to_string({offset, offset + entry->size}) + '}';
+      offset += entry->size;
+    }
+    text += '}';
+    // Spaces, so that the tensors start where a file mapped into memory may be read as numbers.
+    text.append((8 - text.size() % 8) % 8, ' ');
+    return text;
+  }
+
+  static std::string quoted_json(const std::string& text) {
+    try {
+      return nlohmann::json(text).dump();
+    } catch (const nlohmann::json::exception& error) {
+      detail::fail({detail::Part("SafetensorsWriter: "), detail::Part(error.what())});
+    }
+  }
+
+  std::vector<Entry> entries_;
+  std::set<std::string> names_;
+  std::map<std::string, std::string> metadata_;
+};
+
+}  // namespace moe

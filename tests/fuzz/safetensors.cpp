@@ -1,0 +1,59 @@
+// What libFuzzer makes of SafetensorsFile: any bytes are a file that is read whole or refused with
+// std::runtime_error, and nothing else happens (tests/fuzz/run.sh).
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "moe/io/safetensors.hpp"
+
+namespace {
+
+void require(bool condition) {
+  if (!condition) std::abort();
+}
+
+template <class Scalar>
+void read_matrix(const moe::SafetensorsFile& file, const std::string& name,
+                 const moe::SafetensorsFile::Tensor& tensor) {
+  if (tensor.type != moe::detail::element_type<Scalar>() || tensor.shape.size() != 2) return;
+  // Sizes beside a zero can be anything.
+  if (tensor.begin == tensor.end) return;
+  moe::Matrix<Scalar> matrix(static_cast<moe::Index>(tensor.shape[0]),
+                             static_cast<moe::Index>(tensor.shape[1]));
+  file.read(name, matrix);
+}
+
+void read_file(const std::string& path, std::size_t size) {
+  const moe::SafetensorsFile file(path);
+  std::uint64_t bytes = 0;
+  for (const auto& [name, tensor] : file.tensors()) {
+    require(tensor.begin <= tensor.end && tensor.end <= size);
+    bytes += tensor.end - tensor.begin;
+    read_matrix<float>(file, name, tensor);
+    read_matrix<double>(file, name, tensor);
+    if (tensor.type == "I64" && tensor.shape.size() == 1) {
+      std::vector<moe::Index> numbers(tensor.shape[0]);
+      file.read(name, numbers);
+    }
+  }
+  require(bytes + 8 + 2 <= size);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  static const int descriptor = memfd_create("safetensors", 0);
+  static const std::string path = "/proc/self/fd/" + std::to_string(descriptor);
+  require(ftruncate(descriptor, 0) == 0);
+  require(pwrite(descriptor, data, size, 0) == static_cast<ssize_t>(size));
+  try {
+    read_file(path, size);
+  } catch (const std::runtime_error&) {
+  }
+  return 0;
+}
