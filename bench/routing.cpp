@@ -73,7 +73,7 @@ void share_forward_backward(benchmark::State& state) { share(state, true); }
 void gate_forward_backward(benchmark::State& state) {
   bench::use_threads(1);
   const bench::Shape shape = gate_only(bench::shape_of(state));
-  Gate gate({.width = shape.width, .experts = shape.experts, .active = shape.active});
+  Gate gate({.width = shape.width, .experts = shape.experts, .active = shape.active}, 0);
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   const std::vector<float> dweight(static_cast<std::size_t>(shape.slots()), 0.1f);
   Gate::Tape tape;

@@ -13,9 +13,11 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   endif()
 endif()
 
-# Clang tells of what is marked unused and used all the same, as functions of Eigen are.
+# Clang tells of what is marked unused and used all the same, as functions of Eigen are. Examples hand
+# formats on.
 if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-  target_compile_options(moe_developer INTERFACE -Wused-but-marked-unused -Wformat=2)
+  target_compile_options(moe_developer INTERFACE
+    -Wused-but-marked-unused -Wformat=2 -Wno-format-nonliteral)
 endif()
 
 if(MOE_WARNINGS_AS_ERRORS)

@@ -59,7 +59,7 @@ class AdaptiveSoftmax {
     Matrix dx;
   };
 
-  explicit AdaptiveSoftmax(const Config& config, std::uint64_t seed = 0)
+  AdaptiveSoftmax(const Config& config, std::uint64_t seed)
       : vocabulary_(config.vocabulary), starts_(starts_of(config)), head_(head_of(config, seed)) {
     Index width = config.width;
     for (std::size_t i = 0; i + 2 < starts_.size(); ++i) {

@@ -33,7 +33,7 @@ class Recurrent {
     typename Linear::Tape projection;
   };
 
-  explicit Recurrent(const Config& config, std::uint64_t seed = 0)
+  Recurrent(const Config& config, std::uint64_t seed)
       : config_(config), lstm_({.inputs = config.width, .hidden = config.hidden}, seed) {
     if (config.hidden != config.width) {
       projection_.emplace(
@@ -99,7 +99,7 @@ class RecurrentStack {
     moe::Balance<Scalar> balance;  ///< of no experts
   };
 
-  RecurrentStack(const Config& config, Index width, std::uint64_t seed = 0) {
+  RecurrentStack(const Config& config, Index width, std::uint64_t seed) {
     for (Index i = 0; i < config.layers; ++i) {
       layers_.emplace_back(typename Layer::Config{.width = width, .hidden = config.hidden},
                            moe::derive_seed(seed, static_cast<std::uint64_t>(i)));

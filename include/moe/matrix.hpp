@@ -1,11 +1,13 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "moe/config.hpp"
@@ -41,6 +43,26 @@ template <class Scalar>
 using MatrixView = Eigen::Map<Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
 template <class Scalar>
 using ConstMatrixView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+/// Ids, targets or other whole numbers that are only read: a vector, array or span of Index. One of
+/// another integer type, whose memory is laid out otherwise, gets a message of the compiler.
+class IndexSpan : public std::span<const Index> {
+ public:
+  using std::span<const Index>::span;
+  IndexSpan(std::span<const Index> numbers)  // NOLINT(google-explicit-constructor)
+      : std::span<const Index>(numbers) {}
+
+  template <class Numbers>
+  requires requires(const Numbers& numbers) {
+    requires std::integral<typename decltype(std::span(numbers))::value_type>;
+    requires !std::convertible_to<const Numbers&, std::span<const Index>>;
+  }
+  IndexSpan(const Numbers&) {  // NOLINT(google-explicit-constructor)
+    static_assert(std::is_void_v<Numbers>,
+                  "ids and targets are of type moe::Index (std::ptrdiff_t): make them a "
+                  "std::vector<moe::Index>, not one of int or another integer");
+  }
+};
 
 /// `count` things from `first` on: rows, or columns, that a task computes.
 struct Range {

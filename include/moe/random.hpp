@@ -49,6 +49,18 @@ constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> count
   return {one[0][0], one[1][0], one[2][0], one[3][0]};
 }
 
+/// A seed that must be given. What is made of equal seeds starts with equal numbers and draws equal
+/// noise, so a default would make twins of any two layers whose configuration left it out. (Nor does
+/// a counter stand in: a layer's numbers would depend on what the program made before it.)
+class Seed {
+ public:
+  constexpr Seed(std::uint64_t number) : number_(number) {}  // NOLINT(google-explicit-constructor)
+  constexpr operator std::uint64_t() const { return number_; }
+
+ private:
+  std::uint64_t number_;
+};
+
 /// A seed for part `stream` of something that was seeded with `seed`; different streams are
 /// independent. A model derives one seed a module from its own.
 constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {

@@ -46,7 +46,7 @@ TEST_CASE("custom gate: gradients of a layer agree with differences", "[examples
 }
 
 TEST_CASE("custom gate: NaN goes through, and no expert is too few", "[examples][custom_gate]") {
-  Layer layer({.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4}});
+  Layer layer({.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4}, .seed = 0});
   Matrix<double> x = random_matrix(3, 3, 2);
   x(1, 0) = std::nan("");
   const Matrix<double> y = layer.evaluate(x);

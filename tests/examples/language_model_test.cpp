@@ -138,7 +138,7 @@ TEST_CASE("language model: two stacked LSTMs are each added to their input",
   const moe::Matrix<double> last = between + second.evaluate(between, second_state, second_tape);
   CHECK((x + stack.evaluate(x, state, tape) - last).cwiseAbs().maxCoeff() < 1e-15);
   CHECK(first.operations() == (4 + 5) * 4 * 5 + 5 * 4);
-  CHECK(Recurrent<double>({.width = 4, .hidden = 4}).operations() == (4 + 4) * 4 * 4);
+  CHECK(Recurrent<double>({.width = 4, .hidden = 4}, 0).operations() == (4 + 4) * 4 * 4);
 }
 
 TEST_CASE("language model: the study's models of table 7 cost the same",

@@ -32,7 +32,7 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
   INFO("D " << config.width << ", H " << config.hidden << ", activation "
             << static_cast<int>(config.activation) << ", gated " << config.gated << ", n " << n
             << ", weights times " << weights << ", x times " << inputs);
-  FeedForward<double> network(config);
+  FeedForward<double> network(config, 0);
   Matrix<double> x;
   const Matrix<double> dy = random_matrix(n, config.width, 41);
   Matrix<double> weight = random_matrix(1, n, 42);
@@ -94,6 +94,24 @@ TEST_CASE("feed forward: gradients are derivatives at every scale", "[experts]")
   }
 }
 
+TEST_CASE("feed forward: a weight's gradient is output times dy, over several panels of H",
+          "[experts]") {
+  for (const bool gated : {false, true}) {
+    for (const Index hidden : {40, 70, 300}) {
+      INFO("H " << hidden << ", gated " << gated);
+      FeedForward<double> network({.width = 3, .hidden = hidden, .gated = gated}, 1);
+      const Matrix<double> x = random_matrix(6, 3, 2);
+      const Matrix<double> dy = random_matrix(6, 3, 3);
+      const test::Passes<double> passes = pass(network, x, dy, Matrix<double>::Ones(1, 6).eval());
+      const Matrix<double> y = evaluate(network, x);
+      for (Index i = 0; i < 6; ++i) {
+        CHECK_THAT(passes.dweight(0, i),
+                   Catch::Matchers::WithinAbs(y.row(i).dot(dy.row(i)), 1e-12));
+      }
+    }
+  }
+}
+
 TEST_CASE("feed forward: gradients are derivatives at every size", "[experts]") {
   for (const bool gated : {false, true}) {
     for (const Index width : {1, 9}) {
@@ -111,7 +129,7 @@ TEST_CASE("feed forward: gradients are derivatives at every size", "[experts]") 
 TEST_CASE("feed forward: a small network worked by hand", "[experts]") {
   // x = (1, 2), W_1 = (1 -1; 1 1), b_1 = (0, -2): pre = (3, -1), ReLU gives a = (3, 0).
   // W_2 = (2 0; 5 7), b_2 = (1, -1): y = (6, 0) + (1, -1) = (7, -1).
-  FeedForward<double> network({.width = 2, .hidden = 2});
+  FeedForward<double> network({.width = 2, .hidden = 2}, 0);
   std::vector<Matrix<double>> values(4);
   values[0] = Matrix<double>{{1, -1}, {1, 1}};
   values[1] = Matrix<double>{{0, -2}};
@@ -142,7 +160,7 @@ TEST_CASE("feed forward: a small gated network worked by hand", "[experts]") {
   // x = (1, 2): x·W_1 = 3 by W_1 = (1; 1), x·W_3 = -2 by W_3 = (0; -1); a = 3·(-2) = -6 with
   // the identity; y = a·W_2 = (-6, -12) by W_2 = (1 2).
   FeedForward<double> network(
-      {.width = 2, .hidden = 1, .activation = Activation::identity, .gated = true});
+      {.width = 2, .hidden = 1, .activation = Activation::identity, .gated = true}, 0);
   const std::map<std::string, Matrix<double>> values{{"gate.weight", Matrix<double>{{1}, {1}}},
                                                      {"up.weight", Matrix<double>{{0}, {-1}}},
                                                      {"down.weight", Matrix<double>{{1, 2}}}};
@@ -177,12 +195,12 @@ TEST_CASE("feed forward: parameters have their names and shapes in order", "[exp
     return list;
   };
   CHECK(
-      shapes(FeedForward<float>({.width = 3, .hidden = 5})) ==
+      shapes(FeedForward<float>({.width = 3, .hidden = 5}, 0)) ==
       std::vector<std::string>{"up.weight 3x5", "up.bias 1x5", "down.weight 5x3", "down.bias 1x3"});
-  CHECK(shapes(FeedForward<float>({.width = 3, .hidden = 5, .gated = true})) ==
+  CHECK(shapes(FeedForward<float>({.width = 3, .hidden = 5, .gated = true}, 0)) ==
         std::vector<std::string>{"gate.weight 3x5", "up.weight 3x5", "down.weight 5x3"});
-  CHECK(FeedForward<float>({.width = 3, .hidden = 5}).tape_width() == 5);
-  CHECK(FeedForward<float>({.width = 3, .hidden = 5, .gated = true}).tape_width() == 10);
+  CHECK(FeedForward<float>({.width = 3, .hidden = 5}, 0).tape_width() == 5);
+  CHECK(FeedForward<float>({.width = 3, .hidden = 5, .gated = true}, 0).tape_width() == 10);
 }
 
 TEMPLATE_TEST_CASE("feed forward: weights start uniform within one over the root of the inputs",
@@ -320,14 +338,14 @@ TEMPLATE_TEST_CASE("feed forward: the halves give the same bits in any split", "
 }
 
 TEST_CASE("feed forward: a bad configuration is refused with its field and number", "[experts]") {
-  CHECK_THROWS_AS(FeedForward<float>({.width = 0, .hidden = 1}), std::invalid_argument);
-  CHECK_THROWS_WITH(FeedForward<float>({.width = 0, .hidden = 1}),
+  CHECK_THROWS_AS(FeedForward<float>({.width = 0, .hidden = 1}, 0), std::invalid_argument);
+  CHECK_THROWS_WITH(FeedForward<float>({.width = 0, .hidden = 1}, 0),
                     "moe: FeedForward::Config.width = 0, must be at least 1");
-  CHECK_THROWS_WITH(FeedForward<float>({.width = -2, .hidden = 1}),
+  CHECK_THROWS_WITH(FeedForward<float>({.width = -2, .hidden = 1}, 0),
                     "moe: FeedForward::Config.width = -2, must be at least 1");
-  CHECK_THROWS_WITH(FeedForward<double>({.width = 1, .hidden = 0}),
+  CHECK_THROWS_WITH(FeedForward<double>({.width = 1, .hidden = 0}, 0),
                     "moe: FeedForward::Config.hidden = 0, must be at least 1");
-  CHECK_THROWS_WITH(FeedForward<double>({.width = 1, .hidden = -1}),
+  CHECK_THROWS_WITH(FeedForward<double>({.width = 1, .hidden = -1}, 0),
                     "moe: FeedForward::Config.hidden = -1, must be at least 1");
-  CHECK_NOTHROW(FeedForward<float>({.width = 1, .hidden = 1}));
+  CHECK_NOTHROW(FeedForward<float>({.width = 1, .hidden = 1}, 0));
 }

@@ -27,6 +27,21 @@ TEMPLATE_TEST_CASE("softmax of a row: equals the formula at every length", "[ker
   }
 }
 
+TEMPLATE_TEST_CASE("softmax of a row: the largest value counts wherever it stands", "[kernels]",
+                   float, double) {
+  for (Index count = 1; count <= 40; ++count) {
+    for (Index place = 0; place < count; ++place) {
+      INFO(count << " values, the largest at " << place);
+      Matrix<TestType> x = Matrix<TestType>::Constant(1, count, -1);
+      x(0, place) = 1000;  // e to the 1001 overflows
+      const auto row = detail::softmax_row<TestType>(count, x.data(), nullptr);
+      CHECK(row.shift == 1000);
+      CHECK(row.sum == 1);
+      CHECK(detail::largest(count, x.data()) == 1000);
+    }
+  }
+}
+
 TEST_CASE("softmax of a row: the gradient, worked by hand", "[kernels]") {
   // softmax(log 1, log 3) = (1/4, 3/4); with weight 2 of 4 losses: (1/2)·(1/4, 3/4 - 1).
   Matrix<double> x{{0.0, std::log(3.0)}};

@@ -985,7 +985,7 @@ TEST_CASE("layer: a user's network and gate go together", "[layer]") {
 TEST_CASE("layer: a gate's faulty routing is refused", "[layer]") {
   using Broken = MoELayer<Expert<SineMap, double>, BrokenGate>;
   const auto refuse = [](auto&& spoil, const std::string& message) {
-    Broken::Config config{.width = 3};
+    Broken::Config config{.width = 3, .seed = 0};
     config.gate.experts = 3;
     spoil(config.gate);
     Broken layer(config);
@@ -1024,11 +1024,15 @@ TEST_CASE("layer: the documented spelling compiles and names its parameters in o
                                                  "experts.1.up.weight", "experts.1.up.bias",
                                                  "experts.1.down.weight", "experts.1.down.bias"});
   moe::MoELayer<moe::Expert<moe::FeedForward, double>> gated(
-      {.width = 3, .expert = {.hidden = 4, .gated = true}, .gate = {.experts = 1, .active = 1}});
+      {.width = 3,
+       .expert = {.hidden = 4, .gated = true},
+       .gate = {.experts = 1, .active = 1},
+       .seed = 0});
   CHECK(names(gated) == std::vector<std::string>{"gate.weight", "gate.noise_weight",
                                                  "experts.0.gate.weight", "experts.0.up.weight",
                                                  "experts.0.down.weight"});
-  MoELayer<Expert<SineMap, double>, HashGate> plugged({.width = 3, .gate = {.experts = 1}});
+  MoELayer<Expert<SineMap, double>, HashGate> plugged(
+      {.width = 3, .gate = {.experts = 1}, .seed = 0});
   CHECK(names(plugged) == std::vector<std::string>{"gate.strength", "experts.0.w"});
 }
 
@@ -1046,7 +1050,8 @@ TEST_CASE("layer: experts start apart and the seed decides how", "[layer]") {
 
 TEST_CASE("layer: a bad configuration is refused with its field and numbers", "[layer]") {
   const auto refuse = [](auto&& spoil, const std::string& message) {
-    Config<float> config{.width = 4, .expert = {.hidden = 3}, .gate = {.experts = 6, .active = 2}};
+    Config<float> config{
+        .width = 4, .expert = {.hidden = 3}, .gate = {.experts = 6, .active = 2}, .seed = 0};
     CHECK_NOTHROW(Layer<float>(config));
     spoil(config);
     CHECK_THROWS_AS(Layer<float>(config), std::invalid_argument);
@@ -1065,9 +1070,10 @@ TEST_CASE("layer: a bad configuration is refused with its field and numbers", "[
          "moe: NoisyTopKGate::Config.active = 7, must be from 1 to experts = 6");
   CHECK_NOTHROW(Layer<float>({.width = 4,
                               .expert = {.width = 4, .hidden = 3},
-                              .gate = {.width = 4, .experts = 6, .active = 2}}));
+                              .gate = {.width = 4, .experts = 6, .active = 2},
+                              .seed = 0}));
   using Hashed = MoELayer<Expert<SineMap, double>, HashGate>;
-  CHECK_THROWS_WITH(Hashed({.width = 3, .gate = {.experts = 0}}),
+  CHECK_THROWS_WITH(Hashed({.width = 3, .gate = {.experts = 0}, .seed = 0}),
                     "moe: MoELayer: the gate has 0 experts, must be at least 1");
 }
 
@@ -1198,7 +1204,8 @@ struct CarelessGate {
 }  // namespace
 
 TEST_CASE("layer: forward and backward may run on different numbers of threads", "[layer]") {
-  Layer<float> layer({.width = 5, .expert = {.hidden = 8}, .gate = {.experts = 9, .active = 2}});
+  Layer<float> layer(
+      {.width = 5, .expert = {.hidden = 8}, .gate = {.experts = 9, .active = 2}, .seed = 0});
   test::randomize(layer, 1);
   const Matrix<float> x = random_matrix<float>(90, 5, 2);
   const auto gradients = [&](int forward_threads, int backward_threads) {
@@ -1262,7 +1269,7 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
   const Matrix<float> x = random_matrix<float>(6, 3, 1);
   Careless::Tape tape;
 
-  Careless forgetful({.width = 3, .expert = {.hidden = 4}, .gate = {.keeps_x = false}});
+  Careless forgetful({.width = 3, .expert = {.hidden = 4}, .gate = {.keeps_x = false}, .seed = 0});
   CHECK_THROWS_WITH(forgetful.forward(x, tape),
                     "moe: MoELayer: the gate left a tape.x of 0 x 0 for an x of 6 x 3");
   CHECK_THROWS_AS(forgetful.backward(x, tape), std::invalid_argument);
@@ -1274,7 +1281,7 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
   }
 
   // A gate without a gradient need not touch tape.dx: it comes as zeros.
-  Careless layer({.width = 3, .expert = {.hidden = 4}});
+  Careless layer({.width = 3, .expert = {.hidden = 4}, .seed = 0});
   layer.forward(x, tape);
   const Matrix<float> first = layer.backward(x, tape);
   CHECK(first.rows() == 6);
@@ -1282,11 +1289,12 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
 }
 
 TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
-  Layer<float> few({.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}});
+  Layer<float> few(
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}, .seed = 0});
   const Layer<float> many(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 8, .active = 1}});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 8, .active = 1}, .seed = 0});
   const Layer<float> deep(
-      {.width = 3, .expert = {.hidden = 9}, .gate = {.experts = 2, .active = 1}});
+      {.width = 3, .expert = {.hidden = 9}, .gate = {.experts = 2, .active = 1}, .seed = 0});
   const Matrix<float> x = random_matrix<float>(6, 3, 1);
   Layer<float>::Tape tape;
   many.forward(x, tape);
@@ -1299,8 +1307,9 @@ TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
   // Rows of 256 numbers take the room of 272.
   REQUIRE(detail::spread_width<float>(256) == detail::spread_width<float>(272));
   const Layer<float> spread(
-      {.width = 3, .expert = {.hidden = 256}, .gate = {.experts = 2, .active = 1}});
-  Layer<float> wide({.width = 3, .expert = {.hidden = 272}, .gate = {.experts = 2, .active = 1}});
+      {.width = 3, .expert = {.hidden = 256}, .gate = {.experts = 2, .active = 1}, .seed = 0});
+  Layer<float> wide(
+      {.width = 3, .expert = {.hidden = 272}, .gate = {.experts = 2, .active = 1}, .seed = 0});
   spread.forward(x, tape);
   CHECK_THROWS_AS(wide.backward(x, tape), std::invalid_argument);
 }
@@ -1320,8 +1329,9 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
   };
   {
     const Layer<float> other(
-        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}});
-    Layer<float> layer({.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 1}});
+        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}, .seed = 0});
+    Layer<float> layer(
+        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 1}, .seed = 0});
     check(other, layer);
   }
   {
@@ -1329,7 +1339,8 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
     Hierarchical::Config config{
         .width = 3,
         .expert = {.hidden = 4},
-        .gate = {.groups = 4, .group_experts = 2, .active_groups = 1, .active = 1}};
+        .gate = {.groups = 4, .group_experts = 2, .active_groups = 1, .active = 1},
+        .seed = 0};
     const Hierarchical other(config);
     config.gate.groups = 2;
     config.gate.group_experts = 4;
@@ -1340,7 +1351,8 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
     using Shared = MoELayer<Expert<FeedForward>, SharedExpertGate<NoisyTopKGate<float>>>;
     Shared::Config config{.width = 3,
                           .expert = {.hidden = 4},
-                          .gate = {.shared = 1, .routed = {.experts = 4, .active = 2}}};
+                          .gate = {.shared = 1, .routed = {.experts = 4, .active = 2}},
+                          .seed = 0};
     const Shared other(config);
     config.gate.routed.active = 1;
     Shared layer(config);
@@ -1351,8 +1363,11 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
 TEST_CASE("layer: an activation outside its enumeration is refused", "[layer]") {
   const auto unknown = static_cast<Activation>(99);
   const std::string is = " = 99, must be one of the 7 activations";
-  Config<float> config{
-      .width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}, .output = unknown};
+  Config<float> config{.width = 3,
+                       .expert = {.hidden = 4},
+                       .gate = {.experts = 2, .active = 1},
+                       .output = unknown,
+                       .seed = 0};
   CHECK_THROWS_WITH(Layer<float>(config), "moe: MoELayer::Config.output" + is);
   config.output = Activation::identity;
   config.expert.activation = unknown;

@@ -43,17 +43,18 @@ TEST_CASE("config fields: every number, flag and enumerator in order", "[mpi]") 
 
 TEST_CASE("config fields: every field of every gate and layer counts", "[mpi]") {
   using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<SoftmaxTopKGate<float>>>;
-  const Layer::Config config;
+  const Layer::Config config{.seed = 1};
   // Width; the expert's five; the gate's three and its routed one's 24; output and seed.
   CHECK(fields_of(config).size() == 1 + 5 + 3 + detail::field_count<SoftmaxTopKConfig>() + 2);
-  Layer::Config other;
+  Layer::Config other{.seed = 1};
   other.gate.routed.deviation = 0.03;  // the last one
   CHECK(fields_of(config) != fields_of(other));
-  other = {};
+  other = {.seed = 1};
   other.expert.recompute = true;
   CHECK(fields_of(config) != fields_of(other));
-  other = {};
+  other = {.seed = 1};
   other.gate.routed.place_order = PlaceOrder::first_choices;
   CHECK(fields_of(config) != fields_of(other));
-  CHECK(fields_of(config) == fields_of(Layer::Config{}));
+  CHECK(fields_of(config) != fields_of(Layer::Config{.seed = 2}));
+  CHECK(fields_of(config) == fields_of(Layer::Config{.seed = 1}));
 }

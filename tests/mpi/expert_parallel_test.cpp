@@ -302,7 +302,8 @@ TEST_CASE("expert parallel: the groups of a hierarchical gate are placed togethe
   const mpi::ExpertParallel<Layer<HierarchicalGate<double>>> layer(
       {.width = 6,
        .expert = {.hidden = 4},
-       .gate = {.groups = 3, .group_experts = 4, .active_groups = 2, .active = 2}},
+       .gate = {.groups = 3, .group_experts = 4, .active_groups = 2, .active = 2},
+       .seed = 0},
       communicator);
   for (int r = 0; r <= communicator.size(); ++r) CHECK(layer.placement().first(r) % 4 == 0);
 }

@@ -80,20 +80,20 @@ TEST_CASE("dropout: keeps the mean and drops at the rate", "[nn][dropout]") {
 TEST_CASE("dropout: identity in evaluation and at rate 0", "[nn][dropout]") {
   const Matrix<float> x = random_matrix<float>(5, 9, 1);
   Dropout<float>::Tape tape;
-  CHECK(test::same_bits(Dropout<float>({.rate = 0.5}).evaluate(x), x));
-  CHECK(test::same_bits(Dropout<float>({.rate = 0.5}).evaluate(x, tape), x));
-  CHECK(test::same_bits(Dropout<float>({}).forward(x, tape, {}), x));
-  CHECK(test::same_bits(Dropout<float>({}).backward(x, tape), x));
+  CHECK(test::same_bits(Dropout<float>({.rate = 0.5}, 0).evaluate(x), x));
+  CHECK(test::same_bits(Dropout<float>({.rate = 0.5}, 0).evaluate(x, tape), x));
+  CHECK(test::same_bits(Dropout<float>({}, 0).forward(x, tape, {}), x));
+  CHECK(test::same_bits(Dropout<float>({}, 0).backward(x, tape), x));
 }
 
 TEST_CASE("dropout: NaN is not hidden", "[nn][dropout]") {
   const Matrix<float> x = Matrix<float>::Constant(4, 9, std::numeric_limits<float>::quiet_NaN());
   Dropout<float>::Tape tape;
-  CHECK(Dropout<float>({.rate = 0.5}).forward(x, tape, {}).array().isNaN().all());
+  CHECK(Dropout<float>({.rate = 0.5}, 0).forward(x, tape, {}).array().isNaN().all());
 }
 
 TEST_CASE("dropout: no rows, no parameters", "[nn][dropout]") {
-  const Dropout<float> dropout({.rate = 0.5});
+  const Dropout<float> dropout({.rate = 0.5}, 0);
   Dropout<float>::Tape tape;
   CHECK(dropout.forward(Matrix<float>(0, 3), tape, {}).rows() == 0);
   CHECK(dropout.backward(Matrix<float>(0, 3), tape).cols() == 3);
@@ -101,12 +101,12 @@ TEST_CASE("dropout: no rows, no parameters", "[nn][dropout]") {
 }
 
 TEST_CASE("dropout: what is wrong is named", "[nn][dropout]") {
-  CHECK_THROWS_WITH(Dropout<float>({.rate = 1.0}),
+  CHECK_THROWS_WITH(Dropout<float>({.rate = 1.0}, 0),
                     "moe: Dropout::Config.rate = 1, must be in [0, 1)");
-  CHECK_THROWS_WITH(Dropout<float>({.rate = -0.5}),
+  CHECK_THROWS_WITH(Dropout<float>({.rate = -0.5}, 0),
                     "moe: Dropout::Config.rate = -0.5, must be in [0, 1)");
-  CHECK_THROWS_AS(Dropout<float>({.rate = std::nan("")}), std::invalid_argument);
-  const Dropout<float> dropout({.rate = 0.5});
+  CHECK_THROWS_AS(Dropout<float>({.rate = std::nan("")}, 0), std::invalid_argument);
+  const Dropout<float> dropout({.rate = 0.5}, 0);
   Dropout<float>::Tape tape;
   dropout.forward(Matrix<float>::Ones(4, 3), tape, {});
   CHECK_THROWS_WITH(dropout.backward(Matrix<float>::Ones(5, 3), tape),

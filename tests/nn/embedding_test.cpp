@@ -6,7 +6,7 @@ using namespace moe;
 using test::random_matrix;
 
 TEST_CASE("embedding: rows go out by id and gradients come back to them", "[nn][embedding]") {
-  Embedding<float> embedding({.vocabulary = 3, .width = 2});
+  Embedding<float> embedding({.vocabulary = 3, .width = 2}, 0);
   embedding.weight.value << 1, 2, 3, 4, 5, 6;
   const std::vector<Index> ids{2, 0, 2};
   Embedding<float>::Tape tape;
@@ -65,7 +65,7 @@ TEST_CASE("embedding: starts normal with the given deviation", "[nn][embedding]"
 }
 
 TEST_CASE("embedding: no tokens", "[nn][embedding]") {
-  Embedding<float> embedding({.vocabulary = 3, .width = 2});
+  Embedding<float> embedding({.vocabulary = 3, .width = 2}, 0);
   Embedding<float>::Tape tape;
   const Matrix<float>& y = embedding.forward({}, tape);
   CHECK(y.rows() == 0);
@@ -75,13 +75,13 @@ TEST_CASE("embedding: no tokens", "[nn][embedding]") {
 }
 
 TEST_CASE("embedding: what is wrong is named and changes nothing", "[nn][embedding]") {
-  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 0, .width = 1}),
+  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 0, .width = 1}, 0),
                     "moe: Embedding::Config.vocabulary = 0, must be at least 1");
-  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 1, .width = 0}),
+  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 1, .width = 0}, 0),
                     "moe: Embedding::Config.width = 0, must be at least 1");
-  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 1, .width = 1, .deviation = -1}),
+  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 1, .width = 1, .deviation = -1}, 0),
                     "moe: Embedding::Config.deviation = -1, must be finite and at least 0");
-  Embedding<float> embedding({.vocabulary = 3, .width = 2});
+  Embedding<float> embedding({.vocabulary = 3, .width = 2}, 0);
   Embedding<float>::Tape tape;
   const std::vector<Index> good{1, 2};
   embedding.forward(good, tape);
@@ -100,8 +100,8 @@ TEST_CASE("embedding: what is wrong is named and changes nothing", "[nn][embeddi
 }
 
 TEST_CASE("embedding: no backward after an evaluation or another's forward", "[nn][embedding]") {
-  Embedding<float> embedding({.vocabulary = 3, .width = 2});
-  const Embedding<float> larger({.vocabulary = 9, .width = 2});
+  Embedding<float> embedding({.vocabulary = 3, .width = 2}, 0);
+  const Embedding<float> larger({.vocabulary = 9, .width = 2}, 0);
   Embedding<float>::Tape tape;
   const Matrix<float> dy = Matrix<float>::Ones(1, 2);
   const char* const refused = "moe: Embedding::backward without a forward pass on this tape";

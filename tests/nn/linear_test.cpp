@@ -6,7 +6,7 @@ using namespace moe;
 using test::random_matrix;
 
 TEST_CASE("linear: worked by hand", "[nn][linear]") {
-  Linear<float> layer({.inputs = 2, .outputs = 3});
+  Linear<float> layer({.inputs = 2, .outputs = 3}, 0);
   layer.weight.value << 1, 2, 3, 4, 5, 6;
   layer.bias.value << 10, 20, 30;
   Matrix<float> x(1, 2);
@@ -83,12 +83,12 @@ TEST_CASE("linear: starts uniform in 1/sqrt(inputs), from the seed", "[nn][linea
 }
 
 TEST_CASE("linear: parameters", "[nn][linear]") {
-  CHECK(parameter_count(Linear<float>({.inputs = 3, .outputs = 2})) == 8);
-  CHECK(parameter_count(Linear<float>({.inputs = 3, .outputs = 2, .bias = false})) == 6);
+  CHECK(parameter_count(Linear<float>({.inputs = 3, .outputs = 2}, 0)) == 8);
+  CHECK(parameter_count(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}, 0)) == 6);
 }
 
 TEST_CASE("linear: no rows", "[nn][linear]") {
-  Linear<float> layer({.inputs = 3, .outputs = 2});
+  Linear<float> layer({.inputs = 3, .outputs = 2}, 0);
   Linear<float>::Tape tape;
   CHECK(layer.forward(Matrix<float>(0, 3), tape).rows() == 0);
   CHECK(layer.backward(Matrix<float>(0, 2), tape).cols() == 3);
@@ -96,12 +96,12 @@ TEST_CASE("linear: no rows", "[nn][linear]") {
 }
 
 TEST_CASE("linear: what is wrong is named and changes nothing", "[nn][linear]") {
-  CHECK_THROWS_AS(Linear<float>({.inputs = 0, .outputs = 1}), std::invalid_argument);
-  CHECK_THROWS_WITH(Linear<float>({.inputs = 0, .outputs = 1}),
+  CHECK_THROWS_AS(Linear<float>({.inputs = 0, .outputs = 1}, 0), std::invalid_argument);
+  CHECK_THROWS_WITH(Linear<float>({.inputs = 0, .outputs = 1}, 0),
                     "moe: Linear::Config.inputs = 0, must be at least 1");
-  CHECK_THROWS_WITH(Linear<float>({.inputs = 1, .outputs = -2}),
+  CHECK_THROWS_WITH(Linear<float>({.inputs = 1, .outputs = -2}, 0),
                     "moe: Linear::Config.outputs = -2, must be at least 1");
-  Linear<float> layer({.inputs = 3, .outputs = 2});
+  Linear<float> layer({.inputs = 3, .outputs = 2}, 0);
   Linear<float>::Tape tape;
   layer.forward(Matrix<float>::Ones(4, 3), tape);
   CHECK_THROWS_WITH(layer.forward(Matrix<float>::Ones(5, 2), tape),
@@ -115,7 +115,7 @@ TEST_CASE("linear: what is wrong is named and changes nothing", "[nn][linear]") 
 }
 
 TEST_CASE("linear: NaN stays in its row", "[nn][linear]") {
-  const Linear<float> layer({.inputs = 3, .outputs = 2});
+  const Linear<float> layer({.inputs = 3, .outputs = 2}, 0);
   Matrix<float> x = Matrix<float>::Ones(2, 3);
   x(0, 1) = std::numeric_limits<float>::quiet_NaN();
   const Matrix<float> y = layer.evaluate(x);

@@ -220,11 +220,11 @@ TEST_CASE("lstm: NaN stays in its sequence", "[nn][lstm]") {
 }
 
 TEST_CASE("lstm: what is wrong is named and changes nothing", "[nn][lstm]") {
-  CHECK_THROWS_WITH(LSTM<float>({.inputs = 0, .hidden = 1}),
+  CHECK_THROWS_WITH(LSTM<float>({.inputs = 0, .hidden = 1}, 0),
                     "moe: LSTM::Config.inputs = 0, must be at least 1");
-  CHECK_THROWS_WITH(LSTM<float>({.inputs = 1, .hidden = 0}),
+  CHECK_THROWS_WITH(LSTM<float>({.inputs = 1, .hidden = 0}, 0),
                     "moe: LSTM::Config.hidden = 0, must be at least 1");
-  LSTM<float> lstm({.inputs = 3, .hidden = 4});
+  LSTM<float> lstm({.inputs = 3, .hidden = 4}, 0);
   Tape<float> tape;
   State<float> state = lstm.initial_state(2);
   const auto ones = [](Index rows, Index columns) -> Matrix<float> {

@@ -8,7 +8,7 @@ using namespace moe;
 using test::random_matrix;
 
 TEST_CASE("adam: two updates worked by hand", "[optim][adam]") {
-  Linear<double> module({.inputs = 1, .outputs = 1, .bias = false});
+  Linear<double> module({.inputs = 1, .outputs = 1, .bias = false}, 0);
   double& w = module.weight.value(0, 0);
   double& g = module.weight.gradient()(0, 0);
   w = 1;
@@ -30,7 +30,7 @@ TEST_CASE("adam: two updates worked by hand", "[optim][adam]") {
 
 TEMPLATE_TEST_CASE("adam: the first update moves by the learning rate, however small the gradient",
                    "[optim][adam]", float, double) {
-  Linear<TestType> module({.inputs = 37, .outputs = 1, .bias = false});
+  Linear<TestType> module({.inputs = 37, .outputs = 1, .bias = false}, 0);
   for (Index i = 0; i < 37; ++i) {
     const double size = std::pow(10.0, static_cast<double>(-i % 4));
     module.weight.gradient()(i, 0) = static_cast<TestType>(i % 2 ? size : -size);
@@ -133,7 +133,7 @@ TEST_CASE("adam: what is wrong is named and changes nothing", "[optim][adam]") {
 }
 
 TEST_CASE("adam: a value of another shape than its gradient is refused", "[optim][adam]") {
-  Linear<float> module({.inputs = 2, .outputs = 3, .bias = false});
+  Linear<float> module({.inputs = 2, .outputs = 3, .bias = false}, 0);
   const char* const refused = "moe: weight is 5 x 3, its gradient 2 x 3";
   module.weight.value = Matrix<float>::Ones(5, 3);  // a checkpoint of another model
   Adam<float> adam;

@@ -12,7 +12,7 @@ namespace {
 
 /// Gradients 3 and 4 in two parameters, so the norm is 5.
 Linear<float> three_and_four() {
-  Linear<float> module({.inputs = 1, .outputs = 2});
+  Linear<float> module({.inputs = 1, .outputs = 2}, 0);
   module.weight.gradient() << 3, 0;
   module.bias.gradient() << 0, -4;
   return module;
@@ -35,7 +35,7 @@ TEST_CASE("gradient clipping: worked by hand", "[optim][gradient_clipping]") {
 
 TEMPLATE_TEST_CASE("gradient clipping: large modules, any number of threads",
                    "[optim][gradient_clipping]", float, double) {
-  Linear<TestType> module({.inputs = 701, .outputs = 503});
+  Linear<TestType> module({.inputs = 701, .outputs = 503}, 0);
   module.weight.gradient() = test::random_matrix<TestType>(701, 503, 1);
   const Matrix<TestType> gradient = module.weight.gradient();
   const double expected = gradient.template cast<double>().norm();
@@ -77,7 +77,7 @@ TEST_CASE("gradient clipping: a norm that is not finite leaves the gradients",
 }
 
 TEST_CASE("gradient clipping: nothing to clip", "[optim][gradient_clipping]") {
-  Linear<float> module({.inputs = 2, .outputs = 2});
+  Linear<float> module({.inputs = 2, .outputs = 2}, 0);
   CHECK(clip_gradients(module, 1.0) == 0);
   CHECK(module.weight.gradient().isZero(0));
 }

@@ -7,7 +7,7 @@ using namespace moe;
 
 TEST_CASE("parameter state: zeros of each shape, kept after the first call",
           "[optim][parameter_state]") {
-  const Linear<float> module({.inputs = 3, .outputs = 2});
+  const Linear<float> module({.inputs = 3, .outputs = 2}, 0);
   detail::ParameterState<float> state;
   state.match(module, "Test");
   CHECK(state[0].rows() == 3);
@@ -21,15 +21,16 @@ TEST_CASE("parameter state: zeros of each shape, kept after the first call",
 
 TEST_CASE("parameter state: another shape is named", "[optim][parameter_state]") {
   detail::ParameterState<float> state;
-  state.match(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}), "Test");
-  CHECK_THROWS_WITH(state.match(Linear<float>({.inputs = 2, .outputs = 3, .bias = false}), "Test"),
-                    "moe: Test::update: weight is 2 x 3, was 3 x 2 at the first update");
+  state.match(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}, 0), "Test");
+  CHECK_THROWS_WITH(
+      state.match(Linear<float>({.inputs = 2, .outputs = 3, .bias = false}, 0), "Test"),
+      "moe: Test::update: weight is 2 x 3, was 3 x 2 at the first update");
 }
 
 TEST_CASE("parameter state: more parameters than before are named too",
           "[optim][parameter_state]") {
   detail::ParameterState<float> state;
-  state.match(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}), "Test");
-  CHECK_THROWS_WITH(state.match(Linear<float>({.inputs = 3, .outputs = 2}), "Test"),
+  state.match(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}, 0), "Test");
+  CHECK_THROWS_WITH(state.match(Linear<float>({.inputs = 3, .outputs = 2}, 0), "Test"),
                     "moe: Test::update: the module has 2 parameters, had 1 at the first update");
 }

@@ -11,7 +11,7 @@ namespace {
 
 /// One weight, its gradient set by hand.
 Linear<double> scalar_module(double value) {
-  Linear<double> module({.inputs = 1, .outputs = 1, .bias = false});
+  Linear<double> module({.inputs = 1, .outputs = 1, .bias = false}, 0);
   module.weight.value(0, 0) = value;
   return module;
 }

@@ -115,6 +115,27 @@ TEST_CASE("rollout: rows and steps draw independently, and keys replay", "[reinf
   }
 }
 
+TEST_CASE("rollout: a reference beside the samples leaves them their dice", "[reinforce]") {
+  SmallPolicy<double> policy({.mixture = false});  // noise is by row
+  const std::vector<Index> inputs{0, 1, 0, 1, 0};
+  const std::vector<Reinforce<SmallPolicy<double>>::Reference> references(5, {1, 2});
+  Reinforce<SmallPolicy<double>> helper({.longest = 4, .samples = 2, .seed = 1});
+  Reinforce<SmallPolicy<double>>::Tape alone, beside;
+  helper.sample(policy, inputs, {.step = 1}, alone);
+  const auto reward = [](Index, std::span<const Index>, bool) { return 0.0; };
+  helper.add_gradients(policy, std::span<const Index>(inputs), std::span(references), reward,
+                       {.reinforce = 0.5}, {.step = 1}, beside);
+  REQUIRE(beside.rollout.samples == 3);
+  for (Index i = 0; i < 5; ++i) {
+    for (Index s = 0; s < 2; ++s) {
+      const auto one = alone.rollout.sequence(2 * i + s);
+      const auto other = beside.rollout.sequence(3 * i + s);
+      CHECK(std::vector<Index>(one.begin(), one.end()) ==
+            std::vector<Index>(other.begin(), other.end()));
+    }
+  }
+}
+
 TEST_CASE("rollout: who runs into the limit is flagged and gets no end", "[reinforce]") {
   FixedLogits policy{Matrix<double>::Zero(2, 3)};
   policy.table.row(0) << -50, 0, 0;  // never ends

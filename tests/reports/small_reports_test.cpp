@@ -1,9 +1,16 @@
 // Reports that are a line or two each.
 
+#include <array>
+#include <cmath>
+#include <span>
+#include <type_traits>
+#include <vector>
+
 #include "../support.hpp"
 #include "moe/moe.hpp"
 
 using namespace moe;
+using Catch::Matchers::WithinAbs;
 
 TEST_CASE("report: an optimizer is made from empty braces", "[reports]") {
   const Adam<float> adam({});
@@ -12,6 +19,31 @@ TEST_CASE("report: an optimizer is made from empty braces", "[reports]") {
   CHECK(sgd.config().momentum == 0);
   const FactoredAdam<float> factored({});
   CHECK(factored.config().beta2 == 0.999);
+}
+
+TEST_CASE("report: nothing that draws numbers is made without a seed", "[reports]") {
+  using Layer = MoELayer<Expert<FeedForward>>;
+  STATIC_REQUIRE_FALSE(std::is_default_constructible_v<Layer::Config>);
+  STATIC_REQUIRE(std::is_constructible_v<Linear<>, Linear<>::Config, int>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<Linear<>, Linear<>::Config>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<LSTM<>, LSTM<>::Config>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<Embedding<>, Embedding<>::Config>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<Dropout<>, Dropout<>::Config>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<FeedForward<>, FeedForward<>::Config>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<NoisyTopKGate<>, NoisyTopKGate<>::Config>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<SoftmaxTopKGate<>, SoftmaxTopKGate<>::Config>);
+}
+
+TEST_CASE("report: targets are any contiguous numbers of type Index", "[reports]") {
+  const SoftmaxCrossEntropy<> loss;
+  const Matrix<float> logits = Matrix<float>::Zero(2, 4);
+  const std::array<Index, 2> array{1, 2};
+  const std::vector<Index> vector{1, 2};
+  Index plain[] = {1, 2};
+  CHECK_THAT(loss.evaluate(logits, array), WithinAbs(std::log(4.0), 1e-6));
+  CHECK_THAT(loss.evaluate(logits, vector), WithinAbs(std::log(4.0), 1e-6));
+  CHECK_THAT(loss.evaluate(logits, plain), WithinAbs(std::log(4.0), 1e-6));
+  CHECK_THAT(loss.evaluate(logits, std::span(plain)), WithinAbs(std::log(4.0), 1e-6));
 }
 
 namespace {
@@ -24,7 +56,8 @@ Scalar weight_sum(double epsilon, Scalar logit) {
                                 .active = 2,
                                 .score = Score::sigmoid,
                                 .renormalise = true,
-                                .renormalise_epsilon = epsilon});
+                                .renormalise_epsilon = epsilon},
+                               0);
   for_each_parameter(gate, [](const std::string&, auto& p) { p.value.setOnes(); });
   const Routing<Scalar> routing = gate.evaluate(Matrix<Scalar>::Constant(1, 1, logit));
   return routing.weight[0] + routing.weight[1];

@@ -94,6 +94,23 @@ TEMPLATE_TEST_CASE("balance loss: figures worked by hand", "[routing]", float, d
   CHECK(Balance<TestType>{}.unused_experts() == 0);
 }
 
+TEST_CASE("balance loss: a copy has every figure, in the memory that is there", "[routing]") {
+  Balance<double> from;
+  from.loss = 3;
+  from.importance = Vector<double>{{1, 2}};
+  from.load = Vector<double>{{3, 4}};
+  from.tokens_per_expert = {5, 6};
+  Balance<double> to;
+  to.importance = Vector<double>{{7, 8}};
+  const double* memory = to.importance.data();
+  detail::copy_balance(from, to);
+  CHECK(to.loss == 3);
+  CHECK(to.importance == from.importance);
+  CHECK(to.importance.data() == memory);
+  CHECK(to.load == from.load);
+  CHECK(to.tokens_per_expert == from.tokens_per_expert);
+}
+
 TEMPLATE_TEST_CASE("balance loss: NaN is reported as NaN", "[routing]", float, double) {
   const double nan = std::nan("");
   CHECK(std::isnan(cv_squared(vector<TestType>({1, nan, 2}))));

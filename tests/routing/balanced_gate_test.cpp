@@ -175,7 +175,7 @@ TEMPLATE_TEST_CASE("balanced gate: three tokens and two experts worked by hand",
                    float, double) {
   using S = TestType;
   const auto near = [](double value) { return Catch::Matchers::WithinAbs(value, 1e-6); };
-  BalancedGate<S> gate({.width = 1, .experts = 3, .active = 1, .threshold_weight = 2});
+  BalancedGate<S> gate({.width = 1, .experts = 3, .active = 1, .threshold_weight = 2}, 0);
   const S ln2 = std::log(S{2});
   parameter(gate, "weight").value = Matrix<S>{{0, ln2, -ln2}};
   parameter(gate, "threshold").value = Matrix<S>{{S(0.3), S(0.6), S(0.2)}};
@@ -348,7 +348,7 @@ TEMPLATE_TEST_CASE("balanced gate: probabilities too small to divide by do no ha
                    "[routing][gate]", float, double) {
   // Expert 1 must take tokens whose p is next to 0, and for some of those it is the only expert.
   using S = TestType;
-  BalancedGate<S> gate({.width = 1, .experts = 2, .active = 1, .threshold_weight = 1});
+  BalancedGate<S> gate({.width = 1, .experts = 2, .active = 1, .threshold_weight = 1}, 0);
   parameter(gate, "weight").value = Matrix<S>{{0, -1}};
   const Matrix<S> x{{5000}, {5001}, {5002}, {5003}};
   typename BalancedGate<S>::Tape tape;
@@ -363,7 +363,7 @@ TEMPLATE_TEST_CASE("balanced gate: probabilities too small to divide by do no ha
 }
 
 TEMPLATE_TEST_CASE("balanced gate: ties go to the lower token", "[routing][gate]", float, double) {
-  BalancedGate<TestType> gate({.width = 3, .experts = 4, .active = 2});
+  BalancedGate<TestType> gate({.width = 3, .experts = 4, .active = 2}, 0);
   parameter(gate, "weight").value.setZero();
   typename BalancedGate<TestType>::Tape tape;
   const Routing<TestType>& routing = gate.forward(random_matrix<TestType>(4, 3, 1), tape);
@@ -390,7 +390,7 @@ TEMPLATE_TEST_CASE("balanced gate: the same bits on any number of threads", "[ro
 
 TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
   SECTION("no tokens") {
-    BalancedGate<float> gate({.width = 3, .experts = 5, .active = 2});
+    BalancedGate<float> gate({.width = 3, .experts = 5, .active = 2}, 0);
     BalancedGate<float>::Tape tape;
     CHECK(gate.forward(Matrix<float>(0, 3), tape).slots() == 0);
     CHECK(tape.balance.loss == 0);
@@ -401,7 +401,7 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
     for (const Index experts : {1, 9}) {
       for (const Index active : {Index{1}, experts}) {
         for (const Index tokens : {1, 4}) {
-          BalancedGate<float> gate({.width = 3, .experts = experts, .active = active});
+          BalancedGate<float> gate({.width = 3, .experts = experts, .active = active}, 0);
           BalancedGate<float>::Tape tape;
           const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape).slots();
           CHECK(slots == (active == experts ? experts * tokens : experts));
@@ -412,7 +412,7 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
     }
   }
   SECTION("131,072 experts and one token") {
-    BalancedGate<float> gate({.width = 2, .experts = 131072, .active = 2});
+    BalancedGate<float> gate({.width = 2, .experts = 131072, .active = 2}, 0);
     BalancedGate<float>::Tape tape;
     const Matrix<float> x = random_matrix<float>(1, 2, 1);
     CHECK(gate.forward(x, tape).slots() == 131072);
@@ -492,8 +492,8 @@ TEST_CASE("balanced gate: a bad configuration is refused with its field and numb
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Config config{.width = 4, .experts = 6, .active = 2};
     spoil(config);
-    CHECK_THROWS_AS(BalancedGate<float>(config), std::invalid_argument);
-    CHECK_THROWS_WITH(BalancedGate<float>(config), "moe: BalancedGate::Config." + message);
+    CHECK_THROWS_AS(BalancedGate<float>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(BalancedGate<float>(config, 0), "moe: BalancedGate::Config." + message);
   };
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.width = -1; }, "width = -1, must be at least 1");
@@ -533,11 +533,11 @@ TEST_CASE("balanced gate: a bad input is refused and changes nothing", "[routing
     CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
   });
   const std::string foreign = "moe: BalancedGate::backward: the tape is another gate's, of width 3";
-  BalancedGate<double> few({.width = 3, .experts = 4, .active = 2});
+  BalancedGate<double> few({.width = 3, .experts = 4, .active = 2}, 0);
   CHECK_THROWS_WITH(few.backward(dweight, tape), foreign + " and 5 experts");
-  BalancedGate<double> busy({.width = 3, .experts = 5, .active = 3});
+  BalancedGate<double> busy({.width = 3, .experts = 5, .active = 3}, 0);
   CHECK_THROWS_WITH(busy.backward(dweight, tape), foreign + " and 5 experts");
-  BalancedGate<double> broad({.width = 4, .experts = 5, .active = 2});
+  BalancedGate<double> broad({.width = 4, .experts = 5, .active = 2}, 0);
   CHECK_THROWS_WITH(broad.backward(dweight, tape), foreign + " and 5 experts");
   CHECK_NOTHROW(gate.backward(dweight, tape));
 }
@@ -548,7 +548,7 @@ TEMPLATE_TEST_CASE("balanced gate: no memory after the first call", "[routing][g
   for (const int count : {1, 3}) {
     const test::Threads threads(count);
     MoELayer<Expert<FeedForward, S>, BalancedGate<S>> layer(
-        {.width = 8, .expert = {.hidden = 8}, .gate = {.experts = 12, .active = 2}});
+        {.width = 8, .expert = {.hidden = 8}, .gate = {.experts = 12, .active = 2}, .seed = 0});
     const Matrix<S> x = random_matrix<S>(200, 8, 1);
     typename decltype(layer)::Tape training;
     typename decltype(layer)::Tape serving;

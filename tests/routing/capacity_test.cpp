@@ -28,7 +28,8 @@ TEST_CASE("capacity: places of an expert", "[routing]") {
   CHECK(detail::expert_capacity(1.25, 16, 1, 4) == 5);
   CHECK(detail::expert_capacity(1, 17, 1, 4) == 5);
   CHECK(detail::expert_capacity(1, 16, 2, 4) == 8);
-  CHECK(detail::expert_capacity(1.1, 40, 1, 4) == 11);  // 1.1·10 is more than 11 in binary
+  CHECK(detail::expert_capacity(1.1, 100, 1, 10) == 11);  // more than 11 in binary
+  CHECK(detail::expert_capacity(1.1, 40, 1, 4) == 11);
   CHECK(detail::expert_capacity(0.7, 40, 1, 4) == 7);
   CHECK(detail::expert_capacity(100, 16, 2, 4) == 16);
   CHECK(detail::expert_capacity(1e300, 16, 2, 4) == 16);

@@ -95,7 +95,7 @@ TEST_CASE("expert choice gate: gradients are derivatives at every scale", "[rout
 TEMPLATE_TEST_CASE("expert choice gate: three tokens and two experts worked by hand",
                    "[routing][gate]", float, double) {
   using S = TestType;
-  ExpertChoiceGate<S> gate({.width = 1, .experts = 2, .capacity_factor = 1.4});
+  ExpertChoiceGate<S> gate({.width = 1, .experts = 2, .capacity_factor = 1.4}, 0);
   const S ln2 = std::log(S{2});
   parameter(gate, "weight").value = Matrix<S>{{0, ln2}};
   // c = (0, x)·ln 2: p = (1, 1)/2, (1, 2)/3, (1, 4)/5. C = ⌊1.4·3/2⌋ = 2: expert 0 takes tokens 0
@@ -178,7 +178,7 @@ TEMPLATE_TEST_CASE("expert choice gate: the same bits on any number of threads",
 
 TEMPLATE_TEST_CASE("expert choice gate: ties go to the lower token", "[routing][gate]", float,
                    double) {
-  ExpertChoiceGate<TestType> gate({.width = 3, .experts = 4, .capacity_factor = 2});
+  ExpertChoiceGate<TestType> gate({.width = 3, .experts = 4, .capacity_factor = 2}, 0);
   parameter(gate, "weight").value.setZero();
   const Routing<TestType> routing = gate.evaluate(random_matrix<TestType>(4, 3, 1));
   CHECK(routing.token_offsets == Indices{0, 4, 8, 8, 8});
@@ -187,7 +187,7 @@ TEMPLATE_TEST_CASE("expert choice gate: ties go to the lower token", "[routing][
 
 TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
   SECTION("no tokens") {
-    ExpertChoiceGate<float> gate({.width = 3, .experts = 5});
+    ExpertChoiceGate<float> gate({.width = 3, .experts = 5}, 0);
     ExpertChoiceGate<float>::Tape tape;
     CHECK(gate.forward(Matrix<float>(0, 3), tape).slots() == 0);
     CHECK(gate.backward({}, tape).rows() == 0);
@@ -197,7 +197,8 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
     for (const Index experts : {1, 9}) {
       for (const double factor : {0.5, static_cast<double>(experts)}) {
         for (const Index tokens : {1, 4}) {
-          ExpertChoiceGate<float> gate({.width = 3, .experts = experts, .capacity_factor = factor});
+          ExpertChoiceGate<float> gate({.width = 3, .experts = experts, .capacity_factor = factor},
+                                       0);
           ExpertChoiceGate<float>::Tape tape;
           const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape).slots();
           CHECK(slots == (factor > 0.5 ? experts * tokens
@@ -209,7 +210,7 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
     }
   }
   SECTION("131,072 experts and one token") {
-    ExpertChoiceGate<float> gate({.width = 2, .experts = 131072});
+    ExpertChoiceGate<float> gate({.width = 2, .experts = 131072}, 0);
     ExpertChoiceGate<float>::Tape tape;
     CHECK(gate.forward(random_matrix<float>(1, 2, 1), tape).slots() == 131072);
     gate.backward(std::vector<float>(131072, 1.0f), tape);
@@ -267,8 +268,9 @@ TEST_CASE("expert choice gate: a bad configuration is refused with its field and
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Config config{.width = 4, .experts = 6};
     spoil(config);
-    CHECK_THROWS_AS(ExpertChoiceGate<float>(config), std::invalid_argument);
-    CHECK_THROWS_WITH(ExpertChoiceGate<float>(config), "moe: ExpertChoiceGate::Config." + message);
+    CHECK_THROWS_AS(ExpertChoiceGate<float>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(ExpertChoiceGate<float>(config, 0),
+                      "moe: ExpertChoiceGate::Config." + message);
   };
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.experts = 0; }, "experts = 0, must be at least 1");
@@ -302,11 +304,11 @@ TEST_CASE("expert choice gate: a bad input is refused and changes nothing", "[ro
                     "moe: dweight has 19 entries for 20 slots");
   const std::string foreign =
       "moe: ExpertChoiceGate::backward: the tape is another gate's, of width 3 and 5 experts";
-  ExpertChoiceGate<double> few({.width = 3, .experts = 4});
+  ExpertChoiceGate<double> few({.width = 3, .experts = 4}, 0);
   CHECK_THROWS_WITH(few.backward(dweight, tape), foreign);
-  ExpertChoiceGate<double> busy({.width = 3, .experts = 5, .capacity_factor = 3});
+  ExpertChoiceGate<double> busy({.width = 3, .experts = 5, .capacity_factor = 3}, 0);
   CHECK_THROWS_WITH(busy.backward(dweight, tape), foreign);
-  ExpertChoiceGate<double> broad({.width = 4, .experts = 5});
+  ExpertChoiceGate<double> broad({.width = 4, .experts = 5}, 0);
   CHECK_THROWS_WITH(broad.backward(dweight, tape), foreign);
   CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() == 0);
   CHECK_NOTHROW(gate.backward(dweight, tape));
@@ -318,7 +320,7 @@ TEMPLATE_TEST_CASE("expert choice gate: no memory after the first call",
   for (const int count : {1, 3}) {
     const test::Threads threads(count);
     MoELayer<Expert<FeedForward, S>, ExpertChoiceGate<S>> layer(
-        {.width = 8, .expert = {.hidden = 8}, .gate = {.experts = 12}});
+        {.width = 8, .expert = {.hidden = 8}, .gate = {.experts = 12}, .seed = 0});
     const Matrix<S> x = random_matrix<S>(200, 8, 1);
     typename decltype(layer)::Tape training;
     typename decltype(layer)::Tape serving;

@@ -283,7 +283,8 @@ TEMPLATE_TEST_CASE("hierarchical gate: a token of two groups of two worked by ha
                             .active = 2,
                             .noise = false,
                             .importance_weight = 0,
-                            .load_weight = 1});
+                            .load_weight = 1},
+                           0);
   const auto log3 = static_cast<S>(std::log(3.0));
   // Gprimary = (3/4, 1/4), G_0 = (1/2, 1/2), G_1 = (4/5, 1/5).
   parameter(gate, "primary.weight").value << log3, 0;
@@ -512,7 +513,8 @@ TEST_CASE("hierarchical gate: no tokens", "[routing][gate]") {
                                   .group_experts = 5,
                                   .active_groups = 2,
                                   .active = 2,
-                                  .noise = noise});
+                                  .noise = noise},
+                                 0);
     HierarchicalGate<float>::Tape tape;
     const Routing<float>& routing = gate.forward(Matrix<float>(0, 3), tape);
     CHECK(routing.tokens() == 0);
@@ -652,7 +654,7 @@ TEST_CASE("hierarchical gate: backward adds once each time", "[routing][gate]") 
 
 TEST_CASE("hierarchical gate: training starts in balance", "[routing][gate]") {
   const HierarchicalGate<float> gate(
-      {.width = 3, .groups = 4, .group_experts = 4, .active_groups = 2, .active = 2});
+      {.width = 3, .groups = 4, .group_experts = 4, .active_groups = 2, .active = 2}, 0);
   HierarchicalGate<float>::Tape tape;
   gate.forward(random_matrix<float>(4000, 3, 1), tape);
   CHECK(tape.balance.unused_experts() == 0);
@@ -663,7 +665,7 @@ TEST_CASE("hierarchical gate: training starts in balance", "[routing][gate]") {
 TEST_CASE("hierarchical gate: parameters have their names and shapes and start at zero",
           "[routing][gate]") {
   const HierarchicalGate<float> gate(
-      {.width = 3, .groups = 2, .group_experts = 5, .active_groups = 1, .active = 2});
+      {.width = 3, .groups = 2, .group_experts = 5, .active_groups = 1, .active = 2}, 0);
   std::vector<std::string> names;
   for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
     names.push_back(name);
@@ -682,8 +684,9 @@ TEST_CASE("hierarchical gate: a bad configuration is refused with its field and 
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Config config{.width = 4, .groups = 3, .group_experts = 6, .active_groups = 2, .active = 2};
     spoil(config);
-    CHECK_THROWS_AS(HierarchicalGate<double>(config), std::invalid_argument);
-    CHECK_THROWS_WITH(HierarchicalGate<double>(config), "moe: HierarchicalGate::Config." + message);
+    CHECK_THROWS_AS(HierarchicalGate<double>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(HierarchicalGate<double>(config, 0),
+                      "moe: HierarchicalGate::Config." + message);
   };
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.groups = 0; }, "groups = 0, must be at least 1");
@@ -733,7 +736,7 @@ TEST_CASE("hierarchical gate: a bad input is refused and changes nothing", "[rou
         Config{.width = 3, .groups = 3, .group_experts = 6, .active_groups = 2, .active = 2},
         Config{.width = 3, .groups = 3, .group_experts = 5, .active_groups = 1, .active = 2},
         Config{.width = 3, .groups = 3, .group_experts = 5, .active_groups = 1, .active = 4}}) {
-    HierarchicalGate<double> another(other);
+    HierarchicalGate<double> another(other, 0);
     CHECK_THROWS_WITH(another.backward(dweight, tape),
                       "moe: HierarchicalGate::backward: the tape is another gate's, of width 3 and "
                       "3 groups of 5 experts");
@@ -784,7 +787,8 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
                              .group_experts = 2,
                              .active_groups = 1,
                              .active = 1,
-                             .noise = false});
+                             .noise = false},
+                            0);
   parameter(clean, "secondary.0.noise_weight").value << 2, 4;
   typename HierarchicalGate<S>::Tape clean_tape;
   Sgd<S> decay({.weight_decay = 0.5, .updates = Updates::lazy});

@@ -105,7 +105,8 @@ TEMPLATE_TEST_CASE("noisy top-k gate: two tokens and three experts worked by han
                          .active = 2,
                          .noise = false,
                          .importance_weight = 0.5,
-                         .load_weight = 2});
+                         .load_weight = 2},
+                        0);
   parameter(gate, "weight").value = Matrix<S>{{1, 0, 2}, {0, 1, 1}};
   const S ln3 = std::log(S{3});
   const S ln4 = std::log(S{4});
@@ -222,7 +223,7 @@ TEST_CASE("noisy top-k gate: the threshold carries a share of the gradient that 
 TEMPLATE_TEST_CASE("noisy top-k gate: ties go to the lower expert", "[routing][gate]", float,
                    double) {
   // Weights start at zero, so without noise every score is equal.
-  const NoisyTopKGate<TestType> gate({.width = 3, .experts = 7, .active = 3});
+  const NoisyTopKGate<TestType> gate({.width = 3, .experts = 7, .active = 3}, 0);
   const Routing<TestType> routing = gate.evaluate(random_matrix<TestType>(2, 3, 1));
   CHECK(routing.expert == Indices{0, 1, 2, 0, 1, 2});
   for (const TestType weight : routing.weight) {
@@ -231,7 +232,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: ties go to the lower expert", "[routing][g
 }
 
 TEST_CASE("noisy top-k gate: training starts in balance", "[routing][gate]") {
-  const NoisyTopKGate<float> gate({.width = 3, .experts = 8, .active = 2});
+  const NoisyTopKGate<float> gate({.width = 3, .experts = 8, .active = 2}, 0);
   NoisyTopKGate<float>::Tape tape;
   gate.forward(random_matrix<float>(4000, 3, 1), tape);
   CHECK(tape.balance.unused_experts() == 0);
@@ -388,7 +389,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: a token with NaN or infinity spoils no oth
 
 TEST_CASE("noisy top-k gate: parameters have their names and shapes and start at zero",
           "[routing][gate]") {
-  const NoisyTopKGate<float> gate({.width = 3, .experts = 5, .active = 2});
+  const NoisyTopKGate<float> gate({.width = 3, .experts = 5, .active = 2}, 0);
   std::vector<std::string> names;
   for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
     names.push_back(name);
@@ -406,8 +407,8 @@ TEST_CASE("noisy top-k gate: a bad configuration is refused with its field and n
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Config config{.width = 4, .experts = 6, .active = 2};
     spoil(config);
-    CHECK_THROWS_AS(NoisyTopKGate<float>(config), std::invalid_argument);
-    CHECK_THROWS_WITH(NoisyTopKGate<float>(config), "moe: NoisyTopKGate::Config." + message);
+    CHECK_THROWS_AS(NoisyTopKGate<float>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(NoisyTopKGate<float>(config, 0), "moe: NoisyTopKGate::Config." + message);
   };
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.experts = 0; }, "experts = 0, must be at least 1");

@@ -453,7 +453,7 @@ TEST_CASE("published gates: two tokens of each score worked by hand", "[routing]
     config.width = 2;
     config.experts = 3;
     config.active = 2;
-    SoftmaxTopKGate<double> gate(config);
+    SoftmaxTopKGate<double> gate(config, 0);
     parameter(gate, "weight") << 0, std::log(2.0), std::log(5.0), std::log(4.0), std::log(3.0), 0;
     return gate;
   };

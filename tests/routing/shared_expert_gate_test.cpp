@@ -155,7 +155,7 @@ TEST_CASE("shared expert gate: a layer is the sum of the shared networks and the
 TEMPLATE_TEST_CASE("shared expert gate: shared slots come first, routed ones are shifted",
                    "[routing][gate]", float, double) {
   using S = TestType;
-  Holed<S> gate({.width = 1, .shared = 2, .gated = true});
+  Holed<S> gate({.width = 1, .shared = 2, .gated = true}, 0);
   parameter(gate, "routed.W").value = Matrix<S>{{3, 5, 7}};
   const S ln3 = std::log(S{3});
   parameter(gate, "shared_weight").value = Matrix<S>{{ln3, -ln3}};
@@ -228,8 +228,8 @@ TEST_CASE("shared expert gate: gradients of a layer are derivatives", "[routing]
 
 TEST_CASE("shared expert gate: two shared experts are one of twice the width", "[routing][gate]") {
   using Layer = MoELayer<Expert<FeedForward, double>, Holed<double>>;
-  Layer narrow({.width = 3, .expert = {.hidden = 2}, .gate = {.shared = 2}});
-  Layer wide({.width = 3, .expert = {.hidden = 4}, .gate = {.shared = 1}});
+  Layer narrow({.width = 3, .expert = {.hidden = 2}, .gate = {.shared = 2}, .seed = 0});
+  Layer wide({.width = 3, .expert = {.hidden = 4}, .gate = {.shared = 1}, .seed = 0});
   test::randomize(narrow, 1);
   const auto of = [](Layer& layer, const char* name) -> Matrix<double>& {
     return parameter(layer, name).value;
@@ -285,16 +285,16 @@ TEST_CASE("shared expert gate: any shape makes a routing", "[routing][gate]") {
 
 TEST_CASE("shared expert gate: shapes at the ends", "[routing][gate]") {
   // One routed expert; 131,072 of them and one token; gates within gates.
-  Noisy<float> single({.width = 2, .routed = {.experts = 1, .active = 1}});
+  Noisy<float> single({.width = 2, .routed = {.experts = 1, .active = 1}}, 0);
   CHECK(single.evaluate(random_matrix<float>(1, 2, 1)).expert == Indices{0, 1});
-  Noisy<float> many({.width = 2, .gated = true, .routed = {.experts = 131072, .active = 3}});
+  Noisy<float> many({.width = 2, .gated = true, .routed = {.experts = 131072, .active = 3}}, 0);
   Noisy<float>::Tape tape;
   many.forward(random_matrix<float>(1, 2, 1), tape);
   test::check_routing(tape.routing, 1, 131073);
   many.backward(std::vector<float>(4, 1.0f), tape);
   CHECK(tape.dx.array().isFinite().all());
   SharedExpertGate<Noisy<float>> twice(
-      {.width = 2, .shared = 2, .routed = {.shared = 1, .routed = {.experts = 3, .active = 3}}});
+      {.width = 2, .shared = 2, .routed = {.shared = 1, .routed = {.experts = 3, .active = 3}}}, 0);
   CHECK(twice.evaluate(random_matrix<float>(1, 2, 1)).expert == Indices{0, 1, 2, 3, 4, 5});
   CHECK(parameter_count(twice) == 12);
 }
@@ -306,7 +306,7 @@ TEMPLATE_TEST_CASE("shared expert gate: the same bits on any number of threads",
 }
 
 TEST_CASE("shared expert gate: a token with NaN spoils no other", "[routing][gate]") {
-  Noisy<float> gate({.width = 3, .gated = true, .routed = {.experts = 4, .active = 2}});
+  Noisy<float> gate({.width = 3, .gated = true, .routed = {.experts = 4, .active = 2}}, 0);
   Matrix<float> x = random_matrix<float>(5, 3, 1);
   x(2, 1) = std::nanf("");
   const Routing<float> routing = gate.evaluate(x);
@@ -346,7 +346,7 @@ TEST_CASE("shared expert gate: a wrapped gate that adds to dx finds zeros each t
 TEST_CASE("shared expert gate: parameters have their names, shapes and start", "[routing][gate]") {
   for (const bool is_gated : {false, true}) {
     Noisy<float> gate(
-        {.width = 3, .shared = 2, .gated = is_gated, .routed = {.experts = 5, .active = 2}});
+        {.width = 3, .shared = 2, .gated = is_gated, .routed = {.experts = 5, .active = 2}}, 0);
     std::vector<std::string> names;
     for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
       names.push_back(name);
@@ -366,8 +366,8 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Config config{.width = 4, .routed = {.experts = 6, .active = 2}};
     spoil(config);
-    CHECK_THROWS_AS(Noisy<float>(config), std::invalid_argument);
-    CHECK_THROWS_WITH(Noisy<float>(config), "moe: " + message);
+    CHECK_THROWS_AS(Noisy<float>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(Noisy<float>(config, 0), "moe: " + message);
   };
   refuse([](Config& c) { c.width = 0; }, "SharedExpertGate::Config.width = 0, must be at least 1");
   refuse([](Config& c) { c.shared = 0; },
@@ -398,15 +398,16 @@ TEST_CASE("shared expert gate: a bad input is refused and changes nothing", "[ro
                     "moe: dweight has 17 entries for 18 slots");
   const std::string foreign =
       "moe: SharedExpertGate::backward: the tape is another gate's, of width 3 and 6 experts";
-  Noisy<double> few({.width = 3, .routed = {.experts = 4, .active = 2}});
+  Noisy<double> few({.width = 3, .routed = {.experts = 4, .active = 2}}, 0);
   CHECK_THROWS_WITH(few.backward(dweight, tape), foreign);
-  Noisy<double> plus({.width = 3, .shared = 2, .routed = {.experts = 4, .active = 2}});
+  Noisy<double> plus({.width = 3, .shared = 2, .routed = {.experts = 4, .active = 2}}, 0);
   CHECK_THROWS_WITH(plus.backward(dweight, tape), foreign);
-  Noisy<double> weighted({.width = 3, .gated = true, .routed = {.experts = 5, .active = 2}});
+  Noisy<double> weighted({.width = 3, .gated = true, .routed = {.experts = 5, .active = 2}}, 0);
   CHECK_THROWS_WITH(weighted.backward(dweight, tape), foreign);
-  Noisy<double> broad({.width = 4, .routed = {.experts = 5, .active = 2}});
+  Noisy<double> broad({.width = 4, .routed = {.experts = 5, .active = 2}}, 0);
   CHECK_THROWS_WITH(broad.backward(dweight, tape), foreign);
-  Noisy<double> busy({.width = 3, .routed = {.experts = 5, .active = 1}});  // the inner one's check
+  Noisy<double> busy({.width = 3, .routed = {.experts = 5, .active = 1}},
+                     0);  // the inner one's check
   CHECK_THROWS_AS(busy.backward(dweight, tape), std::invalid_argument);
   for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
     CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
@@ -438,7 +439,8 @@ TEMPLATE_TEST_CASE("shared expert gate: no memory after the first call",
     MoELayer<Expert<FeedForward, S>, Noisy<S>> layer(
         {.width = 8,
          .expert = {.hidden = 8},
-         .gate = {.shared = 2, .gated = true, .routed = {.experts = 12, .active = 2}}});
+         .gate = {.shared = 2, .gated = true, .routed = {.experts = 12, .active = 2}},
+         .seed = 0});
     const Matrix<S> x = random_matrix<S>(200, 8, 1);
     typename decltype(layer)::Tape training;
     typename decltype(layer)::Tape serving;

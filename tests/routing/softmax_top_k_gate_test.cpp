@@ -395,7 +395,7 @@ TEST_CASE("softmax top-k gate: load counts what was chosen, tokens what was kept
 TEST_CASE("softmax top-k gate: the bias moves the choice and no weight", "[routing][gate]") {
   for (const Score score : scores) {
     SoftmaxTopKGate<double> gate(
-        {.width = 1, .experts = 3, .active = 1, .score = score, .selection_bias = true});
+        {.width = 1, .experts = 3, .active = 1, .score = score, .selection_bias = true}, 0);
     parameter(gate, "weight").value << 1, 0.5, 0;
     Tape<double> tape;
     const Matrix<double> one{{1}};
@@ -410,7 +410,7 @@ TEST_CASE("softmax top-k gate: the bias moves the choice and no weight", "[routi
 
 TEST_CASE("softmax top-k gate: the bias follows the sign of the load error", "[routing][gate]") {
   SoftmaxTopKGate<float> gate(
-      {.width = 2, .experts = 4, .active = 1, .selection_bias = true, .bias_rate = 0.25});
+      {.width = 2, .experts = 4, .active = 1, .selection_bias = true, .bias_rate = 0.25}, 0);
   Vector<float> load(4);
   load << 3, 0, 1, 0;  // mean 1
   gate.update_selection_bias(load);
@@ -425,7 +425,7 @@ TEST_CASE("softmax top-k gate: the bias follows the sign of the load error", "[r
   CHECK_THROWS_WITH(
       gate.update_selection_bias(tape),
       "moe: SoftmaxTopKGate::update_selection_bias without a forward pass on this tape");
-  SoftmaxTopKGate<float> without({.width = 2, .experts = 4, .active = 1});
+  SoftmaxTopKGate<float> without({.width = 2, .experts = 4, .active = 1}, 0);
   CHECK_THROWS_WITH(without.update_selection_bias(Vector<float>(4)),
                     "moe: SoftmaxTopKGate::update_selection_bias without Config.selection_bias");
 }
@@ -501,7 +501,8 @@ TEMPLATE_TEST_CASE("softmax top-k gate: ties go to the lower expert and group", 
                                     .score = score,
                                     .groups = 3,
                                     .active_groups = 2,
-                                    .deviation = 0});
+                                    .deviation = 0},
+                                   0);
     CHECK(gate.evaluate(random_matrix<TestType>(2, 2, 1)).expert == Indices{0, 1, 0, 1});
   }
 }
@@ -710,8 +711,9 @@ TEST_CASE("softmax top-k gate: in a layer takes no memory after its first call",
   MoELayer<Expert<FeedForward>, SoftmaxTopKGate<>> layer(
       {.width = 16,
        .expert = {.hidden = 24},
-       .gate = {
-           .experts = 12, .active = 2, .renormalise = true, .jitter = 0.1, .switch_weight = 0.01}});
+       .gate =
+           {.experts = 12, .active = 2, .renormalise = true, .jitter = 0.1, .switch_weight = 0.01},
+       .seed = 0});
   const Matrix<float> x = random_matrix<float>(300, 16, 1);
   decltype(layer)::Tape tape;
   decltype(layer)::Tape served;
@@ -738,10 +740,10 @@ TEST_CASE("softmax top-k gate: parameters have their names and shapes", "[routin
     });
     return names;
   };
-  CHECK(names_of(SoftmaxTopKGate<float>({.width = 3, .experts = 5, .active = 2})) ==
+  CHECK(names_of(SoftmaxTopKGate<float>({.width = 3, .experts = 5, .active = 2}, 0)) ==
         std::vector<std::string>{"weight"});
   CHECK(names_of(SoftmaxTopKGate<float>(
-            {.width = 3, .experts = 5, .active = 2, .selection_bias = true})) ==
+            {.width = 3, .experts = 5, .active = 2, .selection_bias = true}, 0)) ==
         std::vector<std::string>{"weight", "selection_bias"});
 }
 
@@ -749,10 +751,10 @@ TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and
           "[routing][gate]") {
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Config config{.width = 4, .experts = 6, .active = 2, .groups = 3, .active_groups = 2};
-    CHECK_NOTHROW(SoftmaxTopKGate<float>(config));
+    CHECK_NOTHROW(SoftmaxTopKGate<float>(config, 0));
     spoil(config);
-    CHECK_THROWS_AS(SoftmaxTopKGate<float>(config), std::invalid_argument);
-    CHECK_THROWS_WITH(SoftmaxTopKGate<float>(config), "moe: SoftmaxTopKGate::Config." + message);
+    CHECK_THROWS_AS(SoftmaxTopKGate<float>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(SoftmaxTopKGate<float>(config, 0), "moe: SoftmaxTopKGate::Config." + message);
   };
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.experts = 0; }, "experts = 0, must be at least 1");
@@ -768,7 +770,7 @@ TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and
            scale > 1 ? "scale = 1e+300, must be finite and above 0 as a Scalar"
                      : "scale = 1e-300, must be finite and above 0 as a Scalar");
     CHECK_NOTHROW(
-        SoftmaxTopKGate<double>(Config{.width = 4, .experts = 6, .active = 2, .scale = scale}));
+        SoftmaxTopKGate<double>(Config{.width = 4, .experts = 6, .active = 2, .scale = scale}, 0));
   }
   refuse([](Config& c) { c.groups = 0; }, "groups = 0, must divide experts = 6");
   refuse([](Config& c) { c.groups = 4; }, "groups = 4, must divide experts = 6");

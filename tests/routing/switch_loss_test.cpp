@@ -54,6 +54,30 @@ TEMPLATE_TEST_CASE("switch loss: four tokens worked by hand", "[routing]", float
   CHECK_THAT(static_cast<double>(dp[1]), near(5.5));
 }
 
+TEST_CASE("switch loss: more rows than are summed at once", "[routing]") {
+  for (const Index sequences : {1, 2, 350}) {
+    const Matrix<double> p = test::random_matrix(700, 3, 5).cwiseAbs();
+    Indices choices(700);
+    for (Index t = 0; t < 700; ++t) choices[detail::to_size(t)] = t * t % 3;
+    double expected = 0;
+    for (Index s = 0; s < sequences; ++s) {
+      for (Index e = 0; e < 3; ++e) {
+        double count = 0;
+        double sum = 0;
+        for (Index t = s; t < 700; t += sequences) {
+          count += choices[detail::to_size(t)] == e ? 1 : 0;
+          sum += p(t, e);
+        }
+        const auto length = static_cast<double>(700 / sequences);
+        expected += 3 * (count / length) * (sum / length) / static_cast<double>(sequences);
+      }
+    }
+    detail::SwitchLoss<double> loss;
+    CHECK_THAT(measure(loss, p, choices, SwitchCount::per_slot, sequences),
+               Catch::Matchers::WithinRel(expected, 1e-12));
+  }
+}
+
 TEMPLATE_TEST_CASE("switch loss: rows have a scale", "[routing]", float, double) {
   using S = TestType;
   const Matrix<S> score{{1, 3}, {10, 10}};

@@ -42,7 +42,8 @@ struct ExpertBlock {
 
   ExpertBlock slice(Range rows) const {
     return {x.slice(rows.first, rows.count), token + rows.first, weight + rows.first,
-            moe::rows_of(kept, rows.first, rows.count), moe::rows_of(scratch, rows.first, rows.count)};
+            moe::rows_of(kept, rows.first, rows.count),
+            moe::rows_of(scratch, rows.first, rows.count)};
   }
 };
 
@@ -142,8 +143,7 @@ class Expert {
     Matrix<Scalar> dy;
   };
 
-  explicit Expert(const Config& config, std::uint64_t seed = 0)
-      : width_(config.width), network_(config, seed) {
+  Expert(const Config& config, std::uint64_t seed) : width_(config.width), network_(config, seed) {
     detail::track_gradients(network_);
   }
 

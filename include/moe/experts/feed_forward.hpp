@@ -44,7 +44,7 @@ class FeedForward {
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
-  explicit FeedForward(const Config& config, std::uint64_t seed = 0)
+  FeedForward(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         gate_(config.gated ? config.width : 0, config.gated ? config.hidden : 0),
         up_(config.width, config.hidden),

@@ -45,7 +45,7 @@ class MoELayer {
     typename Expert::Config expert{};          ///< of every expert
     typename Gate_::Config gate{};             ///< says how many experts there are
     Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
-    std::uint64_t seed = 0;                    ///< of the experts' start and the gate's noise
+    Seed seed;                                 ///< of the experts' start and the gate's noise
   };
 
   /// What a pass leaves behind: a gate's tape (x, routing, balance, dx) and more. One tape belongs

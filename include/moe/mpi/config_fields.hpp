@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "moe/random.hpp"
+
 /// \file
 /// The fields of a configuration, one by one, so that ranks can compare theirs.
 
@@ -108,14 +110,15 @@ void with_fields(const Type& value, F&& call) {
   }
 }
 
-/// Calls f(number) for every number, flag and enumerator of a configuration and of those inside of
-/// it, in their order, as 64 bits. What is neither, a string or a vector
-/// for example, is passed by.
+/// Calls f(number) for every number, flag, enumerator and seed of a configuration and of those inside
+/// of it, in their order, as 64 bits. What is none of these, a string or a vector for example, is
+/// passed by.
 template <class Type, class F>
 void for_each_field(const Type& value, F& f) {
   if constexpr (std::is_floating_point_v<Type>) {
     f(std::bit_cast<std::int64_t>(static_cast<double>(value)));
-  } else if constexpr (std::is_integral_v<Type> || std::is_enum_v<Type>) {
+  } else if constexpr (std::is_integral_v<Type> || std::is_enum_v<Type> ||
+                       std::is_same_v<Type, Seed>) {
     f(static_cast<std::int64_t>(value));
   } else if constexpr (std::is_aggregate_v<Type> && !std::is_array_v<Type>) {
     with_fields(value, [&](const auto& field) { for_each_field(field, f); });

@@ -132,7 +132,7 @@ class ExpertParallel {
 
   /// Throws Error on all ranks when a configuration is out of range or differs among them.
   ExpertParallel(const Config& config, const Communicator& communicator)
-      : communicator_(communicator) {
+      : communicator_(communicator), config_(config) {
     communicator_.attempt("ExpertParallel::ExpertParallel", [&] {
       config_ = Layer::completed(config);
       gate_ = std::make_unique<Gate>(config_.gate, derive_seed(config.seed, 0));

@@ -31,7 +31,7 @@ class Dropout {
     Matrix<Scalar> dx;               ///< T x D
   };
 
-  explicit Dropout(const Config& config, std::uint64_t seed = 0) : config_(config), seed_(seed) {
+  Dropout(const Config& config, std::uint64_t seed) : config_(config), seed_(seed) {
     detail::require(config.rate >= 0 && config.rate < 1, "Dropout::Config.rate = ", config.rate,
                     ", must be in [0, 1)");
   }

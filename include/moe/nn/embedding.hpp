@@ -34,7 +34,7 @@ class Embedding {
 
   Parameter<Scalar> weight;  ///< vocabulary x D
 
-  explicit Embedding(const Config& config, std::uint64_t seed = 0) : config_(config) {
+  Embedding(const Config& config, std::uint64_t seed) : config_(config) {
     detail::require(config.vocabulary >= 1, "Embedding::Config.vocabulary = ", config.vocabulary,
                     ", must be at least 1");
     detail::require(config.width >= 1, "Embedding::Config.width = ", config.width,
@@ -49,7 +49,7 @@ class Embedding {
   const Config& config() const { return config_; }
 
   /// Throws std::invalid_argument if an id is not in [0, vocabulary).
-  const Matrix<Scalar>& forward(std::span<const Index> ids, Tape& tape) const {
+  const Matrix<Scalar>& forward(IndexSpan ids, Tape& tape) const {
     detail::require_apart("Embedding::forward", "ids", ids, {tape.ids});
     evaluate(ids, tape);
     detail::copy_vector(ids, tape.ids);
@@ -82,7 +82,7 @@ class Embedding {
   }
 
   /// forward() without the copy of the ids, so no backward can follow.
-  const Matrix<Scalar>& evaluate(std::span<const Index> ids, Tape& tape) const {
+  const Matrix<Scalar>& evaluate(IndexSpan ids, Tape& tape) const {
     for (const Index id : ids) {
       detail::require(id >= 0 && id < config_.vocabulary, "Embedding: id ", id,
                       " is outside the vocabulary of ", config_.vocabulary);
@@ -99,7 +99,7 @@ class Embedding {
     return tape.y;
   }
 
-  Matrix<Scalar> evaluate(std::span<const Index> ids) const {
+  Matrix<Scalar> evaluate(IndexSpan ids) const {
     Tape tape;
     evaluate(ids, tape);
     return std::move(tape.y);

@@ -13,7 +13,7 @@ namespace moe {
 
 /// y = x·weight + bias, x T x inputs, y T x outputs.
 ///
-///     moe::Linear<> layer({.inputs = 512, .outputs = 8000});
+///     moe::Linear<> layer({.inputs = 512, .outputs = 8000}, seed);
 ///     moe::Linear<>::Tape tape;
 ///     const auto& y = layer.forward(x, tape);
 ///     const auto& dx = layer.backward(dy, tape);
@@ -40,7 +40,7 @@ class Linear {
   Parameter<Scalar> weight;  ///< inputs x outputs
   Parameter<Scalar> bias;    ///< 1 x outputs; empty without a bias
 
-  explicit Linear(const Config& config, std::uint64_t seed = 0) : config_(config) {
+  Linear(const Config& config, std::uint64_t seed) : config_(config) {
     detail::require(config.inputs >= 1, "Linear::Config.inputs = ", config.inputs,
                     ", must be at least 1");
     detail::require(config.outputs >= 1, "Linear::Config.outputs = ", config.outputs,

@@ -89,7 +89,7 @@ void lstm_step_backward(Index H, const Scalar* activations, const Scalar* c_befo
 /// number of rows of the state, which a pass takes in and hands on: long sequences are trained in
 /// pieces, the gradient stopping where a piece starts (truncated backpropagation through time).
 ///
-///     moe::LSTM<> lstm({.inputs = 512, .hidden = 512});
+///     moe::LSTM<> lstm({.inputs = 512, .hidden = 512}, seed);
 ///     auto state = lstm.initial_state(32);
 ///     for (...) {
 ///       const auto& y = lstm.forward(x, state, tape);   // state is now that after x
@@ -130,7 +130,7 @@ class LSTM {
   Parameter<Scalar> weight_hh;  ///< H x 4H
   Parameter<Scalar> bias;       ///< 1 x 4H
 
-  explicit LSTM(const Config& config, std::uint64_t seed = 0) : config_(config) {
+  LSTM(const Config& config, std::uint64_t seed) : config_(config) {
     detail::require(config.inputs >= 1, "LSTM::Config.inputs = ", config.inputs,
                     ", must be at least 1");
     detail::require(config.hidden >= 1, "LSTM::Config.hidden = ", config.hidden,

@@ -15,7 +15,7 @@ struct PackedRows {
   Index count() const { return static_cast<Index>(rows.size()); }
 
   /// Those whose number is not negative.
-  void assign(std::span<const Index> numbers) {
+  void assign(IndexSpan numbers) {
     rows.clear();
     for (std::size_t i = 0; i < numbers.size(); ++i) {
       if (numbers[i] >= 0) rows.push_back(static_cast<Index>(i));

@@ -139,7 +139,7 @@ class Reinforce {
   /// Throws std::invalid_argument for a configuration out of range.
   explicit Reinforce(const Config& config)
       : config_(checked(config)),
-        linear_({.inputs = std::max<Index>(1, config.hidden), .outputs = 1}) {
+        linear_({.inputs = std::max<Index>(1, config.hidden), .outputs = 1}, 0) {
     linear_.weight.value.setZero();
     linear_.bias.value.setZero();
   }

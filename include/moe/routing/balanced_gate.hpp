@@ -74,7 +74,7 @@ class BalancedGate {
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's
   /// start.
-  explicit BalancedGate(const Config& config, std::uint64_t seed = 0)
+  BalancedGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         weight_(config.width, config.experts),
         threshold_(1, config.experts) {

@@ -54,7 +54,7 @@ class ExpertChoiceGate {
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's
   /// start.
-  explicit ExpertChoiceGate(const Config& config, std::uint64_t seed = 0)
+  ExpertChoiceGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)), weight_(config.width, config.experts) {
     fill_uniform(weight_.value, Scalar{1} / std::sqrt(static_cast<Scalar>(config.width)), seed);
   }

@@ -69,7 +69,7 @@ class HierarchicalGate {
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
-  explicit HierarchicalGate(const Config& config, std::uint64_t seed = 0)
+  HierarchicalGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         primary_(
             {config.width, config.groups, config.active_groups, config.noise, config.noise_floor},

@@ -46,7 +46,7 @@ class NoisyTopKGate {
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
-  explicit NoisyTopKGate(const Config& config, std::uint64_t seed = 0)
+  NoisyTopKGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         top_k_({config.width, config.experts, config.active, config.noise, config.noise_floor},
                seed) {}

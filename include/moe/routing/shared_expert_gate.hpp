@@ -59,7 +59,7 @@ class SharedExpertGate {
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The wrapped gate gets the seed.
-  explicit SharedExpertGate(const Config& config, std::uint64_t seed = 0)
+  SharedExpertGate(const Config& config, std::uint64_t seed)
       : config_(completed(config)), routed_(config_.routed, seed) {
     if (config.gated) weight_ = Parameter<Scalar>(config.width, config.shared);
   }

@@ -79,7 +79,7 @@ class SoftmaxTopKGate {
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is of W_g's start, the
   /// jitter and the random dispatch.
-  explicit SoftmaxTopKGate(const Config& config, std::uint64_t seed = 0)
+  SoftmaxTopKGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         jitter_seed_(derive_seed(seed, 1)),
         second_seed_(derive_seed(seed, 2)),

@@ -41,7 +41,7 @@ class SafetensorsWriter {
   void add(const std::string& name, Matrix<Scalar>&& matrix) = delete;  // would be gone by write()
 
   /// Whole numbers (I64), in one dimension.
-  void add(const std::string& name, std::span<const Index> numbers) {
+  void add(const std::string& name, IndexSpan numbers) {
     add(name, detail::element_type<Index>(), {numbers.size()}, numbers.data(),
         numbers.size_bytes());
   }
