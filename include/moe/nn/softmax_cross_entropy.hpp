@@ -28,8 +28,7 @@ class SoftmaxCrossEntropy {
   /// The loss; leaves its gradient in the tape. A row is read while it is in the nearest caches, so
   /// the pass costs one read of the logits from memory and one write of the gradient.
   /// Throws std::invalid_argument unless there are T targets, all smaller than V.
-  Scalar forward(const MatrixRef<Scalar>& logits, IndexSpan targets,
-                 Tape& tape) const {
+  Scalar forward(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape) const {
     const Index counted = check(logits, targets);
     detail::require_apart("SoftmaxCrossEntropy::forward", "logits", logits, {tape.dlogits});
     detail::resize(tape.dlogits, logits.rows(), logits.cols());
@@ -46,8 +45,7 @@ class SoftmaxCrossEntropy {
   }
 
   /// The loss without its gradient, to the same bits.
-  Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets,
-                  Tape& tape) const {
+  Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape) const {
     const Index counted = check(logits, targets);
     tape.trained = false;
     return run(logits, targets, counted, tape.losses, nullptr);

@@ -98,10 +98,11 @@ class SafetensorsWriter {
 
   void add(const std::string& name, std::string_view type, std::vector<std::uint64_t> shape,
            const void* data, std::size_t size) {
+    detail::require(name != "__metadata__" && names_.count(name) == 0,
+                    "SafetensorsWriter: ", detail::tensor_named(name), " is there already");
     entries_.push_back({name, type, std::move(shape), data, size});
     try {
-      detail::require(name != "__metadata__" && names_.insert(name).second,
-                      "SafetensorsWriter: ", detail::tensor_named(name), " is there already");
+      names_.insert(name);
     } catch (...) {
       entries_.pop_back();
       throw;
