@@ -345,6 +345,46 @@ TEST_CASE("expert parallel: x and dy may be columns of wider matrices", "[mpi]")
   CHECK(same_bits(layer.backward(x, a), layer.backward(wide.middleCols(3, 6), b)));
 }
 
+TEST_CASE("expert parallel: a tape's own output as input", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  Small layer(small, communicator);
+  test::randomize_by_name(layer, 0.5);
+  const auto x = random_matrix(9, 6, static_cast<std::uint64_t>(communicator.rank()));
+  Small::Tape once;
+  Small::Tape twice;
+  const Matrix<double> y = layer.evaluate(x, once);
+  const Matrix<double> expected = layer.evaluate(y, twice);
+  // Whole or a part, it works to the bit or throws on all ranks.
+  const auto check = [&](auto&& part, auto&& right) {
+    Small::Tape tape;
+    layer.evaluate(x, tape);
+    Matrix<double> result;
+    const std::string message = error_of([&] { result = layer.evaluate(part(tape), tape); });
+    if (message == "none") {
+      CHECK(same_bits(result, right));
+    } else {
+      CHECK_THAT(message, Catch::Matchers::Contains("ExpertParallel::evaluate"));
+    }
+    layer.forward(x, tape);
+    const std::string trained = error_of([&] { layer.forward(part(tape), tape); });
+    if (trained != "none") {
+      CHECK_THAT(trained, Catch::Matchers::Contains("ExpertParallel::forward"));
+    }
+    // y is not written in backward, so it may be dy; dx and what else is written may not.
+    layer.forward(x, tape);
+    Small::Tape other;
+    layer.forward(x, other);
+    const Matrix<double> dy = other.y;
+    CHECK(same_bits(layer.backward(tape.y, tape), layer.backward(dy, other)));
+    const std::string dx = error_of([&] { layer.backward(tape.dx, tape); });
+    CHECK_THAT(dx, Catch::Matchers::Contains("ExpertParallel::backward"));
+  };
+  check([](Small::Tape& tape) -> const Matrix<double>& { return tape.y; }, expected);
+  const Matrix<double> bottom = y.bottomRows(4);
+  const Matrix<double> of_bottom = layer.evaluate(bottom, twice);
+  check([](Small::Tape& tape) { return tape.y.bottomRows(4); }, of_bottom);
+}
+
 TEST_CASE("expert parallel: bytes beside the rows", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   Small layer(small, communicator);

@@ -1,6 +1,8 @@
 // Report: with very many tokens load sticks at 16,777,216 and importance is wrong by half a per
 // cent, since one float adds them up.
 
+#include <string>
+
 #include "../support.hpp"
 #include "moe/kernels/column_sums.hpp"
 #include "moe/moe.hpp"
@@ -73,5 +75,22 @@ TEST_CASE("report: a bias's gradient of many equal tokens is right to float", "[
     const double expected = 0.1 * static_cast<double>(tokens);
     CHECK(std::abs(static_cast<double>(p.gradient()(0, 0)) / expected - 1) <
           1e-4);  // one float would be off by 5e-3
+  });
+}
+
+TEST_CASE("report: the row and column means of a long matrix are right to float", "[reports]") {
+  constexpr Index rows = Index{1} << 21;
+  Embedding<float> embedding({.vocabulary = rows, .width = 2}, 1);
+  embedding.weight.gradient().setConstant(0.1f);
+  FactoredAdam<float> adam({.beta2 = 0.5});
+  adam.update(embedding, 1e-3);
+  // Both are (1 - β₂)·0.1².
+  adam.for_each_state(embedding, [](const std::string& name, const auto& state) {
+    if (name.find("means") == std::string::npos) return;
+    if constexpr (requires { state.rows(); }) {
+      const double mean = state.template cast<double>().mean();
+      INFO(name);
+      CHECK(std::abs(mean / (0.5 * 0.01) - 1) < 1e-6);
+    }
   });
 }

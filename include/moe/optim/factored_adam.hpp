@@ -231,18 +231,15 @@ class FactoredAdam {
       return detail::row_data(column_sums_, first_sums + piece);
     };
     const auto beta2 = static_cast<Scalar>(config_.beta2);
-    const auto share_of = [&](Index count) {
-      return static_cast<Scalar>((1 - config_.beta2) / static_cast<double>(count));
-    };
+    const auto share = static_cast<Scalar>((1 - config_.beta2) / static_cast<double>(columns));
     moment.row_means *= beta2;
     moment.column_means *= beta2;
     parallel_for(pieces, element_work(parameter.size()), [&](Index piece, Index) {
-      add_squares(parameter.stored.memory, first_row(piece), first_row(piece + 1),
-                  share_of(columns), moment.row_means.data(), sums(piece));
+      add_squares(parameter.stored.memory, first_row(piece), first_row(piece + 1), share,
+                  moment.row_means.data(), sums(piece));
     });
-    for (Index piece = 0; piece < pieces; ++piece) {
-      detail::add_scaled(columns, share_of(rows), sums(piece), moment.column_means.data());
-    }
+    add_column_sums(columns, first_sums, pieces, static_cast<double>(rows),
+                    moment.column_means.data());
     const Scalar mean = mean_of(moment.row_means);
     parallel_for(pieces, element_work(parameter.size()), [&](Index piece, Index) {
       move(constants, correction, mean, moment, first_row(piece), first_row(piece + 1), parameter);
@@ -253,9 +250,9 @@ class FactoredAdam {
   // g_ij². Every sum has one order, down the rows of a strip and strip by strip.
 
   static void add_squares(const Matrix<Scalar>& gradient, Index first, Index last, Scalar share,
-                          Scalar* row_means, Scalar* column_sums) {
+                          Scalar* row_means, double* column_sums) {
     const Index columns = gradient.cols();
-    std::fill_n(column_sums, columns, Scalar{0});
+    std::fill_n(column_sums, columns, 0.0);
     for (Index row = first; row < last; row += strip_rows) {
       const Index end = std::min(row + strip_rows, last);
       for (Index column = 0; column < columns; column += strip_columns) {
@@ -269,8 +266,18 @@ class FactoredAdam {
         Index i = row;
         for (; i + 4 <= end; i += 4) add(std::integral_constant<Index, 4>{}, i);
         for (; i < end; ++i) add(std::integral_constant<Index, 1>{}, i);
-        detail::add_scaled(width, Scalar{1}, sums, column_sums + column);
+        for (Index j = 0; j < width; ++j) column_sums[column + j] += static_cast<double>(sums[j]);
       }
+    }
+  }
+
+  /// column_means[j] += (1 - β₂)/rows·Σ of the pieces' sums.
+  void add_column_sums(Index columns, Index first, Index pieces, double rows,
+                       Scalar* column_means) const {
+    for (Index j = 0; j < columns; ++j) {
+      double sum = 0;
+      for (Index piece = first; piece < first + pieces; ++piece) sum += column_sums_(piece, j);
+      column_means[j] += static_cast<Scalar>((1 - config_.beta2) / rows * sum);
     }
   }
 
@@ -341,7 +348,7 @@ class FactoredAdam {
   Config config_;
   detail::FactoredState<Scalar> second_moment_;
   detail::UpdateCounts updates_;
-  Matrix<Scalar> column_sums_;  ///< scratch
+  Matrix<double> column_sums_;  ///< scratch; in double, since there may be many rows
 };
 
 }  // namespace moe
