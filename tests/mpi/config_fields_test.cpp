@@ -30,6 +30,11 @@ struct Outer {
   Activation activation = Activation::silu;
 };
 struct Empty {};
+struct WithSeed {
+  int before = 1;
+  Seed seed;  // must be given
+  int after = 2;
+};
 
 }  // namespace
 
@@ -39,6 +44,8 @@ TEST_CASE("config fields: every number, flag and enumerator in order", "[mpi]") 
   CHECK(fields_of(Empty{}).empty());
   CHECK(detail::field_count<Outer>() == 5);
   CHECK(detail::field_count<Empty>() == 0);
+  CHECK(detail::field_count<WithSeed>() == 3);
+  CHECK(fields_of(WithSeed{.seed = 5}) == std::vector<std::int64_t>{1, 5, 2});
 }
 
 TEST_CASE("config fields: every field of every gate and layer counts", "[mpi]") {

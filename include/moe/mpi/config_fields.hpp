@@ -18,22 +18,29 @@ struct AnyField {
   operator Type() const;  // NOLINT(google-explicit-constructor)
 };
 
-/// How many fields an aggregate has: as many as it can be initialised with.
+inline constexpr std::size_t most_fields = 24;
+
+/// How many fields an aggregate has, up to one more than most_fields: the largest number that it can
+/// be initialised with. With fewer it can be too, unless one of those left out must be given.
 template <class Type, class... Fields>
 constexpr std::size_t field_count() {
-  if constexpr (requires { Type{Fields{}..., AnyField{}}; }) {
-    return field_count<Type, Fields..., AnyField>();
-  } else {
+  if constexpr (sizeof...(Fields) <= most_fields) {
+    constexpr std::size_t more = field_count<Type, Fields..., AnyField>();
+    if constexpr (more > 0) return more;
+  }
+  if constexpr (requires { Type{Fields{}...}; }) {
     return sizeof...(Fields);
+  } else {
+    return 0;
   }
 }
 
-/// Calls call(field) for each field of an aggregate of at most 24. C++20 has no other way to reach
+/// Calls call(field) for each field of an aggregate of at most most_fields. C++20 has no other way to reach
 /// fields without their names than to bind as many as there are.
 template <class Type, class F>
 void with_fields(const Type& value, F&& call) {
   constexpr std::size_t count = field_count<Type>();
-  static_assert(count <= 24, "a configuration of more than 24 fields");
+  static_assert(count <= most_fields, "a configuration of more than 24 fields");
   const auto each = [&](const auto&... field) { (call(field), ...); };
   if constexpr (count == 1) {
     const auto& [a] = value;
