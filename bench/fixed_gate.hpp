@@ -28,14 +28,14 @@ class FixedGate {
   Index experts() const { return config_.experts; }
 
   void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::NoiseKey& = {}) const {
-    tape.x = x;
     route(x.rows(), tape.routing);
     tape.trained = true;
   }
   void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape) const {
     route(x.rows(), tape.routing);
   }
-  void backward(std::span<const Scalar> dslot, Tape& tape) {
+  void backward(const moe::MatrixRef<Scalar>&, std::span<const Scalar> dslot, Tape& tape,
+                moe::Matrix<Scalar>&) {
     tape.dslot.assign(dslot.begin(), dslot.end());
   }
   template <class Self, class Visitor>

@@ -113,7 +113,7 @@ class Cell {
   }
 
   void describe() {
-    const moe::Routing<float>& routing = tape_.routing;
+    const moe::Routing<float>& routing = tape_.routing();
     problem_.width = shape_.width;
     problem_.hidden = shape_.hidden;
     problem_.tokens = shape_.tokens;
@@ -153,8 +153,8 @@ class Cell {
     constexpr double rounding = 1e-5;
     constexpr double sign = 2e-2;
     std::vector<float> row_dweight;
-    for (const Index slot : tape_.routing.row_slot) {
-      row_dweight.push_back(tape_.dslot[static_cast<std::size_t>(slot)]);
+    for (const Index slot : tape_.routing().row_slot) {
+      row_dweight.push_back(tape_.gate.dslot[static_cast<std::size_t>(slot)]);
     }
     const Index rows = shape_.tokens * shape_.width;
     check("y", tape_.y.data(), peer.y(), rows, rounding);

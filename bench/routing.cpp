@@ -76,10 +76,12 @@ void gate_forward_backward(benchmark::State& state) {
   Gate gate({.width = shape.width, .experts = shape.experts, .active = shape.active}, 0);
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   const std::vector<float> dweight(static_cast<std::size_t>(shape.slots()), 0.1f);
+  moe::Matrix<float> dx(shape.tokens, shape.width);
   Gate::Tape tape;
   const double seconds = bench::best_seconds([&] {
     gate.forward(x, tape);
-    gate.backward(dweight, tape);
+    dx.setZero();
+    gate.backward(x, dweight, tape, dx);
   });
   bench::report<float>(state, seconds, bench::step_work<float>(shape, 0), 1);
   state.counters["ns_per_token"] = seconds * 1e9 / static_cast<double>(shape.tokens);

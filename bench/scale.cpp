@@ -105,20 +105,20 @@ class Trained {
 
   void gate_step() {
     moe::zero_gradients(layer_.gate(), moe::Updates::lazy);
-    layer_.gate().forward(x_, tape_);
+    layer_.gate().forward(x_, tape_.gate);
     tape_.dx.setZero(tokens, width);
-    layer_.gate().backward(std::span<const float>(tape_.dweight), tape_);
+    layer_.gate().backward(x_, std::span<const float>(tape_.dweight), tape_.gate, tape_.dx);
   }
-  void gate_evaluate() { layer_.gate().evaluate(x_, tape_); }
+  void gate_evaluate() { layer_.gate().evaluate(x_, tape_.gate); }
 
   Traffic traffic(bool training) const {
     const Index expert = 2 * width * hidden + width + hidden;
-    const Index gate = (training ? 2 : 1) * width * Kind<Gate>::columns_used(tape_, experts_);
+    const Index gate = (training ? 2 : 1) * width * Kind<Gate>::columns_used(tape_.gate, experts_);
     const auto weights =
         static_cast<double>(used_experts() * expert + gate) * double{sizeof(float)};
     return training ? Traffic{6 * weights, 2 * weights} : Traffic{weights, weights};
   }
-  Index used_experts() const { return experts_ - tape_.balance.unused_experts(); }
+  Index used_experts() const { return experts_ - tape_.balance().unused_experts(); }
 
  private:
   Index experts_;

@@ -98,7 +98,8 @@ int run() {
     if (update % 100 == 0) {
       std::printf("%6d %8.4f  ", static_cast<int>(update),
                   static_cast<double>(dy.squaredNorm()) / static_cast<double>(tokens));
-      for (Index e = 0; e < 8; ++e) std::printf(" %4d", static_cast<int>(tape.routing.slots_of(e)));
+      for (Index e = 0; e < 8; ++e)
+        std::printf(" %4d", static_cast<int>(tape.routing().slots_of(e)));
       std::printf("\n");
     }
   }

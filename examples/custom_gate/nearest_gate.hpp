@@ -33,9 +33,9 @@ class NearestGate {
   }
   Index experts() const { return centre_.value.rows(); }
 
+  /// Training and serving are the same here: there is no noise.
   void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::NoiseKey&) const {
     evaluate(x, tape);
-    tape.x = x;  // where the experts read it in training
   }
 
   /// One slot a token. (A gate with several has token_offsets that are further apart, and lists the
@@ -55,16 +55,17 @@ class NearestGate {
     }
   }
 
-  /// dweight is the gradient of the loss by each slot's weight w, and
-  /// ∂w/∂c = w·(2/D)·(x - c) = -∂w/∂x. Gradients are added to; tape.dx comes as zeros.
-  void backward(std::span<const Scalar> dweight, Tape& tape) {
+  /// x is that of forward(), dweight the gradient of the loss with respect to each slot's weight w,
+  /// and ∂w/∂c = w·(2/D)·(x - c) = -∂w/∂x. All gradients are added to, dx too.
+  void backward(const moe::MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                moe::Matrix<Scalar>& dx) {
     const Scalar scale = Scalar{2} / static_cast<Scalar>(centre_.value.cols());
     for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
       const auto t = static_cast<Index>(slot);
       const Index e = tape.routing.expert[slot];
       const Scalar slope = scale * tape.routing.weight[slot] * dweight[slot];
-      centre_.gradient().row(e) += slope * (tape.x.row(t) - centre_.value.row(e));
-      tape.dx.row(t) -= slope * (tape.x.row(t) - centre_.value.row(e));
+      centre_.gradient().row(e) += slope * (x.row(t) - centre_.value.row(e));
+      dx.row(t) -= slope * (x.row(t) - centre_.value.row(e));
     }
   }
 

@@ -65,7 +65,7 @@ Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index se
   for (Index i = 0; i < batches.count(); ++i) {
     batches.get(i, batch);
     loss += model.evaluate(batch.input, batch.target, state, tape);
-    const moe::Balance<float>& balance = tape.middle.balance;
+    const moe::Balance<float>& balance = tape.middle.balance();
     total.importance += balance.importance;
     total.load += balance.load;
     for (std::size_t e = 0; e < total.tokens_per_expert.size(); ++e) {

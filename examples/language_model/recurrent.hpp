@@ -93,10 +93,13 @@ class RecurrentStack {
 
   struct Tape {
     std::vector<typename Layer::Tape> layers;
-    Matrix x;                      ///< x_i
-    Matrix y;                      ///< the sum
-    Matrix dx;                     ///< ∂ by x_{i+1}, at the end by x
-    moe::Balance<Scalar> balance;  ///< of no experts
+    Matrix x;   ///< x_i
+    Matrix y;   ///< the sum
+    Matrix dx;  ///< ∂ by x_{i+1}, at the end by x
+    moe::Balance<Scalar> of_none;
+
+    /// Of no experts.
+    const moe::Balance<Scalar>& balance() const { return of_none; }
   };
 
   RecurrentStack(const Config& config, Index width, std::uint64_t seed) {

@@ -182,7 +182,7 @@ class Trainer {
   double cross_entropy() const { return cross_entropy_.mean(); }
   double reward() const { return reward_.mean(); }
   double share() const { return share_.mean(); }
-  const moe::Balance<float>& balance() const { return tape_.policy.encoder.mixture.balance; }
+  const moe::Balance<float>& balance() const { return tape_.policy.encoder.mixture.balance(); }
 
   void train() {
     const double start = seconds_now();

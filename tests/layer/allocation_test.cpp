@@ -158,12 +158,12 @@ void check(const typename Layer::Config& config) {
     layer.evaluate(x, serving);
   };
   pass(same, 0);
-  REQUIRE(training.balance.unused_experts() > 0);
+  REQUIRE(training.balance().unused_experts() > 0);
   const std::size_t count = allocations_in([&] {
     for (std::uint64_t step = 1; step < 6; ++step) pass(step % 2 == 0 ? same : spread, step);
   });
   CHECK(count == 0);
-  REQUIRE(serving.balance.unused_experts() == 0);
+  REQUIRE(serving.balance().unused_experts() == 0);
 
   // One tape for both kinds of pass.
   layer.evaluate(spread, training);

@@ -86,7 +86,7 @@ class Beside {
       whole.forward(x, expected, next);
       parallel.forward(own(x), tape, next);
       CHECK(relative_error(tape.y, own(expected.y)) < tolerance);
-      check_balance(tape.balance, expected.balance, tolerance);
+      check_balance(tape.balance(), expected.balance(), tolerance);
       CHECK(tape.batch_tokens == tokens);
       CHECK(tape.first_token == first);
       whole.backward(dy, expected);
@@ -97,8 +97,8 @@ class Beside {
     }
     whole.evaluate(x, expected);
     CHECK(relative_error(parallel.evaluate(own(x), tape), own(expected.y)) < tolerance);
-    check_balance(tape.balance, expected.balance, tolerance);
-    CHECK(tape.batch == nullptr);
+    check_balance(tape.balance(), expected.balance(), tolerance);
+    CHECK(tape.gate.batch == nullptr);
   }
 
  private:

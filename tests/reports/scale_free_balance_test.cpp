@@ -56,7 +56,7 @@ void check_nan_stays(const typename Gate::Config& gate) {
   Matrix<double> x = test::random_matrix(8, 4, 1);
   x(3, 2) = std::numeric_limits<double>::quiet_NaN();
   layer.forward(x, tape, {.step = 1});
-  CHECK(tape.balance.loss == 0);
+  CHECK(tape.balance().loss == 0);
   const Matrix<double>& dx = layer.backward(test::random_matrix(8, 4, 2), tape);
   for (Index t = 0; t < 8; ++t) {
     if (t != 3) CHECK(dx.row(t).allFinite());

@@ -22,6 +22,16 @@ Parameter<typename Gate::Scalar>& parameter(Gate& gate, const std::string& wante
   return *found;
 }
 
+/// What a gate adds to dx, from zeros.
+template <class Gate>
+Matrix<typename Gate::Scalar> gate_dx(Gate& gate, const Matrix<typename Gate::Scalar>& x,
+                                      std::span<const typename Gate::Scalar> dweight,
+                                      typename Gate::Tape& tape) {
+  Matrix<typename Gate::Scalar> dx = Matrix<typename Gate::Scalar>::Zero(x.rows(), x.cols());
+  gate.backward(x, dweight, tape, dx);
+  return dx;
+}
+
 /// r by slot, from r by token and expert.
 template <class Scalar>
 std::vector<Scalar> dweight_of(const Routing<Scalar>& routing, const Matrix<Scalar>& r) {

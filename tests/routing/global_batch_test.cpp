@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../support.hpp"
+#include "gates.hpp"
 #include "moe/moe.hpp"
 #include "shared_batch.hpp"
 
@@ -28,7 +29,7 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
   for (const Index size : sizes) tokens += size;
   const Matrix<double> x = random_matrix(tokens, config.width, 1);
   // The gradient by the weight of a slot, whichever part it is in.
-  const auto backward = [&](Outcome<Gate>& o, Index first) {
+  const auto backward = [&](Outcome<Gate>& o, Index first, const Matrix<double>& rows) {
     const Routing<double>& routing = o.tape.routing;
     std::vector<double> dweight(routing.expert.size());
     for (Index t = 0; t < routing.tokens(); ++t) {
@@ -38,12 +39,12 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
             std::sin(static_cast<double>(17 * (first + t) + routing.expert[detail::to_size(s)]));
       }
     }
-    o.dx = o.gate.backward(std::span<const double>(dweight), o.tape);
+    o.dx = test::gate_dx<Gate>(o.gate, rows, dweight, o.tape);
   };
 
   Outcome<Gate> whole{fresh, {}, {}};
   whole.gate.forward(x, whole.tape, {.step = 3});
-  backward(whole, 0);
+  backward(whole, 0, x);
 
   std::vector<Outcome<Gate>> parts(sizes.size(), {fresh, {}, {}});
   test::share_batch<double>(sizes, [&](std::size_t i, const GlobalBatch<double>& batch) {
@@ -52,7 +53,7 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
     o.tape.batch = &batch;
     o.gate.forward(x.middleRows(first, sizes[i]), o.tape,
                    {.step = 3, .first_token = static_cast<std::uint32_t>(first)});
-    backward(o, first);
+    backward(o, first, x.middleRows(first, sizes[i]));
     o.tape.batch = nullptr;
   });
 

@@ -35,7 +35,7 @@ void check_gradients(const NoisyTopKGate<double>::Config& config, Index tokens, 
   }
   REQUIRE(clear);
   const Matrix<double> r = random_matrix(tokens, config.experts, 8);
-  const Matrix<double> dx = gate.backward(dweight_of(tape.routing, r), tape);
+  const Matrix<double> dx = test::gate_dx(gate, x, dweight_of(tape.routing, r), tape);
 
   // e^h and Φ are steep where scores are large.
   const double steep = weights * inputs > 5 ? 0.02 : 1;
@@ -141,7 +141,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: two tokens and three experts worked by han
   // Σ G·g = 19/64, dh = (1/4·12, −3/4·4)/64 = (3, −3)/64. For token 1 g = (−21, 15)/64:
   // Σ G·g = −3/64, dh = (−9, 9)/64.
   const std::vector<S> dweight = {1, 0, 0, 0};
-  const Matrix<S>& dx = gate.backward(dweight, tape);
+  const Matrix<S>& dx = test::gate_dx(gate, x, dweight, tape);
   const Matrix<S> dh{{3, 0, -3}, {0, -9, 9}};
   const auto error = [](const Matrix<S>& a, const Matrix<S>& b) {
     return static_cast<double>((a - b).cwiseAbs().maxCoeff());
@@ -212,7 +212,7 @@ TEST_CASE("noisy top-k gate: the threshold carries a share of the gradient that 
   test::randomize(gate, 2, 0.3);
   NoisyTopKGate<double>::Tape tape;
   gate.forward(random_matrix(8, 3, 31), tape);
-  gate.backward(std::vector<double>(16, 0.0), tape);
+  test::gate_dx(gate, random_matrix(8, 3, 31), std::vector<double>(16, 0.0), tape);
   for (Index t = 0; t < 8; ++t) {
     const double size = tape.dclean.row(t).cwiseAbs().sum();
     CHECK(size > 1e-6);
@@ -295,7 +295,6 @@ TEST_CASE("noisy top-k gate: load is the count in evaluation", "[routing][gate]"
     CHECK(tape.balance.load[e] == static_cast<double>(count));
     CHECK(tape.balance.tokens_per_expert[detail::to_size(e)] == count);
   }
-  CHECK(tape.x.size() == 0);
   CHECK(gate.evaluate(random_matrix(30, 3, 2)).weight == routing.weight);
 }
 
@@ -327,7 +326,8 @@ TEST_CASE("noisy top-k gate: a counted load carries no gradient", "[routing][gat
     NoisyTopKGate<double>::Tape tape;
     gate.forward(random_matrix(6, 3, 2), tape);
     CHECK((tape.balance.load.array() == tape.balance.load.array().round()).all());
-    const Matrix<double>& dx = gate.backward(std::vector<double>(all ? 30 : 6, 0.0), tape);
+    const Matrix<double>& dx =
+        test::gate_dx(gate, random_matrix(6, 3, 2), std::vector<double>(all ? 30 : 6, 0.0), tape);
     CHECK(dx.cwiseAbs().maxCoeff() == 0);
     for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
       CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
@@ -341,7 +341,7 @@ TEST_CASE("noisy top-k gate: one active expert learns from the load alone", "[ro
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
   gate.forward(random_matrix(6, 3, 2), tape);
-  gate.backward(std::vector<double>(6, 2.5), tape);
+  test::gate_dx(gate, random_matrix(6, 3, 2), std::vector<double>(6, 2.5), tape);
   CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() < 1e-15);
 }
 
@@ -349,11 +349,12 @@ TEST_CASE("noisy top-k gate: backward adds once each time", "[routing][gate]") {
   NoisyTopKGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
-  gate.forward(random_matrix(6, 3, 2), tape);
+  const Matrix<double> x = random_matrix(6, 3, 2);
+  gate.forward(x, tape);
   const std::vector<double> dweight(12, 0.5);
-  const Matrix<double> dx = gate.backward(dweight, tape);
+  const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
   const test::Named once = test::gradients_of(gate);
-  CHECK(same_bits(gate.backward(dweight, tape), dx));
+  CHECK(same_bits(test::gate_dx(gate, x, dweight, tape), dx));
   for (const auto& [name, gradient] : test::gradients_of(gate)) {
     CHECK(relative_error(gradient, Matrix<double>(2 * once.at(name))) < 1e-14);
   }
@@ -432,13 +433,14 @@ TEST_CASE("noisy top-k gate: a bad input is refused and changes nothing", "[rout
   NoisyTopKGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
+  const Matrix<double> x = random_matrix(6, 3, 2);
   const std::vector<double> dweight(12, 0.5);
 
   const char* const untrained = "moe: NoisyTopKGate::backward without a forward pass on this tape";
-  CHECK_THROWS_WITH(gate.backward(dweight, tape), untrained);
+  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
   gate.forward(random_matrix(6, 3, 2), tape);
   gate.evaluate(random_matrix(6, 3, 3), tape);  // leaves scores that backward would mix up
-  CHECK_THROWS_WITH(gate.backward(dweight, tape), untrained);
+  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
 
   gate.forward(random_matrix(6, 3, 2), tape);
   const NoisyTopKGate<double>::Tape before = tape;
@@ -447,9 +449,18 @@ TEST_CASE("noisy top-k gate: a bad input is refused and changes nothing", "[rout
                     "moe: NoisyTopKGate: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(gate.evaluate(wide, tape),
                     "moe: NoisyTopKGate: x has 4 columns, Config.width = 3");
-  CHECK_THROWS_WITH(gate.backward(std::vector<double>(11, 0.5), tape),
-                    "moe: dweight has 11 entries for 12 slots");
-  CHECK(same_bits(tape.x, before.x));
+  CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(11, 0.5), tape),
+                    "moe: NoisyTopKGate::backward: dweight has 11 entries for 12 slots");
+  CHECK_THROWS_WITH(test::gate_dx(gate, wide, dweight, tape),
+                    "moe: NoisyTopKGate::backward: x is 6 x 4, in forward() it was 6 x 3");
+  CHECK_THROWS_WITH(test::gate_dx(gate, x.topRows(5).eval(), dweight, tape),
+                    "moe: NoisyTopKGate::backward: x is 5 x 3, in forward() it was 6 x 3");
+  for (const auto& [rows, columns] : {std::pair{5, 3}, {6, 2}, {0, 0}}) {
+    Matrix<double> dx = Matrix<double>::Zero(rows, columns);
+    CHECK_THROWS_AS(gate.backward(x, dweight, tape, dx), std::invalid_argument);
+  }
+  Matrix<double> same = x;
+  CHECK_THROWS_AS(gate.backward(same, dweight, tape, same), std::invalid_argument);
   CHECK(same_bits(tape.noisy, before.noisy));
   CHECK(tape.routing.weight == before.routing.weight);
   CHECK(tape.routing.expert == before.routing.expert);
@@ -457,10 +468,10 @@ TEST_CASE("noisy top-k gate: a bad input is refused and changes nothing", "[rout
   for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
     CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
   });
-  CHECK_NOTHROW(gate.backward(dweight, tape));  // the tape is as good as before
+  CHECK_NOTHROW(test::gate_dx(gate, x, dweight, tape));  // the tape is as good as before
 
   NoisyTopKGate<double>::Tape served;
   gate.evaluate(random_matrix(6, 3, 2), served);
-  CHECK_THROWS_WITH(gate.backward(dweight, served),
+  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, served),
                     "moe: NoisyTopKGate::backward without a forward pass on this tape");
 }

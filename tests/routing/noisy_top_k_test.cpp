@@ -25,7 +25,8 @@ struct Passes {
   Matrix<Scalar> dx;
 
   explicit Passes(Index rows = 7, Index active = 2, bool noise = true)
-      : top_k({.width = 4, .experts = 5, .active = active, .noise = noise}, 9), dx(rows, 4) {
+      : top_k({.width = 4, .experts = 5, .active = active, .noise = noise}, 9),
+        dx(Matrix<Scalar>::Zero(rows, 4)) {
     test::randomize(top_k, 1);
     zero_gradients(top_k);
     top_k.prepare(rows, noise, tape, routing);

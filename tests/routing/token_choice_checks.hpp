@@ -134,7 +134,7 @@ void check_layer_gradients(const typename Layer::Config& config, Index tokens,
   const auto loss = [&] {
     typename Layer::Tape pass;
     const double y = layer.forward(x, pass, {.step = 2}).cwiseProduct(r).sum();
-    return y + pass.balance.loss;
+    return y + pass.balance().loss;
   };
   CHECK(relative_error(dx, difference_gradient(x, loss)) < 1e-7);
   check_parameter_gradients(layer, loss);
@@ -162,9 +162,7 @@ void check_threads(const typename Gate::Config& config, Index tokens) {
     for (std::size_t s = 0; s < dweight.size(); ++s) {
       dweight[s] = static_cast<Scalar>(s % 7) - Scalar{3};
     }
-    tape.dx.setZero(tokens, config.width);
-    gate.backward(dweight, tape);
-    result.dx = tape.dx;
+    result.dx = gate_dx<Gate>(gate, x, dweight, tape);
     result.gradients = gradients_of(gate);
     gate.evaluate(x, tape);
     result.serving = tape.routing;

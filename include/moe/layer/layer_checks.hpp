@@ -15,11 +15,11 @@ void check_layer_width(const MatrixRef<Scalar>& matrix, const char* name, Index 
           " columns, Config.width = ", width);
 }
 
-/// What a gate leaves in its tape, `name` being "x" or "dx", for an x of tokens x width.
+/// The dx that a gate added to, for an x of tokens x width.
 template <class Scalar>
-void check_left_by_gate(const Matrix<Scalar>& matrix, const char* name, Index tokens, Index width) {
-  require(matrix.rows() == tokens && matrix.cols() == width, "MoELayer: the gate left a tape.",
-          name, " of ", matrix.rows(), " x ", matrix.cols(), " for an x of ", tokens, " x ", width);
+void check_left_by_gate(const Matrix<Scalar>& dx, Index tokens, Index width) {
+  require(dx.rows() == tokens && dx.cols() == width, "MoELayer: the gate left a dx of ", dx.rows(),
+          " x ", dx.cols(), " for an x of ", tokens, " x ", width);
 }
 
 /// Groups the slots that a gate made by expert, after checking that they are of these experts and

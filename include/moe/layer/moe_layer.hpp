@@ -48,15 +48,24 @@ class MoELayer {
     Seed seed;                                 ///< of the experts' start and the gate's noise
   };
 
-  /// What a pass leaves behind: a gate's tape (x, routing, balance, dx) and more. One tape belongs
-  /// to one pass at a time; several passes in flight take several tapes.
-  struct Tape : Gate_::Tape, detail::ExpertTape<Expert> {
-    Matrix<Scalar> y;  ///< T x D, the result
+  /// What a pass leaves behind. One tape belongs to one pass at a time; several passes in flight
+  /// take several tapes.
+  struct Tape {
+    typename Gate_::Tape gate;           ///< whatever the gate keeps; its routing and balance
+    detail::ExpertTape<Expert> experts;  ///< whatever the experts keep, and scratch
+    Matrix<Scalar> x;                    ///< T x D, a copy
+    Matrix<Scalar> y;                    ///< T x D, the result
+    Matrix<Scalar> dx;                   ///< T x D, the gradient with respect to x
+    bool trained = false;                ///< whether the last pass was a forward() that ended well
 
     Matrix<Scalar> combined;      ///< T x D, y before the output activation, if there is one
     Matrix<Scalar> dcombined;     ///< T x D
-    Matrix<Scalar> dexperts;      ///< T x D, the experts' share of dx
     std::vector<Scalar> dweight;  ///< S, the gradients of the weights by slot
+
+    /// The slots of the last pass.
+    const Routing<Scalar>& routing() const { return gate.routing; }
+    /// The losses and the figures to watch of the last pass.
+    const Balance<Scalar>& balance() const { return gate.balance; }
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
@@ -95,7 +104,7 @@ class MoELayer {
   std::vector<Expert>& experts() { return experts_; }
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
-  /// in tape.balance. Give every update its own key.step: the same key draws the same noise.
+  /// in tape.balance(). Give every update its own key.step: the same key draws the same noise.
   /// O(S·D·H), and what the gate costs. x may be all of this tape's x, and any part of its y. Throws
   /// std::invalid_argument when x is not D wide or another part of tape.x, and when a gate
   /// contradicts itself, which leaves the tape unusable.
@@ -103,56 +112,53 @@ class MoELayer {
                                 const NoiseKey& key = {}) const {
     detail::check_layer_width<Scalar>(x, "x", config_.width);
     tape.trained = false;
-    gate_.forward(x, tape, key);
-    tape.trained = false;  // until the experts have run too
-    detail::check_left_by_gate(tape.x, "x", x.rows(), config_.width);
-    detail::group_checked(tape.routing, gate_.experts(), x.rows());
+    detail::copy_matrix(x, tape.x);
+    gate_.forward(tape.x, tape.gate, key);
+    detail::group_checked(tape.gate.routing, gate_.experts(), tape.x.rows());
     run_experts(tape.x, tape, true);
     tape.trained = true;
     return tape.y;
   }
 
-  /// Takes dy, the gradient of the loss by y (T x D), after forward() on the same tape. Adds to
-  /// every parameter's gradient, the balance losses' included once; returns the gradient of the
-  /// loss by x (T x D), which is tape.dx. The parameters must be those of the forward pass. Throws
+  /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.
+  /// Adds to every parameter's gradient, the balance losses' included once; returns the gradient with
+  /// respect to x (T x D), which is tape.dx. The parameters must be those of the forward pass. Throws
   /// std::invalid_argument when dy has another shape than y or lies in tape.dx, or the tape is not of
-  /// a forward pass of such a layer, before anything is changed. std::bad_alloc, which only a first pass of its shapes
-  /// can throw, may leave gradients that are added to in part: zero them before going on.
+  /// a forward pass of such a layer, before anything is changed. std::bad_alloc, which only a first
+  /// pass of its shapes can throw, may leave gradients that are added to in part: zero them before
+  /// going on.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
     detail::check_layer_width<Scalar>(dy, "dy", config_.width);
     const Index tokens = tape.x.rows();
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
-    detail::require(tape.routing.experts == gate_.experts() && tape.x.cols() == config_.width &&
-                        tape.kept_width == experts_.front().tape_width(),
-                    "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
+    detail::require(tape.routing().experts == gate_.experts() && tape.x.cols() == config_.width &&
+                        tape.experts.kept_width == experts_.front().tape_width(),
+                    "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
                     " experts and width ", tape.x.cols());
-    if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
-    detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dexperts, tape.dcombined});
+    if constexpr (requires { gate_.check_tape(tape.gate); }) gate_.check_tape(tape.gate);
+    detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dcombined});
     if (!has_gradients_) detail::reserve_gradients(*this);
     has_gradients_ = true;
     const MatrixRef<Scalar> dsum =
         detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
-    detail::resize_to_zero(tape.dexperts, tokens, config_.width);
-    detail::ExpertPass<Expert>(experts_, tape.routing, tape)
-        .run_backward(experts_, tape.x, dsum, tape.dweight, tape.dexperts);
     detail::resize_to_zero(tape.dx, tokens, config_.width);
-    gate_.backward(std::span<const Scalar>(tape.dweight), tape);
-    detail::check_left_by_gate(tape.dx, "dx", tokens, config_.width);
-    detail::add_scaled(tape.dx.size(), Scalar{1}, tape.dexperts.data(), tape.dx.data());
+    detail::ExpertPass<Expert>(experts_, tape.routing(), tape.experts)
+        .run_backward(experts_, tape.x, dsum, tape.dweight, tape.dx);
+    gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
+    detail::check_left_by_gate(tape.dx, tokens, config_.width);
     return tape.dx;
   }
 
-  /// y (T x D) without noise. Leaves tape.routing and tape.balance too, so a served or validated
+  /// y (T x D) without noise. Leaves tape.routing() and tape.balance() too, so a served or validated
   /// batch can be watched, but nothing that backward() could use. Throws std::invalid_argument
   /// when x is not D wide, or is this tape's own y or a part of it.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     detail::check_layer_width<Scalar>(x, "x", config_.width);
     detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
     tape.trained = false;
-    gate_.evaluate(x, tape);
-    tape.trained = false;
-    detail::group_checked(tape.routing, gate_.experts(), x.rows());
+    gate_.evaluate(x, tape.gate);
+    detail::group_checked(tape.gate.routing, gate_.experts(), x.rows());
     run_experts(x, tape, false);
     return tape.y;
   }
@@ -174,7 +180,7 @@ class MoELayer {
     const bool plain = config_.output == Activation::identity;
     Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
     detail::resize_to_zero(sum, x.rows(), config_.width);
-    detail::ExpertPass<Expert>(experts_, tape.routing, tape).run(x, keeps, sum);
+    detail::ExpertPass<Expert>(experts_, tape.routing(), tape.experts).run(x, keeps, sum);
     if (!plain) detail::activate_output(config_.output, sum, tape.y);
   }
 

@@ -65,7 +65,7 @@ struct Shard {
 /// It has the verbs of the layer, and computes what the layer would compute on the tokens of all
 /// ranks one behind the other, first those of rank 0: the same y and dx for them, and the same
 /// gradients, up to the order of sums. In every run on as many ranks they have the same bits. The
-/// noise of a token depends on its place in that batch, and tape.balance speaks of all of it. dy is
+/// noise of a token depends on its place in that batch, and tape.balance() speaks of all of it. dy is
 /// the gradient of a loss of the whole batch, so where that is a mean, divide by the number of
 /// tokens of all ranks, tape.batch_tokens.
 ///
@@ -90,9 +90,19 @@ class ExpertParallel {
   using Expert = typename PartsOf<Layer>::Expert;
   using Gate = typename PartsOf<Layer>::Gate;
 
-  /// The gate's tape (x, routing, balance, dx) and more, see MoELayer::Tape.
-  struct Tape : Gate::Tape {
-    Matrix<Scalar> y;                ///< T x D, the result
+  /// What a pass leaves behind, see MoELayer::Tape.
+  struct Tape {
+    typename Gate::Tape gate;  ///< whatever the gate keeps; its routing and balance
+    Matrix<Scalar> x;          ///< T x D, a copy
+    Matrix<Scalar> y;          ///< T x D, the result
+    Matrix<Scalar> dx;         ///< T x D, the gradient with respect to x
+    bool trained = false;      ///< whether the last pass was a forward() that ended well
+
+    /// The slots of this rank's tokens in the last pass.
+    const Routing<Scalar>& routing() const { return gate.routing; }
+    /// The losses and the figures to watch of the last pass, of all ranks' tokens.
+    const Balance<Scalar>& balance() const { return gate.balance; }
+
     std::vector<Index> rank_tokens;  ///< R, tokens of each rank
     Index batch_tokens = 0;          ///< of all ranks
     Index first_token = 0;           ///< this rank's first one among them
@@ -100,7 +110,6 @@ class ExpertParallel {
     std::int64_t pass = 0;           ///< numbers the passes of a communicator
     Matrix<Scalar> combined;         ///< T x D, y before the output activation, if there is one
     Matrix<Scalar> dcombined;        ///< T x D
-    Matrix<Scalar> dexperts;         ///< T x D, the experts' share of dx
     std::vector<Scalar> dweight;     ///< S, the gradients of the weights by slot
 
     /// Slots that this rank's experts work on.
@@ -175,10 +184,9 @@ class ExpertParallel {
       NoiseKey own = key;
       own.first_token += static_cast<std::uint32_t>(tape.first_token);
       communicator_.attempt("the gate", [&] {
-        gate_->forward(x, tape, own);
-        tape.trained = false;  // until the experts have run too
-        moe::detail::check_left_by_gate(tape.x, "x", x.rows(), config_.width);
-        dispatch(x.rows(), tape);
+        moe::detail::copy_matrix(x, tape.x);
+        gate_->forward(tape.x, tape.gate, own);
+        dispatch(tape.x.rows(), tape);
       });
     });
     run_experts(tape.x, true, tape);
@@ -205,7 +213,6 @@ class ExpertParallel {
           tape);
       run_gate_backward(tape);
     });
-    moe::detail::add_scaled(tape.dx.size(), Scalar{1}, tape.dexperts.data(), tape.dx.data());
     return tape.dx;
   }
 
@@ -215,8 +222,7 @@ class ExpertParallel {
     begin("ExpertParallel::evaluate", x, {}, tape);
     with_batch(tape, [&] {
       communicator_.attempt("the gate", [&] {
-        gate_->evaluate(x, tape);
-        tape.trained = false;
+        gate_->evaluate(x, tape.gate);
         dispatch(x.rows(), tape);
       });
     });
@@ -341,10 +347,10 @@ class ExpertParallel {
     const Batch batch(communicator_, tape);
     struct Reset {
       Tape& tape;
-      ~Reset() { tape.batch = nullptr; }
+      ~Reset() { tape.gate.batch = nullptr; }
     };
     const Reset reset{tape};
-    tape.batch = &batch;
+    tape.gate.batch = &batch;
     f();
   }
 
@@ -357,7 +363,7 @@ class ExpertParallel {
   void dispatch(Index tokens, Tape& tape) const {
     using moe::detail::to_size;
     const Index experts = gate_->experts();
-    Routing<Scalar>& routing = tape.routing;
+    Routing<Scalar>& routing = tape.gate.routing;
     moe::detail::group_checked(routing, experts, tokens);
 
     Routing<Scalar>& own = tape.own.routing;
@@ -529,24 +535,24 @@ class ExpertParallel {
     moe::detail::check_layer_width<Scalar>(dy, "dy", config_.width);
     require(dy.rows() == tape.x.rows(), "MoELayer: dy has ", dy.rows(), " rows, y has ",
             tape.x.rows());
-    require(tape.routing.experts == gate_->experts() && tape.x.cols() == config_.width &&
+    require(tape.routing().experts == gate_->experts() && tape.x.cols() == config_.width &&
                 tape.rank_tokens.size() == moe::detail::to_size(communicator_.size()) &&
                 (shard_.experts.empty() ||
                  tape.own.experts.kept_width == shard_.experts.front().tape_width()),
-            "MoELayer::backward: the tape is another layer's, of ", tape.routing.experts,
+            "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
             " experts and width ", tape.x.cols());
-    if constexpr (requires { gate_->check_tape(tape); }) gate_->check_tape(tape);
+    if constexpr (requires { gate_->check_tape(tape.gate); }) gate_->check_tape(tape.gate);
     moe::detail::require_apart("ExpertParallel::backward", "dy", dy,
-                               {tape.dx, tape.dexperts, tape.dcombined, tape.returned});
+                               {tape.dx, tape.dcombined, tape.returned});
     moe::detail::resize(tape.received_dy, tape.received.back(), config_.width);
     moe::detail::resize(tape.returned, tape.sent.back(), config_.width);
     moe::detail::resize_to_zero(tape.answer, tape.received.back(), config_.width);
-    moe::detail::resize_to_zero(tape.dexperts, dy.rows(), config_.width);
-    moe::detail::resize(tape.dweight, tape.routing.slots());
+    moe::detail::resize_to_zero(tape.dx, dy.rows(), config_.width);
+    moe::detail::resize(tape.dweight, tape.routing().slots());
     moe::detail::resize(tape.returned_dweight, tape.sent.back());
   }
 
-  /// Fills tape.dweight and tape.dexperts, adds to the experts' gradients.
+  /// Fills tape.dweight, adds the experts' share to tape.dx and to their gradients.
   void run_experts_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     using moe::detail::to_size;
     std::optional<RowExchange> there;
@@ -557,7 +563,7 @@ class ExpertParallel {
     });
     send_tokens(dy, tape.received_dy, tape, *there);
     communicator_.attempt("the experts' gradients", [&] {
-      run_share_backward(tape.x, dy, tape.own, tape.dexperts);
+      run_share_backward(tape.x, dy, tape.own, tape.dx);
       there->wait();
       run_share_backward(tape.received_x, tape.received_dy, tape.others, tape.answer);
     });
@@ -567,7 +573,7 @@ class ExpertParallel {
       back->send(tape.others.dweight, tape.received[to_size(r)], came_from(r, tape), r);
     });
     back->wait();
-    add_answers(tape, tape.dexperts);
+    add_answers(tape, tape.dx);
     for (std::size_t i = 0; i < tape.own_slot.size(); ++i) {
       tape.dweight[to_size(tape.own_slot[i])] = tape.own.dweight[i];
     }
@@ -583,16 +589,15 @@ class ExpertParallel {
         .run_backward(shard_.experts, x, dy, share.dweight, dx);
   }
 
-  /// Fills tape.dx and adds the gradients of all ranks' tokens to the gate's.
+  /// Adds the gate's share to tape.dx, and the gradients of all ranks' tokens to the gate's.
   void run_gate_backward(Tape& tape) {
     bool aside = false;
     try {
       communicator_.attempt("the gate's gradients", [&] {
-        moe::detail::resize_to_zero(tape.dx, tape.x.rows(), config_.width);
         tape.gate_gradients.set_aside(*gate_);
         aside = true;
-        gate_->backward(std::span<const Scalar>(tape.dweight), tape);
-        moe::detail::check_left_by_gate(tape.dx, "dx", tape.x.rows(), config_.width);
+        gate_->backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
+        moe::detail::check_left_by_gate(tape.dx, tape.x.rows(), config_.width);
       });
       tape.gate_gradients.sum(*gate_, communicator_);
     } catch (...) {

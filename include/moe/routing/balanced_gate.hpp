@@ -91,7 +91,6 @@ class BalancedGate {
                                  const NoiseKey& = {}) const {
     check_width(x);
     tape.trained = false;
-    detail::copy_matrix(x, tape.x);
     compute_p(x, tape);
     const Index tokens = detail::batch_tokens(tape.batch, x.rows());
     detail::choose_tokens(tape.p, taken(tokens), tape.batch, tape.choice, tape.routing);
@@ -118,29 +117,27 @@ class BalancedGate {
     return evaluate(x, tape);
   }
 
-  /// Takes dweight, the gradient of the loss by the weight of each slot (S), and adds that of
-  /// threshold_weight·L_batchwise once. Adds to the gradients of W_g and of the thresholds; returns
-  /// the gradient of x (T x D), which is tape.dx. Throws std::invalid_argument when dweight does
-  /// not belong to the tape.
-  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
+  /// each slot (S), and adds that of threshold_weight·L_batchwise once. Adds to the gradients of W_g
+  /// and of the thresholds, and to dx (T x D). Throws std::invalid_argument when an argument does not
+  /// belong to the tape.
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
-                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    detail::check_gate_backward("BalancedGate::backward", config_.width, x, dweight, tape, dx);
     compute_loss_backward(tape);
     compute_weights_backward(dweight, tape);
-    detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.dx);
-    return tape.dx;
+    detail::linear_scores_backward(x, tape.dscores, weight_, dx);
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
     detail::require(
-        tape.x.cols() == config_.width && tape.p.cols() == experts() &&
-            tape.difference.rows() == tape.x.rows() &&
-            (tape.batch != nullptr || tape.routing.slots() == experts() * taken(tape.x.rows())),
-        "BalancedGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
-        tape.p.cols(), " experts");
+        tape.p.cols() == experts() && tape.difference.rows() == tape.p.rows() &&
+            (tape.batch != nullptr || tape.routing.slots() == experts() * taken(tape.p.rows())),
+        "BalancedGate::backward: the tape is another gate's, of ", tape.p.cols(), " experts and ",
+        tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
   }
 
   /// "weight" (W_g) and "threshold".

@@ -68,7 +68,6 @@ class ExpertChoiceGate {
                                  const NoiseKey& = {}) const {
     check_width(x);
     tape.trained = false;
-    detail::copy_matrix(x, tape.x);
     route(x, tape);
     tape.trained = true;
     return tape.routing;
@@ -86,13 +85,13 @@ class ExpertChoiceGate {
     return evaluate(x, tape);
   }
 
-  /// Takes dweight, the gradient of the loss by the weight of each slot (S). Adds to the gradient
-  /// of W_g; returns the gradient of x (T x D), which is tape.dx. At a fixed choice this is the
-  /// exact derivative. Throws std::invalid_argument when dweight does not belong to the tape.
-  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
+  /// each slot (S). Adds to the gradient of W_g, and to dx (T x D). At a fixed choice this is the
+  /// exact derivative. Throws std::invalid_argument when an argument does not belong to the tape.
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
-                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    detail::check_gate_backward("ExpertChoiceGate::backward", config_.width, x, dweight, tape, dx);
     detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
     const Routing<Scalar>& routing = tape.routing;
     for (Index t = 0; t < routing.tokens(); ++t) {
@@ -102,19 +101,17 @@ class ExpertChoiceGate {
       }
     }
     detail::softmax_rows_backward(tape.p, tape.dscores);
-    detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.dx);
-    return tape.dx;
+    detail::linear_scores_backward(x, tape.dscores, weight_, dx);
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
     detail::require(
-        tape.x.cols() == config_.width && tape.p.cols() == experts() &&
-            tape.p.rows() == tape.x.rows() &&
-            (tape.batch != nullptr || tape.routing.slots() == experts() * capacity(tape.x.rows())),
-        "ExpertChoiceGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
-        tape.p.cols(), " experts");
+        tape.p.cols() == experts() && tape.p.rows() == tape.routing.tokens() &&
+            (tape.batch != nullptr || tape.routing.slots() == experts() * capacity(tape.p.rows())),
+        "ExpertChoiceGate::backward: the tape is another gate's, of ", tape.p.cols(),
+        " experts and ", tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
   }
 
   /// "weight" (W_g).

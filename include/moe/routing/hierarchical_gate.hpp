@@ -93,7 +93,6 @@ class HierarchicalGate {
                                  const NoiseKey& key = {}) const {
     check_width(x);
     tape.trained = false;
-    detail::copy_matrix(x, tape.x);
     route(x, config_.noise, key, tape);
     tape.trained = true;
     return tape.routing;
@@ -112,46 +111,45 @@ class HierarchicalGate {
     return evaluate(x, tape);
   }
 
-  /// Takes dweight, the gradient of the loss by the weight of each slot (S), and adds the balance
-  /// losses' share once. Adds to the gradients of the gates; returns the gradient of x (T x D),
-  /// which is tape.dx. At fixed noise and choice this is the exact derivative, that of the loads
-  /// through their thresholds included. Throws std::invalid_argument when dweight does not belong
-  /// to the tape.
-  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
+  /// each slot (S), and adds the balance losses' share once. Adds to the gradients of the gates, and
+  /// to dx (T x D). At fixed noise and choice this is the exact derivative, that of the loads through
+  /// their thresholds included. Throws std::invalid_argument when an argument does not belong to the
+  /// tape.
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
-                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    detail::check_gate_backward("HierarchicalGate::backward", config_.width, x, dweight, tape, dx);
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
                                   tape.dimportance, tape.dload);
     combine_load_backward(tape);
     combine_backward(dweight, tape);
-    detail::resize(tape.dx, tape.x.rows(), config_.width);
-    detail::resize(tape.dx_rows, tape.primary.routing.slots(), config_.width);
+    detail::resize_to_zero(tape.dx_rows, tape.primary.routing.slots(), config_.width);
     primary_.prepare_backward(tape.primary);
     secondary_.front().prepare_backward(tape.secondary);
-    primary_.backward(GatheredRows<Scalar>(tape.x), 0, tape.primary.dchoice.data(),
-                      tape.primary.dload.data(), tape.primary, tape.primary.routing, view(tape.dx));
+    primary_.backward(GatheredRows<Scalar>(x), 0, tape.primary.dchoice.data(),
+                      tape.primary.dload.data(), tape.primary, tape.primary.routing, view(dx));
     for_each_group(tape, [&](Index i, Range rows) {
       Level& level = tape.secondary;
       secondary_[detail::to_size(i)].backward(
-          gathered(tape.x, rows, tape), rows.first, level.dchoice.data(),
+          gathered(x, rows, tape), rows.first, level.dchoice.data(),
           level.dload.data() + i * config_.group_experts, level, level.routing,
           rows_of(tape.dx_rows, rows.first, rows.count));
     });
-    add_rows_to_tokens(tape);
-    return tape.dx;
+    add_rows_to_tokens(tape, dx);
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "HierarchicalGate::backward without a forward pass on this tape");
-    detail::require(tape.x.cols() == config_.width && tape.primary.clean.cols() == config_.groups &&
+    const Index tokens = tape.routing.tokens();
+    detail::require(tape.primary.clean.cols() == config_.groups &&
                         tape.secondary.clean.cols() == config_.group_experts &&
-                        tape.primary.routing.slots() == tape.x.rows() * config_.active_groups &&
-                        tape.routing.slots() == tape.x.rows() * active(),
-                    "HierarchicalGate::backward: the tape is another gate's, of width ",
-                    tape.x.cols(), " and ", tape.primary.clean.cols(), " groups of ",
-                    tape.secondary.clean.cols(), " experts");
+                        tape.primary.routing.slots() == tokens * config_.active_groups &&
+                        tape.routing.slots() == tokens * active(),
+                    "HierarchicalGate::backward: the tape is another gate's, of ",
+                    tape.primary.clean.cols(), " groups of ", tape.secondary.clean.cols(),
+                    " experts");
   }
 
   /// "primary.weight", "primary.noise_weight", "secondary.0.weight", "secondary.0.noise_weight",
@@ -323,15 +321,15 @@ class HierarchicalGate {
     }
   }
 
-  /// tape.dx += the rows of tape.dx_rows, by token in the order of its groups.
-  void add_rows_to_tokens(Tape& tape) const {
+  /// dx += the rows of tape.dx_rows, by token in the order of its groups.
+  void add_rows_to_tokens(const Tape& tape, Matrix<Scalar>& dx) const {
     parallel_for_blocks(
-        tape.dx.rows(), 64, element_work(tape.dx_rows.size()), [&](Index first, Index count) {
+        dx.rows(), 64, element_work(tape.dx_rows.size()), [&](Index first, Index count) {
           for (Index slot = first * config_.active_groups;
                slot < (first + count) * config_.active_groups; ++slot) {
             const Index row = tape.primary.routing.slot_row[detail::to_size(slot)];
             detail::add_scaled(config_.width, Scalar{1}, detail::row_data(tape.dx_rows, row),
-                               detail::row_data(tape.dx, slot / config_.active_groups));
+                               detail::row_data(dx, slot / config_.active_groups));
           }
         });
   }

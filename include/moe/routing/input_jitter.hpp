@@ -14,7 +14,7 @@ namespace moe::detail {
 /// jittered = x ⊙ factor: the noise of Switch Transformer's gate [F22 app. C, cited in
 /// capacity.hpp].
 template <class Scalar>
-void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const Matrix<Scalar>& x,
+void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const MatrixRef<Scalar>& x,
                   Matrix<Scalar>& factor, Matrix<Scalar>& jittered) {
   const Index width = x.cols();
   resize(factor, x.rows(), width);
@@ -33,11 +33,13 @@ void jitter_input(double size, std::uint64_t seed, const NoiseKey& key, const Ma
   });
 }
 
-/// Turns the gradient by `jittered` into that by x.
+/// dx += djittered ⊙ factor.
 template <class Scalar>
-void jitter_input_backward(const Matrix<Scalar>& factor, Matrix<Scalar>& dx) {
+void jitter_input_backward(const Matrix<Scalar>& factor, const Matrix<Scalar>& djittered,
+                           Matrix<Scalar>& dx) {
   parallel_for_blocks(dx.rows(), 64, element_work(dx.size()), [&](Index first, Index count) {
-    dx.middleRows(first, count).array() *= factor.middleRows(first, count).array();
+    dx.middleRows(first, count).array() +=
+        djittered.middleRows(first, count).array() * factor.middleRows(first, count).array();
   });
 }
 

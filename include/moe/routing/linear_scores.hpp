@@ -19,13 +19,12 @@ void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
   product_nn(GatheredRows<Scalar>(x), view(weight.value), view(scores));
 }
 
-/// Adds xᵀ·dscores to W's gradient, if W is trained; dx = dscores·Wᵀ.
+/// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (T x D).
 template <class Scalar>
-void linear_scores_backward(const Matrix<Scalar>& x, const Matrix<Scalar>& dscores,
+void linear_scores_backward(const MatrixRef<Scalar>& x, const Matrix<Scalar>& dscores,
                             Parameter<Scalar>& weight, Matrix<Scalar>& dx) {
   const GatheredRows<Scalar> rows(dscores);
-  resize(dx, x.rows(), x.cols());
-  product_nt(rows, view(std::as_const(weight.value)), view(dx));
+  product_nt(rows, view(std::as_const(weight.value)), view(dx), Start::accumulate);
   if (weight.trained) product_tn(GatheredRows<Scalar>(x), rows, view(weight.gradient()));
 }
 

@@ -124,8 +124,7 @@ class NoisyTopK {
   }
 
   /// Takes dweight (a number a slot of the whole routing), the gradient by G, and dload (E), that
-  /// by the load of these rows. Adds to the gradients of the weights and sets dx (rows x D). At
-  /// fixed noise and choice this is the exact derivative, that of the load through its threshold
+  /// by the load of these rows. Adds to the gradients of the weights and to dx (rows x D). At fixed noise and choice this is the exact derivative, that of the load through its threshold
   /// included.
   void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
@@ -221,15 +220,15 @@ class NoisyTopK {
 
   void compute_scores_backward(const GatheredRows<Scalar>& x, Range rows, Tape& tape,
                                MatrixView<Scalar> dx) {
-    score_backward(x, rows_of(tape.dclean, rows.first, rows.count), weight_, Start::zero, dx);
-    if (!tape.has_noise) return;
-    score_backward(x, rows_of(tape.draw, rows.first, rows.count), noise_weight_, Start::accumulate,
-                   dx);
+    score_backward(x, rows_of(tape.dclean, rows.first, rows.count), weight_, dx);
+    if (tape.has_noise) {
+      score_backward(x, rows_of(tape.draw, rows.first, rows.count), noise_weight_, dx);
+    }
   }
   static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
-                             Parameter<Scalar>& weight, Start start, MatrixView<Scalar> dx) {
+                             Parameter<Scalar>& weight, MatrixView<Scalar> dx) {
     const GatheredRows<Scalar> d(dscore);
-    product_nt(d, view(std::as_const(weight.value)), dx, start);
+    product_nt(d, view(std::as_const(weight.value)), dx, Start::accumulate);
     if (!weight.trained) return;
     const bool replace = accumulate(weight, true);
     product_tn(x, d, view(weight.gradient()), replace ? Start::zero : Start::accumulate);

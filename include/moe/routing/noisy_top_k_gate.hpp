@@ -60,7 +60,6 @@ class NoisyTopKGate {
                                  const NoiseKey& key = {}) const {
     check_width(x);
     tape.trained = false;
-    detail::copy_matrix(x, tape.x);
     route(x, config_.noise, key, tape);
     tape.trained = true;
     return tape.routing;
@@ -79,15 +78,15 @@ class NoisyTopKGate {
     return evaluate(x, tape);
   }
 
-  /// Takes dweight, the gradient of the loss by the weight of each slot (S), and adds the balance
-  /// losses' share once. Adds to the gradients of W_g and W_noise; returns the gradient of x
-  /// (T x D), which is tape.dx. At fixed noise and choice this is the exact derivative, that of the
-  /// load through its threshold included. Throws std::invalid_argument when dweight does not
+  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
+  /// each slot (S), and adds the balance losses' share once. Adds to the gradients of W_g and
+  /// W_noise, and to dx (T x D). At fixed noise and choice this is the exact derivative, that of the
+  /// load through its threshold included. Throws std::invalid_argument when an argument does not
   /// belong to the tape.
-  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
-                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    detail::check_gate_backward("NoisyTopKGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("NoisyTopKGate::backward", "dweight", dweight, {tape.dchoice});
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
                                   tape.dimportance, tape.dload);
@@ -95,20 +94,19 @@ class NoisyTopKGate {
     for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
       tape.dchoice[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
     }
-    detail::resize(tape.dx, tape.x.rows(), tape.x.cols());
     top_k_.prepare_backward(tape);
-    top_k_.backward(GatheredRows<Scalar>(tape.x), 0, tape.dchoice.data(), tape.dload.data(), tape,
-                    tape.routing, view(tape.dx));
-    return tape.dx;
+    top_k_.backward(GatheredRows<Scalar>(x), 0, tape.dchoice.data(), tape.dload.data(), tape,
+                    tape.routing, view(dx));
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
-    detail::require(tape.x.cols() == config_.width && tape.clean.cols() == experts() &&
-                        tape.routing.slots() == tape.x.rows() * config_.active,
-                    "NoisyTopKGate::backward: the tape is another gate's, of width ", tape.x.cols(),
-                    " and ", tape.clean.cols(), " experts");
+    detail::require(tape.clean.cols() == experts() &&
+                        tape.routing.slots() == tape.routing.tokens() * config_.active,
+                    "NoisyTopKGate::backward: the tape is another gate's, of ", tape.clean.cols(),
+                    " experts and ", tape.routing.slots(), " slots of ", tape.routing.tokens(),
+                    " tokens");
   }
 
   template <class Self, class Visitor>

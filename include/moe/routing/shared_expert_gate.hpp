@@ -55,7 +55,6 @@ class SharedExpertGate {
     std::vector<Scalar> routed_dweight;
     Matrix<Scalar> shared_weight;  ///< sigmoid(x·W_shared), T x shared
     Matrix<Scalar> dscores;        ///< the gradient by x·W_shared, T x shared
-    Matrix<Scalar> shared_dx;      ///< T x D
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The wrapped gate gets the seed.
@@ -75,7 +74,6 @@ class SharedExpertGate {
                                  const NoiseKey& key = {}) const {
     check_width(x);
     tape.trained = false;
-    detail::copy_matrix(x, tape.x);
     tape.routed.batch = tape.batch;
     routed_.forward(x, tape.routed, key);
     add_shared(x, tape);
@@ -97,41 +95,30 @@ class SharedExpertGate {
     return evaluate(x, tape);
   }
 
-  /// Takes dweight, the gradient of the loss by the weight of each slot (S), of which the wrapped
-  /// gate gets its own part. Adds to the gradients of both; returns the gradient of x (T x D),
-  /// which is tape.dx. Throws std::invalid_argument when dweight does not belong to the tape.
-  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
+  /// each slot (S), of which the wrapped gate gets its own part. Adds to the gradients of both, and
+  /// to dx (T x D). Throws std::invalid_argument when an argument does not belong to the tape.
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
     tape.routed.batch = tape.batch;  // that of forward() may be gone
     check_tape(tape);
-    const Index tokens = tape.x.rows();
-    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
-                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
+    detail::check_gate_backward("SharedExpertGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("SharedExpertGate::backward", "dweight", dweight, {tape.routed_dweight});
     split_backward(dweight, tape);
-    detail::resize_to_zero(tape.routed.dx, tokens, config_.width);
-    routed_.backward(std::span<const Scalar>(tape.routed_dweight), tape.routed);
-    detail::require(tape.routed.dx.rows() == tokens && tape.routed.dx.cols() == config_.width,
-                    "SharedExpertGate: the wrapped gate left a tape.dx of ", tape.routed.dx.rows(),
-                    " x ", tape.routed.dx.cols(), " for an x of ", tokens, " x ", config_.width);
-    // So that the wrapped gate gets as much in exchange.
-    detail::resize(tape.dx, tokens, config_.width);
-    tape.dx.swap(tape.routed.dx);
-    if (config_.gated) {
-      detail::linear_scores_backward(tape.x, tape.dscores, weight_, tape.shared_dx);
-      detail::add_scaled(tape.dx.size(), Scalar{1}, tape.shared_dx.data(), tape.dx.data());
-    }
-    return tape.dx;
+    routed_.backward(x, std::span<const Scalar>(tape.routed_dweight), tape.routed, dx);
+    if (config_.gated) detail::linear_scores_backward(x, tape.dscores, weight_, dx);
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
+    const Index tokens = tape.routing.tokens();
     detail::require(
-        tape.x.cols() == config_.width && tape.routing.experts == experts() &&
-            tape.routing.slots() == tape.routed.routing.slots() + config_.shared * tape.x.rows() &&
+        tape.routing.experts == experts() &&
+            tape.routing.slots() == tape.routed.routing.slots() + config_.shared * tokens &&
             tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
-        "SharedExpertGate::backward: the tape is another gate's, of width ", tape.x.cols(), " and ",
-        tape.routing.experts, " experts");
+        "SharedExpertGate::backward: the tape is another gate's, of ", tape.routing.experts,
+        " experts");
     if constexpr (requires { routed_.check_tape(tape.routed); }) routed_.check_tape(tape.routed);
   }
 
@@ -202,9 +189,9 @@ class SharedExpertGate {
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());
-    if (config_.gated) detail::resize(tape.dscores, tape.x.rows(), config_.shared);
+    if (config_.gated) detail::resize(tape.dscores, tape.routing.tokens(), config_.shared);
     std::size_t slot = 0;
-    for (Index t = 0; t < tape.x.rows(); ++t) {
+    for (Index t = 0; t < tape.routing.tokens(); ++t) {
       for (Index i = 0; i < config_.shared; ++i, ++slot) {
         if (!config_.gated) continue;
         const Scalar w = tape.shared_weight(t, i);

@@ -58,6 +58,7 @@ class SoftmaxTopKGate {
   struct Tape : GateTape<Scalar> {
     Matrix<Scalar> jitter;             ///< j, T x D
     Matrix<Scalar> jittered;           ///< x ⊙ j, T x D
+    Matrix<Scalar> djittered;          ///< T x D
     Matrix<Scalar> logits;             ///< c, T x E
     Matrix<Scalar> scores;             ///< softmax(c) or sigmoid(c), T x E
     Vector<Scalar> probability_scale;  ///< T, by which scores are multiplied to be P
@@ -103,13 +104,13 @@ class SoftmaxTopKGate {
                     "SoftmaxTopKGate: x has ", tokens,
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
     tape.trained = false;
-    detail::copy_matrix(x, tape.x);
     if (config_.jitter > 0) {
-      detail::jitter_input(config_.jitter, jitter_seed_, key, tape.x, tape.jitter, tape.jittered);
+      detail::jitter_input(config_.jitter, jitter_seed_, key, x, tape.jitter, tape.jittered);
+      compute_scores(tape.jittered, tape);
     } else {
       detail::resize(tape.jitter, 0, 0);
+      compute_scores(x, tape);
     }
-    compute_scores(config_.jitter > 0 ? tape.jittered : tape.x, tape);
     choose(tape);
     if (config_.random_second) drop_second_choices(tape, key);
     fill_routing(tape, config_.capacity_factor);
@@ -136,14 +137,14 @@ class SoftmaxTopKGate {
     return evaluate(x, tape);
   }
 
-  /// Takes dweight, the gradient of the loss by the weight of each slot (S), and adds the losses'
-  /// share once. Adds to the gradient of W_g; returns the gradient of x (T x D), which is tape.dx.
-  /// Throws std::invalid_argument when dweight does not belong to the tape.
-  const Matrix<Scalar>& backward(std::span<const Scalar> dweight, Tape& tape) {
+  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
+  /// each slot (S), and adds the losses' share once. Adds to the gradient of W_g, and to dx (T x D).
+  /// Throws std::invalid_argument when an argument does not belong to the tape.
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::require(static_cast<Index>(dweight.size()) == tape.routing.slots(), "dweight has ",
-                    dweight.size(), " entries for ", tape.routing.slots(), " slots");
-    detail::resize_to_zero(tape.dlogits, tape.x.rows(), experts());
+    detail::check_gate_backward("SoftmaxTopKGate::backward", config_.width, x, dweight, tape, dx);
+    detail::resize_to_zero(tape.dlogits, x.rows(), experts());
     compute_losses_backward(tape);
     if (config_.score != Score::softmax_of_chosen) weigh_backward(dweight, tape);
     compute_scores_backward(tape);
@@ -152,26 +153,28 @@ class SoftmaxTopKGate {
       detail::router_z_loss_backward(config_.z_weight, tape.logits, tape.log_sum, tape.dlogits,
                                      tape.batch);
     }
-    const bool jitters = config_.jitter > 0;
-    detail::linear_scores_backward(jitters ? tape.jittered : tape.x, tape.dlogits, weight_,
-                                   tape.dx);
-    if (jitters) detail::jitter_input_backward(tape.jitter, tape.dx);
-    return tape.dx;
+    if (config_.jitter > 0) {
+      detail::resize_to_zero(tape.djittered, x.rows(), config_.width);
+      detail::linear_scores_backward<Scalar>(tape.jittered, tape.dlogits, weight_, tape.djittered);
+      detail::jitter_input_backward(tape.jitter, tape.djittered, dx);
+    } else {
+      detail::linear_scores_backward(x, tape.dlogits, weight_, dx);
+    }
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
   void check_tape(const Tape& tape) const {
     using detail::require;
     require(tape.trained, "SoftmaxTopKGate::backward without a forward pass on this tape");
-    const Index tokens = tape.x.rows();
+    const Index tokens = tape.routing.tokens();
     const Index jittered = config_.jitter > 0 ? tokens : 0;
-    require(tape.x.cols() == config_.width && tape.logits.cols() == experts() &&
+    require(tape.logits.cols() == experts() &&
                 static_cast<Index>(tape.choices.expert.size()) == tokens * config_.active &&
                 tape.jitter.rows() == jittered &&
                 has_loss(config_.switch_weight, tape.batch_loss, 1) &&
                 has_loss(config_.sequence_weight, tape.sequence_loss, config_.sequences),
-            "SoftmaxTopKGate::backward: the tape is another gate's, of width ", tape.x.cols(), ", ",
-            tape.logits.cols(), " experts, ", tape.choices.expert.size(), " choices of ", tokens,
+            "SoftmaxTopKGate::backward: the tape is another gate's, of ", tape.logits.cols(),
+            " experts, ", tape.choices.expert.size(), " choices of ", tokens,
             " tokens and jitter of ", tape.jitter.rows());
   }
 
@@ -277,7 +280,7 @@ class SoftmaxTopKGate {
       return;
     }
     parallel_for_blocks(
-        tape.x.rows(), block, element_work(tape.scores.size()), [&](Index first, Index count) {
+        tape.scores.rows(), block, element_work(tape.scores.size()), [&](Index first, Index count) {
           using namespace Eigen::internal;
           const P one = detail::broadcast(Scalar{1});
           for (Index t = first; t < first + count; ++t) {
@@ -356,7 +359,8 @@ class SoftmaxTopKGate {
     const auto scale = static_cast<Scalar>(config_.scale);
     const Index active = config_.active;
     parallel_for_blocks(
-        tape.x.rows(), block, function_work(tape.choices.size()), [&](Index first, Index count) {
+        tape.scores.rows(), block, function_work(tape.choices.size()),
+        [&](Index first, Index count) {
           for (Index t = first; t < first + count; ++t) {
             const auto choice = [&](Index k) { return detail::to_size(t * active + k); };
             const auto g = [&](Index k) {
@@ -443,7 +447,7 @@ class SoftmaxTopKGate {
   /// Adds ∂L/∂s of the losses by batch and by sequence to tape.dlogits. With P = s / S, S = Σ s:
   /// ds = (dP − Σ dP·P) / S.
   void compute_losses_backward(Tape& tape) const {
-    const Index tokens = tape.x.rows();
+    const Index tokens = tape.scores.rows();
     const auto batch = static_cast<Scalar>(config_.switch_weight);
     const auto sequence = static_cast<Scalar>(config_.sequence_weight);
     if (batch == Scalar{0} && sequence == Scalar{0}) return;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <span>
@@ -111,31 +112,64 @@ class SafetensorsFile {
     detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
       check(prefix + name.string(), parameter.value);
     });
-    std::vector<Matrix<float>> floats;  // a module may have parameters of both types
-    std::vector<Matrix<double>> doubles;
-    const auto of_type = [&]<class Scalar>(const Parameter<Scalar>&) -> auto& {
-      if constexpr (std::is_same_v<Scalar, float>) {
-        return floats;
-      } else {
-        return doubles;
-      }
-    };
+    Waiting waiting;
     detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
-      auto& value = of_type(parameter).emplace_back(parameter.value.rows(), parameter.value.cols());
-      copy(tensors_.at(prefix + name.string()), value.data());
+      read_ahead(prefix + name.string(), parameter.value, waiting);
     });
-    auto next_float = floats.begin();
-    auto next_double = doubles.begin();
-    detail::walk_parameters(module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
-      if constexpr (std::is_same_v<Scalar, float>) {
-        p.value = std::move(*next_float++);
-      } else {
-        p.value = std::move(*next_double++);
-      }
+    detail::walk_parameters(
+        module, [&](const ParameterName&, auto& parameter) { take(waiting, parameter.value); });
+  }
+
+  /// Overwrites everything that an optimizer remembers of a module by the tensors of its names, after
+  /// `prefix`. All are read first, so if one is missing or of another shape, or counts updates below
+  /// 0, std::runtime_error names it and the optimizer is what it was. A module that the optimizer
+  /// does not belong to is std::invalid_argument.
+  template <class Optimizer, class Module>
+  void read_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) const {
+    Waiting waiting;
+    optimizer.for_each_state(module, [&](const std::string& name, const auto& state) {
+      check(prefix + name, state);
+      read_ahead(prefix + name, state, waiting);
     });
+    optimizer.for_each_state(module,
+                             [&](const std::string&, auto&& state) { take(waiting, state); });
   }
 
  private:
+  /// What was read and has not been put in its place yet, in the order of reading.
+  struct Waiting {
+    std::deque<Matrix<float>> floats;
+    std::deque<Matrix<double>> doubles;
+    std::deque<std::vector<Index>> counts;
+  };
+  static auto& queue_of(Waiting& waiting, const Matrix<float>&) { return waiting.floats; }
+  static auto& queue_of(Waiting& waiting, const Matrix<double>&) { return waiting.doubles; }
+  static auto& queue_of(Waiting& waiting, std::span<Index>) { return waiting.counts; }
+
+  /// The tensor of that name, which fits `place`.
+  template <class Scalar>
+  void read_ahead(const std::string& name, const Matrix<Scalar>& place, Waiting& waiting) const {
+    auto& read = queue_of(waiting, place).emplace_back(place.rows(), place.cols());
+    copy(tensors_.at(name), read.data());
+  }
+  void read_ahead(const std::string& name, std::span<Index> place, Waiting& waiting) const {
+    auto& read = queue_of(waiting, place).emplace_back(place.size());
+    copy(tensors_.at(name), read.data());
+    for (const Index number : read) {
+      require(number >= 0, detail::tensor_named(name), " has ", number, ", must be at least 0");
+    }
+  }
+
+  template <class Scalar>
+  static void take(Waiting& waiting, Matrix<Scalar>& place) {
+    place = std::move(queue_of(waiting, place).front());
+    queue_of(waiting, place).pop_front();
+  }
+  static void take(Waiting& waiting, std::span<Index> place) {
+    std::copy(waiting.counts.front().begin(), waiting.counts.front().end(), place.begin());
+    waiting.counts.pop_front();
+  }
+
   template <class... Parts>
   void require(bool condition, const Parts&... parts) const {
     detail::require_file(condition, path_, parts...);

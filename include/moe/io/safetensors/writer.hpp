@@ -59,6 +59,14 @@ class SafetensorsWriter {
   template <class Module>
   void add_parameters(const Module&& module, const std::string& prefix = {}) = delete;
 
+  /// Everything that an optimizer remembers of a module, by its names, after `prefix`; zeros before
+  /// the first update.
+  template <class Optimizer, class Module>
+  void add_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) {
+    optimizer.for_each_state(
+        module, [&](const std::string& name, auto&& state) { add(prefix + name, state); });
+  }
+
   void set_metadata(const std::string& key, const std::string& text) { metadata_[key] = text; }
 
   /// Writes the file beside its place, flushes it and renames it: whatever happens, there is either
