@@ -44,7 +44,7 @@ class Work {
     });
   }
   void operator()() {
-    layer_.forward(x_, tape_);
+    layer_.forward(x_, tape_, {.step = 0});
     if (backward_) layer_.backward(dy_, tape_);
   }
 

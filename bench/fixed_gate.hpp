@@ -27,7 +27,8 @@ class FixedGate {
   explicit FixedGate(const Config& config, std::uint64_t = 0) : config_(config) {}
   Index experts() const { return config_.experts; }
 
-  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::NoiseKey& = {}) const {
+  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape,
+               const moe::NoiseKey& = {.step = 0}) const {
     route(x.rows(), tape.routing);
     tape.trained = true;
   }

@@ -36,7 +36,7 @@ void forward(benchmark::State& state) {
   const Layer<Scalar> layer = make_layer<Scalar>(shape);
   const auto x = bench::random_matrix<Scalar>(shape.tokens, shape.width, 1);
   typename Layer<Scalar>::Tape tape;
-  const double seconds = bench::best_seconds([&] { layer.forward(x, tape); });
+  const double seconds = bench::best_seconds([&] { layer.forward(x, tape, {.step = 0}); });
   const Index used = bench::used_experts(tape.routing());
   bench::report<Scalar>(state, seconds, bench::forward_work<Scalar>(shape, used), 1);
 }
@@ -51,7 +51,7 @@ void forward_backward(benchmark::State& state) {
   const auto dy = bench::random_matrix<Scalar>(shape.tokens, shape.width, 2);
   typename Layer<Scalar>::Tape tape;
   const double seconds = bench::best_seconds([&] {
-    layer.forward(x, tape);
+    layer.forward(x, tape, {.step = 0});
     layer.backward(dy, tape);
   });
   const Index used = bench::used_experts(tape.routing());

@@ -84,7 +84,7 @@ class Cell {
     peers.push_back(bench::make_torch_sorted_peer(problem_));
 #endif
     std::vector<Times> times{{.name = "moe"}};
-    std::vector<bench::Party> forward{[this] { layer_.forward(x_, tape_); }};
+    std::vector<bench::Party> forward{[this] { layer_.forward(x_, tape_, {.step = 0}); }};
     std::vector<bench::Party> steps{[this] { step(); }};
     for (const auto& peer : peers) {
       times.push_back({.name = peer->name()});
@@ -108,7 +108,7 @@ class Cell {
  private:
   void step() {
     moe::zero_gradients(layer_, moe::Updates::lazy);
-    layer_.forward(x_, tape_);
+    layer_.forward(x_, tape_, {.step = 0});
     layer_.backward(dy_, tape_);
   }
 

@@ -50,16 +50,17 @@ void share(benchmark::State& state, bool backward) {
   const auto dy = bench::random_matrix<float>(shape.tokens, shape.width, 2);
   Layer::Tape tape;
   decltype(empty)::Tape empty_tape;
-  const std::vector<double> seconds = bench::best_seconds({[&] {
-                                                             layer.forward(x, tape);
-                                                             if (backward) layer.backward(dy, tape);
-                                                           },
-                                                           [&] {
-                                                             empty.forward(x, empty_tape);
-                                                             if (backward) {
-                                                               empty.backward(dy, empty_tape);
-                                                             }
-                                                           }});
+  const std::vector<double> seconds =
+      bench::best_seconds({[&] {
+                             layer.forward(x, tape, {.step = 0});
+                             if (backward) layer.backward(dy, tape);
+                           },
+                           [&] {
+                             empty.forward(x, empty_tape, {.step = 0});
+                             if (backward) {
+                               empty.backward(dy, empty_tape);
+                             }
+                           }});
   const bench::Shape gates = gate_only(shape);
   bench::report<float>(
       state, seconds[1],
@@ -79,7 +80,7 @@ void gate_forward_backward(benchmark::State& state) {
   moe::Matrix<float> dx(shape.tokens, shape.width);
   Gate::Tape tape;
   const double seconds = bench::best_seconds([&] {
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     dx.setZero();
     gate.backward(x, dweight, tape, dx);
   });

@@ -97,7 +97,7 @@ class Trained {
 
   void step() {
     moe::zero_gradients(layer_, moe::Updates::lazy);
-    layer_.forward(x_, tape_);
+    layer_.forward(x_, tape_, {.step = 0});
     layer_.backward(dy_, tape_);
     optimizer_.update(layer_, 1e-6);  // so small that every step routes alike
   }
@@ -105,7 +105,7 @@ class Trained {
 
   void gate_step() {
     moe::zero_gradients(layer_.gate(), moe::Updates::lazy);
-    layer_.gate().forward(x_, tape_.gate);
+    layer_.gate().forward(x_, tape_.gate, {.step = 0});
     tape_.dx.setZero(tokens, width);
     layer_.gate().backward(x_, std::span<const float>(tape_.dweight), tape_.gate, tape_.dx);
   }

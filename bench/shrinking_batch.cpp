@@ -51,7 +51,7 @@ class Pass {
     if (backward_) moe::zero_gradients(layer_, moe::Updates::lazy);
     Index first = 0;
     for (Layer::Tape& tape : tapes_) {
-      layer_.forward(moe::rows_of(x_, first, size_), tape);
+      layer_.forward(moe::rows_of(x_, first, size_), tape, {.step = 0});
       first += size_;
     }
     if (!backward_) return;

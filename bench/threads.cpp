@@ -24,7 +24,7 @@ void run(benchmark::State& state, bool backward) {
   const auto pass_on = [&](Index workers) {
     return [&, workers] {
       bench::use_threads(workers);
-      layer.forward(x, tape);
+      layer.forward(x, tape, {.step = 0});
       if (backward) layer.backward(dy, tape);
     };
   };

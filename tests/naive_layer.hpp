@@ -155,7 +155,7 @@ class NaiveLayer {
   }
 
   Pass forward(const Matrix<double>& x, const NoiseKey& key) const { return run(x, key, noise_); }
-  Pass evaluate(const Matrix<double>& x) const { return run(x, {}, false); }
+  Pass evaluate(const Matrix<double>& x) const { return run(x, {.step = 0}, false); }
 
   /// Adds to `gradients`, which has the parameters' names, and returns the gradient of x. The
   /// threshold's share of the load can be left out, to see how much it is.

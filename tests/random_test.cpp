@@ -77,7 +77,7 @@ TEST_CASE("random: derived seeds differ by stream and by seed", "[random]") {
   CHECK(seeds.size() == expected);
   // Nor is a derived seed the noise of its parent.
   for (std::uint32_t stream = 0; stream < 40; ++stream) {
-    const Words noise = detail::noise_words(5, {}, 0, stream);
+    const Words noise = detail::noise_words(5, {.step = 0}, 0, stream);
     CHECK(derive_seed(5, stream) != key_of(noise[0], noise[1]));
   }
 }
@@ -313,7 +313,7 @@ TEMPLATE_TEST_CASE("random: filled matrices can be filled again", "[random]", fl
     CHECK(std::abs(a.mean()) < TestType{5 * 3} / std::sqrt(TestType{37 * 29}));
     CHECK(std::abs(a.squaredNorm() / TestType{37 * 29} - 9) < TestType{2});
     for (Index i = 0; i < a.size(); ++i) {
-      const Words words = detail::noise_words(42, {}, 0, i / 4);
+      const Words words = detail::noise_words(42, {.step = 0}, 0, i / 4);
       const float expected = standard_normal(words[detail::to_size(i % 4)]);
       REQUIRE(a.data()[i] == TestType{3} * static_cast<TestType>(expected));
     }

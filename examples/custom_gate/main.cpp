@@ -54,7 +54,7 @@ double gradient_error() {
   moe::Matrix<double> x(5, 3);
   moe::fill_normal(x, 1.0, 2);
   Layer<double>::Tape tape;
-  layer.backward(2 * layer.forward(x, tape), tape);
+  layer.backward(2 * layer.forward(x, tape, {.step = 0}), tape);
 
   double worst = 0;
   moe::for_each_parameter(layer, [&](const auto&, moe::Parameter<double>& parameter) {
@@ -91,7 +91,7 @@ int run() {
   std::printf("update     loss   slots of each expert\n");
   for (std::uint64_t update = 0; update < updates; ++update) {
     clouds.draw(tokens, 100 + update, x, y);
-    const moe::Matrix<float> dy = layer.forward(x, tape) - y;
+    const moe::Matrix<float> dy = layer.forward(x, tape, {.step = 0}) - y;
     moe::zero_gradients(layer);
     layer.backward(2 * dy / static_cast<float>(tokens), tape);
     adam.update(layer, 0.01);

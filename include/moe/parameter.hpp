@@ -181,6 +181,18 @@ void walk_parameters(Module& module, F&& f) {
   visit_parameters(module, ParameterName(), f);
 }
 
+/// Throws std::invalid_argument where a parameter was given a value of another shape than the module
+/// made it, a weight of PyTorch's that was not transposed for example. `of` names the module.
+template <class Module>
+void check_shapes(const Module& module, std::string_view of) {
+  walk_parameters(module, [&](const ParameterName& name, const auto& p) {
+    if (p.value.rows() == p.stored.rows && p.value.cols() == p.stored.columns) return;
+    fail({Part(of), Part(": "), Part(name.string()), Part(" is "), Part(p.value.rows()),
+          Part(" x "), Part(p.value.cols()), Part(", must be "), Part(p.stored.rows), Part(" x "),
+          Part(p.stored.columns)});
+  });
+}
+
 /// Whether a parameter is to be passed by.
 template <class Scalar>
 bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {

@@ -49,17 +49,28 @@ constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> count
   return {one[0][0], one[1][0], one[2][0], one[3][0]};
 }
 
-/// A seed that must be given. What is made of equal seeds starts with equal numbers and draws equal
-/// noise, so a default would make twins of any two layers whose configuration left it out. (Nor does
-/// a counter stand in: a layer's numbers would depend on what the program made before it.)
-class Seed {
+namespace detail {
+
+/// A number that must be given, since any default would be a trap. `Meaning` keeps two kinds apart.
+template <class Meaning>
+class Given {
  public:
-  constexpr Seed(std::uint64_t number) : number_(number) {}  // NOLINT(google-explicit-constructor)
+  constexpr Given(std::uint64_t number) : number_(number) {}  // NOLINT(google-explicit-constructor)
   constexpr operator std::uint64_t() const { return number_; }
 
  private:
   std::uint64_t number_;
 };
+
+}  // namespace detail
+
+/// A seed. What is made of equal seeds starts with equal numbers and draws equal noise, so a default
+/// would make twins of any two layers whose configuration left it out. (Nor does a counter stand in:
+/// a layer's numbers would depend on what the program made before it.)
+using Seed = detail::Given<struct SeedMeaning>;
+
+/// The number of an update. A default would draw the same noise at every update.
+using Step = detail::Given<struct StepMeaning>;
 
 /// A seed for part `stream` of something that was seeded with `seed`; different streams are
 /// independent. A model derives one seed a module from its own.
@@ -73,7 +84,7 @@ constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {
 /// Which random numbers a training pass draws: those of update `step`, the rows of the batch being
 /// tokens first_token, first_token + 1, ... of a larger whole. The same key replays the same noise.
 struct NoiseKey {
-  std::uint64_t step = 0;
+  Step step;
   std::uint32_t first_token = 0;
 };
 
@@ -294,7 +305,8 @@ inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) 
 template <class Scalar>
 void fill_uniform(Matrix<Scalar>& matrix, Scalar bound, std::uint64_t seed) {
   for (Index first = 0; first < matrix.size(); first += 4) {
-    const auto words = detail::noise_words(seed, {}, first >> 32, (first & 0xFFFFFFFF) / 4);
+    const auto words =
+        detail::noise_words(seed, {.step = 0}, first >> 32, (first & 0xFFFFFFFF) / 4);
     const Index count = std::min<Index>(4, matrix.size() - first);
     for (Index i = 0; i < count; ++i) {
       const float unit = uniform(words[detail::to_size(i)]);
@@ -309,7 +321,7 @@ void fill_normal(Matrix<Scalar>& matrix, Scalar deviation, std::uint64_t seed) {
   constexpr Index longest = Index{1} << 32;
   for (Index first = 0; first < matrix.size(); first += longest) {
     detail::fill_noise<Scalar>(
-        seed, {}, 1, std::min(longest, matrix.size() - first),
+        seed, {.step = 0}, 1, std::min(longest, matrix.size() - first),
         [first](Index) { return first / longest; }, matrix.data() + first);
   }
   for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] *= deviation;

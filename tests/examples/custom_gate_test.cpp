@@ -15,7 +15,7 @@ TEST_CASE("custom gate: three tokens and two experts worked by hand", "[examples
   });
   NearestGate<double>::Tape tape;
   const Matrix<double> x{{0, 1}, {2, 0}, {1, 0}};
-  gate.forward(x, tape, {});
+  gate.forward(x, tape, {.step = 0});
   // Squared distances 1 and 5, 4 and 0, 1 and 1; a tie goes to the lower expert.
   CHECK(tape.routing.expert == std::vector<Index>{0, 1, 0});
   CHECK(tape.routing.token_offsets == std::vector<Index>{0, 1, 2, 3});
@@ -39,7 +39,7 @@ TEST_CASE("custom gate: gradients of a layer agree with differences", "[examples
   Matrix<double> x = random_matrix(6, 3, 2);
   const Matrix<double> r = random_matrix(6, 3, 3);
   Layer::Tape tape;
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   const Matrix<double> dx = layer.backward(r, tape);
   const auto loss = [&] { return layer.evaluate(x).cwiseProduct(r).sum(); };
   CHECK(relative_error(dx, test::difference_gradient(x, loss)) < 1e-7);

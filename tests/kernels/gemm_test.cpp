@@ -50,7 +50,7 @@ class Framed {
 List random_list(Index count, Index rows, std::uint64_t seed) {
   List list(to_size(count));
   for (Index i = 0; i < count; ++i) {
-    list[to_size(i)] = static_cast<Index>(noise_words(seed, {}, i, 0)[0]) % rows;
+    list[to_size(i)] = static_cast<Index>(noise_words(seed, {.step = 0}, i, 0)[0]) % rows;
   }
   return list;
 }

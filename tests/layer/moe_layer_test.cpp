@@ -349,7 +349,7 @@ TEST_CASE("layer: on one worker each network is told who comes next", "[layer]")
   MoELayer<Expert<Queued, double>>::Tape tape;
   Network::runs.clear();
   Network::combines.clear();
-  const Matrix<double> y = layer.forward(x, tape);
+  const Matrix<double> y = layer.forward(x, tape, {.step = 0});
   for (const auto& calls : {Network::runs, Network::combines}) {
     REQUIRE(calls.size() == 7);  // every expert has tokens, and all fit into one group
     for (std::size_t i = 0; i < calls.size(); ++i) {
@@ -360,7 +360,7 @@ TEST_CASE("layer: on one worker each network is told who comes next", "[layer]")
   Layer<double> plain(
       {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 7, .active = 2}, .seed = 3});
   Layer<double>::Tape plain_tape;
-  CHECK(same_bits(y, plain.forward(x, plain_tape)));
+  CHECK(same_bits(y, plain.forward(x, plain_tape, {.step = 0})));
 }
 
 // ---- Gradients.
@@ -411,9 +411,9 @@ TEST_CASE("layer: the gradient of a ReLU at the output stops where y is zero", "
                        .seed = 6});
   test::randomize(layer, 3);
   Layer<double>::Tape tape;
-  const Matrix<double> y = layer.forward(random_matrix(20, 3, 1), tape);
+  const Matrix<double> y = layer.forward(random_matrix(20, 3, 1), tape, {.step = 0});
   const NaiveLayer naive(layer);
-  const NaiveLayer::Pass pass = naive.forward(random_matrix(20, 3, 1), {});
+  const NaiveLayer::Pass pass = naive.forward(random_matrix(20, 3, 1), {.step = 0});
   CHECK(relative_error(y, pass.y) < 1e-13);
   CHECK(y.minCoeff() == 0);
   CHECK(y.maxCoeff() > 0);
@@ -486,7 +486,7 @@ TEST_CASE("layer: backward adds to the gradients and can be called again", "[lay
                        .seed = 6});
   test::randomize(layer, 4, 0.5);
   Layer<double>::Tape tape;
-  layer.forward(random_matrix(10, 3, 2), tape);
+  layer.forward(random_matrix(10, 3, 2), tape, {.step = 0});
   const Matrix<double> r = random_matrix(10, 3, 3);
   const Matrix<double> dx = layer.backward(r, tape);
   Named once = test::gradients_of(layer);
@@ -599,7 +599,7 @@ TEMPLATE_TEST_CASE("layer: has the same bits on any number of threads", "[layer]
       }
       if (overloaded) {
         typename Layer<S>::Tape tape;
-        layer.forward(x, tape);
+        layer.forward(x, tape, {.step = 0});
         CHECK(tape.routing().slots_of(3) == 700);
       }
     }
@@ -696,7 +696,7 @@ TEMPLATE_TEST_CASE("layer: no tokens are no work", "[layer]", float, double) {
   test::randomize(layer, 1);
   const Matrix<S> none(0, 3);
   typename Layer<S>::Tape tape;
-  CHECK(layer.forward(none, tape).rows() == 0);
+  CHECK(layer.forward(none, tape, {.step = 0}).rows() == 0);
   CHECK(tape.y.cols() == 3);
   CHECK(tape.routing().slots() == 0);
   CHECK(tape.balance().loss == 0);
@@ -721,7 +721,7 @@ TEMPLATE_TEST_CASE("layer: a single expert is that expert", "[layer]", float, do
   test::Passes<S> passes(layer.experts()[0], GatheredRows<S>(x));
   const Matrix<S> expected = passes.evaluate(layer.experts()[0]);
   typename Layer<S>::Tape tape;
-  CHECK(same_bits(layer.forward(x, tape), expected));
+  CHECK(same_bits(layer.forward(x, tape, {.step = 0}), expected));
   CHECK(tape.balance().loss == 0);
   CHECK(tape.balance().load[0] == 300);
   CHECK(tape.balance().importance[0] == 300);
@@ -737,14 +737,15 @@ TEMPLATE_TEST_CASE("layer: all tokens can go to one expert", "[layer]", float, d
   collapse(layer, 2);
   const Matrix<S> x = with_positive_first_entry(random_matrix<S>(300, 3, 1));
   typename Layer<S>::Tape tape;
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   CHECK(tape.routing().expert_offsets == Indices{0, 0, 0, 300, 300, 300});
   CHECK(tape.balance().unused_experts() == 4);
   CHECK_THAT(static_cast<double>(tape.balance().cv_importance()),
              Catch::Matchers::WithinAbs(2, 1e-6));
   CHECK_THAT(static_cast<double>(tape.balance().max_over_mean_load()),
              Catch::Matchers::WithinAbs(5, 1e-5));
-  const NaiveLayer::Pass expected = NaiveLayer(layer).forward(x.template cast<double>(), {});
+  const NaiveLayer::Pass expected =
+      NaiveLayer(layer).forward(x.template cast<double>(), {.step = 0});
   CHECK(relative_error(tape.y.template cast<double>().eval(), expected.y) < test::tolerance<S>);
 }
 
@@ -778,8 +779,8 @@ TEMPLATE_TEST_CASE("layer: NaN and infinity reach their own token and no other",
         CHECK(same_bits(y.topRows(70), expected.topRows(70)));
         CHECK(same_bits(y.bottomRows(79), expected.bottomRows(79)));
       };
-      const Matrix<S> trained = layer.forward(x, tape);
-      check(layer.forward(spoilt, tape), trained);
+      const Matrix<S> trained = layer.forward(x, tape, {.step = 0});
+      check(layer.forward(spoilt, tape, {.step = 0}), trained);
       CHECK(std::isnan(tape.balance().loss));
       CHECK(tape.routing().slots() == 300);
       const Matrix<S> dx = layer.backward(x, tape);
@@ -795,7 +796,7 @@ TEST_CASE("layer: experts without a token are neither run nor trained", "[layer]
       {.width = 3, .gate = {.experts = 5, .active = 2, .noise = false}, .seed = 5});
   const Matrix<double> x = random_matrix(40, 3, 1);
   MoELayer<Expert<SineMap, double>>::Tape tape;
-  layer.forward(x, tape);  // equal scores: experts 0 and 1
+  layer.forward(x, tape, {.step = 0});  // equal scores: experts 0 and 1
   layer.backward(x, tape);
   layer.evaluate(x, tape);
   for (Index e = 0; e < 5; ++e) {
@@ -904,9 +905,9 @@ TEMPLATE_TEST_CASE(
     const Matrix<S> r = random_matrix<S>(400, 24, 2);
     CHECK(Everything<S>(recomputing, x, r).same_as(Everything<S>(keeping, x, r)));
     typename Layer<S>::Tape tape;
-    recomputing.forward(x, tape);
+    recomputing.forward(x, tape, {.step = 0});
     CHECK(tape.experts.kept.size() == 0);
-    keeping.forward(x, tape);
+    keeping.forward(x, tape, {.step = 0});
     CHECK(tape.experts.kept.size() >= 800 * 70);
   }
 }
@@ -918,7 +919,7 @@ TEST_CASE("layer: every slot is run once and none is dropped", "[layer]") {
     fill_normal(layer.experts()[0].network().w.value, 1.0, 3);
     const Matrix<double> x = random_matrix(100, 3, 1);
     MoELayer<Expert<SineMap, double>>::Tape tape;
-    layer.forward(x, tape);
+    layer.forward(x, tape, {.step = 0});
     layer.backward(x, tape);
     Index forward = 0;
     Index backward = 0;
@@ -964,20 +965,20 @@ TEST_CASE("layer: a user's gate has the right gradients", "[layer]") {
        .seed = 5});
   Matrix<double> x = random_matrix(11, 3, 1);
   MoELayer<Expert<FeedForward, double>, HashGate>::Tape tape;
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   CHECK(tape.routing().slots() == 10);
   for (const Index t : {0, 3, 6, 9}) {  // no slots: the sigmoid of zero
     CHECK((tape.y.row(t).array() == 0.5).all());
   }
   CHECK(same_bits(layer.evaluate(x), tape.y));
-  check_against_differences(layer, x, {}, random_matrix(11, 3, 2), 0.5, 1);
+  check_against_differences(layer, x, {.step = 0}, random_matrix(11, 3, 2), 0.5, 1);
 }
 
 TEST_CASE("layer: a user's network and gate go together", "[layer]") {
   MoELayer<Expert<SineMap, double>, HashGate> layer(
       {.width = 3, .gate = {.experts = 4}, .seed = 5});
   Matrix<double> x = random_matrix(9, 3, 1);
-  check_against_differences(layer, x, {}, random_matrix(9, 3, 2), 0.5, 1);
+  check_against_differences(layer, x, {.step = 0}, random_matrix(9, 3, 2), 0.5, 1);
 }
 
 TEST_CASE("layer: a gate's faulty routing is refused", "[layer]") {
@@ -989,8 +990,8 @@ TEST_CASE("layer: a gate's faulty routing is refused", "[layer]") {
     Broken layer(config);
     const Matrix<double> x = random_matrix(5, 3, 1);
     Broken::Tape tape;
-    CHECK_THROWS_AS(layer.forward(x, tape), std::invalid_argument);
-    CHECK_THROWS_WITH(layer.forward(x, tape), message);
+    CHECK_THROWS_AS(layer.forward(x, tape, {.step = 0}), std::invalid_argument);
+    CHECK_THROWS_WITH(layer.forward(x, tape, {.step = 0}), message);
     CHECK_THROWS_WITH(layer.evaluate(x, tape), message);
     CHECK_THROWS_AS(layer.backward(x, tape), std::invalid_argument);
     for (const auto& [name, gradient] : test::gradients_of(layer)) {
@@ -1094,8 +1095,9 @@ TEST_CASE("layer: a bad input is refused and changes nothing", "[layer]") {
 
   layer.forward(x, tape, {.step = 2});
   const Matrix<double> wide = random_matrix(10, 4, 2);
-  CHECK_THROWS_AS(layer.forward(wide, tape), std::invalid_argument);
-  CHECK_THROWS_WITH(layer.forward(wide, tape), "moe: MoELayer: x has 4 columns, Config.width = 3");
+  CHECK_THROWS_AS(layer.forward(wide, tape, {.step = 0}), std::invalid_argument);
+  CHECK_THROWS_WITH(layer.forward(wide, tape, {.step = 0}),
+                    "moe: MoELayer: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(layer.evaluate(wide, tape), "moe: MoELayer: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(layer.evaluate(wide), "moe: MoELayer: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(layer.backward(wide, tape),
@@ -1210,7 +1212,7 @@ TEST_CASE("layer: forward and backward may run on different numbers of threads",
     zero_gradients(layer);
     {
       const Threads threads(forward_threads);
-      layer.forward(x, tape);
+      layer.forward(x, tape, {.step = 0});
     }
     const Threads threads(backward_threads);
     return Matrix<float>(layer.backward(x, tape));
@@ -1228,7 +1230,7 @@ TEST_CASE("layer: a plain network gets the same rows together on any number of t
     const Threads threads(count);
     MoELayer<Expert<SineMap>>::Tape tape;
     zero_gradients(layer);
-    layer.forward(x, tape);
+    layer.forward(x, tape, {.step = 0});
     layer.backward(x, tape);
     return test::gradients_of(layer);
   };
@@ -1250,7 +1252,7 @@ TEST_CASE("layer: a plain network's bits do not depend on the threads", "[layer]
     const Threads threads(count);
     MoELayer<Expert<OwnProduct>>::Tape tape;
     zero_gradients(layer);
-    const Matrix<float> y = layer.forward(x, tape);
+    const Matrix<float> y = layer.forward(x, tape, {.step = 0});
     const Matrix<float> dx = layer.backward(x, tape);
     return std::array{y, dx, layer.evaluate(x)};
   };
@@ -1267,13 +1269,13 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
   Careless::Tape tape;
 
   Careless harmful({.width = 3, .expert = {.hidden = 4}, .gate = {.shrinks_dx = true}, .seed = 0});
-  harmful.forward(x, tape);
+  harmful.forward(x, tape, {.step = 0});
   CHECK_THROWS_WITH(harmful.backward(x, tape),
                     "moe: MoELayer: the gate left a dx of 1 x 3 for an x of 6 x 3");
 
   // A gate without a gradient need not touch dx: the experts' share is in it.
   Careless layer({.width = 3, .expert = {.hidden = 4}, .seed = 0});
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   const Matrix<float> first = layer.backward(x, tape);
   CHECK(first.rows() == 6);
   CHECK(same_bits(layer.backward(x, tape), first));
@@ -1288,11 +1290,11 @@ TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
       {.width = 3, .expert = {.hidden = 9}, .gate = {.experts = 2, .active = 1}, .seed = 0});
   const Matrix<float> x = random_matrix<float>(6, 3, 1);
   Layer<float>::Tape tape;
-  many.forward(x, tape);
+  many.forward(x, tape, {.step = 0});
   CHECK_THROWS_WITH(
       few.backward(x, tape),
       "moe: MoELayer::backward: the tape is another layer's, of 8 experts and width 3");
-  deep.forward(x, tape);
+  deep.forward(x, tape, {.step = 0});
   CHECK_THROWS_AS(few.backward(x, tape), std::invalid_argument);
 
   // Rows of 256 numbers take the room of 272.
@@ -1301,7 +1303,7 @@ TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
       {.width = 3, .expert = {.hidden = 256}, .gate = {.experts = 2, .active = 1}, .seed = 0});
   Layer<float> wide(
       {.width = 3, .expert = {.hidden = 272}, .gate = {.experts = 2, .active = 1}, .seed = 0});
-  spread.forward(x, tape);
+  spread.forward(x, tape, {.step = 0});
   CHECK_THROWS_AS(wide.backward(x, tape), std::invalid_argument);
 }
 
@@ -1310,7 +1312,7 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
   const Matrix<float> x = random_matrix<float>(6, 3, 1);
   const auto check = [&](const auto& other, auto& layer) {
     typename std::decay_t<decltype(layer)>::Tape tape;
-    other.forward(x, tape);
+    other.forward(x, tape, {.step = 0});
     zero_gradients(layer, Updates::lazy);
     CHECK_THROWS_AS(layer.backward(x, tape), std::invalid_argument);
     for_each_parameter(layer, [](const std::string& name, const Parameter<float>& parameter) {

@@ -116,8 +116,8 @@ TEST_CASE("expert parallel: selection biases move alike on all ranks", "[mpi]") 
   const auto x = random_matrix(4 * communicator.size(), 6, 5);
   Layer<SoftmaxTopKGate<double>>::Tape expected;
   decltype(beside.parallel)::Tape tape;
-  beside.whole.forward(x, expected);
-  beside.parallel.forward(x.middleRows(4 * communicator.rank(), 4), tape);
+  beside.whole.forward(x, expected, {.step = 0});
+  beside.parallel.forward(x.middleRows(4 * communicator.rank(), 4), tape, {.step = 0});
   beside.whole.gate().update_selection_bias(expected.gate);
   beside.parallel.gate().update_selection_bias(tape.gate);
   Matrix<double> biases[2];
@@ -159,8 +159,8 @@ TEST_CASE("expert parallel: one expert can get every token of every rank", "[mpi
     Layer<NoisyTopKGate<double>>::Tape expected;
     const Index first = 12 * communicator.rank() / communicator.size();
     const Index count = 12 * (communicator.rank() + 1) / communicator.size() - first;
-    beside.whole.forward(x, expected);
-    beside.parallel.forward(x.middleRows(first, count), tape);
+    beside.whole.forward(x, expected, {.step = 0});
+    beside.parallel.forward(x.middleRows(first, count), tape, {.step = 0});
     CHECK(tape.balance().tokens_per_expert[static_cast<std::size_t>(favourite)] == 12);
     CHECK(test::relative_error(tape.y, expected.y.middleRows(first, count)) < 1e-12);
     beside.whole.backward(x, expected);
@@ -274,7 +274,7 @@ TEST_CASE("expert parallel: slots cost what is promised on the wire", "[mpi]") {
   Parallel::Tape tape;
   mpi::Traffic& traffic = communicator.traffic();
   traffic = {};
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   const Index leave = tape.sent.back();
   const Index come = tape.received.back();
   CHECK(traffic.row_bytes == (leave + come) * 64 * 4);
@@ -340,8 +340,8 @@ TEST_CASE("expert parallel: x and dy may be columns of wider matrices", "[mpi]")
   Small::Tape a;
   Small::Tape b;
   CHECK(same_bits(layer.evaluate(x, a), layer.evaluate(wide.middleCols(3, 6), b)));
-  layer.forward(x, a);
-  layer.forward(wide.middleCols(3, 6), b);
+  layer.forward(x, a, {.step = 0});
+  layer.forward(wide.middleCols(3, 6), b, {.step = 0});
   CHECK(same_bits(layer.backward(x, a), layer.backward(wide.middleCols(3, 6), b)));
 }
 
@@ -365,15 +365,15 @@ TEST_CASE("expert parallel: a tape's own output as input", "[mpi]") {
     } else {
       CHECK_THAT(message, Catch::Matchers::Contains("ExpertParallel::evaluate"));
     }
-    layer.forward(x, tape);
-    const std::string trained = error_of([&] { layer.forward(part(tape), tape); });
+    layer.forward(x, tape, {.step = 0});
+    const std::string trained = error_of([&] { layer.forward(part(tape), tape, {.step = 0}); });
     if (trained != "none") {
       CHECK_THAT(trained, Catch::Matchers::Contains("ExpertParallel::forward"));
     }
     // y is not written in backward, so it may be dy; dx and what else is written may not.
-    layer.forward(x, tape);
+    layer.forward(x, tape, {.step = 0});
     Small::Tape other;
-    layer.forward(x, other);
+    layer.forward(x, other, {.step = 0});
     const Matrix<double> dy = other.y;
     CHECK(same_bits(layer.backward(tape.y, tape), layer.backward(dy, other)));
     const std::string dx = error_of([&] { layer.backward(tape.dx, tape); });
@@ -391,7 +391,7 @@ TEST_CASE("expert parallel: bytes beside the rows", "[mpi]") {
   const auto x = random_matrix(50, 6, 1);
   Small::Tape tape;
   communicator.traffic() = {};
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   CHECK(communicator.traffic().other_bytes ==
         8 * tape.sent.back() + 8 * (4 - static_cast<Index>(layer.experts().size())));
 }
@@ -436,7 +436,7 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
       communicator, [&] { layer.forward(x, tape, {.step = odd ? 2u : 1u}); },
       "key.step is 1 on rank 0 and 2 on rank " + std::to_string(last));
   check_error(
-      communicator, [&] { layer.forward(odd ? random_matrix(5, 3, 1) : x, tape); },
+      communicator, [&] { layer.forward(odd ? random_matrix(5, 3, 1) : x, tape, {.step = 0}); },
       "rank " + std::to_string(last) + ": moe: MoELayer: x has 3 columns, Config.width = 6");
   check_error(
       communicator,
@@ -444,7 +444,7 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
         if (odd) {
           layer.evaluate(x, tape);
         } else {
-          layer.forward(x, tape);
+          layer.forward(x, tape, {.step = 0});
         }
       },
       "rank 0 is in \"ExpertParallel::forward\", rank " + std::to_string(last) +
@@ -530,7 +530,7 @@ TEST_CASE("expert parallel: a user's network, which throws on one rank", "[mpi]"
   for (const int calls : {0, 1, 2}) {
     if (communicator.rank() == last) Weary<double>::calls_left = calls;
     check_error(
-        communicator, [&] { layer.forward(x, tape); }, text);
+        communicator, [&] { layer.forward(x, tape, {.step = 0}); }, text);
     // What an earlier pass may have left in the tape is not gone back through.
     check_error(
         communicator, [&] { layer.backward(x, tape); }, "without a forward pass");
@@ -538,13 +538,13 @@ TEST_CASE("expert parallel: a user's network, which throws on one rank", "[mpi]"
     check_error(
         communicator, [&] { layer.evaluate(x, tape); }, text);
     Weary<double>::calls_left = 1 << 20;
-    layer.forward(x, tape);
+    layer.forward(x, tape, {.step = 0});
     if (communicator.rank() == last) Weary<double>::calls_left = calls;
     check_error(
         communicator, [&] { layer.backward(x, tape); }, text);
   }
   Weary<double>::calls_left = 1 << 20;
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   layer.backward(x, tape);
 }
 
@@ -557,7 +557,7 @@ class Moody : public NoisyTopKGate<double> {
   static inline bool throws = false;
 
   const Routing<double>& forward(const MatrixRef<double>& x, Tape& tape,
-                                 const NoiseKey& key = {}) const {
+                                 const NoiseKey& key) const {
     NoisyTopKGate<double>::forward(x, tape, key);
     if (throws) throw std::logic_error("the gate is moody");
     double one = 1;
@@ -584,9 +584,9 @@ TEST_CASE("expert parallel: a gate that throws on one rank amid its sums", "[mpi
   const std::string text = "rank " + std::to_string(last) + ": the gate is moody";
   Moody::throws = communicator.rank() == last;
   check_error(
-      communicator, [&] { layer.forward(x, tape); }, text);
+      communicator, [&] { layer.forward(x, tape, {.step = 0}); }, text);
   Moody::throws = false;
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   for_each_parameter(layer.gate(),
                      [&](const std::string&, auto& p) { p.gradient().setConstant(2); });
   Moody::throws = communicator.rank() == last;
@@ -596,7 +596,7 @@ TEST_CASE("expert parallel: a gate that throws on one rank amid its sums", "[mpi
   for_each_parameter(layer.gate(),
                      [](const std::string&, auto& p) { CHECK((p.gradient().array() == 2).all()); });
   Moody::throws = false;
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   layer.backward(x, tape);
 }
 
@@ -612,13 +612,13 @@ TEST_CASE("expert parallel: tapes and layers that ranks mix up", "[mpi]") {
   test::randomize_by_name(layer, 2.0);
   Small::Tape a;
   Small::Tape b;
-  layer.forward(random_matrix(9, 6, 1), a);
-  layer.forward(random_matrix(9, 6, 2), b);
+  layer.forward(random_matrix(9, 6, 1), a, {.step = 0});
+  layer.forward(random_matrix(9, 6, 2), b, {.step = 0});
   CHECK(error_of([&] {
           layer.backward(random_matrix(9, 6, 3), odd ? b : a);
         }).find("pass of the tape") != std::string::npos);
   CHECK(error_of([&] {
-          (odd ? other : layer).forward(random_matrix(9, odd ? 12 : 6, 1), a);
+          (odd ? other : layer).forward(random_matrix(9, odd ? 12 : 6, 1), a, {.step = 0});
         }).find("the layer is") != std::string::npos);
 }
 
@@ -631,7 +631,7 @@ TEST_CASE("expert parallel: the first token and the count of facts are compared"
   Small::Tape tape;
   const auto x = random_matrix(5, 6, 1);
   CHECK(error_of([&] {
-          layer.forward(x, tape, {.first_token = odd ? 2u : 1u});
+          layer.forward(x, tape, {.step = 0, .first_token = odd ? 2u : 1u});
         }).find("key.first_token is 1 on rank 0 and 2") != std::string::npos);
   CHECK(error_of([&] {
           if (odd) {
@@ -647,11 +647,11 @@ TEST_CASE("expert parallel: a pass that failed cannot be gone back", "[mpi]") {
   Small layer(small, communicator);
   Small::Tape tape;
   const auto x = random_matrix(5, 6, 1);
-  layer.forward(x, tape);
-  CHECK_THROWS_AS(layer.forward(random_matrix(5, 3, 1), tape), mpi::Error);
+  layer.forward(x, tape, {.step = 0});
+  CHECK_THROWS_AS(layer.forward(random_matrix(5, 3, 1), tape, {.step = 0}), mpi::Error);
   CHECK(error_of([&] { layer.backward(x, tape); }).find("without a forward pass") !=
         std::string::npos);
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   layer.evaluate(x, tape);
   CHECK(error_of([&] { layer.backward(x, tape); }).find("without a forward pass") !=
         std::string::npos);
@@ -662,7 +662,7 @@ TEST_CASE("expert parallel: the tape or dy of another layer is refused", "[mpi]"
   Small layer(small, communicator);
   Small::Tape tape;
   const auto x = random_matrix(5, 6, 1);
-  layer.forward(x, tape);
+  layer.forward(x, tape, {.step = 0});
   CHECK(error_of([&] { layer.backward(random_matrix(5, 7, 1), tape); }).find("dy has 7 columns") !=
         std::string::npos);
   Small::Config config = small;

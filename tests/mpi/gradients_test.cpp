@@ -130,7 +130,7 @@ TEST_CASE("gradients: what was added before they were set aside counts again whe
           "[mpi]") {
   Layer layer(config);
   Layer::Tape tape;
-  layer.forward(random_matrix(20, 5, 1), tape);
+  layer.forward(random_matrix(20, 5, 1), tape, {.step = 0});
   layer.backward(random_matrix(20, 5, 2), tape);
   // A lazy norm leaves out the experts to which nothing was added.
   const double norm = gradient_norm(layer, Updates::lazy);
@@ -158,14 +158,14 @@ TEST_CASE("gradients: what lazy zeroing left is not summed", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   Layer copy(config);  // a copy on every rank
   Layer::Tape tape;
-  copy.forward(random_matrix(20, 5, 1), tape);
+  copy.forward(random_matrix(20, 5, 1), tape, {.step = 0});
   copy.backward(random_matrix(20, 5, 2), tape);
   zero_gradients(copy, Updates::lazy);
   const int last = communicator.size() - 1;
   Layer alone(config);
   for (Layer* layer : {&alone, &copy}) {
     if (layer == &copy && communicator.rank() != last) continue;
-    layer->forward(random_matrix(20, 5, 3), tape);
+    layer->forward(random_matrix(20, 5, 3), tape, {.step = 0});
     layer->backward(random_matrix(20, 5, 4), tape);
   }
   mpi::sum_gradients(copy, communicator);

@@ -80,7 +80,7 @@ class Beside {
     typename Parallel::Tape tape;
     for (int pass = 0; pass < 2; ++pass) {
       NoiseKey next = key;
-      next.step += static_cast<std::uint64_t>(pass);
+      next.step = key.step + static_cast<std::uint64_t>(pass);
       INFO("pass " << pass << ", rank " << rank << " of " << communicator_.size() << " with "
                    << share[rank] << " of " << tokens << " tokens");
       whole.forward(x, expected, next);

@@ -26,10 +26,10 @@ TEST_CASE("dropout: gradient agrees with differences", "[nn][dropout]") {
   Matrix<double> x = random_matrix(9, columns, 1, scale);
   const Matrix<double> dy = random_matrix(9, columns, 2);
   Dropout<double>::Tape tape;
-  dropout.forward(x, tape, {});
+  dropout.forward(x, tape, {.step = 0});
   const Matrix<double> dx = dropout.backward(dy, tape);
   Dropout<double>::Tape other;
-  const auto loss = [&] { return dropout.forward(x, other, {}).cwiseProduct(dy).sum(); };
+  const auto loss = [&] { return dropout.forward(x, other, {.step = 0}).cwiseProduct(dy).sum(); };
   CHECK(test::relative_error(dx, test::difference_gradient(x, loss)) < 1e-7);
 }
 
@@ -82,20 +82,20 @@ TEST_CASE("dropout: identity in evaluation and at rate 0", "[nn][dropout]") {
   Dropout<float>::Tape tape;
   CHECK(test::same_bits(Dropout<float>({.rate = 0.5}, 0).evaluate(x), x));
   CHECK(test::same_bits(Dropout<float>({.rate = 0.5}, 0).evaluate(x, tape), x));
-  CHECK(test::same_bits(Dropout<float>({}, 0).forward(x, tape, {}), x));
+  CHECK(test::same_bits(Dropout<float>({}, 0).forward(x, tape, {.step = 0}), x));
   CHECK(test::same_bits(Dropout<float>({}, 0).backward(x, tape), x));
 }
 
 TEST_CASE("dropout: NaN is not hidden", "[nn][dropout]") {
   const Matrix<float> x = Matrix<float>::Constant(4, 9, std::numeric_limits<float>::quiet_NaN());
   Dropout<float>::Tape tape;
-  CHECK(Dropout<float>({.rate = 0.5}, 0).forward(x, tape, {}).array().isNaN().all());
+  CHECK(Dropout<float>({.rate = 0.5}, 0).forward(x, tape, {.step = 0}).array().isNaN().all());
 }
 
 TEST_CASE("dropout: no rows, no parameters", "[nn][dropout]") {
   const Dropout<float> dropout({.rate = 0.5}, 0);
   Dropout<float>::Tape tape;
-  CHECK(dropout.forward(Matrix<float>(0, 3), tape, {}).rows() == 0);
+  CHECK(dropout.forward(Matrix<float>(0, 3), tape, {.step = 0}).rows() == 0);
   CHECK(dropout.backward(Matrix<float>(0, 3), tape).cols() == 3);
   CHECK(parameter_count(dropout) == 0);
 }
@@ -108,7 +108,7 @@ TEST_CASE("dropout: what is wrong is named", "[nn][dropout]") {
   CHECK_THROWS_AS(Dropout<float>({.rate = std::nan("")}, 0), std::invalid_argument);
   const Dropout<float> dropout({.rate = 0.5}, 0);
   Dropout<float>::Tape tape;
-  dropout.forward(Matrix<float>::Ones(4, 3), tape, {});
+  dropout.forward(Matrix<float>::Ones(4, 3), tape, {.step = 0});
   CHECK_THROWS_WITH(dropout.backward(Matrix<float>::Ones(5, 3), tape),
                     "moe: Dropout::backward: dy has 5 rows, x had 4");
   CHECK_THROWS_WITH(dropout.backward(Matrix<float>::Ones(4, 2), tape),

@@ -72,7 +72,8 @@ TEMPLATE_TEST_CASE("reinforce: its cross-entropy is SoftmaxCrossEntropy's", "[re
   Helper<TestType> helper({.longest = 5});
   typename Helper<TestType>::Tape tape;
   const References two{{1}, {2}, {1}};
-  const auto statistics = helper.add_gradients(policy, inputs, two, no_reward, {}, {}, tape);
+  const auto statistics =
+      helper.add_gradients(policy, inputs, two, no_reward, {}, {.step = 0}, tape);
   typename SmallPolicy<TestType>::Tape policy_tape;
   const std::vector<Index> previous{0, 0, 0, 1, 2, 1};
   const std::vector<Index> targets{1, 2, 1, 0, 0, 0};
@@ -202,11 +203,11 @@ TEST_CASE("reinforce: advantages by hand", "[reinforce]") {
   const std::vector<Index> input{1};
   // Dice that write sequences of different lengths, the first of three symbols at least.
   for (;; ++config.seed) {
-    Helper<>(config).sample(policy, input, {}, tape);
+    Helper<>(config).sample(policy, input, {.step = 0}, tape);
     if (tape.rollout.length[0] >= 3 && tape.rollout.length[1] == 2) break;
   }
   Helper<> helper(config);
-  helper.add_gradients(policy, input, {}, symbol, {.reinforce = 1}, {}, tape);
+  helper.add_gradients(policy, input, {}, symbol, {.reinforce = 1}, {.step = 0}, tape);
   const auto a = tape.rollout.sequence(0);
   const auto b = tape.rollout.sequence(1);
   REQUIRE(a.size() >= 3);
@@ -567,7 +568,7 @@ TEST_CASE("reinforce: a reference that the policy forbids is reported", "[reinfo
   });
   Helper<> helper({.longest = 4});
   Helper<>::Tape tape;
-  CHECK_THROWS_WITH(helper.add_gradients(policy, inputs, references, reward, {}, {}, tape),
+  CHECK_THROWS_WITH(helper.add_gradients(policy, inputs, references, reward, {}, {.step = 0}, tape),
                     Contains("symbol 2 of row 2 at step 0 has probability 0"));
   CHECK(gradients_of(policy).isZero(0));
 }
@@ -596,7 +597,7 @@ TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
   CHECK_THROWS_WITH(end_too_large.decode(policy, inputs, tape), Contains("end = 3"));
   Helper<> wrong_width({.longest = 3, .baseline = Baseline::linear, .hidden = 4});
   CHECK_THROWS_WITH(
-      wrong_width.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {}, tape),
+      wrong_width.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 0}, tape),
       Contains("Config.hidden = 4"));
   CHECK(gradients_of(policy).isZero(0));
   Helper<> helper({.longest = 3});

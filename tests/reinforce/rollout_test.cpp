@@ -143,7 +143,7 @@ TEST_CASE("rollout: who runs into the limit is flagged and gets no end", "[reinf
   const std::vector<Index> inputs{0, 1};
   Reinforce<FixedLogits> helper({.longest = 3});
   Reinforce<FixedLogits>::Tape tape;
-  helper.sample(policy, inputs, {}, tape);
+  helper.sample(policy, inputs, {.step = 0}, tape);
   CHECK(tape.rollout.steps == 3);
   CHECK(tape.rollout.length == std::vector<Index>{3, 1});
   CHECK(tape.rollout.truncated == std::vector<std::uint8_t>{1, 0});
@@ -155,7 +155,7 @@ TEST_CASE("rollout: who runs into the limit is flagged and gets no end", "[reinf
   CHECK(tape.rollout.previous == std::vector<Index>{0, 0, first, -1, second, -1});
   // An end that is written at the last place is an end.
   helper = Reinforce<FixedLogits>({.longest = 1});
-  helper.sample(policy, std::vector<Index>{1}, {}, tape);
+  helper.sample(policy, std::vector<Index>{1}, {.step = 0}, tape);
   CHECK(tape.rollout.truncated[0] == 0);
 }
 
@@ -180,7 +180,7 @@ TEST_CASE("rollout: a forbidden symbol is never written and gets no gradient", "
   Reinforce<FixedLogits>::Tape tape;
   tape.policy.logits = policy.table.row(0).replicate(1500, 1);
   const auto one = [](Index, std::span<const Index>, bool) { return 1.0; };
-  const auto s = helper.add_gradients(policy, inputs, {}, one, {.reinforce = 1}, {}, tape);
+  const auto s = helper.add_gradients(policy, inputs, {}, one, {.reinforce = 1}, {.step = 0}, tape);
   for (const Index symbol : tape.rollout.symbols) CHECK((symbol == 1 || symbol == 3));
   CHECK(tape.dlogits.allFinite());
   CHECK(tape.dlogits.col(0).cwiseAbs().maxCoeff() < 1e-300);

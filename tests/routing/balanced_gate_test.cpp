@@ -324,7 +324,7 @@ TEST_CASE("balanced gate: a token that no expert takes gets nothing and no NaN",
   test::randomize(layer, 2);
   const Matrix<double> x = random_matrix(40, 3, 3);
   Layer::Tape tape;
-  const Matrix<double>& y = layer.forward(x, tape);
+  const Matrix<double>& y = layer.forward(x, tape, {.step = 0});
   const Matrix<double>& dx = layer.backward(x, tape);
   Index empty = 0;
   for (Index t = 0; t < 40; ++t) {
@@ -557,7 +557,7 @@ TEMPLATE_TEST_CASE("balanced gate: no memory after the first call", "[routing][g
     typename decltype(layer)::Tape training;
     typename decltype(layer)::Tape serving;
     const auto pass = [&] {
-      layer.forward(x, training);
+      layer.forward(x, training, {.step = 0});
       layer.backward(x, training);
       layer.evaluate(x, serving);
     };

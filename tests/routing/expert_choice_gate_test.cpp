@@ -329,7 +329,7 @@ TEMPLATE_TEST_CASE("expert choice gate: no memory after the first call",
     typename decltype(layer)::Tape training;
     typename decltype(layer)::Tape serving;
     const auto pass = [&] {
-      layer.forward(x, training);
+      layer.forward(x, training, {.step = 0});
       layer.backward(x, training);
       layer.evaluate(x, serving);
     };

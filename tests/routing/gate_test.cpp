@@ -73,7 +73,7 @@ static_assert(!Gate<ExpertsAsInt>);
 TEST_CASE("gate: the smallest gate makes a routing that can be grouped", "[routing][gate]") {
   const Minimal gate({.width = 2}, 0);
   GateTape<float> tape;
-  gate.forward(test::random_matrix<float>(5, 2, 1), tape, {});
+  gate.forward(test::random_matrix<float>(5, 2, 1), tape, {.step = 0});
   group_by_expert(tape.routing);
   CHECK(tape.routing.slots_of(0) == 5);
   CHECK(tape.routing.row_token == std::vector<Index>{0, 1, 2, 3, 4});

@@ -49,7 +49,7 @@ std::vector<Scalar> dweight_of(const Routing<Scalar>& routing, const Matrix<Scal
 /// step of the differences changes the order of slots.
 template <class Gate>
 double loss_of(const Gate& gate, const Matrix<double>& x, const Matrix<double>& r,
-               const NoiseKey& key = {}) {
+               const NoiseKey& key = {.step = 0}) {
   typename Gate::Tape tape;
   const Routing<double>& routing = gate.forward(x, tape, key);
   const std::vector<double> by_slot = dweight_of(routing, r);

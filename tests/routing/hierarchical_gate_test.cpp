@@ -290,7 +290,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: a token of two groups of two worked by ha
   parameter(gate, "primary.weight").value << log3, 0;
   parameter(gate, "secondary.1.weight").value << static_cast<S>(std::log(4.0)), 0;
   typename HierarchicalGate<S>::Tape tape;
-  const Routing<S>& routing = gate.forward(Matrix<S>{{1}}, tape);
+  const Routing<S>& routing = gate.forward(Matrix<S>{{1}}, tape, {.step = 0});
   const double tolerance = sizeof(S) == 4 ? 1e-6 : 1e-9;
   const auto near = [&](double value) { return Catch::Matchers::WithinAbs(value, tolerance); };
   CHECK(routing.expert == Indices{0, 1, 2, 3});
@@ -358,7 +358,7 @@ TEST_CASE("hierarchical gate: groups of one are a flat gate, and so is one group
   test::randomize(flat, 4);
   const Matrix<double> x = random_matrix(9, 3, 5);
   NoisyTopKGate<double>::Tape expected;
-  flat.forward(x, expected);
+  flat.forward(x, expected, {.step = 0});
   const Matrix<double> r = random_matrix(9, 6, 6);
   const Matrix<double> flat_dx = test::gate_dx(flat, x, dweight_of(expected.routing, r), expected);
   for (const bool one_group : {false, true}) {
@@ -374,7 +374,7 @@ TEST_CASE("hierarchical gate: groups of one are a flat gate, and so is one group
         parameter(gate, one_group ? "secondary.0.weight" : "primary.weight");
     weight.value = parameter(flat, "weight").value;
     HierarchicalGate<double>::Tape tape;
-    const Routing<double>& routing = gate.forward(x, tape);
+    const Routing<double>& routing = gate.forward(x, tape, {.step = 0});
     CHECK(routing.expert == expected.routing.expert);
     CHECK(routing.weight == expected.routing.weight);
     CHECK(same_bits(tape.balance.load, expected.balance.load));
@@ -404,7 +404,8 @@ TEST_CASE("hierarchical gate: every slot is in one expert's list with its weight
                                  7);
     test::randomize(gate, static_cast<std::uint64_t>(round));
     HierarchicalGate<float>::Tape tape;
-    gate.forward(random_matrix<float>(tokens, 5, static_cast<std::uint64_t>(round)), tape);
+    gate.forward(random_matrix<float>(tokens, 5, static_cast<std::uint64_t>(round)), tape,
+                 {.step = 0});
     Routing<float> routing = tape.routing;
     group_by_expert(routing);
     REQUIRE(routing.experts == groups * members);
@@ -516,7 +517,7 @@ TEST_CASE("hierarchical gate: no tokens", "[routing][gate]") {
                                   .noise = noise},
                                  0);
     HierarchicalGate<float>::Tape tape;
-    const Routing<float>& routing = gate.forward(Matrix<float>(0, 3), tape);
+    const Routing<float>& routing = gate.forward(Matrix<float>(0, 3), tape, {.step = 0});
     CHECK(routing.tokens() == 0);
     CHECK(routing.slots() == 0);
     CHECK(tape.balance.loss == 0);
@@ -533,7 +534,7 @@ TEST_CASE("hierarchical gate: one token and 131,072 experts", "[routing][gate]")
       {.width = 2, .groups = 512, .group_experts = 256, .active_groups = 2, .active = 2}, 1);
   test::randomize(gate, 1);
   HierarchicalGate<float>::Tape tape;
-  const Routing<float>& routing = gate.forward(random_matrix<float>(1, 2, 3), tape);
+  const Routing<float>& routing = gate.forward(random_matrix<float>(1, 2, 3), tape, {.step = 0});
   CHECK(gate.experts() == 131072);
   REQUIRE(routing.slots() == 4);
   CHECK(tape.secondary.clean.rows() == 2);  // of 512 groups
@@ -562,7 +563,7 @@ TEST_CASE("hierarchical gate: groups without tokens, and more experts than token
   Matrix<double> x = random_matrix(3, 2, 3);
   x.col(0).setOnes();
   HierarchicalGate<double>::Tape tape;
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   CHECK(tape.primary.routing.slots_of(0) == 3);
   CHECK((tape.balance.load.tail(8).array() == 0).all());
   CHECK(std::abs(tape.balance.load.head(4).sum() - 3 * tape.secondary.load.head(4).sum() / 3) <
@@ -583,9 +584,9 @@ TEMPLATE_TEST_CASE("hierarchical gate: a token with NaN or infinity spoils no ot
     Matrix<S> x = random_matrix<S>(6, 3, 2);
     typename HierarchicalGate<S>::Tape clean;
     typename HierarchicalGate<S>::Tape spoilt;
-    const Routing<S>& a = gate.forward(x, clean);
+    const Routing<S>& a = gate.forward(x, clean, {.step = 0});
     x(2, 1) = bad;
-    const Routing<S>& b = gate.forward(x, spoilt);
+    const Routing<S>& b = gate.forward(x, spoilt, {.step = 0});
     CHECK(b.token_offsets == a.token_offsets);
     for (std::size_t s = 0; s < 24; ++s) {
       if (s / 4 == 2) {
@@ -619,9 +620,9 @@ TEST_CASE("hierarchical gate: in evaluation there is no noise and the load is th
   HierarchicalGate<double>::Tape tape;
   HierarchicalGate<double>::Tape clean;
   const Matrix<double> x = random_matrix(30, 3, 2);
-  gate.forward(x, tape);  // what it leaves must not matter
+  gate.forward(x, tape, {.step = 0});  // what it leaves must not matter
   const Routing<double>& routing = gate.evaluate(x, tape);
-  make(false).forward(x, clean);
+  make(false).forward(x, clean, {.step = 0});
   CHECK(routing.expert == clean.routing.expert);
   CHECK(routing.weight == clean.routing.weight);
   CHECK(same_bits(tape.balance.load, clean.balance.load));
@@ -639,7 +640,7 @@ TEST_CASE("hierarchical gate: backward adds once each time", "[routing][gate]") 
   test::randomize(gate, 1);
   HierarchicalGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(24, 0.5);
   const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
   const test::Named once = test::gradients_of(gate);
@@ -654,7 +655,7 @@ TEST_CASE("hierarchical gate: training starts in balance", "[routing][gate]") {
   const HierarchicalGate<float> gate(
       {.width = 3, .groups = 4, .group_experts = 4, .active_groups = 2, .active = 2}, 0);
   HierarchicalGate<float>::Tape tape;
-  gate.forward(random_matrix<float>(4000, 3, 1), tape);
+  gate.forward(random_matrix<float>(4000, 3, 1), tape, {.step = 0});
   CHECK(tape.balance.unused_experts() == 0);
   CHECK(tape.balance.cv_importance() < 0.1f);
   CHECK(tape.balance.cv_load() < 0.1f);
@@ -712,14 +713,14 @@ TEST_CASE("hierarchical gate: a bad input is refused and changes nothing", "[rou
   const char* const untrained =
       "moe: HierarchicalGate::backward without a forward pass on this tape";
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-  gate.forward(random_matrix(6, 3, 2), tape);
+  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
   gate.evaluate(random_matrix(6, 3, 3), tape);
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
 
-  gate.forward(random_matrix(6, 3, 2), tape);
+  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
   const HierarchicalGate<double>::Tape before = tape;
   const Matrix<double> wide = random_matrix(6, 4, 2);
-  CHECK_THROWS_WITH(gate.forward(wide, tape),
+  CHECK_THROWS_WITH(gate.forward(wide, tape, {.step = 0}),
                     "moe: HierarchicalGate: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(gate.evaluate(wide, tape),
                     "moe: HierarchicalGate: x has 4 columns, Config.width = 3");
@@ -791,7 +792,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
   typename HierarchicalGate<S>::Tape clean_tape;
   Sgd<S> decay({.weight_decay = 0.5, .updates = Updates::lazy});
   zero_gradients(clean, Updates::lazy);
-  clean.forward(Matrix<S>{{1}}, clean_tape);
+  clean.forward(Matrix<S>{{1}}, clean_tape, {.step = 0});
   test::gate_dx(clean, Matrix<S>{{1}}, std::vector<S>(1, S(1)), clean_tape);
   decay.update(clean, 0.5);
   CHECK(parameter(clean, "secondary.0.noise_weight").value == Matrix<S>{{S(1.5), S(3)}});
@@ -807,7 +808,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
   for (const S to : {S(1), S(-1)}) {
     zero_gradients(gate, Updates::lazy);
     const Matrix<S> x{{to}};
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     test::gate_dx(gate, x, std::vector<S>(2, S(1)), tape);
     optimizer.update(gate, 0.1);
   }

@@ -116,7 +116,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: two tokens and three experts worked by han
   // CV² = 13/72·9/4 = 13/32. Load = (1, 1, 2): mean 4/3, variance 2/9, CV² = 1/8.
   // Loss = 0.5·13/32 + 2·1/8 = 29/64.
   typename NoisyTopKGate<S>::Tape tape;
-  const Routing<S>& routing = gate.forward(x, tape);
+  const Routing<S>& routing = gate.forward(x, tape, {.step = 0});
   CHECK(routing.experts == 3);
   CHECK(routing.token_offsets == Indices{0, 2, 4});
   CHECK(routing.expert == Indices{0, 2, 1, 2});
@@ -181,7 +181,7 @@ TEST_CASE("noisy top-k gate: load is how often an expert is chosen when its nois
   test::randomize(gate, 2, 0.5);
   NoisyTopKGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(2, 3, 31);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const int draws = 20000;
   for (Index t = 0; t < 2; ++t) {
     for (Index i = 0; i < experts; ++i) {
@@ -211,7 +211,7 @@ TEST_CASE("noisy top-k gate: the threshold carries a share of the gradient that 
       {.width = 3, .experts = 6, .active = 2, .importance_weight = 0, .load_weight = 1}, 3);
   test::randomize(gate, 2, 0.3);
   NoisyTopKGate<double>::Tape tape;
-  gate.forward(random_matrix(8, 3, 31), tape);
+  gate.forward(random_matrix(8, 3, 31), tape, {.step = 0});
   test::gate_dx(gate, random_matrix(8, 3, 31), std::vector<double>(16, 0.0), tape);
   for (Index t = 0; t < 8; ++t) {
     const double size = tape.dclean.row(t).cwiseAbs().sum();
@@ -234,7 +234,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: ties go to the lower expert", "[routing][g
 TEST_CASE("noisy top-k gate: training starts in balance", "[routing][gate]") {
   const NoisyTopKGate<float> gate({.width = 3, .experts = 8, .active = 2}, 0);
   NoisyTopKGate<float>::Tape tape;
-  gate.forward(random_matrix<float>(4000, 3, 1), tape);
+  gate.forward(random_matrix<float>(4000, 3, 1), tape, {.step = 0});
   CHECK(tape.balance.unused_experts() == 0);
   CHECK(tape.balance.cv_importance() < 0.1f);
   CHECK(tape.balance.cv_load() < 0.1f);
@@ -247,7 +247,8 @@ TEMPLATE_TEST_CASE("noisy top-k gate: slots are ascending and weights a distribu
     NoisyTopKGate<TestType> gate({.width = 4, .experts = 6, .active = active}, 3);
     test::randomize(gate, 5);
     typename NoisyTopKGate<TestType>::Tape tape;
-    const Routing<TestType>& routing = gate.forward(random_matrix<TestType>(200, 4, 2), tape);
+    const Routing<TestType>& routing =
+        gate.forward(random_matrix<TestType>(200, 4, 2), tape, {.step = 0});
     REQUIRE(routing.tokens() == 200);
     REQUIRE(routing.slots() == 200 * active);
     for (Index t = 0; t < 200; ++t) {
@@ -324,7 +325,7 @@ TEST_CASE("noisy top-k gate: a counted load carries no gradient", "[routing][gat
                                1);
     test::randomize(gate, 1);
     NoisyTopKGate<double>::Tape tape;
-    gate.forward(random_matrix(6, 3, 2), tape);
+    gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
     CHECK((tape.balance.load.array() == tape.balance.load.array().round()).all());
     const Matrix<double>& dx =
         test::gate_dx(gate, random_matrix(6, 3, 2), std::vector<double>(all ? 30 : 6, 0.0), tape);
@@ -340,7 +341,7 @@ TEST_CASE("noisy top-k gate: one active expert learns from the load alone", "[ro
       {.width = 3, .experts = 5, .active = 1, .importance_weight = 1, .load_weight = 0}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
-  gate.forward(random_matrix(6, 3, 2), tape);
+  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
   test::gate_dx(gate, random_matrix(6, 3, 2), std::vector<double>(6, 2.5), tape);
   CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() < 1e-15);
 }
@@ -350,7 +351,7 @@ TEST_CASE("noisy top-k gate: backward adds once each time", "[routing][gate]") {
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(12, 0.5);
   const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
   const test::Named once = test::gradients_of(gate);
@@ -370,9 +371,9 @@ TEMPLATE_TEST_CASE("noisy top-k gate: a token with NaN or infinity spoils no oth
     Matrix<S> x = random_matrix<S>(6, 3, 2);
     typename NoisyTopKGate<S>::Tape clean;
     typename NoisyTopKGate<S>::Tape spoilt;
-    const Routing<S>& a = gate.forward(x, clean);
+    const Routing<S>& a = gate.forward(x, clean, {.step = 0});
     x(2, 1) = bad;
-    const Routing<S>& b = gate.forward(x, spoilt);
+    const Routing<S>& b = gate.forward(x, spoilt, {.step = 0});
     CHECK(b.token_offsets == a.token_offsets);
     for (std::size_t s = 0; s < 24; ++s) {
       if (s / 4 == 2) {
@@ -438,14 +439,14 @@ TEST_CASE("noisy top-k gate: a bad input is refused and changes nothing", "[rout
 
   const char* const untrained = "moe: NoisyTopKGate::backward without a forward pass on this tape";
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-  gate.forward(random_matrix(6, 3, 2), tape);
+  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
   gate.evaluate(random_matrix(6, 3, 3), tape);  // leaves scores that backward would mix up
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
 
-  gate.forward(random_matrix(6, 3, 2), tape);
+  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
   const NoisyTopKGate<double>::Tape before = tape;
   const Matrix<double> wide = random_matrix(6, 4, 2);
-  CHECK_THROWS_WITH(gate.forward(wide, tape),
+  CHECK_THROWS_WITH(gate.forward(wide, tape, {.step = 0}),
                     "moe: NoisyTopKGate: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(gate.evaluate(wide, tape),
                     "moe: NoisyTopKGate: x has 4 columns, Config.width = 3");

@@ -148,7 +148,8 @@ TEST_CASE("noisy top-k: a cleared gradient is written over, another added to", "
   Passes<double> passes;
   detail::track_gradients(passes.top_k);
   const auto run = [&] {
-    passes.top_k.forward(GatheredRows<double>(x), nullptr, {}, 0, passes.tape, passes.routing);
+    passes.top_k.forward(GatheredRows<double>(x), nullptr, {.step = 0}, 0, passes.tape,
+                         passes.routing);
     passes.top_k.prepare_backward(passes.tape);
     passes.top_k.backward(GatheredRows<double>(x), 0, dweight.data(), dload.data(), passes.tape,
                           passes.routing, view(passes.dx));

@@ -32,7 +32,7 @@ struct Case {
   SoftmaxTopKGate<double> gate;
   SoftmaxTopKGate<double>::Tape tape;
   Matrix<double> x;
-  NoiseKey key;
+  NoiseKey key{.step = 0};
 
   Case(const SoftmaxTopKConfig& config, Index tokens, std::uint64_t seed) : gate(config, seed) {
     fill_normal(parameter(gate, "weight"), 0.6, seed);
@@ -461,7 +461,7 @@ TEST_CASE("published gates: two tokens of each score worked by hand", "[routing]
   const auto check = [&](const SoftmaxTopKConfig& options, const Row& weights, double loss) {
     const SoftmaxTopKGate<double> gate = gate_of(options);
     SoftmaxTopKGate<double>::Tape tape;
-    const auto& routing = gate.forward(x, tape);
+    const auto& routing = gate.forward(x, tape, {.step = 0});
     CHECK(routing.expert == std::vector<Index>{1, 2, 0, 1});
     for (std::size_t s = 0; s < 4; ++s) {
       CHECK_THAT(routing.weight[s], Catch::Matchers::WithinAbs(weights[s], 1e-14));

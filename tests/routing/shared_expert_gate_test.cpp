@@ -161,7 +161,7 @@ TEMPLATE_TEST_CASE("shared expert gate: shared slots come first, routed ones are
   parameter(gate, "shared_weight").value = Matrix<S>{{ln3, -ln3}};
   // x = 1 for tokens with 0, 1, 2, 0 slots of the wrapped gate; sigmoid(±ln 3) = 3/4 and 1/4.
   typename Holed<S>::Tape tape;
-  const Routing<S>& routing = gate.forward(Matrix<S>::Ones(4, 1), tape);
+  const Routing<S>& routing = gate.forward(Matrix<S>::Ones(4, 1), tape, {.step = 0});
   CHECK(gate.experts() == 5);
   CHECK(routing.experts == 5);
   CHECK(routing.token_offsets == Indices{0, 2, 5, 9, 11});
@@ -195,7 +195,7 @@ TEST_CASE("shared expert gate: gradients are derivatives at every scale", "[rout
         Matrix<double> x = random_matrix(7, 3, 2, inputs);
         const Matrix<double> r = random_matrix(7, 5, 3);
         Holed<double>::Tape tape;
-        gate.forward(x, tape);
+        gate.forward(x, tape, {.step = 0});
         const Matrix<double> dx = test::gate_dx(gate, x, test::dweight_of(tape.routing, r), tape);
         const auto loss = [&] { return test::loss_of(gate, x, r); };
         test::check_scaled_gradients(gate, dx, x, loss, weights, inputs,
@@ -268,7 +268,7 @@ TEST_CASE("shared expert gate: any shape makes a routing", "[routing][gate]") {
                          .routed = {.experts = experts, .active = active}},
                         seed);
     Noisy<double>::Tape tape;
-    noisy.forward(x, tape);
+    noisy.forward(x, tape, {.step = 0});
     test::check_routing(tape.routing, tokens, shared + experts);
     CHECK(tape.routing.slots() == tokens * (shared + active));
     const Matrix<double> G = test::dense_weights(tape.routing);
@@ -289,7 +289,7 @@ TEST_CASE("shared expert gate: shapes at the ends", "[routing][gate]") {
   CHECK(single.evaluate(random_matrix<float>(1, 2, 1)).expert == Indices{0, 1});
   Noisy<float> many({.width = 2, .gated = true, .routed = {.experts = 131072, .active = 3}}, 0);
   Noisy<float>::Tape tape;
-  many.forward(random_matrix<float>(1, 2, 1), tape);
+  many.forward(random_matrix<float>(1, 2, 1), tape, {.step = 0});
   test::check_routing(tape.routing, 1, 131073);
   const std::vector<float> ones(4, 1.0f);
   CHECK(test::gate_dx(many, random_matrix<float>(1, 2, 1), ones, tape).allFinite());
@@ -321,7 +321,7 @@ TEST_CASE("shared expert gate: backward adds once each time", "[routing][gate]")
   test::randomize(gate, 1);
   Noisy<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(18, 0.5);
   const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
   const test::Named first = test::gradients_of(gate);
@@ -336,7 +336,7 @@ TEST_CASE("shared expert gate: a wrapped gate adds to dx once each time", "[rout
   Holed<double> gate({.width = 3}, 1);
   Holed<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(12, 0.5);
   const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
   CHECK(dx.cwiseAbs().maxCoeff() > 0);
@@ -387,12 +387,12 @@ TEST_CASE("shared expert gate: a bad input is refused and changes nothing", "[ro
   const char* const untrained =
       "moe: SharedExpertGate::backward without a forward pass on this tape";
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-  gate.forward(random_matrix(6, 3, 2), tape);
+  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
   gate.evaluate(random_matrix(6, 3, 3), tape);
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
 
-  gate.forward(random_matrix(6, 3, 2), tape);
-  CHECK_THROWS_WITH(gate.forward(random_matrix(6, 4, 2), tape),
+  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
+  CHECK_THROWS_WITH(gate.forward(random_matrix(6, 4, 2), tape, {.step = 0}),
                     "moe: SharedExpertGate: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(gate.evaluate(random_matrix(6, 4, 2), tape),
                     "moe: SharedExpertGate: x has 4 columns, Config.width = 3");
@@ -425,9 +425,9 @@ TEST_CASE("shared expert gate: a wrapped gate that contradicts itself is found o
     Holed<double> gate({.width = 3, .routed = {.fault = fault}}, 1);
     Holed<double>::Tape tape;
     if (fault == 0) {
-      CHECK_NOTHROW(gate.forward(x, tape));
+      CHECK_NOTHROW(gate.forward(x, tape, {.step = 0}));
     } else {
-      CHECK_THROWS_AS(gate.forward(x, tape), std::invalid_argument);
+      CHECK_THROWS_AS(gate.forward(x, tape, {.step = 0}), std::invalid_argument);
       CHECK_THROWS_AS(gate.evaluate(x, tape), std::invalid_argument);
       CHECK_FALSE(tape.trained);
     }
@@ -448,7 +448,7 @@ TEMPLATE_TEST_CASE("shared expert gate: no memory after the first call",
     typename decltype(layer)::Tape training;
     typename decltype(layer)::Tape serving;
     const auto pass = [&] {
-      layer.forward(x, training);
+      layer.forward(x, training, {.step = 0});
       layer.backward(x, training);
       layer.evaluate(x, serving);
     };
@@ -461,12 +461,12 @@ TEMPLATE_TEST_CASE("shared expert gate: no memory after the first call",
     SharedExpertGate<NoisyTopKGate<S>> gate(
         {.width = 8, .shared = 2, .gated = true, .routed = {.experts = 12, .active = 2}}, 1);
     typename decltype(gate)::Tape tape;
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     const std::vector<S> dweight(detail::to_size(tape.routing.slots()), S(1));
     Matrix<S> dx = test::gate_dx(gate, x, dweight, tape);
     CHECK(test::allocations_in([&] {
             for (int i = 0; i < 3; ++i) {
-              gate.forward(x, tape);
+              gate.forward(x, tape, {.step = 0});
               gate.backward(x, dweight, tape, dx);
             }
           }) == 0);

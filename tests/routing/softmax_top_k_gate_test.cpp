@@ -247,7 +247,7 @@ TEST_CASE("softmax top-k gate: one active expert learns from its weight", "[rout
   for (const Score score : scores) {
     SoftmaxTopKGate<double> gate({.width = 3, .experts = 5, .active = 1, .score = score}, 1);
     Tape<double> tape;
-    gate.forward(random_matrix(6, 3, 2), tape);
+    gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
     test::gate_dx(gate, random_matrix(6, 3, 2), std::vector<double>(6, 2.5), tape);
     const double size = parameter(gate, "weight").gradient().cwiseAbs().maxCoeff();
     // The softmax of one number is the constant 1.
@@ -335,7 +335,7 @@ TEST_CASE("softmax top-k gate: a second choice is kept as often as twice its wei
       {.width = 1, .experts = 3, .active = 2, .renormalise = true, .random_second = true}, 3);
   parameter(gate, "weight").value << std::log(4.0), 0, -9;  // weights 4/5 and 1/5
   Tape<double> tape;
-  gate.forward(Matrix<double>::Ones(20000, 1), tape);
+  gate.forward(Matrix<double>::Ones(20000, 1), tape, {.step = 0});
   Index kept = 0;
   for (Index t = 0; t < 20000; ++t) {
     CHECK(tape.choices.keeps[detail::to_size(2 * t)] == 1);
@@ -358,7 +358,7 @@ TEST_CASE("softmax top-k gate: evaluation sees training without jitter, drops an
   Tape<double> served;
   Tape<double> trained;
   gate.evaluate(x, served);
-  plain.forward(x, trained);
+  plain.forward(x, trained, {.step = 0});
   CHECK(served.routing.expert == trained.routing.expert);
   CHECK(served.routing.weight == trained.routing.weight);
   CHECK(served.balance.loss == trained.balance.loss);
@@ -369,7 +369,7 @@ TEST_CASE("softmax top-k gate: evaluation sees training without jitter, drops an
   const SoftmaxTopKGate<double> limited(plain_config, 1);
   limited.evaluate(x, served);
   for (const Index tokens : served.balance.tokens_per_expert) CHECK(tokens <= 3);  // 0.5·60/12
-  limited.forward(x, trained);
+  limited.forward(x, trained, {.step = 0});
   CHECK(trained.routing.slots() == 60);
 }
 
@@ -377,7 +377,7 @@ TEST_CASE("softmax top-k gate: load counts what was chosen, tokens what was kept
           "[routing][gate]") {
   SoftmaxTopKGate<double> gate(everything(), 1);
   Tape<double> tape;
-  const Routing<double>& routing = gate.forward(random_matrix(60, 5, 2), tape);
+  const Routing<double>& routing = gate.forward(random_matrix(60, 5, 2), tape, {.step = 0});
   CHECK(tape.balance.load.sum() == 120);
   Index kept = 0;
   for (Index e = 0; e < 12; ++e) {
@@ -399,9 +399,9 @@ TEST_CASE("softmax top-k gate: the bias moves the choice and no weight", "[routi
     parameter(gate, "weight").value << 1, 0.5, 0;
     Tape<double> tape;
     const Matrix<double> one{{1}};
-    CHECK(gate.forward(one, tape).expert == Indices{0});
+    CHECK(gate.forward(one, tape, {.step = 0}).expert == Indices{0});
     parameter(gate, "selection_bias").value << 0, 0, 2;
-    CHECK(gate.forward(one, tape).expert == Indices{2});
+    CHECK(gate.forward(one, tape, {.step = 0}).expert == Indices{2});
     const double all = std::exp(1.0) + std::exp(0.5) + 1;
     const double expected = score == Score::softmax ? 1 / all : score == Score::sigmoid ? 0.5 : 1;
     CHECK_THAT(tape.routing.weight[0], Catch::Matchers::WithinAbs(expected, 1e-14));
@@ -443,11 +443,11 @@ TEST_CASE("softmax top-k gate: the bias alone brings a collapsed gate into balan
   Matrix<float> x = random_matrix<float>(800, 4, 2);
   x.col(0).array() += 2;
   Tape<float> tape;
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const float before = tape.balance.max_over_mean_load();
   CHECK(before > 2);
   for (int step = 0; step < 150; ++step) {
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     gate.update_selection_bias(tape);
   }
   CHECK(tape.balance.max_over_mean_load() < 1.25f);
@@ -485,7 +485,7 @@ TEST_CASE("softmax top-k gate: backward adds once each time", "[routing][gate]")
   SoftmaxTopKGate<double> gate(everything(), 1);
   Tape<double> tape;
   const Matrix<double> x = random_matrix(6, 5, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
   const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
   const Matrix<double> once = parameter(gate, "weight").gradient();
@@ -517,7 +517,7 @@ TEST_CASE("softmax top-k gate: W_g starts with small deviates of the seed", "[ro
   CHECK(std::abs(std::sqrt(w.squaredNorm() / 5000) - 0.02f) < 0.001f);
   CHECK_FALSE(same_bits(w, parameter(other, "weight").value));
   Tape<float> tape;
-  gate.forward(random_matrix<float>(4000, 100, 1), tape);
+  gate.forward(random_matrix<float>(4000, 100, 1), tape, {.step = 0});
   CHECK(tape.balance.unused_experts() == 0);
   CHECK(tape.balance.cv_load() < 0.4f);
 }
@@ -536,9 +536,9 @@ TEMPLATE_TEST_CASE("softmax top-k gate: a token with NaN or infinity spoils no o
         Matrix<S> x = random_matrix<S>(6, 5, 2);
         Tape<S> clean;
         Tape<S> spoilt;
-        gate.forward(x, clean);
+        gate.forward(x, clean, {.step = 0});
         x(2, 1) = bad;
-        gate.forward(x, spoilt);
+        gate.forward(x, spoilt, {.step = 0});
         for (Index t = 0; t < 6; ++t) {
           for (std::size_t c = detail::to_size(2 * t); c < detail::to_size(2 * t + 2); ++c) {
             CHECK((spoilt.choices.expert[c] >= 0 && spoilt.choices.expert[c] < 12));
@@ -578,7 +578,7 @@ TEMPLATE_TEST_CASE("softmax top-k gate: extreme logits give finite weights and g
       parameter(gate, "weight").value << -1, -2, -3, -4;
       parameter(gate, "selection_bias").value << 0, 0, 3 * size, 2 * size;
       Tape<S> tape;
-      gate.forward(Matrix<S>{{size}, {-size}}, tape);
+      gate.forward(Matrix<S>{{size}, {-size}}, tape, {.step = 0});
       for (const S w : tape.routing.weight) CHECK(std::isfinite(w));
       CHECK(std::isfinite(tape.balance.loss));
       const std::vector<S> dweight{1, 2, 3, 4};
@@ -606,7 +606,7 @@ TEMPLATE_TEST_CASE("softmax top-k gate: extreme shapes", "[routing][gate]", floa
       config.sequences = 1;
       SoftmaxTopKGate<S> gate(config, 1);
       Tape<S> tape;
-      gate.forward(random_matrix<S>(tokens, 5, 1), tape);
+      gate.forward(random_matrix<S>(tokens, 5, 1), tape, {.step = 0});
       group_by_expert(tape.routing);
       CHECK(tape.routing.tokens() == tokens);
       CHECK(tape.routing.slots() <= tokens * active);
@@ -627,7 +627,7 @@ TEMPLATE_TEST_CASE("softmax top-k gate: extreme shapes", "[routing][gate]", floa
   // Fewer tokens than experts leave one place each, none of which is taken twice.
   SoftmaxTopKGate<S> gate({.width = 5, .experts = 40, .active = 2, .capacity_factor = 1}, 1);
   Tape<S> tape;
-  gate.forward(Matrix<S>::Ones(3, 5), tape);
+  gate.forward(Matrix<S>::Ones(3, 5), tape, {.step = 0});
   CHECK(tape.routing.token_offsets == Indices{0, 2, 2, 2});
 }
 
@@ -645,7 +645,7 @@ TEST_CASE("softmax top-k gate: slots are grouped, ascending and weighed as chose
     const Index tokens = 2 * (words[3] % 20);
     SoftmaxTopKGate<double> gate(config, seed);
     Tape<double> tape;
-    gate.forward(random_matrix(tokens, 5, seed), tape);
+    gate.forward(random_matrix(tokens, 5, seed), tape, {.step = 0});
     Routing<double>& routing = tape.routing;
     group_by_expert(routing);
     std::vector<int> seen(routing.expert.size(), 0);
@@ -826,17 +826,17 @@ TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[ro
   const char* const untrained =
       "moe: SoftmaxTopKGate::backward without a forward pass on this tape";
   CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(12, 0.5), tape), untrained);
-  gate.forward(random_matrix(6, 5, 2), tape);
+  gate.forward(random_matrix(6, 5, 2), tape, {.step = 0});
   gate.evaluate(random_matrix(6, 5, 3), tape);
   CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(12, 0.5), tape), untrained);
 
-  gate.forward(random_matrix(6, 5, 2), tape);
+  gate.forward(random_matrix(6, 5, 2), tape, {.step = 0});
   const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
   const Tape<double> before = tape;
   const char* const wide = "moe: SoftmaxTopKGate: x has 4 columns, Config.width = 5";
-  CHECK_THROWS_WITH(gate.forward(random_matrix(6, 4, 2), tape), wide);
+  CHECK_THROWS_WITH(gate.forward(random_matrix(6, 4, 2), tape, {.step = 0}), wide);
   CHECK_THROWS_WITH(gate.evaluate(random_matrix(6, 4, 2), tape), wide);
-  CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape),
+  CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
                     "moe: SoftmaxTopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(13, 0.5), tape),
                   std::invalid_argument);
@@ -864,7 +864,7 @@ TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[ro
   plain.jitter = plain.switch_weight = plain.sequence_weight = 0;
   SoftmaxTopKGate<double> other(plain, 1);
   Tape<double> others;
-  other.forward(random_matrix(6, 5, 2), others);
+  other.forward(random_matrix(6, 5, 2), others, {.step = 0});
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(others.routing.weight.size()), others),
                   std::invalid_argument);
 

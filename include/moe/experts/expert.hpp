@@ -163,6 +163,8 @@ class Expert {
     }
   }
 
+  Index width() const { return width_; }  ///< D
+
   /// How many columns the first half has: the smallest part of it is detail::panel_columns of them.
   Index columns() const {
     if constexpr (fused) {

@@ -66,6 +66,23 @@ class ExpertPass {
     workers_ = Expert::fused ? worker_count(Work{row_work_ * routing.slots()}) : worker_count();
   }
 
+  /// Throws std::invalid_argument where an expert with rows has another width, or another shape than
+  /// the first one or than it was made with: somebody put another network or other weights in its place.
+  void check_experts(Index width) const {
+    for (Index e = 0; e < routing_.experts; ++e) {
+      if (routing_.slots_of(e) == 0) continue;
+      const Expert& expert = experts_[to_size(e)];
+      const Expert& first = first_expert();
+      require(expert.width() == width && expert.tape_width() == first.tape_width() &&
+                  expert.scratch_width() == first.scratch_width() &&
+                  expert.columns() == first.columns() &&
+                  expert.gradient_rows() == first.gradient_rows(),
+              "MoELayer: expert ", e, " is not of the layer's width ", width,
+              " or has another shape than expert 0");
+      check_shapes(expert, "MoELayer: an expert");
+    }
+  }
+
   /// sum += Σ over slots G·expert(x), x and sum being T x D. With `keeps`, leaves in the tape what
   /// run_backward() needs.
   void run(const MatrixRef<Scalar>& x, bool keeps, Matrix<Scalar>& sum) const {

@@ -97,6 +97,9 @@ class MoELayer {
     return config;
   }
 
+  // What is reached by these may get other weights. A pass throws std::invalid_argument where
+  // something else was changed: the number of experts, a network's shape or a parameter's.
+
   const Config& config() const { return config_; }
   const Gate_& gate() const { return gate_; }
   Gate_& gate() { return gate_; }
@@ -108,13 +111,12 @@ class MoELayer {
   /// O(S·D·H), and what the gate costs. x may be all of this tape's x, and any part of its y. Throws
   /// std::invalid_argument when x is not D wide or another part of tape.x, and when a gate
   /// contradicts itself, which leaves the tape unusable.
-  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                const NoiseKey& key = {}) const {
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const NoiseKey& key) const {
     detail::check_layer_width<Scalar>(x, "x", config_.width);
     tape.trained = false;
     detail::copy_matrix(x, tape.x);
     gate_.forward(tape.x, tape.gate, key);
-    detail::group_checked(tape.gate.routing, gate_.experts(), tape.x.rows());
+    detail::group_checked(tape.gate.routing, expert_count(), tape.x.rows());
     run_experts(tape.x, tape, true);
     tape.trained = true;
     return tape.y;
@@ -132,19 +134,21 @@ class MoELayer {
     detail::check_layer_width<Scalar>(dy, "dy", config_.width);
     const Index tokens = tape.x.rows();
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
-    detail::require(tape.routing().experts == gate_.experts() && tape.x.cols() == config_.width &&
+    detail::require(tape.routing().experts == expert_count() && expert_count() >= 1 &&
+                        tape.x.cols() == config_.width &&
                         tape.experts.kept_width == experts_.front().tape_width(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
                     " experts and width ", tape.x.cols());
     if constexpr (requires { gate_.check_tape(tape.gate); }) gate_.check_tape(tape.gate);
     detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dcombined});
+    const detail::ExpertPass<Expert> pass(experts_, tape.routing(), tape.experts);
+    pass.check_experts(config_.width);
     if (!has_gradients_) detail::reserve_gradients(*this);
     has_gradients_ = true;
     const MatrixRef<Scalar> dsum =
         detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
     detail::resize_to_zero(tape.dx, tokens, config_.width);
-    detail::ExpertPass<Expert>(experts_, tape.routing(), tape.experts)
-        .run_backward(experts_, tape.x, dsum, tape.dweight, tape.dx);
+    pass.run_backward(experts_, tape.x, dsum, tape.dweight, tape.dx);
     gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
     detail::check_left_by_gate(tape.dx, tokens, config_.width);
     return tape.dx;
@@ -158,7 +162,7 @@ class MoELayer {
     detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
     tape.trained = false;
     gate_.evaluate(x, tape.gate);
-    detail::group_checked(tape.gate.routing, gate_.experts(), x.rows());
+    detail::group_checked(tape.gate.routing, expert_count(), x.rows());
     run_experts(x, tape, false);
     return tape.y;
   }
@@ -175,12 +179,16 @@ class MoELayer {
   }
 
  private:
+  Index expert_count() const { return static_cast<Index>(experts_.size()); }
+
   /// y = act(Σ G·experts(x)), x being T x D.
   void run_experts(const MatrixRef<Scalar>& x, Tape& tape, bool keeps) const {
     const bool plain = config_.output == Activation::identity;
     Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
+    const detail::ExpertPass<Expert> pass(experts_, tape.routing(), tape.experts);
+    pass.check_experts(config_.width);
     detail::resize_to_zero(sum, x.rows(), config_.width);
-    detail::ExpertPass<Expert>(experts_, tape.routing(), tape.experts).run(x, keeps, sum);
+    pass.run(x, keeps, sum);
     if (!plain) detail::activate_output(config_.output, sum, tape.y);
   }
 

@@ -176,8 +176,7 @@ class ExpertParallel {
 
   /// Training pass over this rank's tokens, x (T x D), T being any number, 0 too; returns tape.y
   /// (T x D). Throws Error on all ranks.
-  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                const NoiseKey& key = {}) const {
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const NoiseKey& key) const {
     tape.trained = false;
     begin("ExpertParallel::forward", x, key, tape);
     with_batch(tape, [&] {
@@ -219,7 +218,7 @@ class ExpertParallel {
   /// y (T x D) without noise. Throws Error on all ranks.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     tape.trained = false;
-    begin("ExpertParallel::evaluate", x, {}, tape);
+    begin("ExpertParallel::evaluate", x, {.step = 0}, tape);
     with_batch(tape, [&] {
       communicator_.attempt("the gate", [&] {
         gate_->evaluate(x, tape.gate);
@@ -524,8 +523,9 @@ class ExpertParallel {
 
   void run_share(const MatrixRef<Scalar>& x, bool keeps, Share& share, Matrix<Scalar>& sum) const {
     if (shard_.experts.empty()) return;
-    moe::detail::ExpertPass<Expert>(shard_.experts, share.routing, share.experts)
-        .run(x, keeps, sum);
+    const moe::detail::ExpertPass<Expert> pass(shard_.experts, share.routing, share.experts);
+    pass.check_experts(config_.width);
+    pass.run(x, keeps, sum);
   }
 
   /// Throws before anything is changed.

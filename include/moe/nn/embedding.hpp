@@ -68,6 +68,7 @@ class Embedding {
                     " rows, there were ", tokens, " ids");
     detail::require(dy.cols() == config_.width, "Embedding::backward: dy has ", dy.cols(),
                     " columns, the embedding ", config_.width);
+    detail::check_shapes(*this, "Embedding");
     if (!weight.trained) return;
     Matrix<Scalar>& gradient = weight.gradient();
     const Index block = std::max<Index>(64, elements_in_task / std::max<Index>(1, tokens));
@@ -83,6 +84,7 @@ class Embedding {
 
   /// forward() without the copy of the ids, so no backward can follow.
   const Matrix<Scalar>& evaluate(IndexSpan ids, Tape& tape) const {
+    detail::check_shapes(*this, "Embedding");
     for (const Index id : ids) {
       detail::require(id >= 0 && id < config_.vocabulary, "Embedding: id ", id,
                       " is outside the vocabulary of ", config_.vocabulary);

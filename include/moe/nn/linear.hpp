@@ -68,6 +68,7 @@ class Linear {
   /// Adds xᵀ·dy and the column sums of dy to the gradients and returns dx = dy·weightᵀ. The tape
   /// is that of forward; dy T x outputs, else std::invalid_argument.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    detail::check_shapes(*this, "Linear");
     detail::require(tape.trained && tape.x.cols() == config_.inputs,
                     "Linear::backward without a forward pass on this tape");
     detail::require(dy.rows() == tape.x.rows(), "Linear::backward: dy has ", dy.rows(),
@@ -108,6 +109,7 @@ class Linear {
 
  private:
   void check_input(const MatrixRef<Scalar>& x) const {
+    detail::check_shapes(*this, "Linear");
     detail::require(x.cols() == config_.inputs, "Linear: x has ", x.cols(), " columns, the layer ",
                     config_.inputs, " inputs");
   }

@@ -181,6 +181,7 @@ class LSTM {
                     " rows, x had ", tape.x.rows());
     detail::require(dy.cols() == H, "LSTM::backward: dy has ", dy.cols(), " columns, hidden is ",
                     H);
+    detail::check_shapes(*this, "LSTM");
     detail::require_apart("LSTM::backward", "dy", dy,
                           {tape.dx, tape.dgates, tape.dstate.hidden, tape.dstate.cell});
     if (dfinal.hidden.size() == 0 && dfinal.cell.size() == 0) {
@@ -243,6 +244,7 @@ class LSTM {
 
  private:
   void check_input(const MatrixRef<Scalar>& x, const State& state) const {
+    detail::check_shapes(*this, "LSTM");
     const Index sequences = state.hidden.rows();
     detail::require(x.cols() == config_.inputs, "LSTM: x has ", x.cols(), " columns, the layer ",
                     config_.inputs, " inputs");

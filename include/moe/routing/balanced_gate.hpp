@@ -88,8 +88,8 @@ class BalancedGate {
   /// Training pass over x (T x D) with the batchwise mask. There is no noise, so the key is not
   /// used. Throws std::invalid_argument when x is not D wide. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& = {}) const {
-    check_width(x);
+                                 const NoiseKey& = {.step = 0}) const {
+    check(x);
     tape.trained = false;
     compute_p(x, tape);
     const Index tokens = detail::batch_tokens(tape.batch, x.rows());
@@ -103,7 +103,7 @@ class BalancedGate {
 
   /// Routing by the thresholds. Leaves nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check_width(x);
+    check(x);
     tape.trained = false;
     compute_p(x, tape);
     choose_by_threshold(tape);
@@ -124,6 +124,7 @@ class BalancedGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
+    detail::check_shapes(*this, "BalancedGate");
     detail::check_gate_backward("BalancedGate::backward", config_.width, x, dweight, tape, dx);
     compute_loss_backward(tape);
     compute_weights_backward(dweight, tape);
@@ -165,9 +166,10 @@ class BalancedGate {
     return config;
   }
 
-  void check_width(const MatrixRef<Scalar>& x) const {
+  void check(const MatrixRef<Scalar>& x) const {
     detail::require(x.cols() == config_.width, "BalancedGate: x has ", x.cols(),
                     " columns, Config.width = ", config_.width);
+    detail::check_shapes(*this, "BalancedGate");
   }
 
   /// m.

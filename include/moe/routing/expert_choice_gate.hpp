@@ -65,8 +65,8 @@ class ExpertChoiceGate {
   /// Training pass over x (T x D). There is no noise, so the key is not used. Throws
   /// std::invalid_argument when x is not D wide. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& = {}) const {
-    check_width(x);
+                                 const NoiseKey& = {.step = 0}) const {
+    check(x);
     tape.trained = false;
     route(x, tape);
     tape.trained = true;
@@ -75,7 +75,7 @@ class ExpertChoiceGate {
 
   /// The same choice among the tokens of x. Leaves nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check_width(x);
+    check(x);
     tape.trained = false;
     route(x, tape);
     return tape.routing;
@@ -91,6 +91,7 @@ class ExpertChoiceGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
+    detail::check_shapes(*this, "ExpertChoiceGate");
     detail::check_gate_backward("ExpertChoiceGate::backward", config_.width, x, dweight, tape, dx);
     detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
     const Routing<Scalar>& routing = tape.routing;
@@ -134,9 +135,10 @@ class ExpertChoiceGate {
     return config;
   }
 
-  void check_width(const MatrixRef<Scalar>& x) const {
+  void check(const MatrixRef<Scalar>& x) const {
     detail::require(x.cols() == config_.width, "ExpertChoiceGate: x has ", x.cols(),
                     " columns, Config.width = ", config_.width);
+    detail::check_shapes(*this, "ExpertChoiceGate");
   }
 
   /// C.

@@ -57,7 +57,7 @@ concept Gate =
              Matrix<typename G::Scalar>& dx) {
       { config.width } -> std::convertible_to<Index>;
       { gate.experts() } -> std::same_as<Index>;
-      gate.forward(x, tape, NoiseKey{});
+      gate.forward(x, tape, NoiseKey{.step = 0});
       gate.evaluate(x, tape);
       trained.backward(x, dweight, tape, dx);
       G::visit_parameters(trained, detail::AnyVisitor{});

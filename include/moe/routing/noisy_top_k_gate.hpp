@@ -57,8 +57,8 @@ class NoisyTopKGate {
   /// Training pass over x (T x D). Give every update its own key.step: the same key draws the same
   /// noise. Throws std::invalid_argument when x is not D wide. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& key = {}) const {
-    check_width(x);
+                                 const NoiseKey& key) const {
+    check(x);
     tape.trained = false;
     route(x, config_.noise, key, tape);
     tape.trained = true;
@@ -68,9 +68,9 @@ class NoisyTopKGate {
   /// Routing without noise, and its balance, the load being the count. Leaves nothing that
   /// backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check_width(x);
+    check(x);
     tape.trained = false;
-    route(x, false, {}, tape);
+    route(x, false, {.step = 0}, tape);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -86,6 +86,7 @@ class NoisyTopKGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
+    detail::check_shapes(*this, "NoisyTopKGate");
     detail::check_gate_backward("NoisyTopKGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("NoisyTopKGate::backward", "dweight", dweight, {tape.dchoice});
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
@@ -129,9 +130,10 @@ class NoisyTopKGate {
     return config;
   }
 
-  void check_width(const MatrixRef<Scalar>& x) const {
+  void check(const MatrixRef<Scalar>& x) const {
     detail::require(x.cols() == config_.width, "NoisyTopKGate: x has ", x.cols(),
                     " columns, Config.width = ", config_.width);
+    detail::check_shapes(*this, "NoisyTopKGate");
   }
 
   /// Fills tape.routing and tape.balance.

@@ -71,8 +71,8 @@ class SharedExpertGate {
   /// Training pass over x (T x D): the wrapped gate's forward() and the shared slots. Throws
   /// std::invalid_argument when x is not D wide.
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& key = {}) const {
-    check_width(x);
+                                 const NoiseKey& key) const {
+    check(x);
     tape.trained = false;
     tape.routed.batch = tape.batch;
     routed_.forward(x, tape.routed, key);
@@ -83,7 +83,7 @@ class SharedExpertGate {
 
   /// The wrapped gate's evaluate() and the shared slots. Leaves nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check_width(x);
+    check(x);
     tape.trained = false;
     tape.routed.batch = tape.batch;
     routed_.evaluate(x, tape.routed);
@@ -102,6 +102,7 @@ class SharedExpertGate {
                 Matrix<Scalar>& dx) {
     tape.routed.batch = tape.batch;  // that of forward() may be gone
     check_tape(tape);
+    detail::check_shapes(*this, "SharedExpertGate");
     detail::check_gate_backward("SharedExpertGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("SharedExpertGate::backward", "dweight", dweight, {tape.routed_dweight});
     split_backward(dweight, tape);
@@ -142,9 +143,10 @@ class SharedExpertGate {
     return config;
   }
 
-  void check_width(const MatrixRef<Scalar>& x) const {
+  void check(const MatrixRef<Scalar>& x) const {
     detail::require(x.cols() == config_.width, "SharedExpertGate: x has ", x.cols(),
                     " columns, Config.width = ", config_.width);
+    detail::check_shapes(*this, "SharedExpertGate");
   }
 
   /// A token's slots are its `shared` ones and then those of the wrapped gate, so slot s of the

@@ -97,8 +97,8 @@ class SoftmaxTopKGate {
   /// jitter and second choices. Throws std::invalid_argument when x is not D wide, or T is not a
   /// multiple of Config.sequences while sequences have a loss. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& key = {}) const {
-    check_width(x);
+                                 const NoiseKey& key) const {
+    check(x);
     const Index tokens = detail::batch_tokens(tape.batch, x.rows());
     detail::require(config_.sequence_weight == 0 || tokens % config_.sequences == 0,
                     "SoftmaxTopKGate: x has ", tokens,
@@ -123,7 +123,7 @@ class SoftmaxTopKGate {
   /// the loss per sequence is left out where T is not a multiple of Config.sequences. Leaves
   /// nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check_width(x);
+    check(x);
     tape.trained = false;
     compute_scores(x, tape);
     choose(tape);
@@ -143,6 +143,7 @@ class SoftmaxTopKGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
+    detail::check_shapes(*this, "SoftmaxTopKGate");
     detail::check_gate_backward("SoftmaxTopKGate::backward", config_.width, x, dweight, tape, dx);
     detail::resize_to_zero(tape.dlogits, x.rows(), experts());
     compute_losses_backward(tape);
@@ -229,9 +230,10 @@ class SoftmaxTopKGate {
     return config;
   }
 
-  void check_width(const MatrixRef<Scalar>& x) const {
+  void check(const MatrixRef<Scalar>& x) const {
     detail::require(x.cols() == config_.width, "SoftmaxTopKGate: x has ", x.cols(),
                     " columns, Config.width = ", config_.width);
+    detail::check_shapes(*this, "SoftmaxTopKGate");
   }
 
   bool has_loss(double weight, const detail::SwitchLoss<Scalar>& loss, Index sequences) const {
