@@ -22,6 +22,10 @@ void check_refused(Layer& layer, Layer::Tape& trained) {
   CHECK_THROWS_AS(layer.forward(x, tape, {.step = 1}), std::invalid_argument);
   CHECK_THROWS_AS(layer.evaluate(x, tape), std::invalid_argument);
   CHECK_THROWS_AS(layer.backward(x, trained), std::invalid_argument);
+  for_each_parameter(layer, [](const std::string& name, const Parameter<float>& p) {
+    INFO(name);
+    CHECK(p.gradient().isZero(0));
+  });
 }
 
 template <class Break>

@@ -126,11 +126,10 @@ class MoELayer {
   /// Adds to every parameter's gradient, the balance losses' included once; returns the gradient with
   /// respect to x (T x D), which is tape.dx. The parameters must be those of the forward pass. Throws
   /// std::invalid_argument when dy has another shape than y or lies in tape.dx, or the tape is not of
-  /// a forward pass of such a layer, before anything is changed. A second backward() on a tape adds the
-  /// same gradients once more, and the tape of another layer of the same shape is not told from this
-  /// one's. std::bad_alloc, which only a first
-  /// pass of its shapes can throw, may leave gradients that are added to in part: zero them before
-  /// going on.
+  /// a forward pass of such a layer, before anything is changed. A second backward() on a tape adds
+  /// the same gradients once more, and the tape of another layer of the same shape is not told from
+  /// this one's. std::bad_alloc, which only a first pass of its shapes can throw, may leave gradients
+  /// that are added to in part: zero them before going on.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
     detail::check_layer_width<Scalar>(dy, "dy", config_.width);

@@ -124,14 +124,14 @@ class BalancedGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::check_shapes(*this, "BalancedGate");
     detail::check_gate_backward("BalancedGate::backward", config_.width, x, dweight, tape, dx);
     compute_loss_backward(tape);
     compute_weights_backward(dweight, tape);
     detail::linear_scores_backward(x, tape.dscores, weight_, dx);
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
+  /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
     detail::require(
@@ -139,6 +139,7 @@ class BalancedGate {
             (tape.batch != nullptr || tape.routing.slots() == experts() * taken(tape.p.rows())),
         "BalancedGate::backward: the tape is another gate's, of ", tape.p.cols(), " experts and ",
         tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
+    detail::check_shapes(*this, "BalancedGate");
   }
 
   /// "weight" (W_g) and "threshold".

@@ -91,7 +91,6 @@ class ExpertChoiceGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::check_shapes(*this, "ExpertChoiceGate");
     detail::check_gate_backward("ExpertChoiceGate::backward", config_.width, x, dweight, tape, dx);
     detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
     const Routing<Scalar>& routing = tape.routing;
@@ -105,7 +104,8 @@ class ExpertChoiceGate {
     detail::linear_scores_backward(x, tape.dscores, weight_, dx);
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
+  /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
     detail::require(
@@ -113,6 +113,7 @@ class ExpertChoiceGate {
             (tape.batch != nullptr || tape.routing.slots() == experts() * capacity(tape.p.rows())),
         "ExpertChoiceGate::backward: the tape is another gate's, of ", tape.p.cols(),
         " experts and ", tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
+    detail::check_shapes(*this, "ExpertChoiceGate");
   }
 
   /// "weight" (W_g).

@@ -119,7 +119,6 @@ class HierarchicalGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::check_shapes(*this, "HierarchicalGate");
     detail::check_gate_backward("HierarchicalGate::backward", config_.width, x, dweight, tape, dx);
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
                                   tape.dimportance, tape.dload);
@@ -140,7 +139,8 @@ class HierarchicalGate {
     add_rows_to_tokens(tape, dx);
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
+  /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "HierarchicalGate::backward without a forward pass on this tape");
     const Index tokens = tape.routing.tokens();
@@ -151,6 +151,7 @@ class HierarchicalGate {
                     "HierarchicalGate::backward: the tape is another gate's, of ",
                     tape.primary.clean.cols(), " groups of ", tape.secondary.clean.cols(),
                     " experts");
+    detail::check_shapes(*this, "HierarchicalGate");
   }
 
   /// "primary.weight", "primary.noise_weight", "secondary.0.weight", "secondary.0.noise_weight",

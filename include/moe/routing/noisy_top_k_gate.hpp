@@ -86,7 +86,6 @@ class NoisyTopKGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::check_shapes(*this, "NoisyTopKGate");
     detail::check_gate_backward("NoisyTopKGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("NoisyTopKGate::backward", "dweight", dweight, {tape.dchoice});
     detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
@@ -100,7 +99,8 @@ class NoisyTopKGate {
                     tape.routing, view(dx));
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
+  /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
     detail::require(tape.clean.cols() == experts() &&
@@ -108,6 +108,7 @@ class NoisyTopKGate {
                     "NoisyTopKGate::backward: the tape is another gate's, of ", tape.clean.cols(),
                     " experts and ", tape.routing.slots(), " slots of ", tape.routing.tokens(),
                     " tokens");
+    detail::check_shapes(*this, "NoisyTopKGate");
   }
 
   template <class Self, class Visitor>

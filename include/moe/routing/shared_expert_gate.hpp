@@ -102,7 +102,6 @@ class SharedExpertGate {
                 Matrix<Scalar>& dx) {
     tape.routed.batch = tape.batch;  // that of forward() may be gone
     check_tape(tape);
-    detail::check_shapes(*this, "SharedExpertGate");
     detail::check_gate_backward("SharedExpertGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("SharedExpertGate::backward", "dweight", dweight, {tape.routed_dweight});
     split_backward(dweight, tape);
@@ -110,7 +109,8 @@ class SharedExpertGate {
     if (config_.gated) detail::linear_scores_backward(x, tape.dscores, weight_, dx);
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
+  /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
     const Index tokens = tape.routing.tokens();
@@ -121,6 +121,7 @@ class SharedExpertGate {
         "SharedExpertGate::backward: the tape is another gate's, of ", tape.routing.experts,
         " experts");
     if constexpr (requires { routed_.check_tape(tape.routed); }) routed_.check_tape(tape.routed);
+    detail::check_shapes(*this, "SharedExpertGate");
   }
 
   /// "routed.weight", ... and, if gated, "shared_weight" (W_shared).

@@ -143,7 +143,6 @@ class SoftmaxTopKGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::check_shapes(*this, "SoftmaxTopKGate");
     detail::check_gate_backward("SoftmaxTopKGate::backward", config_.width, x, dweight, tape, dx);
     detail::resize_to_zero(tape.dlogits, x.rows(), experts());
     compute_losses_backward(tape);
@@ -163,7 +162,8 @@ class SoftmaxTopKGate {
     }
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
+  /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     using detail::require;
     require(tape.trained, "SoftmaxTopKGate::backward without a forward pass on this tape");
@@ -177,6 +177,7 @@ class SoftmaxTopKGate {
             "SoftmaxTopKGate::backward: the tape is another gate's, of ", tape.logits.cols(),
             " experts, ", tape.choices.expert.size(), " choices of ", tokens,
             " tokens and jitter of ", tape.jitter.rows());
+    detail::check_shapes(*this, "SoftmaxTopKGate");
   }
 
   /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of
