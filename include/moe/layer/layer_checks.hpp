@@ -15,6 +15,17 @@ void check_layer_width(const MatrixRef<Scalar>& matrix, const char* name, Index 
           " columns, Config.width = ", width);
 }
 
+/// What can be asked of a gate before its backward pass: that somebody put none of another width in
+/// its place, and that the tape is its own.
+template <class Gate>
+void check_gate(const Gate& gate, const typename Gate::Tape& tape, Index width) {
+  if constexpr (requires { gate.config().width; }) {
+    require(gate.config().width == width, "MoELayer: the gate's width is ", gate.config().width,
+            ", the layer's ", width);
+  }
+  if constexpr (requires { gate.check_tape(tape); }) gate.check_tape(tape);
+}
+
 /// The dx that a gate added to, for an x of tokens x width.
 template <class Scalar>
 void check_left_by_gate(const Matrix<Scalar>& dx, Index tokens, Index width) {

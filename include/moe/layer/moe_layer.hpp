@@ -140,7 +140,7 @@ class MoELayer {
                         tape.experts.kept_width == experts_.front().tape_width(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
                     " experts and width ", tape.x.cols());
-    if constexpr (requires { gate_.check_tape(tape.gate); }) gate_.check_tape(tape.gate);
+    detail::check_gate(gate_, tape.gate, config_.width);
     detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dcombined});
     const detail::ExpertPass<Expert> pass(experts_, tape.routing(), tape.experts);
     pass.check_experts(config_.width);

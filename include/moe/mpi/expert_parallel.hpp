@@ -541,7 +541,7 @@ class ExpertParallel {
                  tape.own.experts.kept_width == shard_.experts.front().tape_width()),
             "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
             " experts and width ", tape.x.cols());
-    if constexpr (requires { gate_->check_tape(tape.gate); }) gate_->check_tape(tape.gate);
+    moe::detail::check_gate(*gate_, tape.gate, config_.width);
     moe::detail::require_apart("ExpertParallel::backward", "dy", dy,
                                {tape.dx, tape.dcombined, tape.returned});
     moe::detail::resize(tape.received_dy, tape.received.back(), config_.width);
