@@ -67,7 +67,7 @@ class ExpertPass {
   }
 
   /// Throws std::invalid_argument where an expert with rows has another width, or another shape than
-  /// the first one or than it was made with: somebody put another network or other weights in its place.
+  /// the first one or than it was made with: somebody put another network or other weights there.
   void check_experts(Index width) const {
     for (Index e = 0; e < routing_.experts; ++e) {
       if (routing_.slots_of(e) == 0) continue;

@@ -123,9 +123,10 @@ class NoisyTopK {
     if (tape.has_noise) resize(tape.draw, tape.clean.rows(), experts());
   }
 
-  /// Takes dweight (a number a slot of the whole routing), the gradient by G, and dload (E), that
-  /// by the load of these rows. Adds to the gradients of the weights and to dx (rows x D). At fixed noise and choice this is the exact derivative, that of the load through its threshold
-  /// included.
+  /// Takes dweight (a number a slot of the whole routing), the gradient with respect to G, and dload
+  /// (E), that with respect to the load of these rows. Adds to the gradients of the weights and to dx
+  /// (rows x D). At fixed noise and choice this is the exact derivative, that of the load through its
+  /// threshold included.
   void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                 MatrixView<Scalar> dx) {
