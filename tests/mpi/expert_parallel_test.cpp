@@ -385,6 +385,36 @@ TEST_CASE("expert parallel: a tape's own output as input", "[mpi]") {
   check([](Small::Tape& tape) { return tape.y.bottomRows(4); }, of_bottom);
 }
 
+TEST_CASE("expert parallel: a structure that was broken is refused on all ranks", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const bool is_first = communicator.rank() == 0;
+  const auto x = random_matrix(9, 6, static_cast<std::uint64_t>(communicator.rank()));
+  using Gate = std::remove_cvref_t<decltype(std::declval<Small&>().gate())>;
+  const auto check = [&](auto&& break_it) {
+    Small layer(small, communicator);
+    Small::Tape trained;
+    layer.forward(x, trained, {.step = 1});
+    if (is_first) break_it(layer);
+    Small::Tape tape;
+    CHECK(error_of([&] { layer.backward(x, trained); }) != "none");
+    for_each_parameter(layer,
+                       [](const std::string&, const auto& p) { CHECK(p.gradient().isZero(0)); });
+    CHECK(error_of([&] { layer.forward(x, tape, {.step = 1}); }) != "none");
+    CHECK(error_of([&] { layer.evaluate(x, tape); }) != "none");
+  };
+  check([](Small& layer) { layer.experts().pop_back(); });
+  check([](Small& layer) {
+    for_each_parameter(layer, [](const std::string& name, auto& p) {
+      if (name.ends_with("up.weight")) p.value = Matrix<double>(p.value.transpose());
+    });
+  });
+  check([](Small& layer) {
+    auto config = layer.config().gate;
+    config.experts += 1;
+    layer.gate() = Gate(config, 1);
+  });
+}
+
 TEST_CASE("expert parallel: bytes beside the rows", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   Small layer(small, communicator);

@@ -322,6 +322,17 @@ class ExpertParallel {
     });
   }
 
+  /// Throws std::invalid_argument where somebody put a gate of another number of experts in the
+  /// gate's place, or experts in or out.
+  void check_structure() const {
+    const Index here = placement_.count(communicator_.rank());
+    moe::detail::require(gate_->experts() == placement_.experts() &&
+                             static_cast<Index>(shard_.experts.size()) == here,
+                         "ExpertParallel: ", shard_.experts.size(), " experts here and ",
+                         gate_->experts(), " of the gate, made with ", here, " and ",
+                         placement_.experts());
+  }
+
   /// Finds out how many tokens all ranks have.
   void begin(const char* call, const MatrixRef<Scalar>& x, const NoiseKey& key, Tape& tape) const {
     communicator_.attempt(call,
@@ -329,6 +340,7 @@ class ExpertParallel {
                            {"key.first_token", static_cast<std::int64_t>(key.first_token)},
                            {"the layer", number_}},
                           [&] {
+                            check_structure();
                             moe::detail::check_layer_width<Scalar>(x, "x", config_.width);
                             moe::detail::require_apart(call, "x", x, {tape.y, tape.combined});
                           });
@@ -523,14 +535,21 @@ class ExpertParallel {
 
   void run_share(const MatrixRef<Scalar>& x, bool keeps, Share& share, Matrix<Scalar>& sum) const {
     if (shard_.experts.empty()) return;
-    const moe::detail::ExpertPass<Expert> pass(shard_.experts, share.routing, share.experts);
-    pass.check_experts(config_.width);
-    pass.run(x, keeps, sum);
+    check_share(share);
+    moe::detail::ExpertPass<Expert>(shard_.experts, share.routing, share.experts)
+        .run(x, keeps, sum);
+  }
+
+  void check_share(Share& share) const {
+    if (shard_.experts.empty()) return;
+    moe::detail::ExpertPass<Expert>(shard_.experts, share.routing, share.experts)
+        .check_experts(config_.width);
   }
 
   /// Throws before anything is changed.
   void prepare_backward(const MatrixRef<Scalar>& dy, Tape& tape) const {
     using moe::detail::require;
+    check_structure();
     require(tape.trained, "MoELayer::backward without a forward pass on this tape");
     moe::detail::check_layer_width<Scalar>(dy, "dy", config_.width);
     require(dy.rows() == tape.x.rows(), "MoELayer: dy has ", dy.rows(), " rows, y has ",
@@ -542,6 +561,8 @@ class ExpertParallel {
             "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
             " experts and width ", tape.x.cols());
     moe::detail::check_gate(*gate_, tape.gate, config_.width);
+    check_share(tape.own);
+    check_share(tape.others);
     moe::detail::require_apart("ExpertParallel::backward", "dy", dy,
                                {tape.dx, tape.dcombined, tape.returned});
     moe::detail::resize(tape.received_dy, tape.received.back(), config_.width);
