@@ -1,6 +1,8 @@
 // What libFuzzer makes of SafetensorsFile: any bytes are a file that is read whole or refused with
 // std::runtime_error, and nothing else happens (tests/fuzz/run.sh).
 
+#include "moe/io/safetensors.hpp"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -8,8 +10,6 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-
-#include "moe/io/safetensors.hpp"
 
 namespace {
 

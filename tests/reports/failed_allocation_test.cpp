@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../allocation.hpp"
+#include "../io/filled.hpp"
 #include "../support.hpp"
 #include "../temporary_folder.hpp"
 #include "moe/io/safetensors.hpp"
@@ -120,17 +121,11 @@ TEST_CASE("report: a failed allocation while saving or loading leaves what was t
   const test::Threads threads(1);
   const test::TemporaryFolder folder;
   const std::string path = folder.file("model");
-  const auto filled = [](float value) {
-    Linear<float> linear({.inputs = 3, .outputs = 2}, 1);
-    linear.weight.value.setConstant(value);
-    linear.bias.value.setConstant(value);
-    return linear;
-  };
-  const Linear<float> old = filled(1);
-  const Linear<float> next = filled(2);
+  const Linear<float> old = test::filled(1);
+  const Linear<float> next = test::filled(2);
   save_parameters(path, old);
   const auto stored = [&] {
-    Linear<float> linear = filled(0);
+    Linear<float> linear = test::filled(0);
     load_parameters(path, linear);
     CHECK((linear.weight.value.array() == linear.bias.value(0, 0)).all());
     CHECK((linear.bias.value.array() == linear.bias.value(0, 0)).all());
@@ -146,7 +141,7 @@ TEST_CASE("report: a failed allocation while saving or loading leaves what was t
   CHECK(seen.back() == 2);
 
   seen.clear();
-  Linear<float> linear = filled(3);
+  Linear<float> linear = test::filled(3);
   CHECK(test::for_each_failure(
             [&] { load_parameters(path, linear); },
             [&] {

@@ -6,25 +6,19 @@
 #include <thread>
 
 #include "../catch.hpp"
+#include "../io/filled.hpp"
 #include "../temporary_folder.hpp"
 #include "moe/io/safetensors.hpp"
-#include "moe/nn/linear.hpp"
 
 using namespace moe;
 
 TEST_CASE("report: a file that is replaced while it is loaded gives one of the two", "[reports]") {
   const test::TemporaryFolder folder;
   const std::string path = folder.file("checkpoint");
-  const auto filled = [](float value) {
-    Linear<float> linear({.inputs = 30, .outputs = 20}, 1);
-    linear.weight.value.setConstant(value);
-    linear.bias.value.setConstant(value);
-    return linear;
-  };
-  save_parameters(path, filled(1));
+  save_parameters(path, test::filled(1));
   const SafetensorsFile opened(path);
-  save_parameters(path, filled(2));
-  Linear<float> linear = filled(0);
+  save_parameters(path, test::filled(2));
+  Linear<float> linear = test::filled(0);
   opened.read_parameters(linear);
   CHECK((linear.weight.value.array() == 1).all());
   opened.read("bias", linear.bias.value);
@@ -33,7 +27,7 @@ TEST_CASE("report: a file that is replaced while it is loaded gives one of the t
   // And all at once.
   std::atomic<bool> is_done = false;
   std::thread saver([&] {
-    for (float value = 3; !is_done; ++value) save_parameters(path, filled(value));
+    for (float value = 3; !is_done; ++value) save_parameters(path, test::filled(value));
   });
   int mixed = 0;
   for (int i = 0; i < 200; ++i) {

@@ -90,9 +90,9 @@ struct Sampling {
   bool greedy = false;  ///< the most probable one, ties to the lower number
   double temperature = 1;
   std::uint64_t seed = 0;
-  NoiseKey key{.step =
-                   0};  ///< of the dice: sample s of input i is token first_token + i·samples + s
-  Index samples = 1;    ///< of an input; a row more, of the reference, may follow them
+  /// Of the dice: sample s of input i is token first_token + i·samples + s.
+  NoiseKey key{.step = 0};
+  Index samples = 1;  ///< of an input; a row more, of the reference, may follow them
   Index start = 0;
   Index end = 0;
 };

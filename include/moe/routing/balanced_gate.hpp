@@ -89,7 +89,7 @@ class BalancedGate {
   /// used. Throws std::invalid_argument when x is not D wide. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& = {.step = 0}) const {
-    check(x);
+    detail::check_gate_input(*this, "BalancedGate", x);
     tape.trained = false;
     compute_p(x, tape);
     const Index tokens = detail::batch_tokens(tape.batch, x.rows());
@@ -103,7 +103,7 @@ class BalancedGate {
 
   /// Routing by the thresholds. Leaves nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check(x);
+    detail::check_gate_input(*this, "BalancedGate", x);
     tape.trained = false;
     compute_p(x, tape);
     choose_by_threshold(tape);
@@ -165,12 +165,6 @@ class BalancedGate {
             "BalancedGate::Config.threshold_weight = ", config.threshold_weight,
             ", must be finite and at least 0");
     return config;
-  }
-
-  void check(const MatrixRef<Scalar>& x) const {
-    detail::require(x.cols() == config_.width, "BalancedGate: x has ", x.cols(),
-                    " columns, Config.width = ", config_.width);
-    detail::check_shapes(*this, "BalancedGate");
   }
 
   /// m.

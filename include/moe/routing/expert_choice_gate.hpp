@@ -66,7 +66,7 @@ class ExpertChoiceGate {
   /// std::invalid_argument when x is not D wide. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& = {.step = 0}) const {
-    check(x);
+    detail::check_gate_input(*this, "ExpertChoiceGate", x);
     tape.trained = false;
     route(x, tape);
     tape.trained = true;
@@ -75,7 +75,7 @@ class ExpertChoiceGate {
 
   /// The same choice among the tokens of x. Leaves nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check(x);
+    detail::check_gate_input(*this, "ExpertChoiceGate", x);
     tape.trained = false;
     route(x, tape);
     return tape.routing;
@@ -134,12 +134,6 @@ class ExpertChoiceGate {
         "ExpertChoiceGate::Config.capacity_factor = ", config.capacity_factor,
         ", must be above 0 and at most experts = ", config.experts);
     return config;
-  }
-
-  void check(const MatrixRef<Scalar>& x) const {
-    detail::require(x.cols() == config_.width, "ExpertChoiceGate: x has ", x.cols(),
-                    " columns, Config.width = ", config_.width);
-    detail::check_shapes(*this, "ExpertChoiceGate");
   }
 
   /// C.

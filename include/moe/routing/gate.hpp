@@ -66,6 +66,14 @@ concept Gate =
 
 namespace detail {
 
+/// What forward() and evaluate() of every gate ask, `name` being the gate's in messages.
+template <class G>
+void check_gate_input(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x) {
+  require(x.cols() == gate.config().width, name, ": x has ", x.cols(),
+          " columns, Config.width = ", gate.config().width);
+  check_shapes(gate, name);
+}
+
 /// What backward() of every gate asks of its arguments, before it changes anything.
 template <class Scalar>
 void check_gate_backward(const char* call, Index width, const MatrixRef<Scalar>& x,

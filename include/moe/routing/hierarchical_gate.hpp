@@ -91,7 +91,7 @@ class HierarchicalGate {
   /// noise. Throws std::invalid_argument when x is not D wide.
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& key) const {
-    check(x);
+    detail::check_gate_input(*this, "HierarchicalGate", x);
     tape.trained = false;
     route(x, config_.noise, key, tape);
     tape.trained = true;
@@ -101,7 +101,7 @@ class HierarchicalGate {
   /// Routing without noise, and its balance, the load being the count. Leaves nothing that
   /// backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check(x);
+    detail::check_gate_input(*this, "HierarchicalGate", x);
     tape.trained = false;
     route(x, false, {.step = 0}, tape);
     return tape.routing;
@@ -183,12 +183,6 @@ class HierarchicalGate {
     detail::check_noise_floor("HierarchicalGate", config.noise_floor);
     detail::check_balance_weights("HierarchicalGate", config.importance_weight, config.load_weight);
     return config;
-  }
-
-  void check(const MatrixRef<Scalar>& x) const {
-    detail::require(x.cols() == config_.width, "HierarchicalGate: x has ", x.cols(),
-                    " columns, Config.width = ", config_.width);
-    detail::check_shapes(*this, "HierarchicalGate");
   }
 
   /// Slots of a token.

@@ -58,7 +58,7 @@ class NoisyTopKGate {
   /// noise. Throws std::invalid_argument when x is not D wide. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& key) const {
-    check(x);
+    detail::check_gate_input(*this, "NoisyTopKGate", x);
     tape.trained = false;
     route(x, config_.noise, key, tape);
     tape.trained = true;
@@ -68,7 +68,7 @@ class NoisyTopKGate {
   /// Routing without noise, and its balance, the load being the count. Leaves nothing that
   /// backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check(x);
+    detail::check_gate_input(*this, "NoisyTopKGate", x);
     tape.trained = false;
     route(x, false, {.step = 0}, tape);
     return tape.routing;
@@ -129,12 +129,6 @@ class NoisyTopKGate {
     detail::check_noise_floor("NoisyTopKGate", config.noise_floor);
     detail::check_balance_weights("NoisyTopKGate", config.importance_weight, config.load_weight);
     return config;
-  }
-
-  void check(const MatrixRef<Scalar>& x) const {
-    detail::require(x.cols() == config_.width, "NoisyTopKGate: x has ", x.cols(),
-                    " columns, Config.width = ", config_.width);
-    detail::check_shapes(*this, "NoisyTopKGate");
   }
 
   /// Fills tape.routing and tape.balance.

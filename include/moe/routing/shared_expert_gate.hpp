@@ -72,7 +72,7 @@ class SharedExpertGate {
   /// std::invalid_argument when x is not D wide.
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& key) const {
-    check(x);
+    detail::check_gate_input(*this, "SharedExpertGate", x);
     tape.trained = false;
     tape.routed.batch = tape.batch;
     routed_.forward(x, tape.routed, key);
@@ -83,7 +83,7 @@ class SharedExpertGate {
 
   /// The wrapped gate's evaluate() and the shared slots. Leaves nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check(x);
+    detail::check_gate_input(*this, "SharedExpertGate", x);
     tape.trained = false;
     tape.routed.batch = tape.batch;
     routed_.evaluate(x, tape.routed);
@@ -142,12 +142,6 @@ class SharedExpertGate {
                     "SharedExpertGate::Config.routed.width = ", config.routed.width,
                     ", must be 0 or Config.width = ", config.width);
     return config;
-  }
-
-  void check(const MatrixRef<Scalar>& x) const {
-    detail::require(x.cols() == config_.width, "SharedExpertGate: x has ", x.cols(),
-                    " columns, Config.width = ", config_.width);
-    detail::check_shapes(*this, "SharedExpertGate");
   }
 
   /// A token's slots are its `shared` ones and then those of the wrapped gate, so slot s of the

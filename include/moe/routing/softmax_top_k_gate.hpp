@@ -98,7 +98,7 @@ class SoftmaxTopKGate {
   /// multiple of Config.sequences while sequences have a loss. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& key) const {
-    check(x);
+    detail::check_gate_input(*this, "SoftmaxTopKGate", x);
     const Index tokens = detail::batch_tokens(tape.batch, x.rows());
     detail::require(config_.sequence_weight == 0 || tokens % config_.sequences == 0,
                     "SoftmaxTopKGate: x has ", tokens,
@@ -123,7 +123,7 @@ class SoftmaxTopKGate {
   /// the loss per sequence is left out where T is not a multiple of Config.sequences. Leaves
   /// nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    check(x);
+    detail::check_gate_input(*this, "SoftmaxTopKGate", x);
     tape.trained = false;
     compute_scores(x, tape);
     choose(tape);
@@ -229,12 +229,6 @@ class SoftmaxTopKGate {
                     "SoftmaxTopKGate::Config.scale = ", config.scale,
                     ", must be finite and above 0 as a Scalar");
     return config;
-  }
-
-  void check(const MatrixRef<Scalar>& x) const {
-    detail::require(x.cols() == config_.width, "SoftmaxTopKGate: x has ", x.cols(),
-                    " columns, Config.width = ", config_.width);
-    detail::check_shapes(*this, "SoftmaxTopKGate");
   }
 
   bool has_loss(double weight, const detail::SwitchLoss<Scalar>& loss, Index sequences) const {

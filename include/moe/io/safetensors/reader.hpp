@@ -44,7 +44,7 @@ class SafetensorsFile {
  public:
   using Tensor = detail::SafetensorsEntry;
 
-  /// Reads the header; a tensor is read when it is asked for. Throws std::runtime_error, which says
+  /// Reads the header; a tensor is read by the members below. Throws std::runtime_error, which says
   /// why, if the path cannot be opened or is no regular file's; never waits for a FIFO's writer.
   explicit SafetensorsFile(std::string path)
       : path_(std::move(path)), file_(std::make_shared<const detail::InputFile>(path_)) {
@@ -109,9 +109,6 @@ class SafetensorsFile {
   /// for are left alone; gradients too.
   template <class Module>
   void read_parameters(Module& module, const std::string& prefix = {}) const {
-    detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
-      check(prefix + name.string(), parameter.value);
-    });
     Waiting waiting;
     detail::walk_parameters(module, [&](const ParameterName& name, const auto& parameter) {
       read_ahead(prefix + name.string(), parameter.value, waiting);
@@ -128,7 +125,6 @@ class SafetensorsFile {
   void read_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) const {
     Waiting waiting;
     optimizer.for_each_state(module, [&](const std::string& name, const auto& state) {
-      check(prefix + name, state);
       read_ahead(prefix + name, state, waiting);
     });
     optimizer.for_each_state(module,
@@ -146,13 +142,15 @@ class SafetensorsFile {
   static auto& queue_of(Waiting& waiting, const Matrix<double>&) { return waiting.doubles; }
   static auto& queue_of(Waiting& waiting, std::span<Index>) { return waiting.counts; }
 
-  /// The tensor of that name, which fits `place`.
+  /// Reads the tensor of that name, which must fit `place`.
   template <class Scalar>
   void read_ahead(const std::string& name, const Matrix<Scalar>& place, Waiting& waiting) const {
+    check(name, place);
     auto& read = queue_of(waiting, place).emplace_back(place.rows(), place.cols());
     copy(tensors_.at(name), read.data());
   }
   void read_ahead(const std::string& name, std::span<Index> place, Waiting& waiting) const {
+    check(name, place);
     auto& read = queue_of(waiting, place).emplace_back(place.size());
     copy(tensors_.at(name), read.data());
     for (const Index number : read) {
