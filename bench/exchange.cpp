@@ -25,7 +25,7 @@ using Parallel = moe::mpi::ExpertParallel<Layer>;
 using moe::mpi::Communicator;
 
 constexpr Index experts_a_rank = 8;
-constexpr Index active = 2;
+constexpr Index top_k = 2;
 constexpr int rounds = 7;
 
 struct Row {
@@ -65,7 +65,7 @@ class Pass {
 Layer::Config config_of(const Row& row, int ranks) {
   return {.width = row.width,
           .expert = {.hidden = row.hidden},
-          .gate = {.experts = experts_a_rank * ranks, .active = active},
+          .gate = {.experts = experts_a_rank * ranks, .top_k = top_k},
           .seed = 1};
 }
 
@@ -140,7 +140,7 @@ void exchange(benchmark::State& state, const Row& row) {
                            .width = row.width,
                            .hidden = row.hidden,
                            .experts = experts_a_rank,
-                           .active = active};
+                           .top_k = top_k};
   bench::report<float>(state, together,
                        row.backward ? bench::step_work<float>(shape, experts_a_rank)
                                     : bench::forward_work<float>(shape, experts_a_rank),

@@ -17,12 +17,12 @@ constexpr Index hidden = 512;
 
 bench::Shape shape_of(Index experts) {
   constexpr Index slots_per_expert = 32;
-  constexpr Index active = 2;
-  return {.tokens = slots_per_expert * experts / active,
+  constexpr Index top_k = 2;
+  return {.tokens = slots_per_expert * experts / top_k,
           .width = width,
           .hidden = hidden,
           .experts = experts,
-          .active = active,
+          .top_k = top_k,
           .gate_products = 0};
 }
 
@@ -33,7 +33,7 @@ class Work {
         backward_(backward),
         layer_({.width = width,
                 .expert = {.hidden = hidden},
-                .gate = {.experts = experts, .active = shape_.active},
+                .gate = {.experts = experts, .top_k = shape_.top_k},
                 .seed = 1}),
         x_(bench::random_matrix<float>(shape_.tokens, width, 1)),
         dy_(bench::random_matrix<float>(shape_.tokens, width, 2)) {}

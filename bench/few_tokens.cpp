@@ -12,16 +12,16 @@ using bench::Index;
 
 void evaluate(benchmark::State& state) {
   bench::use_threads(1);
-  const Index active = state.range(4);
+  const Index top_k = state.range(4);
   const bench::Shape shape{.tokens = state.range(0),
                            .width = state.range(1),
                            .hidden = state.range(2),
                            .experts = state.range(3),
-                           .active = active,
+                           .top_k = top_k,
                            .gate_products = 0};
   const bench::FixedLayer<float> layer({.width = shape.width,
                                         .expert = {.hidden = shape.hidden},
-                                        .gate = {.experts = shape.experts, .active = active},
+                                        .gate = {.experts = shape.experts, .top_k = top_k},
                                         .seed = 1});
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   bench::FixedLayer<float>::Tape tape;

@@ -18,7 +18,7 @@ class FixedGate {
   struct Config {
     Index width = 0;
     Index experts = 0;
-    Index active = 0;
+    Index top_k = 0;
   };
   struct Tape : moe::GateTape<Scalar> {
     std::vector<Scalar> dslot;  ///< S, what backward was given
@@ -44,22 +44,22 @@ class FixedGate {
 
  private:
   void route(Index tokens, moe::Routing<Scalar>& routing) const {
-    const Index active = config_.active;
-    const Index slots = tokens * active;
+    const Index top_k = config_.top_k;
+    const Index slots = tokens * top_k;
     // Always the same, so that only the first pass pays for it.
     if (routing.experts == config_.experts && routing.slots() == slots) return;
     routing.experts = config_.experts;
     routing.token_offsets.clear();
-    for (Index t = 0; t <= tokens; ++t) routing.token_offsets.push_back(t * active);
+    for (Index t = 0; t <= tokens; ++t) routing.token_offsets.push_back(t * top_k);
     routing.expert.clear();
     routing.weight.clear();
     for (Index slot = 0; slot < slots; ++slot) {
       routing.expert.push_back(slot % config_.experts);
       // Not all alike, so that a wrong weight would show.
-      routing.weight.push_back(static_cast<Scalar>(1 + slot % 3) / static_cast<Scalar>(2 * active));
+      routing.weight.push_back(static_cast<Scalar>(1 + slot % 3) / static_cast<Scalar>(2 * top_k));
     }
-    for (auto token = routing.expert.begin(); token != routing.expert.end(); token += active) {
-      std::sort(token, token + active);
+    for (auto token = routing.expert.begin(); token != routing.expert.end(); token += top_k) {
+      std::sort(token, token + top_k);
     }
   }
 

@@ -12,20 +12,20 @@ template <class Scalar>
 using Layer = moe::MoELayer<moe::Expert<moe::FeedForward, Scalar>>;
 
 bench::Shape shape_of(const benchmark::State& state) {
-  constexpr Index active = 2;
+  constexpr Index top_k = 2;
   const Index experts = state.range(3);
-  return {.tokens = state.range(0) * experts / active,
+  return {.tokens = state.range(0) * experts / top_k,
           .width = state.range(1),
           .hidden = state.range(2),
           .experts = experts,
-          .active = active};
+          .top_k = top_k};
 }
 
 template <class Scalar>
 Layer<Scalar> make_layer(const bench::Shape& shape) {
   return Layer<Scalar>({.width = shape.width,
                         .expert = {.hidden = shape.hidden},
-                        .gate = {.experts = shape.experts, .active = shape.active},
+                        .gate = {.experts = shape.experts, .top_k = shape.top_k},
                         .seed = 1});
 }
 

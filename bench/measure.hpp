@@ -22,7 +22,7 @@ inline Shape shape_of(const benchmark::State& state) {
           .width = state.range(1),
           .hidden = state.range(2),
           .experts = state.range(3),
-          .active = state.range(4)};
+          .top_k = state.range(4)};
 }
 
 using Party = std::function<void()>;

@@ -29,7 +29,7 @@ void training_step(benchmark::State& state) {
 
   Layer layer({.width = shape.width,
                .expert = {.hidden = shape.hidden},
-               .gate = {.experts = shape.experts, .active = shape.active},
+               .gate = {.experts = shape.experts, .top_k = shape.top_k},
                .seed = 1});
   Layer::Tape tape;
   moe::Adam<float> adam;

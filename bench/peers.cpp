@@ -26,14 +26,14 @@ using Layer = bench::FixedLayer<float>;
 /// Weights of 64 MiB with 8 experts and of 256 MiB with more: beyond the cache, and all parties'
 /// gradients together fit into 4 GiB.
 bench::Shape shape_of(Index experts, Index tokens_per_expert) {
-  constexpr Index active = 2;
-  return {.tokens = tokens_per_expert * experts / active,
+  constexpr Index top_k = 2;
+  return {.tokens = tokens_per_expert * experts / top_k,
           .width = experts > 64 ? 256 : 512,
           .hidden = experts > 64  ? 512
                     : experts > 8 ? 1024
                                   : 2048,
           .experts = experts,
-          .active = active,
+          .top_k = top_k,
           .gate_products = 0};
 }
 
@@ -65,7 +65,7 @@ class Cell {
       : shape_(shape),
         layer_({.width = shape.width,
                 .expert = {.hidden = shape.hidden},
-                .gate = {.experts = shape.experts, .active = shape.active},
+                .gate = {.experts = shape.experts, .top_k = shape.top_k},
                 .seed = 1}),
         x_(bench::random_matrix<float>(shape.tokens, shape.width, 1)),
         dy_(bench::random_matrix<float>(shape.tokens, shape.width, 2)) {
@@ -120,8 +120,8 @@ class Cell {
     problem_.x = x_.data();
     problem_.dy = dy_.data();
     problem_.offsets = routing.expert_offsets;
-    problem_.row_token = routing.row_token;
-    for (const Index slot : routing.row_slot) {
+    problem_.sorted_token = routing.sorted_token;
+    for (const Index slot : routing.sorted_slot) {
       problem_.row_weight.push_back(routing.weight[static_cast<std::size_t>(slot)]);
     }
     problem_.experts.resize(static_cast<std::size_t>(shape_.experts));
@@ -153,7 +153,7 @@ class Cell {
     constexpr double rounding = 1e-5;
     constexpr double sign = 2e-2;
     std::vector<float> row_dweight;
-    for (const Index slot : tape_.routing().row_slot) {
+    for (const Index slot : tape_.routing().sorted_slot) {
       row_dweight.push_back(tape_.gate.dslot[static_cast<std::size_t>(slot)]);
     }
     const Index rows = shape_.tokens * shape_.width;

@@ -33,10 +33,10 @@ struct Shape {
   Index width;
   Index hidden;
   Index experts;
-  Index active;
+  Index top_k;
   Index gate_products = 2;
 
-  Index slots() const { return tokens * active; }
+  Index slots() const { return tokens * top_k; }
 };
 
 struct Work {

@@ -43,7 +43,7 @@ bench::Shape gate_only(bench::Shape shape) {
 void share(benchmark::State& state, bool backward) {
   bench::use_threads(1);
   const bench::Shape shape = bench::shape_of(state);
-  const Gate::Config gate{.experts = shape.experts, .active = shape.active};
+  const Gate::Config gate{.experts = shape.experts, .top_k = shape.top_k};
   Layer layer({.width = shape.width, .expert = {.hidden = shape.hidden}, .gate = gate, .seed = 1});
   moe::MoELayer<moe::Expert<Nothing>> empty({.width = shape.width, .gate = gate, .seed = 1});
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
@@ -74,7 +74,7 @@ void share_forward_backward(benchmark::State& state) { share(state, true); }
 void gate_forward_backward(benchmark::State& state) {
   bench::use_threads(1);
   const bench::Shape shape = gate_only(bench::shape_of(state));
-  Gate gate({.width = shape.width, .experts = shape.experts, .active = shape.active}, 0);
+  Gate gate({.width = shape.width, .experts = shape.experts, .top_k = shape.top_k}, 0);
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   const std::vector<float> dweight(static_cast<std::size_t>(shape.slots()), 0.1f);
   moe::Matrix<float> dx(shape.tokens, shape.width);

@@ -32,8 +32,8 @@ using Hierarchical = moe::HierarchicalGate<float>;
 
 constexpr Index width = 64;
 constexpr Index hidden = 128;
-constexpr Index active = 4;
-constexpr Index tokens = 32768 / active;
+constexpr Index top_k = 4;
+constexpr Index tokens = 32768 / top_k;
 
 /// A gate over E experts, and how much of it a batch needs.
 template <class Gate>
@@ -41,7 +41,7 @@ struct Kind;
 
 template <>
 struct Kind<Flat> {
-  static Flat::Config config(Index experts) { return {.experts = experts, .active = active}; }
+  static Flat::Config config(Index experts) { return {.experts = experts, .top_k = top_k}; }
   static Index scores_per_token(Index experts) { return experts; }
   static Index columns_used(const Flat::Tape&, Index experts) { return experts; }
 };
@@ -52,12 +52,12 @@ struct Kind<Hierarchical> {
     const Index members = Index{1} << ((std::bit_width(static_cast<std::size_t>(experts)) - 1) / 2);
     return {.groups = experts / members,
             .group_experts = members,
-            .active_groups = 2,
-            .active = active / 2};
+            .top_k_groups = 2,
+            .top_k = top_k / 2};
   }
   static Index scores_per_token(Index experts) {
     const Hierarchical::Config c = config(experts);
-    return c.groups + c.active_groups * c.group_experts;
+    return c.groups + c.top_k_groups * c.group_experts;
   }
   /// Of the weights of all gates in use, side by side.
   static Index columns_used(const Hierarchical::Tape& tape, Index experts) {
@@ -185,7 +185,7 @@ void run(benchmark::State& state, bool training) {
                            .width = width,
                            .hidden = hidden,
                            .experts = Kind<Gate>::scores_per_token(experts),
-                           .active = active,
+                           .top_k = top_k,
                            .gate_products = training ? 2 : 1};
   const double parameters =
       static_cast<double>(experts) * (2 * width * hidden + width + hidden + 2 * width);

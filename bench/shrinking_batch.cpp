@@ -18,21 +18,21 @@ using Layer = bench::FixedLayer<float>;
 constexpr Index width = 512;
 constexpr Index hidden = 1024;
 constexpr Index experts = 32;  // 128 MiB of weights, as much of gradients
-constexpr Index active = 2;
+constexpr Index top_k = 2;
 
 bench::Shape shape_of(Index tokens) {
   return {.tokens = tokens,
           .width = width,
           .hidden = hidden,
           .experts = experts,
-          .active = active,
+          .top_k = top_k,
           .gate_products = 0};
 }
 
 Layer make_layer() {
   return Layer({.width = width,
                 .expert = {.hidden = hidden},
-                .gate = {.experts = experts, .active = active},
+                .gate = {.experts = experts, .top_k = top_k},
                 .seed = 1});
 }
 
@@ -81,7 +81,7 @@ void report(benchmark::State& state, double seconds, Index tokens, bool backward
 
 void run(benchmark::State& state, bool backward) {
   bench::use_threads(1);
-  const Index tokens = state.range(0) * experts / active;
+  const Index tokens = state.range(0) * experts / top_k;
   Layer layer = make_layer();
   Pass pass(layer, tokens, 1, backward);
   report(state, bench::best_seconds([&] { pass(); }), tokens, backward);

@@ -16,7 +16,7 @@ void run(benchmark::State& state, bool backward) {
   bench::read_bandwidth(threads);
   Layer layer({.width = shape.width,
                .expert = {.hidden = shape.hidden},
-               .gate = {.experts = shape.experts, .active = shape.active},
+               .gate = {.experts = shape.experts, .top_k = shape.top_k},
                .seed = 1});
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   const auto dy = bench::random_matrix<float>(shape.tokens, shape.width, 2);

@@ -109,14 +109,14 @@ inline double naive_derivative(Activation activation, double x) {
 /// The smallest gap between neighbours, relative to the row's largest entry, that decides anything:
 /// which K experts are chosen and who holds the thresholds of the load, the K-th and (K+1)-th.
 template <class Scalar>
-double choice_margin(const Matrix<Scalar>& h, Index active) {
+double choice_margin(const Matrix<Scalar>& h, Index top_k) {
   double margin = std::numeric_limits<double>::infinity();
   for (Index t = 0; t < h.rows(); ++t) {
     std::vector<double> sorted;
     for (Index i = 0; i < h.cols(); ++i) sorted.push_back(static_cast<double>(h(t, i)));
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     const double scale = std::max(std::abs(sorted.front()), std::abs(sorted.back()));
-    for (Index k = std::max<Index>(0, active - 2); k < std::min(active + 1, h.cols() - 1); ++k) {
+    for (Index k = std::max<Index>(0, top_k - 2); k < std::min(top_k + 1, h.cols() - 1); ++k) {
       const double gap = sorted[detail::to_size(k)] - sorted[detail::to_size(k) + 1];
       margin = std::min(margin, gap / scale);
     }
@@ -141,7 +141,7 @@ class NaiveLayer {
       : parameters_(values_of(layer)),
         width_(layer.config().width),
         experts_(layer.config().gate.experts),
-        active_(layer.config().gate.active),
+        active_(layer.config().gate.top_k),
         noise_(layer.config().gate.noise),
         noise_floor_(layer.config().gate.noise_floor),
         importance_weight_(layer.config().gate.importance_weight),

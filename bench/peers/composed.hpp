@@ -54,13 +54,13 @@ class ComposedPeer : public Peer {
       float* a = a_.data() + first * p_.hidden;
       float* rows = rows_.data() + first * p_.width;
       for (Index i = 0; i < n; ++i) {
-        std::copy_n(p_.x + p_.row_token[size(first + i)] * p_.width, p_.width, x + i * p_.width);
+        std::copy_n(p_.x + p_.sorted_token[size(first + i)] * p_.width, p_.width, x + i * p_.width);
       }
       products_.up(n, x, p_.experts[e], a);
       products_.down(n, a, p_.experts[e], rows);
       for (Index i = 0; i < n; ++i) {
         add_scaled(p_.row_weight[size(first + i)], rows + i * p_.width,
-                   y_.data() + p_.row_token[size(first + i)] * p_.width, p_.width);
+                   y_.data() + p_.sorted_token[size(first + i)] * p_.width, p_.width);
       }
     }
   }
@@ -83,7 +83,7 @@ class ComposedPeer : public Peer {
       const float* a = a_.data() + first * p_.hidden;
       float* rows = rows_.data() + first * p_.width;
       for (Index i = 0; i < n; ++i) {
-        const float* dy = p_.dy + p_.row_token[size(first + i)] * p_.width;
+        const float* dy = p_.dy + p_.sorted_token[size(first + i)] * p_.width;
         row_dweight_[size(first + i)] = dot(dy, rows + i * p_.width, p_.width);
         scale(p_.row_weight[size(first + i)], dy, dy_.data() + i * p_.width, p_.width);
         add_scaled(1.0f, dy_.data() + i * p_.width, g.down_bias, p_.width);
@@ -96,7 +96,7 @@ class ComposedPeer : public Peer {
       products_.up_weight(n, x, dpre_.data(), g.up);
       products_.up_input(n, dpre_.data(), p_.experts[e], rows);  // y's rows are done with
       for (Index i = 0; i < n; ++i) {
-        add_scaled(1.0f, rows + i * p_.width, dx_.data() + p_.row_token[size(first + i)] * p_.width,
+        add_scaled(1.0f, rows + i * p_.width, dx_.data() + p_.sorted_token[size(first + i)] * p_.width,
                    p_.width);
       }
     }

@@ -30,10 +30,10 @@ struct Problem {
   const float* dy = nullptr;  ///< T x D
   std::vector<ExpertArrays<const float*>> experts;
   std::vector<std::ptrdiff_t> offsets;    ///< E + 1
-  std::vector<std::ptrdiff_t> row_token;  ///< S
+  std::vector<std::ptrdiff_t> sorted_token;  ///< S
   std::vector<float> row_weight;          ///< S
 
-  std::ptrdiff_t slots() const { return static_cast<std::ptrdiff_t>(row_token.size()); }
+  std::ptrdiff_t slots() const { return static_cast<std::ptrdiff_t>(sorted_token.size()); }
 };
 
 class Peer {

@@ -31,7 +31,7 @@ class TorchPeer : public Peer {
     x_ = view(problem.x, {tokens_, d}).requires_grad_();
     dy_ = view(problem.dy, {tokens_, d});
     token_ = torch::tensor(
-        std::vector<std::int64_t>(problem.row_token.begin(), problem.row_token.end()));
+        std::vector<std::int64_t>(problem.sorted_token.begin(), problem.sorted_token.end()));
     weight_ = view(problem.row_weight.data(), {problem.slots(), 1}).requires_grad_();
     for (std::size_t e = 0; e < problem.experts.size(); ++e) {
       const ExpertArrays<const float*>& from = problem.experts[e];

@@ -128,7 +128,7 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   }
   const double slots = static_cast<double>(timetable.update()) *
                        static_cast<double>(o.sequences * o.steps / ranks.part().count) *
-                       static_cast<double>(o.active);
+                       static_cast<double>(o.top_k);
   print_communication(ranks, meter, model.model().middle().layer().placement(), slots);
   // A rank draws from its own logarithms, whose last bits may differ; one text is enough.
   const std::string text = language_model::sample(model.model(), corpus.vocabulary, 40, o.seed);
@@ -152,7 +152,7 @@ int run(int argc, char** argv, const Ranks& ranks) {
   language_model::add_training_options(app, options);
   app.get_option("--sequences")
       ->description("sequences in a batch of all processes together; each gets as many of them");
-  app.get_option("--active")->description("experts K used for a word");
+  app.get_option("--top-k")->description("experts K used for a word");
   app.add_option("--threads", options.threads,
                  "threads of each process; results do not depend on it")
       ->check(CLI::Range(1, 4096))

@@ -41,10 +41,10 @@ class Ranks {
   template <class Module>
   Index parameter_count(const Module& module) const {
     using enum moe::mpi::Residence;
-    Index spread = moe::parameter_count(moe::mpi::PartOf<const Module, here>(module));
+    Index spread = moe::parameter_count(moe::mpi::PartOf<const Module, sharded>(module));
     communicator_.sum(std::span<Index>(&spread, 1));
     return spread +
-           moe::parameter_count(moe::mpi::PartOf<const Module, everywhere, summed>(module));
+           moe::parameter_count(moe::mpi::PartOf<const Module, replicated, reduced>(module));
   }
 
   template <class Module>

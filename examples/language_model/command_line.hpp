@@ -38,7 +38,7 @@ inline void add_training_options(CLI::App& app, Options& o) {
   app.add_option("--experts", o.experts, "experts E of the sparse model")
       ->check(at_least(1))
       ->capture_default_str();
-  app.add_option("--active", o.active,
+  app.add_option("--top-k", o.top_k,
                  "experts K used for a word; the dense model has as many and uses them all")
       ->check(at_least(1))
       ->capture_default_str();

@@ -184,7 +184,7 @@ ContestantConfig<Middle> sparse_config(const Options& o, std::vector<double> fre
   ContestantConfig<Middle> config = contestant_config<Middle>(o, std::move(frequencies));
   config.name = "sparse";
   config.model.middle = {.gate = {.experts = o.experts,
-                                  .active = o.active,
+                                  .top_k = o.top_k,
                                   .importance_weight = o.importance_weight,
                                   .load_weight = o.load_weight},
                          .hidden = o.hidden};

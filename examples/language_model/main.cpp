@@ -51,7 +51,7 @@ void add_options(CLI::App& app, Options& o) {
       app.add_option("--study", o.study,
                      "folder: train every model of the tables in README.md instead, as many at a "
                      "time as there are threads; what is in the folder is not trained again");
-  for (const char* other : {"--experts", "--active", "--epochs", "--minutes", "--importance-weight",
+  for (const char* other : {"--experts", "--top-k", "--epochs", "--minutes", "--importance-weight",
                             "--load-weight", "--evaluations", "--seed", "--csv"}) {
     study->excludes(app.get_option(other));
   }
@@ -78,10 +78,10 @@ std::vector<Competitor> make_contestants(const Options& o, const Corpus& corpus)
       sparse_config<SparseMiddle>(o, frequencies_of(corpus.train, vocabulary));
   Competitor::Config dense = sparse;
   dense.name = "dense";
-  dense.model.middle.gate.experts = o.active;
+  dense.model.middle.gate.experts = o.top_k;
   // The sparse model's larger gate costs operations too; the dense one gets them as hidden units.
-  const Index gate = 2 * o.width * (o.experts - o.active);
-  const Index unit = 2 * o.width * o.active;
+  const Index gate = 2 * o.width * (o.experts - o.top_k);
+  const Index unit = 2 * o.width * o.top_k;
   dense.model.middle.hidden += (gate + unit - 1) / unit;
   std::vector<Competitor> contestants;
   contestants.emplace_back(dense);

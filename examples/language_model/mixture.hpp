@@ -13,18 +13,18 @@ using moe::Index;
 /// How many scores the gate makes for a token, each D multiply-adds: those of the noise count too.
 inline Index scores_of(const moe::NoisyTopKGate<float>::Config& gate) { return 2 * gate.experts; }
 inline Index scores_of(const moe::HierarchicalGate<float>::Config& gate) {
-  return 2 * (gate.groups + gate.active_groups * gate.group_experts);
+  return 2 * (gate.groups + gate.top_k_groups * gate.group_experts);
 }
 inline Index scores_of(const moe::BalancedGate<float>::Config& gate) { return gate.experts; }
-inline Index scores_of(const moe::SoftmaxTopKConfig& gate) { return gate.experts; }
+inline Index scores_of(const moe::TopKConfig& gate) { return gate.experts; }
 
 /// How many experts a token goes to, on average where the gate lets it vary.
 template <class GateConfig>
 Index active_of(const GateConfig& gate) {
-  return gate.active;
+  return gate.top_k;
 }
 inline Index active_of(const moe::HierarchicalGate<float>::Config& gate) {
-  return gate.active_groups * gate.active;
+  return gate.top_k_groups * gate.top_k;
 }
 
 /// `Layer` is a MoELayer, or has its verbs and its configuration.
@@ -54,12 +54,12 @@ class Mixture {
 
   const Layer& layer() const { return layer_; }
   Index experts() const { return layer_.gate().experts(); }
-  Index active() const { return active_of(config_.gate); }
+  Index top_k() const { return active_of(config_.gate); }
 
   /// Multiply-adds a token: the gate, and the experts that are used.
   Index operations() const {
     const Index width = layer_.config().width;
-    return scores_of(config_.gate) * width + active() * 2 * width * config_.hidden;
+    return scores_of(config_.gate) * width + top_k() * 2 * width * config_.hidden;
   }
 
   State initial_state(Index) const { return {}; }

@@ -21,7 +21,7 @@ struct Options {
   Index width = 96;
   Index hidden = 96;
   Index experts = 64;
-  Index active = 4;
+  Index top_k = 4;
   Index sequences = 64;
   Index steps = 16;
   double epochs = 2.45;

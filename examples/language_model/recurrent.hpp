@@ -110,7 +110,7 @@ class RecurrentStack {
   }
 
   Index experts() const { return 0; }
-  Index active() const { return 0; }
+  Index top_k() const { return 0; }
   Index operations() const {
     Index sum = 0;
     for (const Layer& layer : layers_) sum += layer.operations();

@@ -90,7 +90,7 @@ void print_result(const Contestant<Middle, Team>& c, const Evaluation& validatio
   const Middle& middle = c.model().middle();
   std::printf(
       "| %-6s | %7td | %6td | %10s | %10s | %10.2f | %6.2f | %8.3f | %8.3f | %8.2f | %8.0f |\n",
-      c.name().c_str(), middle.experts(), middle.active(),
+      c.name().c_str(), middle.experts(), middle.top_k(),
       in_millions(c.model().operations()).c_str(), in_millions(c.parameters()).c_str(),
       validation.perplexity, test.perplexity, static_cast<double>(test.balance.cv_importance()),
       static_cast<double>(test.balance.cv_load()),

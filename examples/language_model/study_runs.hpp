@@ -37,10 +37,10 @@ inline const char* name_of(Kind kind) {
 struct Run {
   Kind kind = Kind::noisy_top_k;
   Index experts = 0;        ///< E, all groups' together
-  Index active = 0;         ///< K, all groups' together
+  Index top_k = 0;         ///< K, all groups' together
   Index hidden = 0;         ///< of an expert, or of an LSTM in the middle
   Index groups = 0;         ///< hierarchical
-  Index active_groups = 0;  ///< hierarchical
+  Index top_k_groups = 0;  ///< hierarchical
   Index layers = 0;         ///< recurrent: LSTMs in the middle
   Index memory = 0;         ///< recurrent: hidden width of the first and the last LSTM
   double importance_weight = 0;
@@ -69,10 +69,10 @@ inline std::string configuration_of(const Run& run, const Options& o) {
     count(name, static_cast<std::uint64_t>(value));
   };
   size("experts", run.experts);
-  size("active", run.active);
+  size("top_k", run.top_k);
   size("hidden", run.hidden);
   size("groups", run.groups);
-  size("active_groups", run.active_groups);
+  size("top_k_groups", run.top_k_groups);
   size("layers", run.layers);
   size("memory", run.memory);
   add("importance_weight", run.importance_weight);
@@ -123,7 +123,7 @@ inline Table loss_weight_table(const Options& o) {
     const std::string label = digits(importance) + ", " + digits(load);
     table.rows.push_back({label,
                           {.experts = 64,
-                           .active = 4,
+                           .top_k = 4,
                            .hidden = o.hidden,
                            .importance_weight = importance,
                            .load_weight = load},
@@ -145,19 +145,19 @@ inline Table expert_table(const Options& o) {
   Table table{"experts", "model", {"paper: perplexity"}, {}};
   const Index width = o.width;
   const Index middle = 2 * 64 * width + 4 * 2 * width * o.hidden;
-  const auto hidden = [&](Index scores, Index active) {
-    const Index unit = active * 2 * width;
+  const auto hidden = [&](Index scores, Index top_k) {
+    const Index unit = top_k * 2 * width;
     const Index units = (middle - scores * width + unit / 2) / unit;
     moe::detail::require(units >= 1, "the study needs wider experts than --hidden ", o.hidden,
                          ": a gate of ", scores, " scores takes all operations");
     return units;
   };
-  const auto flat = [&](std::string label, Index experts, Index active, std::string series,
+  const auto flat = [&](std::string label, Index experts, Index top_k, std::string series,
                         std::string paper) {
     table.rows.push_back({std::move(label),
                           {.experts = experts,
-                           .active = active,
-                           .hidden = hidden(2 * experts, active),
+                           .top_k = top_k,
+                           .hidden = hidden(2 * experts, top_k),
                            .importance_weight = 0.1,
                            .load_weight = 0.1},
                           std::move(series),
@@ -168,10 +168,10 @@ inline Table expert_table(const Options& o) {
     table.rows.push_back({std::to_string(experts) + " experts, hierarchical",
                           {.kind = Kind::hierarchical,
                            .experts = experts,
-                           .active = 4,
+                           .top_k = 4,
                            .hidden = hidden(2 * (groups + 2 * groups), 4),
                            .groups = groups,
-                           .active_groups = 2,
+                           .top_k_groups = 2,
                            .importance_weight = 0.1,
                            .load_weight = 0.1},
                           "hierarchical",
@@ -211,7 +211,7 @@ inline Table balance_table(const Options& o) {
     table.rows.push_back({std::move(label),
                           {.kind = kind,
                            .experts = 64,
-                           .active = 4,
+                           .top_k = 4,
                            .hidden = o.hidden,
                            .importance_weight = weight,
                            .load_weight = weight},

@@ -27,7 +27,7 @@ struct Texts {
 inline void configure(Mixture<moe::NoisyTopKGate<float>>::Config& config, const Run& run,
                       const Options&) {
   config = {.gate = {.experts = run.experts,
-                     .active = run.active,
+                     .top_k = run.top_k,
                      .importance_weight = run.importance_weight,
                      .load_weight = run.load_weight},
             .hidden = run.hidden};
@@ -37,8 +37,8 @@ inline void configure(Mixture<moe::HierarchicalGate<float>>::Config& config, con
                       const Options&) {
   config = {.gate = {.groups = run.groups,
                      .group_experts = run.experts / run.groups,
-                     .active_groups = run.active_groups,
-                     .active = run.active / run.active_groups,
+                     .top_k_groups = run.top_k_groups,
+                     .top_k = run.top_k / run.top_k_groups,
                      .importance_weight = run.importance_weight,
                      .load_weight = run.load_weight},
             .hidden = run.hidden};
@@ -46,15 +46,15 @@ inline void configure(Mixture<moe::HierarchicalGate<float>>::Config& config, con
 
 inline void configure(Mixture<moe::BalancedGate<float>>::Config& config, const Run& run,
                       const Options&) {
-  config = {.gate = {.experts = run.experts, .active = run.active}, .hidden = run.hidden};
+  config = {.gate = {.experts = run.experts, .top_k = run.top_k}, .hidden = run.hidden};
 }
 
 /// As published (L. Wang et al. 2024, arXiv 2408.15664): sigmoid scores, whose bias can come to
 /// outweigh them. Weights add up to one, as those of the noisy gate do.
-inline void configure(Mixture<moe::SoftmaxTopKGate<float>>::Config& config, const Run& run,
+inline void configure(Mixture<moe::TopKGate<float>>::Config& config, const Run& run,
                       const Options& o) {
   config = {.gate = {.experts = run.experts,
-                     .active = run.active,
+                     .top_k = run.top_k,
                      .score = moe::Score::sigmoid,
                      .renormalise = true,
                      .selection_bias = true,

@@ -49,7 +49,7 @@ class Model {
     Index embedding = 64;
     Index width = 128;          ///< H of the three LSTMs
     Index experts = 16;         ///< E
-    Index active = 2;           ///< K
+    Index top_k = 2;           ///< K
     Index expert_hidden = 256;  ///< of an expert
     double dropout = 0.2;
     double balance_weight = 0.01;  ///< of the importance and the load loss
@@ -116,7 +116,7 @@ class Model {
         mixture_({.width = 2 * config.width,
                   .expert = {.hidden = config.expert_hidden},
                   .gate = {.experts = config.experts,
-                           .active = config.active,
+                           .top_k = config.top_k,
                            .importance_weight = config.balance_weight,
                            .load_weight = config.balance_weight},
                   .seed = seed(4)}),

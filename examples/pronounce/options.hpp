@@ -21,7 +21,7 @@ struct Options {
   Index embedding = 24;
   Index width = 32;
   Index experts = 16;
-  Index active = 2;
+  Index top_k = 2;
   Index hidden = 32;
   double dropout = 0;
   double balance_weight = 0.1;
@@ -80,7 +80,7 @@ void for_each_option(OptionsType& o, F&& f) {
   f("embedding", o.embedding, "width of the embeddings of letters and phonemes");
   f("width", o.width, "width H of the LSTMs; the mixture is twice as wide");
   f("experts", o.experts, "experts E of the mixture");
-  f("active", o.active, "experts K used for a letter");
+  f("top_k", o.top_k, "experts K used for a letter");
   f("hidden", o.hidden, "hidden width of an expert");
   f("dropout", o.dropout, "probability of dropping an activation");
   f("balance-weight", o.balance_weight, "weight of the importance and of the load loss");

@@ -35,7 +35,7 @@ inline Network::Config network_of(const Options& o) {
           .embedding = o.embedding,
           .width = o.width,
           .experts = o.experts,
-          .active = o.active,
+          .top_k = o.top_k,
           .expert_hidden = o.hidden,
           .dropout = o.dropout,
           .balance_weight = o.balance_weight,

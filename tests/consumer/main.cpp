@@ -5,7 +5,7 @@
 
 int main() {
   moe::MoELayer<moe::Expert<moe::FeedForward>> layer(
-      {.width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .active = 2}, .seed = 1});
+      {.width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
   moe::Matrix<float> x(64, 8);
   moe::fill_normal(x, 1.0f, 2);
   const moe::Matrix<float> target = x.cwiseAbs();

@@ -7,7 +7,7 @@
 int main() {
   using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
   const Layer::Config config{
-      .width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .active = 2}, .seed = 1};
+      .width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1};
   const Layer saved(config);
   moe::save_parameters("saves.safetensors", saved);
   Layer::Config other = config;

@@ -8,7 +8,7 @@ int main(int argc, char** argv) {
   return moe::mpi::run(&argc, &argv, [] {
     using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
     const Layer::Config config{
-        .width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .active = 2}, .seed = 1};
+        .width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1};
     const moe::mpi::Communicator communicator;
     const moe::mpi::ExpertParallel<Layer> layer(config, communicator);
     moe::Matrix<float> x(5, 8);

@@ -180,7 +180,7 @@ TEST_CASE("language model: the study's runs", "[examples][language_model]") {
 TEST_CASE("language model: every setting is part of a run's configuration",
           "[examples][language_model]") {
   const Options o;
-  const Run run{.experts = 64, .active = 4, .hidden = 96};
+  const Run run{.experts = 64, .top_k = 4, .hidden = 96};
   std::set<std::string> all{configuration_of(run, o)};
   std::size_t changes = 1;
   const auto option = [&](auto member, auto value) {
@@ -215,10 +215,10 @@ TEST_CASE("language model: every setting is part of a run's configuration",
   };
   field(&Run::kind, Kind::balanced);
   field(&Run::experts, Index{7});
-  field(&Run::active, Index{7});
+  field(&Run::top_k, Index{7});
   field(&Run::hidden, Index{7});
   field(&Run::groups, Index{7});
-  field(&Run::active_groups, Index{7});
+  field(&Run::top_k_groups, Index{7});
   field(&Run::layers, Index{7});
   field(&Run::memory, Index{7});
   field(&Run::importance_weight, 0.5);
@@ -379,7 +379,7 @@ TEST_CASE("language model: a run's figures do not depend on what is trained besi
   std::vector<Index> stream;
   const Texts texts = made_up_texts(o, stream);
   const std::vector<Run> runs{
-      {.experts = 6, .active = 2, .hidden = 5, .importance_weight = 0.1, .load_weight = 0.1},
+      {.experts = 6, .top_k = 2, .hidden = 5, .importance_weight = 0.1, .load_weight = 0.1},
       {.kind = Kind::recurrent, .hidden = 5, .layers = 2},
       {.kind = Kind::recurrent, .memory = 5}};
   const auto study = [&](const std::string& path, int workers) {

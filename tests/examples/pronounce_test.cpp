@@ -132,7 +132,7 @@ TEST_CASE("pronounce: the network's gradients agree with differences", "[pronoun
                  .embedding = 3,
                  .width = 3,
                  .experts = 3,
-                 .active = 3,  // all of them: no choice that a difference could change
+                 .top_k = 3,  // all of them: no choice that a difference could change
                  .expert_hidden = 2,
                  .dropout = 0.3,
                  .balance_weight = 0});

@@ -13,7 +13,7 @@ TEMPLATE_TEST_CASE("combine: adds weighted rows to their tokens", "[experts]", f
   const std::array<Index, 2> token = {0, 2};
   const std::array<S, 2> weight = {2, 3};
   const ScatteredRows<S> to(out.data(), 3, 2, 3, token.data());
-  // Columns 0 and 1 only. Token 0: 2·(1, 10); token 2: 3·(2, 20); token 1 keeps its row.
+  // Columns 0 and 1 only. Token 0: 2·(1, 10); token 2: 3·(2, 20); token 1 save its row.
   detail::combine(GatheredRows<S>(rows), weight.data(), 0, 2, to);
   CHECK(out == Matrix<S>{{102, 20, 1}, {7, 8, 1}, {6, 160, 1}});
   detail::combine(GatheredRows<S>(rows), weight.data(), 2, 1, to);

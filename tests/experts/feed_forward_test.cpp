@@ -44,7 +44,7 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
     x = random_matrix(n, config.width, seed, inputs);
     test::Passes<double> passes(network, GatheredRows<double>(x));
     passes.forward(network);
-    const auto pre = passes.kept.leftCols(config.recompute ? 0 : config.hidden).cwiseAbs();
+    const auto pre = passes.saved.leftCols(config.recompute ? 0 : config.hidden).cwiseAbs();
     smooth = config.activation != Activation::relu || pre.minCoeff() > 2e-3 * pre.maxCoeff();
   }
   REQUIRE(smooth);
@@ -144,7 +144,7 @@ TEST_CASE("feed forward: a small network worked by hand", "[experts]") {
   // which is ⟨y, dy⟩. dpre = 0.5·u ⊙ (1, 0) = (1, 0); dx = dpre·W_1ᵀ = (1, 1).
   const test::Passes<double> r =
       pass<double>(network, x, Matrix<double>{{1, 10}}, Matrix<double>{{0.5}});
-  CHECK(same_bits(r.kept, Matrix<double>{{3, -1}}));
+  CHECK(same_bits(r.saved, Matrix<double>{{3, -1}}));
   CHECK(same_bits(r.y, Matrix<double>{{7, -1}}));
   CHECK(same_bits(evaluate(network, x), r.y));
   CHECK(r.dweight(0, 0) == -3);
@@ -172,7 +172,7 @@ TEST_CASE("feed forward: a small gated network worked by hand", "[experts]") {
   // dx = -12·(1, 1) + 18·(0, -1) = (-12, -30).
   const test::Passes<double> r =
       pass<double>(network, x, Matrix<double>{{1, 1}}, Matrix<double>{{2}});
-  CHECK(r.kept == Matrix<double>{{3, -2}});
+  CHECK(r.saved == Matrix<double>{{3, -2}});
   CHECK(r.y == Matrix<double>{{-6, -12}});
   CHECK(r.dweight(0, 0) == -18);
   CHECK(r.dx == Matrix<double>{{-12, -30}});
@@ -249,7 +249,7 @@ TEMPLATE_TEST_CASE("feed forward: evaluate gives the bits of forward and a row t
       const test::Passes<TestType> one =
           pass<TestType>(network, x.row(row), x.row(row), weight.middleCols(row, 1));
       CHECK(same_bits(one.y, whole.y.row(row)));
-      CHECK(same_bits(one.kept, whole.kept.row(row)));
+      CHECK(same_bits(one.saved, whole.saved.row(row)));
       CHECK(same_bits(one.dx, whole.dx.row(row)));
       CHECK(same_bits(one.dweight, whole.dweight.middleCols(row, 1)));
     }
@@ -308,14 +308,14 @@ TEMPLATE_TEST_CASE("feed forward: the halves give the same bits in any split", "
     Matrix<TestType> dx = Matrix<TestType>::Zero(rows, width);
     Matrix<TestType> dweight(1, rows);
     const ExpertBlock<TestType> block{GatheredRows<TestType>(x), token.data(), weight.data(),
-                                      view(kept), view(scratch)};
+                                      view(saved), view(scratch)};
     const std::vector<Range> halves{{17, rows - 17}, {0, 17}};
     const std::vector<Range> columns{{panel, panel + 5}, {0, panel}};
     for (const Range part : halves) {
-      for (const Range column : columns) network.run(block.slice(part), column, true);
+      for (const Range column : columns) network.hidden(block.slice(part), column, true);
     }
     for (const Range part : halves) {
-      for (const Range column : columns) network.run_backward(block.slice(part), dy, column);
+      for (const Range column : columns) network.hidden_backward(block.slice(part), dy, column);
     }
     const Index cut = width + 3;
     network.add_gradients(block, dy, {cut, network.gradient_rows() - cut});
@@ -323,11 +323,11 @@ TEMPLATE_TEST_CASE("feed forward: the halves give the same bits in any split", "
     const Index tile = detail::tile_columns<TestType>;
     for (const Range column : {Range{tile, width - tile}, Range{0, tile}}) {
       for (const Range part : halves) {
-        network.combine_backward(block.slice(part), column, view(dx));
+        network.output_backward(block.slice(part), column, view(dx));
       }
     }
     network.weight_gradients(block, dy, dweight.data());
-    CHECK(same_bits(kept, whole.kept));
+    CHECK(same_bits(saved, whole.saved));
     CHECK(same_bits(dx, whole.dx));
     CHECK(same_bits(dweight, whole.dweight));
     for (const auto& [name, gradient] : test::gradients_of(network)) {

@@ -34,13 +34,13 @@ class Passes {
 
   /// The network's outputs, not weighted.
   template <class Module>
-  const Matrix<Scalar>& forward(const Module& module, bool keeps = true) {
+  const Matrix<Scalar>& forward(const Module& module, bool save = true) {
     const ExpertBlock<Scalar> rows = block(ones_);
     with_scratch(module, [&](auto&... scratch) {
-      module.run(rows, {0, module.columns()}, keeps, scratch...);
+      module.hidden(rows, {0, module.columns()}, save, scratch...);
     });
     y.setZero();
-    module.combine(rows, {0, x_.width()}, view(y));
+    module.output(rows, {0, x_.width()}, view(y));
     return y;
   }
   template <class Module>
@@ -53,17 +53,17 @@ class Passes {
   void backward(Module& module, const Matrix<Scalar>& dy, const Matrix<Scalar>& weight) {
     const ExpertBlock<Scalar> rows = block(weight);
     with_scratch(module, [&](auto&... scratch) {
-      module.run_backward(rows, dy, {0, module.columns()}, scratch...);
+      module.hidden_backward(rows, dy, {0, module.columns()}, scratch...);
     });
     module.add_gradients(rows, dy, {0, module.gradient_rows()});
     dx.setZero();
-    module.combine_backward(rows, {0, x_.width()}, view(dx));
+    module.output_backward(rows, {0, x_.width()}, view(dx));
     module.weight_gradients(rows, dy, dweight.data());
   }
 
  private:
   ExpertBlock<Scalar> block(const Matrix<Scalar>& weight) {
-    return {x_, token_.data(), weight.data(), view(kept), view(scratch_)};
+    return {x_, token_.data(), weight.data(), view(saved), view(scratch_)};
   }
   template <class Module, class F>
   static void with_scratch(const Module& module, F&& f) {

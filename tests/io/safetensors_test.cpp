@@ -66,7 +66,7 @@ TEST_CASE("safetensors: the format, byte for byte", "[io]") {
 TEMPLATE_TEST_CASE("safetensors: what is saved is loaded, to the bit", "[io]", float, double) {
   using Layer = MoELayer<Expert<FeedForward, TestType>>;
   const typename Layer::Config config{
-      .width = 5, .expert = {.hidden = 3}, .gate = {.experts = 4, .active = 2}, .seed = 1};
+      .width = 5, .expert = {.hidden = 3}, .gate = {.experts = 4, .top_k = 2}, .seed = 1};
   Layer saved(config);
   std::uint64_t seed = 0;
   for_each_parameter(saved, [&](const std::string&, auto& p) {

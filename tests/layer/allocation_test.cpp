@@ -7,7 +7,7 @@
 #include <new>
 
 #include "../naive_layer.hpp"
-#include "moe/routing/hierarchical_gate.hpp"
+#include "moe/gates/hierarchical_gate.hpp"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define MOE_TEST_COUNTS_BY_SANITIZER
@@ -181,7 +181,7 @@ void check(const typename Layer::Config& config) {
 
 TEST_CASE("allocation: the counter sees all ways to the heap", "[allocation]") {
   CHECK(allocations_in([] {}) == 0);
-  const void* volatile seen = nullptr;  // keeps the compiler from leaving memory out
+  const void* volatile seen = nullptr;  // save the compiler from leaving memory out
   CHECK(allocations_in([&] {
           const auto number = std::make_unique<int>(3);
           seen = number.get();
@@ -207,7 +207,7 @@ TEMPLATE_TEST_CASE("allocation: a layer takes no memory after its first call", "
       INFO(count << " threads, gated " << gated);
       check<Layer>({.width = 16,
                     .expert = {.hidden = 24, .gated = gated},
-                    .gate = {.experts = 12, .active = 2},
+                    .gate = {.experts = 12, .top_k = 2},
                     .output = gated ? Activation::sigmoid : Activation::identity,
                     .seed = 3});
     }
@@ -221,7 +221,7 @@ TEMPLATE_TEST_CASE("allocation: a layer behind a hierarchical gate takes none ei
     check<MoELayer<Expert<FeedForward, TestType>, HierarchicalGate<TestType>>>(
         {.width = 16,
          .expert = {.hidden = 24},
-         .gate = {.groups = 4, .group_experts = 3, .active_groups = 1, .active = 2},
+         .gate = {.groups = 4, .group_experts = 3, .top_k_groups = 1, .top_k = 2},
          .seed = 3});
   }
 }
@@ -231,6 +231,6 @@ TEMPLATE_TEST_CASE("allocation: a layer of a user's network takes none of its ow
   for (const int count : {1, 3}) {
     const test::Threads threads(count);
     check<MoELayer<Expert<Scale, TestType>>>(
-        {.width = 16, .gate = {.experts = 12, .active = 2}, .seed = 3});
+        {.width = 16, .gate = {.experts = 12, .top_k = 2}, .seed = 3});
   }
 }

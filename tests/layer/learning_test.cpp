@@ -87,7 +87,7 @@ TEST_CASE("learning: a layer splits a problem that its experts can only solve ap
   // Each expert is linear, and so is any fixed mixture of them.
   Layer layer({.width = 4,
                .expert = {.hidden = 4, .activation = Activation::identity},
-               .gate = {.experts = 4, .active = 2},
+               .gate = {.experts = 4, .top_k = 2},
                .seed = 3});
   PlainAdam<Layer> adam;
   Layer::Tape tape;
@@ -107,16 +107,16 @@ TEST_CASE("learning: a layer splits a problem that its experts can only solve ap
 TEST_CASE("learning: the balance losses pull a collapsed gate back", "[layer][learning]") {
   using Layer = MoELayer<Expert<FeedForward, double>>;
   const test::Threads threads(1);
-  for (const Index active : {1, 2}) {
-    INFO(active << " active");
+  for (const Index top_k : {1, 2}) {
+    INFO(top_k << " active");
     Layer::Config config{
-        .width = 4, .expert = {.hidden = 2}, .gate = {.experts = 6, .active = active}, .seed = 3};
+        .width = 4, .expert = {.hidden = 2}, .gate = {.experts = 6, .top_k = top_k}, .seed = 3};
     Layer layer(config);
     Matrix<double> x = random_matrix(128, 4, 1);
     x.col(0).setOnes();
     for_each_parameter(layer, [&](const std::string& name, Parameter<double>& parameter) {
       if (name != "gate.weight") return;
-      for (Index e = 0; e < active; ++e) parameter.value(0, e) = 3;
+      for (Index e = 0; e < top_k; ++e) parameter.value(0, e) = 3;
     });
     const Matrix<double> no_gradient = Matrix<double>::Zero(128, 4);
     Layer::Tape tape;

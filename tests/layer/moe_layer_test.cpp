@@ -9,8 +9,8 @@
 #include "../naive_layer.hpp"
 #include "moe/optim/adam.hpp"
 #include "moe/optim/gradient_clipping.hpp"
-#include "moe/routing/hierarchical_gate.hpp"
-#include "moe/routing/shared_expert_gate.hpp"
+#include "moe/gates/hierarchical_gate.hpp"
+#include "moe/gates/shared_expert_gate.hpp"
 
 using namespace moe;
 using test::NaiveLayer;
@@ -40,15 +40,15 @@ struct Queued : FeedForward<Scalar_> {
   inline static std::vector<Call> runs;
   inline static std::vector<Call> combines;
 
-  void run(const typename Base::Block& block, Range columns, bool keeps,
+  void hidden(const typename Base::Block& block, Range columns, bool save,
            const Queued* next = nullptr) const {
     runs.push_back({this, next});
-    Base::run(block, columns, keeps, next);
+    Base::hidden(block, columns, save, next);
   }
-  void combine(const typename Base::Block& block, Range columns, MatrixView<Scalar_> y,
+  void output(const typename Base::Block& block, Range columns, MatrixView<Scalar_> y,
                const Queued* next = nullptr) const {
     combines.push_back({this, next});
-    Base::combine(block, columns, y, next);
+    Base::output(block, columns, y, next);
   }
 };
 
@@ -82,7 +82,7 @@ void check_against_differences(Layer& layer, Matrix<double>& x, const NoiseKey& 
 /// Puts a layer of feed-forward experts at a point away from ties and kinks and checks it there.
 void check_gradients(const Config<double>& config, Index tokens, double weights = 0.7,
                      double inputs = 1.0) {
-  INFO("E " << config.gate.experts << ", K " << config.gate.active << ", activation "
+  INFO("E " << config.gate.experts << ", K " << config.gate.top_k << ", activation "
             << static_cast<int>(config.expert.activation) << ", gated " << config.expert.gated
             << ", output " << static_cast<int>(config.output) << ", loss weights "
             << config.gate.importance_weight << " and " << config.gate.load_weight
@@ -97,10 +97,10 @@ void check_gradients(const Config<double>& config, Index tokens, double weights 
     x = random_matrix(tokens, config.width, seed, inputs);
     Layer<double>::Tape tape;
     y = layer.forward(x, tape, key);
-    const auto pre = tape.experts.kept.leftCols(config.expert.hidden).cwiseAbs();
+    const auto pre = tape.experts.saved.leftCols(config.expert.hidden).cwiseAbs();
     clear =
         test::choice_margin(config.gate.noise ? tape.gate.noisy : tape.gate.clean,
-                            config.gate.active) > 2e-3 &&
+                            config.gate.top_k) > 2e-3 &&
         (config.expert.activation != Activation::relu || pre.minCoeff() > 2e-3 * pre.maxCoeff());
   }
   REQUIRE(clear);
@@ -113,7 +113,7 @@ void check_gradients(const Config<double>& config, Index tokens, double weights 
 template <class Scalar>
 void check_against_naive(const Config<Scalar>& config, Index tokens, double deviation = 0.5) {
   INFO("T " << tokens << ", D " << config.width << ", H " << config.expert.hidden << ", E "
-            << config.gate.experts << ", K " << config.gate.active << ", gated "
+            << config.gate.experts << ", K " << config.gate.top_k << ", gated "
             << config.expert.gated);
   const Threads threads(1);
   Layer<Scalar> layer(config);
@@ -129,8 +129,8 @@ void check_against_naive(const Config<Scalar>& config, Index tokens, double devi
     expected = naive.forward(x.template cast<double>(), key);
     served = naive.evaluate(x.template cast<double>());
     const double margin = sizeof(Scalar) == sizeof(float) ? 2e-6 : 1e-12;
-    clear = test::choice_margin(expected.h, config.gate.active) > margin &&
-            test::choice_margin(served.h, config.gate.active) > margin;
+    clear = test::choice_margin(expected.h, config.gate.top_k) > margin &&
+            test::choice_margin(served.h, config.gate.top_k) > margin;
   }
   REQUIRE(clear);
   const double tolerance = 5 * test::tolerance<Scalar>;
@@ -344,7 +344,7 @@ TEST_CASE("layer: on one worker each network is told who comes next", "[layer]")
   using Network = Queued<double>;
   const Threads threads(1);
   MoELayer<Expert<Queued, double>> layer(
-      {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 7, .active = 2}, .seed = 3});
+      {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 7, .top_k = 2}, .seed = 3});
   const Matrix<double> x = random_matrix(40, 6, 1);
   MoELayer<Expert<Queued, double>>::Tape tape;
   Network::runs.clear();
@@ -358,7 +358,7 @@ TEST_CASE("layer: on one worker each network is told who comes next", "[layer]")
     }
   }
   Layer<double> plain(
-      {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 7, .active = 2}, .seed = 3});
+      {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 7, .top_k = 2}, .seed = 3});
   Layer<double>::Tape plain_tape;
   CHECK(same_bits(y, plain.forward(x, plain_tape, {.step = 0})));
 }
@@ -367,10 +367,10 @@ TEST_CASE("layer: on one worker each network is told who comes next", "[layer]")
 
 TEST_CASE("layer: gradients are derivatives for every number of experts", "[layer]") {
   for (const Index experts : {1, 2, 3, 5, 12}) {
-    for (const Index active : std::set<Index>{1, std::min<Index>(2, experts), experts}) {
+    for (const Index top_k : std::set<Index>{1, std::min<Index>(2, experts), experts}) {
       Config<double> config{.width = 3,
                             .expert = {.hidden = 4, .activation = Activation::gelu},
-                            .gate = {.experts = experts, .active = active},
+                            .gate = {.experts = experts, .top_k = top_k},
                             .seed = 6};
       config.gate.importance_weight = 0.7;
       config.gate.load_weight = 1.3;
@@ -384,7 +384,7 @@ TEST_CASE("layer: gradients are derivatives for every activation and form", "[la
     for (const bool gated : {false, true}) {
       check_gradients({.width = 3,
                        .expert = {.hidden = 4, .activation = activation, .gated = gated},
-                       .gate = {.experts = 4, .active = 2},
+                       .gate = {.experts = 4, .top_k = 2},
                        .seed = 6},
                       4);
     }
@@ -396,7 +396,7 @@ TEST_CASE("layer: gradients are derivatives for every output activation", "[laye
     if (output == Activation::relu) continue;  // its kink is met below, away from zero
     check_gradients({.width = 3,
                      .expert = {.hidden = 4, .activation = Activation::tanh},
-                     .gate = {.experts = 4, .active = 2},
+                     .gate = {.experts = 4, .top_k = 2},
                      .output = output,
                      .seed = 6},
                     4);
@@ -406,7 +406,7 @@ TEST_CASE("layer: gradients are derivatives for every output activation", "[laye
 TEST_CASE("layer: the gradient of a ReLU at the output stops where y is zero", "[layer]") {
   Layer<double> layer({.width = 3,
                        .expert = {.hidden = 4},
-                       .gate = {.experts = 3, .active = 2},
+                       .gate = {.experts = 3, .top_k = 2},
                        .output = Activation::relu,
                        .seed = 6});
   test::randomize(layer, 3);
@@ -427,10 +427,10 @@ TEST_CASE("layer: the gradient of a ReLU at the output stops where y is zero", "
 TEST_CASE("layer: gradients are derivatives for every pair of loss weights", "[layer]") {
   for (const double importance : {0.0, 0.9}) {
     for (const double load : {0.0, 1.7}) {
-      for (const Index active : {1, 2}) {
+      for (const Index top_k : {1, 2}) {
         Config<double> config{.width = 3,
                               .expert = {.hidden = 4, .activation = Activation::silu},
-                              .gate = {.experts = 4, .active = active},
+                              .gate = {.experts = 4, .top_k = top_k},
                               .seed = 6};
         config.gate.importance_weight = importance;
         config.gate.load_weight = load;
@@ -446,7 +446,7 @@ TEST_CASE("layer: gradients are derivatives at every scale", "[layer]") {
       for (const double inputs : {1e-2, 1.0, 10.0}) {
         Config<double> config{.width = 2,
                               .expert = {.hidden = 3, .activation = activation},
-                              .gate = {.experts = 4, .active = 2},
+                              .gate = {.experts = 4, .top_k = 2},
                               .seed = 6};
         config.gate.noise_floor = 0.05;
         config.gate.importance_weight = 1;
@@ -459,7 +459,7 @@ TEST_CASE("layer: gradients are derivatives at every scale", "[layer]") {
 
 TEST_CASE("layer: gradients without the threshold's share would be seen to be wrong", "[layer]") {
   Config<double> config{
-      .width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .active = 2}, .seed = 6};
+      .width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .top_k = 2}, .seed = 6};
   config.gate.load_weight = 1;
   Layer<double> layer(config);
   test::randomize(layer, 4, 0.5);
@@ -481,7 +481,7 @@ TEST_CASE("layer: gradients without the threshold's share would be seen to be wr
 TEST_CASE("layer: backward adds to the gradients and can be called again", "[layer]") {
   Layer<double> layer({.width = 3,
                        .expert = {.hidden = 4},
-                       .gate = {.experts = 5, .active = 2},
+                       .gate = {.experts = 5, .top_k = 2},
                        .output = Activation::sigmoid,
                        .seed = 6});
   test::randomize(layer, 4, 0.5);
@@ -497,7 +497,7 @@ TEST_CASE("layer: backward adds to the gradients and can be called again", "[lay
 
 TEST_CASE("layer: several passes in flight do not disturb each other", "[layer]") {
   Layer<double> layer(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .active = 2}, .seed = 6});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .top_k = 2}, .seed = 6});
   test::randomize(layer, 4, 0.5);
   const Matrix<double> x1 = random_matrix(10, 3, 1);
   const Matrix<double> x2 = random_matrix(7, 3, 2);
@@ -521,14 +521,14 @@ TEST_CASE("layer: several passes in flight do not disturb each other", "[layer]"
 TEMPLATE_TEST_CASE("layer: equals the naive layer at every shape", "[layer]", float, double) {
   for (const Index tokens : {1, 2, 17}) {
     for (const Index experts : {1, 2, 5, 16, 19}) {
-      for (const Index active : std::set<Index>{1, std::min<Index>(3, experts), experts}) {
+      for (const Index top_k : std::set<Index>{1, std::min<Index>(3, experts), experts}) {
         check_against_naive<TestType>(
             {.width = 1 + (tokens + experts) % 7,
              .expert = {.hidden = 1 + (tokens * experts) % 19,
                         .activation = Activation::gelu,
-                        .gated = (tokens + active) % 2 == 1},
-             .gate = {.experts = experts, .active = active},
-             .output = active % 2 == 0 ? Activation::sigmoid : Activation::identity,
+                        .gated = (tokens + top_k) % 2 == 1},
+             .gate = {.experts = experts, .top_k = top_k},
+             .output = top_k % 2 == 0 ? Activation::sigmoid : Activation::identity,
              .seed = 12},
             tokens);
       }
@@ -541,7 +541,7 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where blocks and tiles end", "
   for (const Index tokens : {63, 64, 65, 129}) {
     check_against_naive<TestType>({.width = 50,
                                    .expert = {.hidden = 33, .activation = Activation::silu},
-                                   .gate = {.experts = 3, .active = 2},
+                                   .gate = {.experts = 3, .top_k = 2},
                                    .seed = 5},
                                   tokens, 0.2);
   }
@@ -551,10 +551,10 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spre
                    float, double) {
   for (const bool gated : {false, true}) {
     const auto kept = static_cast<Index>(1024 / sizeof(TestType));
-    REQUIRE(detail::spread_width<TestType>(kept) > kept);
+    REQUIRE(detail::spread_width<TestType>(saved) > kept);
     check_against_naive<TestType>({.width = 6,
                                    .expert = {.hidden = gated ? kept / 2 : kept, .gated = gated},
-                                   .gate = {.experts = 3, .active = 2},
+                                   .gate = {.experts = 3, .top_k = 2},
                                    .seed = 5},
                                   70, 0.1);
   }
@@ -563,7 +563,7 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spre
 TEMPLATE_TEST_CASE("layer: equals the naive layer without noise", "[layer]", float, double) {
   Config<TestType> config{.width = 6,
                           .expert = {.hidden = 5},
-                          .gate = {.experts = 7, .active = 3, .noise = false},
+                          .gate = {.experts = 7, .top_k = 3, .noise = false},
                           .seed = 5};
   check_against_naive<TestType>(config, 20);
 }
@@ -579,7 +579,7 @@ TEMPLATE_TEST_CASE("layer: has the same bits on any number of threads", "[layer]
       Layer<S> layer(
           {.width = 40,
            .expert = {.hidden = hidden, .gated = gated, .recompute = gated && overloaded},
-           .gate = {.experts = 6, .active = 2},
+           .gate = {.experts = 6, .top_k = 2},
            .output = gated ? Activation::sigmoid : Activation::identity,
            .seed = 5});
       test::randomize(layer, 7, 0.1);
@@ -612,7 +612,7 @@ TEMPLATE_TEST_CASE("layer: a token has the same bits alone and in a batch", "[la
   for (const bool gated : {false, true}) {
     Layer<S> layer({.width = 21,
                     .expert = {.hidden = 35, .activation = Activation::gelu, .gated = gated},
-                    .gate = {.experts = 4, .active = 2},
+                    .gate = {.experts = 4, .top_k = 2},
                     .output = Activation::tanh,
                     .seed = 5});
     test::randomize(layer, 7, 0.3);
@@ -629,7 +629,7 @@ TEMPLATE_TEST_CASE("layer: a training batch in two halves has the bits of the wh
                    float, double) {
   using S = TestType;
   Layer<S> layer(
-      {.width = 21, .expert = {.hidden = 35}, .gate = {.experts = 4, .active = 2}, .seed = 5});
+      {.width = 21, .expert = {.hidden = 35}, .gate = {.experts = 4, .top_k = 2}, .seed = 5});
   test::randomize(layer, 7, 0.3);
   const Matrix<S> x = random_matrix<S>(700, 21, 1);
   typename Layer<S>::Tape tape;
@@ -651,7 +651,7 @@ TEMPLATE_TEST_CASE("layer: a pass replays and a used tape is as good as a new on
   using S = TestType;
   Layer<S> layer({.width = 5,
                   .expert = {.hidden = 6},
-                  .gate = {.experts = 4, .active = 2},
+                  .gate = {.experts = 4, .top_k = 2},
                   .output = Activation::sigmoid,
                   .seed = 5});
   test::randomize(layer, 7, 0.3);
@@ -670,7 +670,7 @@ TEMPLATE_TEST_CASE("layer: a pass replays and a used tape is as good as a new on
 TEMPLATE_TEST_CASE("layer: takes rows of a wider matrix as they are", "[layer]", float, double) {
   using S = TestType;
   Layer<S> layer(
-      {.width = 5, .expert = {.hidden = 6}, .gate = {.experts = 4, .active = 2}, .seed = 5});
+      {.width = 5, .expert = {.hidden = 6}, .gate = {.experts = 4, .top_k = 2}, .seed = 5});
   test::randomize(layer, 7, 0.3);
   const Matrix<S> wide = random_matrix<S>(50, 13, 1);
   const Matrix<S> x = wide.middleCols(4, 5);
@@ -690,7 +690,7 @@ TEMPLATE_TEST_CASE("layer: no tokens are no work", "[layer]", float, double) {
   using S = TestType;
   Layer<S> layer({.width = 3,
                   .expert = {.hidden = 4},
-                  .gate = {.experts = 4, .active = 2},
+                  .gate = {.experts = 4, .top_k = 2},
                   .output = Activation::sigmoid,
                   .seed = 5});
   test::randomize(layer, 1);
@@ -715,7 +715,7 @@ TEMPLATE_TEST_CASE("layer: no tokens are no work", "[layer]", float, double) {
 TEMPLATE_TEST_CASE("layer: a single expert is that expert", "[layer]", float, double) {
   using S = TestType;
   Layer<S> layer(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 1, .active = 1}, .seed = 5});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 1, .top_k = 1}, .seed = 5});
   test::randomize(layer, 1);
   const Matrix<S> x = random_matrix<S>(300, 3, 1);
   test::Passes<S> passes(layer.experts()[0], GatheredRows<S>(x));
@@ -733,7 +733,7 @@ TEMPLATE_TEST_CASE("layer: a single expert is that expert", "[layer]", float, do
 TEMPLATE_TEST_CASE("layer: all tokens can go to one expert", "[layer]", float, double) {
   using S = TestType;
   Layer<S> layer(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .active = 1}, .seed = 5});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .top_k = 1}, .seed = 5});
   collapse(layer, 2);
   const Matrix<S> x = with_positive_first_entry(random_matrix<S>(300, 3, 1));
   typename Layer<S>::Tape tape;
@@ -751,7 +751,7 @@ TEMPLATE_TEST_CASE("layer: all tokens can go to one expert", "[layer]", float, d
 
 TEMPLATE_TEST_CASE("layer: equal scores go to the first experts", "[layer]", float, double) {
   const Layer<TestType> layer(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .active = 3}, .seed = 5});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .top_k = 3}, .seed = 5});
   typename Layer<TestType>::Tape tape;
   layer.evaluate(random_matrix<TestType>(4, 3, 1), tape);
   CHECK(tape.routing().expert_offsets == Indices{0, 4, 8, 12, 12, 12});
@@ -766,7 +766,7 @@ TEMPLATE_TEST_CASE("layer: NaN and infinity reach their own token and no other",
     for (const bool gated : {false, true}) {
       Layer<S> layer({.width = 3,
                       .expert = {.hidden = 4, .gated = gated},
-                      .gate = {.experts = 6, .active = 2},
+                      .gate = {.experts = 6, .top_k = 2},
                       .output = gated ? Activation::sigmoid : Activation::identity,
                       .seed = 5});
       test::randomize(layer, 1);
@@ -793,7 +793,7 @@ TEMPLATE_TEST_CASE("layer: NaN and infinity reach their own token and no other",
 
 TEST_CASE("layer: experts without a token are neither run nor trained", "[layer]") {
   MoELayer<Expert<SineMap, double>> layer(
-      {.width = 3, .gate = {.experts = 5, .active = 2, .noise = false}, .seed = 5});
+      {.width = 3, .gate = {.experts = 5, .top_k = 2, .noise = false}, .seed = 5});
   const Matrix<double> x = random_matrix(40, 3, 1);
   MoELayer<Expert<SineMap, double>>::Tape tape;
   layer.forward(x, tape, {.step = 0});  // equal scores: experts 0 and 1
@@ -812,7 +812,7 @@ TEMPLATE_TEST_CASE("layer: lazy updates leave the experts without tokens alone",
                    double) {
   using S = TestType;
   Layer<S> layer(
-      {.width = 4, .expert = {.hidden = 6}, .gate = {.experts = 5, .active = 1}, .seed = 2});
+      {.width = 4, .expert = {.hidden = 6}, .gate = {.experts = 5, .top_k = 1}, .seed = 2});
   collapse(layer, 3);
   const test::Named before = test::values_of(layer);
   Adam<S> adam({.weight_decay = 0.1, .updates = Updates::lazy});
@@ -873,18 +873,18 @@ TEMPLATE_TEST_CASE("layer: gradients cleared lazily are written over", "[layer]"
     // The hidden rows are so long that one worker takes a slice in two groups.
     Layer<S> layer({.width = 8,
                     .expert = {.hidden = gated ? 520 : 1040, .gated = gated, .recompute = gated},
-                    .gate = {.experts = 3, .active = 2},
+                    .gate = {.experts = 3, .top_k = 2},
                     .seed = 5});
     test::randomize(layer, 7, 0.1);
     check(layer);
   }
-  MoELayer<Expert<SineMap, S>> plain({.width = 6, .gate = {.experts = 5, .active = 2}, .seed = 5});
+  MoELayer<Expert<SineMap, S>> plain({.width = 6, .gate = {.experts = 5, .top_k = 2}, .seed = 5});
   test::randomize(plain, 7, 0.3);
   check(plain);
 }
 
 TEMPLATE_TEST_CASE(
-    "layer: computing the pre-activations again gives the same bits, and keeps nothing", "[layer]",
+    "layer: computing the pre-activations again gives the same bits, and save nothing", "[layer]",
     float, double) {
   using S = TestType;
   for (const bool gated : {false, true}) {
@@ -894,7 +894,7 @@ TEMPLATE_TEST_CASE(
                                  .activation = gated ? Activation::silu : Activation::relu,
                                  .gated = gated,
                                  .recompute = recomputes},
-                      .gate = {.experts = 3, .active = 2},
+                      .gate = {.experts = 3, .top_k = 2},
                       .seed = 5});
       test::randomize(layer, 7, 0.1);
       return layer;
@@ -906,16 +906,16 @@ TEMPLATE_TEST_CASE(
     CHECK(Everything<S>(recomputing, x, r).same_as(Everything<S>(keeping, x, r)));
     typename Layer<S>::Tape tape;
     recomputing.forward(x, tape, {.step = 0});
-    CHECK(tape.experts.kept.size() == 0);
+    CHECK(tape.experts.saved.size() == 0);
     keeping.forward(x, tape, {.step = 0});
-    CHECK(tape.experts.kept.size() >= 800 * 70);
+    CHECK(tape.experts.saved.size() >= 800 * 70);
   }
 }
 
 TEST_CASE("layer: every slot is run once and none is dropped", "[layer]") {
-  for (const Index active : {1, 3, 7}) {
+  for (const Index top_k : {1, 3, 7}) {
     MoELayer<Expert<SineMap, double>> layer(
-        {.width = 3, .gate = {.experts = 7, .active = active}, .seed = 5});
+        {.width = 3, .gate = {.experts = 7, .top_k = top_k}, .seed = 5});
     fill_normal(layer.experts()[0].network().w.value, 1.0, 3);
     const Matrix<double> x = random_matrix(100, 3, 1);
     MoELayer<Expert<SineMap, double>>::Tape tape;
@@ -927,27 +927,27 @@ TEST_CASE("layer: every slot is run once and none is dropped", "[layer]") {
       forward += expert.network().rows_forward;
       backward += expert.network().rows_backward;
     }
-    CHECK(forward == 100 * active);
-    CHECK(backward == 100 * active);
+    CHECK(forward == 100 * top_k);
+    CHECK(backward == 100 * top_k);
     Index counted = 0;
     for (const Index n : tape.balance().tokens_per_expert) counted += n;
-    CHECK(counted == 100 * active);
+    CHECK(counted == 100 * top_k);
   }
 }
 
 // ---- What users plug in.
 
 TEST_CASE("layer: a user's network has the right gradients", "[layer]") {
-  for (const Index active : {1, 2, 4}) {
+  for (const Index top_k : {1, 2, 4}) {
     MoELayer<Expert<SineMap, double>> layer({.width = 3,
-                                             .gate = {.experts = 4, .active = active},
+                                             .gate = {.experts = 4, .top_k = top_k},
                                              .output = Activation::tanh,
                                              .seed = 5});
     test::randomize(layer, 3, 0.6);
     Matrix<double> x = random_matrix(6, 3, 1);
     MoELayer<Expert<SineMap, double>>::Tape tape;
     layer.forward(x, tape, {.step = 4});
-    REQUIRE(test::choice_margin(tape.gate.noisy, active) > 1e-3);
+    REQUIRE(test::choice_margin(tape.gate.noisy, top_k) > 1e-3);
     check_against_differences(layer, x, {.step = 4}, random_matrix(6, 3, 2), 0.6, 1);
     CHECK(relative_error(layer.evaluate(x), [&] {
             MoELayer<Expert<SineMap, double>>::Tape served;
@@ -1010,7 +1010,7 @@ TEST_CASE("layer: a gate's faulty routing is refused", "[layer]") {
 
 TEST_CASE("layer: the documented spelling compiles and names its parameters in order", "[layer]") {
   moe::MoELayer<moe::Expert<moe::FeedForward>> layer(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}, .seed = 1});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .top_k = 1}, .seed = 1});
   static_assert(std::same_as<decltype(layer)::Scalar, float>);
   const auto names = [](const auto& module) {
     std::vector<std::string> list;
@@ -1025,7 +1025,7 @@ TEST_CASE("layer: the documented spelling compiles and names its parameters in o
   moe::MoELayer<moe::Expert<moe::FeedForward, double>> gated(
       {.width = 3,
        .expert = {.hidden = 4, .gated = true},
-       .gate = {.experts = 1, .active = 1},
+       .gate = {.experts = 1, .top_k = 1},
        .seed = 0});
   CHECK(names(gated) == std::vector<std::string>{"gate.weight", "gate.noise_weight",
                                                  "experts.0.gate.weight", "experts.0.up.weight",
@@ -1038,7 +1038,7 @@ TEST_CASE("layer: the documented spelling compiles and names its parameters in o
 TEST_CASE("layer: experts start apart and the seed decides how", "[layer]") {
   const auto start = [](std::uint64_t seed) {
     return test::values_of(Layer<float>(
-        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}, .seed = seed}));
+        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .top_k = 1}, .seed = seed}));
   };
   Named one = start(1);
   CHECK(one == start(1));
@@ -1050,7 +1050,7 @@ TEST_CASE("layer: experts start apart and the seed decides how", "[layer]") {
 TEST_CASE("layer: a bad configuration is refused with its field and numbers", "[layer]") {
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Config<float> config{
-        .width = 4, .expert = {.hidden = 3}, .gate = {.experts = 6, .active = 2}, .seed = 0};
+        .width = 4, .expert = {.hidden = 3}, .gate = {.experts = 6, .top_k = 2}, .seed = 0};
     CHECK_NOTHROW(Layer<float>(config));
     spoil(config);
     CHECK_THROWS_AS(Layer<float>(config), std::invalid_argument);
@@ -1065,11 +1065,11 @@ TEST_CASE("layer: a bad configuration is refused with its field and numbers", "[
          "moe: FeedForward::Config.hidden = 0, must be at least 1");
   refuse([](auto& c) { c.gate.experts = 0; },
          "moe: NoisyTopKGate::Config.experts = 0, must be at least 1");
-  refuse([](auto& c) { c.gate.active = 7; },
-         "moe: NoisyTopKGate::Config.active = 7, must be from 1 to experts = 6");
+  refuse([](auto& c) { c.gate.top_k = 7; },
+         "moe: NoisyTopKGate::Config.top_k = 7, must be from 1 to experts = 6");
   CHECK_NOTHROW(Layer<float>({.width = 4,
                               .expert = {.width = 4, .hidden = 3},
-                              .gate = {.width = 4, .experts = 6, .active = 2},
+                              .gate = {.width = 4, .experts = 6, .top_k = 2},
                               .seed = 0}));
   using Hashed = MoELayer<Expert<SineMap, double>, HashGate>;
   CHECK_THROWS_WITH(Hashed({.width = 3, .gate = {.experts = 0}, .seed = 0}),
@@ -1079,7 +1079,7 @@ TEST_CASE("layer: a bad configuration is refused with its field and numbers", "[
 TEST_CASE("layer: a bad input is refused and changes nothing", "[layer]") {
   Layer<double> layer({.width = 3,
                        .expert = {.hidden = 4},
-                       .gate = {.experts = 5, .active = 2},
+                       .gate = {.experts = 5, .top_k = 2},
                        .output = Activation::sigmoid,
                        .seed = 6});
   test::randomize(layer, 4, 0.5);
@@ -1119,7 +1119,7 @@ TEST_CASE("layer: a bad input is refused and changes nothing", "[layer]") {
 
 TEST_CASE("layer: a const layer serves and trains in several threads at once", "[layer]") {
   Layer<float> layer(
-      {.width = 9, .expert = {.hidden = 12}, .gate = {.experts = 6, .active = 2}, .seed = 1});
+      {.width = 9, .expert = {.hidden = 12}, .gate = {.experts = 6, .top_k = 2}, .seed = 1});
   test::randomize(layer, 1);
   const Layer<float>& shared = layer;
   const Matrix<float> x = test::random_matrix<float>(70, 9, 2);
@@ -1204,7 +1204,7 @@ struct CarelessGate {
 
 TEST_CASE("layer: forward and backward may run on different numbers of threads", "[layer]") {
   Layer<float> layer(
-      {.width = 5, .expert = {.hidden = 8}, .gate = {.experts = 9, .active = 2}, .seed = 0});
+      {.width = 5, .expert = {.hidden = 8}, .gate = {.experts = 9, .top_k = 2}, .seed = 0});
   test::randomize(layer, 1);
   const Matrix<float> x = random_matrix<float>(90, 5, 2);
   const auto gradients = [&](int forward_threads, int backward_threads) {
@@ -1223,7 +1223,7 @@ TEST_CASE("layer: forward and backward may run on different numbers of threads",
 TEST_CASE("layer: a plain network gets the same rows together on any number of threads",
           "[layer]") {
   // So many slots of so long rows that one worker takes them in several groups and two in one.
-  MoELayer<Expert<SineMap>> layer({.width = 512, .gate = {.experts = 1, .active = 1}, .seed = 1});
+  MoELayer<Expert<SineMap>> layer({.width = 512, .gate = {.experts = 1, .top_k = 1}, .seed = 1});
   test::randomize(layer, 3, 0.1);
   const Matrix<float> x = random_matrix<float>(1500, 512, 2);
   const auto gradients = [&](int count) {
@@ -1246,7 +1246,7 @@ TEST_CASE("layer: a plain network gets the same rows together on any number of t
 TEST_CASE("layer: a plain network's bits do not depend on the threads", "[layer]") {
   // Wide enough that Eigen would split its product, and one expert, so that there is one task.
   MoELayer<Expert<OwnProduct>> layer(
-      {.width = 640, .gate = {.experts = 1, .active = 1}, .seed = 1});
+      {.width = 640, .gate = {.experts = 1, .top_k = 1}, .seed = 1});
   const Matrix<float> x = random_matrix<float>(100, 640, 2);
   const auto run = [&](int count) {
     const Threads threads(count);
@@ -1283,11 +1283,11 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
 
 TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
   Layer<float> few(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .active = 1}, .seed = 0});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 2, .top_k = 1}, .seed = 0});
   const Layer<float> many(
-      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 8, .active = 1}, .seed = 0});
+      {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 8, .top_k = 1}, .seed = 0});
   const Layer<float> deep(
-      {.width = 3, .expert = {.hidden = 9}, .gate = {.experts = 2, .active = 1}, .seed = 0});
+      {.width = 3, .expert = {.hidden = 9}, .gate = {.experts = 2, .top_k = 1}, .seed = 0});
   const Matrix<float> x = random_matrix<float>(6, 3, 1);
   Layer<float>::Tape tape;
   many.forward(x, tape, {.step = 0});
@@ -1300,9 +1300,9 @@ TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
   // Rows of 256 numbers take the room of 272.
   REQUIRE(detail::spread_width<float>(256) == detail::spread_width<float>(272));
   const Layer<float> spread(
-      {.width = 3, .expert = {.hidden = 256}, .gate = {.experts = 2, .active = 1}, .seed = 0});
+      {.width = 3, .expert = {.hidden = 256}, .gate = {.experts = 2, .top_k = 1}, .seed = 0});
   Layer<float> wide(
-      {.width = 3, .expert = {.hidden = 272}, .gate = {.experts = 2, .active = 1}, .seed = 0});
+      {.width = 3, .expert = {.hidden = 272}, .gate = {.experts = 2, .top_k = 1}, .seed = 0});
   spread.forward(x, tape, {.step = 0});
   CHECK_THROWS_AS(wide.backward(x, tape), std::invalid_argument);
 }
@@ -1322,9 +1322,9 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
   };
   {
     const Layer<float> other(
-        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}, .seed = 0});
+        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .top_k = 2}, .seed = 0});
     Layer<float> layer(
-        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 1}, .seed = 0});
+        {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 4, .top_k = 1}, .seed = 0});
     check(other, layer);
   }
   {
@@ -1332,7 +1332,7 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
     Hierarchical::Config config{
         .width = 3,
         .expert = {.hidden = 4},
-        .gate = {.groups = 4, .group_experts = 2, .active_groups = 1, .active = 1},
+        .gate = {.groups = 4, .group_experts = 2, .top_k_groups = 1, .top_k = 1},
         .seed = 0};
     const Hierarchical other(config);
     config.gate.groups = 2;
@@ -1344,10 +1344,10 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
     using Shared = MoELayer<Expert<FeedForward>, SharedExpertGate<NoisyTopKGate<float>>>;
     Shared::Config config{.width = 3,
                           .expert = {.hidden = 4},
-                          .gate = {.shared = 1, .routed = {.experts = 4, .active = 2}},
+                          .gate = {.shared = 1, .routed = {.experts = 4, .top_k = 2}},
                           .seed = 0};
     const Shared other(config);
-    config.gate.routed.active = 1;
+    config.gate.routed.top_k = 1;
     Shared layer(config);
     check(other, layer);
   }
@@ -1358,7 +1358,7 @@ TEST_CASE("layer: an activation outside its enumeration is refused", "[layer]") 
   const std::string is = " = 99, must be one of the 7 activations";
   Config<float> config{.width = 3,
                        .expert = {.hidden = 4},
-                       .gate = {.experts = 2, .active = 1},
+                       .gate = {.experts = 2, .top_k = 1},
                        .output = unknown,
                        .seed = 0};
   CHECK_THROWS_WITH(Layer<float>(config), "moe: MoELayer::Config.output" + is);

@@ -15,12 +15,12 @@ using test::same_bits;
 
 namespace {
 
-using Gate = SoftmaxTopKGate<double>;
+using Gate = TopKGate<double>;
 using Layer = MoELayer<Expert<FeedForward, double>, Gate>;
 using Parallel = mpi::ExpertParallel<Layer>;
 const Layer::Config config{.width = 5,
                            .expert = {.hidden = 4},
-                           .gate = {.experts = 7, .active = 2, .selection_bias = true},
+                           .gate = {.experts = 7, .top_k = 2, .selection_bias = true},
                            .seed = 3};
 
 template <class Module>

@@ -49,10 +49,10 @@ TEST_CASE("config fields: every number, flag and enumerator in order", "[mpi]") 
 }
 
 TEST_CASE("config fields: every field of every gate and layer counts", "[mpi]") {
-  using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<SoftmaxTopKGate<float>>>;
+  using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<float>>>;
   const Layer::Config config{.seed = 1};
   // Width; the expert's five; the gate's three and its routed one's 24; output and seed.
-  CHECK(fields_of(config).size() == 1 + 5 + 3 + detail::field_count<SoftmaxTopKConfig>() + 2);
+  CHECK(fields_of(config).size() == 1 + 5 + 3 + detail::field_count<TopKConfig>() + 2);
   Layer::Config other{.seed = 1};
   other.gate.routed.deviation = 0.03;  // the last one
   CHECK(fields_of(config) != fields_of(other));

@@ -34,61 +34,61 @@ void check_gate(const typename Gate::Config& gate, double scale = 0.5) {
 
 TEST_CASE("expert parallel: equals the layer of one process behind a noisy gate", "[mpi]") {
   for (const Index experts : {1, 2, 5, 8}) {
-    for (const Index active : {Index{1}, Index{2}, experts}) {
-      if (active > experts) continue;
-      INFO(experts << " experts, " << active << " active");
-      check_gate<NoisyTopKGate<double>>({.experts = experts, .active = active});
+    for (const Index top_k : {Index{1}, Index{2}, experts}) {
+      if (top_k > experts) continue;
+      INFO(experts << " experts, " << top_k << " active");
+      check_gate<NoisyTopKGate<double>>({.experts = experts, .top_k = top_k});
     }
   }
   check_gate<NoisyTopKGate<double>>(
-      {.experts = 6, .active = 2, .noise = false, .importance_weight = 0.7, .load_weight = 0.3});
+      {.experts = 6, .top_k = 2, .noise = false, .importance_weight = 0.7, .load_weight = 0.3});
 }
 
 TEST_CASE("expert parallel: equals the layer of one process behind a hierarchical gate", "[mpi]") {
   check_gate<HierarchicalGate<double>>(
-      {.groups = 3, .group_experts = 4, .active_groups = 2, .active = 2, .load_weight = 0.5});
+      {.groups = 3, .group_experts = 4, .top_k_groups = 2, .top_k = 2, .load_weight = 0.5});
   check_gate<HierarchicalGate<double>>(
-      {.groups = 5, .group_experts = 2, .active_groups = 1, .active = 1});
+      {.groups = 5, .group_experts = 2, .top_k_groups = 1, .top_k = 1});
   check_gate<HierarchicalGate<double>>(
-      {.groups = 2, .group_experts = 3, .active_groups = 2, .active = 2, .noise = false});
+      {.groups = 2, .group_experts = 3, .top_k_groups = 2, .top_k = 2, .noise = false});
 }
 
 TEST_CASE("expert parallel: equals the layer of one process behind a balanced gate", "[mpi]") {
-  check_gate<BalancedGate<double>>({.experts = 4, .active = 2, .threshold_weight = 0.3});
-  check_gate<BalancedGate<double>>({.experts = 5, .active = 1});
+  check_gate<BalancedGate<double>>({.experts = 4, .top_k = 2, .threshold_weight = 0.3});
+  check_gate<BalancedGate<double>>({.experts = 5, .top_k = 1});
 }
 
 TEST_CASE("expert parallel: equals the layer of one process behind a softmax gate", "[mpi]") {
-  using Gate = SoftmaxTopKGate<double>;
-  check_gate<Gate>({.experts = 5, .active = 2, .renormalise = true, .switch_weight = 0.4});
-  check_gate<Gate>({.experts = 5, .active = 2, .score = Score::softmax_of_chosen, .z_weight = 0.2});
+  using Gate = TopKGate<double>;
+  check_gate<Gate>({.experts = 5, .top_k = 2, .renormalise = true, .switch_loss_weight = 0.4});
+  check_gate<Gate>({.experts = 5, .top_k = 2, .score = Score::softmax_of_chosen, .z_loss_weight = 0.2});
   check_gate<Gate>({.experts = 6,
-                    .active = 2,
+                    .top_k = 2,
                     .score = Score::sigmoid,
                     .groups = 3,
-                    .active_groups = 2,
+                    .top_k_groups = 2,
                     .selection_bias = true,
-                    .switch_weight = 0.3,
+                    .switch_loss_weight = 0.3,
                     .switch_count = SwitchCount::per_token});
   check_gate<Gate>({.experts = 4,
-                    .active = 1,
+                    .top_k = 1,
                     .jitter = 0.1,
-                    .switch_weight = 0.3,
+                    .switch_loss_weight = 0.3,
                     .switch_count = SwitchCount::first_choice});
   for (const PlaceOrder order :
        {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
     check_gate<Gate>({.experts = 4,
-                      .active = 2,
+                      .top_k = 2,
                       .random_second = true,
                       .capacity_factor = 0.75,
                       .evaluation_capacity_factor = 1,
                       .place_order = order,
-                      .switch_weight = 0.3},
+                      .switch_loss_weight = 0.3},
                      2.0);
   }
   for (const RowOrder order : {RowOrder::time_major, RowOrder::sequence_major}) {
     check_gate<Gate>(
-        {.experts = 4, .active = 2, .sequence_weight = 0.5, .sequences = 3, .row_order = order});
+        {.experts = 4, .top_k = 2, .sequence_loss_weight = 0.5, .sequences = 3, .row_order = order});
   }
 }
 
@@ -98,23 +98,23 @@ TEST_CASE("expert parallel: equals the layer of one process behind expert choice
 
 TEST_CASE("expert parallel: equals the layer of one process with shared experts", "[mpi]") {
   check_gate<SharedExpertGate<NoisyTopKGate<double>>>(
-      {.shared = 2, .gated = true, .routed = {.experts = 4, .active = 2}});
+      {.shared = 2, .gated = true, .routed = {.experts = 4, .top_k = 2}});
   check_gate<SharedExpertGate<HierarchicalGate<double>>>(
-      {.shared = 1, .routed = {.groups = 3, .group_experts = 2, .active_groups = 2, .active = 1}});
+      {.shared = 1, .routed = {.groups = 3, .group_experts = 2, .top_k_groups = 2, .top_k = 1}});
   check_gate<SharedExpertGate<BalancedGate<double>>>(
-      {.shared = 1, .routed = {.experts = 3, .active = 1}});
+      {.shared = 1, .routed = {.experts = 3, .top_k = 1}});
 }
 
 TEST_CASE("expert parallel: selection biases move alike on all ranks", "[mpi]") {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
-  Beside<Layer<SoftmaxTopKGate<double>>> beside(
+  Beside<Layer<TopKGate<double>>> beside(
       {.width = 6,
        .expert = {.hidden = 4},
-       .gate = {.experts = 5, .active = 2, .selection_bias = true, .bias_rate = 0.1},
+       .gate = {.experts = 5, .top_k = 2, .selection_bias = true, .bias_rate = 0.1},
        .seed = 4},
       communicator);
   const auto x = random_matrix(4 * communicator.size(), 6, 5);
-  Layer<SoftmaxTopKGate<double>>::Tape expected;
+  Layer<TopKGate<double>>::Tape expected;
   decltype(beside.parallel)::Tape tape;
   beside.whole.forward(x, expected, {.step = 0});
   beside.parallel.forward(x.middleRows(4 * communicator.rank(), 4), tape, {.step = 0});
@@ -136,7 +136,7 @@ TEST_CASE("expert parallel: one expert can get every token of every rank", "[mpi
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   for (const Index favourite : {0, 3}) {
     Beside<Layer<NoisyTopKGate<double>>> beside(
-        {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 4, .active = 1}, .seed = 4},
+        {.width = 6, .expert = {.hidden = 10}, .gate = {.experts = 4, .top_k = 1}, .seed = 4},
         communicator);
     for (auto* gate : {&beside.whole.gate(), &beside.parallel.gate()}) {
       for_each_parameter(*gate, [&](const std::string& name, auto& p) {
@@ -176,7 +176,7 @@ TEST_CASE("expert parallel: every kind of expert and output", "[mpi]") {
       Beside<Layer<NoisyTopKGate<double>>> beside(
           {.width = 6,
            .expert = {.hidden = 10, .gated = gated, .recompute = recompute},
-           .gate = {.experts = 5, .active = 2},
+           .gate = {.experts = 5, .top_k = 2},
            .output = Activation::sigmoid,
            .seed = 4},
           communicator);
@@ -190,7 +190,7 @@ TEST_CASE("expert parallel: every kind of expert and output", "[mpi]") {
 TEST_CASE("expert parallel: float", "[mpi]") {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   Beside<Layer<NoisyTopKGate<float>, float>> beside(
-      {.width = 33, .expert = {.hidden = 50}, .gate = {.experts = 7, .active = 3}, .seed = 4},
+      {.width = 33, .expert = {.hidden = 50}, .gate = {.experts = 7, .top_k = 3}, .seed = 4},
       communicator);
   for (const auto& share : test::ways_to_share(70, communicator.size())) beside.check(share, 1e-5);
 }
@@ -199,7 +199,7 @@ TEST_CASE("expert parallel: a pass has the same bits again, whatever arrives fir
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   using Parallel = mpi::ExpertParallel<Layer<NoisyTopKGate<float>, float>>;
   Parallel layer(
-      {.width = 64, .expert = {.hidden = 32}, .gate = {.experts = 8, .active = 3}, .seed = 4},
+      {.width = 64, .expert = {.hidden = 32}, .gate = {.experts = 8, .top_k = 3}, .seed = 4},
       communicator);
   test::randomize_by_name(layer, 0.3);
   const auto x = random_matrix<float>(50 + 10 * communicator.rank(), 64, 5);
@@ -234,7 +234,7 @@ TEST_CASE("expert parallel: lazy updates know of the tokens of other ranks", "[m
   Beside<Layer<Gate>> beside(
       {.width = 6,
        .expert = {.hidden = 10},
-       .gate = {.groups = 6, .group_experts = 2, .active_groups = 1, .active = 1},
+       .gate = {.groups = 6, .group_experts = 2, .top_k_groups = 1, .top_k = 1},
        .seed = 4},
       communicator);
   Layer<Gate>::Tape expected;
@@ -267,7 +267,7 @@ TEST_CASE("expert parallel: slots cost what is promised on the wire", "[mpi]") {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   using Parallel = mpi::ExpertParallel<Layer<NoisyTopKGate<float>, float>>;
   Parallel layer(
-      {.width = 64, .expert = {.hidden = 32}, .gate = {.experts = 8, .active = 2}, .seed = 4},
+      {.width = 64, .expert = {.hidden = 32}, .gate = {.experts = 8, .top_k = 2}, .seed = 4},
       communicator);
   test::randomize_by_name(layer, 0.3);
   const auto x = random_matrix<float>(256, 64, static_cast<std::uint64_t>(communicator.rank()));
@@ -288,10 +288,10 @@ TEST_CASE("expert parallel: slots cost what is promised on the wire", "[mpi]") {
 
 TEST_CASE("expert parallel: a wrapped gate sees the batch in backward too", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
-  Beside<Layer<SharedExpertGate<SoftmaxTopKGate<double>>>> beside(
+  Beside<Layer<SharedExpertGate<TopKGate<double>>>> beside(
       {.width = 6,
        .expert = {.hidden = 10},
-       .gate = {.shared = 1, .gated = true, .routed = {.experts = 5, .active = 2, .z_weight = 0.2}},
+       .gate = {.shared = 1, .gated = true, .routed = {.experts = 5, .top_k = 2, .z_loss_weight = 0.2}},
        .seed = 4},
       communicator);
   for (const auto& s : test::ways_to_share(12, communicator.size())) beside.check(s, 1e-12);
@@ -302,7 +302,7 @@ TEST_CASE("expert parallel: the groups of a hierarchical gate are placed togethe
   const mpi::ExpertParallel<Layer<HierarchicalGate<double>>> layer(
       {.width = 6,
        .expert = {.hidden = 4},
-       .gate = {.groups = 3, .group_experts = 4, .active_groups = 2, .active = 2},
+       .gate = {.groups = 3, .group_experts = 4, .top_k_groups = 2, .top_k = 2},
        .seed = 0},
       communicator);
   for (int r = 0; r <= communicator.size(); ++r) CHECK(layer.placement().first(r) % 4 == 0);
@@ -314,7 +314,7 @@ namespace {
 
 using Small = mpi::ExpertParallel<Layer<NoisyTopKGate<double>>>;
 const Small::Config small{
-    .width = 6, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}, .seed = 1};
+    .width = 6, .expert = {.hidden = 4}, .gate = {.experts = 4, .top_k = 2}, .seed = 1};
 
 /// Every rank must throw an Error with this text from f(), and the same one.
 template <class F>
@@ -437,7 +437,7 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
   check_error(
       communicator, [&] { Small layer(config, communicator); }, "Config.width is 6 on rank 0");
   config = small;
-  if (odd) config.gate.active = 3;
+  if (odd) config.gate.top_k = 3;
   check_error(
       communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
   config = small;
@@ -449,11 +449,11 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
   check_error(
       communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
   config = small;
-  if (odd) config.gate.active = 5;
+  if (odd) config.gate.top_k = 5;
   check_error(
       communicator, [&] { Small layer(config, communicator); },
       "rank " + std::to_string(last) +
-          ": moe: NoisyTopKGate::Config.active = 5, must be from 1 to experts = 4");
+          ": moe: NoisyTopKGate::Config.top_k = 5, must be from 1 to experts = 4");
   config = small;
   if (odd) config.seed = 2;
   check_error(
@@ -544,14 +544,14 @@ TEST_CASE("expert parallel: a user's network, which throws on one rank", "[mpi]"
   using WearyLayer = MoELayer<Expert<Weary, double>>;
   Weary<double>::calls_left = 1 << 20;
   {
-    Beside<WearyLayer> beside({.width = 6, .gate = {.experts = 4, .active = 2}, .seed = 4},
+    Beside<WearyLayer> beside({.width = 6, .gate = {.experts = 4, .top_k = 2}, .seed = 4},
                               communicator);
     for (const auto& share : test::ways_to_share(20, communicator.size())) {
       beside.check(share, 1e-12);
     }
   }
   mpi::ExpertParallel<WearyLayer> layer(
-      {.width = 6, .gate = {.experts = 8, .active = 2}, .seed = 4}, communicator);
+      {.width = 6, .gate = {.experts = 8, .top_k = 2}, .seed = 4}, communicator);
   test::randomize_by_name(layer, 0.5);
   decltype(layer)::Tape tape;
   const auto x = random_matrix(30, 6, 1);
@@ -607,7 +607,7 @@ TEST_CASE("expert parallel: a gate that throws on one rank amid its sums", "[mpi
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   const int last = communicator.size() - 1;
   mpi::ExpertParallel<Layer<Moody>> layer(
-      {.width = 6, .expert = {.hidden = 4}, .gate = {.experts = 4, .active = 2}, .seed = 1},
+      {.width = 6, .expert = {.hidden = 4}, .gate = {.experts = 4, .top_k = 2}, .seed = 1},
       communicator);
   decltype(layer)::Tape tape;
   const auto x = random_matrix(5, 6, 1);

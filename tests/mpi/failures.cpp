@@ -48,7 +48,7 @@ using Layer = moe::mpi::ExpertParallel<Whole>;
 int train(std::string_view failure) {
   const moe::mpi::Communicator communicator(MPI_COMM_WORLD, failure == "stops" ? 2 : 600);
   const bool fails = communicator.rank() == 1;
-  Layer layer({.width = 4, .expert = {.hidden = 8}, .gate = {.experts = 4, .active = 2}, .seed = 0},
+  Layer layer({.width = 4, .expert = {.hidden = 8}, .gate = {.experts = 4, .top_k = 2}, .seed = 0},
               communicator);
   moe::Matrix<float> x(8, failure == "is_given_nonsense" && fails ? 5 : 4);
   moe::fill_normal(x, 1.0f, 1);
@@ -87,7 +87,7 @@ moe::mpi::Communicator impatient_root() {
 int gather_a_checkpoint(Sending of_rank_1) {
   const auto communicator = impatient_root();
   const Layer::Config config{
-      .width = 4, .expert = {.hidden = 8}, .gate = {.experts = 4, .active = 2}, .seed = 0};
+      .width = 4, .expert = {.hidden = 8}, .gate = {.experts = 4, .top_k = 2}, .seed = 0};
   Layer layer(config, communicator);
   Whole whole(config);
   if (communicator.rank() == 1) sending = of_rank_1;

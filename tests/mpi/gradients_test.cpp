@@ -13,7 +13,7 @@ namespace {
 
 using Layer = MoELayer<Expert<FeedForward, double>, NoisyTopKGate<double>>;
 const Layer::Config config{
-    .width = 5, .expert = {.hidden = 4}, .gate = {.experts = 5, .active = 2}, .seed = 3};
+    .width = 5, .expert = {.hidden = 4}, .gate = {.experts = 5, .top_k = 2}, .seed = 3};
 
 /// A layer whose parameters have the names that the layer gives them, without one of its own.
 template <class L>

@@ -155,7 +155,7 @@ using Layer = moe::mpi::ExpertParallel<Whole>;
 void train(double timeout) {
   const moe::mpi::Communicator communicator(MPI_COMM_WORLD, timeout);
   const Layer::Config config{
-      .width = 64, .expert = {.hidden = 32}, .gate = {.experts = 4, .active = 2}, .seed = 0};
+      .width = 64, .expert = {.hidden = 32}, .gate = {.experts = 4, .top_k = 2}, .seed = 0};
   Layer layer(config, communicator);
   Whole whole(config);
   moe::Linear<float> head({.inputs = 64, .outputs = 64}, 1);

@@ -495,7 +495,7 @@ TEST_CASE("factored adam: factors scale the learning rate of each parameter",
 
 TEST_CASE("factored adam: trains a layer, lazily", "[optim][factored_adam]") {
   MoELayer<Expert<FeedForward>> layer(
-      {.width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .active = 2}, .seed = 1});
+      {.width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
   const Matrix<float> x = random_matrix<float>(64, 8, 2);
   const Matrix<float> target = x.cwiseAbs();
   FactoredAdam<float> adam({.updates = Updates::lazy});

@@ -65,7 +65,7 @@ class SmallPolicy {
         mixture_({.width = config.hidden,
                   .expert = {.hidden = config.expert_hidden, .activation = Activation::gelu},
                   .gate = {.experts = config.experts,
-                           .active = 2,
+                           .top_k = 2,
                            .importance_weight = config.balance,
                            .load_weight = config.balance},
                   .seed = 10 * config.seed + 3}),

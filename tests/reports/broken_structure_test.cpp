@@ -13,7 +13,7 @@ namespace {
 
 using Layer = MoELayer<Expert<FeedForward>>;
 const Layer::Config config{
-    .width = 3, .expert = {.hidden = 5}, .gate = {.experts = 4, .active = 4}, .seed = 1};
+    .width = 3, .expert = {.hidden = 5}, .gate = {.experts = 4, .top_k = 4}, .seed = 1};
 
 /// No verb of a layer runs; a backward pass that could have run leaves the gradients alone.
 void check_refused(Layer& layer, Layer::Tape& trained) {
@@ -44,10 +44,10 @@ TEST_CASE("report: a layer whose structure was broken says so", "[reports]") {
   check_broken([](Layer& layer) { layer.experts().push_back(layer.experts().front()); });
   check_broken([](Layer& layer) { layer.experts().clear(); });
   check_broken([](Layer& layer) {
-    layer.gate() = NoisyTopKGate<>({.width = 3, .experts = 5, .active = 4}, 1);
+    layer.gate() = NoisyTopKGate<>({.width = 3, .experts = 5, .top_k = 4}, 1);
   });
   check_broken([](Layer& layer) {
-    layer.gate() = NoisyTopKGate<>({.width = 4, .experts = 4, .active = 4}, 1);
+    layer.gate() = NoisyTopKGate<>({.width = 4, .experts = 4, .top_k = 4}, 1);
   });
   check_broken(
       [](Layer& layer) { layer.experts()[2] = Expert<FeedForward>({.width = 3, .hidden = 9}, 1); });

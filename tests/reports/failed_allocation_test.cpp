@@ -87,31 +87,31 @@ TEST_CASE("report: a failed allocation leaves tapes that can be used again", "[r
   const auto expert = FeedForward<float>::Config{.hidden = 6};
   check_layer<MoELayer<E>>({.width = 4,
                             .expert = expert,
-                            .gate = {.experts = 4, .active = 2},
+                            .gate = {.experts = 4, .top_k = 2},
                             .output = Activation::sigmoid,
                             .seed = 1});
-  check_layer<MoELayer<E, SoftmaxTopKGate<>>>({.width = 4,
+  check_layer<MoELayer<E, TopKGate<>>>({.width = 4,
                                                .expert = expert,
                                                .gate = {.experts = 4,
-                                                        .active = 2,
+                                                        .top_k = 2,
                                                         .jitter = 0.1,
                                                         .capacity_factor = 1,
-                                                        .switch_weight = 0.1,
-                                                        .z_weight = 0.1},
+                                                        .switch_loss_weight = 0.1,
+                                                        .z_loss_weight = 0.1},
                                                .seed = 1});
   check_layer<MoELayer<E, BalancedGate<>>>(
-      {.width = 4, .expert = expert, .gate = {.experts = 4, .active = 2}, .seed = 1});
+      {.width = 4, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
   check_layer<MoELayer<E, ExpertChoiceGate<>>>(
       {.width = 4, .expert = expert, .gate = {.experts = 4}, .seed = 1});
   check_layer<MoELayer<E, HierarchicalGate<>>>(
       {.width = 4,
        .expert = expert,
-       .gate = {.groups = 2, .group_experts = 2, .active_groups = 1, .active = 1},
+       .gate = {.groups = 2, .group_experts = 2, .top_k_groups = 1, .top_k = 1},
        .seed = 1});
   check_layer<MoELayer<E, SharedExpertGate<NoisyTopKGate<>>>>(
       {.width = 4,
        .expert = expert,
-       .gate = {.shared = 1, .gated = true, .routed = {.experts = 4, .active = 2}},
+       .gate = {.shared = 1, .gated = true, .routed = {.experts = 4, .top_k = 2}},
        .seed = 1});
 }
 

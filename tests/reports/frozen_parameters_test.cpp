@@ -17,7 +17,7 @@ using Layer = MoELayer<Expert<FeedForward>>;
 Layer make_layer(bool gated = false) {
   return Layer({.width = 8,
                 .expert = {.hidden = 12, .gated = gated},
-                .gate = {.experts = 4, .active = 2},
+                .gate = {.experts = 4, .top_k = 2},
                 .seed = 1});
 }
 

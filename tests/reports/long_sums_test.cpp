@@ -66,7 +66,7 @@ TEST_CASE("report: shares and probabilities of 2^24 + 2 tokens are right to floa
 TEST_CASE("report: a bias's gradient of many equal tokens is right to float", "[reports]") {
   const Index tokens = Index{1} << 20;
   MoELayer<Expert<FeedForward>> layer(
-      {.width = 1, .expert = {.hidden = 1}, .gate = {.experts = 1, .active = 1}, .seed = 1});
+      {.width = 1, .expert = {.hidden = 1}, .gate = {.experts = 1, .top_k = 1}, .seed = 1});
   MoELayer<Expert<FeedForward>>::Tape tape;
   layer.forward(Matrix<float>::Ones(tokens, 1), tape, {.step = 1});
   layer.backward(Matrix<float>::Constant(tokens, 1, 0.1f), tape);

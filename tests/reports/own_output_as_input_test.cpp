@@ -64,28 +64,28 @@ TEST_CASE("report: a layer refuses a tape's own output, or gives the right numbe
   for (const Activation output : {Activation::identity, Activation::sigmoid}) {
     check_layer<MoELayer<E>>({.width = 4,
                               .expert = expert,
-                              .gate = {.experts = 4, .active = 2},
+                              .gate = {.experts = 4, .top_k = 2},
                               .output = output,
                               .seed = 1});
   }
-  check_layer<MoELayer<E, SoftmaxTopKGate<double>>>(
+  check_layer<MoELayer<E, TopKGate<double>>>(
       {.width = 4,
        .expert = expert,
-       .gate = {.experts = 4, .active = 2, .jitter = 0.1},
+       .gate = {.experts = 4, .top_k = 2, .jitter = 0.1},
        .seed = 1});
   check_layer<MoELayer<E, BalancedGate<double>>>(
-      {.width = 4, .expert = expert, .gate = {.experts = 4, .active = 2}, .seed = 1});
+      {.width = 4, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
   check_layer<MoELayer<E, ExpertChoiceGate<double>>>(
       {.width = 4, .expert = expert, .gate = {.experts = 4}, .seed = 1});
   check_layer<MoELayer<E, HierarchicalGate<double>>>(
       {.width = 4,
        .expert = expert,
-       .gate = {.groups = 2, .group_experts = 2, .active_groups = 1, .active = 1},
+       .gate = {.groups = 2, .group_experts = 2, .top_k_groups = 1, .top_k = 1},
        .seed = 1});
   check_layer<MoELayer<E, SharedExpertGate<NoisyTopKGate<double>>>>(
       {.width = 4,
        .expert = expert,
-       .gate = {.shared = 1, .gated = true, .routed = {.experts = 4, .active = 2}},
+       .gate = {.shared = 1, .gated = true, .routed = {.experts = 4, .top_k = 2}},
        .seed = 1});
 }
 

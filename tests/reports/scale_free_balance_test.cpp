@@ -67,13 +67,13 @@ void check_nan_stays(const typename Gate::Config& gate) {
 
 TEST_CASE("report: with losses off a NaN in one token stays in its row of dx", "[reports]") {
   check_nan_stays<NoisyTopKGate<double>>(
-      {.experts = 4, .active = 2, .importance_weight = 0, .load_weight = 0});
+      {.experts = 4, .top_k = 2, .importance_weight = 0, .load_weight = 0});
   check_nan_stays<HierarchicalGate<double>>({.groups = 2,
                                              .group_experts = 2,
-                                             .active_groups = 1,
-                                             .active = 1,
+                                             .top_k_groups = 1,
+                                             .top_k = 1,
                                              .importance_weight = 0,
                                              .load_weight = 0});
-  check_nan_stays<SoftmaxTopKGate<double>>({.experts = 4, .active = 2});
-  check_nan_stays<BalancedGate<double>>({.experts = 4, .active = 2, .threshold_weight = 0});
+  check_nan_stays<TopKGate<double>>({.experts = 4, .top_k = 2});
+  check_nan_stays<BalancedGate<double>>({.experts = 4, .top_k = 2, .threshold_weight = 0});
 }

@@ -31,7 +31,7 @@ TEST_CASE("report: nothing that draws numbers is made without a seed", "[reports
   STATIC_REQUIRE_FALSE(std::is_constructible_v<Dropout<>, Dropout<>::Config>);
   STATIC_REQUIRE_FALSE(std::is_constructible_v<FeedForward<>, FeedForward<>::Config>);
   STATIC_REQUIRE_FALSE(std::is_constructible_v<NoisyTopKGate<>, NoisyTopKGate<>::Config>);
-  STATIC_REQUIRE_FALSE(std::is_constructible_v<SoftmaxTopKGate<>, SoftmaxTopKGate<>::Config>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<TopKGate<>, TopKGate<>::Config>);
 }
 
 TEST_CASE("report: targets are any contiguous numbers of type Index", "[reports]") {
@@ -51,9 +51,9 @@ namespace {
 /// The sum of a token's weights, all logits being `logit`.
 template <class Scalar>
 Scalar weight_sum(double epsilon, Scalar logit) {
-  SoftmaxTopKGate<Scalar> gate({.width = 1,
+  TopKGate<Scalar> gate({.width = 1,
                                 .experts = 4,
-                                .active = 2,
+                                .top_k = 2,
                                 .score = Score::sigmoid,
                                 .renormalise = true,
                                 .renormalise_epsilon = epsilon},

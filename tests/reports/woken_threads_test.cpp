@@ -79,22 +79,22 @@ TEST_CASE("report: a small layer of FeedForward experts begins no parallel regio
   const auto expert = FeedForward<float>::Config{.hidden = 16};
   using E = Expert<FeedForward>;
   CHECK(regions_of_training<MoELayer<E>>(
-            {.width = 8, .expert = expert, .gate = {.experts = 4, .active = 2}, .seed = 1}) == 0);
+            {.width = 8, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1}) == 0);
   CHECK(
-      regions_of_training<MoELayer<E, SoftmaxTopKGate<>>>(
+      regions_of_training<MoELayer<E, TopKGate<>>>(
           {.width = 8,
            .expert = expert,
-           .gate = {.experts = 4, .active = 2, .jitter = 0.1, .switch_weight = 0.01, .z_weight = 1},
+           .gate = {.experts = 4, .top_k = 2, .jitter = 0.1, .switch_loss_weight = 0.01, .z_loss_weight = 1},
            .output = Activation::sigmoid,
            .seed = 1}) == 0);
   CHECK(regions_of_training<MoELayer<E, BalancedGate<>>>(
-            {.width = 8, .expert = expert, .gate = {.experts = 4, .active = 2}, .seed = 1}) == 0);
+            {.width = 8, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1}) == 0);
   CHECK(regions_of_training<MoELayer<E, ExpertChoiceGate<>>>(
             {.width = 8, .expert = expert, .gate = {.experts = 4}, .seed = 1}) == 0);
   CHECK(regions_of_training<MoELayer<E, HierarchicalGate<>>>(
             {.width = 8,
              .expert = expert,
-             .gate = {.groups = 2, .group_experts = 2, .active_groups = 1, .active = 1},
+             .gate = {.groups = 2, .group_experts = 2, .top_k_groups = 1, .top_k = 1},
              .seed = 1}) == 0);
 }
 
@@ -138,7 +138,7 @@ TEST_CASE("report: work that is too little for two threads has the bits of one",
   using namespace moe;
   const auto run = [](Index tokens) {
     MoELayer<Expert<FeedForward>> layer(
-        {.width = 16, .expert = {.hidden = 32}, .gate = {.experts = 4, .active = 2}, .seed = 1});
+        {.width = 16, .expert = {.hidden = 32}, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
     MoELayer<Expert<FeedForward>>::Tape tape;
     const Matrix<float> x = test::random_matrix<float>(tokens, 16, 2);
     layer.forward(x, tape, {.step = 1});

@@ -9,10 +9,10 @@ using Flags = std::vector<unsigned char>;
 namespace {
 
 template <class Scalar>
-Flags kept(PlaceOrder how, Index capacity, Index experts, Index active, const Indices& expert,
+Flags kept(PlaceOrder how, Index capacity, Index experts, Index top_k, const Indices& expert,
            const std::vector<Scalar>& weight, const Flags& before = {}) {
   detail::Choices<Scalar> choices;
-  choices.resize(static_cast<Index>(expert.size()) / active, active);
+  choices.resize(static_cast<Index>(expert.size()) / top_k, top_k);
   choices.expert = expert;
   choices.weight = weight;
   if (!before.empty()) choices.keeps = before;

@@ -2,7 +2,7 @@
 
 #include <array>
 
-#include "token_choice_checks.hpp"
+#include "gates/token_choice_checks.hpp"
 
 using namespace moe;
 using test::random_matrix;

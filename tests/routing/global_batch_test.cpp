@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../support.hpp"
-#include "gates.hpp"
+#include "gates/gates.hpp"
 #include "moe/moe.hpp"
 #include "shared_batch.hpp"
 
@@ -100,30 +100,30 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
 TEST_CASE("global batch: parts of a batch route, lose and learn as the whole", "[routing][gate]") {
   for (const std::vector<Index>& sizes : {std::vector<Index>{5, 7}, {12}, {3, 0, 9}, {330, 270}}) {
     INFO(sizes.size() << " parts, the first of " << sizes[0]);
-    check_shared<NoisyTopKGate<double>>({.width = 4, .experts = 6, .active = 2}, sizes);
-    check_shared<SoftmaxTopKGate<double>>({.width = 4,
+    check_shared<NoisyTopKGate<double>>({.width = 4, .experts = 6, .top_k = 2}, sizes);
+    check_shared<TopKGate<double>>({.width = 4,
                                            .experts = 6,
-                                           .active = 2,
+                                           .top_k = 2,
                                            .jitter = 0.1,
-                                           .switch_weight = 0.3,
-                                           .z_weight = 0.2},
+                                           .switch_loss_weight = 0.3,
+                                           .z_loss_weight = 0.2},
                                           sizes);
-    check_shared<SoftmaxTopKGate<double>>({.width = 4,
+    check_shared<TopKGate<double>>({.width = 4,
                                            .experts = 6,
-                                           .active = 2,
+                                           .top_k = 2,
                                            .capacity_factor = 0.8,
                                            .place_order = PlaceOrder::largest_weight,
-                                           .sequence_weight = 0.3,
+                                           .sequence_loss_weight = 0.3,
                                            .sequences = 3,
                                            .row_order = RowOrder::sequence_major},
                                           sizes);
     check_shared<BalancedGate<double>>(
-        {.width = 4, .experts = 6, .active = 2, .threshold_weight = 0.3}, sizes);
+        {.width = 4, .experts = 6, .top_k = 2, .threshold_weight = 0.3}, sizes);
     check_shared<ExpertChoiceGate<double>>({.width = 4, .experts = 6, .capacity_factor = 1.5},
                                            sizes);
     check_shared<HierarchicalGate<double>>(
-        {.width = 4, .groups = 3, .group_experts = 2, .active_groups = 2, .active = 1}, sizes);
+        {.width = 4, .groups = 3, .group_experts = 2, .top_k_groups = 2, .top_k = 1}, sizes);
     check_shared<SharedExpertGate<NoisyTopKGate<double>>>(
-        {.width = 4, .shared = 1, .gated = true, .routed = {.experts = 6, .active = 2}}, sizes);
+        {.width = 4, .shared = 1, .gated = true, .routed = {.experts = 6, .top_k = 2}}, sizes);
   }
 }

@@ -8,11 +8,11 @@ namespace {
 
 /// Which of the scores are left.
 template <class Scalar>
-std::vector<int> left(GroupScore how, Index groups, Index active, std::vector<Scalar> scores) {
+std::vector<int> left(GroupScore how, Index groups, Index top_k, std::vector<Scalar> scores) {
   std::vector<Scalar> group(detail::to_size(groups));
-  std::vector<Index> best(detail::to_size(active));
+  std::vector<Index> best(detail::to_size(top_k));
   const std::vector<Scalar> before = scores;
-  detail::limit_to_groups(how, static_cast<Index>(scores.size()), groups, active, scores.data(),
+  detail::limit_to_groups(how, static_cast<Index>(scores.size()), groups, top_k, scores.data(),
                           group.data(), best.data());
   std::vector<int> kept;
   for (std::size_t i = 0; i < scores.size(); ++i) {

@@ -1,6 +1,6 @@
 #include "moe/routing/linear_scores.hpp"
 
-#include "token_choice_checks.hpp"
+#include "gates/token_choice_checks.hpp"
 
 using namespace moe;
 using test::random_matrix;

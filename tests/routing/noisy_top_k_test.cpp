@@ -24,8 +24,8 @@ struct Passes {
   std::vector<Scalar> load = std::vector<Scalar>(5);
   Matrix<Scalar> dx;
 
-  explicit Passes(Index rows = 7, Index active = 2, bool noise = true)
-      : top_k({.width = 4, .experts = 5, .active = active, .noise = noise}, 9),
+  explicit Passes(Index rows = 7, Index top_k = 2, bool noise = true)
+      : top_k({.width = 4, .experts = 5, .top_k = top_k, .noise = noise}, 9),
         dx(Matrix<Scalar>::Zero(rows, 4)) {
     test::randomize(top_k, 1);
     zero_gradients(top_k);
@@ -78,9 +78,9 @@ TEMPLATE_TEST_CASE("noisy top-k: many rows go in batches, which leave the same b
   Indices list(detail::to_size(count));
   for (Index i = 0; i < count; ++i) list[detail::to_size(i)] = 7 * i % 50;
   const GatheredRows<S> rows(x, list.data(), count);
-  const Index active = GENERATE(2, 5);
+  const Index top_k = GENERATE(2, 5);
   const bool noise = GENERATE(false, true);
-  const Matrix<S> dweight = random_matrix<S>(1, active * count, 2);
+  const Matrix<S> dweight = random_matrix<S>(1, top_k * count, 2);
   const Matrix<S> dload = random_matrix<S>(1, 5, 3);
   const bool listed = GENERATE(false, true);  // whether the list keys the noise as well
   const auto run = [&](Index most, Passes<S>& passes) {
@@ -94,19 +94,19 @@ TEMPLATE_TEST_CASE("noisy top-k: many rows go in batches, which leave the same b
                             passes.tape, passes.routing, rows_of(passes.dx, first, size));
     }
   };
-  Passes<S> pieces(count, active, noise);
+  Passes<S> pieces(count, top_k, noise);
   run(100, pieces);
   const test::Named expected = test::gradients_of(pieces.top_k);
   for (const int threads : {1, 2, 3}) {
     CAPTURE(threads);
     const test::Threads scope(threads);
-    Passes<S> whole(count, active, noise);
+    Passes<S> whole(count, top_k, noise);
     // The first batch writes over what is cleared lazily, the others add.
     detail::track_gradients(whole.top_k);
     zero_gradients(whole.top_k, Updates::lazy);
     run(count, whole);
     if (noise) CHECK(same_bits(whole.tape.noise, pieces.tape.noise));
-    if (noise && active < 5) CHECK(same_bits(whole.tape.probability, pieces.tape.probability));
+    if (noise && top_k < 5) CHECK(same_bits(whole.tape.probability, pieces.tape.probability));
     CHECK(whole.routing.expert == pieces.routing.expert);
     CHECK(whole.routing.weight == pieces.routing.weight);
     CHECK(same_bits(whole.dx, pieces.dx));

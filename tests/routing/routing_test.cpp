@@ -54,9 +54,9 @@ TEST_CASE("routing: offsets are the running count of slots by expert", "[routing
 TEST_CASE("routing: slots are sorted by expert and keep their order within one", "[routing]") {
   const Indices expert = {2, 0, 2, 3, 2};
   Indices offsets = {0, 1, 1, 4, 5, 5};
-  Indices row_slot;
-  detail::sort_slots(expert, offsets, row_slot);
-  CHECK(row_slot == Indices{1, 0, 2, 4, 3});
+  Indices sorted_slot;
+  detail::sort_slots(expert, offsets, sorted_slot);
+  CHECK(sorted_slot == Indices{1, 0, 2, 4, 3});
   CHECK(offsets == Indices{0, 1, 1, 4, 5, 5});
 }
 
@@ -67,9 +67,9 @@ TEST_CASE("routing: grouping gives rows by expert and their way back", "[routing
   // expert  0 2 2 0 1 2
   // token   0 0 2 3 3 3
   CHECK(routing.expert_offsets == Indices{0, 2, 3, 6});
-  CHECK(routing.row_slot == Indices{0, 3, 4, 1, 2, 5});
-  CHECK(routing.row_token == Indices{0, 3, 3, 0, 2, 3});
-  CHECK(routing.slot_row == Indices{0, 3, 4, 1, 2, 5});
+  CHECK(routing.sorted_slot == Indices{0, 3, 4, 1, 2, 5});
+  CHECK(routing.sorted_token == Indices{0, 3, 3, 0, 2, 3});
+  CHECK(routing.sorted_position == Indices{0, 3, 4, 1, 2, 5});
   CHECK(routing.tokens() == 4);
   CHECK(routing.slots() == 6);
   CHECK(routing.slots_of(0) == 2);
@@ -85,9 +85,9 @@ TEST_CASE("routing: a row's slot and a slot's row are not the same list", "[rout
   routing.expert = {1, 1, 0};
   routing.weight = {1, 1, 1};
   group_by_expert(routing);
-  CHECK(routing.row_slot == Indices{2, 0, 1});
-  CHECK(routing.slot_row == Indices{1, 2, 0});
-  CHECK(routing.row_token == Indices{2, 0, 1});
+  CHECK(routing.sorted_slot == Indices{2, 0, 1});
+  CHECK(routing.sorted_position == Indices{1, 2, 0});
+  CHECK(routing.sorted_token == Indices{2, 0, 1});
 }
 
 TEST_CASE("routing: every slot is in the rows of its expert exactly once", "[routing]") {
@@ -106,10 +106,10 @@ TEST_CASE("routing: every slot is in the rows of its expert exactly once", "[rou
     CHECK(routing.expert_offsets.back() == routing.slots());
     CHECK(std::is_sorted(routing.expert_offsets.begin(), routing.expert_offsets.end()));
 
-    REQUIRE(routing.row_slot.size() == routing.expert.size());
-    REQUIRE(routing.slot_row.size() == routing.expert.size());
-    REQUIRE(routing.row_token.size() == routing.expert.size());
-    Indices sorted = routing.row_slot;
+    REQUIRE(routing.sorted_slot.size() == routing.expert.size());
+    REQUIRE(routing.sorted_position.size() == routing.expert.size());
+    REQUIRE(routing.sorted_token.size() == routing.expert.size());
+    Indices sorted = routing.sorted_slot;
     std::sort(sorted.begin(), sorted.end());
     bool permutation = true;
     for (std::size_t i = 0; i < sorted.size(); ++i) {
@@ -124,13 +124,13 @@ TEST_CASE("routing: every slot is in the rows of its expert exactly once", "[rou
     for (Index e = 0; e < experts; ++e) {
       const Index first = routing.expert_offsets[detail::to_size(e)];
       for (Index row = first; row < routing.expert_offsets[detail::to_size(e) + 1]; ++row) {
-        const Index slot = routing.row_slot[detail::to_size(row)];
-        const Index t = routing.row_token[detail::to_size(row)];
+        const Index slot = routing.sorted_slot[detail::to_size(row)];
+        const Index t = routing.sorted_token[detail::to_size(row)];
         at_home = at_home && routing.expert[detail::to_size(slot)] == e;
-        stable = stable && (row == first || routing.row_slot[detail::to_size(row) - 1] < slot);
+        stable = stable && (row == first || routing.sorted_slot[detail::to_size(row) - 1] < slot);
         token = token && routing.token_offsets[detail::to_size(t)] <= slot &&
                 slot < routing.token_offsets[detail::to_size(t) + 1];
-        inverse = inverse && routing.slot_row[detail::to_size(slot)] == row;
+        inverse = inverse && routing.sorted_position[detail::to_size(slot)] == row;
       }
     }
     CHECK(at_home);
@@ -151,9 +151,9 @@ TEST_CASE("routing: a routing can be grouped again with another size", "[routing
   group_by_expert(used);
   group_by_expert(fresh);
   CHECK(used.expert_offsets == fresh.expert_offsets);
-  CHECK(used.row_slot == fresh.row_slot);
-  CHECK(used.row_token == fresh.row_token);
-  CHECK(used.slot_row == fresh.slot_row);
+  CHECK(used.sorted_slot == fresh.sorted_slot);
+  CHECK(used.sorted_token == fresh.sorted_token);
+  CHECK(used.sorted_position == fresh.sorted_position);
 }
 
 TEST_CASE("routing: no tokens make no rows", "[routing]") {
@@ -165,7 +165,7 @@ TEST_CASE("routing: no tokens make no rows", "[routing]") {
   group_by_expert(routing);
   CHECK(routing.tokens() == 0);
   CHECK(routing.expert_offsets == Indices{0, 0, 0});
-  CHECK(routing.row_slot.empty());
+  CHECK(routing.sorted_slot.empty());
 }
 
 TEST_CASE("routing: a contradiction is refused before anything is grouped", "[routing]") {
@@ -175,9 +175,9 @@ TEST_CASE("routing: a contradiction is refused before anything is grouped", "[ro
     CHECK_THROWS_AS(group_by_expert(routing), std::invalid_argument);
     CHECK_THROWS_WITH(group_by_expert(routing), message);
     CHECK(routing.expert_offsets.empty());
-    CHECK(routing.row_slot.empty());
-    CHECK(routing.row_token.empty());
-    CHECK(routing.slot_row.empty());
+    CHECK(routing.sorted_slot.empty());
+    CHECK(routing.sorted_token.empty());
+    CHECK(routing.sorted_position.empty());
   };
   const std::string offsets =
       "moe: Routing.token_offsets must run from 0 to the number of slots, 6";

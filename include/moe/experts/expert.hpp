@@ -29,7 +29,7 @@ struct ExpertBlock {
   GatheredRows<Scalar> x;      ///< n x D
   const Index* token;          ///< n, ascending: which rows of y, dy and dx belong to them
   const Scalar* weight;        ///< n, the gate's weights of the slots
-  MatrixView<Scalar> kept;     ///< n x tape_width(), what forward leaves for backward
+  MatrixView<Scalar> saved;     ///< n x tape_width(), what forward leaves for backward
   MatrixView<Scalar> scratch;  ///< n x scratch_width(), what the first half leaves for the second
 
   /// These rows of a matrix with a row a token.
@@ -42,7 +42,7 @@ struct ExpertBlock {
 
   ExpertBlock slice(Range rows) const {
     return {x.slice(rows.first, rows.count), token + rows.first, weight + rows.first,
-            moe::rows_of(kept, rows.first, rows.count),
+            moe::rows_of(saved, rows.first, rows.count),
             moe::rows_of(scratch, rows.first, rows.count)};
   }
 };
@@ -74,11 +74,11 @@ concept PlainNetwork = requires(const N& network, N& trained,
 /// which gathers its rows, applies the slots' weights and adds to the tokens itself, so that
 /// neither outputs nor gathered inputs are ever kept. FeedForward is one.
 ///
-///     run(block, columns, keeps) const       first half: columns of scratch, out of columns()
-///     combine(block, columns, y) const       second half: adds columns of weight·network(x) to the
+///     hidden(block, columns, save) const       first half: columns of scratch, out of columns()
+///     output(block, columns, y) const       second half: adds columns of weight·network(x) to the
 ///                                            block's rows of y
-///     run_backward(block, dy, columns)       the same for the gradient: dy is that of the weighted
-///     combine_backward(block, columns, dx)   sum, and dx comes with the weight in it
+///     hidden_backward(block, dy, columns)       the same for the gradient: dy is that of the weighted
+///     output_backward(block, columns, dx)   sum, and dx comes with the weight in it
 ///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, out
 ///                                            of gradient_rows(), all stacked on each other, or
 ///                                            writes over what they hold: then every gradient, those
@@ -86,7 +86,7 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are
-/// there. Ranges begin at multiples of detail::panel_columns. run and combine may take one argument
+/// there. Ranges begin at multiples of detail::panel_columns. hidden and output may take one argument
 /// more: a pointer to the network that is called next in the same way, whose weights can be asked
 /// for in advance, or null.
 // clang-format off
@@ -99,10 +99,10 @@ concept FusedNetwork =
       { network.scratch_width() } -> std::same_as<Index>;
       { network.columns() } -> std::same_as<Index>;
       { network.gradient_rows() } -> std::same_as<Index>;
-      network.run(block, Range{}, true);
-      network.combine(block, Range{}, out);
-      network.run_backward(block, in, Range{});
-      network.combine_backward(block, Range{}, out);
+      network.hidden(block, Range{}, true);
+      network.output(block, Range{}, out);
+      network.hidden_backward(block, in, Range{});
+      network.output_backward(block, Range{}, out);
       trained.add_gradients(block, in, Range{}, true);
       network.weight_gradients(block, in, dweight);
     };
@@ -123,7 +123,7 @@ concept ExpertNetwork =
 /// `Expert<FeedForward, double>` double; a user's network is a class template over its scalar too.
 ///
 /// It has the verbs of a FusedNetwork, whatever the network; a plain one cannot be split into
-/// columns, and the blocks of one expert must go through its run_backward one after the other.
+/// columns, and the blocks of one expert must go through its hidden_backward one after the other.
 template <template <class> class Network, class Scalar_ = float>
 requires ExpertNetwork<Network<Scalar_>>
 class Expert {
@@ -150,7 +150,7 @@ class Expert {
   const Net& network() const { return network_; }
   Net& network() { return network_; }
 
-  /// Numbers that a slot keeps between forward and backward. A plain network cannot tell
+  /// Numbers that a slot saves between forward and backward. A plain network cannot tell
   /// ⟨network(x), dy⟩ in backward, so its output is kept as well.
   Index tape_width() const { return network_.tape_width() + (fused ? 0 : width_); }
 
@@ -191,20 +191,20 @@ class Expert {
   }
 
   /// First half of a pass; fills the block's kept if `keeps`. `next` is the expert whose first half
-  /// comes next, if that is known; so in combine().
-  void run(const Block& block, Range columns, bool keeps, Scratch& scratch,
+  /// comes next, if that is known; so in output().
+  void hidden(const Block& block, Range columns, bool save, Scratch& scratch,
            [[maybe_unused]] const Expert* next = nullptr) const {
-    if constexpr (requires { network_.run(block, columns, keeps, &network_); }) {
-      network_.run(block, columns, keeps, network_of(next));
+    if constexpr (requires { network_.hidden(block, columns, save, &network_); }) {
+      network_.hidden(block, columns, save, network_of(next));
     } else if constexpr (fused) {
-      network_.run(block, columns, keeps);
+      network_.hidden(block, columns, keeps);
     } else {
       for_each_piece(block, [&](const Block& piece) {
         const ConstMatrixView<Scalar> x = constant(gather(piece.x, scratch.x));
         MatrixView<Scalar> y = piece.scratch;
         if (keeps) {
-          network_.forward(x, columns_of(piece.kept, 0, network_.tape_width()), y);
-          columns_of(piece.kept, network_.tape_width(), width_) = y;
+          network_.forward(x, columns_of(piece.saved, 0, network_.tape_width()), y);
+          columns_of(piece.saved, network_.tape_width(), width_) = y;
         } else {
           network_.evaluate(x, y);
         }
@@ -213,12 +213,12 @@ class Expert {
   }
 
   /// Second half: adds columns of weight·network(x) to the tokens' rows of y (T x D).
-  void combine(const Block& block, Range columns, MatrixView<Scalar> y,
+  void output(const Block& block, Range columns, MatrixView<Scalar> y,
                [[maybe_unused]] const Expert* next = nullptr) const {
-    if constexpr (requires { network_.combine(block, columns, y, &network_); }) {
-      network_.combine(block, columns, y, network_of(next));
+    if constexpr (requires { network_.output(block, columns, y, &network_); }) {
+      network_.output(block, columns, y, network_of(next));
     } else if constexpr (fused) {
-      network_.combine(block, columns, y);
+      network_.output(block, columns, y);
     } else {
       detail::combine(GatheredRows<Scalar>(block.scratch), block.weight, columns.first,
                       columns.count, block.rows_of(y));
@@ -226,25 +226,25 @@ class Expert {
   }
 
   /// First half of the way back, from dy (T x D), the gradient of the weighted sum.
-  void run_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns,
+  void hidden_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns,
                     Scratch& scratch) {
     if constexpr (fused) {
-      network_.run_backward(block, dy, columns);
+      network_.hidden_backward(block, dy, columns);
     } else {
       for_each_piece(block, [&](const Block& piece) {
         MatrixView<Scalar> dy_rows = gather(piece.rows_of(dy), scratch.dy);
         for (Index i = 0; i < dy_rows.rows(); ++i) dy_rows.row(i) *= piece.weight[i];
         network_.backward(constant(gather(piece.x, scratch.x)),
-                          constant(columns_of(piece.kept, 0, network_.tape_width())),
+                          constant(columns_of(piece.saved, 0, network_.tape_width())),
                           constant(dy_rows), piece.scratch);
       });
     }
   }
 
   /// Second half: adds columns of the gradient by x to the tokens' rows of dx (T x D).
-  void combine_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
+  void output_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
     if constexpr (fused) {
-      network_.combine_backward(block, columns, dx);
+      network_.output_backward(block, columns, dx);
     } else {
       detail::combine<Scalar>(GatheredRows<Scalar>(block.scratch), nullptr, columns.first,
                               columns.count, block.rows_of(dx));
@@ -262,7 +262,7 @@ class Expert {
     if constexpr (fused) {
       network_.weight_gradients(block, dy, dweight);
     } else {
-      const MatrixView<Scalar> output = columns_of(block.kept, network_.tape_width(), width_);
+      const MatrixView<Scalar> output = columns_of(block.saved, network_.tape_width(), width_);
       const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
       for (Index i = 0; i < dy_rows.count(); ++i) {
         dweight[i] = detail::dot(width_, detail::row_data(output, i), dy_rows.row(i));

@@ -23,7 +23,7 @@ namespace moe {
 /// starts uniform in ±1/sqrt(n), as PyTorch's Linear does.
 ///
 /// It is a FusedNetwork: its first half makes the hidden row a, weighted already, its second half
-/// multiplies that by W_2 and adds it to the tokens. For backward it keeps a slot's pre-activations
+/// multiplies that by W_2 and adds it to the tokens. For backward it saves a slot's pre-activations
 /// only (H numbers, 2·H gated), or nothing with Config::recompute: the gradient of the slot's
 /// weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway.
 template <class Scalar_ = float>
@@ -77,16 +77,16 @@ class FeedForward {
 
   // a = w·act(x·W_1 + b_1) or w·act(x·W_1) ⊙ (x·W_3), then y += a·W_2 + w·b_2.
 
-  void run(const Block& block, Range columns, bool keeps, const FeedForward* next = nullptr) const {
+  void hidden(const Block& block, Range columns, bool save, const FeedForward* next = nullptr) const {
     using detail::Start;
-    const MatrixView<Scalar> pre = keeps && !config_.recompute ? block.kept : pre_of(block);
+    const MatrixView<Scalar> pre = save && !config_.recompute ? block.saved : pre_of(block);
     const auto finish = [&](Index row, Index rows, Index column, Index width) {
       activate(block, pre, {row, rows}, column, width);
     };
     compute_pre(block, columns, pre, finish, next);
   }
 
-  void combine(const Block& block, Range columns, MatrixView<Scalar> y,
+  void output(const Block& block, Range columns, MatrixView<Scalar> y,
                const FeedForward* next = nullptr) const {
     const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
     detail::multiply_nn(GatheredRows<Scalar>(hidden_of(block)), view(down_.value), columns.first,
@@ -98,9 +98,9 @@ class FeedForward {
   // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
   // w·u ⊙ act'(pre) that of the pre-activations; then dx += dpre·W_1ᵀ.
 
-  void run_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
+  void hidden_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
     using detail::Start;
-    const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.kept;
+    const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.saved;
     if (config_.recompute) compute_pre(block, columns, pre, {});
     const MatrixView<Scalar> u =
         columns_of(pre_of(block), config_.gated ? config_.hidden : 0, config_.hidden);
@@ -111,7 +111,7 @@ class FeedForward {
                         Start::zero, ScatteredRows<Scalar>(u), finish);
   }
 
-  void combine_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
+  void output_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
     const MatrixView<Scalar> dpre = pre_of(block);
     for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
       detail::multiply_nt(

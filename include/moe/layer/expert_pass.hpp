@@ -19,15 +19,15 @@ template <class Expert>
 struct ExpertTape {
   using Scalar = typename Expert::Scalar;
 
-  Matrix<Scalar> kept;             ///< S x kept_width or a little more, what the experts keep
-  Index kept_width = 0;            ///< Expert::tape_width() after a training pass, else 0
+  Matrix<Scalar> saved;             ///< S x saved_width or a little more, what the experts keep
+  Index saved_width = 0;            ///< Expert::tape_width() after a training pass, else 0
   std::vector<Scalar> row_weight;  ///< S, the weights by row
 
   /// What the experts that are at work at the moment need, see ExpertPass::for_each_group().
   struct Task {
-    enum Kind { run, combine, add_gradients } kind;
-    Index block;  ///< of a run or gradients
-    Range rows;   ///< of the block in a run, of the tokens in a combine, or of the gradients
+    enum Kind { hidden, output, add_gradients } kind;
+    Index block;  ///< of a hidden task or of gradients
+    Range rows;   ///< of the block in a hidden task, of the tokens in an output task, or of the gradients
     Range columns;
   };
   struct Slice {
@@ -83,35 +83,35 @@ class ExpertPass {
     }
   }
 
-  /// sum += Σ over slots G·expert(x), x and sum being T x D. With `keeps`, leaves in the tape what
-  /// run_backward() needs.
-  void run(const MatrixRef<Scalar>& x, bool keeps, Matrix<Scalar>& sum) const {
+  /// sum += Σ over slots G·expert(x), x and sum being T x D. With `save`, leaves in the tape what
+  /// backward() needs.
+  void forward(const MatrixRef<Scalar>& x, bool save, Matrix<Scalar>& sum) const {
     // Without, what an earlier pass kept may be of fewer slots.
-    tape_.kept_width = keeps ? first_expert().tape_width() : 0;
-    if (keeps) resize(tape_.kept, routing_.slots(), spread_width<Scalar>(tape_.kept_width));
+    tape_.saved_width = save ? first_expert().tape_width() : 0;
+    if (save) resize(tape_.saved, routing_.slots(), spread_width<Scalar>(tape_.saved_width));
     if (routing_.slots() == 0) return;
     copy_weights();
     for_each_group([&] {
-      plan_runs(true);
+      plan_hidden(true);
       perform([&](const Task& task, Scratch& scratch) {
-        expert_of(task).run(block_of(x, task.block).slice(task.rows), task.columns, keeps, scratch,
+        expert_of(task).hidden(block_of(x, task.block).slice(task.rows), task.columns, save, scratch,
                             expert_after(task));
       });
       tape_.tasks.clear();
-      plan_combines(x.cols());
+      plan_output(x.cols());
       perform([&](const Task& task, Scratch&) {
         for_each_slice_of(x, task.rows, [&](const Slice& slice, const Block& block) {
-          experts_[to_size(slice.expert)].combine(block, task.columns, view(sum),
+          experts_[to_size(slice.expert)].output(block, task.columns, view(sum),
                                                   expert_after(slice));
         });
       });
     });
   }
 
-  /// After run() with `keeps` on the same tape: takes dy, the gradient by the sum (T x D); fills
+  /// After forward() with `save` on the same tape: takes dy, the gradient by the sum (T x D); fills
   /// dweight (S), the gradients by the slots' weights, and adds to dx (T x D) and to the gradients
-  /// of the experts, which must be those of run().
-  void run_backward(std::vector<Expert>& experts, const MatrixRef<Scalar>& x,
+  /// of the experts, which must be those of forward().
+  void backward(std::vector<Expert>& experts, const MatrixRef<Scalar>& x,
                     const MatrixRef<Scalar>& dy, std::vector<Scalar>& dweight,
                     Matrix<Scalar>& dx) const {
     MOE_ASSERT(&experts == &experts_);
@@ -120,15 +120,15 @@ class ExpertPass {
     for_each_group([&] {
       if (!Expert::fused) mark_group(experts);
       // A plain network adds to its gradients in the first half, so its rows stay together.
-      plan_runs(Expert::fused);
+      plan_hidden(Expert::fused);
       perform([&](const Task& task, Scratch& scratch) {
         expert_of(experts, task)
-            .run_backward(block_of(x, task.block).slice(task.rows), dy, task.columns, scratch);
+            .hidden_backward(block_of(x, task.block).slice(task.rows), dy, task.columns, scratch);
       });
       tape_.tasks.clear();
       if (Expert::fused) mark_group(experts);
       plan_gradients();
-      plan_combines(x.cols());
+      plan_output(x.cols());
       perform([&](const Task& task, Scratch&) {
         if (task.kind == Task::add_gradients) {
           expert_of(experts, task)
@@ -137,7 +137,7 @@ class ExpertPass {
           return;
         }
         for_each_slice_of(x, task.rows, [&](const Slice& slice, const Block& block) {
-          experts_[to_size(slice.expert)].combine_backward(block, task.columns, view(dx));
+          experts_[to_size(slice.expert)].output_backward(block, task.columns, view(dx));
         });
       });
       const Work work = element_work(group_rows() * x.cols());
@@ -146,7 +146,7 @@ class ExpertPass {
         Scalar* row_dweight = tape_.row_dweight.data() + (slice.first - tape_.slices.front().first);
         experts_[to_size(slice.expert)].weight_gradients(block_of(x, i), dy, row_dweight);
         for (Index row = 0; row < slice.count; ++row) {
-          dweight[to_size(routing_.row_slot[to_size(slice.first + row)])] = row_dweight[row];
+          dweight[to_size(routing_.sorted_slot[to_size(slice.first + row)])] = row_dweight[row];
         }
       });
     });
@@ -161,7 +161,7 @@ class ExpertPass {
   void copy_weights() const {
     resize(tape_.row_weight, routing_.slots());
     for (Index row = 0; row < routing_.slots(); ++row) {
-      tape_.row_weight[to_size(row)] = routing_.weight[to_size(routing_.row_slot[to_size(row)])];
+      tape_.row_weight[to_size(row)] = routing_.weight[to_size(routing_.sorted_slot[to_size(row)])];
     }
   }
 
@@ -246,7 +246,7 @@ class ExpertPass {
     });
   }
 
-  void plan_runs(bool splits_rows) const {
+  void plan_hidden(bool splits_rows) const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
       const Index count = tape_.slices[to_size(i)].count;
       const Index columns = first_expert().columns();
@@ -258,7 +258,7 @@ class ExpertPass {
       cut(count, std::max((count + task_rows - 1) / task_rows, row_pieces), unit, [&](Range rows) {
         cut(columns, (pieces + row_pieces - 1) / row_pieces, panel_columns<Scalar>,
             [&](Range range) {
-              tape_.tasks.push_back({Task::run, i, rows, range});
+              tape_.tasks.push_back({Task::hidden, i, rows, range});
             });
       });
     }
@@ -267,11 +267,11 @@ class ExpertPass {
   /// An even piece for each worker: columns while they are a tile wide, then rows too, with which a
   /// few pieces more may come out. They are not cut finer, since each piece of rows reads the
   /// weights anew.
-  void plan_combines(Index width) const {
+  void plan_output(Index width) const {
     const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers_);
     cut(routing_.tokens(), (workers_ + strips - 1) / strips, 1, [&](Range rows) {
       cut(width, strips, cache_line<Scalar>, [&](Range columns) {
-        tape_.tasks.push_back({Task::combine, 0, rows, columns});
+        tape_.tasks.push_back({Task::output, 0, rows, columns});
       });
     });
   }
@@ -314,12 +314,12 @@ class ExpertPass {
   /// The rows of a slice of the group.
   Block block_of(const MatrixRef<Scalar>& x, Index index) const {
     const Slice& slice = tape_.slices[to_size(index)];
-    const Index* token = routing_.row_token.data() + slice.first;
-    const Index stride = tape_.kept_width > 0 ? tape_.kept.cols() : 0;
+    const Index* token = routing_.sorted_token.data() + slice.first;
+    const Index stride = tape_.saved_width > 0 ? tape_.saved.cols() : 0;
     return {GatheredRows<Scalar>(x.data(), x.outerStride(), slice.count, x.cols(), token), token,
             tape_.row_weight.data() + slice.first,
-            MatrixView<Scalar>(tape_.kept.data() + slice.first * stride, slice.count,
-                               tape_.kept_width, Eigen::OuterStride<>(stride)),
+            MatrixView<Scalar>(tape_.saved.data() + slice.first * stride, slice.count,
+                               tape_.saved_width, Eigen::OuterStride<>(stride)),
             rows_of(tape_.group, slice.first - tape_.slices.front().first, slice.count)};
   }
 
@@ -329,7 +329,7 @@ class ExpertPass {
                          FunctionRef<void(const Slice&, const Block&)> f) const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
       const Slice& slice = tape_.slices[to_size(i)];
-      const Index* begin = routing_.row_token.data() + slice.first;
+      const Index* begin = routing_.sorted_token.data() + slice.first;
       const Index first = std::lower_bound(begin, begin + slice.count, tokens.first) - begin;
       const Index last =
           std::lower_bound(begin, begin + slice.count, tokens.first + tokens.count) - begin;

@@ -8,7 +8,7 @@
 #include "moe/layer/expert_pass.hpp"
 #include "moe/layer/layer_checks.hpp"
 #include "moe/layer/output_activation.hpp"
-#include "moe/routing/noisy_top_k_gate.hpp"
+#include "moe/gates/noisy_top_k_gate.hpp"
 
 /// \file
 /// The sparsely-gated mixture-of-experts layer: dispatch, run, combine.
@@ -22,7 +22,7 @@ namespace moe {
 ///
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>> layer({.width = 128,
 ///                                                         .expert = {.hidden = 256},
-///                                                         .gate = {.experts = 64, .active = 4},
+///                                                         .gate = {.experts = 64, .top_k = 4},
 ///                                                         .seed = 1});
 ///     decltype(layer)::Tape tape;
 ///     const auto& y = layer.forward(x, tape, {.step = step});   // x is T x 128
@@ -137,7 +137,7 @@ class MoELayer {
     detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
     detail::require(tape.routing().experts == expert_count() && expert_count() >= 1 &&
                         tape.x.cols() == config_.width &&
-                        tape.experts.kept_width == experts_.front().tape_width(),
+                        tape.experts.saved_width == experts_.front().tape_width(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
                     " experts and width ", tape.x.cols());
     detail::check_gate(gate_, tape.gate, config_.width);
@@ -149,7 +149,7 @@ class MoELayer {
     const MatrixRef<Scalar> dsum =
         detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
     detail::resize_to_zero(tape.dx, tokens, config_.width);
-    pass.run_backward(experts_, tape.x, dsum, tape.dweight, tape.dx);
+    pass.backward(experts_, tape.x, dsum, tape.dweight, tape.dx);
     gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
     detail::check_left_by_gate(tape.dx, tokens, config_.width);
     return tape.dx;
@@ -183,13 +183,13 @@ class MoELayer {
   Index expert_count() const { return static_cast<Index>(experts_.size()); }
 
   /// y = act(Σ G·experts(x)), x being T x D.
-  void run_experts(const MatrixRef<Scalar>& x, Tape& tape, bool keeps) const {
+  void run_experts(const MatrixRef<Scalar>& x, Tape& tape, bool save) const {
     const bool plain = config_.output == Activation::identity;
     Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
     const detail::ExpertPass<Expert> pass(experts_, tape.routing(), tape.experts);
     pass.check_experts(config_.width);
     detail::resize_to_zero(sum, x.rows(), config_.width);
-    pass.run(x, keeps, sum);
+    pass.forward(x, save, sum);
     if (!plain) detail::activate_output(config_.output, sum, tape.y);
   }
 

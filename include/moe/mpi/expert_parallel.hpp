@@ -57,7 +57,7 @@ struct Shard {
 ///     moe::mpi::Communicator communicator;
 ///     moe::mpi::ExpertParallel<Layer> layer({.width = 128,
 ///                                            .expert = {.hidden = 256},
-///                                            .gate = {.experts = 64, .active = 4},
+///                                            .gate = {.experts = 64, .top_k = 4},
 ///                                            .seed = 1}, communicator);
 ///     decltype(layer)::Tape tape;
 ///     const auto& y = layer.forward(x, tape, {.step = step});   // x: this rank's tokens
@@ -237,9 +237,9 @@ class ExpertParallel {
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     constexpr bool is_const = std::is_const_v<Self>;
-    Resident<Residence::summed, std::conditional_t<is_const, const Gate, Gate>> gate{*self.gate_};
+    Resident<Residence::reduced, std::conditional_t<is_const, const Gate, Gate>> gate{*self.gate_};
     using Experts = Shard<Expert>;
-    Resident<Residence::here, std::conditional_t<is_const, const Experts, Experts>> experts{
+    Resident<Residence::sharded, std::conditional_t<is_const, const Experts, Experts>> experts{
         self.shard_};
     visit("gate", gate);
     visit("experts", experts);
@@ -405,8 +405,8 @@ class ExpertParallel {
       const Index first = routing.expert_offsets[to_size(placement_.first(r))];
       const Index last = routing.expert_offsets[to_size(placement_.first(r + 1))];
       for (Index row = first; row < last && r != communicator_.rank(); ++row) {
-        tape.sent_token.push_back(routing.row_token[to_size(row)]);
-        tape.sent_slot.push_back(routing.row_slot[to_size(row)]);
+        tape.sent_token.push_back(routing.sorted_token[to_size(row)]);
+        tape.sent_slot.push_back(routing.sorted_slot[to_size(row)]);
         tape.sent_weight.push_back(routing.weight[to_size(tape.sent_slot.back())]);
       }
       tape.sent.push_back(static_cast<Index>(tape.sent_token.size()));
@@ -502,7 +502,7 @@ class ExpertParallel {
   }
 
   /// y = act(Σ G·experts(x)).
-  void run_experts(const MatrixRef<Scalar>& x, bool keeps, Tape& tape) const {
+  void run_experts(const MatrixRef<Scalar>& x, bool save, Tape& tape) const {
     using moe::detail::to_size;
     const bool plain = config_.output == Activation::identity;
     Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
@@ -523,9 +523,9 @@ class ExpertParallel {
       there->send(tape.sent_weight, tape.sent[to_size(r)], leave_for(r, tape), r);
     });
     communicator_.attempt("the experts", [&] {
-      run_share(x, keeps, tape.own, sum);
+      run_share(x, save, tape.own, sum);
       there->wait();
-      run_share(tape.received_x, keeps, tape.others, tape.answer);
+      run_share(tape.received_x, save, tape.others, tape.answer);
     });
     return_answers(tape, *back);
     back->wait();
@@ -533,11 +533,11 @@ class ExpertParallel {
     if (!plain) moe::detail::activate_output(config_.output, sum, tape.y);
   }
 
-  void run_share(const MatrixRef<Scalar>& x, bool keeps, Share& share, Matrix<Scalar>& sum) const {
+  void run_share(const MatrixRef<Scalar>& x, bool save, Share& share, Matrix<Scalar>& sum) const {
     if (shard_.experts.empty()) return;
     check_share(share);
     moe::detail::ExpertPass<Expert>(shard_.experts, share.routing, share.experts)
-        .run(x, keeps, sum);
+        .forward(x, save, sum);
   }
 
   void check_share(Share& share) const {
@@ -557,7 +557,7 @@ class ExpertParallel {
     require(tape.routing().experts == gate_->experts() && tape.x.cols() == config_.width &&
                 tape.rank_tokens.size() == moe::detail::to_size(communicator_.size()) &&
                 (shard_.experts.empty() ||
-                 tape.own.experts.kept_width == shard_.experts.front().tape_width()),
+                 tape.own.experts.saved_width == shard_.experts.front().tape_width()),
             "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
             " experts and width ", tape.x.cols());
     moe::detail::check_gate(*gate_, tape.gate, config_.width);
@@ -607,7 +607,7 @@ class ExpertParallel {
                           Matrix<Scalar>& dx) {
     if (shard_.experts.empty()) return;
     moe::detail::ExpertPass<Expert>(shard_.experts, share.routing, share.experts)
-        .run_backward(shard_.experts, x, dy, share.dweight, dx);
+        .backward(shard_.experts, x, dy, share.dweight, dx);
   }
 
   /// Adds the gate's share to tape.dx, and the gradients of all ranks' tokens to the gate's.

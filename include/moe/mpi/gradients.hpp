@@ -20,12 +20,12 @@ namespace moe::mpi {
 
 /// Where a parameter of a model lives.
 enum class Residence {
-  everywhere,  ///< every rank has a copy, and gradients of its own tokens
-  summed,      ///< every rank has a copy, with gradients of all tokens: an ExpertParallel's gate
-  here,        ///< only this rank has it: an ExpertParallel's expert
+  replicated,  ///< every rank has a copy, and gradients of its own tokens
+  reduced,     ///< every rank has a copy, with gradients of all tokens: an ExpertParallel's gate
+  sharded,     ///< only this rank has it: an ExpertParallel's expert
 };
 
-/// A module that does not live everywhere. ExpertParallel shows its parts as such, so they are
+/// A module that is not replicated. ExpertParallel shows its parts as such, so they are
 /// known for what they are however deep in a model they lie.
 template <Residence residence, class Module>
 struct Resident {
@@ -56,7 +56,7 @@ class PartOf {
   static void visit_in(Member& member, std::string_view name, const Visitor& visit) {
     using Type = std::remove_const_t<Member>;
     if constexpr (moe::detail::is_parameter<Type>) {
-      if constexpr (has(Residence::everywhere)) visit(name, member);
+      if constexpr (has(Residence::replicated)) visit(name, member);
     } else if constexpr (moe::detail::is_vector<Type>) {
       for (auto& element : member) visit_in(element, name, visit);
     } else if constexpr (requires { Type::lives; }) {
@@ -191,7 +191,7 @@ class GradientSum {
 /// stay the same. Collective.
 template <class Module>
 void sum_gradients(Module& module, const Communicator& communicator) {
-  PartOf<Module, Residence::everywhere> copies(module);
+  PartOf<Module, Residence::replicated> copies(module);
   GradientSum().sum(copies, communicator);
 }
 
@@ -200,8 +200,8 @@ void sum_gradients(Module& module, const Communicator& communicator) {
 template <class Module>
 double gradient_norm(const Module& module, const Communicator& communicator,
                      Updates updates = Updates::dense) {
-  const PartOf<const Module, Residence::everywhere, Residence::summed> copies(module);
-  const PartOf<const Module, Residence::here> own(module);
+  const PartOf<const Module, Residence::replicated, Residence::reduced> copies(module);
+  const PartOf<const Module, Residence::sharded> own(module);
   double square = std::pow(moe::gradient_norm(own, updates), 2);
   communicator.sum(std::span<double>(&square, 1));
   return std::hypot(moe::gradient_norm(copies, updates), std::sqrt(square));

@@ -33,8 +33,8 @@ namespace detail {
 
 /// The places of an expert: factor·T·K/E rounded up, so there is at least one where there are
 /// tokens, and at most T. (Megatron-Core does so; Mesh TensorFlow rounds down, but not below 4.)
-inline Index expert_capacity(double factor, Index tokens, Index active, Index experts) {
-  const double places = factor * static_cast<double>(tokens) * static_cast<double>(active) /
+inline Index expert_capacity(double factor, Index tokens, Index top_k, Index experts) {
+  const double places = factor * static_cast<double>(tokens) * static_cast<double>(top_k) /
                         static_cast<double>(experts);
   // 1.1·10 is a little more than 11 in binary numbers, and should be 11 places.
   return static_cast<Index>(std::ceil(std::min(places * (1 - 1e-12), static_cast<double>(tokens))));
@@ -60,7 +60,7 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   if (how == PlaceOrder::first_choices) {
     const Index tokens = choices.tokens();
     for (Index i = 0; i < choices.size(); ++i) {
-      scratch.order[to_size(i)] = i % tokens * choices.active + i / tokens;
+      scratch.order[to_size(i)] = i % tokens * choices.top_k + i / tokens;
     }
   } else if (how == PlaceOrder::largest_weight) {
     std::sort(scratch.order.begin(), scratch.order.end(), ByScore<Scalar>(choices.weight.data()));
@@ -81,19 +81,19 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
                         CapacityScratch<Scalar>& scratch) {
   if (batch == nullptr) return drop_over_capacity(how, capacity, experts, choices, scratch);
   Choices<Scalar>& all = scratch.all;
-  all.resize(batch->tokens(), choices.active);
+  all.resize(batch->tokens(), choices.top_k);
   copy_vector(std::span<const Index>(choices.expert), scratch.kept);
   for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
     if (choices.keeps[c] == 0) scratch.kept[c] = -1;
   }
-  batch->gather(std::span<const Index>(scratch.kept), choices.active, std::span<Index>(all.expert));
+  batch->gather(std::span<const Index>(scratch.kept), choices.top_k, std::span<Index>(all.expert));
   if (how == PlaceOrder::largest_weight) {
-    batch->gather(std::span<const Scalar>(choices.weight), choices.active,
+    batch->gather(std::span<const Scalar>(choices.weight), choices.top_k,
                   std::span<Scalar>(all.weight));
   }
   for (std::size_t c = 0; c < all.keeps.size(); ++c) all.keeps[c] = all.expert[c] >= 0 ? 1 : 0;
   drop_over_capacity(how, capacity, experts, all, scratch);
-  std::copy_n(all.keeps.begin() + batch->first_token() * choices.active, choices.size(),
+  std::copy_n(all.keeps.begin() + batch->first_token() * choices.top_k, choices.size(),
               choices.keeps.begin());
 }
 

@@ -15,21 +15,21 @@ namespace moe::detail {
 /// K choices of each token, those of token t being t·K onwards, the best first.
 template <class Scalar>
 struct Choices {
-  Index active = 0;                  ///< K
+  Index top_k = 0;                  ///< K
   std::vector<Index> expert;         ///< T·K
   std::vector<Scalar> weight;        ///< T·K
   std::vector<unsigned char> keeps;  ///< T·K, 0 where dropped
   std::vector<Index> slot;           ///< T·K, of those kept
 
   Index size() const { return static_cast<Index>(expert.size()); }
-  Index tokens() const { return size() / active; }
+  Index tokens() const { return size() / top_k; }
 
   /// Keeps all.
   void resize(Index tokens, Index active_experts) {
-    active = active_experts;
-    detail::resize(expert, tokens * active);
-    detail::resize(weight, tokens * active);
-    detail::assign(keeps, tokens * active, static_cast<unsigned char>(1));
+    top_k = active_experts;
+    detail::resize(expert, tokens * top_k);
+    detail::resize(weight, tokens * top_k);
+    detail::assign(keeps, tokens * top_k, static_cast<unsigned char>(1));
   }
 };
 
@@ -38,14 +38,14 @@ struct Choices {
 template <class Scalar>
 void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<Scalar>& routing) {
   const Index tokens = choices.tokens();
-  const Index active = choices.active;
+  const Index top_k = choices.top_k;
   routing.experts = experts;
   resize(routing.token_offsets, tokens + 1);
   routing.token_offsets[0] = 0;
   for (Index t = 0; t < tokens; ++t) {
-    const auto begin = choices.keeps.begin() + t * active;
+    const auto begin = choices.keeps.begin() + t * top_k;
     routing.token_offsets[to_size(t) + 1] =
-        routing.token_offsets[to_size(t)] + std::count(begin, begin + active, 1);
+        routing.token_offsets[to_size(t)] + std::count(begin, begin + top_k, 1);
   }
   // As large as without drops, so that a batch that drops fewer finds the memory there.
   reserve(routing.expert, choices.size());
@@ -59,7 +59,7 @@ void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<S
     for (Index t = first; t < first + count; ++t) {
       const Index begin = routing.token_offsets[to_size(t)];
       Index end = begin;
-      for (Index c = t * active; c < (t + 1) * active; ++c) {
+      for (Index c = t * top_k; c < (t + 1) * top_k; ++c) {
         if (choices.keeps[to_size(c)] != 0) expert[end++] = c;
       }
       std::sort(expert + begin, expert + end,

@@ -37,20 +37,20 @@ Scalar group_score(GroupScore how, const Scalar* scores, Index size) {
   return how == GroupScore::two_best && size > 1 ? first + second : first;
 }
 
-/// Puts -infinity in place of the scores of all groups but the `active` best; ties go to the lower
+/// Puts -infinity in place of the scores of all groups but the `top_k` best; ties go to the lower
 /// group. Groups are runs of experts / groups experts. (Some published code puts 0 there, which is
 /// another choice once a bias makes scores negative.) `group` and `best` are scratch for `groups`
-/// numbers and `active` indices. O(experts + groups·log(groups)).
+/// numbers and `top_k` indices. O(experts + groups·log(groups)).
 template <class Scalar>
-void limit_to_groups(GroupScore how, Index experts, Index groups, Index active, Scalar* scores,
+void limit_to_groups(GroupScore how, Index experts, Index groups, Index top_k, Scalar* scores,
                      Scalar* group, Index* best) {
   const Index size = experts / groups;
   for (Index g = 0; g < groups; ++g) group[g] = group_score(how, scores + g * size, size);
-  select_largest(group, groups, active, best);
-  sort_indices(best, active);
+  select_largest(group, groups, top_k, best);
+  sort_indices(best, top_k);
   Index next = 0;
   for (Index g = 0; g < groups; ++g) {
-    if (next < active && best[next] == g) {
+    if (next < top_k && best[next] == g) {
       ++next;
     } else {
       std::fill_n(scores + g * size, size, -std::numeric_limits<Scalar>::infinity());

@@ -64,7 +64,7 @@ class NoisyTopK {
   struct Config {
     Index width = 0;    ///< D
     Index experts = 0;  ///< E
-    Index active = 0;   ///< K
+    Index top_k = 0;   ///< K
     bool noise = true;
     double noise_floor = 0.01;  ///< s0
   };
@@ -89,10 +89,10 @@ class NoisyTopK {
     routing.experts = experts();
     resize(routing.token_offsets, rows + 1);
     for (Index row = 0; row <= rows; ++row) {
-      routing.token_offsets[to_size(row)] = row * config_.active;
+      routing.token_offsets[to_size(row)] = row * config_.top_k;
     }
-    resize(routing.expert, rows * config_.active);
-    resize(routing.weight, rows * config_.active);
+    resize(routing.expert, rows * config_.top_k);
+    resize(routing.weight, rows * config_.top_k);
   }
 
   /// Fills rows first, first + 1, ... of the tape and their slots of the routing from x. token[i]
@@ -140,7 +140,7 @@ class NoisyTopK {
 
   /// Whether dload has any effect.
   bool load_has_gradient(const Tape& tape) const {
-    return tape.has_noise && config_.active < experts();
+    return tape.has_noise && config_.top_k < experts();
   }
 
   template <class Self, class Visitor>
@@ -163,7 +163,7 @@ class NoisyTopK {
   static void for_each_row(Range rows, F&& f) {
     for (Index row = rows.first; row < rows.first + rows.count; ++row) f(row);
   }
-  Index candidates() const { return std::min(config_.active + 1, experts()); }
+  Index candidates() const { return std::min(config_.top_k + 1, experts()); }
 
   /// Calls f(first, count) for rows, zero ones too, that go through all steps before the next ones
   /// begin, so that each step finds near what the one before it left.
@@ -266,32 +266,32 @@ class NoisyTopK {
   // The K largest and the softmax over them [S17 eq. 3 and 5].
 
   void choose(Index row, Tape& tape, Routing<Scalar>& routing) const {
-    const Index active = config_.active;
+    const Index top_k = config_.top_k;
     const Scalar* h = row_data(tape.has_noise ? tape.noisy : tape.clean, row);
     const Index* best = best_of(tape, row);
     select_largest(h, experts(), candidates(), &tape.best[to_size(row * candidates())]);
 
-    Index* chosen = &routing.expert[to_size(row * active)];
-    Scalar* weight = &routing.weight[to_size(row * active)];
-    std::copy_n(best, active, chosen);
-    sort_indices(chosen, active);
+    Index* chosen = &routing.expert[to_size(row * top_k)];
+    Scalar* weight = &routing.weight[to_size(row * top_k)];
+    std::copy_n(best, top_k, chosen);
+    sort_indices(chosen, top_k);
     Scalar total{0};
-    for (Index k = 0; k < active; ++k) {
+    for (Index k = 0; k < top_k; ++k) {
       weight[k] = std::exp(h[chosen[k]] - h[best[0]]);
       total += weight[k];
     }
-    for (Index k = 0; k < active; ++k) weight[k] /= total;
+    for (Index k = 0; k < top_k; ++k) weight[k] /= total;
   }
 
   /// dh = G ⊙ (g − Σ_i G_i·g_i) on the chosen, g being dweight; then dc += dh and ds += n ⊙ dh.
   void choose_backward(Index row, const Scalar* dweight, const Routing<Scalar>& routing,
                        Tape& tape) const {
-    const Index first = row * config_.active;
+    const Index first = row * config_.top_k;
     const Scalar* weight = routing.weight.data() + first;
     const Scalar* g = dweight + first;
     Scalar mean{0};
-    for (Index k = 0; k < config_.active; ++k) mean += weight[k] * g[k];
-    for (Index k = 0; k < config_.active; ++k) {
+    for (Index k = 0; k < config_.top_k; ++k) mean += weight[k] * g[k];
+    for (Index k = 0; k < config_.top_k; ++k) {
       const Index i = routing.expert[to_size(first + k)];
       const Scalar dh = weight[k] * (g[k] - mean);
       tape.dclean(row, i) += dh;
@@ -375,7 +375,7 @@ class NoisyTopK {
     return tape.best.data() + row * candidates();
   }
   Index last_inside(const Tape& tape, Index row) const {
-    return best_of(tape, row)[config_.active - 1];
+    return best_of(tape, row)[config_.top_k - 1];
   }
   Index first_outside(const Tape& tape, Index row) const {
     return best_of(tape, row)[candidates() - 1];
@@ -383,7 +383,7 @@ class NoisyTopK {
 
   template <class F>
   void for_each_chosen(const Routing<Scalar>& routing, Index row, F&& f) const {
-    for (Index k = 0; k < config_.active; ++k) f(routing.expert[to_size(row * config_.active + k)]);
+    for (Index k = 0; k < config_.top_k; ++k) f(routing.expert[to_size(row * config_.top_k + k)]);
   }
 
   Config config_;

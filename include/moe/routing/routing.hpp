@@ -24,9 +24,9 @@ struct Routing {
   std::vector<Scalar> weight;        ///< S, the gate's weight G of each slot
 
   std::vector<Index> expert_offsets;  ///< E + 1
-  std::vector<Index> row_slot;        ///< S, the slot of each row
-  std::vector<Index> row_token;       ///< S, the token of each row
-  std::vector<Index> slot_row;        ///< S, the row of each slot
+  std::vector<Index> sorted_slot;        ///< S, the slot of each row
+  std::vector<Index> sorted_token;       ///< S, the token of each row
+  std::vector<Index> sorted_position;        ///< S, the row of each slot
 
   Index tokens() const {
     return token_offsets.empty() ? 0 : static_cast<Index>(token_offsets.size()) - 1;
@@ -49,12 +49,12 @@ inline void count_offsets(std::span<const Index> expert, Index experts,
 
 /// The slot of each row: a stable sort of the slots by expert, by counting. O(S + E).
 inline void sort_slots(std::span<const Index> expert, std::vector<Index>& offsets,
-                       std::vector<Index>& row_slot) {
-  resize(row_slot, static_cast<Index>(expert.size()));
+                       std::vector<Index>& sorted_slot) {
+  resize(sorted_slot, static_cast<Index>(expert.size()));
   // Each offset walks to the start of the next expert and is then shifted back into place, which
   // spares a second array of E cursors.
   for (std::size_t slot = 0; slot < expert.size(); ++slot) {
-    row_slot[to_size(offsets[to_size(expert[slot])]++)] = static_cast<Index>(slot);
+    sorted_slot[to_size(offsets[to_size(expert[slot])]++)] = static_cast<Index>(slot);
   }
   for (std::size_t e = offsets.size() - 1; e > 0; --e) offsets[e] = offsets[e - 1];
   offsets[0] = 0;
@@ -92,16 +92,16 @@ void group_by_expert(Routing<Scalar>& routing) {
   }
 
   detail::count_offsets(routing.expert, routing.experts, routing.expert_offsets);
-  detail::sort_slots(routing.expert, routing.expert_offsets, routing.row_slot);
-  detail::resize(routing.slot_row, slots);
-  detail::resize(routing.row_token, slots);
+  detail::sort_slots(routing.expert, routing.expert_offsets, routing.sorted_slot);
+  detail::resize(routing.sorted_position, slots);
+  detail::resize(routing.sorted_token, slots);
   for (Index row = 0; row < slots; ++row) {
-    routing.slot_row[to_size(routing.row_slot[to_size(row)])] = row;
+    routing.sorted_position[to_size(routing.sorted_slot[to_size(row)])] = row;
   }
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index s = routing.token_offsets[to_size(t)]; s < routing.token_offsets[to_size(t) + 1];
          ++s) {
-      routing.row_token[to_size(routing.slot_row[to_size(s)])] = t;
+      routing.sorted_token[to_size(routing.sorted_position[to_size(s)])] = t;
     }
   }
 }

@@ -56,13 +56,13 @@ class SwitchLoss {
     detail::resize_to_zero(probability_, sequences, experts);
     if (tokens_ == 0) return Scalar{0};
 
-    const Index active = rows > 0 ? static_cast<Index>(choices.size()) / rows : 1;
-    const Index step = count == SwitchCount::first_choice ? active : 1;
-    const Index counted = tokens_ / sequences * (count == SwitchCount::per_slot ? active : 1);
+    const Index top_k = rows > 0 ? static_cast<Index>(choices.size()) / rows : 1;
+    const Index step = count == SwitchCount::first_choice ? top_k : 1;
+    const Index counted = tokens_ / sequences * (count == SwitchCount::per_slot ? top_k : 1);
     const Scalar one = static_cast<Scalar>(experts) / static_cast<Scalar>(counted);
     resize_to_zero(totals_, sequences, experts);
-    for (Index c = 0; c < active * rows; c += step) {
-      totals_(sequence_of(c / active), choices[to_size(c)]) += 1;
+    for (Index c = 0; c < top_k * rows; c += step) {
+      totals_(sequence_of(c / top_k), choices[to_size(c)]) += 1;
     }
     for (Index i = 0; i < share_.size(); ++i) {
       share_.data()[i] = static_cast<Scalar>(totals_.data()[i]) * one;

@@ -1,7 +1,7 @@
-#include "moe/routing/shared_expert_gate.hpp"
+#include "moe/gates/shared_expert_gate.hpp"
 
 #include "../allocation.hpp"
-#include "moe/routing/balanced_gate.hpp"
+#include "moe/gates/balanced_gate.hpp"
 #include "token_choice_checks.hpp"
 
 using namespace moe;
@@ -143,10 +143,10 @@ const auto gated = [](const test::Named& values, const auto& x, Index i) {
 TEST_CASE("shared expert gate: a layer is the sum of the shared networks and the routed layer",
           "[routing][gate]") {
   for (const Index shared : {1, 3}) {
-    check_sum<NoisyTopKGate<double>>({.shared = shared, .routed = {.experts = 5, .active = 2}},
+    check_sum<NoisyTopKGate<double>>({.shared = shared, .routed = {.experts = 5, .top_k = 2}},
                                      one);
     check_sum<NoisyTopKGate<double>>(
-        {.shared = shared, .gated = true, .routed = {.experts = 5, .active = 2}}, gated);
+        {.shared = shared, .gated = true, .routed = {.experts = 5, .top_k = 2}}, gated);
     check_sum<Dropping<double>>({.shared = shared}, one);
     check_sum<Dropping<double>>({.shared = shared, .gated = true}, gated);
   }
@@ -211,7 +211,7 @@ TEST_CASE("shared expert gate: gradients of a layer are derivatives", "[routing]
     test::check_layer_gradients<Layer>(
         {.width = 3,
          .expert = {.hidden = 3, .activation = Activation::gelu},
-         .gate = {.shared = 2, .gated = is_gated, .routed = {.experts = 4, .active = 2}},
+         .gate = {.shared = 2, .gated = is_gated, .routed = {.experts = 4, .top_k = 2}},
          .seed = 4},
         5, [](const Noisy<double>&, const Layer::Tape& tape) {
           return test::choice_margin(tape.gate.routed.noisy, 2) > 1e-2;
@@ -260,17 +260,17 @@ TEST_CASE("shared expert gate: any shape makes a routing", "[routing][gate]") {
     const Index tokens = draw(0, 40) - 1;
     const Index shared = draw(1, 4);
     const Index experts = draw(2, 9);
-    const Index active = draw(3, experts);
+    const Index top_k = draw(3, experts);
     const Matrix<double> x = random_matrix(tokens, 3, seed);
     Noisy<double> noisy({.width = 3,
                          .shared = shared,
                          .gated = seed % 2 == 0,
-                         .routed = {.experts = experts, .active = active}},
+                         .routed = {.experts = experts, .top_k = top_k}},
                         seed);
     Noisy<double>::Tape tape;
     noisy.forward(x, tape, {.step = 0});
     test::check_routing(tape.routing, tokens, shared + experts);
-    CHECK(tape.routing.slots() == tokens * (shared + active));
+    CHECK(tape.routing.slots() == tokens * (shared + top_k));
     const Matrix<double> G = test::dense_weights(tape.routing);
     CHECK(same_bits(G.rightCols(experts), test::dense_weights(tape.routed.routing)));
     CHECK((G.leftCols(shared).array() == (seed % 2 == 0 ? 0.5 : 1.0)).all());  // W_shared = 0
@@ -285,16 +285,16 @@ TEST_CASE("shared expert gate: any shape makes a routing", "[routing][gate]") {
 
 TEST_CASE("shared expert gate: shapes at the ends", "[routing][gate]") {
   // One routed expert; 131,072 of them and one token; gates within gates.
-  Noisy<float> single({.width = 2, .routed = {.experts = 1, .active = 1}}, 0);
+  Noisy<float> single({.width = 2, .routed = {.experts = 1, .top_k = 1}}, 0);
   CHECK(single.evaluate(random_matrix<float>(1, 2, 1)).expert == Indices{0, 1});
-  Noisy<float> many({.width = 2, .gated = true, .routed = {.experts = 131072, .active = 3}}, 0);
+  Noisy<float> many({.width = 2, .gated = true, .routed = {.experts = 131072, .top_k = 3}}, 0);
   Noisy<float>::Tape tape;
   many.forward(random_matrix<float>(1, 2, 1), tape, {.step = 0});
   test::check_routing(tape.routing, 1, 131073);
   const std::vector<float> ones(4, 1.0f);
   CHECK(test::gate_dx(many, random_matrix<float>(1, 2, 1), ones, tape).allFinite());
   SharedExpertGate<Noisy<float>> twice(
-      {.width = 2, .shared = 2, .routed = {.shared = 1, .routed = {.experts = 3, .active = 3}}}, 0);
+      {.width = 2, .shared = 2, .routed = {.shared = 1, .routed = {.experts = 3, .top_k = 3}}}, 0);
   CHECK(twice.evaluate(random_matrix<float>(1, 2, 1)).expert == Indices{0, 1, 2, 3, 4, 5});
   CHECK(parameter_count(twice) == 12);
 }
@@ -302,11 +302,11 @@ TEST_CASE("shared expert gate: shapes at the ends", "[routing][gate]") {
 TEMPLATE_TEST_CASE("shared expert gate: the same bits on any number of threads", "[routing][gate]",
                    float, double) {
   test::check_threads<Noisy<TestType>>(
-      {.width = 7, .shared = 3, .gated = true, .routed = {.experts = 21, .active = 3}}, 300);
+      {.width = 7, .shared = 3, .gated = true, .routed = {.experts = 21, .top_k = 3}}, 300);
 }
 
 TEST_CASE("shared expert gate: a token with NaN spoils no other", "[routing][gate]") {
-  Noisy<float> gate({.width = 3, .gated = true, .routed = {.experts = 4, .active = 2}}, 0);
+  Noisy<float> gate({.width = 3, .gated = true, .routed = {.experts = 4, .top_k = 2}}, 0);
   Matrix<float> x = random_matrix<float>(5, 3, 1);
   x(2, 1) = std::nanf("");
   const Routing<float> routing = gate.evaluate(x);
@@ -317,7 +317,7 @@ TEST_CASE("shared expert gate: a token with NaN spoils no other", "[routing][gat
 }
 
 TEST_CASE("shared expert gate: backward adds once each time", "[routing][gate]") {
-  Noisy<double> gate({.width = 3, .gated = true, .routed = {.experts = 5, .active = 2}}, 1);
+  Noisy<double> gate({.width = 3, .gated = true, .routed = {.experts = 5, .top_k = 2}}, 1);
   test::randomize(gate, 1);
   Noisy<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
@@ -347,7 +347,7 @@ TEST_CASE("shared expert gate: a wrapped gate adds to dx once each time", "[rout
 TEST_CASE("shared expert gate: parameters have their names, shapes and start", "[routing][gate]") {
   for (const bool is_gated : {false, true}) {
     Noisy<float> gate(
-        {.width = 3, .shared = 2, .gated = is_gated, .routed = {.experts = 5, .active = 2}}, 0);
+        {.width = 3, .shared = 2, .gated = is_gated, .routed = {.experts = 5, .top_k = 2}}, 0);
     std::vector<std::string> names;
     for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
       names.push_back(name);
@@ -365,7 +365,7 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
           "[routing][gate]") {
   using Config = Noisy<float>::Config;
   const auto refuse = [](auto&& spoil, const std::string& message) {
-    Config config{.width = 4, .routed = {.experts = 6, .active = 2}};
+    Config config{.width = 4, .routed = {.experts = 6, .top_k = 2}};
     spoil(config);
     CHECK_THROWS_AS(Noisy<float>(config, 0), std::invalid_argument);
     CHECK_THROWS_WITH(Noisy<float>(config, 0), "moe: " + message);
@@ -375,12 +375,12 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
          "SharedExpertGate::Config.shared = 0, must be at least 1");
   refuse([](Config& c) { c.routed.width = 5; },
          "SharedExpertGate::Config.routed.width = 5, must be 0 or Config.width = 4");
-  refuse([](Config& c) { c.routed.active = 7; },
-         "NoisyTopKGate::Config.active = 7, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.routed.top_k = 7; },
+         "NoisyTopKGate::Config.top_k = 7, must be from 1 to experts = 6");
 }
 
 TEST_CASE("shared expert gate: a bad input is refused and changes nothing", "[routing][gate]") {
-  Noisy<double> gate({.width = 3, .routed = {.experts = 5, .active = 2}}, 1);
+  Noisy<double> gate({.width = 3, .routed = {.experts = 5, .top_k = 2}}, 1);
   Noisy<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
   const std::vector<double> dweight(18, 0.5);
@@ -400,16 +400,16 @@ TEST_CASE("shared expert gate: a bad input is refused and changes nothing", "[ro
                     "moe: SharedExpertGate::backward: dweight has 17 entries for 18 slots");
   const std::string foreign =
       "moe: SharedExpertGate::backward: the tape is another gate's, of 6 experts";
-  Noisy<double> few({.width = 3, .routed = {.experts = 4, .active = 2}}, 0);
+  Noisy<double> few({.width = 3, .routed = {.experts = 4, .top_k = 2}}, 0);
   CHECK_THROWS_WITH(test::gate_dx(few, x, dweight, tape), foreign);
-  Noisy<double> plus({.width = 3, .shared = 2, .routed = {.experts = 4, .active = 2}}, 0);
+  Noisy<double> plus({.width = 3, .shared = 2, .routed = {.experts = 4, .top_k = 2}}, 0);
   CHECK_THROWS_WITH(test::gate_dx(plus, x, dweight, tape), foreign);
-  Noisy<double> weighted({.width = 3, .gated = true, .routed = {.experts = 5, .active = 2}}, 0);
+  Noisy<double> weighted({.width = 3, .gated = true, .routed = {.experts = 5, .top_k = 2}}, 0);
   CHECK_THROWS_WITH(test::gate_dx(weighted, x, dweight, tape), foreign);
-  Noisy<double> broad({.width = 4, .routed = {.experts = 5, .active = 2}}, 0);
+  Noisy<double> broad({.width = 4, .routed = {.experts = 5, .top_k = 2}}, 0);
   CHECK_THROWS_WITH(test::gate_dx(broad, x, dweight, tape),
                     "moe: SharedExpertGate::backward: x is 6 x 3, in forward() it was 6 x 4");
-  Noisy<double> busy({.width = 3, .routed = {.experts = 5, .active = 1}},
+  Noisy<double> busy({.width = 3, .routed = {.experts = 5, .top_k = 1}},
                      0);  // the inner one's check
   CHECK_THROWS_AS(test::gate_dx(busy, x, dweight, tape), std::invalid_argument);
   for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
@@ -442,7 +442,7 @@ TEMPLATE_TEST_CASE("shared expert gate: no memory after the first call",
     MoELayer<Expert<FeedForward, S>, Noisy<S>> layer(
         {.width = 8,
          .expert = {.hidden = 8},
-         .gate = {.shared = 2, .gated = true, .routed = {.experts = 12, .active = 2}},
+         .gate = {.shared = 2, .gated = true, .routed = {.experts = 12, .top_k = 2}},
          .seed = 0});
     const Matrix<S> x = random_matrix<S>(200, 8, 1);
     typename decltype(layer)::Tape training;
@@ -459,7 +459,7 @@ TEMPLATE_TEST_CASE("shared expert gate: no memory after the first call",
 
     // The gate alone.
     SharedExpertGate<NoisyTopKGate<S>> gate(
-        {.width = 8, .shared = 2, .gated = true, .routed = {.experts = 12, .active = 2}}, 1);
+        {.width = 8, .shared = 2, .gated = true, .routed = {.experts = 12, .top_k = 2}}, 1);
     typename decltype(gate)::Tape tape;
     gate.forward(x, tape, {.step = 0});
     const std::vector<S> dweight(detail::to_size(tape.routing.slots()), S(1));

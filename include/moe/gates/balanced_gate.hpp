@@ -8,7 +8,7 @@
 #include "moe/kernels/column_sums.hpp"
 #include "moe/random.hpp"
 #include "moe/routing/choose_tokens.hpp"
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 #include "moe/routing/linear_scores.hpp"
 
 /// \file
@@ -59,7 +59,7 @@ class BalancedGate {
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
-    Index active = 0;   ///< K, experts of a token on average, 1 <= K <= E
+    Index top_k = 0;   ///< K, experts of a token on average, 1 <= K <= E
     double threshold_weight = 1e-3;  ///< of L_batchwise, >= 0
   };
 
@@ -158,8 +158,8 @@ class BalancedGate {
             ", must be at least 1");
     require(config.experts >= 1, "BalancedGate::Config.experts = ", config.experts,
             ", must be at least 1");
-    require(config.active >= 1 && config.active <= config.experts,
-            "BalancedGate::Config.active = ", config.active,
+    require(config.top_k >= 1 && config.top_k <= config.experts,
+            "BalancedGate::Config.top_k = ", config.top_k,
             ", must be from 1 to experts = ", config.experts);
     require(std::isfinite(config.threshold_weight) && config.threshold_weight >= 0,
             "BalancedGate::Config.threshold_weight = ", config.threshold_weight,
@@ -169,7 +169,7 @@ class BalancedGate {
 
   /// m.
   Index taken(Index tokens) const {
-    return detail::tokens_to_take(static_cast<double>(config_.active), tokens, experts());
+    return detail::tokens_to_take(static_cast<double>(config_.top_k), tokens, experts());
   }
 
   void compute_p(const MatrixRef<Scalar>& x, Tape& tape) const {

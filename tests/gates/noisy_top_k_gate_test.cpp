@@ -1,4 +1,4 @@
-#include "moe/routing/noisy_top_k_gate.hpp"
+#include "moe/gates/noisy_top_k_gate.hpp"
 
 #include <set>
 
@@ -19,7 +19,7 @@ namespace {
 /// Checks W_g, W_noise and x at a point away from ties.
 void check_gradients(const NoisyTopKGate<double>::Config& config, Index tokens, double weights,
                      double inputs) {
-  INFO("E " << config.experts << ", K " << config.active << ", loss weights "
+  INFO("E " << config.experts << ", K " << config.top_k << ", loss weights "
             << config.importance_weight << " and " << config.load_weight << ", noise "
             << config.noise << ", weights times " << weights << ", x times " << inputs);
   NoisyTopKGate<double> gate(config, 77);
@@ -31,7 +31,7 @@ void check_gradients(const NoisyTopKGate<double>::Config& config, Index tokens, 
     test::randomize(gate, seed, weights);
     x = random_matrix(tokens, config.width, seed, inputs);
     gate.forward(x, tape, key);
-    clear = test::choice_margin(config.noise ? tape.noisy : tape.clean, config.active) > 2e-3;
+    clear = test::choice_margin(config.noise ? tape.noisy : tape.clean, config.top_k) > 2e-3;
   }
   REQUIRE(clear);
   const Matrix<double> r = random_matrix(tokens, config.experts, 8);
@@ -48,10 +48,10 @@ void check_gradients(const NoisyTopKGate<double>::Config& config, Index tokens, 
 TEST_CASE("noisy top-k gate: gradients are derivatives for every number of experts",
           "[routing][gate]") {
   for (Index experts = 1; experts <= 12; ++experts) {
-    for (Index active = 1; active <= experts; active += experts > 6 ? 3 : 1) {
+    for (Index top_k = 1; top_k <= experts; top_k += experts > 6 ? 3 : 1) {
       check_gradients({.width = 3,
                        .experts = experts,
-                       .active = active,
+                       .top_k = top_k,
                        .importance_weight = 0.7,
                        .load_weight = 1.3},
                       4, 0.8, 1);
@@ -64,10 +64,10 @@ TEST_CASE("noisy top-k gate: gradients are derivatives for every pair of loss we
   for (const bool noise : {true, false}) {
     for (const double importance : {0.0, 0.9}) {
       for (const double load : {0.0, 1.7}) {
-        for (const Index active : {1, 2, 5}) {
+        for (const Index top_k : {1, 2, 5}) {
           check_gradients({.width = 4,
                            .experts = 5,
-                           .active = active,
+                           .top_k = top_k,
                            .noise = noise,
                            .importance_weight = importance,
                            .load_weight = load},
@@ -81,10 +81,10 @@ TEST_CASE("noisy top-k gate: gradients are derivatives for every pair of loss we
 TEST_CASE("noisy top-k gate: gradients are derivatives at every scale", "[routing][gate]") {
   for (const double weights : {1e-2, 1.0, 10.0}) {
     for (const double inputs : {1e-2, 1.0, 10.0}) {
-      for (const Index active : {1, 3}) {
+      for (const Index top_k : {1, 3}) {
         check_gradients({.width = 3,
                          .experts = 6,
-                         .active = active,
+                         .top_k = top_k,
                          .noise_floor = 0.05,
                          .importance_weight = 1,
                          .load_weight = 2},
@@ -102,7 +102,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: two tokens and three experts worked by han
   };
   NoisyTopKGate<S> gate({.width = 2,
                          .experts = 3,
-                         .active = 2,
+                         .top_k = 2,
                          .noise = false,
                          .importance_weight = 0.5,
                          .load_weight = 2},
@@ -158,7 +158,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: two tokens and three experts worked by han
 TEST_CASE("noisy top-k gate: the load of two experts worked by hand", "[routing][gate]") {
   // K = 1 of E = 2: each expert's threshold is the other's h, so with W_noise = 0 and
   // s = log 2 + 0.01, P_0 = Φ((c_0 − c_1 − n_1·s)/s) and P_1 = Φ((c_1 − c_0 − n_0·s)/s).
-  NoisyTopKGate<double> gate({.width = 1, .experts = 2, .active = 1}, 5);
+  NoisyTopKGate<double> gate({.width = 1, .experts = 2, .top_k = 1}, 5);
   parameter(gate, "weight").value << 0.3, -0.2;
   NoisyTopKGate<double>::Tape tape;
   gate.forward(Matrix<double>{{1}}, tape, {.step = 9});
@@ -176,8 +176,8 @@ TEST_CASE("noisy top-k gate: the load of two experts worked by hand", "[routing]
 TEST_CASE("noisy top-k gate: load is how often an expert is chosen when its noise is drawn again",
           "[routing][gate]") {
   const Index experts = 5;
-  const Index active = 2;
-  NoisyTopKGate<double> gate({.width = 3, .experts = experts, .active = active}, 21);
+  const Index top_k = 2;
+  NoisyTopKGate<double> gate({.width = 3, .experts = experts, .top_k = top_k}, 21);
   test::randomize(gate, 2, 0.5);
   NoisyTopKGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(2, 3, 31);
@@ -193,7 +193,7 @@ TEST_CASE("noisy top-k gate: load is how often an expert is chosen when its nois
             tape.clean(t, i) + static_cast<double>(standard_normal(words[0])) * tape.scale(t, i);
         Index better = 0;
         for (Index j = 0; j < experts; ++j) better += j != i && tape.noisy(t, j) > h ? 1 : 0;
-        chosen += better < active ? 1 : 0;
+        chosen += better < top_k ? 1 : 0;
       }
       const double p = tape.probability(t, i);
       const double frequency = static_cast<double>(chosen) / draws;
@@ -208,7 +208,7 @@ TEST_CASE("noisy top-k gate: the threshold carries a share of the gradient that 
   // so the gradient by c sums to zero over a token's experts. Without the threshold's share it
   // would not, by as much as the gradient itself.
   NoisyTopKGate<double> gate(
-      {.width = 3, .experts = 6, .active = 2, .importance_weight = 0, .load_weight = 1}, 3);
+      {.width = 3, .experts = 6, .top_k = 2, .importance_weight = 0, .load_weight = 1}, 3);
   test::randomize(gate, 2, 0.3);
   NoisyTopKGate<double>::Tape tape;
   gate.forward(random_matrix(8, 3, 31), tape, {.step = 0});
@@ -223,7 +223,7 @@ TEST_CASE("noisy top-k gate: the threshold carries a share of the gradient that 
 TEMPLATE_TEST_CASE("noisy top-k gate: ties go to the lower expert", "[routing][gate]", float,
                    double) {
   // Weights start at zero, so without noise every score is equal.
-  const NoisyTopKGate<TestType> gate({.width = 3, .experts = 7, .active = 3}, 0);
+  const NoisyTopKGate<TestType> gate({.width = 3, .experts = 7, .top_k = 3}, 0);
   const Routing<TestType> routing = gate.evaluate(random_matrix<TestType>(2, 3, 1));
   CHECK(routing.expert == Indices{0, 1, 2, 0, 1, 2});
   for (const TestType weight : routing.weight) {
@@ -232,7 +232,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: ties go to the lower expert", "[routing][g
 }
 
 TEST_CASE("noisy top-k gate: training starts in balance", "[routing][gate]") {
-  const NoisyTopKGate<float> gate({.width = 3, .experts = 8, .active = 2}, 0);
+  const NoisyTopKGate<float> gate({.width = 3, .experts = 8, .top_k = 2}, 0);
   NoisyTopKGate<float>::Tape tape;
   gate.forward(random_matrix<float>(4000, 3, 1), tape, {.step = 0});
   CHECK(tape.balance.unused_experts() == 0);
@@ -243,19 +243,19 @@ TEST_CASE("noisy top-k gate: training starts in balance", "[routing][gate]") {
 
 TEMPLATE_TEST_CASE("noisy top-k gate: slots are ascending and weights a distribution",
                    "[routing][gate]", float, double) {
-  for (const Index active : {1, 3, 6}) {
-    NoisyTopKGate<TestType> gate({.width = 4, .experts = 6, .active = active}, 3);
+  for (const Index top_k : {1, 3, 6}) {
+    NoisyTopKGate<TestType> gate({.width = 4, .experts = 6, .top_k = top_k}, 3);
     test::randomize(gate, 5);
     typename NoisyTopKGate<TestType>::Tape tape;
     const Routing<TestType>& routing =
         gate.forward(random_matrix<TestType>(200, 4, 2), tape, {.step = 0});
     REQUIRE(routing.tokens() == 200);
-    REQUIRE(routing.slots() == 200 * active);
+    REQUIRE(routing.slots() == 200 * top_k);
     for (Index t = 0; t < 200; ++t) {
-      CHECK(routing.token_offsets[detail::to_size(t)] == t * active);
+      CHECK(routing.token_offsets[detail::to_size(t)] == t * top_k);
       double sum = 0;
-      for (Index s = t * active; s < (t + 1) * active; ++s) {
-        if (s > t * active) {
+      for (Index s = t * top_k; s < (t + 1) * top_k; ++s) {
+        if (s > t * top_k) {
           CHECK(routing.expert[detail::to_size(s) - 1] < routing.expert[detail::to_size(s)]);
         }
         CHECK(routing.weight[detail::to_size(s)] >= 0);
@@ -270,7 +270,7 @@ TEST_CASE("noisy top-k gate: noise replays by its key and differs by step and se
           "[routing][gate]") {
   const Matrix<double> x = random_matrix(5, 3, 1);
   const auto noise = [&](std::uint64_t seed, const NoiseKey& key, const Matrix<double>& rows) {
-    const NoisyTopKGate<double> gate({.width = 3, .experts = 21, .active = 2}, seed);
+    const NoisyTopKGate<double> gate({.width = 3, .experts = 21, .top_k = 2}, seed);
     NoisyTopKGate<double>::Tape tape;
     gate.forward(rows, tape, key);
     return tape.noise;
@@ -286,7 +286,7 @@ TEST_CASE("noisy top-k gate: noise replays by its key and differs by step and se
 }
 
 TEST_CASE("noisy top-k gate: load is the count in evaluation", "[routing][gate]") {
-  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
+  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
   const Routing<double>& routing = gate.evaluate(random_matrix(30, 3, 2), tape);
@@ -300,7 +300,7 @@ TEST_CASE("noisy top-k gate: load is the count in evaluation", "[routing][gate]"
 }
 
 TEST_CASE("noisy top-k gate: without noise training sees what evaluation sees", "[routing][gate]") {
-  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .active = 2, .noise = false}, 1);
+  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .top_k = 2, .noise = false}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape training;
   NoisyTopKGate<double>::Tape serving;
@@ -318,7 +318,7 @@ TEST_CASE("noisy top-k gate: a counted load carries no gradient", "[routing][gat
   for (const bool all : {false, true}) {
     NoisyTopKGate<double> gate({.width = 3,
                                 .experts = 5,
-                                .active = all ? 5 : 1,
+                                .top_k = all ? 5 : 1,
                                 .noise = all,
                                 .importance_weight = 0,
                                 .load_weight = 1},
@@ -338,7 +338,7 @@ TEST_CASE("noisy top-k gate: a counted load carries no gradient", "[routing][gat
 
 TEST_CASE("noisy top-k gate: one active expert learns from the load alone", "[routing][gate]") {
   NoisyTopKGate<double> gate(
-      {.width = 3, .experts = 5, .active = 1, .importance_weight = 1, .load_weight = 0}, 1);
+      {.width = 3, .experts = 5, .top_k = 1, .importance_weight = 1, .load_weight = 0}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
   gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
@@ -347,7 +347,7 @@ TEST_CASE("noisy top-k gate: one active expert learns from the load alone", "[ro
 }
 
 TEST_CASE("noisy top-k gate: backward adds once each time", "[routing][gate]") {
-  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
+  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
@@ -366,7 +366,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: a token with NaN or infinity spoils no oth
   using S = TestType;
   for (const S bad : {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(),
                       -std::numeric_limits<S>::infinity()}) {
-    NoisyTopKGate<S> gate({.width = 3, .experts = 9, .active = 4}, 1);
+    NoisyTopKGate<S> gate({.width = 3, .experts = 9, .top_k = 4}, 1);
     test::randomize(gate, 1);
     Matrix<S> x = random_matrix<S>(6, 3, 2);
     typename NoisyTopKGate<S>::Tape clean;
@@ -391,7 +391,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: a token with NaN or infinity spoils no oth
 
 TEST_CASE("noisy top-k gate: parameters have their names and shapes and start at zero",
           "[routing][gate]") {
-  const NoisyTopKGate<float> gate({.width = 3, .experts = 5, .active = 2}, 0);
+  const NoisyTopKGate<float> gate({.width = 3, .experts = 5, .top_k = 2}, 0);
   std::vector<std::string> names;
   for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
     names.push_back(name);
@@ -407,15 +407,15 @@ TEST_CASE("noisy top-k gate: a bad configuration is refused with its field and n
           "[routing][gate]") {
   using Config = NoisyTopKGate<float>::Config;
   const auto refuse = [](auto&& spoil, const std::string& message) {
-    Config config{.width = 4, .experts = 6, .active = 2};
+    Config config{.width = 4, .experts = 6, .top_k = 2};
     spoil(config);
     CHECK_THROWS_AS(NoisyTopKGate<float>(config, 0), std::invalid_argument);
     CHECK_THROWS_WITH(NoisyTopKGate<float>(config, 0), "moe: NoisyTopKGate::Config." + message);
   };
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.experts = 0; }, "experts = 0, must be at least 1");
-  refuse([](Config& c) { c.active = 0; }, "active = 0, must be from 1 to experts = 6");
-  refuse([](Config& c) { c.active = 7; }, "active = 7, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to experts = 6");
   refuse([](Config& c) { c.noise_floor = 0; }, "noise_floor = 0, must be finite and above 0");
   refuse([](Config& c) { c.noise_floor = -0.5; }, "noise_floor = -0.5, must be finite and above 0");
   refuse([](Config& c) { c.noise_floor = std::nan(""); },
@@ -431,7 +431,7 @@ TEST_CASE("noisy top-k gate: a bad configuration is refused with its field and n
 }
 
 TEST_CASE("noisy top-k gate: a bad input is refused and changes nothing", "[routing][gate]") {
-  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
+  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
   test::randomize(gate, 1);
   NoisyTopKGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);

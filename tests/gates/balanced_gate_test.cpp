@@ -1,4 +1,4 @@
-#include "moe/routing/balanced_gate.hpp"
+#include "moe/gates/balanced_gate.hpp"
 
 #include <set>
 
@@ -18,7 +18,7 @@ static_assert(Gate<BalancedGate<double>>);
 namespace {
 
 Index taken(const BalancedGate<double>::Config& config, Index tokens) {
-  return std::max<Index>(tokens == 0 ? 0 : 1, config.active * tokens / config.experts);
+  return std::max<Index>(tokens == 0 ? 0 : 1, config.top_k * tokens / config.experts);
 }
 
 /// [S17 eq. 15-20] a scalar at a time.
@@ -97,7 +97,7 @@ void randomize(BalancedGate<double>& gate, std::uint64_t seed, double weights) {
 
 void check_gradients(const BalancedGate<double>::Config& config, Index tokens, double weights,
                      double inputs) {
-  INFO("T " << tokens << ", E " << config.experts << ", K " << config.active << ", loss weight "
+  INFO("T " << tokens << ", E " << config.experts << ", K " << config.top_k << ", loss weight "
             << config.threshold_weight << ", weights times " << weights << ", x times " << inputs);
   BalancedGate<double> gate(config, 77);
   BalancedGate<double>::Tape tape;
@@ -148,10 +148,10 @@ void check_gradients(const BalancedGate<double>::Config& config, Index tokens, d
 TEST_CASE("balanced gate: gradients are derivatives for every number of experts",
           "[routing][gate]") {
   for (const Index experts : {1, 2, 3, 4, 6}) {
-    for (Index active = 1; active <= experts; active += experts > 3 ? 2 : 1) {
+    for (Index top_k = 1; top_k <= experts; top_k += experts > 3 ? 2 : 1) {
       for (const double weight : {0.0, 0.9}) {
         check_gradients(
-            {.width = 3, .experts = experts, .active = active, .threshold_weight = weight}, 6, 0.8,
+            {.width = 3, .experts = experts, .top_k = top_k, .threshold_weight = weight}, 6, 0.8,
             1);
       }
     }
@@ -163,19 +163,19 @@ TEST_CASE("balanced gate: gradients are derivatives at every scale and where it 
   for (const double weights : {1e-2, 1.0, 10.0}) {
     for (const double inputs : {1e-2, 1.0, 10.0}) {
       if (weights * inputs > 10) continue;  // a softmax of scores of 100 has no slope
-      check_gradients({.width = 3, .experts = 4, .active = 2, .threshold_weight = 0.7}, 5, weights,
+      check_gradients({.width = 3, .experts = 4, .top_k = 2, .threshold_weight = 0.7}, 5, weights,
                       inputs);
     }
   }
-  check_gradients({.width = 3, .experts = 5, .active = 1, .threshold_weight = 0.7}, 2, 1, 1);
-  check_gradients({.width = 3, .experts = 3, .active = 2, .threshold_weight = 0.7}, 1, 1, 1);
+  check_gradients({.width = 3, .experts = 5, .top_k = 1, .threshold_weight = 0.7}, 2, 1, 1);
+  check_gradients({.width = 3, .experts = 3, .top_k = 2, .threshold_weight = 0.7}, 1, 1, 1);
 }
 
 TEMPLATE_TEST_CASE("balanced gate: three tokens and two experts worked by hand", "[routing][gate]",
                    float, double) {
   using S = TestType;
   const auto near = [](double value) { return Catch::Matchers::WithinAbs(value, 1e-6); };
-  BalancedGate<S> gate({.width = 1, .experts = 3, .active = 1, .threshold_weight = 2}, 0);
+  BalancedGate<S> gate({.width = 1, .experts = 3, .top_k = 1, .threshold_weight = 2}, 0);
   const S ln2 = std::log(S{2});
   parameter(gate, "weight").value = Matrix<S>{{0, ln2, -ln2}};
   parameter(gate, "threshold").value = Matrix<S>{{S(0.3), S(0.6), S(0.2)}};
@@ -224,10 +224,10 @@ TEST_CASE("balanced gate: every expert gets exactly m tokens for any shape", "[r
       return static_cast<Index>(derive_seed(seed, what) % static_cast<std::uint64_t>(count)) + 1;
     };
     const Index experts = draw(0, 20);
-    const Index active = draw(1, experts);
+    const Index top_k = draw(1, experts);
     const Index tokens = draw(2, 90);
-    INFO("T " << tokens << ", E " << experts << ", K " << active);
-    const BalancedGate<double>::Config config{.width = 3, .experts = experts, .active = active};
+    INFO("T " << tokens << ", E " << experts << ", K " << top_k);
+    const BalancedGate<double>::Config config{.width = 3, .experts = experts, .top_k = top_k};
     BalancedGate<double> gate(config, seed);
     BalancedGate<double>::Tape tape;
     gate.forward(random_matrix(tokens, 3, seed), tape);
@@ -250,7 +250,7 @@ TEST_CASE("balanced gate: every expert gets exactly m tokens for any shape", "[r
 
 TEST_CASE("balanced gate: evaluation goes by the thresholds, whatever the batch",
           "[routing][gate]") {
-  BalancedGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
+  BalancedGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
   parameter(gate, "threshold").value = Matrix<double>{{0.2, 0.3, 0.3, 0.25, 0.35}};
   const Matrix<double> x = random_matrix(200, 3, 2, 2);
   BalancedGate<double>::Tape tape;
@@ -293,7 +293,7 @@ TEST_CASE("balanced gate: evaluation goes by the thresholds, whatever the batch"
 
 TEST_CASE("balanced gate: thresholds learn to do what the batchwise mask does", "[routing][gate]") {
   const Index tokens = 512;
-  BalancedGate<double> gate({.width = 4, .experts = 8, .active = 2, .threshold_weight = 1}, 1);
+  BalancedGate<double> gate({.width = 4, .experts = 8, .top_k = 2, .threshold_weight = 1}, 1);
   const std::vector<double> none(detail::to_size(tokens * 2), 0.0);
   BalancedGate<double>::Tape tape;
   gate.forward(random_matrix(tokens, 4, 1), tape);
@@ -319,7 +319,7 @@ TEST_CASE("balanced gate: a token that no expert takes gets nothing and no NaN",
   using Layer = MoELayer<Expert<FeedForward, double>, BalancedGate<double>>;
   Layer layer({.width = 3,
                .expert = {.hidden = 4},
-               .gate = {.experts = 4, .active = 1, .threshold_weight = 0},
+               .gate = {.experts = 4, .top_k = 1, .threshold_weight = 0},
                .seed = 1});
   test::randomize(layer, 2);
   const Matrix<double> x = random_matrix(40, 3, 3);
@@ -347,7 +347,7 @@ TEMPLATE_TEST_CASE("balanced gate: probabilities too small to divide by do no ha
                    "[routing][gate]", float, double) {
   // Expert 1 must take tokens whose p is next to 0, and for some of those it is the only expert.
   using S = TestType;
-  BalancedGate<S> gate({.width = 1, .experts = 2, .active = 1, .threshold_weight = 1}, 0);
+  BalancedGate<S> gate({.width = 1, .experts = 2, .top_k = 1, .threshold_weight = 1}, 0);
   parameter(gate, "weight").value = Matrix<S>{{0, -1}};
   const Matrix<S> x{{5000}, {5001}, {5002}, {5003}};
   typename BalancedGate<S>::Tape tape;
@@ -362,7 +362,7 @@ TEMPLATE_TEST_CASE("balanced gate: probabilities too small to divide by do no ha
 }
 
 TEMPLATE_TEST_CASE("balanced gate: ties go to the lower token", "[routing][gate]", float, double) {
-  BalancedGate<TestType> gate({.width = 3, .experts = 4, .active = 2}, 0);
+  BalancedGate<TestType> gate({.width = 3, .experts = 4, .top_k = 2}, 0);
   parameter(gate, "weight").value.setZero();
   typename BalancedGate<TestType>::Tape tape;
   const Routing<TestType>& routing = gate.forward(random_matrix<TestType>(4, 3, 1), tape);
@@ -375,7 +375,7 @@ TEST_CASE("balanced gate: gradients of a layer are derivatives", "[routing][gate
   using Layer = MoELayer<Expert<FeedForward, double>, BalancedGate<double>>;
   test::check_layer_gradients<Layer>({.width = 3,
                                       .expert = {.hidden = 3, .activation = Activation::gelu},
-                                      .gate = {.experts = 4, .active = 2, .threshold_weight = 0.5},
+                                      .gate = {.experts = 4, .top_k = 2, .threshold_weight = 0.5},
                                       .seed = 4},
                                      6, [](BalancedGate<double>& gate, const Layer::Tape& tape) {
                                        return margin(gate, tape.gate.p) > 1e-2;
@@ -384,12 +384,12 @@ TEST_CASE("balanced gate: gradients of a layer are derivatives", "[routing][gate
 
 TEMPLATE_TEST_CASE("balanced gate: the same bits on any number of threads", "[routing][gate]",
                    float, double) {
-  test::check_threads<BalancedGate<TestType>>({.width = 7, .experts = 21, .active = 3}, 300);
+  test::check_threads<BalancedGate<TestType>>({.width = 7, .experts = 21, .top_k = 3}, 300);
 }
 
 TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
   SECTION("no tokens") {
-    BalancedGate<float> gate({.width = 3, .experts = 5, .active = 2}, 0);
+    BalancedGate<float> gate({.width = 3, .experts = 5, .top_k = 2}, 0);
     BalancedGate<float>::Tape tape;
     CHECK(gate.forward(Matrix<float>(0, 3), tape).slots() == 0);
     CHECK(tape.balance.loss == 0);
@@ -398,12 +398,12 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
   }
   SECTION("one expert, all experts, fewer tokens than experts") {
     for (const Index experts : {1, 9}) {
-      for (const Index active : {Index{1}, experts}) {
+      for (const Index top_k : {Index{1}, experts}) {
         for (const Index tokens : {1, 4}) {
-          BalancedGate<float> gate({.width = 3, .experts = experts, .active = active}, 0);
+          BalancedGate<float> gate({.width = 3, .experts = experts, .top_k = top_k}, 0);
           BalancedGate<float>::Tape tape;
           const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape).slots();
-          CHECK(slots == (active == experts ? experts * tokens : experts));
+          CHECK(slots == (top_k == experts ? experts * tokens : experts));
           const std::vector<float> ones(detail::to_size(slots), 1.0f);
           CHECK(test::gate_dx(gate, random_matrix<float>(tokens, 3, 1), ones, tape).allFinite());
         }
@@ -411,7 +411,7 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
     }
   }
   SECTION("131,072 experts and one token") {
-    BalancedGate<float> gate({.width = 2, .experts = 131072, .active = 2}, 0);
+    BalancedGate<float> gate({.width = 2, .experts = 131072, .top_k = 2}, 0);
     BalancedGate<float>::Tape tape;
     const Matrix<float> x = random_matrix<float>(1, 2, 1);
     CHECK(gate.forward(x, tape).slots() == 131072);
@@ -426,8 +426,8 @@ TEMPLATE_TEST_CASE("balanced gate: a token with NaN or infinity comes last and s
   using S = TestType;
   for (const S bad : {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(),
                       -std::numeric_limits<S>::infinity()}) {
-    for (const Index active : {1, 4}) {
-      BalancedGate<S> gate({.width = 3, .experts = 4, .active = active}, 1);
+    for (const Index top_k : {1, 4}) {
+      BalancedGate<S> gate({.width = 3, .experts = 4, .top_k = top_k}, 1);
       Matrix<S> x = random_matrix<S>(8, 3, 2);
       x(2, 1) = bad;
       typename BalancedGate<S>::Tape tape;
@@ -436,7 +436,7 @@ TEMPLATE_TEST_CASE("balanced gate: a token with NaN or infinity comes last and s
       test::for_each_slot(routing, [&](Index t, Index, std::size_t s) {
         CHECK(std::isnan(routing.weight[s]) == (t == 2));
       });
-      CHECK(routing.token_offsets[3] - routing.token_offsets[2] == (active == 4 ? 4 : 0));
+      CHECK(routing.token_offsets[3] - routing.token_offsets[2] == (top_k == 4 ? 4 : 0));
       CHECK(std::isnan(tape.balance.loss));
 
       const Routing<S> served = gate.evaluate(x);
@@ -450,7 +450,7 @@ TEMPLATE_TEST_CASE("balanced gate: a token with NaN or infinity comes last and s
 }
 
 TEST_CASE("balanced gate: backward adds once each time", "[routing][gate]") {
-  BalancedGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
+  BalancedGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
   BalancedGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(10, 3, 2);
   gate.forward(x, tape);
@@ -466,7 +466,7 @@ TEST_CASE("balanced gate: backward adds once each time", "[routing][gate]") {
 }
 
 TEST_CASE("balanced gate: parameters have their names, shapes and start", "[routing][gate]") {
-  const BalancedGate<float> gate({.width = 9, .experts = 4, .active = 2}, 3);
+  const BalancedGate<float> gate({.width = 9, .experts = 4, .top_k = 2}, 3);
   std::vector<std::string> names;
   for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
     names.push_back(name);
@@ -482,7 +482,7 @@ TEST_CASE("balanced gate: parameters have their names, shapes and start", "[rout
     }
   });
   CHECK(names == std::vector<std::string>{"weight", "threshold"});
-  const BalancedGate<float> other({.width = 9, .experts = 4, .active = 2}, 4);
+  const BalancedGate<float> other({.width = 9, .experts = 4, .top_k = 2}, 4);
   CHECK_FALSE(same_bits(test::values_of(gate).at("weight"), test::values_of(other).at("weight")));
 }
 
@@ -490,7 +490,7 @@ TEST_CASE("balanced gate: a bad configuration is refused with its field and numb
           "[routing][gate]") {
   using Config = BalancedGate<float>::Config;
   const auto refuse = [](auto&& spoil, const std::string& message) {
-    Config config{.width = 4, .experts = 6, .active = 2};
+    Config config{.width = 4, .experts = 6, .top_k = 2};
     spoil(config);
     CHECK_THROWS_AS(BalancedGate<float>(config, 0), std::invalid_argument);
     CHECK_THROWS_WITH(BalancedGate<float>(config, 0), "moe: BalancedGate::Config." + message);
@@ -498,8 +498,8 @@ TEST_CASE("balanced gate: a bad configuration is refused with its field and numb
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.width = -1; }, "width = -1, must be at least 1");
   refuse([](Config& c) { c.experts = 0; }, "experts = 0, must be at least 1");
-  refuse([](Config& c) { c.active = 0; }, "active = 0, must be from 1 to experts = 6");
-  refuse([](Config& c) { c.active = 7; }, "active = 7, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to experts = 6");
   refuse([](Config& c) { c.threshold_weight = -0.1; },
          "threshold_weight = -0.1, must be finite and at least 0");
   refuse([](Config& c) { c.threshold_weight = std::nan(""); },
@@ -509,7 +509,7 @@ TEST_CASE("balanced gate: a bad configuration is refused with its field and numb
 }
 
 TEST_CASE("balanced gate: a bad input is refused and changes nothing", "[routing][gate]") {
-  BalancedGate<double> gate({.width = 3, .experts = 5, .active = 2}, 1);
+  BalancedGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
   BalancedGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(10, 3, 2);
   const std::vector<double> dweight(20, 0.5);
@@ -536,11 +536,11 @@ TEST_CASE("balanced gate: a bad input is refused and changes nothing", "[routing
   const std::string foreign =
       "moe: BalancedGate::backward: the tape is another gate's, of 5 experts and 20 slots of 10 "
       "tokens";
-  BalancedGate<double> few({.width = 3, .experts = 4, .active = 2}, 0);
+  BalancedGate<double> few({.width = 3, .experts = 4, .top_k = 2}, 0);
   CHECK_THROWS_WITH(test::gate_dx(few, x, dweight, tape), foreign);
-  BalancedGate<double> busy({.width = 3, .experts = 5, .active = 3}, 0);
+  BalancedGate<double> busy({.width = 3, .experts = 5, .top_k = 3}, 0);
   CHECK_THROWS_WITH(test::gate_dx(busy, x, dweight, tape), foreign);
-  BalancedGate<double> broad({.width = 4, .experts = 5, .active = 2}, 0);
+  BalancedGate<double> broad({.width = 4, .experts = 5, .top_k = 2}, 0);
   CHECK_THROWS_WITH(test::gate_dx(broad, x, dweight, tape),
                     "moe: BalancedGate::backward: x is 10 x 3, in forward() it was 10 x 4");
   CHECK_NOTHROW(test::gate_dx(gate, x, dweight, tape));
@@ -552,7 +552,7 @@ TEMPLATE_TEST_CASE("balanced gate: no memory after the first call", "[routing][g
   for (const int count : {1, 3}) {
     const test::Threads threads(count);
     MoELayer<Expert<FeedForward, S>, BalancedGate<S>> layer(
-        {.width = 8, .expert = {.hidden = 8}, .gate = {.experts = 12, .active = 2}, .seed = 0});
+        {.width = 8, .expert = {.hidden = 8}, .gate = {.experts = 12, .top_k = 2}, .seed = 0});
     const Matrix<S> x = random_matrix<S>(200, 8, 1);
     typename decltype(layer)::Tape training;
     typename decltype(layer)::Tape serving;

@@ -1,4 +1,4 @@
-#include "moe/routing/softmax_top_k_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
 
 #include <set>
 
@@ -15,12 +15,12 @@ using test::parameter;
 using test::random_matrix;
 using test::same_bits;
 using Indices = std::vector<Index>;
-using Config = SoftmaxTopKConfig;
+using Config = TopKConfig;
 template <class Scalar>
-using Tape = typename SoftmaxTopKGate<Scalar>::Tape;
+using Tape = typename TopKGate<Scalar>::Tape;
 
-static_assert(Gate<SoftmaxTopKGate<float>>);
-static_assert(Gate<SoftmaxTopKGate<double>>);
+static_assert(Gate<TopKGate<float>>);
+static_assert(Gate<TopKGate<double>>);
 
 namespace {
 
@@ -28,19 +28,19 @@ namespace {
 /// drop. Returns how many choices were dropped.
 Index check_gradients(const Config& config, Index tokens, double weights = 0.8, double inputs = 1) {
   INFO("score " << static_cast<int>(config.score) << ", renormalise " << config.renormalise
-                << ", E " << config.experts << ", K " << config.active << ", groups "
-                << config.groups << "/" << config.active_groups << ", bias "
+                << ", E " << config.experts << ", K " << config.top_k << ", groups "
+                << config.groups << "/" << config.top_k_groups << ", bias "
                 << config.selection_bias << ", jitter " << config.jitter << ", random second "
                 << config.random_second << ", capacity " << config.capacity_factor << ", order "
-                << static_cast<int>(config.place_order) << ", losses " << config.switch_weight
-                << " " << config.sequence_weight << " " << config.z_weight << ", count "
+                << static_cast<int>(config.place_order) << ", losses " << config.switch_loss_weight
+                << " " << config.sequence_loss_weight << " " << config.z_loss_weight << ", count "
                 << static_cast<int>(config.switch_count) << ", weights times " << weights
                 << ", x times " << inputs);
   const NoiseKey key{.step = 3, .first_token = 5};
   // e^c is steep where logits are large.
   const double steep = weights * inputs > 5 ? 0.02 : 1;
   for (std::uint64_t seed = 1; seed < 60; ++seed) {
-    SoftmaxTopKGate<double> gate(config, seed);
+    TopKGate<double> gate(config, seed);
     fill_normal(parameter(gate, "weight").value, weights, seed);
     if (config.selection_bias) fill_normal(parameter(gate, "selection_bias").value, 0.1, seed);
     Matrix<double> x = random_matrix(tokens, config.width, seed, inputs);
@@ -67,7 +67,7 @@ Index check_gradients(const Config& config, Index tokens, double weights = 0.8, 
     if (!same) continue;
     const Matrix<double> dx = test::gate_dx(gate, x, dweight_of(tape.routing, r), tape);
     test::check_scaled_gradients(gate, dx, x, loss, weights, inputs, steep);
-    return tokens * config.active - tape.routing.slots();
+    return tokens * config.top_k - tape.routing.slots();
   }
   FAIL("no point away from ties");
   return 0;
@@ -79,40 +79,40 @@ constexpr Score scores[] = {Score::softmax, Score::softmax_of_chosen, Score::sig
 Config everything(Score score = Score::sigmoid) {
   return {.width = 5,
           .experts = 12,
-          .active = 2,
+          .top_k = 2,
           .score = score,
           .renormalise = true,
           .scale = 2.5,
           .groups = 4,
-          .active_groups = 2,
+          .top_k_groups = 2,
           .group_score = GroupScore::two_best,
           .selection_bias = true,
           .jitter = 0.1,
           .random_second = true,
           .capacity_factor = 1,
           .place_order = PlaceOrder::largest_weight,
-          .switch_weight = 0.3,
-          .sequence_weight = 0.2,
+          .switch_loss_weight = 0.3,
+          .sequence_loss_weight = 0.2,
           .sequences = 2,
-          .z_weight = 0.1};
+          .z_loss_weight = 0.1};
 }
 
 }  // namespace
 
-TEST_CASE("softmax top-k gate: gradients are derivatives for every number of experts",
+TEST_CASE("top-k gate: gradients are derivatives for every number of experts",
           "[routing][gate]") {
   for (const Score score : scores) {
     for (const bool renormalise : {false, true}) {
       for (Index experts = 1; experts <= 9; experts += experts > 3 ? 2 : 1) {
-        for (Index active = 1; active <= experts; active += experts > 5 ? 3 : 1) {
+        for (Index top_k = 1; top_k <= experts; top_k += experts > 5 ? 3 : 1) {
           check_gradients({.width = 3,
                            .experts = experts,
-                           .active = active,
+                           .top_k = top_k,
                            .score = score,
                            .renormalise = renormalise,
                            .scale = 1.7,
-                           .switch_weight = 0.7,
-                           .z_weight = 0.3},
+                           .switch_loss_weight = 0.7,
+                           .z_loss_weight = 0.3},
                           4);
         }
       }
@@ -120,7 +120,7 @@ TEST_CASE("softmax top-k gate: gradients are derivatives for every number of exp
   }
 }
 
-TEST_CASE("softmax top-k gate: gradients are derivatives for every set of losses",
+TEST_CASE("top-k gate: gradients are derivatives for every set of losses",
           "[routing][gate]") {
   for (const Score score : scores) {
     for (const double batch : {0.0, 0.9}) {
@@ -131,15 +131,15 @@ TEST_CASE("softmax top-k gate: gradients are derivatives for every set of losses
             const bool even = count != SwitchCount::per_token;
             check_gradients({.width = 3,
                              .experts = 5,
-                             .active = 2,
+                             .top_k = 2,
                              .score = score,
                              .renormalise = even,
-                             .switch_weight = batch,
-                             .sequence_weight = sequence,
+                             .switch_loss_weight = batch,
+                             .sequence_loss_weight = sequence,
                              .switch_count = count,
                              .sequences = even ? 3 : 2,
                              .row_order = even ? RowOrder::time_major : RowOrder::sequence_major,
-                             .z_weight = z},
+                             .z_loss_weight = z},
                             6);
           }
         }
@@ -148,29 +148,29 @@ TEST_CASE("softmax top-k gate: gradients are derivatives for every set of losses
   }
 }
 
-TEST_CASE("softmax top-k gate: gradients are derivatives for every choice and drop",
+TEST_CASE("top-k gate: gradients are derivatives for every choice and drop",
           "[routing][gate]") {
   Index dropped = 0;
   for (const Score score : scores) {
     for (const bool renormalise : {false, true}) {
-      for (const Index active_groups : {1, 2, 3}) {
+      for (const Index top_k_groups : {1, 2, 3}) {
         for (const bool bias : {false, true}) {
           for (const int drops : {0, 1, 2, 3}) {
             dropped +=
                 check_gradients({.width = 3,
                                  .experts = 6,
-                                 .active = 2,
+                                 .top_k = 2,
                                  .score = score,
                                  .renormalise = renormalise,
                                  .groups = 3,
-                                 .active_groups = active_groups,
+                                 .top_k_groups = top_k_groups,
                                  .group_score = bias ? GroupScore::two_best : GroupScore::best,
                                  .selection_bias = bias,
                                  .jitter = drops % 2 == 0 ? 0.3 : 0,
                                  .random_second = drops >= 2,
                                  .capacity_factor = drops == 0 ? 0 : 0.8,
                                  .place_order = static_cast<PlaceOrder>(std::max(0, drops - 1)),
-                                 .switch_weight = bias ? 0.4 : 0.0},
+                                 .switch_loss_weight = bias ? 0.4 : 0.0},
                                 6);
           }
         }
@@ -180,30 +180,30 @@ TEST_CASE("softmax top-k gate: gradients are derivatives for every choice and dr
   CHECK(dropped > 100);
 }
 
-TEST_CASE("softmax top-k gate: gradients are derivatives at every scale", "[routing][gate]") {
+TEST_CASE("top-k gate: gradients are derivatives at every scale", "[routing][gate]") {
   for (const Score score : scores) {
     for (const double weights : {1e-2, 1.0, 10.0}) {
       for (const double inputs : {1e-2, 1.0, 10.0}) {
         if (weights * inputs > 20) continue;  // probabilities are 0 and 1 there, and ties
         check_gradients({.width = 3,
                          .experts = 6,
-                         .active = 2,
+                         .top_k = 2,
                          .score = score,
                          .renormalise = weights < 5,
                          .jitter = 0.2,
-                         .switch_weight = 1,
-                         .sequence_weight = 1,
+                         .switch_loss_weight = 1,
+                         .sequence_loss_weight = 1,
                          .sequences = 2,
-                         .z_weight = 0.1},
+                         .z_loss_weight = 0.1},
                         4, weights, inputs);
       }
     }
   }
 }
 
-TEST_CASE("softmax top-k gate: with everything on inside a layer, gradients are derivatives",
+TEST_CASE("top-k gate: with everything on inside a layer, gradients are derivatives",
           "[routing][gate]") {
-  using Layer = MoELayer<Expert<FeedForward, double>, SoftmaxTopKGate<double>>;
+  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
   const test::Threads threads(1);
   for (const Score score : scores) {
     Config gate = everything(score);
@@ -243,9 +243,9 @@ TEST_CASE("softmax top-k gate: with everything on inside a layer, gradients are 
   }
 }
 
-TEST_CASE("softmax top-k gate: one active expert learns from its weight", "[routing][gate]") {
+TEST_CASE("top-k gate: one active expert learns from its weight", "[routing][gate]") {
   for (const Score score : scores) {
-    SoftmaxTopKGate<double> gate({.width = 3, .experts = 5, .active = 1, .score = score}, 1);
+    TopKGate<double> gate({.width = 3, .experts = 5, .top_k = 1, .score = score}, 1);
     Tape<double> tape;
     gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
     test::gate_dx(gate, random_matrix(6, 3, 2), std::vector<double>(6, 2.5), tape);
@@ -255,7 +255,7 @@ TEST_CASE("softmax top-k gate: one active expert learns from its weight", "[rout
   }
 }
 
-TEMPLATE_TEST_CASE("softmax top-k gate: the same bits on any number of threads", "[routing][gate]",
+TEMPLATE_TEST_CASE("top-k gate: the same bits on any number of threads", "[routing][gate]",
                    float, double) {
   using S = TestType;
   for (const Score score : scores) {
@@ -265,9 +265,9 @@ TEMPLATE_TEST_CASE("softmax top-k gate: the same bits on any number of threads",
     const Matrix<S> r = random_matrix<S>(300, 1200, 2);
     const auto run = [&](int threads, Tape<S>& tape, Matrix<S>& gradient, Matrix<S>& dx) {
       const test::Threads fixed(threads);
-      SoftmaxTopKGate<S> gate(config, 7);
+      TopKGate<S> gate(config, 7);
       gate.forward(x, tape, {.step = 2});
-      dx = test::gate_dx<SoftmaxTopKGate<S>>(gate, x, dweight_of(tape.routing, r), tape);
+      dx = test::gate_dx<TopKGate<S>>(gate, x, dweight_of(tape.routing, r), tape);
       gradient = parameter(gate, "weight").gradient();
     };
     Tape<S> first;
@@ -292,12 +292,12 @@ TEMPLATE_TEST_CASE("softmax top-k gate: the same bits on any number of threads",
   }
 }
 
-TEST_CASE("softmax top-k gate: jitter and second choices replay by their key", "[routing][gate]") {
+TEST_CASE("top-k gate: jitter and second choices replay by their key", "[routing][gate]") {
   const Matrix<double> x = random_matrix(40, 5, 1);
   const auto run = [&](std::uint64_t seed, const NoiseKey& key, const Matrix<double>& rows) {
-    SoftmaxTopKGate<double> gate({.width = 5,
+    TopKGate<double> gate({.width = 5,
                                   .experts = 6,
-                                  .active = 2,
+                                  .top_k = 2,
                                   .renormalise = true,
                                   .jitter = 0.25,
                                   .random_second = true},
@@ -329,10 +329,10 @@ TEST_CASE("softmax top-k gate: jitter and second choices replay by their key", "
   }
 }
 
-TEST_CASE("softmax top-k gate: a second choice is kept as often as twice its weight",
+TEST_CASE("top-k gate: a second choice is kept as often as twice its weight",
           "[routing][gate]") {
-  SoftmaxTopKGate<double> gate(
-      {.width = 1, .experts = 3, .active = 2, .renormalise = true, .random_second = true}, 3);
+  TopKGate<double> gate(
+      {.width = 1, .experts = 3, .top_k = 2, .renormalise = true, .random_second = true}, 3);
   parameter(gate, "weight").value << std::log(4.0), 0, -9;  // weights 4/5 and 1/5
   Tape<double> tape;
   gate.forward(Matrix<double>::Ones(20000, 1), tape, {.step = 0});
@@ -346,14 +346,14 @@ TEST_CASE("softmax top-k gate: a second choice is kept as often as twice its wei
   CHECK(tape.routing.slots() == 40);
 }
 
-TEST_CASE("softmax top-k gate: evaluation sees training without jitter, drops and capacity",
+TEST_CASE("top-k gate: evaluation sees training without jitter, drops and capacity",
           "[routing][gate]") {
-  SoftmaxTopKGate<double> gate(everything(), 1);
+  TopKGate<double> gate(everything(), 1);
   Config plain_config = everything();
   plain_config.jitter = 0;
   plain_config.random_second = false;
   plain_config.capacity_factor = 0;
-  SoftmaxTopKGate<double> plain(plain_config, 1);
+  TopKGate<double> plain(plain_config, 1);
   const Matrix<double> x = random_matrix(30, 5, 2);
   Tape<double> served;
   Tape<double> trained;
@@ -366,16 +366,16 @@ TEST_CASE("softmax top-k gate: evaluation sees training without jitter, drops an
   CHECK(gate.evaluate(x).weight == served.routing.weight);
 
   plain_config.evaluation_capacity_factor = 0.5;
-  const SoftmaxTopKGate<double> limited(plain_config, 1);
+  const TopKGate<double> limited(plain_config, 1);
   limited.evaluate(x, served);
   for (const Index tokens : served.balance.tokens_per_expert) CHECK(tokens <= 3);  // 0.5·60/12
   limited.forward(x, trained, {.step = 0});
   CHECK(trained.routing.slots() == 60);
 }
 
-TEST_CASE("softmax top-k gate: load counts what was chosen, tokens what was kept",
+TEST_CASE("top-k gate: load counts what was chosen, tokens what was kept",
           "[routing][gate]") {
-  SoftmaxTopKGate<double> gate(everything(), 1);
+  TopKGate<double> gate(everything(), 1);
   Tape<double> tape;
   const Routing<double>& routing = gate.forward(random_matrix(60, 5, 2), tape, {.step = 0});
   CHECK(tape.balance.load.sum() == 120);
@@ -392,10 +392,10 @@ TEST_CASE("softmax top-k gate: load counts what was chosen, tokens what was kept
   CHECK(kept < 120);
 }
 
-TEST_CASE("softmax top-k gate: the bias moves the choice and no weight", "[routing][gate]") {
+TEST_CASE("top-k gate: the bias moves the choice and no weight", "[routing][gate]") {
   for (const Score score : scores) {
-    SoftmaxTopKGate<double> gate(
-        {.width = 1, .experts = 3, .active = 1, .score = score, .selection_bias = true}, 0);
+    TopKGate<double> gate(
+        {.width = 1, .experts = 3, .top_k = 1, .score = score, .selection_bias = true}, 0);
     parameter(gate, "weight").value << 1, 0.5, 0;
     Tape<double> tape;
     const Matrix<double> one{{1}};
@@ -408,9 +408,9 @@ TEST_CASE("softmax top-k gate: the bias moves the choice and no weight", "[routi
   }
 }
 
-TEST_CASE("softmax top-k gate: the bias follows the sign of the load error", "[routing][gate]") {
-  SoftmaxTopKGate<float> gate(
-      {.width = 2, .experts = 4, .active = 1, .selection_bias = true, .bias_rate = 0.25}, 0);
+TEST_CASE("top-k gate: the bias follows the sign of the load error", "[routing][gate]") {
+  TopKGate<float> gate(
+      {.width = 2, .experts = 4, .top_k = 1, .selection_bias = true, .bias_rate = 0.25}, 0);
   Vector<float> load(4);
   load << 3, 0, 1, 0;  // mean 1
   gate.update_selection_bias(load);
@@ -420,21 +420,21 @@ TEST_CASE("softmax top-k gate: the bias follows the sign of the load error", "[r
   CHECK(parameter(gate, "selection_bias").value == Matrix<float>{{0, 0, 0.25f, 0.5f}});
   CHECK_THROWS_WITH(
       gate.update_selection_bias(Vector<float>(3)),
-      "moe: SoftmaxTopKGate::update_selection_bias: load has 3 entries for 4 experts");
+      "moe: TopKGate::update_selection_bias: load has 3 entries for 4 experts");
   Tape<float> tape;
   CHECK_THROWS_WITH(
       gate.update_selection_bias(tape),
-      "moe: SoftmaxTopKGate::update_selection_bias without a forward pass on this tape");
-  SoftmaxTopKGate<float> without({.width = 2, .experts = 4, .active = 1}, 0);
+      "moe: TopKGate::update_selection_bias without a forward pass on this tape");
+  TopKGate<float> without({.width = 2, .experts = 4, .top_k = 1}, 0);
   CHECK_THROWS_WITH(without.update_selection_bias(Vector<float>(4)),
-                    "moe: SoftmaxTopKGate::update_selection_bias without Config.selection_bias");
+                    "moe: TopKGate::update_selection_bias without Config.selection_bias");
 }
 
-TEST_CASE("softmax top-k gate: the bias alone brings a collapsed gate into balance",
+TEST_CASE("top-k gate: the bias alone brings a collapsed gate into balance",
           "[routing][gate]") {
-  SoftmaxTopKGate<float> gate({.width = 4,
+  TopKGate<float> gate({.width = 4,
                                .experts = 8,
-                               .active = 2,
+                               .top_k = 2,
                                .score = Score::sigmoid,
                                .selection_bias = true,
                                .bias_rate = 0.01},
@@ -453,8 +453,8 @@ TEST_CASE("softmax top-k gate: the bias alone brings a collapsed gate into balan
   CHECK(tape.balance.max_over_mean_load() < 1.25f);
 }
 
-TEST_CASE("softmax top-k gate: no optimizer moves the bias", "[routing][gate]") {
-  SoftmaxTopKGate<double> gate(everything(), 1);
+TEST_CASE("top-k gate: no optimizer moves the bias", "[routing][gate]") {
+  TopKGate<double> gate(everything(), 1);
   Matrix<double>& bias = parameter(gate, "selection_bias").value;
   fill_normal(bias, 0.3, 5);
   const Matrix<double> before = bias;
@@ -481,8 +481,8 @@ TEST_CASE("softmax top-k gate: no optimizer moves the bias", "[routing][gate]") 
   CHECK_FALSE(same_bits(parameter(gate, "weight").value, weight));
 }
 
-TEST_CASE("softmax top-k gate: backward adds once each time", "[routing][gate]") {
-  SoftmaxTopKGate<double> gate(everything(), 1);
+TEST_CASE("top-k gate: backward adds once each time", "[routing][gate]") {
+  TopKGate<double> gate(everything(), 1);
   Tape<double> tape;
   const Matrix<double> x = random_matrix(6, 5, 2);
   gate.forward(x, tape, {.step = 0});
@@ -494,24 +494,24 @@ TEST_CASE("softmax top-k gate: backward adds once each time", "[routing][gate]")
         1e-14);
 }
 
-TEMPLATE_TEST_CASE("softmax top-k gate: ties go to the lower expert and group", "[routing][gate]",
+TEMPLATE_TEST_CASE("top-k gate: ties go to the lower expert and group", "[routing][gate]",
                    float, double) {
   for (const Score score : scores) {
-    SoftmaxTopKGate<TestType> gate({.width = 2,
+    TopKGate<TestType> gate({.width = 2,
                                     .experts = 6,
-                                    .active = 2,
+                                    .top_k = 2,
                                     .score = score,
                                     .groups = 3,
-                                    .active_groups = 2,
+                                    .top_k_groups = 2,
                                     .deviation = 0},
                                    0);
     CHECK(gate.evaluate(random_matrix<TestType>(2, 2, 1)).expert == Indices{0, 1, 0, 1});
   }
 }
 
-TEST_CASE("softmax top-k gate: W_g starts with small deviates of the seed", "[routing][gate]") {
-  SoftmaxTopKGate<float> gate({.width = 100, .experts = 50, .active = 2}, 1);
-  SoftmaxTopKGate<float> other({.width = 100, .experts = 50, .active = 2}, 2);
+TEST_CASE("top-k gate: W_g starts with small deviates of the seed", "[routing][gate]") {
+  TopKGate<float> gate({.width = 100, .experts = 50, .top_k = 2}, 1);
+  TopKGate<float> other({.width = 100, .experts = 50, .top_k = 2}, 2);
   const Matrix<float>& w = parameter(gate, "weight").value;
   CHECK(std::abs(w.mean()) < 0.002f);
   CHECK(std::abs(std::sqrt(w.squaredNorm() / 5000) - 0.02f) < 0.001f);
@@ -522,7 +522,7 @@ TEST_CASE("softmax top-k gate: W_g starts with small deviates of the seed", "[ro
   CHECK(tape.balance.cv_load() < 0.4f);
 }
 
-TEMPLATE_TEST_CASE("softmax top-k gate: a token with NaN or infinity spoils no other",
+TEMPLATE_TEST_CASE("top-k gate: a token with NaN or infinity spoils no other",
                    "[routing][gate]", float, double) {
   using S = TestType;
   constexpr S infinity = std::numeric_limits<S>::infinity();
@@ -532,7 +532,7 @@ TEMPLATE_TEST_CASE("softmax top-k gate: a token with NaN or infinity spoils no o
         Config config = everything(score);
         config.random_second = limited;
         config.capacity_factor = limited ? 1 : 0;
-        SoftmaxTopKGate<S> gate(config, 1);
+        TopKGate<S> gate(config, 1);
         Matrix<S> x = random_matrix<S>(6, 5, 2);
         Tape<S> clean;
         Tape<S> spoilt;
@@ -553,7 +553,7 @@ TEMPLATE_TEST_CASE("softmax top-k gate: a token with NaN or infinity spoils no o
         if (std::isnan(bad)) CHECK(std::isnan(spoilt.balance.loss));
         CHECK_NOTHROW(group_by_expert(spoilt.routing));
         const std::vector<S> ones(spoilt.routing.weight.size(), S{1});
-        const Matrix<S> dx = test::gate_dx<SoftmaxTopKGate<S>>(gate, x, ones, spoilt);
+        const Matrix<S> dx = test::gate_dx<TopKGate<S>>(gate, x, ones, spoilt);
         if (std::isnan(bad)) CHECK(std::isnan(dx(2, 0)));
         CHECK(std::isfinite(dx(1, 0)));
       }
@@ -561,19 +561,19 @@ TEMPLATE_TEST_CASE("softmax top-k gate: a token with NaN or infinity spoils no o
   }
 }
 
-TEMPLATE_TEST_CASE("softmax top-k gate: extreme logits give finite weights and gradients",
+TEMPLATE_TEST_CASE("top-k gate: extreme logits give finite weights and gradients",
                    "[routing][gate]", float, double) {
   using S = TestType;
   for (const Score score : scores) {
     for (const S size : {S(1e-30), S{1}, S{1e4}}) {
-      SoftmaxTopKGate<S> gate({.width = 1,
+      TopKGate<S> gate({.width = 1,
                                .experts = 4,
-                               .active = 2,
+                               .top_k = 2,
                                .score = score,
                                .renormalise = true,
                                .selection_bias = true,
-                               .switch_weight = 1,
-                               .z_weight = S{1} / (1 + size)},
+                               .switch_loss_weight = 1,
+                               .z_loss_weight = S{1} / (1 + size)},
                               1);
       parameter(gate, "weight").value << -1, -2, -3, -4;
       parameter(gate, "selection_bias").value << 0, 0, 3 * size, 2 * size;
@@ -592,30 +592,30 @@ TEMPLATE_TEST_CASE("softmax top-k gate: extreme logits give finite weights and g
   }
 }
 
-TEMPLATE_TEST_CASE("softmax top-k gate: extreme shapes", "[routing][gate]", float, double) {
+TEMPLATE_TEST_CASE("top-k gate: extreme shapes", "[routing][gate]", float, double) {
   using S = TestType;
   for (const Score score : scores) {
-    const auto run = [&](Index tokens, Index experts, Index active, Index groups) {
-      INFO("T " << tokens << ", E " << experts << ", K " << active);
+    const auto run = [&](Index tokens, Index experts, Index top_k, Index groups) {
+      INFO("T " << tokens << ", E " << experts << ", K " << top_k);
       Config config = everything(score);
       config.experts = experts;
-      config.active = active;
-      config.random_second = active == 2;
+      config.top_k = top_k;
+      config.random_second = top_k == 2;
       config.groups = groups;
-      config.active_groups = (groups + 1) / 2;
+      config.top_k_groups = (groups + 1) / 2;
       config.sequences = 1;
-      SoftmaxTopKGate<S> gate(config, 1);
+      TopKGate<S> gate(config, 1);
       Tape<S> tape;
       gate.forward(random_matrix<S>(tokens, 5, 1), tape, {.step = 0});
       group_by_expert(tape.routing);
       CHECK(tape.routing.tokens() == tokens);
-      CHECK(tape.routing.slots() <= tokens * active);
+      CHECK(tape.routing.slots() <= tokens * top_k);
       CHECK(std::isfinite(tape.balance.loss));
       const std::vector<S> ones(tape.routing.weight.size(), S{1});
       CHECK(test::gate_dx(gate, random_matrix<S>(tokens, 5, 1), ones, tape).allFinite());
       CHECK(parameter(gate, "weight").gradient().allFinite());
       gate.evaluate(random_matrix<S>(tokens, 5, 1), tape);
-      CHECK(tape.routing.slots() == tokens * active);
+      CHECK(tape.routing.slots() == tokens * top_k);
     };
     run(0, 12, 2, 4);
     run(1, 1, 1, 1);
@@ -625,25 +625,25 @@ TEMPLATE_TEST_CASE("softmax top-k gate: extreme shapes", "[routing][gate]", floa
     run(1, 131072, 8, 16);
   }
   // Fewer tokens than experts leave one place each, none of which is taken twice.
-  SoftmaxTopKGate<S> gate({.width = 5, .experts = 40, .active = 2, .capacity_factor = 1}, 1);
+  TopKGate<S> gate({.width = 5, .experts = 40, .top_k = 2, .capacity_factor = 1}, 1);
   Tape<S> tape;
   gate.forward(Matrix<S>::Ones(3, 5), tape, {.step = 0});
   CHECK(tape.routing.token_offsets == Indices{0, 2, 2, 2});
 }
 
-TEST_CASE("softmax top-k gate: slots are grouped, ascending and weighed as chosen",
+TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen",
           "[routing][gate]") {
   for (std::uint64_t seed = 1; seed <= 40; ++seed) {
     const auto words = philox({1, 2, 3, 4}, seed);
     const Index groups = 1 + words[0] % 4;
     Config config = everything(scores[seed % 3]);
     config.groups = groups;
-    config.active_groups = 1 + words[1] % static_cast<std::uint32_t>(groups);
+    config.top_k_groups = 1 + words[1] % static_cast<std::uint32_t>(groups);
     config.experts = groups * (2 + words[2] % 5);
     config.place_order = static_cast<PlaceOrder>(seed % 3);
     config.capacity_factor = seed % 2 == 0 ? 0.9 : 0;
     const Index tokens = 2 * (words[3] % 20);
-    SoftmaxTopKGate<double> gate(config, seed);
+    TopKGate<double> gate(config, seed);
     Tape<double> tape;
     gate.forward(random_matrix(tokens, 5, seed), tape, {.step = 0});
     Routing<double>& routing = tape.routing;
@@ -654,7 +654,7 @@ TEST_CASE("softmax top-k gate: slots are grouped, ascending and weighed as chose
             routing.expert_offsets[detail::to_size(e) + 1]);
       for (Index row = routing.expert_offsets[detail::to_size(e)];
            row < routing.expert_offsets[detail::to_size(e) + 1]; ++row) {
-        const auto slot = detail::to_size(routing.row_slot[detail::to_size(row)]);
+        const auto slot = detail::to_size(routing.sorted_slot[detail::to_size(row)]);
         CHECK(routing.expert[slot] == e);
         ++seen[slot];
       }
@@ -680,17 +680,17 @@ TEST_CASE("softmax top-k gate: slots are grouped, ascending and weighed as chose
       for (Index k = 0; k < 2; ++k) {
         used.insert(tape.choices.expert[detail::to_size(2 * t + k)] / (config.experts / groups));
       }
-      CHECK(static_cast<Index>(used.size()) <= config.active_groups);
+      CHECK(static_cast<Index>(used.size()) <= config.top_k_groups);
     }
   }
 }
 
-TEMPLATE_TEST_CASE("softmax top-k gate: takes no memory after its first call",
+TEMPLATE_TEST_CASE("top-k gate: takes no memory after its first call",
                    "[routing][gate][allocation]", float, double) {
   using S = TestType;
   for (const int threads : {1, 3}) {
     const test::Threads fixed(threads);
-    SoftmaxTopKGate<S> gate(everything(), 1);
+    TopKGate<S> gate(everything(), 1);
     Tape<S> training;
     Tape<S> serving;
     const Matrix<S> x = random_matrix<S>(300, 5, 1);
@@ -712,13 +712,13 @@ TEMPLATE_TEST_CASE("softmax top-k gate: takes no memory after its first call",
   }
 }
 
-TEST_CASE("softmax top-k gate: in a layer takes no memory after its first call",
+TEST_CASE("top-k gate: in a layer takes no memory after its first call",
           "[routing][gate][allocation]") {
-  MoELayer<Expert<FeedForward>, SoftmaxTopKGate<>> layer(
+  MoELayer<Expert<FeedForward>, TopKGate<>> layer(
       {.width = 16,
        .expert = {.hidden = 24},
        .gate =
-           {.experts = 12, .active = 2, .renormalise = true, .jitter = 0.1, .switch_weight = 0.01},
+           {.experts = 12, .top_k = 2, .renormalise = true, .jitter = 0.1, .switch_loss_weight = 0.01},
        .seed = 0});
   const Matrix<float> x = random_matrix<float>(300, 16, 1);
   decltype(layer)::Tape tape;
@@ -735,8 +735,8 @@ TEST_CASE("softmax top-k gate: in a layer takes no memory after its first call",
         }) == 0);
 }
 
-TEST_CASE("softmax top-k gate: parameters have their names and shapes", "[routing][gate]") {
-  const auto names_of = [](const SoftmaxTopKGate<float>& gate) {
+TEST_CASE("top-k gate: parameters have their names and shapes", "[routing][gate]") {
+  const auto names_of = [](const TopKGate<float>& gate) {
     std::vector<std::string> names;
     for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
       names.push_back(name);
@@ -746,27 +746,27 @@ TEST_CASE("softmax top-k gate: parameters have their names and shapes", "[routin
     });
     return names;
   };
-  CHECK(names_of(SoftmaxTopKGate<float>({.width = 3, .experts = 5, .active = 2}, 0)) ==
+  CHECK(names_of(TopKGate<float>({.width = 3, .experts = 5, .top_k = 2}, 0)) ==
         std::vector<std::string>{"weight"});
-  CHECK(names_of(SoftmaxTopKGate<float>(
-            {.width = 3, .experts = 5, .active = 2, .selection_bias = true}, 0)) ==
+  CHECK(names_of(TopKGate<float>(
+            {.width = 3, .experts = 5, .top_k = 2, .selection_bias = true}, 0)) ==
         std::vector<std::string>{"weight", "selection_bias"});
 }
 
-TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and numbers",
+TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers",
           "[routing][gate]") {
   const auto refuse = [](auto&& spoil, const std::string& message) {
-    Config config{.width = 4, .experts = 6, .active = 2, .groups = 3, .active_groups = 2};
-    CHECK_NOTHROW(SoftmaxTopKGate<float>(config, 0));
+    Config config{.width = 4, .experts = 6, .top_k = 2, .groups = 3, .top_k_groups = 2};
+    CHECK_NOTHROW(TopKGate<float>(config, 0));
     spoil(config);
-    CHECK_THROWS_AS(SoftmaxTopKGate<float>(config, 0), std::invalid_argument);
-    CHECK_THROWS_WITH(SoftmaxTopKGate<float>(config, 0), "moe: SoftmaxTopKGate::Config." + message);
+    CHECK_THROWS_AS(TopKGate<float>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(TopKGate<float>(config, 0), "moe: TopKGate::Config." + message);
   };
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.experts = 0; }, "experts = 0, must be at least 1");
-  refuse([](Config& c) { c.active = 0; }, "active = 0, must be from 1 to experts = 6");
-  refuse([](Config& c) { c.active = 7; }, "active = 7, must be from 1 to experts = 6");
-  refuse([](Config& c) { c.active = 5; }, "active = 5, but active_groups = 2 hold 4 experts");
+  refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 5; }, "top_k = 5, but top_k_groups = 2 hold 4 experts");
   refuse([](Config& c) { c.score = static_cast<Score>(3); },
          "score = 3, must be one of the 3 scores");
   refuse([](Config& c) { c.scale = 0; }, "scale = 0, must be finite and above 0");
@@ -776,12 +776,12 @@ TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and
            scale > 1 ? "scale = 1e+300, must be finite and above 0 as a Scalar"
                      : "scale = 1e-300, must be finite and above 0 as a Scalar");
     CHECK_NOTHROW(
-        SoftmaxTopKGate<double>(Config{.width = 4, .experts = 6, .active = 2, .scale = scale}, 0));
+        TopKGate<double>(Config{.width = 4, .experts = 6, .top_k = 2, .scale = scale}, 0));
   }
   refuse([](Config& c) { c.groups = 0; }, "groups = 0, must divide experts = 6");
   refuse([](Config& c) { c.groups = 4; }, "groups = 4, must divide experts = 6");
-  refuse([](Config& c) { c.active_groups = 0; }, "active_groups = 0, must be from 1 to groups = 3");
-  refuse([](Config& c) { c.active_groups = 4; }, "active_groups = 4, must be from 1 to groups = 3");
+  refuse([](Config& c) { c.top_k_groups = 0; }, "top_k_groups = 0, must be from 1 to groups = 3");
+  refuse([](Config& c) { c.top_k_groups = 4; }, "top_k_groups = 4, must be from 1 to groups = 3");
   refuse([](Config& c) { c.group_score = static_cast<GroupScore>(-1); },
          "group_score = -1, must be one of the 2 scores of groups");
   refuse([](Config& c) { c.jitter = 1; }, "jitter = 1, must be in [0, 1)");
@@ -790,9 +790,9 @@ TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and
   refuse(
       [](Config& c) {
         c.random_second = true;
-        c.active = 3;
+        c.top_k = 3;
       },
-      "random_second with active = 3, must be 2");
+      "random_second with top_k = 3, must be 2");
   refuse([](Config& c) { c.place_order = static_cast<PlaceOrder>(3); },
          "place_order = 3, must be one of the 3 orders");
   refuse([](Config& c) { c.switch_count = static_cast<SwitchCount>(3); },
@@ -804,9 +804,9 @@ TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and
       {"bias_rate", &Config::bias_rate},
       {"capacity_factor", &Config::capacity_factor},
       {"evaluation_capacity_factor", &Config::evaluation_capacity_factor},
-      {"switch_weight", &Config::switch_weight},
-      {"sequence_weight", &Config::sequence_weight},
-      {"z_weight", &Config::z_weight},
+      {"switch_loss_weight", &Config::switch_loss_weight},
+      {"sequence_loss_weight", &Config::sequence_loss_weight},
+      {"z_loss_weight", &Config::z_loss_weight},
       {"deviation", &Config::deviation}};
   for (const auto& [name, field] : weights) {
     const auto member = field;
@@ -819,12 +819,12 @@ TEST_CASE("softmax top-k gate: a bad configuration is refused with its field and
   }
 }
 
-TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[routing][gate]") {
-  SoftmaxTopKGate<double> gate(everything(), 1);
+TEST_CASE("top-k gate: a bad input is refused and changes nothing", "[routing][gate]") {
+  TopKGate<double> gate(everything(), 1);
   Tape<double> tape;
   const Matrix<double> x = random_matrix(6, 5, 2);
   const char* const untrained =
-      "moe: SoftmaxTopKGate::backward without a forward pass on this tape";
+      "moe: TopKGate::backward without a forward pass on this tape";
   CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(12, 0.5), tape), untrained);
   gate.forward(random_matrix(6, 5, 2), tape, {.step = 0});
   gate.evaluate(random_matrix(6, 5, 3), tape);
@@ -833,11 +833,11 @@ TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[ro
   gate.forward(random_matrix(6, 5, 2), tape, {.step = 0});
   const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
   const Tape<double> before = tape;
-  const char* const wide = "moe: SoftmaxTopKGate: x has 4 columns, Config.width = 5";
+  const char* const wide = "moe: TopKGate: x has 4 columns, Config.width = 5";
   CHECK_THROWS_WITH(gate.forward(random_matrix(6, 4, 2), tape, {.step = 0}), wide);
   CHECK_THROWS_WITH(gate.evaluate(random_matrix(6, 4, 2), tape), wide);
   CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
-                    "moe: SoftmaxTopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
+                    "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(13, 0.5), tape),
                   std::invalid_argument);
   CHECK(same_bits(tape.scores, before.scores));
@@ -848,21 +848,21 @@ TEST_CASE("softmax top-k gate: a bad input is refused and changes nothing", "[ro
   const auto refuse = [&](auto&& change) {
     Config config = everything();
     change(config);
-    SoftmaxTopKGate<double> other(config, 1);
+    TopKGate<double> other(config, 1);
     CHECK_THROWS_AS(test::gate_dx(other, x, dweight, tape), std::invalid_argument);
     CHECK(parameter(other, "weight").gradient().cwiseAbs().maxCoeff() == 0);
   };
   refuse([](Config& c) { c.width = 4; });
   refuse([](Config& c) { c.experts = 24; });
   refuse([](Config& c) {
-    c.active = 1;
+    c.top_k = 1;
     c.random_second = false;
   });
   refuse([](Config& c) { c.sequences = 3; });
   refuse([](Config& c) { c.jitter = 0; });  // the tape's W_g met another x
   Config plain = everything();
-  plain.jitter = plain.switch_weight = plain.sequence_weight = 0;
-  SoftmaxTopKGate<double> other(plain, 1);
+  plain.jitter = plain.switch_loss_weight = plain.sequence_loss_weight = 0;
+  TopKGate<double> other(plain, 1);
   Tape<double> others;
   other.forward(random_matrix(6, 5, 2), others, {.step = 0});
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(others.routing.weight.size()), others),

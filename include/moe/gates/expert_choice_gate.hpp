@@ -5,7 +5,7 @@
 
 #include "moe/random.hpp"
 #include "moe/routing/choose_tokens.hpp"
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 #include "moe/routing/linear_scores.hpp"
 
 /// \file

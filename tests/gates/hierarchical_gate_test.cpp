@@ -1,11 +1,11 @@
-#include "moe/routing/hierarchical_gate.hpp"
+#include "moe/gates/hierarchical_gate.hpp"
 
 #include <set>
 
 #include "../naive_layer.hpp"
 #include "gates.hpp"
 #include "moe/optim/sgd.hpp"
-#include "moe/routing/noisy_top_k_gate.hpp"
+#include "moe/gates/noisy_top_k_gate.hpp"
 
 using namespace moe;
 using detail::to_size;
@@ -94,20 +94,20 @@ struct Naive {
     Vector<double> member_load = Vector<double>::Zero(experts);
     for (Index t = 0; t < x.rows(); ++t) {
       const Row groups = row("primary", 0, t);
-      const std::vector<double> group_weight = groups.softmax(c.active_groups);
+      const std::vector<double> group_weight = groups.softmax(c.top_k_groups);
       for (Index i = 0; i < c.groups; ++i) {
-        if (c.noise) group_load[i] += groups.probability(c.active_groups, i);
+        if (c.noise) group_load[i] += groups.probability(c.top_k_groups, i);
         if (group_weight[to_size(i)] == 0) continue;
         group_size[i] += 1;
         if (!c.noise) group_load[i] += 1;
         const Row members =
             row("secondary." + std::to_string(i), static_cast<std::uint64_t>(i) + 1, t);
-        const std::vector<double> member_weight = members.softmax(c.active);
+        const std::vector<double> member_weight = members.softmax(c.top_k);
         for (Index j = 0; j < c.group_experts; ++j) {
           const double g = member_weight[to_size(j)];
           weight(t, i * c.group_experts + j) = group_weight[to_size(i)] * g;
           member_load[i * c.group_experts + j] +=
-              c.noise ? members.probability(c.active, j) : (g > 0 ? 1 : 0);
+              c.noise ? members.probability(c.top_k, j) : (g > 0 ? 1 : 0);
         }
       }
     }
@@ -133,14 +133,14 @@ double choice_margin(const HierarchicalGate<double>& gate,
                      const HierarchicalGate<double>::Tape& tape) {
   const Config& c = gate.config();
   return std::min(
-      test::choice_margin(c.noise ? tape.primary.noisy : tape.primary.clean, c.active_groups),
-      test::choice_margin(c.noise ? tape.secondary.noisy : tape.secondary.clean, c.active));
+      test::choice_margin(c.noise ? tape.primary.noisy : tape.primary.clean, c.top_k_groups),
+      test::choice_margin(c.noise ? tape.secondary.noisy : tape.secondary.clean, c.top_k));
 }
 
 /// Checks every weight and x at a point away from ties.
 void check_gradients(const Config& config, Index tokens, double weights = 0.8, double inputs = 1) {
-  INFO("a " << config.groups << ", b " << config.group_experts << ", " << config.active_groups
-            << " groups of " << config.active << " active, loss weights "
+  INFO("a " << config.groups << ", b " << config.group_experts << ", " << config.top_k_groups
+            << " groups of " << config.top_k << " top_k, loss weights "
             << config.importance_weight << " and " << config.load_weight << ", noise "
             << config.noise << ", weights times " << weights << ", x times " << inputs);
   HierarchicalGate<double> gate(config, 77);
@@ -182,16 +182,16 @@ TEST_CASE("hierarchical gate: what the formulas say", "[routing][gate]") {
   for (const bool noise : {true, false}) {
     for (const Index groups : {1, 2, 5}) {
       for (const Index members : {1, 2, 7}) {
-        for (const Index active_groups : {Index{1}, groups}) {
-          for (const Index active : {Index{1}, (members + 1) / 2, members}) {
+        for (const Index top_k_groups : {Index{1}, groups}) {
+          for (const Index top_k : {Index{1}, (members + 1) / 2, members}) {
             for (const Index tokens : {1, 2, 23}) {
-              INFO("a " << groups << ", b " << members << ", " << active_groups << " groups of "
-                        << active << " active, " << tokens << " tokens, noise " << noise);
+              INFO("a " << groups << ", b " << members << ", " << top_k_groups << " groups of "
+                        << top_k << " top_k, " << tokens << " tokens, noise " << noise);
               HierarchicalGate<double> gate({.width = 3,
                                              .groups = groups,
                                              .group_experts = members,
-                                             .active_groups = active_groups,
-                                             .active = active,
+                                             .top_k_groups = top_k_groups,
+                                             .top_k = top_k,
                                              .noise = noise,
                                              .noise_floor = 0.05,
                                              .importance_weight = 0.7,
@@ -204,7 +204,7 @@ TEST_CASE("hierarchical gate: what the formulas say", "[routing][gate]") {
               const Routing<double>& routing = gate.forward(x, tape, key);
               const Naive naive(gate, seed, x, key);
               REQUIRE(routing.tokens() == tokens);
-              REQUIRE(routing.slots() == tokens * active_groups * active);
+              REQUIRE(routing.slots() == tokens * top_k_groups * top_k);
               CHECK(relative_error(dense(routing), naive.weight) < 1e-13);
               CHECK(relative_error(tape.balance.importance, naive.importance) < 1e-13);
               CHECK(relative_error(tape.balance.load, naive.load) < 1e-12);
@@ -220,13 +220,13 @@ TEST_CASE("hierarchical gate: what the formulas say", "[routing][gate]") {
 TEST_CASE("hierarchical gate: gradients are derivatives for every shape", "[routing][gate]") {
   for (const Index groups : {1, 2, 4}) {
     for (const Index members : {1, 2, 5}) {
-      for (Index active_groups = 1; active_groups <= groups; ++active_groups) {
-        for (Index active = 1; active <= members; active += 2) {
+      for (Index top_k_groups = 1; top_k_groups <= groups; ++top_k_groups) {
+        for (Index top_k = 1; top_k <= members; top_k += 2) {
           check_gradients({.width = 2,
                            .groups = groups,
                            .group_experts = members,
-                           .active_groups = active_groups,
-                           .active = active,
+                           .top_k_groups = top_k_groups,
+                           .top_k = top_k,
                            .importance_weight = 0.7,
                            .load_weight = 1.3},
                           4);
@@ -241,12 +241,12 @@ TEST_CASE("hierarchical gate: gradients are derivatives for every pair of loss w
   for (const bool noise : {true, false}) {
     for (const double importance : {0.0, 0.9}) {
       for (const double load : {0.0, 1.7}) {
-        for (const Index active : {1, 2}) {
+        for (const Index top_k : {1, 2}) {
           check_gradients({.width = 3,
                            .groups = 3,
                            .group_experts = 4,
-                           .active_groups = active,
-                           .active = active,
+                           .top_k_groups = top_k,
+                           .top_k = top_k,
                            .noise = noise,
                            .importance_weight = importance,
                            .load_weight = load},
@@ -263,8 +263,8 @@ TEST_CASE("hierarchical gate: gradients are derivatives at every scale", "[routi
       check_gradients({.width = 3,
                        .groups = 3,
                        .group_experts = 3,
-                       .active_groups = 2,
-                       .active = 2,
+                       .top_k_groups = 2,
+                       .top_k = 2,
                        .noise_floor = 0.05,
                        .importance_weight = 1,
                        .load_weight = 2},
@@ -279,8 +279,8 @@ TEMPLATE_TEST_CASE("hierarchical gate: a token of two groups of two worked by ha
   HierarchicalGate<S> gate({.width = 1,
                             .groups = 2,
                             .group_experts = 2,
-                            .active_groups = 2,
-                            .active = 2,
+                            .top_k_groups = 2,
+                            .top_k = 2,
                             .noise = false,
                             .importance_weight = 0,
                             .load_weight = 1},
@@ -322,7 +322,7 @@ TEST_CASE("hierarchical gate: the load of three tokens worked by hand", "[routin
   // One group of two and one expert of two for a token: a threshold is the other's h. With
   // W_noise = 0, s = log 2 + 0.01. Tokens 0 and 2 go to group 1, token 1 to group 0.
   HierarchicalGate<double> gate(
-      {.width = 1, .groups = 2, .group_experts = 2, .active_groups = 1, .active = 1}, 5);
+      {.width = 1, .groups = 2, .group_experts = 2, .top_k_groups = 1, .top_k = 1}, 5);
   parameter(gate, "primary.weight").value << -4, 4;
   parameter(gate, "secondary.0.weight").value << 0.1, 0.2;
   parameter(gate, "secondary.1.weight").value << 0.3, -0.2;
@@ -354,7 +354,7 @@ TEST_CASE("hierarchical gate: the load of three tokens worked by hand", "[routin
 
 TEST_CASE("hierarchical gate: groups of one are a flat gate, and so is one group",
           "[routing][gate]") {
-  NoisyTopKGate<double> flat({.width = 3, .experts = 6, .active = 2, .noise = false}, 1);
+  NoisyTopKGate<double> flat({.width = 3, .experts = 6, .top_k = 2, .noise = false}, 1);
   test::randomize(flat, 4);
   const Matrix<double> x = random_matrix(9, 3, 5);
   NoisyTopKGate<double>::Tape expected;
@@ -365,8 +365,8 @@ TEST_CASE("hierarchical gate: groups of one are a flat gate, and so is one group
     HierarchicalGate<double> gate({.width = 3,
                                    .groups = one_group ? 1 : 6,
                                    .group_experts = one_group ? 6 : 1,
-                                   .active_groups = one_group ? 1 : 2,
-                                   .active = one_group ? 2 : 1,
+                                   .top_k_groups = one_group ? 1 : 2,
+                                   .top_k = one_group ? 2 : 1,
                                    .noise = false},
                                   1);
     test::randomize(gate, 9);
@@ -393,14 +393,14 @@ TEST_CASE("hierarchical gate: every slot is in one expert's list with its weight
   for (int round = 0; round < 60; ++round) {
     const Index groups = random(20);
     const Index members = random(9);
-    const Index active_groups = random(groups);
-    const Index active = random(members);
+    const Index top_k_groups = random(groups);
+    const Index top_k = random(members);
     const Index tokens = random(40) - 1;
     HierarchicalGate<float> gate({.width = 5,
                                   .groups = groups,
                                   .group_experts = members,
-                                  .active_groups = active_groups,
-                                  .active = active},
+                                  .top_k_groups = top_k_groups,
+                                  .top_k = top_k},
                                  7);
     test::randomize(gate, static_cast<std::uint64_t>(round));
     HierarchicalGate<float>::Tape tape;
@@ -409,7 +409,7 @@ TEST_CASE("hierarchical gate: every slot is in one expert's list with its weight
     Routing<float> routing = tape.routing;
     group_by_expert(routing);
     REQUIRE(routing.experts == groups * members);
-    REQUIRE(routing.slots() == tokens * active_groups * active);
+    REQUIRE(routing.slots() == tokens * top_k_groups * top_k);
     std::vector<int> seen(routing.expert.size(), 0);
     Index last = 0;
     for (Index e = 0; e < routing.experts; ++e) {
@@ -418,7 +418,7 @@ TEST_CASE("hierarchical gate: every slot is in one expert's list with its weight
       last = first;
       REQUIRE(routing.slots_of(e) == tape.balance.tokens_per_expert[to_size(e)]);
       for (Index row = first; row < first + routing.slots_of(e); ++row) {
-        const auto slot = to_size(routing.row_slot[to_size(row)]);
+        const auto slot = to_size(routing.sorted_slot[to_size(row)]);
         ++seen[slot];
         REQUIRE(routing.expert[slot] == e);
       }
@@ -434,7 +434,7 @@ TEST_CASE("hierarchical gate: every slot is in one expert's list with its weight
         chosen.insert(routing.expert[to_size(s)] / members);
       }
       CHECK(std::abs(sum - 1) < 1e-5f);
-      CHECK(static_cast<Index>(chosen.size()) == active_groups);
+      CHECK(static_cast<Index>(chosen.size()) == top_k_groups);
     }
   }
 }
@@ -443,7 +443,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: a token's routing depends on no other tok
                    "[routing][gate]", float, double) {
   using S = TestType;
   HierarchicalGate<S> gate(
-      {.width = 6, .groups = 4, .group_experts = 11, .active_groups = 2, .active = 3}, 3);
+      {.width = 6, .groups = 4, .group_experts = 11, .top_k_groups = 2, .top_k = 3}, 3);
   test::randomize(gate, 2);
   const Matrix<S> x = random_matrix<S>(150, 6, 1);
   typename HierarchicalGate<S>::Tape all;
@@ -474,8 +474,8 @@ TEMPLATE_TEST_CASE("hierarchical gate: same bits on any number of threads", "[ro
       HierarchicalGate<S> gate({.width = 40,
                                 .groups = groups,
                                 .group_experts = 65,
-                                .active_groups = std::min<Index>(2, groups),
-                                .active = 2},
+                                .top_k_groups = std::min<Index>(2, groups),
+                                .top_k = 2},
                                3);
       test::randomize(gate, 2, 0.2);
       // Most tokens go to one group, which then splits its own work.
@@ -512,8 +512,8 @@ TEST_CASE("hierarchical gate: no tokens", "[routing][gate]") {
     HierarchicalGate<float> gate({.width = 3,
                                   .groups = 4,
                                   .group_experts = 5,
-                                  .active_groups = 2,
-                                  .active = 2,
+                                  .top_k_groups = 2,
+                                  .top_k = 2,
                                   .noise = noise},
                                  0);
     HierarchicalGate<float>::Tape tape;
@@ -531,7 +531,7 @@ TEST_CASE("hierarchical gate: no tokens", "[routing][gate]") {
 
 TEST_CASE("hierarchical gate: one token and 131,072 experts", "[routing][gate]") {
   HierarchicalGate<float> gate(
-      {.width = 2, .groups = 512, .group_experts = 256, .active_groups = 2, .active = 2}, 1);
+      {.width = 2, .groups = 512, .group_experts = 256, .top_k_groups = 2, .top_k = 2}, 1);
   test::randomize(gate, 1);
   HierarchicalGate<float>::Tape tape;
   const Routing<float>& routing = gate.forward(random_matrix<float>(1, 2, 3), tape, {.step = 0});
@@ -557,7 +557,7 @@ TEST_CASE("hierarchical gate: one token and 131,072 experts", "[routing][gate]")
 TEST_CASE("hierarchical gate: groups without tokens, and more experts than tokens",
           "[routing][gate]") {
   HierarchicalGate<double> gate(
-      {.width = 2, .groups = 3, .group_experts = 4, .active_groups = 1, .active = 1}, 1);
+      {.width = 2, .groups = 3, .group_experts = 4, .top_k_groups = 1, .top_k = 1}, 1);
   test::randomize(gate, 1);
   parameter(gate, "primary.weight").value << 30, -30, -30, 0, 0, 0;
   Matrix<double> x = random_matrix(3, 2, 3);
@@ -579,7 +579,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: a token with NaN or infinity spoils no ot
   for (const S bad : {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(),
                       -std::numeric_limits<S>::infinity()}) {
     HierarchicalGate<S> gate(
-        {.width = 3, .groups = 3, .group_experts = 5, .active_groups = 2, .active = 2}, 1);
+        {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 2, .top_k = 2}, 1);
     test::randomize(gate, 1);
     Matrix<S> x = random_matrix<S>(6, 3, 2);
     typename HierarchicalGate<S>::Tape clean;
@@ -609,8 +609,8 @@ TEST_CASE("hierarchical gate: in evaluation there is no noise and the load is th
     HierarchicalGate<double> gate({.width = 3,
                                    .groups = 3,
                                    .group_experts = 4,
-                                   .active_groups = 2,
-                                   .active = 2,
+                                   .top_k_groups = 2,
+                                   .top_k = 2,
                                    .noise = noise},
                                   1);
     test::randomize(gate, 1);
@@ -636,7 +636,7 @@ TEST_CASE("hierarchical gate: in evaluation there is no noise and the load is th
 
 TEST_CASE("hierarchical gate: backward adds once each time", "[routing][gate]") {
   HierarchicalGate<double> gate(
-      {.width = 3, .groups = 3, .group_experts = 4, .active_groups = 2, .active = 2}, 1);
+      {.width = 3, .groups = 3, .group_experts = 4, .top_k_groups = 2, .top_k = 2}, 1);
   test::randomize(gate, 1);
   HierarchicalGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
@@ -653,7 +653,7 @@ TEST_CASE("hierarchical gate: backward adds once each time", "[routing][gate]") 
 
 TEST_CASE("hierarchical gate: training starts in balance", "[routing][gate]") {
   const HierarchicalGate<float> gate(
-      {.width = 3, .groups = 4, .group_experts = 4, .active_groups = 2, .active = 2}, 0);
+      {.width = 3, .groups = 4, .group_experts = 4, .top_k_groups = 2, .top_k = 2}, 0);
   HierarchicalGate<float>::Tape tape;
   gate.forward(random_matrix<float>(4000, 3, 1), tape, {.step = 0});
   CHECK(tape.balance.unused_experts() == 0);
@@ -664,7 +664,7 @@ TEST_CASE("hierarchical gate: training starts in balance", "[routing][gate]") {
 TEST_CASE("hierarchical gate: parameters have their names and shapes and start at zero",
           "[routing][gate]") {
   const HierarchicalGate<float> gate(
-      {.width = 3, .groups = 2, .group_experts = 5, .active_groups = 1, .active = 2}, 0);
+      {.width = 3, .groups = 2, .group_experts = 5, .top_k_groups = 1, .top_k = 2}, 0);
   std::vector<std::string> names;
   for_each_parameter(gate, [&](const std::string& name, const Parameter<float>& p) {
     names.push_back(name);
@@ -681,7 +681,7 @@ TEST_CASE("hierarchical gate: parameters have their names and shapes and start a
 TEST_CASE("hierarchical gate: a bad configuration is refused with its field and numbers",
           "[routing][gate]") {
   const auto refuse = [](auto&& spoil, const std::string& message) {
-    Config config{.width = 4, .groups = 3, .group_experts = 6, .active_groups = 2, .active = 2};
+    Config config{.width = 4, .groups = 3, .group_experts = 6, .top_k_groups = 2, .top_k = 2};
     spoil(config);
     CHECK_THROWS_AS(HierarchicalGate<double>(config, 0), std::invalid_argument);
     CHECK_THROWS_WITH(HierarchicalGate<double>(config, 0),
@@ -690,10 +690,10 @@ TEST_CASE("hierarchical gate: a bad configuration is refused with its field and 
   refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
   refuse([](Config& c) { c.groups = 0; }, "groups = 0, must be at least 1");
   refuse([](Config& c) { c.group_experts = 0; }, "group_experts = 0, must be at least 1");
-  refuse([](Config& c) { c.active_groups = 0; }, "active_groups = 0, must be from 1 to groups = 3");
-  refuse([](Config& c) { c.active_groups = 4; }, "active_groups = 4, must be from 1 to groups = 3");
-  refuse([](Config& c) { c.active = 0; }, "active = 0, must be from 1 to group_experts = 6");
-  refuse([](Config& c) { c.active = 7; }, "active = 7, must be from 1 to group_experts = 6");
+  refuse([](Config& c) { c.top_k_groups = 0; }, "top_k_groups = 0, must be from 1 to groups = 3");
+  refuse([](Config& c) { c.top_k_groups = 4; }, "top_k_groups = 4, must be from 1 to groups = 3");
+  refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to group_experts = 6");
+  refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to group_experts = 6");
   refuse([](Config& c) { c.noise_floor = 0; }, "noise_floor = 0, must be finite and above 0");
   refuse([](Config& c) { c.noise_floor = std::nan(""); },
          "noise_floor = nan, must be finite and above 0");
@@ -705,7 +705,7 @@ TEST_CASE("hierarchical gate: a bad configuration is refused with its field and 
 
 TEST_CASE("hierarchical gate: a bad input is refused and changes nothing", "[routing][gate]") {
   HierarchicalGate<double> gate(
-      {.width = 3, .groups = 3, .group_experts = 5, .active_groups = 2, .active = 2}, 1);
+      {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 2, .top_k = 2}, 1);
   test::randomize(gate, 1);
   HierarchicalGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
@@ -731,10 +731,10 @@ TEST_CASE("hierarchical gate: a bad input is refused and changes nothing", "[rou
   CHECK(tape.balance.loss == before.balance.loss);
 
   for (const Config& other :
-       {Config{.width = 3, .groups = 5, .group_experts = 3, .active_groups = 2, .active = 2},
-        Config{.width = 3, .groups = 3, .group_experts = 6, .active_groups = 2, .active = 2},
-        Config{.width = 3, .groups = 3, .group_experts = 5, .active_groups = 1, .active = 2},
-        Config{.width = 3, .groups = 3, .group_experts = 5, .active_groups = 1, .active = 4}}) {
+       {Config{.width = 3, .groups = 5, .group_experts = 3, .top_k_groups = 2, .top_k = 2},
+        Config{.width = 3, .groups = 3, .group_experts = 6, .top_k_groups = 2, .top_k = 2},
+        Config{.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 1, .top_k = 2},
+        Config{.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 1, .top_k = 4}}) {
     HierarchicalGate<double> another(other, 0);
     CHECK_THROWS_WITH(test::gate_dx(another, x, dweight, tape),
                       "moe: HierarchicalGate::backward: the tape is another gate's, of 3 groups of "
@@ -754,8 +754,8 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
       HierarchicalGate<S> gate({.width = 4,
                                 .groups = 5,
                                 .group_experts = 6,
-                                .active_groups = 2,
-                                .active = 2,
+                                .top_k_groups = 2,
+                                .top_k = 2,
                                 .noise = noise},
                                1);
       test::randomize(gate, 1);
@@ -784,8 +784,8 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
   HierarchicalGate<S> clean({.width = 1,
                              .groups = 1,
                              .group_experts = 2,
-                             .active_groups = 1,
-                             .active = 1,
+                             .top_k_groups = 1,
+                             .top_k = 1,
                              .noise = false},
                             0);
   parameter(clean, "secondary.0.noise_weight").value << 2, 4;
@@ -799,7 +799,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
 
   // What is idle is neither moved by decay nor even zeroed.
   HierarchicalGate<S> gate(
-      {.width = 1, .groups = 3, .group_experts = 4, .active_groups = 1, .active = 2}, 1);
+      {.width = 1, .groups = 3, .group_experts = 4, .top_k_groups = 1, .top_k = 2}, 1);
   test::randomize(gate, 1);
   parameter(gate, "primary.weight").value << 30, 0, -30;
   typename HierarchicalGate<S>::Tape tape;
@@ -834,8 +834,8 @@ TEST_CASE("hierarchical gate: in a layer, gradients are derivatives", "[routing]
                .expert = {.hidden = 4, .activation = Activation::tanh},
                .gate = {.groups = 3,
                         .group_experts = 3,
-                        .active_groups = 2,
-                        .active = 2,
+                        .top_k_groups = 2,
+                        .top_k = 2,
                         .importance_weight = 0.3,
                         .load_weight = 0.6},
                .seed = 5});

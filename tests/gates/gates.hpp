@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../support.hpp"
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 
 /// \file
 /// What the tests of several gates need.

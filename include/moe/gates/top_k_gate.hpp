@@ -7,11 +7,11 @@
 #include <span>
 #include <vector>
 
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 #include "moe/routing/input_jitter.hpp"
 #include "moe/routing/linear_scores.hpp"
 #include "moe/routing/router_z_loss.hpp"
-#include "moe/routing/softmax_top_k_config.hpp"
+#include "moe/gates/top_k_config.hpp"
 
 /// \file
 /// The gate of today's models: the K largest scores, without noise of its own, with the options by
@@ -32,7 +32,7 @@ namespace moe {
 ///     top = the K largest of s + b in the active groups; ties go to the lower expert
 ///     w = s, s / (Σ_top s + ε) if renormalised, or the softmax of c over top
 ///     G = scale·w                        the weights of the slots
-///     loss = switch_weight·E·Σ_i f_i·P_i + sequence_weight·(its mean over sequences) + z_weight·z
+///     loss = switch_loss_weight·E·Σ_i f_i·P_i + sequence_loss_weight·(its mean over sequences) + z_loss_weight·z
 ///
 /// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids; f counts all choices as they were
 /// made, those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq.
@@ -50,10 +50,10 @@ namespace moe {
 /// weights NaN, and the losses; it spoils no other token, but where there is a capacity it may take
 /// another's place.
 template <class Scalar_ = float>
-class SoftmaxTopKGate {
+class TopKGate {
  public:
   using Scalar = Scalar_;
-  using Config = SoftmaxTopKConfig;
+  using Config = TopKConfig;
 
   struct Tape : GateTape<Scalar> {
     Matrix<Scalar> jitter;             ///< j, T x D
@@ -80,13 +80,13 @@ class SoftmaxTopKGate {
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is of W_g's start, the
   /// jitter and the random dispatch.
-  SoftmaxTopKGate(const Config& config, std::uint64_t seed)
+  TopKGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         jitter_seed_(derive_seed(seed, 1)),
         second_seed_(derive_seed(seed, 2)),
         weight_(config.width, config.experts),
         selection_bias_(1, config.selection_bias ? config.experts : 0) {
-    fill_normal(weight_.value, static_cast<Scalar>(config.deviation), derive_seed(seed, 0));
+    fill_normal(weight_.value, static_cast<Scalar>(config.init_stddev), derive_seed(seed, 0));
     selection_bias_.trained = false;
   }
 
@@ -98,10 +98,10 @@ class SoftmaxTopKGate {
   /// multiple of Config.sequences while sequences have a loss. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
                                  const NoiseKey& key) const {
-    detail::check_gate_input(*this, "SoftmaxTopKGate", x);
+    detail::check_gate_input(*this, "TopKGate", x);
     const Index tokens = detail::batch_tokens(tape.batch, x.rows());
-    detail::require(config_.sequence_weight == 0 || tokens % config_.sequences == 0,
-                    "SoftmaxTopKGate: x has ", tokens,
+    detail::require(config_.sequence_loss_weight == 0 || tokens % config_.sequences == 0,
+                    "TopKGate: x has ", tokens,
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
     tape.trained = false;
     if (config_.jitter > 0) {
@@ -114,7 +114,7 @@ class SoftmaxTopKGate {
     choose(tape);
     if (config_.random_second) drop_second_choices(tape, key);
     fill_routing(tape, config_.capacity_factor);
-    compute_losses(tape, config_.sequence_weight > 0);
+    compute_losses(tape, config_.sequence_loss_weight > 0);
     tape.trained = true;
     return tape.routing;
   }
@@ -123,13 +123,13 @@ class SoftmaxTopKGate {
   /// the loss per sequence is left out where T is not a multiple of Config.sequences. Leaves
   /// nothing that backward() could use.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_gate_input(*this, "SoftmaxTopKGate", x);
+    detail::check_gate_input(*this, "TopKGate", x);
     tape.trained = false;
     compute_scores(x, tape);
     choose(tape);
     fill_routing(tape, config_.evaluation_capacity_factor);
     const Index tokens = detail::batch_tokens(tape.batch, x.rows());
-    compute_losses(tape, config_.sequence_weight > 0 && tokens % config_.sequences == 0);
+    compute_losses(tape, config_.sequence_loss_weight > 0 && tokens % config_.sequences == 0);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -143,14 +143,14 @@ class SoftmaxTopKGate {
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
-    detail::check_gate_backward("SoftmaxTopKGate::backward", config_.width, x, dweight, tape, dx);
+    detail::check_gate_backward("TopKGate::backward", config_.width, x, dweight, tape, dx);
     detail::resize_to_zero(tape.dlogits, x.rows(), experts());
     compute_losses_backward(tape);
     if (config_.score != Score::softmax_of_chosen) weigh_backward(dweight, tape);
     compute_scores_backward(tape);
     if (config_.score == Score::softmax_of_chosen) weigh_backward(dweight, tape);
-    if (config_.z_weight > 0) {
-      detail::router_z_loss_backward(config_.z_weight, tape.logits, tape.log_sum, tape.dlogits,
+    if (config_.z_loss_weight > 0) {
+      detail::router_z_loss_backward(config_.z_loss_weight, tape.logits, tape.log_sum, tape.dlogits,
                                      tape.batch);
     }
     if (config_.jitter > 0) {
@@ -166,18 +166,18 @@ class SoftmaxTopKGate {
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     using detail::require;
-    require(tape.trained, "SoftmaxTopKGate::backward without a forward pass on this tape");
+    require(tape.trained, "TopKGate::backward without a forward pass on this tape");
     const Index tokens = tape.routing.tokens();
     const Index jittered = config_.jitter > 0 ? tokens : 0;
     require(tape.logits.cols() == experts() &&
-                static_cast<Index>(tape.choices.expert.size()) == tokens * config_.active &&
+                static_cast<Index>(tape.choices.expert.size()) == tokens * config_.top_k &&
                 tape.jitter.rows() == jittered &&
-                has_loss(config_.switch_weight, tape.batch_loss, 1) &&
-                has_loss(config_.sequence_weight, tape.sequence_loss, config_.sequences),
-            "SoftmaxTopKGate::backward: the tape is another gate's, of ", tape.logits.cols(),
+                has_loss(config_.switch_loss_weight, tape.batch_loss, 1) &&
+                has_loss(config_.sequence_loss_weight, tape.sequence_loss, config_.sequences),
+            "TopKGate::backward: the tape is another gate's, of ", tape.logits.cols(),
             " experts, ", tape.choices.expert.size(), " choices of ", tokens,
             " tokens and jitter of ", tape.jitter.rows());
-    detail::check_shapes(*this, "SoftmaxTopKGate");
+    detail::check_shapes(*this, "TopKGate");
   }
 
   /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of
@@ -186,8 +186,8 @@ class SoftmaxTopKGate {
   /// bias, or when the load is not of E experts.
   void update_selection_bias(const Vector<Scalar>& load) {
     detail::require(config_.selection_bias,
-                    "SoftmaxTopKGate::update_selection_bias without Config.selection_bias");
-    detail::require(load.size() == experts(), "SoftmaxTopKGate::update_selection_bias: load has ",
+                    "TopKGate::update_selection_bias without Config.selection_bias");
+    detail::require(load.size() == experts(), "TopKGate::update_selection_bias: load has ",
                     load.size(), " entries for ", experts(), " experts");
     double total = 0;
     for (Index i = 0; i < experts(); ++i) total += static_cast<double>(load[i]);
@@ -202,7 +202,7 @@ class SoftmaxTopKGate {
   /// The same by the load of one training pass.
   void update_selection_bias(const Tape& tape) {
     detail::require(tape.trained,
-                    "SoftmaxTopKGate::update_selection_bias without a forward pass on this tape");
+                    "TopKGate::update_selection_bias without a forward pass on this tape");
     update_selection_bias(tape.balance.load);
   }
 
@@ -226,7 +226,7 @@ class SoftmaxTopKGate {
     detail::checked(config);
     const auto scale = static_cast<Scalar>(config.scale);
     detail::require(std::isfinite(scale) && scale > 0,
-                    "SoftmaxTopKGate::Config.scale = ", config.scale,
+                    "TopKGate::Config.scale = ", config.scale,
                     ", must be finite and above 0 as a Scalar");
     return config;
   }
@@ -248,7 +248,7 @@ class SoftmaxTopKGate {
             const Scalar* c = detail::row_data(tape.logits, t);
             Scalar* s = detail::row_data(tape.scores, t);
             if (config_.score == Score::sigmoid) {
-              tape.log_sum[t] = config_.z_weight > 0
+              tape.log_sum[t] = config_.z_loss_weight > 0
                                     ? log_sum(detail::softmax_row<Scalar>(experts(), c, nullptr))
                                     : Scalar{0};
               detail::map(
@@ -294,22 +294,22 @@ class SoftmaxTopKGate {
 
   void choose(Tape& tape) const {
     const Index tokens = tape.logits.rows();
-    const Index active = config_.active;
-    tape.choices.resize(tokens, active);
+    const Index top_k = config_.top_k;
+    tape.choices.resize(tokens, top_k);
     if (static_cast<Index>(tape.scratch.size()) < worker_count()) {
       detail::resize(tape.scratch, worker_count());
     }
     for (auto& scratch : tape.scratch) {
       detail::resize(scratch.scores, experts());
       detail::resize(scratch.groups, config_.groups);
-      detail::resize(scratch.best_groups, config_.active_groups);
+      detail::resize(scratch.best_groups, config_.top_k_groups);
     }
     parallel_for((tokens + block - 1) / block, element_work(2 * tape.scores.size()),
                  [&](Index task, Index worker) {
                    auto& scratch = tape.scratch[detail::to_size(worker)];
                    for (Index t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
-                     detail::select_largest(choice_scores(tape, t, scratch), experts(), active,
-                                            &tape.choices.expert[detail::to_size(t * active)]);
+                     detail::select_largest(choice_scores(tape, t, scratch), experts(), top_k,
+                                            &tape.choices.expert[detail::to_size(t * top_k)]);
                      weigh(tape, t);
                    }
                  });
@@ -319,13 +319,13 @@ class SoftmaxTopKGate {
   const Scalar* choice_scores(const Tape& tape, Index t, typename Tape::Scratch& scratch) const {
     const Scalar* scores =
         detail::row_data(config_.score == Score::softmax_of_chosen ? tape.logits : tape.scores, t);
-    if (!config_.selection_bias && config_.active_groups == config_.groups) return scores;
+    if (!config_.selection_bias && config_.top_k_groups == config_.groups) return scores;
     std::copy_n(scores, experts(), scratch.scores.data());
     if (config_.selection_bias) {
       detail::add_scaled(experts(), Scalar{1}, selection_bias_.value.data(), scratch.scores.data());
     }
-    if (config_.active_groups < config_.groups) {
-      detail::limit_to_groups(config_.group_score, experts(), config_.groups, config_.active_groups,
+    if (config_.top_k_groups < config_.groups) {
+      detail::limit_to_groups(config_.group_score, experts(), config_.groups, config_.top_k_groups,
                               scratch.scores.data(), scratch.groups.data(),
                               scratch.best_groups.data());
     }
@@ -333,20 +333,20 @@ class SoftmaxTopKGate {
   }
 
   void weigh(Tape& tape, Index t) const {
-    const Index* chosen = &tape.choices.expert[detail::to_size(t * config_.active)];
-    Scalar* w = &tape.choices.weight[detail::to_size(t * config_.active)];
+    const Index* chosen = &tape.choices.expert[detail::to_size(t * config_.top_k)];
+    Scalar* w = &tape.choices.weight[detail::to_size(t * config_.top_k)];
     if (config_.score == Score::softmax_of_chosen) {
       const Scalar* c = detail::row_data(tape.logits, t);
       Scalar shift = c[chosen[0]];
-      for (Index k = 1; k < config_.active; ++k) shift = std::max(shift, c[chosen[k]]);
-      for (Index k = 0; k < config_.active; ++k) w[k] = std::exp(c[chosen[k]] - shift);
+      for (Index k = 1; k < config_.top_k; ++k) shift = std::max(shift, c[chosen[k]]);
+      for (Index k = 0; k < config_.top_k; ++k) w[k] = std::exp(c[chosen[k]] - shift);
     } else {
-      for (Index k = 0; k < config_.active; ++k) w[k] = tape.scores(t, chosen[k]);
+      for (Index k = 0; k < config_.top_k; ++k) w[k] = tape.scores(t, chosen[k]);
     }
     if (!adds_up_to_one()) return;
-    const Scalar total = std::accumulate(w, w + config_.active, epsilon());
+    const Scalar total = std::accumulate(w, w + config_.top_k, epsilon());
     if (total == Scalar{0}) return;  // all sigmoids are 0 to the last bit
-    for (Index k = 0; k < config_.active; ++k) w[k] /= total;
+    for (Index k = 0; k < config_.top_k; ++k) w[k] /= total;
   }
 
   /// Adds to tape.dlogits what comes through the weights: ∂L/∂s of the chosen, or ∂L/∂c where the
@@ -354,12 +354,12 @@ class SoftmaxTopKGate {
   /// S = Σ s + ε: ds = g; renormalised, ds = (g − Σ g·w) / S; and dc = w·(g − Σ g·w).
   void weigh_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const auto scale = static_cast<Scalar>(config_.scale);
-    const Index active = config_.active;
+    const Index top_k = config_.top_k;
     parallel_for_blocks(
         tape.scores.rows(), block, function_work(tape.choices.size()),
         [&](Index first, Index count) {
           for (Index t = first; t < first + count; ++t) {
-            const auto choice = [&](Index k) { return detail::to_size(t * active + k); };
+            const auto choice = [&](Index k) { return detail::to_size(t * top_k + k); };
             const auto g = [&](Index k) {
               return tape.choices.keeps[choice(k)] == 0
                          ? Scalar{0}
@@ -368,12 +368,12 @@ class SoftmaxTopKGate {
             Scalar mean{0};
             Scalar total = epsilon();
             if (adds_up_to_one()) {
-              for (Index k = 0; k < active; ++k) {
+              for (Index k = 0; k < top_k; ++k) {
                 mean += g(k) * tape.choices.weight[choice(k)];
                 total += tape.scores(t, tape.choices.expert[choice(k)]);
               }
             }
-            for (Index k = 0; k < active; ++k) {
+            for (Index k = 0; k < top_k; ++k) {
               const Scalar factor = config_.score == Score::softmax_of_chosen
                                         ? tape.choices.weight[choice(k)]
                                     : adds_up_to_one() ? inverse(total)
@@ -411,7 +411,7 @@ class SoftmaxTopKGate {
     if (capacity_factor > 0) {
       const Index tokens = detail::batch_tokens(tape.batch, tape.logits.rows());
       const Index capacity =
-          detail::expert_capacity(capacity_factor, tokens, config_.active, experts());
+          detail::expert_capacity(capacity_factor, tokens, config_.top_k, experts());
       detail::drop_over_capacity(config_.place_order, capacity, experts(), tape.batch, tape.choices,
                                  tape.capacity);
     }
@@ -433,11 +433,11 @@ class SoftmaxTopKGate {
                                    std::span<const Index>(tape.choices.expert),
                                    config_.switch_count, sequences, config_.row_order, tape.batch);
     };
-    if (config_.switch_weight > 0) measure(tape.batch_loss, config_.switch_weight, 1);
-    if (by_sequence) measure(tape.sequence_loss, config_.sequence_weight, config_.sequences);
-    if (config_.z_weight > 0) {
+    if (config_.switch_loss_weight > 0) measure(tape.batch_loss, config_.switch_loss_weight, 1);
+    if (by_sequence) measure(tape.sequence_loss, config_.sequence_loss_weight, config_.sequences);
+    if (config_.z_loss_weight > 0) {
       balance.loss +=
-          static_cast<Scalar>(config_.z_weight) * detail::router_z_loss(tape.log_sum, tape.batch);
+          static_cast<Scalar>(config_.z_loss_weight) * detail::router_z_loss(tape.log_sum, tape.batch);
     }
   }
 
@@ -445,8 +445,8 @@ class SoftmaxTopKGate {
   /// ds = (dP − Σ dP·P) / S.
   void compute_losses_backward(Tape& tape) const {
     const Index tokens = tape.scores.rows();
-    const auto batch = static_cast<Scalar>(config_.switch_weight);
-    const auto sequence = static_cast<Scalar>(config_.sequence_weight);
+    const auto batch = static_cast<Scalar>(config_.switch_loss_weight);
+    const auto sequence = static_cast<Scalar>(config_.sequence_loss_weight);
     if (batch == Scalar{0} && sequence == Scalar{0}) return;
     parallel_for_blocks(
         tokens, block, element_work(2 * tape.scores.size()), [&](Index first, Index count) {

@@ -4,7 +4,7 @@
 #include <span>
 #include <vector>
 
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 #include "moe/routing/noisy_top_k.hpp"
 
 /// \file
@@ -24,10 +24,10 @@ namespace moe {
 /// Both levels score as NoisyTopKGate does, with weights that start at zero. X_i are the tokens
 /// that the primary gate sent to group i, which are all that its secondary gate sees; their number
 /// |X_i| is a constant of the choice. Without noise, and in evaluation, the load is the count of
-/// the slots and has no gradient. A token's noise depends on no other token. With active_groups = 1
-/// the primary gate learns from the losses only, a secondary one with active = 1 from the load.
+/// the slots and has no gradient. A token's noise depends on no other token. With top_k_groups = 1
+/// the primary gate learns from the losses only, a secondary one with top_k = 1 from the load.
 ///
-/// Scores cost O(T·D·(a + active_groups·b)) where those of a flat gate cost O(T·D·a·b), and so does
+/// Scores cost O(T·D·(a + top_k_groups·b)) where those of a flat gate cost O(T·D·a·b), and so does
 /// memory without the D: with 131,072 experts in groups of 256 a token has a thousand scores. A
 /// group without tokens costs nothing but being walked over, in lazy updates too (Updates::lazy).
 ///
@@ -42,8 +42,8 @@ class HierarchicalGate {
     Index width = 0;          ///< D; 0 inside a layer's configuration stands for the layer's width
     Index groups = 0;         ///< a
     Index group_experts = 0;  ///< b, experts of a group
-    Index active_groups = 0;  ///< groups chosen for a token, 1 <= active_groups <= groups
-    Index active = 0;         ///< experts chosen in each of them, 1 <= active <= group_experts
+    Index top_k_groups = 0;  ///< groups chosen for a token, 1 <= top_k_groups <= groups
+    Index top_k = 0;         ///< experts chosen in each of them, 1 <= top_k <= group_experts
     bool noise = true;  ///< false: scores are clean in training too, and the load has no gradient
     double noise_floor = 0.01;       ///< s0 > 0, of all gates
     double importance_weight = 0.1;  ///< w_importance >= 0
@@ -51,7 +51,7 @@ class HierarchicalGate {
   };
 
   /// What the primary gate leaves, a row a token, or the secondary gates, a row a token and group,
-  /// group after group, so R = T·active_groups rows.
+  /// group after group, so R = T·top_k_groups rows.
   struct Level : detail::NoisyTopKTape<Scalar> {
     Routing<Scalar> routing;      ///< rows to groups, or to the experts inside of a group
     Vector<Scalar> load;          ///< a: Loadprimary, or E: Load_i(X_i), group after group
@@ -72,12 +72,12 @@ class HierarchicalGate {
   HierarchicalGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         primary_(
-            {config.width, config.groups, config.active_groups, config.noise, config.noise_floor},
+            {config.width, config.groups, config.top_k_groups, config.noise, config.noise_floor},
             derive_seed(seed, 0)) {
     secondary_.reserve(detail::to_size(config.groups));
     for (Index i = 0; i < config.groups; ++i) {
       secondary_.emplace_back(
-          typename TopK::Config{config.width, config.group_experts, config.active, config.noise,
+          typename TopK::Config{config.width, config.group_experts, config.top_k, config.noise,
                                 config.noise_floor},
           derive_seed(seed, static_cast<std::uint64_t>(i) + 1));
     }
@@ -146,8 +146,8 @@ class HierarchicalGate {
     const Index tokens = tape.routing.tokens();
     detail::require(tape.primary.clean.cols() == config_.groups &&
                         tape.secondary.clean.cols() == config_.group_experts &&
-                        tape.primary.routing.slots() == tokens * config_.active_groups &&
-                        tape.routing.slots() == tokens * active(),
+                        tape.primary.routing.slots() == tokens * config_.top_k_groups &&
+                        tape.routing.slots() == tokens * top_k(),
                     "HierarchicalGate::backward: the tape is another gate's, of ",
                     tape.primary.clean.cols(), " groups of ", tape.secondary.clean.cols(),
                     " experts");
@@ -174,11 +174,11 @@ class HierarchicalGate {
     require(config.group_experts >= 1,
             "HierarchicalGate::Config.group_experts = ", config.group_experts,
             ", must be at least 1");
-    require(config.active_groups >= 1 && config.active_groups <= config.groups,
-            "HierarchicalGate::Config.active_groups = ", config.active_groups,
+    require(config.top_k_groups >= 1 && config.top_k_groups <= config.groups,
+            "HierarchicalGate::Config.top_k_groups = ", config.top_k_groups,
             ", must be from 1 to groups = ", config.groups);
-    require(config.active >= 1 && config.active <= config.group_experts,
-            "HierarchicalGate::Config.active = ", config.active,
+    require(config.top_k >= 1 && config.top_k <= config.group_experts,
+            "HierarchicalGate::Config.top_k = ", config.top_k,
             ", must be from 1 to group_experts = ", config.group_experts);
     detail::check_noise_floor("HierarchicalGate", config.noise_floor);
     detail::check_balance_weights("HierarchicalGate", config.importance_weight, config.load_weight);
@@ -186,7 +186,7 @@ class HierarchicalGate {
   }
 
   /// Slots of a token.
-  Index active() const { return config_.active_groups * config_.active; }
+  Index top_k() const { return config_.top_k_groups * config_.top_k; }
 
   /// Fills tape.routing and tape.balance.
   void route(const MatrixRef<Scalar>& x, bool noise, const NoiseKey& key, Tape& tape) const {
@@ -222,7 +222,7 @@ class HierarchicalGate {
     routing.experts = experts();
     detail::resize(routing.token_offsets, groups.tokens() + 1);
     for (Index t = 0; t <= groups.tokens(); ++t) {
-      routing.token_offsets[detail::to_size(t)] = t * active();
+      routing.token_offsets[detail::to_size(t)] = t * top_k();
     }
     detail::resize(routing.expert, members.slots());
     detail::resize(routing.weight, members.slots());
@@ -253,8 +253,8 @@ class HierarchicalGate {
     const Routing<Scalar>& groups = tape.primary.routing;
     std::size_t slot = 0;
     for (std::size_t group_slot = 0; group_slot < groups.expert.size(); ++group_slot) {
-      const Index first = groups.slot_row[group_slot] * config_.active;
-      for (Index k = 0; k < config_.active; ++k) f(slot++, group_slot, detail::to_size(first + k));
+      const Index first = groups.sorted_position[group_slot] * config_.top_k;
+      for (Index k = 0; k < config_.top_k; ++k) f(slot++, group_slot, detail::to_size(first + k));
     }
   }
 
@@ -322,17 +322,17 @@ class HierarchicalGate {
   void add_rows_to_tokens(const Tape& tape, Matrix<Scalar>& dx) const {
     parallel_for_blocks(
         dx.rows(), 64, element_work(tape.dx_rows.size()), [&](Index first, Index count) {
-          for (Index slot = first * config_.active_groups;
-               slot < (first + count) * config_.active_groups; ++slot) {
-            const Index row = tape.primary.routing.slot_row[detail::to_size(slot)];
+          for (Index slot = first * config_.top_k_groups;
+               slot < (first + count) * config_.top_k_groups; ++slot) {
+            const Index row = tape.primary.routing.sorted_position[detail::to_size(slot)];
             detail::add_scaled(config_.width, Scalar{1}, detail::row_data(tape.dx_rows, row),
-                               detail::row_data(dx, slot / config_.active_groups));
+                               detail::row_data(dx, slot / config_.top_k_groups));
           }
         });
   }
 
   const Index* tokens_of(Range rows, const Tape& tape) const {
-    return tape.primary.routing.row_token.data() + rows.first;
+    return tape.primary.routing.sorted_token.data() + rows.first;
   }
   GatheredRows<Scalar> gathered(const MatrixRef<Scalar>& x, Range rows, const Tape& tape) const {
     return {x.data(), x.outerStride(), rows.count, x.cols(), tokens_of(rows, tape)};

@@ -102,7 +102,7 @@ void check_routing(Routing<Scalar> routing, Index tokens, Index experts) {
   for (Index e = 0; e < experts; ++e) {
     for (Index row = routing.expert_offsets[detail::to_size(e)];
          row < routing.expert_offsets[detail::to_size(e) + 1]; ++row) {
-      const auto slot = detail::to_size(routing.row_slot[detail::to_size(row)]);
+      const auto slot = detail::to_size(routing.sorted_slot[detail::to_size(row)]);
       ++seen[slot];
       REQUIRE(routing.expert[slot] == e);
     }

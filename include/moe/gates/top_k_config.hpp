@@ -7,7 +7,7 @@
 #include "moe/routing/switch_loss.hpp"
 
 /// \file
-/// The options of SoftmaxTopKGate. docs/gates.md says which make which model.
+/// The options of TopKGate. docs/gates.md says which make which model.
 
 namespace moe {
 
@@ -18,12 +18,12 @@ enum class Score {
   sigmoid,            ///< s = 1 / (1 + e^-c), each expert by itself
 };
 
-/// SoftmaxTopKGate says what the letters stand for; by default it is the plainest gate: softmax,
+/// TopKGate says what the letters stand for; by default it is the plainest gate: softmax,
 /// the K largest, no loss.
-struct SoftmaxTopKConfig {
+struct TopKConfig {
   Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
   Index experts = 0;  ///< E
-  Index active = 0;   ///< K, experts chosen for a token, 1 <= K <= E
+  Index top_k = 0;   ///< K, experts chosen for a token, 1 <= K <= E
 
   Score score = Score::softmax;
   bool renormalise = false;  ///< w adds up to 1 over the chosen; softmax_of_chosen does so anyway
@@ -34,7 +34,7 @@ struct SoftmaxTopKConfig {
   double scale = 1;  ///< of all weights, above 0
 
   Index groups = 1;         ///< divides E
-  Index active_groups = 1;  ///< a token's experts are from so many groups, which must hold K
+  Index top_k_groups = 1;  ///< a token's experts are from so many groups, which must hold K
   GroupScore group_score = GroupScore::best;
 
   bool selection_bias = false;
@@ -47,73 +47,73 @@ struct SoftmaxTopKConfig {
   double evaluation_capacity_factor = 0;  ///< of evaluate(); 0: no limit
   PlaceOrder place_order = PlaceOrder::rows;
 
-  double switch_weight = 0;                          ///< of the Switch loss of a batch, >= 0
-  double sequence_weight = 0;                        ///< of its mean over sequences, >= 0
+  double switch_loss_weight = 0;                          ///< of the Switch loss of a batch, >= 0
+  double sequence_loss_weight = 0;                        ///< of its mean over sequences, >= 0
   SwitchCount switch_count = SwitchCount::per_slot;  ///< f of both
-  Index sequences = 1;                               ///< of a batch; only sequence_weight needs it
+  Index sequences = 1;                               ///< of a batch; only sequence_loss_weight needs it
   RowOrder row_order = RowOrder::time_major;
-  double z_weight = 0;  ///< >= 0
+  double z_loss_weight = 0;  ///< >= 0
 
-  double deviation = 0.02;  ///< of W_g at the start, >= 0
+  double init_stddev = 0.02;  ///< of W_g at the start, >= 0
 };
 
 namespace detail {
 
 /// Throws std::invalid_argument, naming the field and the numbers, unless every option is in range.
-inline const SoftmaxTopKConfig& checked(const SoftmaxTopKConfig& config) {
+inline const TopKConfig& checked(const TopKConfig& config) {
   const auto at_least_zero = [](const char* field, double value) {
-    require(std::isfinite(value) && value >= 0, "SoftmaxTopKGate::Config.", field, " = ", value,
+    require(std::isfinite(value) && value >= 0, "TopKGate::Config.", field, " = ", value,
             ", must be finite and at least 0");
   };
-  require(config.width >= 1, "SoftmaxTopKGate::Config.width = ", config.width,
+  require(config.width >= 1, "TopKGate::Config.width = ", config.width,
           ", must be at least 1");
-  require(config.experts >= 1, "SoftmaxTopKGate::Config.experts = ", config.experts,
+  require(config.experts >= 1, "TopKGate::Config.experts = ", config.experts,
           ", must be at least 1");
-  require(config.active >= 1 && config.active <= config.experts,
-          "SoftmaxTopKGate::Config.active = ", config.active,
+  require(config.top_k >= 1 && config.top_k <= config.experts,
+          "TopKGate::Config.top_k = ", config.top_k,
           ", must be from 1 to experts = ", config.experts);
   require(config.score >= Score::softmax && config.score <= Score::sigmoid,
-          "SoftmaxTopKGate::Config.score = ", static_cast<int>(config.score),
+          "TopKGate::Config.score = ", static_cast<int>(config.score),
           ", must be one of the 3 scores");
   require(std::isfinite(config.scale) && config.scale > 0,
-          "SoftmaxTopKGate::Config.scale = ", config.scale, ", must be finite and above 0");
+          "TopKGate::Config.scale = ", config.scale, ", must be finite and above 0");
   at_least_zero("renormalise_epsilon", config.renormalise_epsilon);
   require(config.groups >= 1 && config.experts % config.groups == 0,
-          "SoftmaxTopKGate::Config.groups = ", config.groups,
+          "TopKGate::Config.groups = ", config.groups,
           ", must divide experts = ", config.experts);
-  require(config.active_groups >= 1 && config.active_groups <= config.groups,
-          "SoftmaxTopKGate::Config.active_groups = ", config.active_groups,
+  require(config.top_k_groups >= 1 && config.top_k_groups <= config.groups,
+          "TopKGate::Config.top_k_groups = ", config.top_k_groups,
           ", must be from 1 to groups = ", config.groups);
-  const Index reachable = config.experts / config.groups * config.active_groups;
-  require(config.active <= reachable, "SoftmaxTopKGate::Config.active = ", config.active,
-          ", but active_groups = ", config.active_groups, " hold ", reachable, " experts");
+  const Index reachable = config.experts / config.groups * config.top_k_groups;
+  require(config.top_k <= reachable, "TopKGate::Config.top_k = ", config.top_k,
+          ", but top_k_groups = ", config.top_k_groups, " hold ", reachable, " experts");
   require(config.group_score == GroupScore::best || config.group_score == GroupScore::two_best,
-          "SoftmaxTopKGate::Config.group_score = ", static_cast<int>(config.group_score),
+          "TopKGate::Config.group_score = ", static_cast<int>(config.group_score),
           ", must be one of the 2 scores of groups");
   at_least_zero("bias_rate", config.bias_rate);
   require(config.jitter >= 0 && config.jitter < 1,
-          "SoftmaxTopKGate::Config.jitter = ", config.jitter, ", must be in [0, 1)");
-  require(!config.random_second || config.active == 2,
-          "SoftmaxTopKGate::Config.random_second with active = ", config.active, ", must be 2");
+          "TopKGate::Config.jitter = ", config.jitter, ", must be in [0, 1)");
+  require(!config.random_second || config.top_k == 2,
+          "TopKGate::Config.random_second with top_k = ", config.top_k, ", must be 2");
   at_least_zero("capacity_factor", config.capacity_factor);
   at_least_zero("evaluation_capacity_factor", config.evaluation_capacity_factor);
   require(
       config.place_order >= PlaceOrder::rows && config.place_order <= PlaceOrder::largest_weight,
-      "SoftmaxTopKGate::Config.place_order = ", static_cast<int>(config.place_order),
+      "TopKGate::Config.place_order = ", static_cast<int>(config.place_order),
       ", must be one of the 3 orders");
-  at_least_zero("switch_weight", config.switch_weight);
-  at_least_zero("sequence_weight", config.sequence_weight);
+  at_least_zero("switch_loss_weight", config.switch_loss_weight);
+  at_least_zero("sequence_loss_weight", config.sequence_loss_weight);
   require(config.switch_count >= SwitchCount::per_slot &&
               config.switch_count <= SwitchCount::first_choice,
-          "SoftmaxTopKGate::Config.switch_count = ", static_cast<int>(config.switch_count),
+          "TopKGate::Config.switch_count = ", static_cast<int>(config.switch_count),
           ", must be one of the 3 counts");
-  require(config.sequences >= 1, "SoftmaxTopKGate::Config.sequences = ", config.sequences,
+  require(config.sequences >= 1, "TopKGate::Config.sequences = ", config.sequences,
           ", must be at least 1");
   require(config.row_order == RowOrder::time_major || config.row_order == RowOrder::sequence_major,
-          "SoftmaxTopKGate::Config.row_order = ", static_cast<int>(config.row_order),
+          "TopKGate::Config.row_order = ", static_cast<int>(config.row_order),
           ", must be one of the 2 orders");
-  at_least_zero("z_weight", config.z_weight);
-  at_least_zero("deviation", config.deviation);
+  at_least_zero("z_loss_weight", config.z_loss_weight);
+  at_least_zero("init_stddev", config.init_stddev);
   return config;
 }
 

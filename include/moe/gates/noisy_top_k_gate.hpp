@@ -3,7 +3,7 @@
 #include <span>
 #include <vector>
 
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 #include "moe/routing/noisy_top_k.hpp"
 
 /// \file
@@ -31,7 +31,7 @@ class NoisyTopKGate {
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
-    Index active = 0;   ///< K, experts chosen for a token, 1 <= K <= E
+    Index top_k = 0;   ///< K, experts chosen for a token, 1 <= K <= E
     bool noise = true;  ///< false: scores are clean in training too, and the load has no gradient
     double noise_floor = 0.01;       ///< s0 > 0
     double importance_weight = 0.1;  ///< w_importance >= 0
@@ -48,7 +48,7 @@ class NoisyTopKGate {
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
   NoisyTopKGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
-        top_k_({config.width, config.experts, config.active, config.noise, config.noise_floor},
+        top_k_({config.width, config.experts, config.top_k, config.noise, config.noise_floor},
                seed) {}
 
   const Config& config() const { return config_; }
@@ -104,7 +104,7 @@ class NoisyTopKGate {
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
     detail::require(tape.clean.cols() == experts() &&
-                        tape.routing.slots() == tape.routing.tokens() * config_.active,
+                        tape.routing.slots() == tape.routing.tokens() * config_.top_k,
                     "NoisyTopKGate::backward: the tape is another gate's, of ", tape.clean.cols(),
                     " experts and ", tape.routing.slots(), " slots of ", tape.routing.tokens(),
                     " tokens");
@@ -123,8 +123,8 @@ class NoisyTopKGate {
             ", must be at least 1");
     require(config.experts >= 1, "NoisyTopKGate::Config.experts = ", config.experts,
             ", must be at least 1");
-    require(config.active >= 1 && config.active <= config.experts,
-            "NoisyTopKGate::Config.active = ", config.active,
+    require(config.top_k >= 1 && config.top_k <= config.experts,
+            "NoisyTopKGate::Config.top_k = ", config.top_k,
             ", must be from 1 to experts = ", config.experts);
     detail::check_noise_floor("NoisyTopKGate", config.noise_floor);
     detail::check_balance_weights("NoisyTopKGate", config.importance_weight, config.load_weight);

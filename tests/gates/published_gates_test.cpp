@@ -2,11 +2,11 @@
 #include <utility>
 
 #include "../support.hpp"
-#include "moe/routing/softmax_top_k_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
 
 /// \file
 /// One test for each model in docs/gates.md: its routing, a scalar at a time from its own paper or
-/// published code, against SoftmaxTopKGate with the options of the table. It shares nothing with the
+/// published code, against TopKGate with the options of the table. It shares nothing with the
 /// library but W_g, the selection bias and the random numbers.
 
 using namespace moe;
@@ -18,7 +18,7 @@ namespace {
 
 std::size_t at(Index i) { return static_cast<std::size_t>(i); }
 
-Matrix<double>& parameter(SoftmaxTopKGate<double>& gate, const std::string& wanted) {
+Matrix<double>& parameter(TopKGate<double>& gate, const std::string& wanted) {
   Matrix<double>* found = nullptr;
   for_each_parameter(gate, [&](const std::string& name, Parameter<double>& p) {
     if (name == wanted) found = &p.value;
@@ -29,12 +29,12 @@ Matrix<double>& parameter(SoftmaxTopKGate<double>& gate, const std::string& want
 
 /// A gate with weights large enough for logits of size 1, and what one pass of it was.
 struct Case {
-  SoftmaxTopKGate<double> gate;
-  SoftmaxTopKGate<double>::Tape tape;
+  TopKGate<double> gate;
+  TopKGate<double>::Tape tape;
   Matrix<double> x;
   NoiseKey key{.step = 0};
 
-  Case(const SoftmaxTopKConfig& config, Index tokens, std::uint64_t seed) : gate(config, seed) {
+  Case(const TopKConfig& config, Index tokens, std::uint64_t seed) : gate(config, seed) {
     fill_normal(parameter(gate, "weight"), 0.6, seed);
     x = random_matrix(tokens, config.width, seed + 100);
     key.step = seed;
@@ -111,11 +111,11 @@ TEST_CASE("published gates: Switch Transformer", "[routing][gate]") {
   for (std::uint64_t seed = 1; seed <= 6; ++seed) {
     Case c({.width = 5,
             .experts = 4,
-            .active = 1,
+            .top_k = 1,
             .jitter = 0.01,
             .capacity_factor = 1.25,
             .evaluation_capacity_factor = 2,
-            .switch_weight = 0.01},
+            .switch_loss_weight = 0.01},
            16, seed);
     const auto& routing = c.gate.forward(c.x, c.tape, c.key);
     const Index places = 5;  // 16 tokens / 4 experts · 1.25
@@ -163,13 +163,13 @@ TEST_CASE("published gates: GShard", "[routing][gate]") {
   for (std::uint64_t seed = 1; seed <= 6; ++seed) {
     Case c({.width = 5,
             .experts = 4,
-            .active = 2,
+            .top_k = 2,
             .renormalise = true,
             .random_second = true,
             .capacity_factor = 1,
             .evaluation_capacity_factor = 1,
             .place_order = PlaceOrder::first_choices,
-            .switch_weight = 0.01,
+            .switch_loss_weight = 0.01,
             .switch_count = SwitchCount::first_choice},
            16, seed);
     const auto& routing = c.gate.forward(c.x, c.tape, c.key);
@@ -229,17 +229,17 @@ TEST_CASE("published gates: GShard", "[routing][gate]") {
 TEST_CASE("published gates: Mixtral", "[routing][gate]") {
   for (const bool as_in_paper : {false, true}) {
     for (std::uint64_t seed = 1; seed <= 4; ++seed) {
-      Case c(as_in_paper ? SoftmaxTopKConfig{.width = 5,
+      Case c(as_in_paper ? TopKConfig{.width = 5,
                                              .experts = 8,
-                                             .active = 2,
+                                             .top_k = 2,
                                              .score = Score::softmax_of_chosen,
-                                             .switch_weight = 0.02,
+                                             .switch_loss_weight = 0.02,
                                              .switch_count = SwitchCount::per_token}
-                         : SoftmaxTopKConfig{.width = 5,
+                         : TopKConfig{.width = 5,
                                              .experts = 8,
-                                             .active = 2,
+                                             .top_k = 2,
                                              .renormalise = true,
-                                             .switch_weight = 0.02,
+                                             .switch_loss_weight = 0.02,
                                              .switch_count = SwitchCount::per_token},
              12, seed);
       const auto& routing = c.gate.forward(c.x, c.tape, c.key);
@@ -263,7 +263,7 @@ TEST_CASE("published gates: Mixtral", "[routing][gate]") {
 namespace {
 
 /// What OLMoE and the Qwen models share: softmax, the K largest, renormalised or not.
-void check_plain(const SoftmaxTopKConfig& config, double loss_per_choice, double z_weight) {
+void check_plain(const TopKConfig& config, double loss_per_choice, double z_loss_weight) {
   for (std::uint64_t seed = 1; seed <= 4; ++seed) {
     const Index tokens = 12;
     Case c(config, tokens, seed);
@@ -274,7 +274,7 @@ void check_plain(const SoftmaxTopKConfig& config, double loss_per_choice, double
     double z = 0;
     for (const Row& row : c.logits(c.x)) {
       p.push_back(softmax(row));
-      choices.push_back(top(p.back(), config.active));
+      choices.push_back(top(p.back(), config.top_k));
       double sum = 0;
       for (const Index e : choices.back()) sum += p.back()[at(e)];
       for (const Index e : choices.back()) {
@@ -285,7 +285,7 @@ void check_plain(const SoftmaxTopKConfig& config, double loss_per_choice, double
       for (const double v : row) exponentials += std::exp(v);
       z += std::log(exponentials) * std::log(exponentials) / static_cast<double>(tokens);
     }
-    c.check(routing, slots, loss_per_choice * count_times_mean(choices, p) + z_weight * z);
+    c.check(routing, slots, loss_per_choice * count_times_mean(choices, p) + z_loss_weight * z);
   }
 }
 
@@ -294,18 +294,18 @@ void check_plain(const SoftmaxTopKConfig& config, double loss_per_choice, double
 TEST_CASE("published gates: OLMoE", "[routing][gate]") {
   check_plain({.width = 5,
                .experts = 64,
-               .active = 8,
-               .switch_weight = 0.01,
+               .top_k = 8,
+               .switch_loss_weight = 0.01,
                .switch_count = SwitchCount::per_slot,
-               .z_weight = 0.001},
+               .z_loss_weight = 0.001},
               0.01 * 64 / (12 * 8), 0.001);  // N_E·Σ f·P, f the share of the 12·8 choices
 }
 
 TEST_CASE("published gates: Qwen1.5-MoE and Qwen2-MoE", "[routing][gate]") {
   check_plain({.width = 5,
                .experts = 60,
-               .active = 4,
-               .switch_weight = 0.001,
+               .top_k = 4,
+               .switch_loss_weight = 0.001,
                .switch_count = SwitchCount::per_token},
               0.001 * 60 / 12, 0);
 }
@@ -313,9 +313,9 @@ TEST_CASE("published gates: Qwen1.5-MoE and Qwen2-MoE", "[routing][gate]") {
 TEST_CASE("published gates: Qwen3-MoE", "[routing][gate]") {
   check_plain({.width = 5,
                .experts = 128,
-               .active = 8,
+               .top_k = 8,
                .renormalise = true,
-               .switch_weight = 0.001,
+               .switch_loss_weight = 0.001,
                .switch_count = SwitchCount::per_token},
               0.001 * 128 / 12, 0);
 }
@@ -325,11 +325,11 @@ TEST_CASE("published gates: DeepSeek-V2", "[routing][gate]") {
   for (std::uint64_t seed = 1; seed <= 4; ++seed) {
     Case c({.width = 5,
             .experts = 160,
-            .active = 6,
+            .top_k = 6,
             .scale = 16,
             .groups = 8,
-            .active_groups = 3,
-            .sequence_weight = 0.001,
+            .top_k_groups = 3,
+            .sequence_loss_weight = 0.001,
             .sequences = 3,
             .row_order = RowOrder::sequence_major},
            12, seed);
@@ -371,16 +371,16 @@ TEST_CASE("published gates: DeepSeek-V3", "[routing][gate]") {
   for (std::uint64_t seed = 1; seed <= 4; ++seed) {
     Case c({.width = 5,
             .experts = 256,
-            .active = 8,
+            .top_k = 8,
             .score = Score::sigmoid,
             .renormalise = true,
             .scale = 2.5,
             .groups = 8,
-            .active_groups = 4,
+            .top_k_groups = 4,
             .group_score = GroupScore::two_best,
             .selection_bias = true,
             .bias_rate = 0.001,
-            .sequence_weight = 0.0001,
+            .sequence_loss_weight = 0.0001,
             .sequences = 3},
            12, seed);
     fill_normal(parameter(c.gate, "selection_bias"), 0.05, seed);
@@ -448,19 +448,19 @@ TEST_CASE("published gates: DeepSeek-V3", "[routing][gate]") {
 
 TEST_CASE("published gates: two tokens of each score worked by hand", "[routing][gate]") {
   // c = (ln 1, ln 2, ln 5) and (ln 4, ln 3, ln 1).
-  const auto gate_of = [](const SoftmaxTopKConfig& options) {
-    SoftmaxTopKConfig config = options;
+  const auto gate_of = [](const TopKConfig& options) {
+    TopKConfig config = options;
     config.width = 2;
     config.experts = 3;
-    config.active = 2;
-    SoftmaxTopKGate<double> gate(config, 0);
+    config.top_k = 2;
+    TopKGate<double> gate(config, 0);
     parameter(gate, "weight") << 0, std::log(2.0), std::log(5.0), std::log(4.0), std::log(3.0), 0;
     return gate;
   };
   const Matrix<double> x{{1, 0}, {0, 1}};
-  const auto check = [&](const SoftmaxTopKConfig& options, const Row& weights, double loss) {
-    const SoftmaxTopKGate<double> gate = gate_of(options);
-    SoftmaxTopKGate<double>::Tape tape;
+  const auto check = [&](const TopKConfig& options, const Row& weights, double loss) {
+    const TopKGate<double> gate = gate_of(options);
+    TopKGate<double>::Tape tape;
     const auto& routing = gate.forward(x, tape, {.step = 0});
     CHECK(routing.expert == std::vector<Index>{1, 2, 0, 1});
     for (std::size_t s = 0; s < 4; ++s) {
@@ -475,17 +475,17 @@ TEST_CASE("published gates: two tokens of each score worked by hand", "[routing]
   // 3·Σ f·P with f = (1, 2, 1)/4: 3·(5 + 10 + 6)/64; with f = (1, 2, 1)/2 twice that; with
   // f = (1, 0, 1)/2: 3·(5 + 6)/32.
   const Row plain = {2.0 / 8, 5.0 / 8, 4.0 / 8, 3.0 / 8};
-  check({.switch_weight = 1}, plain, 63.0 / 64);
-  check({.switch_weight = 1, .switch_count = SwitchCount::per_token}, plain, 63.0 / 32);
-  check({.switch_weight = 1, .switch_count = SwitchCount::first_choice}, plain, 33.0 / 32);
+  check({.switch_loss_weight = 1}, plain, 63.0 / 64);
+  check({.switch_loss_weight = 1, .switch_count = SwitchCount::per_token}, plain, 63.0 / 32);
+  check({.switch_loss_weight = 1, .switch_count = SwitchCount::first_choice}, plain, 33.0 / 32);
   // Each token a sequence: 3·(2 + 5)/(2·8) and 3·(4 + 3)/(2·8), the mean of which is 21/16.
-  check({.sequence_weight = 1, .sequences = 2}, plain, 21.0 / 16);
+  check({.sequence_loss_weight = 1, .sequences = 2}, plain, 21.0 / 16);
   // log Σ e^c = ln 8 twice.
-  check({.z_weight = 0.5}, plain, 0.5 * std::log(8.0) * std::log(8.0));
+  check({.z_loss_weight = 0.5}, plain, 0.5 * std::log(8.0) * std::log(8.0));
   // Sigmoids of ln v are v / (1 + v): (1/2, 2/3, 5/6) and (4/5, 3/4, 1/2). Sums 2 and 41/20, so
   // P = ((1/4 + 16/41)/2, (1/3 + 15/41)/2, (5/12 + 10/41)/2), and 3/4·(P_0 + 2·P_1 + P_2) is
   // 3/4·(1 + P_1) = 3/4·(1 + 43/123).
-  check({.score = Score::sigmoid, .switch_weight = 1}, {2.0 / 3, 5.0 / 6, 4.0 / 5, 3.0 / 4},
+  check({.score = Score::sigmoid, .switch_loss_weight = 1}, {2.0 / 3, 5.0 / 6, 4.0 / 5, 3.0 / 4},
         0.75 * (1 + 43.0 / 123));
   check({.score = Score::sigmoid, .renormalise = true}, {4.0 / 9, 5.0 / 9, 16.0 / 31, 15.0 / 31},
         0);

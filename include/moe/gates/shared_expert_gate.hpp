@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "moe/kernels/activations.hpp"
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 #include "moe/routing/linear_scores.hpp"
 
 /// \file
@@ -22,7 +22,7 @@ namespace moe {
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>, moe::SharedExpertGate<moe::NoisyTopKGate<>>>
 ///         layer({.width = 128,
 ///                .expert = {.hidden = 256},
-///                .gate = {.shared = 2, .routed = {.experts = 64, .active = 6}}});
+///                .gate = {.shared = 2, .routed = {.experts = 64, .top_k = 6}}});
 ///
 /// Experts 0 up to `shared` are every token's, with weight 1, or, if `gated`, with the weight
 /// sigmoid(x·W_shared), one column of W_shared an expert; the published code of Qwen1.5-MoE and

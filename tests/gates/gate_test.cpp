@@ -1,7 +1,7 @@
-#include "moe/routing/gate.hpp"
+#include "moe/gates/gate.hpp"
 
 #include "../support.hpp"
-#include "moe/routing/noisy_top_k_gate.hpp"
+#include "moe/gates/noisy_top_k_gate.hpp"
 
 using namespace moe;
 
@@ -76,7 +76,7 @@ TEST_CASE("gate: the smallest gate makes a routing that can be grouped", "[routi
   gate.forward(test::random_matrix<float>(5, 2, 1), tape, {.step = 0});
   group_by_expert(tape.routing);
   CHECK(tape.routing.slots_of(0) == 5);
-  CHECK(tape.routing.row_token == std::vector<Index>{0, 1, 2, 3, 4});
+  CHECK(tape.routing.sorted_token == std::vector<Index>{0, 1, 2, 3, 4});
 }
 
 TEST_CASE("gate: a fresh tape is empty", "[routing][gate]") {

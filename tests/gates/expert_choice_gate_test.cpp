@@ -1,4 +1,4 @@
-#include "moe/routing/expert_choice_gate.hpp"
+#include "moe/gates/expert_choice_gate.hpp"
 
 #include "../allocation.hpp"
 #include "token_choice_checks.hpp"
