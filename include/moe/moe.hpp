@@ -50,7 +50,7 @@
 #include "moe/routing/routing.hpp"
 #include "moe/routing/select_largest.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
-#include "moe/gates/top_k_config.hpp"
+#include "moe/routing/top_k_config.hpp"
 #include "moe/gates/top_k_gate.hpp"
 #include "moe/routing/switch_loss.hpp"
 #include "moe/version.hpp"

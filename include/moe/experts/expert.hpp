@@ -190,19 +190,19 @@ class Expert {
     }
   }
 
-  /// First half of a pass; fills the block's kept if `keeps`. `next` is the expert whose first half
+  /// First half of a pass; fills the block's kept if `save`. `next` is the expert whose first half
   /// comes next, if that is known; so in output().
   void hidden(const Block& block, Range columns, bool save, Scratch& scratch,
            [[maybe_unused]] const Expert* next = nullptr) const {
     if constexpr (requires { network_.hidden(block, columns, save, &network_); }) {
       network_.hidden(block, columns, save, network_of(next));
     } else if constexpr (fused) {
-      network_.hidden(block, columns, keeps);
+      network_.hidden(block, columns, save);
     } else {
       for_each_piece(block, [&](const Block& piece) {
         const ConstMatrixView<Scalar> x = constant(gather(piece.x, scratch.x));
         MatrixView<Scalar> y = piece.scratch;
-        if (keeps) {
+        if (save) {
           network_.forward(x, columns_of(piece.saved, 0, network_.tape_width()), y);
           columns_of(piece.saved, network_.tape_width(), width_) = y;
         } else {

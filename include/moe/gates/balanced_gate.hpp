@@ -63,12 +63,18 @@ class BalancedGate {
     double threshold_weight = 1e-3;  ///< of L_batchwise, >= 0
   };
 
+  /// Of the gate's loss, see Config; finite and at least 0.
+  struct LossWeights {
+    double threshold = 0;
+  };
+
   struct Tape : GateTape<Scalar> {
-    Matrix<Scalar> scores;      ///< x·W_g, T x E
-    Matrix<Scalar> p;           ///< Gσ, T x E
-    Matrix<Scalar> difference;  ///< Mthreshold − Mbatch, T x E
-    Vector<Scalar> token_loss;  ///< T, the tokens' parts of L_batchwise
-    Matrix<Scalar> dscores;     ///< T x E
+    LossWeights loss_weights;   ///< of the pass
+    Matrix<Scalar> scores;      ///< x·W_g, N x E
+    Matrix<Scalar> p;           ///< Gσ, N x E
+    Matrix<Scalar> difference;  ///< Mthreshold − Mbatch, N x E
+    Vector<Scalar> token_loss;  ///< N, the tokens' parts of L_batchwise
+    Matrix<Scalar> dscores;     ///< N x E
     detail::TokenChoice<Scalar> choice;
   };
 
@@ -85,31 +91,31 @@ class BalancedGate {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
-  /// Training pass over x (T x D) with the batchwise mask. There is no noise, so the key is not
-  /// used. Throws std::invalid_argument when x is not D wide. O(T·D·E).
+  /// Training pass over x (T x D) with the batchwise mask. There is no noise, so the step is not
+  /// used. Throws std::invalid_argument when x is not D wide or the pass does not fit it. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& = {.step = 0}) const {
-    detail::check_gate_input(*this, "BalancedGate", x);
-    tape.trained = false;
+                                 const Pass& pass = {.step = 0}) const {
+    detail::begin_forward(*this, "BalancedGate", x, pass, 0, tape);
     compute_p(x, tape);
-    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
-    detail::choose_tokens(tape.p, taken(tokens), tape.batch, tape.choice, tape.routing);
+    detail::choose_tokens(tape.p, taken(tape.tokens.batch_count), pass.batch, tape.choice,
+                          tape.routing);
     compute_weights(tape);
-    measure(tape);
-    compute_loss(tape);
+    compute_difference(tape);
+    measure(config_.threshold_weight, pass.batch, tape);
+    detail::insert_padding(tape.tokens, tape.routing);
     tape.trained = true;
     return tape.routing;
   }
 
   /// Routing by the thresholds. Leaves nothing that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_gate_input(*this, "BalancedGate", x);
-    tape.trained = false;
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    detail::begin_evaluation(*this, "BalancedGate", x, pass, tape);
     compute_p(x, tape);
     choose_by_threshold(tape);
     compute_weights(tape);
-    measure(tape);
-    tape.balance.loss = Scalar{0};
+    measure(0, pass.batch, tape);
+    detail::insert_padding(tape.tokens, tape.routing);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -127,7 +133,14 @@ class BalancedGate {
     detail::check_gate_backward("BalancedGate::backward", config_.width, x, dweight, tape, dx);
     compute_loss_backward(tape);
     compute_weights_backward(dweight, tape);
-    detail::linear_scores_backward(x, tape.dscores, weight_, dx);
+    linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_, tape.tokens.rows_of(dx));
+  }
+
+  /// Changes the weight of the loss from the next pass on. Throws std::invalid_argument for one out of
+  /// range.
+  void set_loss_weights(const LossWeights& weights) {
+    detail::check_loss_weight("BalancedGate::LossWeights.threshold", weights.threshold);
+    config_.threshold_weight = weights.threshold;
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
@@ -136,7 +149,8 @@ class BalancedGate {
     detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
     detail::require(
         tape.p.cols() == experts() && tape.difference.rows() == tape.p.rows() &&
-            (tape.batch != nullptr || tape.routing.slots() == experts() * taken(tape.p.rows())),
+            (tape.tokens.batch_count != tape.tokens.count ||
+             tape.routing.slots() == experts() * taken(tape.p.rows())),
         "BalancedGate::backward: the tape is another gate's, of ", tape.p.cols(), " experts and ",
         tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
     detail::check_shapes(*this, "BalancedGate");
@@ -173,13 +187,26 @@ class BalancedGate {
   }
 
   void compute_p(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::linear_scores(x, weight_, tape.scores);
-    detail::softmax_rows(tape.scores, tape.p);
+    linear_scores(tape.tokens.rows_of(x), weight_, tape.scores);
+    softmax_rows(tape.scores, tape.p);
   }
 
-  static void measure(Tape& tape) {
-    detail::measure_importance(tape.routing, tape.batch, tape.balance);
-    detail::count_load(tape.routing, tape.batch, tape.balance);
+  /// Of a routing that is still token by token, without padding.
+  void measure(double threshold_weight, const SharedBatch* batch, Tape& tape) const {
+    double loss = 0;
+    if (threshold_weight > 0) {
+      for (Index t = 0; t < tape.p.rows(); ++t) loss += static_cast<double>(tape.token_loss[t]);
+    }
+    detail::BatchSum sum(batch);
+    sum.add(&loss, 1);
+    detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
+    tape.loss_weights = {threshold_weight};
+    tape.balance.losses = {};
+    if (threshold_weight > 0) {
+      tape.balance.losses.threshold =
+          static_cast<Scalar>(threshold_weight * tape.loss_scale * loss);
+    }
+    tape.balance.loss = tape.balance.losses.threshold;
   }
 
   // The mask of thresholds [S17 eq. 19].
@@ -206,19 +233,19 @@ class BalancedGate {
       for (Index t = first; t < first + count; ++t) {
         Index passed = 0;
         for_each_passed(detail::row_data(tape.p, t), [&](Index) { ++passed; });
-        routing.token_offsets[detail::to_size(t) + 1] = passed;
+        routing.token_offsets[t + 1] = passed;
       }
     });
-    for (std::size_t t = 1; t < routing.token_offsets.size(); ++t) {
+    for (Index t = 1; t <= tokens; ++t) {
       routing.token_offsets[t] += routing.token_offsets[t - 1];
     }
     detail::resize(routing.expert, routing.token_offsets.back());
     detail::resize(routing.weight, routing.token_offsets.back());
     parallel_for_blocks(tokens, block, element_work(tape.p.size()), [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
-        Index slot = routing.token_offsets[detail::to_size(t)];
+        Index slot = routing.token_offsets[t];
         for_each_passed(detail::row_data(tape.p, t),
-                        [&](Index i) { routing.expert[detail::to_size(slot++)] = i; });
+                        [&](Index i) { routing.expert[slot++] = i; });
       }
     });
   }
@@ -232,19 +259,19 @@ class BalancedGate {
         tape.p.rows(), block, function_work(routing.slots()), [&](Index first, Index count) {
           for (Index t = first; t < first + count; ++t) {
             const Scalar* scores = detail::row_data(tape.scores, t);
-            const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
-            const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
+            const Index begin = routing.token_offsets[t];
+            const Index end = routing.token_offsets[t + 1];
             if (begin == end) continue;
             Scalar largest = scores[routing.expert[begin]];
-            for (std::size_t s = begin; s < end; ++s) {
+            for (Index s = begin; s < end; ++s) {
               largest = std::max(largest, scores[routing.expert[s]]);
             }
             Scalar total{0};
-            for (std::size_t s = begin; s < end; ++s) {
+            for (Index s = begin; s < end; ++s) {
               routing.weight[s] = std::exp(scores[routing.expert[s]] - largest);
               total += routing.weight[s];
             }
-            for (std::size_t s = begin; s < end; ++s) routing.weight[s] /= total;
+            for (Index s = begin; s < end; ++s) routing.weight[s] /= total;
           }
         });
   }
@@ -255,12 +282,13 @@ class BalancedGate {
     parallel_for_blocks(
         tape.p.rows(), block, function_work(routing.slots()), [&](Index first, Index count) {
           for (Index t = first; t < first + count; ++t) {
-            const std::size_t begin = detail::to_size(routing.token_offsets[detail::to_size(t)]);
-            const std::size_t end = detail::to_size(routing.token_offsets[detail::to_size(t) + 1]);
+            const Range slots = routing.slots_of_token(tape.tokens.row_of(t));
+            const Index end = slots.first + slots.count;
+            const auto g = [&](Index s) { return dweight[detail::to_size(s)]; };
             Scalar mean{0};
-            for (std::size_t s = begin; s < end; ++s) mean += routing.weight[s] * dweight[s];
-            for (std::size_t s = begin; s < end; ++s) {
-              tape.dscores(t, routing.expert[s]) += routing.weight[s] * (dweight[s] - mean);
+            for (Index s = slots.first; s < end; ++s) mean += routing.weight[s] * g(s);
+            for (Index s = slots.first; s < end; ++s) {
+              tape.dscores(t, routing.expert[s]) += routing.weight[s] * (g(s) - mean);
             }
           }
         });
@@ -268,10 +296,10 @@ class BalancedGate {
 
   // L_batchwise [S17 eq. 20].
 
-  void compute_loss(Tape& tape) const {
+  /// Mthreshold − Mbatch and the loss of each token.
+  void compute_difference(Tape& tape) const {
     const Index tokens = tape.p.rows();
     const Scalar* threshold = threshold_.value.data();
-    tape.balance.loss = Scalar{0};
     detail::resize(tape.difference, tokens, experts());
     detail::resize(tape.token_loss, tokens);
     parallel_for_blocks(tokens, block, element_work(tape.p.size()), [&](Index first, Index count) {
@@ -281,33 +309,28 @@ class BalancedGate {
         for (Index i = 0; i < experts(); ++i) {
           difference[i] = p[i] > threshold[i] ? Scalar{1} : Scalar{0};
         }
-        for (Index s = tape.routing.token_offsets[detail::to_size(t)];
-             s < tape.routing.token_offsets[detail::to_size(t) + 1]; ++s) {
-          difference[tape.routing.expert[detail::to_size(s)]] -= Scalar{1};
+        for (Index s = tape.routing.token_offsets[t];
+             s < tape.routing.token_offsets[t + 1]; ++s) {
+          difference[tape.routing.expert[s]] -= Scalar{1};
         }
         Scalar loss{0};
         for (Index i = 0; i < experts(); ++i) loss += difference[i] * (p[i] - threshold[i]);
         tape.token_loss[t] = loss;
       }
     });
-    if (config_.threshold_weight == 0) return;
-    double loss = 0;
-    for (Index t = 0; t < tokens; ++t) loss += static_cast<double>(tape.token_loss[t]);
-    tape.balance.loss = static_cast<Scalar>(config_.threshold_weight * loss);
-    detail::sum_over_batch(tape.batch, 1, &tape.balance.loss);
   }
 
   /// ∂L/∂p = w·(Mthreshold − Mbatch), through the softmax into tape.dscores, which it overwrites;
   /// ∂L/∂threshold_i = −w·Σ_t (Mthreshold − Mbatch)_ti.
   void compute_loss_backward(Tape& tape) {
-    const auto weight = static_cast<Scalar>(config_.threshold_weight);
-    if (config_.threshold_weight == 0) {
+    const auto weight = static_cast<Scalar>(tape.loss_weights.threshold * tape.loss_scale);
+    if (weight == Scalar{0}) {
       detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
       return;
     }
     detail::resize(tape.dscores, tape.p.rows(), experts());
     tape.dscores = weight * tape.difference;
-    detail::softmax_rows_backward(tape.p, tape.dscores);
+    softmax_rows_backward(tape.p, tape.dscores);
     if (!threshold_.trained) return;
     const Scalar minus = -weight;
     detail::add_column_sums(GatheredRows<Scalar>(tape.difference), threshold_.gradient(),

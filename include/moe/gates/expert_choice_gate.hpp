@@ -47,8 +47,8 @@ class ExpertChoiceGate {
   };
 
   struct Tape : GateTape<Scalar> {
-    Matrix<Scalar> p;        ///< T x E
-    Matrix<Scalar> dscores;  ///< T x E
+    Matrix<Scalar> p;        ///< N x E
+    Matrix<Scalar> dscores;  ///< N x E
     detail::TokenChoice<Scalar> choice;
   };
 
@@ -62,22 +62,21 @@ class ExpertChoiceGate {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
-  /// Training pass over x (T x D). There is no noise, so the key is not used. Throws
-  /// std::invalid_argument when x is not D wide. O(T·D·E).
+  /// Training pass over x (T x D). There is no noise, so the step is not used. Throws
+  /// std::invalid_argument when x is not D wide or the pass does not fit it. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& = {.step = 0}) const {
-    detail::check_gate_input(*this, "ExpertChoiceGate", x);
-    tape.trained = false;
-    route(x, tape);
+                                 const Pass& pass = {.step = 0}) const {
+    detail::begin_forward(*this, "ExpertChoiceGate", x, pass, 0, tape);
+    route(x, pass.batch, tape);
     tape.trained = true;
     return tape.routing;
   }
 
   /// The same choice among the tokens of x. Leaves nothing that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_gate_input(*this, "ExpertChoiceGate", x);
-    tape.trained = false;
-    route(x, tape);
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    detail::begin_evaluation(*this, "ExpertChoiceGate", x, pass, tape);
+    route(x, pass.batch, tape);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -94,14 +93,11 @@ class ExpertChoiceGate {
     detail::check_gate_backward("ExpertChoiceGate::backward", config_.width, x, dweight, tape, dx);
     detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
     const Routing<Scalar>& routing = tape.routing;
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      for (Index s = routing.token_offsets[detail::to_size(t)];
-           s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
-        tape.dscores(t, routing.expert[detail::to_size(s)]) = dweight[detail::to_size(s)];
-      }
-    }
-    detail::softmax_rows_backward(tape.p, tape.dscores);
-    detail::linear_scores_backward(x, tape.dscores, weight_, dx);
+    for_each_slot(tape, [&](Index t, Index s) {
+      tape.dscores(t, routing.expert[s]) = dweight[detail::to_size(s)];
+    });
+    softmax_rows_backward(tape.p, tape.dscores);
+    linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_, tape.tokens.rows_of(dx));
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
@@ -109,8 +105,9 @@ class ExpertChoiceGate {
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
     detail::require(
-        tape.p.cols() == experts() && tape.p.rows() == tape.routing.tokens() &&
-            (tape.batch != nullptr || tape.routing.slots() == experts() * capacity(tape.p.rows())),
+        tape.p.cols() == experts() && tape.p.rows() == tape.tokens.count &&
+            (tape.tokens.batch_count != tape.tokens.count ||
+             tape.routing.slots() == experts() * capacity(tape.p.rows())),
         "ExpertChoiceGate::backward: the tape is another gate's, of ", tape.p.cols(),
         " experts and ", tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
     detail::check_shapes(*this, "ExpertChoiceGate");
@@ -141,20 +138,25 @@ class ExpertChoiceGate {
     return detail::tokens_to_take(config_.capacity_factor, tokens, experts());
   }
 
-  void route(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::linear_scores(x, weight_, tape.p);
-    detail::softmax_rows(tape.p, tape.p);
-    Routing<Scalar>& routing = tape.routing;
-    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
-    detail::choose_tokens(tape.p, capacity(tokens), tape.batch, tape.choice, routing);
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      for (Index s = routing.token_offsets[detail::to_size(t)];
-           s < routing.token_offsets[detail::to_size(t) + 1]; ++s) {
-        routing.weight[detail::to_size(s)] = tape.p(t, routing.expert[detail::to_size(s)]);
-      }
+  /// Calls f(t, slot) for the slots of every token t of the N.
+  template <class F>
+  static void for_each_slot(const Tape& tape, F&& f) {
+    for (Index t = 0; t < tape.tokens.count; ++t) {
+      const Range slots = tape.routing.slots_of_token(tape.tokens.row_of(t));
+      for (Index s = slots.first; s < slots.first + slots.count; ++s) f(t, s);
     }
-    detail::measure_importance(routing, tape.batch, tape.balance);
-    detail::count_load(routing, tape.batch, tape.balance);
+  }
+
+  void route(const MatrixRef<Scalar>& x, const SharedBatch* batch, Tape& tape) const {
+    linear_scores(tape.tokens.rows_of(x), weight_, tape.p);
+    softmax_rows(tape.p, tape.p);
+    Routing<Scalar>& routing = tape.routing;
+    detail::choose_tokens(tape.p, capacity(tape.tokens.batch_count), batch, tape.choice, routing);
+    detail::insert_padding(tape.tokens, routing);
+    for_each_slot(tape, [&](Index t, Index s) { routing.weight[s] = tape.p(t, routing.expert[s]); });
+    detail::BatchSum sum(batch);
+    detail::measure_balance(routing, routing.expert, sum, tape.balance);
+    tape.balance.losses = {};
     tape.balance.loss = Scalar{0};
   }
 

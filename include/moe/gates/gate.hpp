@@ -1,17 +1,17 @@
 #pragma once
 
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <span>
 
 #include "moe/parameter.hpp"
-#include "moe/random.hpp"
 #include "moe/routing/balance_loss.hpp"
-#include "moe/routing/global_batch.hpp"
+#include "moe/routing/pass.hpp"
 #include "moe/routing/routing.hpp"
 
 /// \file
-/// What the layer asks of a gate. NoisyTopKGate is one; a user's own class is as good.
+/// What the layer needs of a gate. NoisyTopKGate is one; a user's own class is as good.
 
 namespace moe {
 
@@ -22,23 +22,33 @@ struct GateTape {
   Balance<Scalar> balance;  ///< importance, load and their loss
   bool trained = false;     ///< whether the last pass was a forward() that ended well
 
-  /// Set during every pass, backward() too, where x is a part of a larger batch; then `balance` is
-  /// that of the whole batch, and so is the gradient of its loss.
-  const GlobalBatch<Scalar>* batch = nullptr;
+  // What this library's gates keep of the pass, see detail::begin_forward().
+  detail::ValidTokens tokens;  ///< the rows of x that are no padding
+  double loss_scale = 1;       ///< Pass::loss_scale
 };
 
 /// A gate makes a Routing and takes back the gradient of its weights.
 ///
-///     forward(x, tape, noise)          const; training: sets the gate's part of tape.routing, and
-///                                      tape.balance
-///     evaluate(x, tape)                const; serving: the same without noise
+///     forward(x, tape, pass)           const; training: sets tape.routing and tape.balance
+///     evaluate(x, tape, pass)          const; serving: the same without noise; pass is an
+///                                      EvaluationPass
 ///     backward(x, dweight, tape, dx)   after forward, with the same x: dweight is S numbers, the
 ///                                      gradient of the loss with respect to the weight of each
-///                                      slot; adds to the gradients of the gate's parameters, the
-///                                      balance loss included, and the gate's share to dx (T x D)
+///                                      slot; adds to the gradients of the gate's parameters, its
+///                                      own losses included, and the gate's share to dx (T x D)
 ///
-/// A gate keeps no copy of x: the layer has one. It may have check_tape(tape), const, which throws
-/// where backward() would not take the tape; the layer asks before it changes anything.
+/// A gate keeps no copy of x: the layer has one. A row that the pass says is not valid gets no slot.
+///
+/// It may have, and the layer uses where it is there:
+///
+///     check_tape(tape)                 const; throws where backward() would not take the tape; the
+///                                      layer calls it before it changes anything
+///     experts_together()               const; how many experts in a row mpi::RankDispatch should
+///                                      place on one rank, 1 where it is missing
+///     shared_experts()                 const; how many experts, the first ones, get every token,
+///                                      which are placed apart, 0 where it is missing
+///     set_loss_weights(LossWeights)    changes the weights of the gate's losses between updates
+///     update_selection_bias(tape)      what a gate does after an update of the weights
 ///
 /// Its Config has a member `width`; a width of 0 stands for the layer's. It names its parameters in
 /// visit_parameters(self, visit), see for_each_parameter().
@@ -57,8 +67,8 @@ concept Gate =
              Matrix<typename G::Scalar>& dx) {
       { config.width } -> std::convertible_to<Index>;
       { gate.experts() } -> std::same_as<Index>;
-      gate.forward(x, tape, NoiseKey{.step = 0});
-      gate.evaluate(x, tape);
+      gate.forward(x, tape, Pass{.step = 0});
+      gate.evaluate(x, tape, EvaluationPass{});
       trained.backward(x, dweight, tape, dx);
       G::visit_parameters(trained, detail::AnyVisitor{});
     };
@@ -66,7 +76,58 @@ concept Gate =
 
 namespace detail {
 
-/// What forward() and evaluate() of every gate ask, `name` being the gate's in messages.
+/// Of a gate without losses.
+struct NoLossWeights {};
+template <class G>
+struct LossWeightsOf {
+  using type = NoLossWeights;
+};
+template <class G>
+requires requires { typename G::LossWeights; }
+struct LossWeightsOf<G> {
+  using type = typename G::LossWeights;
+};
+
+/// What MoELayer says when a class is no Gate: one message for each thing that can be missing.
+template <class G>
+constexpr bool check_gate_requirements() {
+  static_assert(requires { typename G::Scalar; }, "a gate must have a type Scalar");
+  static_assert(requires { typename G::Config; }, "a gate must have a type Config");
+  static_assert(requires { typename G::Tape; }, "a gate must have a type Tape");
+  if constexpr (requires {
+                  typename G::Scalar;
+                  typename G::Config;
+                  typename G::Tape;
+                }) {
+    using S = typename G::Scalar;
+    using Tape = typename G::Tape;
+    static_assert(std::derived_from<Tape, GateTape<S>>,
+                  "a gate's Tape must derive from moe::GateTape<Scalar>");
+    static_assert(std::constructible_from<G, const typename G::Config&, std::uint64_t>,
+                  "a gate must have a constructor (const Config&, std::uint64_t seed)");
+    static_assert(requires(typename G::Config config) {
+      { config.width } -> std::convertible_to<Index>;
+    }, "a gate's Config must have a member moe::Index width");
+    static_assert(requires(const G& gate) {
+      { gate.experts() } -> std::same_as<Index>;
+    }, "a gate must have moe::Index experts() const");
+    static_assert(requires(const G& gate, const MatrixRef<S>& x, Tape& tape) {
+      gate.forward(x, tape, Pass{.step = 0});
+    }, "a gate must have forward(const MatrixRef<Scalar>& x, Tape&, const moe::Pass&) const");
+    static_assert(requires(const G& gate, const MatrixRef<S>& x, Tape& tape) {
+      gate.evaluate(x, tape, EvaluationPass{});
+    }, "a gate must have evaluate(const MatrixRef<Scalar>& x, Tape&, const moe::EvaluationPass&) "
+       "const");
+    static_assert(requires(G& gate, const MatrixRef<S>& x, std::span<const S> dweight, Tape& tape,
+                           Matrix<S>& dx) { gate.backward(x, dweight, tape, dx); },
+                  "a gate must have backward(const MatrixRef<Scalar>& x, std::span<const Scalar> "
+                  "dweight, Tape&, moe::Matrix<Scalar>& dx), which adds to dx");
+    static_assert(requires(G& gate) { G::visit_parameters(gate, AnyVisitor{}); },
+                  "a gate must have a static visit_parameters(self, visit)");
+  }
+  return true;
+}
+
 template <class G>
 void check_gate_input(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x) {
   require(x.cols() == gate.config().width, name, ": x has ", x.cols(),
@@ -74,7 +135,29 @@ void check_gate_input(const G& gate, const char* name, const MatrixRef<typename 
   check_shapes(gate, name);
 }
 
-/// What backward() of every gate asks of its arguments, before it changes anything.
+/// What forward() of this library's gates begins with, `name` being the gate's in messages: checks
+/// x and the pass and notes which rows are tokens. Throws std::invalid_argument.
+template <class G>
+void begin_forward(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x,
+                   const Pass& pass, Index noise_columns, GateTape<typename G::Scalar>& tape) {
+  check_gate_input(gate, name, x);
+  check_pass(name, pass, x.rows());
+  check_noise(name, pass, x.rows(), noise_columns);
+  tape.trained = false;
+  tape.loss_scale = pass.loss_scale;
+  find_valid_tokens(name, x.rows(), pass.valid, pass.batch, tape.tokens);
+}
+/// The same of evaluate().
+template <class G>
+void begin_evaluation(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x,
+                      const EvaluationPass& pass, GateTape<typename G::Scalar>& tape) {
+  check_gate_input(gate, name, x);
+  tape.trained = false;
+  tape.loss_scale = 1;
+  find_valid_tokens(name, x.rows(), pass.valid, pass.batch, tape.tokens);
+}
+
+/// What backward() of every gate needs of its arguments, before it changes anything.
 template <class Scalar>
 void check_gate_backward(const char* call, Index width, const MatrixRef<Scalar>& x,
                          std::span<const Scalar> dweight, const GateTape<Scalar>& tape,
@@ -87,6 +170,12 @@ void check_gate_backward(const char* call, Index width, const MatrixRef<Scalar>&
   require(dx.rows() == tokens && dx.cols() == width, call, ": dx is ", dx.rows(), " x ", dx.cols(),
           ", x is ", tokens, " x ", width);
   require_apart(call, "x", x, {dx});
+}
+
+/// A weight of a loss, `field` naming it. Throws std::invalid_argument.
+inline void check_loss_weight(const char* field, double weight) {
+  require(std::isfinite(weight) && weight >= 0, field, " = ", weight,
+          ", must be finite and at least 0");
 }
 
 }  // namespace detail

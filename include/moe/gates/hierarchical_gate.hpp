@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "moe/gates/gate.hpp"
+#include "moe/routing/dispatch.hpp"
 #include "moe/routing/noisy_top_k.hpp"
 
 /// \file
@@ -50,22 +51,28 @@ class HierarchicalGate {
     double load_weight = 0.1;        ///< w_load >= 0
   };
 
+  /// Of the gate's losses, see Config.
+  using LossWeights = BalanceLossWeights;
+
   /// What the primary gate leaves, a row a token, or the secondary gates, a row a token and group,
-  /// group after group, so R = T·top_k_groups rows.
+  /// group after group, so R = N·top_k_groups rows.
   struct Level : detail::NoisyTopKTape<Scalar> {
-    Routing<Scalar> routing;      ///< rows to groups, or to the experts inside of a group
-    Vector<Scalar> load;          ///< a: Loadprimary, or E: Load_i(X_i), group after group
-    Vector<Scalar> dload;         ///< the gradient by it
-    std::vector<Scalar> dchoice;  ///< the gradient by routing.weight
+    Routing<Scalar> routing;        ///< rows to groups, or to the experts inside of a group
+    Vector<Scalar> load;            ///< a: Loadprimary, or E: Load_i(X_i), group after group
+    Vector<Scalar> dload;           ///< the gradient w.r.t. it
+    IndexedVector<Scalar> dchoice;  ///< the gradient w.r.t. routing.weight
   };
 
   struct Tape : GateTape<Scalar> {
+    LossWeights loss_weights;  ///< of the pass
     Level primary;
+    Dispatch<Scalar> groups;         ///< the primary gate's slots by group
+    IndexedVector<Index> group_row;  ///< R, the row of x of each; empty where all rows are tokens
     Level secondary;
-    std::vector<Index> group_tokens;  ///< a, |X_i|
-    Vector<Scalar> dimportance;       ///< E
-    Vector<Scalar> dload;             ///< E
-    Matrix<Scalar> dx_rows;           ///< R x D, the secondary gates' shares of dx
+    IndexedVector<Index> group_tokens;  ///< a, |X_i|
+    Vector<Scalar> dimportance;         ///< E
+    Vector<Scalar> dload;               ///< E
+    Matrix<Scalar> dx_rows;             ///< R x D, the secondary gates' shares of dx
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
@@ -87,23 +94,27 @@ class HierarchicalGate {
   const Config& config() const { return config_; }
   Index experts() const { return config_.groups * config_.group_experts; }
 
-  /// Training pass over x (T x D). Give every update its own key.step: the same key draws the same
-  /// noise. Throws std::invalid_argument when x is not D wide.
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& key) const {
-    detail::check_gate_input(*this, "HierarchicalGate", x);
-    tape.trained = false;
-    route(x, config_.noise, key, tape);
+  /// A group's experts should be on one rank: a token's slots of a group travel together.
+  Index experts_together() const { return config_.group_experts; }
+  /// Numbers of Pass::noise for a row of x: n of every group, then of every expert, those of groups
+  /// that are not chosen being unused; none where Config.noise is off.
+  Index noise_columns() const { return config_.noise ? config_.groups + experts() : 0; }
+
+  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
+  /// noise. Throws std::invalid_argument when x is not D wide or the pass does not fit it.
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    detail::begin_forward(*this, "HierarchicalGate", x, pass, noise_columns(), tape);
+    route(x, config_.noise, detail::noise_source(pass, noise_columns()), pass.batch, tape);
     tape.trained = true;
     return tape.routing;
   }
 
   /// Routing without noise, and its balance, the load being the count. Leaves nothing that
   /// backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_gate_input(*this, "HierarchicalGate", x);
-    tape.trained = false;
-    route(x, false, {.step = 0}, tape);
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    detail::begin_evaluation(*this, "HierarchicalGate", x, pass, tape);
+    route(x, false, {.key = {.step = 0}}, pass.batch, tape);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -120,30 +131,39 @@ class HierarchicalGate {
                 Matrix<Scalar>& dx) {
     check_tape(tape);
     detail::check_gate_backward("HierarchicalGate::backward", config_.width, x, dweight, tape, dx);
-    detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
+    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
                                   tape.dimportance, tape.dload);
     combine_load_backward(tape);
     combine_backward(dweight, tape);
     detail::resize_to_zero(tape.dx_rows, tape.primary.routing.slots(), config_.width);
     primary_.prepare_backward(tape.primary);
     secondary_.front().prepare_backward(tape.secondary);
-    primary_.backward(GatheredRows<Scalar>(x), 0, tape.primary.dchoice.data(),
-                      tape.primary.dload.data(), tape.primary, tape.primary.routing, view(dx));
+    primary_.backward(tape.tokens.rows_of(x), 0, tape.primary.dchoice.data(),
+                      tape.primary.dload.data(), tape.primary, tape.primary.routing,
+                      tape.tokens.rows_of(dx));
     for_each_group(tape, [&](Index i, Range rows) {
       Level& level = tape.secondary;
       secondary_[detail::to_size(i)].backward(
           gathered(x, rows, tape), rows.first, level.dchoice.data(),
           level.dload.data() + i * config_.group_experts, level, level.routing,
-          rows_of(tape.dx_rows, rows.first, rows.count));
+          ScatteredRows<Scalar>(rows_of(tape.dx_rows, rows.first, rows.count)));
     });
     add_rows_to_tokens(tape, dx);
+  }
+
+  /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
+  /// out of range.
+  void set_loss_weights(const LossWeights& weights) {
+    detail::check_balance_weights("HierarchicalGate", weights);
+    config_.importance_weight = weights.importance;
+    config_.load_weight = weights.load;
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "HierarchicalGate::backward without a forward pass on this tape");
-    const Index tokens = tape.routing.tokens();
+    const Index tokens = tape.tokens.count;
     detail::require(tape.primary.clean.cols() == config_.groups &&
                         tape.secondary.clean.cols() == config_.group_experts &&
                         tape.primary.routing.slots() == tokens * config_.top_k_groups &&
@@ -181,35 +201,46 @@ class HierarchicalGate {
             "HierarchicalGate::Config.top_k = ", config.top_k,
             ", must be from 1 to group_experts = ", config.group_experts);
     detail::check_noise_floor("HierarchicalGate", config.noise_floor);
-    detail::check_balance_weights("HierarchicalGate", config.importance_weight, config.load_weight);
+    detail::check_balance_weights("HierarchicalGate", loss_weights(config));
     return config;
+  }
+
+  static LossWeights loss_weights(const Config& config) {
+    return {config.importance_weight, config.load_weight};
   }
 
   /// Slots of a token.
   Index top_k() const { return config_.top_k_groups * config_.top_k; }
 
   /// Fills tape.routing and tape.balance.
-  void route(const MatrixRef<Scalar>& x, bool noise, const NoiseKey& key, Tape& tape) const {
+  void route(const MatrixRef<Scalar>& x, bool has_noise, const detail::NoiseSource& noise,
+             const SharedBatch* batch, Tape& tape) const {
     Level& groups = tape.primary;
-    primary_.prepare(x.rows(), noise, groups, groups.routing);
-    primary_.forward(GatheredRows<Scalar>(x), nullptr, key, 0, groups, groups.routing);
-    group_by_expert(groups.routing);
+    primary_.prepare(tape.tokens.count, has_noise, groups, groups.routing);
+    primary_.forward(tape.tokens.rows_of(x), tape.tokens.row_list(), noise, 0, groups,
+                     groups.routing);
+    sort_by_expert(groups.routing, tape.groups);
+    list_group_rows(tape);
     Level& level = tape.secondary;
-    secondary_.front().prepare(groups.routing.slots(), noise, level, level.routing);
+    secondary_.front().prepare(groups.routing.slots(), has_noise, level, level.routing);
     for_each_group(tape, [&](Index i, Range rows) {
-      secondary_[detail::to_size(i)].forward(gathered(x, rows, tape), tokens_of(rows, tape), key,
-                                             rows.first, level, level.routing);
+      detail::NoiseSource of_group = noise;
+      if (noise.given != nullptr) of_group.given += config_.groups + i * config_.group_experts;
+      secondary_[detail::to_size(i)].forward(gathered(x, rows, tape), rows_of_x(rows, tape), of_group, rows.first,
+                            level, level.routing);
     });
     combine(tape);
-    detail::measure_importance(tape.routing, tape.batch, tape.balance);
-    if (noise) {
-      measure_loads(tape);
+    detail::BatchSum sum(batch);
+    if (has_noise) {
+      measure_loads(sum, tape);
+      detail::measure_importance(tape.routing, sum, tape.balance);
       combine_load(tape);
     } else {
-      detail::count_load(tape.routing, tape.batch, tape.balance);
+      detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
     }
-    tape.balance.loss =
-        detail::balance_loss(tape.balance, config_.importance_weight, config_.load_weight);
+    tape.loss_weights = loss_weights(config_);
+    detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
+    detail::insert_padding(tape.tokens, tape.routing);
   }
 
   // The weight of slot (t, i, j) is Gprimary_i · G_i,j. The slots of a token are in the order of
@@ -222,7 +253,7 @@ class HierarchicalGate {
     routing.experts = experts();
     detail::resize(routing.token_offsets, groups.tokens() + 1);
     for (Index t = 0; t <= groups.tokens(); ++t) {
-      routing.token_offsets[detail::to_size(t)] = t * top_k();
+      routing.token_offsets[t] = t * top_k();
     }
     detail::resize(routing.expert, members.slots());
     detail::resize(routing.weight, members.slots());
@@ -253,21 +284,20 @@ class HierarchicalGate {
     const Routing<Scalar>& groups = tape.primary.routing;
     std::size_t slot = 0;
     for (std::size_t group_slot = 0; group_slot < groups.expert.size(); ++group_slot) {
-      const Index first = groups.sorted_position[group_slot] * config_.top_k;
+      const Index first = tape.groups.sorted_position[group_slot] * config_.top_k;
       for (Index k = 0; k < config_.top_k; ++k) f(slot++, group_slot, detail::to_size(first + k));
     }
   }
 
   // Load_H[i,j] = Loadprimary_i · Load_i(X_i)_j / |X_i|.
 
-  /// Loadprimary_i, Load_i(X_i)_j and |X_i|; where X_i is empty its loads are left as they are,
-  /// unless other processes may have tokens of it.
-  void measure_loads(Tape& tape) const {
+  /// Loadprimary_i, Load_i(X_i)_j and |X_i|, which `sum` is told of; where X_i is empty its loads
+  /// are 0.
+  void measure_loads(detail::BatchSum& sum, Tape& tape) const {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
     detail::resize(groups.load, config_.groups);
-    detail::resize(level.load, experts());
-    if (tape.batch != nullptr) level.load.setZero();
+    detail::resize_to_zero(level.load, experts());
     primary_.compute_load(0, groups.routing.tokens(), groups, groups.load.data());
     for_each_group(tape, [&](Index i, Range rows) {
       secondary_[detail::to_size(i)].compute_load(rows.first, rows.count, level,
@@ -275,18 +305,17 @@ class HierarchicalGate {
     });
     detail::resize(tape.group_tokens, config_.groups);
     for (Index i = 0; i < config_.groups; ++i) {
-      tape.group_tokens[detail::to_size(i)] = groups.routing.slots_of(i);
+      tape.group_tokens[i] = tape.groups.slots_of(i);
     }
-    if (tape.batch == nullptr) return;
-    detail::sum_over_batch(tape.batch, config_.groups, groups.load.data());
-    detail::sum_over_batch(tape.batch, experts(), level.load.data());
-    tape.batch->sum(std::span<Index>(tape.group_tokens));
+    sum.add(groups.load.data(), config_.groups);
+    sum.add(level.load.data(), experts());
+    sum.add(tape.group_tokens.data(), config_.groups);
   }
 
   void combine_load(Tape& tape) const {
     detail::resize_to_zero(tape.balance.load, experts());
     for (Index i = 0; i < config_.groups; ++i) {
-      const Index tokens = tape.group_tokens[detail::to_size(i)];
+      const Index tokens = tape.group_tokens[i];
       if (tokens == 0) continue;
       const Scalar share = tape.primary.load[i] / static_cast<Scalar>(tokens);
       const Index first = i * config_.group_experts;
@@ -303,11 +332,11 @@ class HierarchicalGate {
     Level& level = tape.secondary;
     detail::resize_to_zero(groups.dload, config_.groups);
     detail::resize_to_zero(level.dload, experts());
-    if (!groups.has_noise || config_.load_weight == 0) return;  // 0 times a NaN load is no 0
+    if (!groups.has_noise || tape.loss_weights.load * tape.loss_scale == 0) return;  // 0 times a NaN load is no 0
     for (Index i = 0; i < config_.groups; ++i) {
-      if (tape.group_tokens[detail::to_size(i)] == 0) continue;
+      if (tape.group_tokens[i] == 0) continue;
       const Index first = i * config_.group_experts;
-      const auto size = static_cast<Scalar>(tape.group_tokens[detail::to_size(i)]);
+      const auto size = static_cast<Scalar>(tape.group_tokens[i]);
       const Scalar share = groups.load[i] / size;
       groups.dload[i] =
           detail::dot(config_.group_experts, tape.dload.data() + first, level.load.data() + first) /
@@ -321,35 +350,47 @@ class HierarchicalGate {
   /// dx += the rows of tape.dx_rows, by token in the order of its groups.
   void add_rows_to_tokens(const Tape& tape, Matrix<Scalar>& dx) const {
     parallel_for_blocks(
-        dx.rows(), 64, element_work(tape.dx_rows.size()), [&](Index first, Index count) {
+        tape.tokens.count, 64, element_work(tape.dx_rows.size()), [&](Index first, Index count) {
           for (Index slot = first * config_.top_k_groups;
                slot < (first + count) * config_.top_k_groups; ++slot) {
-            const Index row = tape.primary.routing.sorted_position[detail::to_size(slot)];
-            detail::add_scaled(config_.width, Scalar{1}, detail::row_data(tape.dx_rows, row),
-                               detail::row_data(dx, slot / config_.top_k_groups));
+            const Index from = tape.groups.sorted_position[slot];
+            const Index to = tape.tokens.row_of(slot / config_.top_k_groups);
+            detail::add_scaled(config_.width, Scalar{1}, detail::row_data(tape.dx_rows, from),
+                               detail::row_data(dx, to));
           }
         });
   }
 
-  const Index* tokens_of(Range rows, const Tape& tape) const {
-    return tape.primary.routing.sorted_token.data() + rows.first;
+  /// tape.group_row, from the tokens by group.
+  void list_group_rows(Tape& tape) const {
+    if (tape.tokens.all) {
+      tape.group_row.clear();
+      return;
+    }
+    detail::resize(tape.group_row, tape.groups.slots());
+    for (Index i = 0; i < tape.groups.slots(); ++i) {
+      tape.group_row[i] = tape.tokens.row_of(tape.groups.token[i]);
+    }
+  }
+  const Index* rows_of_x(Range rows, const Tape& tape) const {
+    return (tape.tokens.all ? tape.groups.token : tape.group_row).data() + rows.first;
   }
   GatheredRows<Scalar> gathered(const MatrixRef<Scalar>& x, Range rows, const Tape& tape) const {
-    return {x.data(), x.outerStride(), rows.count, x.cols(), tokens_of(rows, tape)};
+    return {x.data(), x.outerStride(), rows.count, x.cols(), rows_of_x(rows, tape)};
   }
 
   /// Calls f(i, rows) for every group that has any. A group that is more than a worker's share of
   /// the rows comes alone and splits its work itself; the others go side by side.
   template <class F>
   void for_each_group(const Tape& tape, F&& f) const {
-    const Routing<Scalar>& groups = tape.primary.routing;
+    const Dispatch<Scalar>& groups = tape.groups;
     const Work work{2 * groups.slots() * config_.width * config_.group_experts};
     const Index workers = worker_count(work);
     const auto is_large = [&](Index count) { return 4 * workers * count > groups.slots(); };
     const auto visit = [&](Index i, bool large) {
       const Index count = groups.slots_of(i);
       if (count == 0 || is_large(count) != large) return;
-      f(i, Range{groups.expert_offsets[detail::to_size(i)], count});
+      f(i, Range{groups.offsets[i], count});
     };
     for (Index i = 0; i < config_.groups; ++i) visit(i, true);
     parallel_for(config_.groups, work, [&](Index i, Index) { visit(i, false); });

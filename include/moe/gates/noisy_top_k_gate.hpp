@@ -38,11 +38,15 @@ class NoisyTopKGate {
     double load_weight = 0.1;        ///< w_load >= 0
   };
 
-  /// Besides a gate's: what the T rows left, the scores among it.
+  /// Of the gate's losses, see Config.
+  using LossWeights = BalanceLossWeights;
+
+  /// Besides a gate's: what the N tokens left, the scores among it.
   struct Tape : GateTape<Scalar>, detail::NoisyTopKTape<Scalar> {
-    Vector<Scalar> dimportance;   ///< E
-    Vector<Scalar> dload;         ///< E
-    std::vector<Scalar> dchoice;  ///< S, the gradient by G: dweight and importance's share
+    LossWeights loss_weights;       ///< of the pass
+    Vector<Scalar> dimportance;     ///< E
+    Vector<Scalar> dload;           ///< E
+    IndexedVector<Scalar> dchoice;  ///< S, the gradient w.r.t. G: dweight and importance's share
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
@@ -54,23 +58,24 @@ class NoisyTopKGate {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
-  /// Training pass over x (T x D). Give every update its own key.step: the same key draws the same
-  /// noise. Throws std::invalid_argument when x is not D wide. O(T·D·E).
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& key) const {
-    detail::check_gate_input(*this, "NoisyTopKGate", x);
-    tape.trained = false;
-    route(x, config_.noise, key, tape);
+  /// Numbers of Pass::noise for a row of x: n of every expert, or none where Config.noise is off.
+  Index noise_columns() const { return config_.noise ? config_.experts : 0; }
+
+  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
+  /// noise. Throws std::invalid_argument when x is not D wide or the pass does not fit it. O(T·D·E).
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    detail::begin_forward(*this, "NoisyTopKGate", x, pass, noise_columns(), tape);
+    route(x, config_.noise, detail::noise_source(pass, noise_columns()), pass.batch, tape);
     tape.trained = true;
     return tape.routing;
   }
 
   /// Routing without noise, and its balance, the load being the count. Leaves nothing that
   /// backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_gate_input(*this, "NoisyTopKGate", x);
-    tape.trained = false;
-    route(x, false, {.step = 0}, tape);
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    detail::begin_evaluation(*this, "NoisyTopKGate", x, pass, tape);
+    route(x, false, {.key = {.step = 0}}, pass.batch, tape);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -88,15 +93,23 @@ class NoisyTopKGate {
     check_tape(tape);
     detail::check_gate_backward("NoisyTopKGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("NoisyTopKGate::backward", "dweight", dweight, {tape.dchoice});
-    detail::balance_loss_backward(tape.balance, config_.importance_weight, config_.load_weight,
+    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
                                   tape.dimportance, tape.dload);
     detail::resize(tape.dchoice, tape.routing.slots());
     for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
       tape.dchoice[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
     }
     top_k_.prepare_backward(tape);
-    top_k_.backward(GatheredRows<Scalar>(x), 0, tape.dchoice.data(), tape.dload.data(), tape,
-                    tape.routing, view(dx));
+    top_k_.backward(tape.tokens.rows_of(x), 0, tape.dchoice.data(), tape.dload.data(), tape,
+                    tape.routing, tape.tokens.rows_of(dx));
+  }
+
+  /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
+  /// out of range.
+  void set_loss_weights(const LossWeights& weights) {
+    detail::check_balance_weights("NoisyTopKGate", weights);
+    config_.importance_weight = weights.importance;
+    config_.load_weight = weights.load;
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
@@ -104,7 +117,7 @@ class NoisyTopKGate {
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
     detail::require(tape.clean.cols() == experts() &&
-                        tape.routing.slots() == tape.routing.tokens() * config_.top_k,
+                        tape.routing.slots() == tape.tokens.count * config_.top_k,
                     "NoisyTopKGate::backward: the tape is another gate's, of ", tape.clean.cols(),
                     " experts and ", tape.routing.slots(), " slots of ", tape.routing.tokens(),
                     " tokens");
@@ -127,24 +140,32 @@ class NoisyTopKGate {
             "NoisyTopKGate::Config.top_k = ", config.top_k,
             ", must be from 1 to experts = ", config.experts);
     detail::check_noise_floor("NoisyTopKGate", config.noise_floor);
-    detail::check_balance_weights("NoisyTopKGate", config.importance_weight, config.load_weight);
+    detail::check_balance_weights("NoisyTopKGate", loss_weights(config));
     return config;
   }
 
+  static LossWeights loss_weights(const Config& config) {
+    return {config.importance_weight, config.load_weight};
+  }
+
   /// Fills tape.routing and tape.balance.
-  void route(const MatrixRef<Scalar>& x, bool noise, const NoiseKey& key, Tape& tape) const {
-    top_k_.prepare(x.rows(), noise, tape, tape.routing);
-    top_k_.forward(GatheredRows<Scalar>(x), nullptr, key, 0, tape, tape.routing);
-    detail::measure_importance(tape.routing, tape.batch, tape.balance);
-    if (noise) {
+  void route(const MatrixRef<Scalar>& x, bool has_noise, const detail::NoiseSource& noise,
+             const SharedBatch* batch, Tape& tape) const {
+    const detail::ValidTokens& tokens = tape.tokens;
+    top_k_.prepare(tokens.count, has_noise, tape, tape.routing);
+    top_k_.forward(tokens.rows_of(x), tokens.row_list(), noise, 0, tape, tape.routing);
+    detail::insert_padding(tokens, tape.routing);
+    detail::BatchSum sum(batch);
+    if (has_noise) {
       detail::resize(tape.balance.load, experts());
-      top_k_.compute_load(0, x.rows(), tape, tape.balance.load.data());
-      detail::sum_over_batch(tape.batch, experts(), tape.balance.load.data());
+      top_k_.compute_load(0, tokens.count, tape, tape.balance.load.data());
+      sum.add(tape.balance.load.data(), experts());
+      detail::measure_importance(tape.routing, sum, tape.balance);
     } else {
-      detail::count_load(tape.routing, tape.batch, tape.balance);
+      detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
     }
-    tape.balance.loss =
-        detail::balance_loss(tape.balance, config_.importance_weight, config_.load_weight);
+    tape.loss_weights = loss_weights(config_);
+    detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
   }
 
   Config config_;

@@ -50,11 +50,13 @@ class SharedExpertGate {
     typename RoutedGate::Config routed{};  ///< the wrapped gate's; width 0 stands for D
   };
 
+  using LossWeights = typename detail::LossWeightsOf<RoutedGate>::type;  ///< the wrapped gate's
+
   struct Tape : GateTape<Scalar> {
     typename RoutedGate::Tape routed;
-    std::vector<Scalar> routed_dweight;
-    Matrix<Scalar> shared_weight;  ///< sigmoid(x·W_shared), T x shared
-    Matrix<Scalar> dscores;        ///< the gradient by x·W_shared, T x shared
+    IndexedVector<Scalar> routed_dweight;
+    Matrix<Scalar> shared_weight;  ///< sigmoid(x·W_shared), N x shared
+    Matrix<Scalar> dscores;        ///< the gradient w.r.t. x·W_shared, N x shared
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The wrapped gate gets the seed.
@@ -65,28 +67,39 @@ class SharedExpertGate {
 
   const Config& config() const { return config_; }
   const RoutedGate& routed() const { return routed_; }
-  RoutedGate& routed() { return routed_; }
   Index experts() const { return config_.shared + routed_.experts(); }
 
+  Index shared_experts() const { return config_.shared; }
+  Index experts_together() const {
+    if constexpr (requires { routed_.experts_together(); }) {
+      return routed_.experts_together();
+    } else {
+      return 1;
+    }
+  }
+  Index noise_columns() const {
+    if constexpr (requires { routed_.noise_columns(); }) {
+      return routed_.noise_columns();
+    } else {
+      return 0;
+    }
+  }
+
   /// Training pass over x (T x D): the wrapped gate's forward() and the shared slots. Throws
-  /// std::invalid_argument when x is not D wide.
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& key) const {
-    detail::check_gate_input(*this, "SharedExpertGate", x);
-    tape.trained = false;
-    tape.routed.batch = tape.batch;
-    routed_.forward(x, tape.routed, key);
+  /// std::invalid_argument when x is not D wide or the pass does not fit it.
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    detail::begin_forward(*this, "SharedExpertGate", x, pass, noise_columns(), tape);
+    routed_.forward(x, tape.routed, pass);
     add_shared(x, tape);
     tape.trained = true;
     return tape.routing;
   }
 
   /// The wrapped gate's evaluate() and the shared slots. Leaves nothing that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_gate_input(*this, "SharedExpertGate", x);
-    tape.trained = false;
-    tape.routed.batch = tape.batch;
-    routed_.evaluate(x, tape.routed);
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    detail::begin_evaluation(*this, "SharedExpertGate", x, pass, tape);
+    routed_.evaluate(x, tape.routed, pass);
     add_shared(x, tape);
     return tape.routing;
   }
@@ -100,23 +113,42 @@ class SharedExpertGate {
   /// to dx (T x D). Throws std::invalid_argument when an argument does not belong to the tape.
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
-    tape.routed.batch = tape.batch;  // that of forward() may be gone
     check_tape(tape);
     detail::check_gate_backward("SharedExpertGate::backward", config_.width, x, dweight, tape, dx);
     detail::require_apart("SharedExpertGate::backward", "dweight", dweight, {tape.routed_dweight});
     split_backward(dweight, tape);
     routed_.backward(x, std::span<const Scalar>(tape.routed_dweight), tape.routed, dx);
-    if (config_.gated) detail::linear_scores_backward(x, tape.dscores, weight_, dx);
+    if (config_.gated) {
+      linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_,
+                             tape.tokens.rows_of(dx));
+    }
+  }
+
+  void set_loss_weights(const LossWeights& weights)
+    requires requires(RoutedGate& gate) { gate.set_loss_weights(weights); }
+  {
+    routed_.set_loss_weights(weights);
+  }
+  /// The wrapped gate's, by its part of the tape or the load.
+  void update_selection_bias(const Tape& tape)
+    requires requires(RoutedGate& gate) { gate.update_selection_bias(tape.routed); }
+  {
+    routed_.update_selection_bias(tape.routed);
+  }
+  void update_selection_bias(const Vector<Scalar>& load)
+    requires requires(RoutedGate& gate) { gate.update_selection_bias(load); }
+  {
+    routed_.update_selection_bias(load);
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
-    const Index tokens = tape.routing.tokens();
     detail::require(
         tape.routing.experts == experts() &&
-            tape.routing.slots() == tape.routed.routing.slots() + config_.shared * tokens &&
+            tape.routing.slots() ==
+                tape.routed.routing.slots() + config_.shared * tape.tokens.count &&
             tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
         "SharedExpertGate::backward: the tape is another gate's, of ", tape.routing.experts,
         " experts");
@@ -144,8 +176,7 @@ class SharedExpertGate {
     return config;
   }
 
-  /// A token's slots are its `shared` ones and then those of the wrapped gate, so slot s of the
-  /// latter, a slot of token t, is slot s + (t + 1)·shared here.
+  /// A token's slots are its `shared` ones and then those of the wrapped gate.
   void add_shared(const MatrixRef<Scalar>& x, Tape& tape) const {
     const Index shared = config_.shared;
     const Routing<Scalar>& routed = tape.routed.routing;
@@ -162,21 +193,25 @@ class SharedExpertGate {
     Routing<Scalar>& routing = tape.routing;
     routing.experts = experts();
     detail::resize(routing.token_offsets, x.rows() + 1);
-    detail::resize(routing.expert, routed.slots() + shared * x.rows());
-    detail::resize(routing.weight, routed.slots() + shared * x.rows());
+    detail::resize(routing.expert, routed.slots() + shared * tape.tokens.count);
+    detail::resize(routing.weight, routed.slots() + shared * tape.tokens.count);
     routing.token_offsets[0] = 0;
-    std::size_t slot = 0;
+    Index slot = 0;
+    Index token = 0;
     for (Index t = 0; t < x.rows(); ++t) {
-      for (Index i = 0; i < shared; ++i, ++slot) {
-        routing.expert[slot] = i;
-        routing.weight[slot] = config_.gated ? tape.shared_weight(t, i) : Scalar{1};
+      if (token < tape.tokens.count && tape.tokens.row_of(token) == t) {
+        for (Index i = 0; i < shared; ++i, ++slot) {
+          routing.expert[slot] = i;
+          routing.weight[slot] = config_.gated ? tape.shared_weight(token, i) : Scalar{1};
+        }
+        ++token;
       }
-      for (Index s = routed.token_offsets[detail::to_size(t)];
-           s < routed.token_offsets[detail::to_size(t) + 1]; ++s, ++slot) {
-        routing.expert[slot] = shared + routed.expert[detail::to_size(s)];
-        routing.weight[slot] = routed.weight[detail::to_size(s)];
+      for (Index s = routed.token_offsets[t];
+           s < routed.token_offsets[t + 1]; ++s, ++slot) {
+        routing.expert[slot] = shared + routed.expert[s];
+        routing.weight[slot] = routed.weight[s];
       }
-      routing.token_offsets[detail::to_size(t) + 1] = static_cast<Index>(slot);
+      routing.token_offsets[t + 1] = slot;
     }
     detail::copy_balance(tape.routed.balance, tape.balance);
   }
@@ -186,27 +221,31 @@ class SharedExpertGate {
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());
-    if (config_.gated) detail::resize(tape.dscores, tape.routing.tokens(), config_.shared);
+    if (config_.gated) detail::resize(tape.dscores, tape.tokens.count, config_.shared);
     std::size_t slot = 0;
+    Index token = 0;
     for (Index t = 0; t < tape.routing.tokens(); ++t) {
-      for (Index i = 0; i < config_.shared; ++i, ++slot) {
-        if (!config_.gated) continue;
-        const Scalar w = tape.shared_weight(t, i);
-        tape.dscores(t, i) = dweight[slot] * w * (Scalar{1} - w);
+      if (token < tape.tokens.count && tape.tokens.row_of(token) == t) {
+        for (Index i = 0; i < config_.shared; ++i, ++slot) {
+          if (!config_.gated) continue;
+          const Scalar w = tape.shared_weight(token, i);
+          tape.dscores(token, i) = dweight[slot] * w * (Scalar{1} - w);
+        }
+        ++token;
       }
-      for (Index s = routed.token_offsets[detail::to_size(t)];
-           s < routed.token_offsets[detail::to_size(t) + 1]; ++s, ++slot) {
-        tape.routed_dweight[detail::to_size(s)] = dweight[slot];
+      for (Index s = routed.token_offsets[t];
+           s < routed.token_offsets[t + 1]; ++s, ++slot) {
+        tape.routed_dweight[s] = dweight[slot];
       }
     }
   }
 
   void compute_shared_weight(const MatrixRef<Scalar>& x, Tape& tape) const {
     if (!config_.gated) {
-      detail::resize(tape.shared_weight, x.rows(), 0);
+      detail::resize(tape.shared_weight, tape.tokens.count, 0);
       return;
     }
-    detail::linear_scores(x, weight_, tape.shared_weight);
+    linear_scores(tape.tokens.rows_of(x), weight_, tape.shared_weight);
     detail::activate(Activation::sigmoid, tape.shared_weight.size(), tape.shared_weight.data(),
                      tape.shared_weight.data());
   }

@@ -2,16 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <numeric>
+#include <cstdint>
 #include <span>
 #include <vector>
 
 #include "moe/gates/gate.hpp"
+#include "moe/routing/capacity.hpp"
+#include "moe/routing/choice_weights.hpp"
 #include "moe/routing/input_jitter.hpp"
 #include "moe/routing/linear_scores.hpp"
+#include "moe/routing/router_scores.hpp"
 #include "moe/routing/router_z_loss.hpp"
-#include "moe/gates/top_k_config.hpp"
+#include "moe/routing/top_k_config.hpp"
 
 /// \file
 /// The gate of today's models: the K largest scores, without noise of its own, with the options by
@@ -29,7 +31,7 @@ namespace moe {
 ///
 ///     c = (x ⊙ j)·W_g                    logits, j the jitter of training          T x E
 ///     s = softmax(c), c, or sigmoid(c)   by Config.score                           T x E
-///     top = the K largest of s + b in the active groups; ties go to the lower expert
+///     top = the K largest of s + b in the chosen groups; ties go to the lower expert
 ///     w = s, s / (Σ_top s + ε) if renormalised, or the softmax of c over top
 ///     G = scale·w                        the weights of the slots
 ///     loss = switch_loss_weight·E·Σ_i f_i·P_i + sequence_loss_weight·(its mean over sequences) + z_loss_weight·z
@@ -55,26 +57,30 @@ class TopKGate {
   using Scalar = Scalar_;
   using Config = TopKConfig;
 
-  struct Tape : GateTape<Scalar> {
-    Matrix<Scalar> jitter;             ///< j, T x D
-    Matrix<Scalar> jittered;           ///< x ⊙ j, T x D
-    Matrix<Scalar> djittered;          ///< T x D
-    Matrix<Scalar> logits;             ///< c, T x E
-    Matrix<Scalar> scores;             ///< softmax(c) or sigmoid(c), T x E
-    Vector<Scalar> probability_scale;  ///< T, by which scores are multiplied to be P
-    Vector<Scalar> log_sum;            ///< T, log Σ_i e^c_i
+  /// Of the gate's losses, see Config; each finite and at least 0.
+  struct LossWeights {
+    double switch_loss = 0;
+    double sequence = 0;
+    double z = 0;
+  };
 
+  struct Tape : GateTape<Scalar> {
+    LossWeights loss_weights;  ///< of the pass, 0 where a loss was left out
+    Matrix<Scalar> jitter;     ///< j, N x D
+    Matrix<Scalar> jittered;   ///< x ⊙ j, N x D
+    Matrix<Scalar> djittered;  ///< N x D
+    detail::RouterScores<Scalar> router;
     detail::Choices<Scalar> choices;  ///< with w for weights
     detail::SwitchLoss<Scalar> batch_loss;
     detail::SwitchLoss<Scalar> sequence_loss;
-    Matrix<Scalar> dlogits;  ///< T x E
+    Matrix<Scalar> dlogits;  ///< N x E
 
     struct Scratch {
       std::vector<Scalar> scores;  ///< E
       std::vector<Scalar> groups;
       std::vector<Index> best_groups;
     };
-    std::vector<Scratch> scratch;  ///< one a worker
+    IndexedVector<Scratch> scratch;  ///< one a worker
     detail::CapacityScratch<Scalar> capacity;
   };
 
@@ -92,44 +98,50 @@ class TopKGate {
 
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
+  /// Numbers of Pass::noise for a row of x: with a jitter, (j − 1) / Config.jitter of each of the D,
+  /// in [-1, 1); with a random second choice, one more in [0, 1), which is kept if below 2·w.
+  Index noise_columns() const {
+    return (config_.jitter > 0 ? config_.width : 0) + (config_.random_second ? 1 : 0);
+  }
 
-  /// Training pass over x (T x D). Give every update its own key.step: the same key draws the same
-  /// jitter and second choices. Throws std::invalid_argument when x is not D wide, or T is not a
-  /// multiple of Config.sequences while sequences have a loss. O(T·D·E).
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const NoiseKey& key) const {
-    detail::check_gate_input(*this, "TopKGate", x);
-    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
-    detail::require(config_.sequence_loss_weight == 0 || tokens % config_.sequences == 0,
-                    "TopKGate: x has ", tokens,
+  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
+  /// jitter and second choices. Throws std::invalid_argument when x is not D wide, the pass does not
+  /// fit it, or T is not a multiple of Config.sequences while sequences have a loss. O(T·D·E).
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    detail::begin_forward(*this, "TopKGate", x, pass, noise_columns(), tape);
+    const detail::ValidTokens& tokens = tape.tokens;
+    detail::require(config_.sequence_loss_weight == 0 || tokens.batch_rows % config_.sequences == 0,
+                    "TopKGate: x has ", tokens.batch_rows,
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
-    tape.trained = false;
+    const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
     if (config_.jitter > 0) {
-      detail::jitter_input(config_.jitter, jitter_seed_, key, x, tape.jitter, tape.jittered);
-      compute_scores(tape.jittered, tape);
+      detail::jitter_input(config_.jitter, jitter_seed_, noise, tokens, x, tape.jitter,
+                           tape.jittered);
+      linear_scores(GatheredRows<Scalar>(tape.jittered), weight_, tape.router.logits);
     } else {
       detail::resize(tape.jitter, 0, 0);
-      compute_scores(x, tape);
+      linear_scores(tokens.rows_of(x), weight_, tape.router.logits);
     }
     choose(tape);
-    if (config_.random_second) drop_second_choices(tape, key);
-    fill_routing(tape, config_.capacity_factor);
-    compute_losses(tape, config_.sequence_loss_weight > 0);
+    if (config_.random_second) drop_second_choices(noise, tape);
+    make_routing(config_.capacity_factor, pass.batch, tape);
+    measure_losses(loss_weights(), pass.batch, tape);
     tape.trained = true;
     return tape.routing;
   }
 
   /// Routing without jitter and random dispatch, with the capacity of evaluation, and its balance;
-  /// the loss per sequence is left out where T is not a multiple of Config.sequences. Leaves
-  /// nothing that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_gate_input(*this, "TopKGate", x);
-    tape.trained = false;
-    compute_scores(x, tape);
+  /// the loss by sequence is left out where T is not a multiple of Config.sequences. Leaves nothing
+  /// that backward() could use.
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    detail::begin_evaluation(*this, "TopKGate", x, pass, tape);
+    linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
     choose(tape);
-    fill_routing(tape, config_.evaluation_capacity_factor);
-    const Index tokens = detail::batch_tokens(tape.batch, x.rows());
-    compute_losses(tape, config_.sequence_loss_weight > 0 && tokens % config_.sequences == 0);
+    make_routing(config_.evaluation_capacity_factor, pass.batch, tape);
+    LossWeights weights = loss_weights();
+    if (tape.tokens.batch_rows % config_.sequences != 0) weights.sequence = 0;
+    measure_losses(weights, pass.batch, tape);
     return tape.routing;
   }
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
@@ -144,21 +156,25 @@ class TopKGate {
                 Matrix<Scalar>& dx) {
     check_tape(tape);
     detail::check_gate_backward("TopKGate::backward", config_.width, x, dweight, tape, dx);
-    detail::resize_to_zero(tape.dlogits, x.rows(), experts());
-    compute_losses_backward(tape);
-    if (config_.score != Score::softmax_of_chosen) weigh_backward(dweight, tape);
-    compute_scores_backward(tape);
-    if (config_.score == Score::softmax_of_chosen) weigh_backward(dweight, tape);
-    if (config_.z_loss_weight > 0) {
-      detail::router_z_loss_backward(config_.z_loss_weight, tape.logits, tape.log_sum, tape.dlogits,
-                                     tape.batch);
+    const detail::ChoiceWeights<Scalar> weights(config_);
+    const bool of_logits = config_.score == Score::softmax_of_chosen;
+    detail::resize_to_zero(tape.dlogits, tape.tokens.count, experts());
+    switch_losses_backward(tape);
+    if (!of_logits) weights.backward(dweight, tape.router, tape.choices, tape.dlogits);
+    detail::score_logits_backward(config_.score, tape.router, tape.dlogits);
+    if (of_logits) weights.backward(dweight, tape.router, tape.choices, tape.dlogits);
+    if (tape.loss_weights.z * tape.loss_scale > 0) {
+      detail::router_z_loss_backward(tape.loss_weights.z * tape.loss_scale, tape.tokens.batch_count,
+                                     tape.router.logits, tape.router.log_sum, tape.dlogits);
     }
+    const ScatteredRows<Scalar> dx_rows = tape.tokens.rows_of(dx);
     if (config_.jitter > 0) {
-      detail::resize_to_zero(tape.djittered, x.rows(), config_.width);
-      detail::linear_scores_backward<Scalar>(tape.jittered, tape.dlogits, weight_, tape.djittered);
-      detail::jitter_input_backward(tape.jitter, tape.djittered, dx);
+      detail::resize_to_zero(tape.djittered, tape.tokens.count, config_.width);
+      linear_scores_backward(GatheredRows<Scalar>(tape.jittered), tape.dlogits, weight_,
+                             ScatteredRows<Scalar>(view(tape.djittered)));
+      detail::jitter_input_backward(tape.jitter, tape.djittered, dx_rows);
     } else {
-      detail::linear_scores_backward(x, tape.dlogits, weight_, dx);
+      linear_scores_backward(tape.tokens.rows_of(x), tape.dlogits, weight_, dx_rows);
     }
   }
 
@@ -167,17 +183,26 @@ class TopKGate {
   void check_tape(const Tape& tape) const {
     using detail::require;
     require(tape.trained, "TopKGate::backward without a forward pass on this tape");
-    const Index tokens = tape.routing.tokens();
+    const Index tokens = tape.tokens.count;
     const Index jittered = config_.jitter > 0 ? tokens : 0;
-    require(tape.logits.cols() == experts() &&
+    require(tape.router.logits.cols() == experts() &&
                 static_cast<Index>(tape.choices.expert.size()) == tokens * config_.top_k &&
-                tape.jitter.rows() == jittered &&
-                has_loss(config_.switch_loss_weight, tape.batch_loss, 1) &&
-                has_loss(config_.sequence_loss_weight, tape.sequence_loss, config_.sequences),
-            "TopKGate::backward: the tape is another gate's, of ", tape.logits.cols(),
+                tape.jitter.rows() == jittered,
+            "TopKGate::backward: the tape is another gate's, of ", tape.router.logits.cols(),
             " experts, ", tape.choices.expert.size(), " choices of ", tokens,
             " tokens and jitter of ", tape.jitter.rows());
     detail::check_shapes(*this, "TopKGate");
+  }
+
+  /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
+  /// out of range.
+  void set_loss_weights(const LossWeights& weights) {
+    detail::check_loss_weight("TopKGate::LossWeights.switch_loss", weights.switch_loss);
+    detail::check_loss_weight("TopKGate::LossWeights.sequence", weights.sequence);
+    detail::check_loss_weight("TopKGate::LossWeights.z", weights.z);
+    config_.switch_loss_weight = weights.switch_loss;
+    config_.sequence_loss_weight = weights.sequence;
+    config_.z_loss_weight = weights.z;
   }
 
   /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of
@@ -214,88 +239,24 @@ class TopKGate {
   }
 
  private:
-  using P = detail::Packet<Scalar>;
-  static constexpr Index block = 64;  ///< tokens in a task
-
-  /// 1 / sum, but 0 for a sum so small that its inverse would be infinite.
-  static Scalar inverse(Scalar sum) {
-    return sum < std::numeric_limits<Scalar>::min() ? Scalar{0} : Scalar{1} / sum;
-  }
-
   static const Config& checked(const Config& config) {
     detail::checked(config);
     const auto scale = static_cast<Scalar>(config.scale);
-    detail::require(std::isfinite(scale) && scale > 0,
-                    "TopKGate::Config.scale = ", config.scale,
+    detail::require(std::isfinite(scale) && scale > 0, "TopKGate::Config.scale = ", config.scale,
                     ", must be finite and above 0 as a Scalar");
     return config;
   }
 
-  bool has_loss(double weight, const detail::SwitchLoss<Scalar>& loss, Index sequences) const {
-    return weight == 0 || (loss.share().rows() == sequences && loss.share().cols() == experts());
-  }
-
-  // c = x·W_g; s and what goes with it.
-
-  void compute_scores(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::linear_scores(x, weight_, tape.logits);
-    detail::resize(tape.scores, x.rows(), experts());
-    detail::resize(tape.probability_scale, x.rows());
-    detail::resize(tape.log_sum, x.rows());
-    parallel_for_blocks(
-        x.rows(), block, function_work(tape.scores.size()), [&](Index first, Index count) {
-          for (Index t = first; t < first + count; ++t) {
-            const Scalar* c = detail::row_data(tape.logits, t);
-            Scalar* s = detail::row_data(tape.scores, t);
-            if (config_.score == Score::sigmoid) {
-              tape.log_sum[t] = config_.z_loss_weight > 0
-                                    ? log_sum(detail::softmax_row<Scalar>(experts(), c, nullptr))
-                                    : Scalar{0};
-              detail::map(
-                  experts(), s, [](const P& v) { return detail::sigmoid<Scalar>(v); }, c);
-              tape.probability_scale[t] = inverse(detail::sum(experts(), s));
-            } else {
-              const auto softmax = detail::softmax_row(experts(), c, s);
-              tape.log_sum[t] = log_sum(softmax);
-              const P total = detail::broadcast(static_cast<Scalar>(softmax.sum));
-              detail::map(
-                  experts(), s, [&](const P& e) { return Eigen::internal::pdiv(e, total); }, s);
-              tape.probability_scale[t] = Scalar{1};
-            }
-          }
-        });
-  }
-
-  static Scalar log_sum(const detail::SoftmaxRow<Scalar>& softmax) {
-    return softmax.shift + static_cast<Scalar>(std::log(softmax.sum));
-  }
-
-  /// Turns tape.dlogits from ∂L/∂s into ∂L/∂c.
-  void compute_scores_backward(Tape& tape) const {
-    if (config_.score != Score::sigmoid) {
-      detail::softmax_rows_backward(tape.scores, tape.dlogits);
-      return;
-    }
-    parallel_for_blocks(
-        tape.scores.rows(), block, element_work(tape.scores.size()), [&](Index first, Index count) {
-          using namespace Eigen::internal;
-          const P one = detail::broadcast(Scalar{1});
-          for (Index t = first; t < first + count; ++t) {
-            Scalar* d = detail::row_data(tape.dlogits, t);
-            detail::map(
-                experts(), d,
-                [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
-                detail::row_data(tape.scores, t));
-          }
-        });
+  LossWeights loss_weights() const {
+    return {config_.switch_loss_weight, config_.sequence_loss_weight, config_.z_loss_weight};
   }
 
   // The choice, and the weights of the chosen.
 
   void choose(Tape& tape) const {
-    const Index tokens = tape.logits.rows();
-    const Index top_k = config_.top_k;
-    tape.choices.resize(tokens, top_k);
+    const Index tokens = tape.router.logits.rows();
+    detail::score_logits(config_.score, config_.z_loss_weight > 0, tape.router);
+    tape.choices.resize(tokens, config_.top_k);
     if (static_cast<Index>(tape.scratch.size()) < worker_count()) {
       detail::resize(tape.scratch, worker_count());
     }
@@ -304,21 +265,23 @@ class TopKGate {
       detail::resize(scratch.groups, config_.groups);
       detail::resize(scratch.best_groups, config_.top_k_groups);
     }
-    parallel_for((tokens + block - 1) / block, element_work(2 * tape.scores.size()),
+    const detail::ChoiceWeights<Scalar> weights(config_);
+    constexpr Index block = detail::router_block;
+    parallel_for((tokens + block - 1) / block, element_work(2 * tape.router.scores.size()),
                  [&](Index task, Index worker) {
-                   auto& scratch = tape.scratch[detail::to_size(worker)];
+                   auto& scratch = tape.scratch[worker];
                    for (Index t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
-                     detail::select_largest(choice_scores(tape, t, scratch), experts(), top_k,
-                                            &tape.choices.expert[detail::to_size(t * top_k)]);
-                     weigh(tape, t);
+                     select_largest(choice_scores(tape, t, scratch), experts(), config_.top_k,
+                                    &tape.choices.expert[t * config_.top_k]);
+                     weights.forward(tape.router, t, tape.choices);
                    }
                  });
   }
 
-  /// s + b of the experts in the active groups, -infinity of the others.
+  /// s + b of the experts in the chosen groups, -infinity of the others.
   const Scalar* choice_scores(const Tape& tape, Index t, typename Tape::Scratch& scratch) const {
     const Scalar* scores =
-        detail::row_data(config_.score == Score::softmax_of_chosen ? tape.logits : tape.scores, t);
+        detail::row_data(config_.score == Score::softmax_of_chosen ? tape.router.logits : tape.router.scores, t);
     if (!config_.selection_bias && config_.top_k_groups == config_.groups) return scores;
     std::copy_n(scores, experts(), scratch.scores.data());
     if (config_.selection_bias) {
@@ -332,136 +295,79 @@ class TopKGate {
     return scratch.scores.data();
   }
 
-  void weigh(Tape& tape, Index t) const {
-    const Index* chosen = &tape.choices.expert[detail::to_size(t * config_.top_k)];
-    Scalar* w = &tape.choices.weight[detail::to_size(t * config_.top_k)];
-    if (config_.score == Score::softmax_of_chosen) {
-      const Scalar* c = detail::row_data(tape.logits, t);
-      Scalar shift = c[chosen[0]];
-      for (Index k = 1; k < config_.top_k; ++k) shift = std::max(shift, c[chosen[k]]);
-      for (Index k = 0; k < config_.top_k; ++k) w[k] = std::exp(c[chosen[k]] - shift);
-    } else {
-      for (Index k = 0; k < config_.top_k; ++k) w[k] = tape.scores(t, chosen[k]);
-    }
-    if (!adds_up_to_one()) return;
-    const Scalar total = std::accumulate(w, w + config_.top_k, epsilon());
-    if (total == Scalar{0}) return;  // all sigmoids are 0 to the last bit
-    for (Index k = 0; k < config_.top_k; ++k) w[k] /= total;
-  }
-
-  /// Adds to tape.dlogits what comes through the weights: ∂L/∂s of the chosen, or ∂L/∂c where the
-  /// weights are a softmax of the chosen. With g the gradient by w, 0 where dropped, and
-  /// S = Σ s + ε: ds = g; renormalised, ds = (g − Σ g·w) / S; and dc = w·(g − Σ g·w).
-  void weigh_backward(std::span<const Scalar> dweight, Tape& tape) const {
-    const auto scale = static_cast<Scalar>(config_.scale);
-    const Index top_k = config_.top_k;
-    parallel_for_blocks(
-        tape.scores.rows(), block, function_work(tape.choices.size()),
-        [&](Index first, Index count) {
-          for (Index t = first; t < first + count; ++t) {
-            const auto choice = [&](Index k) { return detail::to_size(t * top_k + k); };
-            const auto g = [&](Index k) {
-              return tape.choices.keeps[choice(k)] == 0
-                         ? Scalar{0}
-                         : scale * dweight[detail::to_size(tape.choices.slot[choice(k)])];
-            };
-            Scalar mean{0};
-            Scalar total = epsilon();
-            if (adds_up_to_one()) {
-              for (Index k = 0; k < top_k; ++k) {
-                mean += g(k) * tape.choices.weight[choice(k)];
-                total += tape.scores(t, tape.choices.expert[choice(k)]);
-              }
-            }
-            for (Index k = 0; k < top_k; ++k) {
-              const Scalar factor = config_.score == Score::softmax_of_chosen
-                                        ? tape.choices.weight[choice(k)]
-                                    : adds_up_to_one() ? inverse(total)
-                                                       : Scalar{1};
-              tape.dlogits(t, tape.choices.expert[choice(k)]) += factor * (g(k) - mean);
-            }
-          }
-        });
-  }
-
-  /// ε. A softmax of the chosen has a term of 1 in its sum.
-  Scalar epsilon() const {
-    return config_.score == Score::softmax_of_chosen
-               ? Scalar{0}
-               : static_cast<Scalar>(config_.renormalise_epsilon);
-  }
-  bool adds_up_to_one() const {
-    return config_.renormalise || config_.score == Score::softmax_of_chosen;
-  }
-
   // The choices that become slots.
 
   /// Keeps a token's second choice with probability 2·w: an expert of little weight would take a
   /// place from others.
-  void drop_second_choices(Tape& tape, const NoiseKey& key) const {
-    for (Index t = 0; t < tape.logits.rows(); ++t) {
-      const auto second = detail::to_size(2 * t + 1);
-      const auto draw =
-          static_cast<Scalar>(uniform(detail::noise_words(second_seed_, key, t, 0)[0]));
+  void drop_second_choices(const detail::NoiseSource& noise, Tape& tape) const {
+    for (Index t = 0; t < tape.tokens.count; ++t) {
+      const Index row = tape.tokens.row_of(t);
+      const Index second = 2 * t + 1;
+      const auto draw = static_cast<Scalar>(
+          noise.given != nullptr
+              ? noise.given[(row + 1) * noise.stride - 1]
+              : static_cast<double>(
+                    uniform(detail::noise_words(second_seed_, noise.key, row, 0)[0])));
       if (!(draw < Scalar{2} * tape.choices.weight[second])) tape.choices.keeps[second] = 0;
     }
   }
 
-  void fill_routing(Tape& tape, double capacity_factor) const {
+  void make_routing(double capacity_factor, const SharedBatch* batch, Tape& tape) const {
     if (capacity_factor > 0) {
-      const Index tokens = detail::batch_tokens(tape.batch, tape.logits.rows());
-      const Index capacity =
-          detail::expert_capacity(capacity_factor, tokens, config_.top_k, experts());
-      detail::drop_over_capacity(config_.place_order, capacity, experts(), tape.batch, tape.choices,
+      const Index capacity = detail::expert_capacity(capacity_factor, tape.tokens.batch_count,
+                                                     config_.top_k, experts());
+      detail::drop_over_capacity(config_.place_order, capacity, experts(), batch, tape.choices,
                                  tape.capacity);
     }
     detail::make_slots(tape.choices, static_cast<Scalar>(config_.scale), experts(), tape.routing);
+    detail::insert_padding(tape.tokens, tape.routing);
   }
 
   // The losses, and the figures to watch.
 
-  void compute_losses(Tape& tape, bool by_sequence) const {
+  void measure_losses(const LossWeights& weights, const SharedBatch* batch, Tape& tape) const {
     Balance<Scalar>& balance = tape.balance;
-    detail::measure_importance(tape.routing, tape.batch, balance);
-    detail::count_load(std::span<const Index>(tape.choices.expert), experts(), balance.counts,
-                       balance.load);
-    detail::sum_over_batch(tape.batch, experts(), balance.load.data());
-    balance.loss = Scalar{0};
-    const auto measure = [&](detail::SwitchLoss<Scalar>& loss, double weight, Index sequences) {
-      balance.loss += static_cast<Scalar>(weight) *
-                      loss.measure(tape.scores, tape.probability_scale,
-                                   std::span<const Index>(tape.choices.expert),
-                                   config_.switch_count, sequences, config_.row_order, tape.batch);
+    detail::BatchSum sum(batch);
+    const auto accumulate = [&](detail::SwitchLoss<Scalar>& loss, Index sequences) {
+      loss.accumulate(tape.router.scores, tape.router.probability_scale, tape.choices.expert,
+                      config_.top_k, config_.switch_count, sequences, config_.row_order,
+                      tape.tokens, sum);
     };
-    if (config_.switch_loss_weight > 0) measure(tape.batch_loss, config_.switch_loss_weight, 1);
-    if (by_sequence) measure(tape.sequence_loss, config_.sequence_loss_weight, config_.sequences);
-    if (config_.z_loss_weight > 0) {
-      balance.loss +=
-          static_cast<Scalar>(config_.z_loss_weight) * detail::router_z_loss(tape.log_sum, tape.batch);
+    if (weights.switch_loss > 0) accumulate(tape.batch_loss, 1);
+    if (weights.sequence > 0) accumulate(tape.sequence_loss, config_.sequences);
+    double squares = weights.z > 0 ? detail::router_z_loss_sum(tape.router.log_sum) : 0;
+    sum.add(&squares, 1);
+    detail::measure_balance(tape.routing, tape.choices.expert, sum, balance);
+
+    tape.loss_weights = weights;
+    balance.losses = {};
+    const auto scaled = [&](double weight) { return static_cast<Scalar>(weight * tape.loss_scale); };
+    if (weights.switch_loss > 0) {
+      balance.losses.switch_loss = scaled(weights.switch_loss) * tape.batch_loss.finish();
     }
+    if (weights.sequence > 0) {
+      balance.losses.sequence = scaled(weights.sequence) * tape.sequence_loss.finish();
+    }
+    if (weights.z > 0 && tape.tokens.batch_count > 0) {
+      const double mean = squares / static_cast<double>(tape.tokens.batch_count);
+      balance.losses.z = scaled(weights.z) * static_cast<Scalar>(mean);
+    }
+    balance.loss = balance.losses.switch_loss + balance.losses.sequence + balance.losses.z;
   }
 
-  /// Adds ∂L/∂s of the losses by batch and by sequence to tape.dlogits. With P = s / S, S = Σ s:
-  /// ds = (dP − Σ dP·P) / S.
-  void compute_losses_backward(Tape& tape) const {
-    const Index tokens = tape.scores.rows();
-    const auto batch = static_cast<Scalar>(config_.switch_loss_weight);
-    const auto sequence = static_cast<Scalar>(config_.sequence_loss_weight);
+  /// Adds ∂L/∂s of the losses by batch and by sequence to tape.dlogits.
+  void switch_losses_backward(Tape& tape) const {
+    const auto batch = static_cast<Scalar>(tape.loss_weights.switch_loss * tape.loss_scale);
+    const auto sequence = static_cast<Scalar>(tape.loss_weights.sequence * tape.loss_scale);
     if (batch == Scalar{0} && sequence == Scalar{0}) return;
+    const Work work = element_work(2 * tape.router.scores.size());
     parallel_for_blocks(
-        tokens, block, element_work(2 * tape.scores.size()), [&](Index first, Index count) {
-          using namespace Eigen::internal;
+        tape.tokens.count, detail::router_block, work, [&](Index first, Index count) {
           for (Index t = first; t < first + count; ++t) {
             Scalar* d = detail::row_data(tape.dlogits, t);
             if (batch > Scalar{0}) tape.batch_loss.add_gradient(batch, t, d);
             if (sequence > Scalar{0}) tape.sequence_loss.add_gradient(sequence, t, d);
-            if (config_.score != Score::sigmoid) continue;
-            const Scalar scale = tape.probability_scale[t];
-            const P factor = detail::broadcast(scale);
-            const P mean = detail::broadcast(
-                scale * detail::dot(experts(), d, detail::row_data(tape.scores, t)));
-            detail::map(
-                experts(), d, [&](const P& g) { return pmul(factor, psub(g, mean)); }, d);
+            detail::probability_backward(config_.score, tape.router, t, d);
           }
         });
   }

@@ -133,14 +133,18 @@ void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Matrix
 
 /// C = A·Bᵀ, or added to what C holds.
 template <class Scalar>
+void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
+                const ScatteredRows<Scalar>& c, Start start = Start::zero) {
+  MOE_ASSERT(a.width() == b.cols() && c.count() == a.count() && c.width() == b.rows());
+  for_each_block(c.count(), c.width(), a.width(), panel_columns<Scalar>,
+                 [&](Index row, Index rows, Index column, Index columns) {
+                   multiply_nt(a.slice(row, rows), b, column, columns, start, c.slice(row, rows));
+                 });
+}
+template <class Scalar>
 void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
                 Start start = Start::zero) {
-  MOE_ASSERT(a.width() == b.cols() && c.rows() == a.count() && c.cols() == b.rows());
-  for_each_block(c.rows(), c.cols(), a.width(), panel_columns<Scalar>,
-                 [&](Index row, Index rows, Index column, Index columns) {
-                   multiply_nt(a.slice(row, rows), b, column, columns, start,
-                               ScatteredRows<Scalar>(c).slice(row, rows));
-                 });
+  product_nt(a, b, ScatteredRows<Scalar>(c), start);
 }
 
 /// C = Aᵀ·B, from zero or added to what C holds, the rows of A and B going in pairs.

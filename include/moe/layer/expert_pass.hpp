@@ -1,27 +1,49 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <span>
 
 #include "moe/experts/expert.hpp"
 #include "moe/function_ref.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/parallel.hpp"
-#include "moe/routing/routing.hpp"
+#include "moe/routing/dispatch.hpp"
 
 /// \file
 /// The experts' share of a pass: every expert over the rows it got, and their weighted sum.
 
 namespace moe::detail {
 
-/// What the experts keep between forward and backward, and the scratch of their passes.
+/// The slots of some experts that are next to each other, or of all: a part of a Dispatch, which it
+/// refers to. What it calls a row is a slot of theirs, counted from the first.
+template <class Scalar>
+struct DispatchSlice {
+  const Index* offsets;  ///< E + 1 of these experts; the first need not be 0
+  Index experts;         ///< E of these
+  Index tokens;          ///< T
+  const Index* token;    ///< S of these, ascending for each expert
+  const Scalar* weight;  ///< S of these
+
+  /// Experts first, first + 1, ... of a dispatch of T tokens.
+  DispatchSlice(const Dispatch<Scalar>& dispatch, Index token_count, Range of_experts)
+      : offsets(dispatch.offsets.data() + of_experts.first),
+        experts(of_experts.count),
+        tokens(token_count),
+        token(dispatch.token.data() + offsets[0]),
+        weight(dispatch.weight.data() + offsets[0]) {}
+
+  Index slots() const { return offsets[experts] - offsets[0]; }
+  Index slots_of(Index e) const { return offsets[e + 1] - offsets[e]; }
+  Index first_row(Index e) const { return offsets[e] - offsets[0]; }
+};
+
+/// What the experts save between forward and backward, and the scratch of their passes.
 template <class Expert>
 struct ExpertTape {
   using Scalar = typename Expert::Scalar;
 
-  Matrix<Scalar> saved;             ///< S x saved_width or a little more, what the experts keep
-  Index saved_width = 0;            ///< Expert::tape_width() after a training pass, else 0
-  std::vector<Scalar> row_weight;  ///< S, the weights by row
+  Matrix<Scalar> saved;    ///< S x saved_width or a little more, what the experts save
+  Index saved_width = 0;  ///< Expert::tape_width() after a training pass, else 0
 
   /// What the experts that are at work at the moment need, see ExpertPass::for_each_group().
   struct Task {
@@ -37,14 +59,12 @@ struct ExpertTape {
     bool replaces = false;  ///< gradients are written over, not added to
   };
   Matrix<Scalar> group;  ///< rows of a group x Expert::scratch_width()
-  std::vector<Slice> slices;
-  std::vector<Task> tasks;
-  std::vector<Scalar> row_dweight;                ///< rows of a group
-  std::vector<typename Expert::Scratch> scratch;  ///< one a worker
+  IndexedVector<Slice> slices;
+  IndexedVector<Task> tasks;
+  IndexedVector<typename Expert::Scratch> scratch;  ///< one a worker
 };
 
-/// A pass of some experts, one or more, over the slots of a routing that group_by_expert() was
-/// called on. It refers to all that it is given.
+/// A pass of some experts, one or more, over their slots. It refers to all that it is given.
 ///
 /// Experts run in groups, one group after the other: first the first halves of all its slices, then
 /// the second halves, which add to the tokens. A group is as many rows as the caches hold between
@@ -57,29 +77,20 @@ class ExpertPass {
   using Scalar = typename Expert::Scalar;
   using Tape = ExpertTape<Expert>;
 
-  ExpertPass(const std::vector<Expert>& experts, const Routing<Scalar>& routing, Tape& tape)
-      : experts_(experts), routing_(routing), tape_(tape) {
-    MOE_ASSERT(static_cast<Index>(experts.size()) == routing.experts);
+  ExpertPass(std::span<const Expert> experts, const DispatchSlice<Scalar>& slots, Tape& tape)
+      : experts_(experts), slots_(slots), tape_(tape) {
+    MOE_ASSERT(static_cast<Index>(experts.size()) == slots.experts);
     // Each of an expert's weights is multiplied once with each of its rows.
     walk_parameters(first_expert(),
                     [&](const ParameterName&, const auto& p) { row_work_ += p.size(); });
-    workers_ = Expert::fused ? worker_count(Work{row_work_ * routing.slots()}) : worker_count();
+    workers_ = Expert::fused ? worker_count(Work{row_work_ * slots.slots()}) : worker_count();
   }
 
-  /// Throws std::invalid_argument where an expert with rows has another width, or another shape than
-  /// the first one or than it was made with: somebody put another network or other weights there.
-  void check_experts(Index width) const {
-    for (Index e = 0; e < routing_.experts; ++e) {
-      if (routing_.slots_of(e) == 0) continue;
-      const Expert& expert = experts_[to_size(e)];
-      const Expert& first = first_expert();
-      require(expert.width() == width && expert.tape_width() == first.tape_width() &&
-                  expert.scratch_width() == first.scratch_width() &&
-                  expert.columns() == first.columns() &&
-                  expert.gradient_rows() == first.gradient_rows(),
-              "MoELayer: expert ", e, " is not of the layer's width ", width,
-              " or has another shape than expert 0");
-      check_shapes(expert, "MoELayer: an expert");
+  /// Throws std::invalid_argument where the parameters of an expert with rows have another shape
+  /// than it made: somebody put other weights there.
+  void check_experts() const {
+    for (Index e = 0; e < slots_.experts; ++e) {
+      if (slots_.slots_of(e) > 0) check_shapes(experts_[to_size(e)], "MoELayer: an expert");
     }
   }
 
@@ -88,9 +99,8 @@ class ExpertPass {
   void forward(const MatrixRef<Scalar>& x, bool save, Matrix<Scalar>& sum) const {
     // Without, what an earlier pass kept may be of fewer slots.
     tape_.saved_width = save ? first_expert().tape_width() : 0;
-    if (save) resize(tape_.saved, routing_.slots(), spread_width<Scalar>(tape_.saved_width));
-    if (routing_.slots() == 0) return;
-    copy_weights();
+    if (save) resize(tape_.saved, slots_.slots(), spread_width<Scalar>(tape_.saved_width));
+    if (slots_.slots() == 0) return;
     for_each_group([&] {
       plan_hidden(true);
       perform([&](const Task& task, Scratch& scratch) {
@@ -108,15 +118,13 @@ class ExpertPass {
     });
   }
 
-  /// After forward() with `save` on the same tape: takes dy, the gradient by the sum (T x D); fills
-  /// dweight (S), the gradients by the slots' weights, and adds to dx (T x D) and to the gradients
-  /// of the experts, which must be those of forward().
-  void backward(std::vector<Expert>& experts, const MatrixRef<Scalar>& x,
-                    const MatrixRef<Scalar>& dy, std::vector<Scalar>& dweight,
-                    Matrix<Scalar>& dx) const {
-    MOE_ASSERT(&experts == &experts_);
-    resize(dweight, routing_.slots());
-    if (routing_.slots() == 0) return;
+  /// After forward() with `save` on the same tape: takes dy, the gradient w.r.t. the sum (T x D);
+  /// fills dweight (S), the gradients w.r.t. the slots' weights, and adds to dx (T x D) and to the
+  /// gradients of the experts, which must be those of forward().
+  void backward(std::span<Expert> experts, const MatrixRef<Scalar>& x, const MatrixRef<Scalar>& dy,
+                Scalar* dweight, Matrix<Scalar>& dx) const {
+    MOE_ASSERT(experts.data() == experts_.data());
+    if (slots_.slots() == 0) return;
     for_each_group([&] {
       if (!Expert::fused) mark_group(experts);
       // A plain network adds to its gradients in the first half, so its rows stay together.
@@ -133,7 +141,7 @@ class ExpertPass {
         if (task.kind == Task::add_gradients) {
           expert_of(experts, task)
               .add_gradients(block_of(x, task.block), dy, task.rows,
-                             tape_.slices[to_size(task.block)].replaces);
+                             tape_.slices[task.block].replaces);
           return;
         }
         for_each_slice_of(x, task.rows, [&](const Slice& slice, const Block& block) {
@@ -142,12 +150,9 @@ class ExpertPass {
       });
       const Work work = element_work(group_rows() * x.cols());
       parallel_for(static_cast<Index>(tape_.slices.size()), work, [&](Index i, Index) {
-        const Slice& slice = tape_.slices[to_size(i)];
-        Scalar* row_dweight = tape_.row_dweight.data() + (slice.first - tape_.slices.front().first);
-        experts_[to_size(slice.expert)].weight_gradients(block_of(x, i), dy, row_dweight);
-        for (Index row = 0; row < slice.count; ++row) {
-          dweight[to_size(routing_.sorted_slot[to_size(slice.first + row)])] = row_dweight[row];
-        }
+        const Slice& slice = tape_.slices[i];
+        experts_[to_size(slice.expert)].weight_gradients(block_of(x, i), dy,
+                                                         dweight + slice.first);
       });
     });
   }
@@ -158,15 +163,8 @@ class ExpertPass {
   using Scratch = typename Expert::Scratch;
   using Block = ExpertBlock<Scalar>;
 
-  void copy_weights() const {
-    resize(tape_.row_weight, routing_.slots());
-    for (Index row = 0; row < routing_.slots(); ++row) {
-      tape_.row_weight[to_size(row)] = routing_.weight[to_size(routing_.sorted_slot[to_size(row)])];
-    }
-  }
-
   /// Right before they are added to, so that an exception leaves none that is old and seems new.
-  void mark_group(std::vector<Expert>& experts) const {
+  void mark_group(std::span<Expert> experts) const {
     for (Slice& slice : tape_.slices) {
       slice.replaces = accumulate(experts[to_size(slice.expert)], Expert::fused);
     }
@@ -178,9 +176,8 @@ class ExpertPass {
     // where it can, since every piece reads the expert's weights anew.
     constexpr auto cached = static_cast<Index>((std::size_t{1} << 20) / sizeof(Scalar));
     const Index width = first_expert().scratch_width();
-    const Index rows = std::min(routing_.slots(), std::max(task_rows, workers_ * cached / width));
+    const Index rows = std::min(slots_.slots(), std::max(task_rows, workers_ * cached / width));
     resize(tape_.group, rows, width);
-    resize(tape_.row_dweight, rows);
     reserve(tape_.slices, rows);
     reserve(tape_.tasks, most_tasks(rows));
     if (static_cast<Index>(tape_.scratch.size()) < workers_) resize(tape_.scratch, workers_);
@@ -195,9 +192,9 @@ class ExpertPass {
       tape_.tasks.clear();
       filled = 0;
     };
-    for (Index e = 0; e < routing_.experts; ++e) {
-      const Index start = routing_.expert_offsets[to_size(e)];
-      const Index slots = routing_.expert_offsets[to_size(e) + 1] - start;
+    for (Index e = 0; e < slots_.experts; ++e) {
+      const Index start = slots_.first_row(e);
+      const Index slots = slots_.slots_of(e);
       const auto add = [&](Index first, Index count) {
         // Slices of one expert never share a group, since both would add to its gradients at once.
         if (first > 0 || filled + count > rows) flush();
@@ -248,7 +245,7 @@ class ExpertPass {
 
   void plan_hidden(bool splits_rows) const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
-      const Index count = tape_.slices[to_size(i)].count;
+      const Index count = tape_.slices[i].count;
       const Index columns = first_expert().columns();
       const Index pieces = pieces_of(count);
       const Index panels = (columns + panel_columns<Scalar> - 1) / panel_columns<Scalar>;
@@ -269,7 +266,7 @@ class ExpertPass {
   /// weights anew.
   void plan_output(Index width) const {
     const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers_);
-    cut(routing_.tokens(), (workers_ + strips - 1) / strips, 1, [&](Range rows) {
+    cut(slots_.tokens, (workers_ + strips - 1) / strips, 1, [&](Range rows) {
       cut(width, strips, cache_line<Scalar>, [&](Range columns) {
         tape_.tasks.push_back({Task::output, 0, rows, columns});
       });
@@ -278,8 +275,8 @@ class ExpertPass {
 
   void plan_gradients() const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
-      if (!is_trained(experts_[to_size(tape_.slices[to_size(i)].expert)])) continue;
-      cut(first_expert().gradient_rows(), pieces_of(tape_.slices[to_size(i)].count), 64,
+      if (!is_trained(experts_[to_size(tape_.slices[i].expert)])) continue;
+      cut(first_expert().gradient_rows(), pieces_of(tape_.slices[i].count), 64,
           [&](Range rows) {
             tape_.tasks.push_back({Task::add_gradients, i, rows, {}});
           });
@@ -290,13 +287,13 @@ class ExpertPass {
   /// it, and its share of the pieces, rounded up.
   Index most_tasks(Index rows) const { return 4 * rows + 64 * workers_ + 32; }
 
-  /// Which all experts are like.
+  /// All experts have the same shape.
   const Expert& first_expert() const { return experts_.front(); }
   const Expert& expert_of(const Task& task) const {
-    return experts_[to_size(tape_.slices[to_size(task.block)].expert)];
+    return experts_[to_size(tape_.slices[task.block].expert)];
   }
-  Expert& expert_of(std::vector<Expert>& experts, const Task& task) const {
-    return experts[to_size(tape_.slices[to_size(task.block)].expert)];
+  Expert& expert_of(std::span<Expert> experts, const Task& task) const {
+    return experts[to_size(tape_.slices[task.block].expert)];
   }
 
   // Whose turn it is after a slice or a task, if that is known: another worker may get the next
@@ -313,11 +310,11 @@ class ExpertPass {
 
   /// The rows of a slice of the group.
   Block block_of(const MatrixRef<Scalar>& x, Index index) const {
-    const Slice& slice = tape_.slices[to_size(index)];
-    const Index* token = routing_.sorted_token.data() + slice.first;
+    const Slice& slice = tape_.slices[index];
+    const Index* token = slots_.token + slice.first;
     const Index stride = tape_.saved_width > 0 ? tape_.saved.cols() : 0;
     return {GatheredRows<Scalar>(x.data(), x.outerStride(), slice.count, x.cols(), token), token,
-            tape_.row_weight.data() + slice.first,
+            slots_.weight + slice.first,
             MatrixView<Scalar>(tape_.saved.data() + slice.first * stride, slice.count,
                                tape_.saved_width, Eigen::OuterStride<>(stride)),
             rows_of(tape_.group, slice.first - tape_.slices.front().first, slice.count)};
@@ -328,8 +325,8 @@ class ExpertPass {
   void for_each_slice_of(const MatrixRef<Scalar>& x, Range tokens,
                          FunctionRef<void(const Slice&, const Block&)> f) const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
-      const Slice& slice = tape_.slices[to_size(i)];
-      const Index* begin = routing_.sorted_token.data() + slice.first;
+      const Slice& slice = tape_.slices[i];
+      const Index* begin = slots_.token + slice.first;
       const Index first = std::lower_bound(begin, begin + slice.count, tokens.first) - begin;
       const Index last =
           std::lower_bound(begin, begin + slice.count, tokens.first + tokens.count) - begin;
@@ -343,7 +340,7 @@ class ExpertPass {
   void perform(FunctionRef<void(const Task&, Scratch&)> f) const {
     const auto count = static_cast<Index>(tape_.tasks.size());
     const auto call = [&](Index i, Index worker) {
-      if (i < count) f(tape_.tasks[to_size(i)], tape_.scratch[to_size(worker)]);
+      if (i < count) f(tape_.tasks[i], tape_.scratch[worker]);
     };
     if constexpr (Expert::fused) {
       const Work work{workers_ > 1 ? row_work_ * group_rows() : 0};
@@ -353,8 +350,8 @@ class ExpertPass {
     }
   }
 
-  const std::vector<Expert>& experts_;
-  const Routing<Scalar>& routing_;
+  std::span<const Expert> experts_;
+  DispatchSlice<Scalar> slots_;
   Tape& tape_;
   Index row_work_ = 0;  ///< multiply-adds that a row takes in a pass
   Index workers_ = 1;   ///< of the pass

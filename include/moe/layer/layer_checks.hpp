@@ -1,10 +1,12 @@
 #pragma once
 
+#include "moe/gates/gate.hpp"
 #include "moe/matrix.hpp"
+#include "moe/routing/pass.hpp"
 #include "moe/routing/routing.hpp"
 
 /// \file
-/// What a layer asks of its caller and of its gate. All throw std::invalid_argument.
+/// What a layer needs of its caller and of its gate. All throw std::invalid_argument.
 
 namespace moe::detail {
 
@@ -15,15 +17,19 @@ void check_layer_width(const MatrixRef<Scalar>& matrix, const char* name, Index 
           " columns, Config.width = ", width);
 }
 
-/// What can be asked of a gate before its backward pass: that somebody put none of another width in
-/// its place, and that the tape is its own.
-template <class Gate>
-void check_gate(const Gate& gate, const typename Gate::Tape& tape, Index width) {
-  if constexpr (requires { gate.config().width; }) {
-    require(gate.config().width == width, "MoELayer: the gate's width is ", gate.config().width,
-            ", the layer's ", width);
+/// The routing that a gate made, for these experts and `tokens` rows of x of which some may be
+/// padding. (That its slots are in order is checked where they are sorted.)
+template <class Scalar>
+void check_made_by_gate(const Routing<Scalar>& routing, Index experts, Index tokens,
+                        std::span<const std::uint8_t> valid) {
+  require(routing.experts == experts, "MoELayer: the gate's routing has ", routing.experts,
+          " experts, the layer has ", experts);
+  require(routing.tokens() == tokens, "MoELayer: the gate's routing has ", routing.tokens(),
+          " tokens, x has ", tokens);
+  for (Index t = 0; t < static_cast<Index>(valid.size()); ++t) {
+    require(valid[to_size(t)] != 0 || routing.slots_of_token(t).count <= 0, "MoELayer: row ", t,
+            " of x is not valid, and the gate gave it a slot");
   }
-  if constexpr (requires { gate.check_tape(tape); }) gate.check_tape(tape);
 }
 
 /// The dx that a gate added to, for an x of tokens x width.
@@ -31,17 +37,6 @@ template <class Scalar>
 void check_left_by_gate(const Matrix<Scalar>& dx, Index tokens, Index width) {
   require(dx.rows() == tokens && dx.cols() == width, "MoELayer: the gate left a dx of ", dx.rows(),
           " x ", dx.cols(), " for an x of ", tokens, " x ", width);
-}
-
-/// Groups the slots that a gate made by expert, after checking that they are of these experts and
-/// tokens.
-template <class Scalar>
-void group_checked(Routing<Scalar>& routing, Index experts, Index tokens) {
-  require(routing.experts == experts, "MoELayer: the gate's routing has ", routing.experts,
-          " experts, the layer has ", experts);
-  require(routing.tokens() == tokens, "MoELayer: the gate's routing has ", routing.tokens(),
-          " tokens, x has ", tokens);
-  group_by_expert(routing);
 }
 
 }  // namespace moe::detail

@@ -2,16 +2,20 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "moe/experts/feed_forward.hpp"
+#include "moe/gates/gate.hpp"
+#include "moe/gates/noisy_top_k_gate.hpp"
 #include "moe/layer/expert_pass.hpp"
 #include "moe/layer/layer_checks.hpp"
+#include "moe/layer/local_dispatch.hpp"
 #include "moe/layer/output_activation.hpp"
-#include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/routing/dispatch.hpp"
 
 /// \file
-/// The sparsely-gated mixture-of-experts layer: dispatch, run, combine.
+/// The sparsely-gated mixture-of-experts layer: route, dispatch, compute, combine.
 
 namespace moe {
 
@@ -29,21 +33,34 @@ namespace moe {
 ///     const auto& dx = layer.backward(dy, tape);                // gradients are in the parameters
 ///     auto served = layer.evaluate(x);                          // no noise, no tape
 ///
-/// The layer knows neither what a network computes nor how a gate chose. A const layer may be used
+/// The layer knows neither what a network computes, nor how a gate chose, nor where the experts are:
+/// `Dispatch_` is LocalDispatch, or mpi::RankDispatch where they are spread over processes. A const layer may be used
 /// from several threads at once, each with its own tape. The same seed, input and step give the
 /// same bits on any number of threads, and a token's y does not depend on the other rows of x
 /// unless the gate's choice does. After a first call with the same shapes and number of slots
 /// nothing is allocated, except what evaluate() without a tape returns.
-template <class Expert, class Gate_ = NoisyTopKGate<typename Expert::Scalar>>
-requires Gate<Gate_> && std::same_as<typename Expert::Scalar, typename Gate_::Scalar>
+template <class Expert_, class Gate_ = NoisyTopKGate<typename Expert_::Scalar>,
+          class Dispatch_ = LocalDispatch>
 class MoELayer {
+  static_assert(detail::check_gate_requirements<Gate_>());
+  static_assert(std::is_same_v<typename Expert_::Scalar, typename Gate_::Scalar>,
+                "a layer's gate must have the Scalar of its experts");
+
  public:
+  using Expert = Expert_;
+  using Gate = Gate_;
+  using DispatchPolicy = Dispatch_;
   using Scalar = typename Expert::Scalar;
+  using LossWeights = typename detail::LossWeightsOf<Gate>::type;
+
+  /// The same layer with its experts somewhere else.
+  template <class OtherDispatch>
+  using WithDispatch = MoELayer<Expert, Gate, OtherDispatch>;
 
   struct Config {
     Index width = 0;                           ///< D
     typename Expert::Config expert{};          ///< of every expert
-    typename Gate_::Config gate{};             ///< says how many experts there are
+    typename Gate::Config gate{};              ///< says how many experts there are
     Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
     Seed seed;                                 ///< of the experts' start and the gate's noise
   };
@@ -51,16 +68,19 @@ class MoELayer {
   /// What a pass leaves behind. One tape belongs to one pass at a time; several passes in flight
   /// take several tapes.
   struct Tape {
-    typename Gate_::Tape gate;           ///< whatever the gate keeps; its routing and balance
-    detail::ExpertTape<Expert> experts;  ///< whatever the experts keep, and scratch
-    Matrix<Scalar> x;                    ///< T x D, a copy
-    Matrix<Scalar> y;                    ///< T x D, the result
-    Matrix<Scalar> dx;                   ///< T x D, the gradient with respect to x
-    bool trained = false;                ///< whether the last pass was a forward() that ended well
+    typename Gate::Tape gate;            ///< whatever the gate keeps; its routing and balance
+    Dispatch<Scalar> dispatch;           ///< the slots by expert
+    detail::ExpertTape<Expert> experts;  ///< whatever the experts save, and scratch
+    typename DispatchPolicy::template Tape<Expert> exchange;  ///< whatever the policy needs
+    Matrix<Scalar> x;                                         ///< T x D, a copy
+    Matrix<Scalar> y;                                         ///< T x D, the result
+    Matrix<Scalar> dx;     ///< T x D, the gradient with respect to x
+    bool trained = false;  ///< whether the last pass was a forward() that ended well
 
-    Matrix<Scalar> combined;      ///< T x D, y before the output activation, if there is one
-    Matrix<Scalar> dcombined;     ///< T x D
-    std::vector<Scalar> dweight;  ///< S, the gradients of the weights by slot
+    Matrix<Scalar> combined;                ///< T x D, y before the output activation, if there is one
+    Matrix<Scalar> dcombined;               ///< T x D
+    IndexedVector<Scalar> sorted_dweight;   ///< S, the gradients of the weights by expert
+    IndexedVector<Scalar> dweight;          ///< S, by slot
 
     /// The slots of the last pass.
     const Routing<Scalar>& routing() const { return gate.routing; }
@@ -69,15 +89,24 @@ class MoELayer {
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
-  explicit MoELayer(const Config& config)
-      : config_(completed(config)), gate_(config_.gate, derive_seed(config.seed, 0)) {
-    detail::require(gate_.experts() >= 1, "MoELayer: the gate has ", gate_.experts(),
-                    " experts, must be at least 1");
-    experts_.reserve(detail::to_size(gate_.experts()));
-    for (Index e = 0; e < gate_.experts(); ++e) {
-      experts_.emplace_back(config_.expert,
-                            derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
-    }
+  explicit MoELayer(const Config& config, DispatchPolicy policy = DispatchPolicy())
+      : policy_(std::move(policy)),
+        config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
+        gate_(policy_.together("MoELayer: the gate", [&] {
+          Gate gate(config_.gate, derive_seed(config.seed, 0));
+          detail::require(gate.experts() >= 1, "MoELayer: the gate has ", gate.experts(),
+                          " experts, must be at least 1");
+          return gate;
+        })) {
+    policy_.place(config_, gate_);
+    policy_.together("MoELayer: the experts", [&] {
+      const Range here = policy_.experts_here(gate_.experts());
+      experts_.reserve(detail::to_size(here.count));
+      for (Index e = here.first; e < here.first + here.count; ++e) {
+        experts_.emplace_back(config_.expert,
+                              derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
+      }
+    });
   }
 
   /// The configuration with the widths that were left 0. Throws std::invalid_argument for one out
@@ -97,73 +126,77 @@ class MoELayer {
     return config;
   }
 
-  // What is reached by these may get other weights. A pass throws std::invalid_argument where
-  // something else was changed: the number of experts, a network's shape or a parameter's.
-
   const Config& config() const { return config_; }
-  const Gate_& gate() const { return gate_; }
-  Gate_& gate() { return gate_; }
-  const std::vector<Expert>& experts() const { return experts_; }
-  std::vector<Expert>& experts() { return experts_; }
+  /// The parameters of the gate and of the experts are reached by for_each_parameter().
+  const Gate& gate() const { return gate_; }
+  /// Those that are here, all of them with LocalDispatch.
+  std::span<const Expert> experts() const { return experts_; }
+  const DispatchPolicy& dispatch_policy() const { return policy_; }
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
-  /// in tape.balance(). Give every update its own key.step: the same key draws the same noise.
+  /// in tape.balance(). Give every update its own step: the same one draws the same noise.
   /// O(S·D·H), and what the gate costs. x may be all of this tape's x, and any part of its y. Throws
-  /// std::invalid_argument when x is not D wide or another part of tape.x, and when a gate
-  /// contradicts itself, which leaves the tape unusable.
-  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const NoiseKey& key) const {
-    detail::check_layer_width<Scalar>(x, "x", config_.width);
+  /// std::invalid_argument when x is not D wide or another part of tape.x, when the pass does not fit
+  /// it, and when a gate contradicts itself, which leaves the tape unusable.
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
     tape.trained = false;
-    detail::copy_matrix(x, tape.x);
-    gate_.forward(tape.x, tape.gate, key);
-    detail::group_checked(tape.gate.routing, expert_count(), tape.x.rows());
+    const auto batch = policy_.begin("MoELayer::forward", pass, x.rows(), tape.exchange, [&] {
+      check_structure();
+      detail::check_layer_width<Scalar>(x, "x", config_.width);
+      detail::check_pass("MoELayer", pass, x.rows());
+    });
+    policy_.route(tape.dispatch, tape.exchange, [&] {
+      detail::copy_matrix(x, tape.x);
+      gate_.forward(tape.x, tape.gate, batch.pass());
+      sort_slots(tape.x.rows(), pass.valid, tape);
+    });
     run_experts(tape.x, tape, true);
     tape.trained = true;
     return tape.y;
   }
 
   /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.
-  /// Adds to every parameter's gradient, the balance losses' included once; returns the gradient with
-  /// respect to x (T x D), which is tape.dx. The parameters must be those of the forward pass. Throws
-  /// std::invalid_argument when dy has another shape than y or lies in tape.dx, or the tape is not of
-  /// a forward pass of such a layer, before anything is changed. A second backward() on a tape adds
-  /// the same gradients once more, and the tape of another layer of the same shape is not told from
-  /// this one's. std::bad_alloc, which only a first pass of its shapes can throw, may leave gradients
-  /// that are added to in part: zero them before going on.
+  /// Adds to every parameter's gradient, the gate's own losses included once; returns the gradient
+  /// with respect to x (T x D), which is tape.dx. The parameters must be those of the forward pass.
+  /// Throws std::invalid_argument when dy has another shape than y or lies in tape.dx, or the tape is
+  /// not of a forward pass of such a layer, before anything is changed. A second backward() on a tape
+  /// adds the same gradients once more, and the tape of another layer of the same shape is not told
+  /// from this one's. std::bad_alloc, which only a first pass of its shapes can throw, may leave
+  /// gradients that are added to in part: zero them before going on.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
-    detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
-    detail::check_layer_width<Scalar>(dy, "dy", config_.width);
-    const Index tokens = tape.x.rows();
-    detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
-    detail::require(tape.routing().experts == expert_count() && expert_count() >= 1 &&
-                        tape.x.cols() == config_.width &&
-                        tape.experts.saved_width == experts_.front().tape_width(),
-                    "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
-                    " experts and width ", tape.x.cols());
-    detail::check_gate(gate_, tape.gate, config_.width);
-    detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dcombined});
-    const detail::ExpertPass<Expert> pass(experts_, tape.routing(), tape.experts);
-    pass.check_experts(config_.width);
-    if (!has_gradients_) detail::reserve_gradients(*this);
-    has_gradients_ = true;
-    const MatrixRef<Scalar> dsum =
-        detail::activate_output_backward(config_.output, tape.combined, dy, tape.dcombined);
-    detail::resize_to_zero(tape.dx, tokens, config_.width);
-    pass.backward(experts_, tape.x, dsum, tape.dweight, tape.dx);
-    gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
-    detail::check_left_by_gate(tape.dx, tokens, config_.width);
+    policy_.backward(std::span<Expert>(experts_), tape.x, tape.dispatch, tape.experts,
+                     tape.exchange, tape.sorted_dweight, tape.dx, [&] {
+                       prepare_backward(dy, tape);
+                       return detail::activate_output_backward(config_.output, tape.combined, dy,
+                                                               tape.dcombined);
+                     });
+    policy_.gate_backward(gate_, tape.exchange, [&] {
+      sort_by_expert_backward(tape.dispatch, std::span<const Scalar>(tape.sorted_dweight),
+                              tape.dweight);
+      gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
+      detail::check_left_by_gate(tape.dx, tape.x.rows(), config_.width);
+    });
     return tape.dx;
   }
 
   /// y (T x D) without noise. Leaves tape.routing() and tape.balance() too, so a served or validated
   /// batch can be watched, but nothing that backward() could use. Throws std::invalid_argument
-  /// when x is not D wide, or is this tape's own y or a part of it.
-  const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
-    detail::check_layer_width<Scalar>(x, "x", config_.width);
-    detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
+  /// when x is not D wide, the pass does not fit it, or x is this tape's own y or a part of it.
+  const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                 const EvaluationPass& pass = {}) const {
     tape.trained = false;
-    gate_.evaluate(x, tape.gate);
-    detail::group_checked(tape.gate.routing, expert_count(), x.rows());
+    const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
+    const auto batch = policy_.begin("MoELayer::evaluate", as_pass, x.rows(), tape.exchange, [&] {
+      check_structure();
+      detail::check_layer_width<Scalar>(x, "x", config_.width);
+      detail::check_pass("MoELayer", as_pass, x.rows());
+      detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
+    });
+    policy_.route(tape.dispatch, tape.exchange, [&] {
+      gate_.evaluate(x, tape.gate,
+                     EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
+      sort_slots(x.rows(), pass.valid, tape);
+    });
     run_experts(x, tape, false);
     return tape.y;
   }
@@ -172,31 +205,84 @@ class MoELayer {
     return evaluate(x, tape);
   }
 
+  /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws
+  /// std::invalid_argument for one out of range.
+  void set_loss_weights(const LossWeights& weights)
+    requires requires(Gate& gate) { gate.set_loss_weights(weights); }
+  {
+    gate_.set_loss_weights(weights);
+  }
+
+  /// What a gate with a selection bias does after each update, see TopKGate::update_selection_bias():
+  /// by one training pass, or by the load (E) of all passes of the update.
+  void update_selection_bias(const Tape& tape)
+    requires requires(Gate& gate) { gate.update_selection_bias(tape.gate); }
+  {
+    gate_.update_selection_bias(tape.gate);
+  }
+  void update_selection_bias(const Vector<Scalar>& load)
+    requires requires(Gate& gate) { gate.update_selection_bias(load); }
+  {
+    gate_.update_selection_bias(load);
+  }
+
   /// "gate.weight", "gate.noise_weight", "experts.0.up.weight", ...
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
-    visit("gate", self.gate_);
-    visit("experts", self.experts_);
+    self.policy_.visit_parts(self.gate_, self.experts_, visit);
   }
 
  private:
-  Index expert_count() const { return static_cast<Index>(experts_.size()); }
+  /// A layer that was moved from has no experts.
+  void check_structure() const {
+    const Range here = policy_.experts_here(gate_.experts());
+    detail::require(static_cast<Index>(experts_.size()) == here.count, "MoELayer: ",
+                    experts_.size(), " experts where there should be ", here.count,
+                    ": the layer was moved from");
+  }
+
+  void sort_slots(Index rows, std::span<const std::uint8_t> valid, Tape& tape) const {
+    detail::check_made_by_gate(tape.gate.routing, gate_.experts(), rows, valid);
+    sort_by_expert(tape.gate.routing, tape.dispatch);
+  }
 
   /// y = act(Σ G·experts(x)), x being T x D.
   void run_experts(const MatrixRef<Scalar>& x, Tape& tape, bool save) const {
-    const bool plain = config_.output == Activation::identity;
-    Matrix<Scalar>& sum = plain ? tape.y : tape.combined;
-    const detail::ExpertPass<Expert> pass(experts_, tape.routing(), tape.experts);
-    pass.check_experts(config_.width);
-    detail::resize_to_zero(sum, x.rows(), config_.width);
-    pass.forward(x, save, sum);
-    if (!plain) detail::activate_output(config_.output, sum, tape.y);
+    const bool has_activation = config_.output != Activation::identity;
+    Matrix<Scalar>& sum = has_activation ? tape.combined : tape.y;
+    policy_.forward(experts(), x, save, tape.dispatch, tape.experts, tape.exchange, sum, [&] {
+      detail::resize_to_zero(sum, x.rows(), config_.width);
+      if (has_activation) detail::resize(tape.y, x.rows(), config_.width);
+    });
+    if (has_activation) detail::activate_output(config_.output, sum, tape.y);
   }
 
+  /// Throws before anything is changed, and makes room.
+  void prepare_backward(const MatrixRef<Scalar>& dy, Tape& tape) {
+    check_structure();
+    detail::require(tape.trained, "MoELayer::backward without a forward pass on this tape");
+    detail::check_layer_width<Scalar>(dy, "dy", config_.width);
+    const Index tokens = tape.x.rows();
+    detail::require(dy.rows() == tokens, "MoELayer: dy has ", dy.rows(), " rows, y has ", tokens);
+    detail::require(
+        tape.routing().experts == gate_.experts() && tape.x.cols() == config_.width &&
+            (experts_.empty() || tape.experts.saved_width == experts_.front().tape_width()),
+        "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
+        " experts and width ", tape.x.cols());
+    if constexpr (requires { gate_.check_tape(tape.gate); }) gate_.check_tape(tape.gate);
+    detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dcombined});
+    if (!has_gradients_) detail::reserve_gradients(*this);
+    has_gradients_ = true;
+    detail::resize_to_zero(tape.dx, tokens, config_.width);
+    detail::resize(tape.sorted_dweight, tape.dispatch.slots());
+    detail::resize(tape.dweight, tape.dispatch.slots());
+  }
+
+  DispatchPolicy policy_;
   Config config_;
-  Gate_ gate_;
-  std::vector<Expert> experts_;
-  bool has_gradients_ = false;  ///< a first backward pass has made room for them
+  Gate gate_;
+  std::vector<Expert> experts_;  ///< those that are here
+  bool has_gradients_ = false;   ///< a first backward pass has made room for them
 };
 
 }  // namespace moe

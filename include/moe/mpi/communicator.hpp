@@ -56,10 +56,11 @@ class Communicator {
     // With all the room that agree() needs, so that it can tell of a std::bad_alloc.
     shared_->channel = Channel::open(
         communicator, timeout,
-        std::max({sizeof(Message), detail::to_size(size_) * sizeof(Claim), most_text}));
+        std::max({(message_size + detail::to_size(size_) * most_gathered) * 2 * sizeof(std::int64_t),
+                  detail::to_size(size_) * sizeof(Claim), most_text}));
   }
 
-  // Of these no other rank knows.
+  // These are local, not collective.
 
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -73,8 +74,17 @@ class Communicator {
   /// most 6 facts; `call` and the names are text that lives on.
   void agree(const char* call, std::initializer_list<Fact> facts = {},
              std::exception_ptr failure = nullptr) const {
+    agree_and_gather(call, facts, {}, failure);
+  }
+
+  /// The same, and returns the numbers, at least 0 and at most 2, of every rank, those of rank 0 first:
+  /// 2 of each. Valid until the next call.
+  std::span<const Index> agree_and_gather(const char* call, std::initializer_list<Fact> facts,
+                                          std::initializer_list<Index> numbers,
+                                          std::exception_ptr failure = nullptr) const {
     const Claim claim(call, facts, failure != nullptr);
-    if (all_agree(claim)) return;
+    const std::span<const Index> gathered = all_agree(claim, numbers);
+    if (!gathered.empty()) return gathered;
     const std::span<const Claim> claims = all_claims(claim);
     const auto failed = std::find_if(claims.begin(), claims.end(),
                                      [](const Claim& c) { return c.numbers[Claim::failed] != 0; });
@@ -86,6 +96,12 @@ class Communicator {
   /// Calls f() and then agree(): what it throws on one rank, all throw as an Error.
   template <class F>
   void attempt(const char* call, std::initializer_list<Fact> facts, F&& f) const {
+    attempt_gather(call, facts, {}, std::forward<F>(f));
+  }
+  /// The same with agree_and_gather().
+  template <class F>
+  std::span<const Index> attempt_gather(const char* call, std::initializer_list<Fact> facts,
+                                        std::initializer_list<Index> numbers, F&& f) const {
     std::exception_ptr failure;
     const std::int64_t errors = shared_->errors;
     try {
@@ -95,7 +111,7 @@ class Communicator {
       if (shared_->errors > errors || !channel().is_usable()) throw;
       failure = std::current_exception();
     }
-    agree(call, facts, failure);
+    return agree_and_gather(call, facts, numbers, failure);
   }
   template <class F>
   void attempt(const char* call, F&& f) const {
@@ -106,8 +122,29 @@ class Communicator {
   template <class Number>
   void sum(std::span<Number> numbers) const {
     attempt("sum", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
-            [&] { room_for<Number>(numbers.size()); });
-    Number* const room = room_for<Number>(numbers.size());
+            [&] { room_for_sum<Number>(numbers.size()); });
+    sum_agreed(numbers);
+  }
+
+  /// sum() after a call in which all ranks agreed on the count. Throws std::bad_alloc on this rank
+  /// alone unless the room was made, see make_room_for_sum().
+  template <class Number>
+  void sum_agreed(std::span<Number> numbers) const {
+    Number* const room = room_for_sum<Number>(numbers.size());
+    if (is_gathered<Number>(numbers.size())) {
+      // Every rank adds up all numbers, in the order of the ranks.
+      std::copy(numbers.begin(), numbers.end(), room + detail::to_size(rank_) * numbers.size());
+      channel().complete("sum", [&](MPI_Request* request) {
+        MPI_Iallgather(MPI_IN_PLACE, 0, type_of<Number>(), room, static_cast<int>(numbers.size()),
+                       type_of<Number>(), handle(), request);
+      });
+      std::copy_n(room, numbers.size(), numbers.data());
+      for (std::size_t r = 1; r < detail::to_size(size_); ++r) {
+        const Number* const of_rank = room + r * numbers.size();
+        for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] += of_rank[i];
+      }
+      return;
+    }
     const bool root = rank_ == 0;
     for_each_piece<Number>(numbers.size(), [&](std::size_t first, int count) {
       std::copy_n(numbers.data() + first, count, room);
@@ -119,6 +156,10 @@ class Communicator {
       broadcast_room(room, count, 0, "sum");
       std::copy_n(room, count, numbers.data() + first);
     });
+  }
+  template <class Number>
+  void make_room_for_sum(std::size_t numbers) const {
+    room_for_sum<Number>(numbers);
   }
 
   /// The numbers of all ranks one behind the other; rank r has counts[r] of them.
@@ -168,14 +209,15 @@ class Communicator {
   /// counts by rank; the numbers stand by rank too. For few numbers, such as counts of others.
   void exchange(std::span<const Index> numbers, std::span<const Index> sent,
                 std::span<Index> received_numbers, std::span<const Index> received) const {
-    Blocks to;
-    Blocks from;
+    attempt("exchange", [&] { make_room_for_exchange(numbers.size() + received_numbers.size()); });
+    exchange_agreed(numbers, sent, received_numbers, received);
+  }
+  /// exchange() after a call in which no rank failed, and in which each made room for both numbers.
+  void exchange_agreed(std::span<const Index> numbers, std::span<const Index> sent,
+                       std::span<Index> received_numbers, std::span<const Index> received) const {
     const std::size_t both = numbers.size() + received_numbers.size();
-    attempt("exchange", [&] {
-      to.resize(size_);
-      from.resize(size_);
-      channel().room<Index>(both);
-    });
+    Blocks& to = shared_->to;
+    Blocks& from = shared_->from;
     Index* const room = channel().room<Index>(both);
     to.assign(sent, [](Index count) { return count; });
     from.assign(received, [](Index count) { return count; });
@@ -188,6 +230,11 @@ class Communicator {
     std::copy_n(arrived, received_numbers.size(), received_numbers.data());
     const auto own = static_cast<std::size_t>(sent[detail::to_size(rank_)]);
     traffic().other_bytes += static_cast<std::int64_t>((numbers.size() - own) * sizeof(Index));
+  }
+  void make_room_for_exchange(std::size_t numbers) const {
+    shared_->to.resize(size_);
+    shared_->from.resize(size_);
+    channel().room<Index>(numbers);
   }
 
   /// Rank `root`'s numbers, for all.
@@ -235,16 +282,36 @@ class Communicator {
   }
 
  private:
-  /// What the ranks reduce to find out whether they agree.
-  struct Message {
-    std::array<std::int64_t, 2 * (Claim::first_fact + Claim::most_facts)> mine;
-    std::array<std::int64_t, 2 * (Claim::first_fact + Claim::most_facts)> highest;
+  /// Of what the ranks reduce to find out whether they agree, and the numbers that each adds to it.
+  static constexpr std::size_t message_size = 2 * (Claim::first_fact + Claim::most_facts);
+  static constexpr std::size_t most_gathered = 2;
+
+  /// How many numbers there are for each rank, and where they begin, as MPI wants it.
+  struct Blocks {
+    void resize(int ranks) {
+      counts.resize(detail::to_size(ranks));
+      offsets.resize(detail::to_size(ranks));
+    }
+    /// part(of_rank[r]) numbers for rank r.
+    template <class Part>
+    void assign(std::span<const Index> of_rank, Part&& part) {
+      int offset = 0;
+      for (std::size_t r = 0; r < of_rank.size(); ++r) {
+        counts[r] = static_cast<int>(part(of_rank[r]));
+        offsets[r] = offset;
+        offset += counts[r];
+      }
+    }
+    std::vector<int> counts;
+    std::vector<int> offsets;
   };
 
   struct Shared {
     std::shared_ptr<Channel> channel;
     std::int64_t numbers = 0;
     std::int64_t errors = 0;  ///< how many Errors all ranks have thrown
+    Blocks to;                ///< of an exchange
+    Blocks from;
   };
 
   /// Of a message of failure.
@@ -261,6 +328,17 @@ class Communicator {
     return channel().room<Number>(std::min(numbers, most));
   }
 
+  /// Whether every rank gets all numbers and adds them up, which is one call instead of two.
+  template <class Number>
+  bool is_gathered(std::size_t numbers) const {
+    return numbers * detail::to_size(size_) <= most_bytes / 16 / sizeof(Number);
+  }
+  template <class Number>
+  Number* room_for_sum(std::size_t numbers) const {
+    if (!is_gathered<Number>(numbers)) return room_for<Number>(numbers);
+    return channel().room<Number>(numbers * detail::to_size(size_));
+  }
+
   template <class Number>
   void broadcast_room(Number* room, int count, int root, const char* call) const {
     channel().complete(call, [&](MPI_Request* request) {
@@ -268,24 +346,34 @@ class Communicator {
     });
   }
 
-  /// The lowest and the highest of each number over the ranks tell whether all are equal.
-  bool all_agree(const Claim& claim) const {
-    constexpr std::size_t size = std::tuple_size_v<decltype(claim.numbers)>;
-    Message& message = *channel().room<Message>(1);
-    for (std::size_t i = 0; i < size; ++i) {
-      message.mine[2 * i] = claim.numbers[i];
+  /// The lowest and the highest of each number over the ranks tell whether all are equal. Returns the
+  /// numbers of every rank, or nothing where they do not agree; one has to be at least 0, since each
+  /// rank leaves 0 where the numbers of the others are, and the largest of all is what remains.
+  std::span<const Index> all_agree(const Claim& claim,
+                                   std::initializer_list<Index> numbers) const {
+    static_assert(std::is_same_v<Index, std::int64_t> || sizeof(Index) == sizeof(std::int64_t));
+    MOE_ASSERT(numbers.size() <= most_gathered);
+    const std::size_t gathered = detail::to_size(size_) * most_gathered;
+    const std::size_t size = message_size + gathered;
+    auto* const mine = channel().room<std::int64_t>(2 * size);
+    std::int64_t* const highest = mine + size;
+    std::fill_n(mine, size, 0);
+    for (std::size_t i = 0; i < claim.numbers.size(); ++i) {
+      mine[2 * i] = claim.numbers[i];
       // Falls as the number rises, and never overflows.
-      message.mine[2 * i + 1] = ~claim.numbers[i];
+      mine[2 * i + 1] = ~claim.numbers[i];
     }
+    std::copy(numbers.begin(), numbers.end(),
+              mine + message_size + detail::to_size(rank_) * most_gathered);
     channel().complete(claim.call.data(), [&](MPI_Request* request) {
-      MPI_Iallreduce(message.mine.data(), message.highest.data(), static_cast<int>(2 * size),
-                     MPI_INT64_T, MPI_MAX, handle(), request);
+      MPI_Iallreduce(mine, highest, static_cast<int>(size), MPI_INT64_T, MPI_MAX, handle(),
+                     request);
     });
-    if (message.highest[0] != 0) return false;
-    for (std::size_t i = 0; i < size; ++i) {
-      if (message.highest[2 * i] != ~message.highest[2 * i + 1]) return false;
+    if (highest[0] != 0) return {};
+    for (std::size_t i = 0; i < claim.numbers.size(); ++i) {
+      if (highest[2 * i] != ~highest[2 * i + 1]) return {};
     }
-    return true;
+    return {highest + message_size, gathered};
   }
 
   /// Until the next call.
@@ -320,26 +408,6 @@ class Communicator {
     broadcast_room(room, size, failed, call);
     throw Error(std::string(room, detail::to_size(size)), rank_, size_);
   }
-
-  /// How many numbers there are for each rank, and where they begin, as MPI wants it.
-  struct Blocks {
-    void resize(int ranks) {
-      counts.resize(detail::to_size(ranks));
-      offsets.resize(detail::to_size(ranks));
-    }
-    /// part(of_rank[r]) numbers for rank r.
-    template <class Part>
-    void assign(std::span<const Index> of_rank, Part&& part) {
-      int offset = 0;
-      for (std::size_t r = 0; r < of_rank.size(); ++r) {
-        counts[r] = static_cast<int>(part(of_rank[r]));
-        offsets[r] = offset;
-        offset += counts[r];
-      }
-    }
-    std::vector<int> counts;
-    std::vector<int> offsets;
-  };
 
   std::shared_ptr<Shared> shared_;
   int rank_ = 0;

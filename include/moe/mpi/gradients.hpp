@@ -122,26 +122,36 @@ class GradientSum {
   /// added. Collective.
   template <class Module>
   void sum(Module& module, const Communicator& communicator) {
-    communicator.attempt("the gradients to be summed", [&] {
-      packed_.clear();
-      added_.clear();
-      moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
-        if (!p.trained) return;
-        packed_.push_back(p.gradient());
-        added_.push_back(p.stored.state == State::added_to ? 1 : 0);
-      });
+    communicator.attempt("the gradients to be summed", [&] { pack(module, communicator); });
+    sum_packed(module, communicator);
+  }
+
+  // The two halves of sum(): what can fail on one rank, and what cannot.
+
+  /// Local.
+  template <class Module>
+  void pack(Module& module, const Communicator& communicator) {
+    packed_.clear();
+    moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
+      if (!p.trained) return;
+      packed_.push_back(p.gradient());
+      packed_.push_flag(p.gradient(), p.stored.state == State::added_to);
     });
+    communicator.make_room_for_sum<float>(packed_.floats.size());
+    communicator.make_room_for_sum<double>(packed_.doubles.size());
+  }
+  /// Collective, after a call in which no rank failed.
+  template <class Module>
+  void sum_packed(Module& module, const Communicator& communicator) {
     // A type that the module does not have is missing on all ranks.
-    if (!packed_.floats.empty()) communicator.sum(std::span<float>(packed_.floats));
-    if (!packed_.doubles.empty()) communicator.sum(std::span<double>(packed_.doubles));
-    communicator.sum(std::span<Index>(added_));
+    if (!packed_.floats.empty()) communicator.sum_agreed(std::span<float>(packed_.floats));
+    if (!packed_.doubles.empty()) communicator.sum_agreed(std::span<double>(packed_.doubles));
     packed_.rewind();
-    auto added = added_.begin();
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
           if (!p.trained) return;
           std::copy_n(packed_.next<Scalar>(p.size()), p.size(), p.gradient().data());
-          if (*added++ > 0) p.stored.state = State::added_to;
+          if (*packed_.next<Scalar>(1) > 0) p.stored.state = State::added_to;
         });
   }
 
@@ -167,6 +177,9 @@ class GradientSum {
     void push_back(const Matrix<double>& m) {
       doubles.insert(doubles.end(), m.data(), m.data() + m.size());
     }
+    /// A number beside those of a matrix, of its type.
+    void push_flag(const Matrix<float>&, bool flag) { floats.push_back(flag ? 1.0f : 0.0f); }
+    void push_flag(const Matrix<double>&, bool flag) { doubles.push_back(flag ? 1.0 : 0.0); }
 
     template <class Scalar>
     const Scalar* next(Index count) {
@@ -181,7 +194,6 @@ class GradientSum {
   Numbers kept_;
   std::vector<State> kept_states_;
   Numbers packed_;
-  std::vector<Index> added_;
 };
 
 /// Sums the gradients of all that every rank has a copy of over the ranks, once an update, after

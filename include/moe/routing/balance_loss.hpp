@@ -7,6 +7,7 @@
 
 #include "moe/matrix.hpp"
 #include "moe/routing/routing.hpp"
+#include "moe/routing/shared_batch.hpp"
 
 /// \file
 /// The losses that keep experts in balance, and the figures by which a user watches them.
@@ -72,20 +73,41 @@ void cv_squared_backward(const Vector<Scalar>& values, Scalar factor, Vector<Sca
   }
 }
 
-/// How evenly a batch was spread over the experts, and the loss that asks for more evenness.
+/// The weights of the losses of importance and load [S17 eq. 7 and 11], each finite and at least 0.
+struct BalanceLossWeights {
+  double importance = 0;
+  double load = 0;
+};
+
+/// The losses of a gate one by one, each times its weight and Pass::loss_scale; 0 where a gate has no
+/// such loss or its weight is 0.
+template <class Scalar>
+struct GateLosses {
+  Scalar importance{0};  ///< [S17 eq. 7]
+  Scalar load{0};        ///< [S17 eq. 11]
+  Scalar switch_loss{0};  ///< of the batch, see TopKGate
+  Scalar sequence{0};    ///< its mean over sequences
+  Scalar z{0};           ///< of the router's logits
+  Scalar threshold{0};   ///< [S17 eq. 20], BalancedGate's
+
+  Scalar sum() const { return importance + load + switch_loss + sequence + z + threshold; }
+};
+
+/// How evenly a batch was spread over the experts, and the loss that makes it more even.
 /// A collapsed gate shows as cv_load() and max_over_mean_load() far above 0 and 1, and as
 /// unused_experts() above 0.
 template <class Scalar>
 struct Balance {
-  /// The gate's own losses, of the noisy ones w_importance·CV²(importance) + w_load·CV²(load)
-  /// [S17 eq. 7 and 11]; their gradient is part of every backward pass.
+  /// The sum of the gate's own losses, of the noisy ones w_importance·CV²(importance) +
+  /// w_load·CV²(load) [S17 eq. 7 and 11]; their gradient is part of every backward pass.
   Scalar loss{0};
+  GateLosses<Scalar> losses;  ///< one by one
   Vector<Scalar> importance;  ///< E, Σ_t G_ti [S17 eq. 6]
   Vector<Scalar> load;        ///< E, Σ_t P(x_t, i) [S17 eq. 10]; the count without noise
-  std::vector<Index> tokens_per_expert;  ///< E, how many tokens each expert got
+  IndexedVector<Index> tokens_per_expert;  ///< E, how many tokens each expert got
 
-  std::vector<double> sums;   ///< scratch
-  std::vector<Index> counts;  ///< scratch
+  IndexedVector<double> sums;   ///< scratch
+  IndexedVector<Index> counts;  ///< scratch
 
   Scalar cv_importance() const { return std::sqrt(cv_squared(importance)); }
   Scalar cv_load() const { return std::sqrt(cv_squared(load)); }
@@ -113,6 +135,7 @@ namespace detail {
 template <class Scalar>
 void copy_balance(const Balance<Scalar>& from, Balance<Scalar>& to) {
   to.loss = from.loss;
+  to.losses = from.losses;
   resize(to.importance, from.importance.size());
   to.importance = from.importance;
   resize(to.load, from.load.size());
@@ -120,63 +143,84 @@ void copy_balance(const Balance<Scalar>& from, Balance<Scalar>& to) {
   copy_vector(std::span<const Index>(from.tokens_per_expert), to.tokens_per_expert);
 }
 
-/// Importance and the tokens of every expert, from the slots that a gate made. A running sum in
-/// Scalar would stop growing at some number of tokens, so the sums are kept in double. O(S + E).
+/// Adds up importance and the tokens of every expert from the slots that a gate made: balance.sums
+/// and balance.tokens_per_expert. A running sum in Scalar would stop growing at some number of
+/// tokens, so the sums are kept in double. O(S + E).
 template <class Scalar>
-void measure_importance(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
+void sum_importance(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
   assign(balance.sums, routing.experts, 0.0);
   assign(balance.tokens_per_expert, routing.experts, Index{0});
-  for (std::size_t slot = 0; slot < routing.expert.size(); ++slot) {
-    const std::size_t e = to_size(routing.expert[slot]);
+  for (Index slot = 0; slot < routing.slots(); ++slot) {
+    const Index e = routing.expert[slot];
     balance.sums[e] += static_cast<double>(routing.weight[slot]);
     ++balance.tokens_per_expert[e];
   }
-  resize(balance.importance, routing.experts);
-  for (Index e = 0; e < routing.experts; ++e) {
-    balance.importance[e] = static_cast<Scalar>(balance.sums[to_size(e)]);
-  }
 }
 
-/// load = how often each of E experts is in a list, counted in integers. O(S + E).
-template <class Scalar>
-void count_load(std::span<const Index> chosen, Index experts, std::vector<Index>& counts,
-                Vector<Scalar>& load) {
+/// counts = how often each of E experts is in a list. O(S + E).
+inline void count_choices(std::span<const Index> chosen, Index experts,
+                          IndexedVector<Index>& counts) {
   assign(counts, experts, Index{0});
-  for (const Index e : chosen) ++counts[to_size(e)];
-  resize(load, experts);
-  for (Index e = 0; e < experts; ++e) load[e] = static_cast<Scalar>(counts[to_size(e)]);
-}
-/// The load of a gate without noise: how many tokens each expert got. It has no gradient.
-template <class Scalar>
-void count_load(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
-  count_load(std::span<const Index>(routing.expert), routing.experts, balance.counts, balance.load);
+  for (const Index e : chosen) ++counts[e];
 }
 
-/// importance_weight·CV²(importance) + load_weight·CV²(load) [S17 eq. 7 and 11]. A loss of weight 0
-/// is not computed: its value might be NaN.
+template <class Number, class Scalar>
+void copy_numbers(const IndexedVector<Number>& from, Vector<Scalar>& to) {
+  resize(to, static_cast<Index>(from.size()));
+  for (Index i = 0; i < to.size(); ++i) to[i] = static_cast<Scalar>(from[i]);
+}
+
+/// Importance and the tokens of every expert over the whole batch.
 template <class Scalar>
-Scalar balance_loss(const Balance<Scalar>& balance, double importance_weight, double load_weight) {
-  Scalar loss{0};
-  if (importance_weight > 0) {
-    loss += static_cast<Scalar>(importance_weight) * cv_squared(balance.importance);
+void measure_importance(const Routing<Scalar>& routing, BatchSum& sum, Balance<Scalar>& balance) {
+  sum_importance(routing, balance);
+  sum.add(balance.sums.data(), routing.experts);
+  sum.add(balance.tokens_per_expert.data(), routing.experts);
+  sum.sum();
+  copy_numbers(balance.sums, balance.importance);
+}
+
+/// Importance, the tokens of every expert and, as the load, how often each was chosen, over the whole
+/// batch; the load has no gradient. `sum` may have been told what the gate sums beside these.
+template <class Scalar>
+void measure_balance(const Routing<Scalar>& routing, std::span<const Index> chosen, BatchSum& sum,
+                     Balance<Scalar>& balance) {
+  count_choices(chosen, routing.experts, balance.counts);
+  sum.add(balance.counts.data(), routing.experts);
+  measure_importance(routing, sum, balance);
+  copy_numbers(balance.counts, balance.load);
+}
+
+/// Sets balance.loss and balance.losses, `scale` being Pass::loss_scale. A loss of weight 0 is not
+/// computed: its value might be NaN.
+template <class Scalar>
+void measure_balance_loss(const BalanceLossWeights& weights, double scale,
+                          Balance<Scalar>& balance) {
+  balance.losses = {};
+  if (weights.importance * scale > 0) {
+    balance.losses.importance =
+        static_cast<Scalar>(weights.importance * scale) * cv_squared(balance.importance);
   }
-  if (load_weight > 0) loss += static_cast<Scalar>(load_weight) * cv_squared(balance.load);
-  return loss;
+  if (weights.load * scale > 0) {
+    balance.losses.load = static_cast<Scalar>(weights.load * scale) * cv_squared(balance.load);
+  }
+  balance.loss = balance.losses.importance + balance.losses.load;
 }
 /// Zeros for a loss of weight 0.
 template <class Scalar>
-void balance_loss_backward(const Balance<Scalar>& balance, double importance_weight,
-                           double load_weight, Vector<Scalar>& dimportance, Vector<Scalar>& dload) {
-  cv_squared_backward(balance.importance, static_cast<Scalar>(importance_weight), dimportance);
-  cv_squared_backward(balance.load, static_cast<Scalar>(load_weight), dload);
+void balance_loss_backward(const Balance<Scalar>& balance, const BalanceLossWeights& weights,
+                           double scale, Vector<Scalar>& dimportance, Vector<Scalar>& dload) {
+  cv_squared_backward(balance.importance, static_cast<Scalar>(weights.importance * scale),
+                      dimportance);
+  cv_squared_backward(balance.load, static_cast<Scalar>(weights.load * scale), dload);
 }
 
 /// `gate` names the class in the messages.
-inline void check_balance_weights(const char* gate, double importance_weight, double load_weight) {
-  require(std::isfinite(importance_weight) && importance_weight >= 0, gate,
-          "::Config.importance_weight = ", importance_weight, ", must be finite and at least 0");
-  require(std::isfinite(load_weight) && load_weight >= 0, gate,
-          "::Config.load_weight = ", load_weight, ", must be finite and at least 0");
+inline void check_balance_weights(const char* gate, const BalanceLossWeights& weights) {
+  require(std::isfinite(weights.importance) && weights.importance >= 0, gate,
+          "::Config.importance_weight = ", weights.importance, ", must be finite and at least 0");
+  require(std::isfinite(weights.load) && weights.load >= 0, gate,
+          "::Config.load_weight = ", weights.load, ", must be finite and at least 0");
 }
 
 }  // namespace detail

@@ -4,10 +4,9 @@
 #include <cmath>
 #include <numeric>
 #include <span>
-#include <vector>
 
 #include "moe/routing/choices.hpp"
-#include "moe/routing/global_batch.hpp"
+#include "moe/routing/shared_batch.hpp"
 #include "moe/routing/select_largest.hpp"
 
 /// \file
@@ -43,11 +42,11 @@ inline Index expert_capacity(double factor, Index tokens, Index top_k, Index exp
 /// What drop_over_capacity() needs of memory.
 template <class Scalar>
 struct CapacityScratch {
-  std::vector<Index> order;  ///< choices
-  std::vector<Index> taken;  ///< E
+  IndexedVector<Index> order;  ///< choices
+  IndexedVector<Index> taken;  ///< E
 
   Choices<Scalar> all;      ///< of all processes, where they share a batch
-  std::vector<Index> kept;  ///< T·K, the experts of our choices, -1 where dropped
+  IndexedVector<Index> kept;  ///< T·K, the experts of our choices, -1 where dropped
 };
 
 /// Drops the choices that find no place; one that was dropped before takes none. Ties of weights go
@@ -60,7 +59,7 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   if (how == PlaceOrder::first_choices) {
     const Index tokens = choices.tokens();
     for (Index i = 0; i < choices.size(); ++i) {
-      scratch.order[to_size(i)] = i % tokens * choices.top_k + i / tokens;
+      scratch.order[i] = i % tokens * choices.top_k + i / tokens;
     }
   } else if (how == PlaceOrder::largest_weight) {
     std::sort(scratch.order.begin(), scratch.order.end(), ByScore<Scalar>(choices.weight.data()));
@@ -69,7 +68,7 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   for (const Index choice : scratch.order) {
     const auto c = to_size(choice);
     if (choices.keeps[c] == 0) continue;
-    if (++scratch.taken[to_size(choices.expert[c])] > capacity) choices.keeps[c] = 0;
+    if (++scratch.taken[choices.expert[c]] > capacity) choices.keeps[c] = 0;
   }
 }
 
@@ -77,7 +76,7 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
 /// tokens, and each process finds out what becomes of all choices.
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
-                        const GlobalBatch<Scalar>* batch, Choices<Scalar>& choices,
+                        const SharedBatch* batch, Choices<Scalar>& choices,
                         CapacityScratch<Scalar>& scratch) {
   if (batch == nullptr) return drop_over_capacity(how, capacity, experts, choices, scratch);
   Choices<Scalar>& all = scratch.all;

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "moe/parallel.hpp"
 #include "moe/routing/routing.hpp"
@@ -15,11 +14,11 @@ namespace moe::detail {
 /// K choices of each token, those of token t being t·K onwards, the best first.
 template <class Scalar>
 struct Choices {
-  Index top_k = 0;                  ///< K
-  std::vector<Index> expert;         ///< T·K
-  std::vector<Scalar> weight;        ///< T·K
-  std::vector<unsigned char> keeps;  ///< T·K, 0 where dropped
-  std::vector<Index> slot;           ///< T·K, of those kept
+  Index top_k = 0;                     ///< K
+  IndexedVector<Index> expert;         ///< T·K
+  IndexedVector<Scalar> weight;        ///< T·K
+  IndexedVector<unsigned char> keeps;  ///< T·K, 0 where dropped
+  IndexedVector<Index> slot;           ///< T·K, of those kept
 
   Index size() const { return static_cast<Index>(expert.size()); }
   Index tokens() const { return size() / top_k; }
@@ -45,7 +44,7 @@ void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<S
   for (Index t = 0; t < tokens; ++t) {
     const auto begin = choices.keeps.begin() + t * top_k;
     routing.token_offsets[to_size(t) + 1] =
-        routing.token_offsets[to_size(t)] + std::count(begin, begin + top_k, 1);
+        routing.token_offsets[t] + std::count(begin, begin + top_k, 1);
   }
   // As large as without drops, so that a batch that drops fewer finds the memory there.
   reserve(routing.expert, choices.size());
@@ -57,17 +56,17 @@ void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<S
     const Index* expert_of = choices.expert.data();
     Index* expert = routing.expert.data();  // at first the number of the choice
     for (Index t = first; t < first + count; ++t) {
-      const Index begin = routing.token_offsets[to_size(t)];
+      const Index begin = routing.token_offsets[t];
       Index end = begin;
       for (Index c = t * top_k; c < (t + 1) * top_k; ++c) {
-        if (choices.keeps[to_size(c)] != 0) expert[end++] = c;
+        if (choices.keeps[c] != 0) expert[end++] = c;
       }
       std::sort(expert + begin, expert + end,
                 [&](Index a, Index b) { return expert_of[a] < expert_of[b]; });
       for (Index slot = begin; slot < end; ++slot) {
         const Index c = expert[slot];
-        choices.slot[to_size(c)] = slot;
-        routing.weight[to_size(slot)] = scale * choices.weight[to_size(c)];
+        choices.slot[c] = slot;
+        routing.weight[slot] = scale * choices.weight[c];
         expert[slot] = expert_of[c];
       }
     }

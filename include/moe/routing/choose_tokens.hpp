@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "moe/parallel.hpp"
-#include "moe/routing/global_batch.hpp"
-#include "moe/routing/routing.hpp"
+#include "moe/routing/dispatch.hpp"
 #include "moe/routing/select_largest.hpp"
+#include "moe/routing/shared_batch.hpp"
 
 /// \file
 /// The choice that runs the other way: each expert takes the tokens that score best with it.
@@ -25,9 +25,9 @@ inline Index tokens_to_take(double per_token, Index tokens, Index experts) {
 /// Scratch of choose_tokens().
 template <class Scalar>
 struct TokenChoice {
-  std::vector<Index> taken;             ///< S, the tokens of expert 0, those of expert 1, ...
-  std::vector<Index> order;             ///< S, the places in `taken` by token
-  std::vector<Matrix<Scalar>> columns;  ///< one a worker: some columns of the scores, as rows
+  IndexedVector<Index> taken;             ///< S, the tokens of expert 0, those of expert 1, ...
+  IndexedVector<Index> order;             ///< S, the places in `taken` by token
+  IndexedVector<Matrix<Scalar>> columns;  ///< one a worker: some columns of the scores, as rows
 
   Matrix<Scalar> all_scores;    ///< of all processes' tokens, where they share a batch
   Routing<Scalar> all_routing;  ///< their slots
@@ -55,7 +55,7 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
                [&](Index task, Index worker) {
                  const Index first = task * strip;
                  const Index width = std::min(strip, experts - first);
-                 Matrix<Scalar>& columns = choice.columns[to_size(worker)];
+                 Matrix<Scalar>& columns = choice.columns[worker];
                  for (Index t = 0; t < tokens; ++t) {
                    const Scalar* row = row_data(scores, t) + first;
                    for (Index i = 0; i < width; ++i) columns(i, t) = row[i];
@@ -80,7 +80,7 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
 /// The same where the rows of `scores` may be a part of a batch: experts choose among the tokens of
 /// all processes, each of which makes the whole choice and keeps the slots of its own tokens.
 template <class Scalar>
-void choose_tokens(const Matrix<Scalar>& scores, Index count, const GlobalBatch<Scalar>* batch,
+void choose_tokens(const Matrix<Scalar>& scores, Index count, const SharedBatch* batch,
                    TokenChoice<Scalar>& choice, Routing<Scalar>& routing) {
   if (batch == nullptr) return choose_tokens(scores, count, choice, routing);
   const Index experts = scores.cols();

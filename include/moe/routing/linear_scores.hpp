@@ -9,42 +9,46 @@
 /// \file
 /// Scores of experts: a linear map of the token, and a softmax over all experts.
 
-namespace moe::detail {
+namespace moe {
 
-/// scores = x·W, x being T x D and W D x E.
+/// scores = x·W, x being N x D, rows of a matrix that may be gathered, and W D x E. O(N·D·E).
 template <class Scalar>
-void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
+void linear_scores(const GatheredRows<Scalar>& x, const Parameter<Scalar>& weight,
                    Matrix<Scalar>& scores) {
-  resize(scores, x.rows(), weight.value.cols());
-  product_nn(GatheredRows<Scalar>(x), view(weight.value), view(scores));
+  detail::resize(scores, x.count(), weight.value.cols());
+  detail::product_nn(x, view(weight.value), view(scores));
 }
 
-/// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (T x D).
+/// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (N x D).
 template <class Scalar>
-void linear_scores_backward(const MatrixRef<Scalar>& x, const Matrix<Scalar>& dscores,
-                            Parameter<Scalar>& weight, Matrix<Scalar>& dx) {
+void linear_scores_backward(const GatheredRows<Scalar>& x, const Matrix<Scalar>& dscores,
+                            Parameter<Scalar>& weight, const ScatteredRows<Scalar>& dx) {
   const GatheredRows<Scalar> rows(dscores);
-  product_nt(rows, view(std::as_const(weight.value)), view(dx), Start::accumulate);
-  if (weight.trained) product_tn(GatheredRows<Scalar>(x), rows, view(weight.gradient()));
+  detail::product_nt(rows, view(std::as_const(weight.value)), dx, detail::Start::accumulate);
+  if (weight.trained) detail::product_tn(x, rows, view(weight.gradient()));
 }
+
+namespace detail {
 
 inline constexpr Index softmax_block = 64;  ///< tokens in a task
+
+}  // namespace detail
 
 /// p = softmax of each row of scores; the two may be one matrix. NaN or +infinity in a row makes
 /// the whole row NaN.
 template <class Scalar>
 void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
   const Index experts = scores.cols();
-  resize(p, scores.rows(), experts);
+  detail::resize(p, scores.rows(), experts);
   parallel_for_blocks(
-      scores.rows(), softmax_block, function_work(scores.size()), [&](Index first, Index count) {
+      scores.rows(), detail::softmax_block, function_work(scores.size()), [&](Index first, Index count) {
         for (Index t = first; t < first + count; ++t) {
-          const auto softmax = softmax_row(experts, row_data(scores, t), row_data(p, t));
-          const auto total = broadcast(static_cast<Scalar>(softmax.sum));
-          map(
-              experts, row_data(p, t),
-              [&](const Packet<Scalar>& e) { return Eigen::internal::pdiv(e, total); },
-              row_data(p, t));
+          const auto softmax = detail::softmax_row(experts, detail::row_data(scores, t), detail::row_data(p, t));
+          const auto total = detail::broadcast(static_cast<Scalar>(softmax.sum));
+          detail::map(
+              experts, detail::row_data(p, t),
+              [&](const detail::Packet<Scalar>& e) { return Eigen::internal::pdiv(e, total); },
+              detail::row_data(p, t));
         }
       });
 }
@@ -53,20 +57,20 @@ void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
 template <class Scalar>
 void softmax_rows_backward(const Matrix<Scalar>& p, Matrix<Scalar>& gradient) {
   const Index experts = p.cols();
-  parallel_for_blocks(p.rows(), softmax_block, element_work(p.size()),
+  parallel_for_blocks(p.rows(), detail::softmax_block, element_work(p.size()),
                       [&](Index first, Index count) {
                         using namespace Eigen::internal;
                         for (Index t = first; t < first + count; ++t) {
-                          Scalar* g = row_data(gradient, t);
-                          const auto mean = broadcast(dot(experts, row_data(p, t), g));
-                          map(
+                          Scalar* g = detail::row_data(gradient, t);
+                          const auto mean = detail::broadcast(detail::dot(experts, detail::row_data(p, t), g));
+                          detail::map(
                               experts, g,
-                              [&](const Packet<Scalar>& pi, const Packet<Scalar>& gi) {
+                              [&](const detail::Packet<Scalar>& pi, const detail::Packet<Scalar>& gi) {
                                 return pmul(pi, psub(gi, mean));
                               },
-                              row_data(p, t), g);
+                              detail::row_data(p, t), g);
                         }
                       });
 }
 
-}  // namespace moe::detail
+}  // namespace moe

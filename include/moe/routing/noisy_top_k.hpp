@@ -4,13 +4,13 @@
 #include <cmath>
 #include <cstdint>
 #include <utility>
-#include <vector>
 
 #include "moe/kernels/activations.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
+#include "moe/routing/pass.hpp"
 #include "moe/routing/routing.hpp"
 #include "moe/routing/select_largest.hpp"
 
@@ -41,7 +41,7 @@ struct NoisyTopKTape {
 
   /// N x min(K + 1, E): the experts of the largest h of each row, the largest first. The K-th and
   /// the (K+1)-th are the thresholds that an expert outside and inside the top has to pass.
-  std::vector<Index> best;
+  IndexedVector<Index> best;
 
   Matrix<Scalar> dclean;  ///< N x E
   Matrix<Scalar> draw;    ///< N x E
@@ -89,7 +89,7 @@ class NoisyTopK {
     routing.experts = experts();
     resize(routing.token_offsets, rows + 1);
     for (Index row = 0; row <= rows; ++row) {
-      routing.token_offsets[to_size(row)] = row * config_.top_k;
+      routing.token_offsets[row] = row * config_.top_k;
     }
     resize(routing.expert, rows * config_.top_k);
     resize(routing.weight, rows * config_.top_k);
@@ -97,11 +97,11 @@ class NoisyTopK {
 
   /// Fills rows first, first + 1, ... of the tape and their slots of the routing from x. token[i]
   /// keys the noise of row first + i; without a list it is the row itself.
-  void forward(const GatheredRows<Scalar>& x, const Index* token, const NoiseKey& key, Index first,
-               Tape& tape, Routing<Scalar>& routing) const {
+  void forward(const GatheredRows<Scalar>& x, const Index* token, const NoiseSource& noise,
+               Index first, Tape& tape, Routing<Scalar>& routing) const {
     for_each_batch(x.count(), [&](Index begin, Index count) {
       const Index* keys = token != nullptr ? token + begin : nullptr;
-      forward_batch(x.slice(begin, count), keys, key, {first + begin, count}, tape, routing);
+      forward_batch(x.slice(begin, count), keys, noise, {first + begin, count}, tape, routing);
     });
   }
 
@@ -129,10 +129,10 @@ class NoisyTopK {
   /// threshold included.
   void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
-                MatrixView<Scalar> dx) {
+                const ScatteredRows<Scalar>& dx) {
     for_each_batch(x.count(), [&](Index begin, Index count) {
       backward_batch(x.slice(begin, count), {first + begin, count}, dweight, dload, tape, routing,
-                     rows_of(dx, begin, count));
+                     dx.slice(begin, count));
     });
     // They are in use, though their gradient is zero.
     if (!tape.has_noise) accumulate(noise_weight_);
@@ -176,8 +176,8 @@ class NoisyTopK {
     } while (first < rows);
   }
 
-  void forward_batch(const GatheredRows<Scalar>& x, const Index* token, const NoiseKey& key,
-                     Range batch, Tape& tape, Routing<Scalar>& routing) const {
+  void forward_batch(const GatheredRows<Scalar>& x, const Index* token,
+                     const NoiseSource& noise, Range batch, Tape& tape, Routing<Scalar>& routing) const {
     compute_scores(x, batch, tape);
     parallel_for_blocks(batch.count, block_rows(), work_of(batch, tape),
                         [&](Index begin, Index count) {
@@ -185,14 +185,14 @@ class NoisyTopK {
                           const auto token_of = [&](Index i) {
                             return token != nullptr ? token[begin + i] : rows.first + i;
                           };
-                          if (tape.has_noise) add_noise(key, token_of, rows, tape);
+                          if (tape.has_noise) add_noise(noise, token_of, rows, tape);
                           for_each_row(rows, [&](Index row) { choose(row, tape, routing); });
                           if (load_has_gradient(tape)) compute_probability(rows, routing, tape);
                         });
   }
   void backward_batch(const GatheredRows<Scalar>& x, Range batch, const Scalar* dweight,
                       const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
-                      MatrixView<Scalar> dx) {
+                      const ScatteredRows<Scalar>& dx) {
     parallel_for_blocks(
         batch.count, block_rows(), work_of(batch, tape), [&](Index begin, Index count) {
           const Range rows{batch.first + begin, count};
@@ -220,14 +220,14 @@ class NoisyTopK {
   }
 
   void compute_scores_backward(const GatheredRows<Scalar>& x, Range rows, Tape& tape,
-                               MatrixView<Scalar> dx) {
+                               const ScatteredRows<Scalar>& dx) {
     score_backward(x, rows_of(tape.dclean, rows.first, rows.count), weight_, dx);
     if (tape.has_noise) {
       score_backward(x, rows_of(tape.draw, rows.first, rows.count), noise_weight_, dx);
     }
   }
   static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
-                             Parameter<Scalar>& weight, MatrixView<Scalar> dx) {
+                             Parameter<Scalar>& weight, const ScatteredRows<Scalar>& dx) {
     const GatheredRows<Scalar> d(dscore);
     product_nt(d, view(std::as_const(weight.value)), dx, Start::accumulate);
     if (!weight.trained) return;
@@ -237,7 +237,7 @@ class NoisyTopK {
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
 
-  void add_noise(const NoiseKey& key, FunctionRef<Index(Index)> token_of, Range rows,
+  void add_noise(const NoiseSource& source, FunctionRef<Index(Index)> token_of, Range rows,
                  Tape& tape) const {
     using P = Packet<Scalar>;
     const P floor = broadcast(static_cast<Scalar>(config_.noise_floor));
@@ -246,7 +246,16 @@ class NoisyTopK {
     Scalar* noise = row_data(tape.noise, rows.first);
     Scalar* scale = row_data(tape.scale, rows.first);
     Scalar* noisy = row_data(tape.noisy, rows.first);
-    fill_noise(seed_, key, rows.count, experts(), token_of, noise);
+    if (source.given == nullptr) {
+      fill_noise(seed_, source.key, rows.count, experts(), token_of, noise);
+    } else {
+      for (Index row = 0; row < rows.count; ++row) {
+        const double* given = source.given + token_of(row) * source.stride;
+        for (Index i = 0; i < experts(); ++i) {
+          noise[row * experts() + i] = static_cast<Scalar>(given[i]);
+        }
+      }
+    }
     for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
       const P s = Eigen::internal::padd(softplus<Scalar>(at.load(raw)), floor);
       at.store(scale, s);
@@ -269,10 +278,10 @@ class NoisyTopK {
     const Index top_k = config_.top_k;
     const Scalar* h = row_data(tape.has_noise ? tape.noisy : tape.clean, row);
     const Index* best = best_of(tape, row);
-    select_largest(h, experts(), candidates(), &tape.best[to_size(row * candidates())]);
+    select_largest(h, experts(), candidates(), &tape.best[row * candidates()]);
 
-    Index* chosen = &routing.expert[to_size(row * top_k)];
-    Scalar* weight = &routing.weight[to_size(row * top_k)];
+    Index* chosen = &routing.expert[row * top_k];
+    Scalar* weight = &routing.weight[row * top_k];
     std::copy_n(best, top_k, chosen);
     sort_indices(chosen, top_k);
     Scalar total{0};
@@ -292,7 +301,7 @@ class NoisyTopK {
     Scalar mean{0};
     for (Index k = 0; k < config_.top_k; ++k) mean += weight[k] * g[k];
     for (Index k = 0; k < config_.top_k; ++k) {
-      const Index i = routing.expert[to_size(first + k)];
+      const Index i = routing.expert[first + k];
       const Scalar dh = weight[k] * (g[k] - mean);
       tape.dclean(row, i) += dh;
       if (tape.has_noise) tape.draw(row, i) += tape.noise(row, i) * dh;
@@ -383,7 +392,7 @@ class NoisyTopK {
 
   template <class F>
   void for_each_chosen(const Routing<Scalar>& routing, Index row, F&& f) const {
-    for (Index k = 0; k < config_.top_k; ++k) f(routing.expert[to_size(row * config_.top_k + k)]);
+    for (Index k = 0; k < config_.top_k; ++k) f(routing.expert[row * config_.top_k + k]);
   }
 
   Config config_;

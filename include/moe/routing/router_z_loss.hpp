@@ -1,8 +1,8 @@
 #pragma once
 
 #include "moe/kernels/packet.hpp"
+#include "moe/matrix.hpp"
 #include "moe/parallel.hpp"
-#include "moe/routing/global_batch.hpp"
 
 /// \file
 /// The loss that keeps logits small, so that rounding does not decide where tokens go.
@@ -12,28 +12,23 @@
 
 namespace moe::detail {
 
-/// The mean over the tokens of a batch of log_sum², log_sum = log Σ_i e^c_i (T) of the logits c; 0
-/// without tokens.
+/// The sum over tokens of log_sum², log_sum = log Σ_i e^c_i (N) of the logits c: the loss is its mean
+/// over the tokens of a batch.
 template <class Scalar>
-Scalar router_z_loss(const Vector<Scalar>& log_sum, const GlobalBatch<Scalar>* batch = nullptr) {
+double router_z_loss_sum(const Vector<Scalar>& log_sum) {
   double squares = 0;
   for (Index t = 0; t < log_sum.size(); ++t) {
     squares += static_cast<double>(log_sum[t]) * static_cast<double>(log_sum[t]);
   }
-  auto sum = static_cast<Scalar>(squares);
-  sum_over_batch(batch, 1, &sum);
-  const Index tokens = batch_tokens(batch, log_sum.size());
-  return tokens == 0 ? Scalar{0} : sum / static_cast<Scalar>(tokens);
+  return squares;
 }
 
-/// dlogits += (2·weight/T)·log_sum·softmax(c).
+/// dlogits += (2·weight/T)·log_sum·softmax(c), T being the tokens of the whole batch.
 template <class Scalar>
-void router_z_loss_backward(double weight, const Matrix<Scalar>& logits,
-                            const Vector<Scalar>& log_sum, Matrix<Scalar>& dlogits,
-                            const GlobalBatch<Scalar>* batch = nullptr) {
+void router_z_loss_backward(double weight, Index batch_tokens, const Matrix<Scalar>& logits,
+                            const Vector<Scalar>& log_sum, Matrix<Scalar>& dlogits) {
   const Index tokens = logits.rows();
-  const Scalar twice =
-      static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens(batch, tokens)));
+  const Scalar twice = static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens));
   parallel_for_blocks(tokens, 64, function_work(logits.size()), [&](Index first, Index count) {
     using namespace Eigen::internal;
     for (Index t = first; t < first + count; ++t) {

@@ -9,7 +9,8 @@
 /// \file
 /// The choice that every top-k gate makes.
 
-namespace moe::detail {
+namespace moe {
+namespace detail {
 
 /// The scores of one token, ordered: larger first, ties to the lower expert, NaN last.
 template <class Scalar>
@@ -30,7 +31,7 @@ class ByScore {
   const Scalar* scores_;
 };
 
-/// What few are, and the number of lanes that many scores are divided into.
+/// K up to which insertion is used, and the number of lanes that many scores are divided into.
 inline constexpr Index select_few = 8;
 inline constexpr Index select_lanes = 16;
 static_assert(select_few <= select_lanes);
@@ -65,7 +66,7 @@ Scalar nth_largest(Index count, const Scalar* values, Index size) {
   std::fill_n(largest, count, -std::numeric_limits<Scalar>::infinity());
   for (Index i = 0; i < size; ++i) {
     Scalar value = values[i];
-    for (Index place = 0; place < count; ++place) {  // without a branch to foresee
+    for (Index place = 0; place < count; ++place) {  // without a branch that could be mispredicted
       const Scalar held = largest[place];
       largest[place] = std::max(held, value);
       value = std::min(held, value);
@@ -102,14 +103,23 @@ void select_few_largest(const Scalar* scores, Index size, Index count, Index* be
   }
 }
 
+/// Puts indices in ascending order. A heap takes less to compile than std::sort, of which the few
+/// of a token would need little.
+inline void sort_indices(Index* first, Index count) {
+  std::make_heap(first, first + count);
+  std::sort_heap(first, first + count);
+}
+
+}  // namespace detail
+
 /// Puts the indices of the `count` largest of `size` scores into `best`, the largest first; ties go
 /// to the lower index, NaN counts as -infinity. O(size + count·log(count)·log(size / count)) for
 /// scores in random order.
 template <class Scalar>
 void select_largest(const Scalar* scores, Index size, Index count, Index* best) {
   if (count == 0) return;
-  if (count <= select_few) return select_few_largest(scores, size, count, best);
-  const ByScore<Scalar> before(scores);
+  if (count <= detail::select_few) return detail::select_few_largest(scores, size, count, best);
+  const detail::ByScore<Scalar> before(scores);
   for (Index i = 0; i < count; ++i) best[i] = i;
   std::make_heap(best, best + count, before);  // the worst of the best at the front
   Scalar worst = before.key(best[0]);
@@ -124,11 +134,4 @@ void select_largest(const Scalar* scores, Index size, Index count, Index* best) 
   std::sort_heap(best, best + count, before);
 }
 
-/// Puts indices in ascending order. A heap takes less to compile than std::sort, of which the few
-/// of a token would need little.
-inline void sort_indices(Index* first, Index count) {
-  std::make_heap(first, first + count);
-  std::sort_heap(first, first + count);
-}
-
-}  // namespace moe::detail
+}  // namespace moe

@@ -6,7 +6,7 @@
 
 #include "moe/kernels/packet.hpp"
 #include "moe/parallel.hpp"
-#include "moe/routing/global_batch.hpp"
+#include "moe/routing/pass.hpp"
 
 /// \file
 /// The balance loss of today's models, E·Σ_i f_i·P_i [F22 eq. 4-6]: f_i the share of a batch, or of
@@ -36,94 +36,107 @@ inline Index sequence_of(Index row, Index rows, Index sequences, RowOrder order)
 }
 
 /// The mean over sequences of E·Σ_i f_i·P_i, and what its gradient needs; with one sequence, the
-/// loss of the batch.
+/// loss of the batch. A sequence's f and P are over its own tokens, padding left out, and one
+/// without tokens has no part in the mean.
 template <class Scalar>
 class SwitchLoss {
  public:
-  /// score·scale, row by row, are the probabilities (T x E); of the choices (T·K) those of a token
-  /// stand together, the first one first. Returns the loss; 0 without tokens. The T of the batch
-  /// must be a multiple of `sequences`, which may span processes. O(T·E).
-  Scalar measure(const Matrix<Scalar>& score, const Vector<Scalar>& scale,
-                 std::span<const Index> choices, SwitchCount count, Index sequences, RowOrder order,
-                 const GlobalBatch<Scalar>* batch = nullptr) {
-    const Index rows = score.rows();
-    tokens_ = batch_tokens(batch, rows);
-    first_ = first_token(batch);
-    const Index experts = score.cols();
-    sequences_ = sequences;
-    order_ = order;
-    detail::resize_to_zero(share_, sequences, experts);
-    detail::resize_to_zero(probability_, sequences, experts);
-    if (tokens_ == 0) return Scalar{0};
-
-    const Index top_k = rows > 0 ? static_cast<Index>(choices.size()) / rows : 1;
+  /// score·scale, token by token, are the probabilities (N x E); of the choices (N·K) those of a
+  /// token stand together, the first one first. The rows of the batch must be a multiple of
+  /// `sequences`, which may span processes. Adds up what concerns the tokens here, and tells `sum`
+  /// what is to be summed over the batch before finish(). O(N·E).
+  void accumulate(const Matrix<Scalar>& score, const Vector<Scalar>& scale,
+                  std::span<const Index> choices, Index top_k, SwitchCount count, Index sequences,
+                  RowOrder order, const ValidTokens& tokens, BatchSum& sum) {
     const Index step = count == SwitchCount::first_choice ? top_k : 1;
-    const Index counted = tokens_ / sequences * (count == SwitchCount::per_slot ? top_k : 1);
-    const Scalar one = static_cast<Scalar>(experts) / static_cast<Scalar>(counted);
-    resize_to_zero(totals_, sequences, experts);
-    for (Index c = 0; c < top_k * rows; c += step) {
-      totals_(sequence_of(c / top_k), choices[to_size(c)]) += 1;
+    counted_ = count == SwitchCount::per_slot ? top_k : 1;
+    assign(tokens_, sequences, 0.0);
+    resize_to_zero(chosen_, sequences, score.cols());
+    resize_to_zero(total_, sequences, score.cols());
+    resize(sequence_, score.rows());
+    for (Index t = 0; t < score.rows(); ++t) {
+      sequence_[t] =
+          sequence_of(tokens.first_row + tokens.row_of(t), tokens.batch_rows, sequences, order);
+      tokens_[sequence_[t]] += 1;
     }
-    for (Index i = 0; i < share_.size(); ++i) {
-      share_.data()[i] = static_cast<Scalar>(totals_.data()[i]) * one;
+    for (Index c = 0; c < top_k * score.rows(); c += step) {
+      chosen_(sequence_[c / top_k], choices[to_size(c)]) += 1;
     }
-
-    const Scalar mean = static_cast<Scalar>(sequences) / static_cast<Scalar>(tokens_);
-    // Sums of a few rows in Scalar, and of these sums in double.
-    resize_to_zero(totals_, sequences, experts);
-    const Index few = std::max(summed_rows, sequences);
-    parallel_for_blocks(experts, columns, element_work(rows * experts),
-                        [&](Index first, Index size) {
-                          for (Index row = 0; row < rows; row += few) {
-                            for (Index t = row; t < std::min(rows, row + few); ++t) {
-                              add_scaled(size, mean * scale[t], row_data(score, t) + first,
-                                         row_data(probability_, sequence_of(t)) + first);
-                            }
-                            for (Index s = 0; s < sequences; ++s) {
-                              Scalar* sum = row_data(probability_, s) + first;
-                              double* total = row_data(totals_, s) + first;
-                              for (Index i = 0; i < size; ++i)
-                                total[i] += static_cast<double>(std::exchange(sum[i], Scalar{0}));
-                            }
-                          }
-                        });
-    for (Index i = 0; i < totals_.size(); ++i) {
-      probability_.data()[i] = static_cast<Scalar>(totals_.data()[i]);
-    }
-    sum_over_batch(batch, share_.size(), share_.data());
-    sum_over_batch(batch, probability_.size(), probability_.data());
-    Scalar total{0};
-    for (Index s = 0; s < sequences; ++s) {
-      total += dot(experts, row_data(share_, s), row_data(probability_, s));
-    }
-    return total / static_cast<Scalar>(sequences);
+    sum_probabilities(score, scale);
+    sum.add(tokens_.data(), sequences);
+    sum.add(chosen_.data(), chosen_.size());
+    sum.add(total_.data(), total_.size());
   }
 
-  /// Adds weight·∂loss/∂probability of a row to dp (E): weight·E·f_i/T.
-  void add_gradient(Scalar weight, Index row, Scalar* dp) const {
-    add_scaled(share_.cols(), weight / static_cast<Scalar>(tokens_),
-               row_data(share_, sequence_of(row)), dp);
+  /// The loss of the batch; 0 without tokens.
+  Scalar finish() {
+    resize_to_zero(share_, chosen_.rows(), chosen_.cols());
+    resize_to_zero(probability_, chosen_.rows(), chosen_.cols());
+    sequences_with_tokens_ = 0;
+    double loss = 0;
+    for (Index s = 0; s < share_.rows(); ++s) {
+      if (tokens_[s] == 0) continue;
+      ++sequences_with_tokens_;
+      const double count = tokens_[s] * static_cast<double>(counted_);
+      const Scalar one = static_cast<Scalar>(share_.cols()) / static_cast<Scalar>(count);
+      for (Index i = 0; i < share_.cols(); ++i) {
+        share_(s, i) = static_cast<Scalar>(chosen_(s, i)) * one;
+        probability_(s, i) = static_cast<Scalar>(total_(s, i) / tokens_[s]);
+      }
+      loss += static_cast<double>(
+          dot(share_.cols(), row_data(share_, s), row_data(probability_, s)));
+    }
+    const double sequences = static_cast<double>(std::max<Index>(1, sequences_with_tokens_));
+    return static_cast<Scalar>(loss / sequences);
   }
 
-  Index sequences() const { return sequences_; }
+  /// Adds weight·∂loss/∂probability of a token to dp (E): weight·E·f_i/T_s over the number of
+  /// sequences, T_s being the tokens of its sequence.
+  void add_gradient(Scalar weight, Index token, Scalar* dp) const {
+    const Index s = sequence_[token];
+    const double tokens = tokens_[s] * static_cast<double>(sequences_with_tokens_);
+    add_scaled(share_.cols(), weight / static_cast<Scalar>(tokens), row_data(share_, s), dp);
+  }
+
   const Matrix<Scalar>& share() const { return share_; }              ///< E·f
   const Matrix<Scalar>& probability() const { return probability_; }  ///< P
 
  private:
-  /// Wide enough that a row's part is a few lines of memory.
+  /// Wide enough that a token's part is a few lines of memory.
   static constexpr Index columns = 512;
 
-  Index sequence_of(Index row) const {
-    return detail::sequence_of(first_ + row, tokens_, sequences_, order_);
+  /// Sums of a few tokens in Scalar, and of these sums in double.
+  void sum_probabilities(const Matrix<Scalar>& score, const Vector<Scalar>& scale) {
+    const Index tokens = score.rows();
+    const Index sequences = total_.rows();
+    const Index few = std::max(summed_rows, sequences);
+    resize_to_zero(probability_, sequences, score.cols());
+    parallel_for_blocks(score.cols(), columns, element_work(score.size()),
+                        [&](Index first, Index size) {
+                          for (Index begin = 0; begin < tokens; begin += few) {
+                            for (Index t = begin; t < std::min(tokens, begin + few); ++t) {
+                              add_scaled(size, scale[t], row_data(score, t) + first,
+                                         row_data(probability_, sequence_[t]) + first);
+                            }
+                            for (Index s = 0; s < sequences; ++s) {
+                              Scalar* sum = row_data(probability_, s) + first;
+                              double* total = row_data(total_, s) + first;
+                              for (Index i = 0; i < size; ++i) {
+                                total[i] += static_cast<double>(std::exchange(sum[i], Scalar{0}));
+                              }
+                            }
+                          }
+                        });
   }
 
-  Index tokens_ = 0;  ///< of the batch
-  Index first_ = 0;   ///< the place of row 0 in it
-  Index sequences_ = 1;
-  RowOrder order_ = RowOrder::time_major;
-  Matrix<Scalar> share_;        ///< sequences x E
-  Matrix<Scalar> probability_;  ///< sequences x E
-  Matrix<double> totals_;       ///< sequences x E, scratch
+  Index counted_ = 1;  ///< choices of a token that f divides by
+  Index sequences_with_tokens_ = 0;
+  IndexedVector<Index> sequence_;  ///< N, of each token
+  IndexedVector<double> tokens_;   ///< T_s of each sequence of the batch
+  Matrix<double> chosen_;          ///< sequences x E, how often each expert was chosen
+  Matrix<double> total_;           ///< sequences x E, the sums of the probabilities
+  Matrix<Scalar> share_;           ///< sequences x E
+  Matrix<Scalar> probability_;     ///< sequences x E
 };
 
 }  // namespace detail

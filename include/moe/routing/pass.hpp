@@ -1,0 +1,135 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <span>
+
+#include "moe/indexed_vector.hpp"
+#include "moe/matrix.hpp"
+#include "moe/random.hpp"
+#include "moe/routing/routing.hpp"
+#include "moe/routing/shared_batch.hpp"
+
+/// \file
+/// What a caller says of a pass beside x, and which rows of x are tokens.
+
+namespace moe {
+
+/// A training pass of a gate or a layer over x (T x D).
+///
+///     layer.forward(x, tape, {.step = step, .valid = valid});
+///
+/// A row that is not valid is padding: it gets no slot, no gradient and no part in any loss or
+/// statistic, its numbers are not read, and a layer's y is act(0) there.
+struct Pass {
+  /// The number of the update: the same step draws the same noise.
+  Step step;
+  /// The rows of x are tokens first_token, first_token + 1, ... of a larger whole; keys the noise.
+  std::uint32_t first_token = 0;
+  /// T flags, 0 for padding; empty where every row is a token.
+  std::span<const std::uint8_t> valid{};
+  /// The larger batch that several processes share, or null where x is all of it.
+  const SharedBatch* batch = nullptr;
+  /// Scales the gate's own losses, in tape.balance.loss and in backward(): 1/n for each of n
+  /// micro-batches whose gradients add up to an update. Finite and at least 0.
+  double loss_scale = 1;
+  /// The noise, if it is given instead of drawn: T x noise_columns() numbers of the gate, row by row.
+  std::span<const double> noise{};
+
+  NoiseKey key() const { return {.step = step, .first_token = first_token}; }
+};
+
+/// A pass without noise, that of evaluate().
+struct EvaluationPass {
+  std::span<const std::uint8_t> valid{};  ///< see Pass
+  const SharedBatch* batch = nullptr;     ///< see Pass
+};
+
+namespace detail {
+
+/// Where the noise of a pass comes from.
+struct NoiseSource {
+  NoiseKey key;
+  const double* given = nullptr;  ///< T x stride numbers instead of drawn ones, or null
+  Index stride = 0;               ///< numbers of a row
+};
+inline NoiseSource noise_source(const Pass& pass, Index noise_columns) {
+  return {pass.key(), pass.noise.empty() ? nullptr : pass.noise.data(), noise_columns};
+}
+
+/// The rows of x that are tokens, N of T. A gate computes with these alone: where it speaks of
+/// token i, that is the i-th of them.
+struct ValidTokens {
+  Index rows = 0;             ///< T
+  Index count = 0;            ///< N
+  bool all = true;            ///< N = T; then there is no list
+  IndexedVector<Index> list;  ///< N, their rows, ascending
+
+  Index batch_rows = 0;   ///< T of the whole batch
+  Index first_row = 0;    ///< the place of row 0 in it
+  Index batch_count = 0;  ///< N of the whole batch
+
+  Index row_of(Index token) const { return all ? token : list[token]; }
+  const Index* row_list() const { return all ? nullptr : list.data(); }
+
+  template <class Scalar>
+  GatheredRows<Scalar> rows_of(const MatrixRef<Scalar>& x) const {
+    return {x.data(), x.outerStride(), count, x.cols(), row_list()};
+  }
+  template <class Scalar>
+  ScatteredRows<Scalar> rows_of(Matrix<Scalar>& dx) const {
+    return {dx.data(), dx.outerStride(), count, dx.cols(), row_list()};
+  }
+};
+
+/// Throws std::invalid_argument, `name` being the gate's, where the flags are not one a row.
+inline void find_valid_tokens(const char* name, Index rows, std::span<const std::uint8_t> valid,
+                              const SharedBatch* batch, ValidTokens& tokens) {
+  require(valid.empty() || static_cast<Index>(valid.size()) == rows, name, ": Pass.valid has ",
+          valid.size(), " entries, x has ", rows, " rows");
+  tokens.rows = rows;
+  tokens.count = rows;
+  for (const std::uint8_t flag : valid) tokens.count -= flag == 0 ? 1 : 0;
+  tokens.all = tokens.count == rows;
+  if (tokens.all) {
+    tokens.list.clear();
+  } else {
+    resize(tokens.list, tokens.count);
+    Index token = 0;
+    for (Index row = 0; row < rows; ++row) {
+      if (valid[to_size(row)] != 0) tokens.list[token++] = row;
+    }
+  }
+  tokens.batch_rows = batch != nullptr ? batch->rows() : rows;
+  tokens.first_row = batch != nullptr ? batch->first_row() : 0;
+  tokens.batch_count = batch != nullptr ? batch->tokens() : tokens.count;
+}
+
+/// Turns the token_offsets of N tokens into those of T rows, in which padding has no slots.
+template <class Scalar>
+void insert_padding(const ValidTokens& tokens, Routing<Scalar>& routing) {
+  if (tokens.all) return;
+  auto& offsets = routing.token_offsets;
+  offsets.resize(to_size(tokens.rows) + 1);
+  Index token = tokens.count;
+  for (Index row = tokens.rows; row > 0; --row) {
+    offsets[row] = offsets[token];
+    if (token > 0 && tokens.list[token - 1] == row - 1) --token;
+  }
+}
+
+/// Throws std::invalid_argument, `name` being the gate's or the layer's.
+inline void check_pass(const char* name, const Pass& pass, Index rows) {
+  require(std::isfinite(pass.loss_scale) && pass.loss_scale >= 0, name,
+          ": Pass.loss_scale = ", pass.loss_scale, ", must be finite and at least 0");
+  require(pass.valid.empty() || static_cast<Index>(pass.valid.size()) == rows, name,
+          ": Pass.valid has ", pass.valid.size(), " entries, x has ", rows, " rows");
+}
+inline void check_noise(const char* name, const Pass& pass, Index rows, Index noise_columns) {
+  require(pass.noise.empty() || static_cast<Index>(pass.noise.size()) == rows * noise_columns, name,
+          ": Pass.noise has ", pass.noise.size(), " numbers, must be ", rows, " x ", noise_columns,
+          " or none");
+}
+
+}  // namespace detail
+}  // namespace moe

@@ -1,0 +1,103 @@
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "moe/routing/top_k_config.hpp"
+#include "moe/kernels/activations.hpp"
+#include "moe/routing/linear_scores.hpp"
+
+/// \file
+/// From logits to the scores that a top-k gate chooses by, and back.
+
+namespace moe::detail {
+
+/// What N tokens leave behind.
+template <class Scalar>
+struct RouterScores {
+  Matrix<Scalar> logits;             ///< c, N x E
+  Matrix<Scalar> scores;             ///< softmax(c) or sigmoid(c), N x E
+  Vector<Scalar> probability_scale;  ///< N, by which scores are multiplied to be P
+  Vector<Scalar> log_sum;            ///< N, log Σ_i e^c_i; for sigmoids only if it is needed, else 0
+};
+
+inline constexpr Index router_block = 64;  ///< tokens in a task
+
+/// 1 / sum, but 0 for a sum so small that its inverse would be infinite.
+template <class Scalar>
+Scalar finite_inverse(Scalar sum) {
+  return sum < std::numeric_limits<Scalar>::min() ? Scalar{0} : Scalar{1} / sum;
+}
+
+/// Fills all but the logits from the logits.
+template <class Scalar>
+void score_logits(Score score, bool needs_log_sum, RouterScores<Scalar>& router) {
+  using P = Packet<Scalar>;
+  const Index tokens = router.logits.rows();
+  const Index experts = router.logits.cols();
+  resize(router.scores, tokens, experts);
+  resize(router.probability_scale, tokens);
+  resize(router.log_sum, tokens);
+  const auto log_sum = [](const SoftmaxRow<Scalar>& softmax) {
+    return softmax.shift + static_cast<Scalar>(std::log(softmax.sum));
+  };
+  const Work work = function_work(router.scores.size());
+  parallel_for_blocks(tokens, router_block, work, [&](Index first, Index count) {
+    for (Index t = first; t < first + count; ++t) {
+      const Scalar* c = row_data(router.logits, t);
+      Scalar* s = row_data(router.scores, t);
+      if (score == Score::sigmoid) {
+        router.log_sum[t] =
+            needs_log_sum ? log_sum(softmax_row<Scalar>(experts, c, nullptr)) : Scalar{0};
+        map(
+            experts, s, [](const P& v) { return sigmoid<Scalar>(v); }, c);
+        router.probability_scale[t] = finite_inverse(sum(experts, s));
+      } else {
+        const auto softmax = softmax_row(experts, c, s);
+        router.log_sum[t] = log_sum(softmax);
+        const P total = broadcast(static_cast<Scalar>(softmax.sum));
+        map(
+            experts, s, [&](const P& e) { return Eigen::internal::pdiv(e, total); }, s);
+        router.probability_scale[t] = Scalar{1};
+      }
+    }
+  });
+}
+
+/// Turns ∂L/∂s (N x E) into ∂L/∂c.
+template <class Scalar>
+void score_logits_backward(Score score, const RouterScores<Scalar>& router,
+                           Matrix<Scalar>& gradient) {
+  using P = Packet<Scalar>;
+  if (score != Score::sigmoid) return softmax_rows_backward(router.scores, gradient);
+  const Index experts = router.scores.cols();
+  const Work work = element_work(router.scores.size());
+  parallel_for_blocks(
+      router.scores.rows(), router_block, work, [&](Index first, Index count) {
+        using namespace Eigen::internal;
+        const P one = broadcast(Scalar{1});
+        for (Index t = first; t < first + count; ++t) {
+          Scalar* d = row_data(gradient, t);
+          map(
+              experts, d, [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
+              row_data(router.scores, t));
+        }
+      });
+}
+
+/// Turns ∂L/∂P (E) of token t into ∂L/∂s. For sigmoids, with P = s / S, S = Σ s:
+/// ds = (dP − Σ dP·P) / S; a softmax is P itself.
+template <class Scalar>
+void probability_backward(Score score, const RouterScores<Scalar>& router, Index t, Scalar* d) {
+  using P = Packet<Scalar>;
+  using namespace Eigen::internal;
+  if (score != Score::sigmoid) return;
+  const Index experts = router.scores.cols();
+  const Scalar scale = router.probability_scale[t];
+  const P factor = broadcast(scale);
+  const P mean = broadcast(scale * dot(experts, d, row_data(router.scores, t)));
+  map(
+      experts, d, [&](const P& g) { return pmul(factor, psub(g, mean)); }, d);
+}
+
+}  // namespace moe::detail

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// The batch that a gate's x is a part of, where several processes share one.
+
+namespace moe {
+
+/// A batch whose tokens are spread over several processes, each with a few rows of it: first those
+/// of process 0, then those of process 1, and so on. A gate that looks at a batch as a whole, for
+/// the sums of its losses or for a choice among tokens, finds it in Pass::batch; where that is null,
+/// x is all of the batch. mpi::ExpertParallel makes one.
+///
+/// Sums and gathers are collective: every process makes the same ones in the same order. They
+/// throw, on every process, when one of them has thrown since the call before. A gate uses the batch
+/// during the pass that it is given to; what backward() needs of it is in the gate's tape.
+class SharedBatch {
+ public:
+  virtual ~SharedBatch() = default;
+
+  virtual Index rows() const = 0;         ///< of all processes, padding included
+  virtual Index first_row() const = 0;    ///< the place of this process's first one among them
+  virtual Index tokens() const = 0;       ///< of all processes: rows that are no padding
+  virtual Index first_token() const = 0;  ///< the place of this process's first one among them
+
+  /// Replaces each number by its sum over the processes, which has the same bits on all.
+  virtual void sum(std::span<float> numbers) const = 0;
+  virtual void sum(std::span<double> numbers) const = 0;
+  virtual void sum(std::span<Index> numbers) const = 0;
+
+  /// Puts the numbers of all processes one behind the other: this one has `per_token` of each of
+  /// its tokens, and `all` has room for those of tokens().
+  virtual void gather(std::span<const float> numbers, Index per_token,
+                      std::span<float> all) const = 0;
+  virtual void gather(std::span<const double> numbers, Index per_token,
+                      std::span<double> all) const = 0;
+  virtual void gather(std::span<const Index> numbers, Index per_token,
+                      std::span<Index> all) const = 0;
+};
+
+namespace detail {
+
+/// Sums several lists of numbers over the processes of a batch in one collective. They travel as
+/// double, in which counts are exact. Does nothing where the batch is null.
+class BatchSum {
+ public:
+  explicit BatchSum(const SharedBatch* batch) : batch_(batch) {}
+
+  /// `numbers` must stay where they are until sum().
+  template <class Number>
+  void add(Number* numbers, Index count) {
+    if (batch_ == nullptr) return;
+    parts_.push_back({numbers, count, [](const double* from, void* to, Index size) {
+                        for (Index i = 0; i < size; ++i) {
+                          static_cast<Number*>(to)[i] = static_cast<Number>(from[i]);
+                        }
+                      }});
+    for (Index i = 0; i < count; ++i) packed_.push_back(static_cast<double>(numbers[i]));
+  }
+
+  /// Replaces each number by its sum.
+  void sum() {
+    if (batch_ == nullptr) return;
+    batch_->sum(std::span<double>(packed_));
+    const double* from = packed_.data();
+    for (const Part& part : parts_) {
+      part.unpack(from, part.numbers, part.count);
+      from += part.count;
+    }
+  }
+
+ private:
+  struct Part {
+    void* numbers;
+    Index count;
+    void (*unpack)(const double* from, void* to, Index size);
+  };
+  const SharedBatch* batch_;
+  std::vector<double> packed_;
+  std::vector<Part> parts_;
+};
+
+}  // namespace detail
+}  // namespace moe
