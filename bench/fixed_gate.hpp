@@ -28,11 +28,11 @@ class FixedGate {
   Index experts() const { return config_.experts; }
 
   void forward(const moe::MatrixRef<Scalar>& x, Tape& tape,
-               const moe::NoiseKey& = {.step = 0}) const {
+               const moe::Pass& = {.step = 0}) const {
     route(x.rows(), tape.routing);
     tape.trained = true;
   }
-  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape) const {
+  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::EvaluationPass& = {}) const {
     route(x.rows(), tape.routing);
   }
   void backward(const moe::MatrixRef<Scalar>&, std::span<const Scalar> dslot, Tape& tape,

@@ -100,9 +100,9 @@ double roofline_seconds(const Work& work, Index threads) {
 
 /// Experts that got a slot.
 template <class Scalar>
-Index used_experts(const moe::Routing<Scalar>& routing) {
+Index used_experts(const moe::Dispatch<Scalar>& dispatch) {
   Index used = 0;
-  for (Index e = 0; e < routing.experts; ++e) used += routing.slots_of(e) > 0 ? 1 : 0;
+  for (Index e = 0; e < dispatch.experts(); ++e) used += dispatch.slots_of(e) > 0 ? 1 : 0;
   return used;
 }
 

@@ -62,7 +62,7 @@ struct Kind<Hierarchical> {
   /// Of the weights of all gates in use, side by side.
   static Index columns_used(const Hierarchical::Tape& tape, Index experts) {
     const Hierarchical::Config c = config(experts);
-    return c.groups + bench::used_experts(tape.primary.routing) * c.group_experts;
+    return c.groups + bench::used_experts(tape.groups) * c.group_experts;
   }
 };
 
@@ -88,11 +88,12 @@ class Trained {
         dy_(bench::random_matrix<float>(tokens, width, 2)) {
     // Scores of the size of their noise: in evaluation too, tokens spread over the experts.
     std::uint64_t seed = 1;
-    moe::for_each_parameter(layer_.gate(), [&](const std::string& name, auto& parameter) {
-      if (name.ends_with("noise_weight")) return;
+    moe::for_each_parameter(layer_, [&](const std::string& name, auto& parameter) {
+      if (!name.starts_with("gate.") || name.ends_with("noise_weight")) return;
       moe::fill_normal(parameter.value, 1.0f / std::sqrt(static_cast<float>(width)), seed++);
     });
     step();  // takes memory
+    gate_.emplace(layer_.gate());
   }
 
   void step() {
@@ -104,10 +105,10 @@ class Trained {
   void evaluate() { layer_.evaluate(x_, tape_); }
 
   void gate_step() {
-    moe::zero_gradients(layer_.gate(), moe::Updates::lazy);
-    layer_.gate().forward(x_, tape_.gate, {.step = 0});
+    moe::zero_gradients(*gate_, moe::Updates::lazy);
+    gate_->forward(x_, tape_.gate, {.step = 0});
     tape_.dx.setZero(tokens, width);
-    layer_.gate().backward(x_, std::span<const float>(tape_.dweight), tape_.gate, tape_.dx);
+    gate_->backward(x_, std::span<const float>(tape_.dweight), tape_.gate, tape_.dx);
   }
   void gate_evaluate() { layer_.gate().evaluate(x_, tape_.gate); }
 
@@ -123,6 +124,7 @@ class Trained {
  private:
   Index experts_;
   Layer layer_;
+  std::optional<Gate> gate_;  ///< a copy of the layer's
   moe::Sgd<float> optimizer_{{.updates = moe::Updates::lazy}};
   moe::Matrix<float> x_;
   moe::Matrix<float> dy_;

@@ -126,7 +126,7 @@ double choice_margin(const Matrix<Scalar>& h, Index top_k) {
 
 class NaiveLayer {
  public:
-  struct Pass {
+  struct Result {
     Matrix<double> x, clean, raw, scale, noise, h;
     std::vector<std::vector<Index>> choice;  ///< T, ascending
     Matrix<double> weight;                   ///< G, T x E
@@ -154,12 +154,14 @@ class NaiveLayer {
     for (Index e = 0; e < experts_; ++e) weights_.push_back(weights_of(e));
   }
 
-  Pass forward(const Matrix<double>& x, const NoiseKey& key) const { return run(x, key, noise_); }
-  Pass evaluate(const Matrix<double>& x) const { return run(x, {.step = 0}, false); }
+  Result forward(const Matrix<double>& x, const Pass& pass) const {
+    return run(x, pass.key(), noise_);
+  }
+  Result evaluate(const Matrix<double>& x) const { return run(x, {.step = 0}, false); }
 
   /// Adds to `gradients`, which has the parameters' names, and returns the gradient of x. The
   /// threshold's share of the load can be left out, to see how much it is.
-  Matrix<double> backward(const Pass& pass, const Matrix<double>& dy, Named& gradients,
+  Matrix<double> backward(const Result& pass, const Matrix<double>& dy, Named& gradients,
                           bool threshold_carries_gradient = true) const {
     const Index T = pass.x.rows();
     const Matrix<double>& gate = parameters_.at("gate.weight");
@@ -259,9 +261,9 @@ class NaiveLayer {
   }
 
  private:
-  Pass run(const Matrix<double>& x, const NoiseKey& key, bool noise) const {
+  Result run(const Matrix<double>& x, const NoiseKey& key, bool noise) const {
     const Index T = x.rows();
-    Pass pass;
+    Result pass;
     pass.x = x;
     pass.clean = product(x, parameters_.at("gate.weight"));
     pass.raw = product(x, parameters_.at("gate.noise_weight"));

@@ -99,7 +99,7 @@ int run() {
       std::printf("%6d %8.4f  ", static_cast<int>(update),
                   static_cast<double>(dy.squaredNorm()) / static_cast<double>(tokens));
       for (Index e = 0; e < 8; ++e)
-        std::printf(" %4d", static_cast<int>(tape.routing().slots_of(e)));
+        std::printf(" %4d", static_cast<int>(tape.dispatch.slots_of(e)));
       std::printf("\n");
     }
   }

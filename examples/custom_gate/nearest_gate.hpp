@@ -34,13 +34,13 @@ class NearestGate {
   Index experts() const { return centre_.value.rows(); }
 
   /// Training and serving are the same here: there is no noise.
-  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::NoiseKey&) const {
+  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::Pass&) const {
     evaluate(x, tape);
   }
 
   /// One slot a token. (A gate with several has token_offsets that are further apart, and lists the
   /// experts of each token in ascending order.)
-  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape) const {
+  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::EvaluationPass& = {}) const {
     tape.routing.experts = experts();
     tape.routing.token_offsets.assign(1, 0);
     tape.routing.expert.clear();

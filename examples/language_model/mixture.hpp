@@ -65,7 +65,7 @@ class Mixture {
   State initial_state(Index) const { return {}; }
 
   const Matrix& forward(const Matrix& x, State&, Tape& tape, const moe::NoiseKey& key) const {
-    return layer_.forward(x, tape, key);
+    return layer_.forward(x, tape, {.step = key.step, .first_token = key.first_token});
   }
   const Matrix& backward(const Matrix& dy, Tape& tape) { return layer_.backward(dy, tape); }
   const Matrix& evaluate(const Matrix& x, State&, Tape& tape) const {
@@ -74,8 +74,8 @@ class Mixture {
 
   /// What a gate does by itself between updates.
   void after_update(const Tape& tape) {
-    if constexpr (requires { layer_.gate().update_selection_bias(tape); }) {
-      layer_.gate().update_selection_bias(tape);
+    if constexpr (requires { layer_.update_selection_bias(tape); }) {
+      layer_.update_selection_bias(tape);
     }
   }
 

@@ -193,6 +193,26 @@ void check_shapes(const Module& module, std::string_view of) {
   });
 }
 
+/// Throws std::invalid_argument unless two modules of a type have the same parameters; the message
+/// begins with `of`, and a parameter's name in the module follows.
+template <class Module>
+void check_same_shapes(const Module& there, const Module& here, std::string_view of) {
+  std::vector<std::pair<Index, Index>> shapes;
+  walk_parameters(here, [&](const ParameterName&, const auto& p) {
+    shapes.emplace_back(p.value.rows(), p.value.cols());
+  });
+  std::size_t next = 0;
+  walk_parameters(there, [&](const ParameterName& name, const auto& p) {
+    const auto [rows, columns] =
+        next < shapes.size() ? shapes[next++] : std::pair<Index, Index>{0, 0};
+    if (rows == p.value.rows() && columns == p.value.cols()) return;
+    fail({Part(of), Part(name.string()), Part(" would be "), Part(rows), Part(" x "),
+          Part(columns), Part(", and is "), Part(p.value.rows()), Part(" x "),
+          Part(p.value.cols())});
+  });
+  require(next == shapes.size(), of, ": other parameters");
+}
+
 /// Whether a parameter is to be passed by.
 template <class Scalar>
 bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {

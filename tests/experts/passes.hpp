@@ -23,13 +23,13 @@ class Passes {
         token_(detail::to_size(x.count())),
         ones_(Matrix<Scalar>::Ones(1, x.count())),
         scratch_(x.count(), module.scratch_width()),
-        kept(x.count(), module.tape_width()),
+        saved(x.count(), module.tape_width()),
         y(Matrix<Scalar>::Zero(x.count(), x.width())),
         dx(Matrix<Scalar>::Zero(x.count(), x.width())),
         dweight(1, x.count()) {
     std::iota(token_.begin(), token_.end(), Index{0});
     scratch_.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
-    kept.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+    saved.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
   }
 
   /// The network's outputs, not weighted.
@@ -82,7 +82,7 @@ class Passes {
   Matrix<Scalar> scratch_;
 
  public:
-  Matrix<Scalar> kept, y, dx, dweight;
+  Matrix<Scalar> saved, y, dx, dweight;
 };
 
 }  // namespace moe::test

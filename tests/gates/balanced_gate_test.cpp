@@ -77,7 +77,7 @@ struct Naive {
 };
 
 /// The least of the masks' margins: relative gaps between an expert's tokens, and to the threshold.
-double margin(BalancedGate<double>& gate, const Matrix<double>& p) {
+double margin(const BalancedGate<double>& gate, const Matrix<double>& p) {
   double least = test::column_margin(p, taken(gate.config(), p.rows()));
   const Matrix<double>& threshold = parameter(gate, "threshold").value;
   for (Index i = 0; i < p.size(); ++i) {
@@ -339,7 +339,7 @@ TEST_CASE("balanced gate: a token that no expert takes gets nothing and no NaN",
   CHECK(empty >= 5);
   CHECK(y.array().isFinite().all());
   CHECK(dx.array().isFinite().all());
-  parameter(layer.gate(), "threshold").value.setConstant(1);
+  parameter(layer, "gate.threshold").value.setConstant(1);
   CHECK(layer.evaluate(x).cwiseAbs().maxCoeff() == 0);
 }
 
@@ -377,7 +377,7 @@ TEST_CASE("balanced gate: gradients of a layer are derivatives", "[routing][gate
                                       .expert = {.hidden = 3, .activation = Activation::gelu},
                                       .gate = {.experts = 4, .top_k = 2, .threshold_weight = 0.5},
                                       .seed = 4},
-                                     6, [](BalancedGate<double>& gate, const Layer::Tape& tape) {
+                                     6, [](const BalancedGate<double>& gate, const Layer::Tape& tape) {
                                        return margin(gate, tape.gate.p) > 1e-2;
                                      });
 }

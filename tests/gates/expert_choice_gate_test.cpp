@@ -166,7 +166,7 @@ TEST_CASE("expert choice gate: gradients of a layer are derivatives", "[routing]
        .expert = {.hidden = 3, .activation = Activation::gelu},
        .gate = {.experts = 4, .capacity_factor = 1.5},
        .seed = 4},
-      6, [](ExpertChoiceGate<double>& gate, const Layer::Tape& tape) {
+      6, [](const ExpertChoiceGate<double>& gate, const Layer::Tape& tape) {
         return test::column_margin(tape.gate.p, capacity(gate.config(), 6)) > 1e-2;
       });
 }

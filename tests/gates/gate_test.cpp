@@ -2,6 +2,7 @@
 
 #include "../support.hpp"
 #include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/routing/dispatch.hpp"
 
 using namespace moe;
 
@@ -16,8 +17,8 @@ struct Minimal {
   using Tape = GateTape<float>;
   explicit Minimal(const Config&, std::uint64_t) {}
   Index experts() const { return 1; }
-  void forward(const MatrixRef<float>& x, Tape& tape, const NoiseKey&) const { evaluate(x, tape); }
-  void evaluate(const MatrixRef<float>& x, Tape& tape) const {
+  void forward(const MatrixRef<float>& x, Tape& tape, const Pass&) const { evaluate(x, tape); }
+  void evaluate(const MatrixRef<float>& x, Tape& tape, const EvaluationPass& = {}) const {
     tape.routing.experts = 1;
     tape.routing.token_offsets.clear();
     for (Index t = 0; t <= x.rows(); ++t) tape.routing.token_offsets.push_back(t);
@@ -48,7 +49,7 @@ struct WithoutBackward : Minimal {
 };
 struct ForwardNotConst : Minimal {
   using Minimal::Minimal;
-  void forward(const MatrixRef<float>& x, Tape& tape, const NoiseKey& key) {
+  void forward(const MatrixRef<float>& x, Tape& tape, const Pass& key) {
     Minimal::forward(x, tape, key);
   }
 };
@@ -74,9 +75,10 @@ TEST_CASE("gate: the smallest gate makes a routing that can be grouped", "[routi
   const Minimal gate({.width = 2}, 0);
   GateTape<float> tape;
   gate.forward(test::random_matrix<float>(5, 2, 1), tape, {.step = 0});
-  group_by_expert(tape.routing);
-  CHECK(tape.routing.slots_of(0) == 5);
-  CHECK(tape.routing.sorted_token == std::vector<Index>{0, 1, 2, 3, 4});
+  Dispatch<float> dispatch;
+  sort_by_expert(tape.routing, dispatch);
+  CHECK(dispatch.slots_of(0) == 5);
+  CHECK(dispatch.token == std::vector<Index>{0, 1, 2, 3, 4});
 }
 
 TEST_CASE("gate: a fresh tape is empty", "[routing][gate]") {

@@ -12,9 +12,10 @@
 
 namespace moe::test {
 
-template <class Gate>
-Parameter<typename Gate::Scalar>& parameter(Gate& gate, const std::string& wanted) {
-  Parameter<typename Gate::Scalar>* found = nullptr;
+template <class Module>
+auto& parameter(Module& gate, const std::string& wanted) {
+  using Found = Parameter<typename Module::Scalar>;
+  std::conditional_t<std::is_const_v<Module>, const Found, Found>* found = nullptr;
   for_each_parameter(gate, [&](const std::string& name, auto& p) {
     if (name == wanted) found = &p;
   });
@@ -49,7 +50,7 @@ std::vector<Scalar> dweight_of(const Routing<Scalar>& routing, const Matrix<Scal
 /// step of the differences changes the order of slots.
 template <class Gate>
 double loss_of(const Gate& gate, const Matrix<double>& x, const Matrix<double>& r,
-               const NoiseKey& key = {.step = 0}) {
+               const Pass& key = {.step = 0}) {
   typename Gate::Tape tape;
   const Routing<double>& routing = gate.forward(x, tape, key);
   const std::vector<double> by_slot = dweight_of(routing, r);

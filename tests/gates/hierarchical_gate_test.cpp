@@ -61,7 +61,7 @@ struct Naive {
   };
 
   Naive(HierarchicalGate<double>& gate, std::uint64_t seed, const Matrix<double>& x,
-        const NoiseKey& key) {
+        const Pass& key) {
     const Config c = gate.config();
     const test::Named p = test::values_of(gate);
     const auto row = [&](const std::string& name, std::uint64_t stream, Index t) {
@@ -145,7 +145,7 @@ void check_gradients(const Config& config, Index tokens, double weights = 0.8, d
             << config.noise << ", weights times " << weights << ", x times " << inputs);
   HierarchicalGate<double> gate(config, 77);
   HierarchicalGate<double>::Tape tape;
-  const NoiseKey key{.step = 3, .first_token = 5};
+  const Pass key{.step = 3, .first_token = 5};
   Matrix<double> x;
   bool clear = false;
   for (std::uint64_t seed = 1; !clear && seed < 400; ++seed) {
@@ -199,7 +199,7 @@ TEST_CASE("hierarchical gate: what the formulas say", "[routing][gate]") {
                                             ++seed);
               test::randomize(gate, seed);
               const Matrix<double> x = random_matrix(tokens, 3, seed);
-              const NoiseKey key{.step = (std::uint64_t{1} << 33) + 2, .first_token = 9};
+              const Pass key{.step = (std::uint64_t{1} << 33) + 2, .first_token = 9};
               HierarchicalGate<double>::Tape tape;
               const Routing<double>& routing = gate.forward(x, tape, key);
               const Naive naive(gate, seed, x, key);
@@ -406,19 +406,20 @@ TEST_CASE("hierarchical gate: every slot is in one expert's list with its weight
     HierarchicalGate<float>::Tape tape;
     gate.forward(random_matrix<float>(tokens, 5, static_cast<std::uint64_t>(round)), tape,
                  {.step = 0});
-    Routing<float> routing = tape.routing;
-    group_by_expert(routing);
+    const Routing<float>& routing = tape.routing;
+    Dispatch<float> dispatch;
+    sort_by_expert(routing, dispatch);
     REQUIRE(routing.experts == groups * members);
     REQUIRE(routing.slots() == tokens * top_k_groups * top_k);
     std::vector<int> seen(routing.expert.size(), 0);
     Index last = 0;
     for (Index e = 0; e < routing.experts; ++e) {
-      const Index first = routing.expert_offsets[to_size(e)];
+      const Index first = dispatch.offsets[e];
       REQUIRE(first >= last);
       last = first;
-      REQUIRE(routing.slots_of(e) == tape.balance.tokens_per_expert[to_size(e)]);
-      for (Index row = first; row < first + routing.slots_of(e); ++row) {
-        const auto slot = to_size(routing.sorted_slot[to_size(row)]);
+      REQUIRE(dispatch.slots_of(e) == tape.balance.tokens_per_expert[to_size(e)]);
+      for (Index row = first; row < first + dispatch.slots_of(e); ++row) {
+        const auto slot = to_size(dispatch.sorted_slot[row]);
         ++seen[slot];
         REQUIRE(routing.expert[slot] == e);
       }
@@ -564,7 +565,7 @@ TEST_CASE("hierarchical gate: groups without tokens, and more experts than token
   x.col(0).setOnes();
   HierarchicalGate<double>::Tape tape;
   gate.forward(x, tape, {.step = 0});
-  CHECK(tape.primary.routing.slots_of(0) == 3);
+  CHECK(tape.groups.slots_of(0) == 3);
   CHECK((tape.balance.load.tail(8).array() == 0).all());
   CHECK(std::abs(tape.balance.load.head(4).sum() - 3 * tape.secondary.load.head(4).sum() / 3) <
         1e-12);
@@ -841,7 +842,7 @@ TEST_CASE("hierarchical gate: in a layer, gradients are derivatives", "[routing]
                .seed = 5});
   Layer::Tape tape;
   Matrix<double> x;
-  const NoiseKey key{.step = 2};
+  const Pass key{.step = 2};
   bool clear = false;
   for (std::uint64_t seed = 1; !clear && seed < 400; ++seed) {
     test::randomize(layer, seed, 0.6);

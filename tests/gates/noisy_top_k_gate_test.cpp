@@ -24,7 +24,7 @@ void check_gradients(const NoisyTopKGate<double>::Config& config, Index tokens, 
             << config.noise << ", weights times " << weights << ", x times " << inputs);
   NoisyTopKGate<double> gate(config, 77);
   NoisyTopKGate<double>::Tape tape;
-  const NoiseKey key{.step = 3, .first_token = 5};
+  const Pass key{.step = 3, .first_token = 5};
   Matrix<double> x;
   bool clear = false;
   for (std::uint64_t seed = 1; !clear && seed < 200; ++seed) {
@@ -269,7 +269,7 @@ TEMPLATE_TEST_CASE("noisy top-k gate: slots are ascending and weights a distribu
 TEST_CASE("noisy top-k gate: noise replays by its key and differs by step and seed",
           "[routing][gate]") {
   const Matrix<double> x = random_matrix(5, 3, 1);
-  const auto noise = [&](std::uint64_t seed, const NoiseKey& key, const Matrix<double>& rows) {
+  const auto noise = [&](std::uint64_t seed, const Pass& key, const Matrix<double>& rows) {
     const NoisyTopKGate<double> gate({.width = 3, .experts = 21, .top_k = 2}, seed);
     NoisyTopKGate<double>::Tape tape;
     gate.forward(rows, tape, key);

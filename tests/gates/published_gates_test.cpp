@@ -32,7 +32,7 @@ struct Case {
   TopKGate<double> gate;
   TopKGate<double>::Tape tape;
   Matrix<double> x;
-  NoiseKey key{.step = 0};
+  Pass key{.step = 0};
 
   Case(const TopKConfig& config, Index tokens, std::uint64_t seed) : gate(config, seed) {
     fill_normal(parameter(gate, "weight"), 0.6, seed);

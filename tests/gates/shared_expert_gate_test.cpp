@@ -27,11 +27,11 @@ struct Dropping {
     fill_normal(W.value, Scalar{1}, seed);
   }
   Index experts() const { return 3; }
-  void forward(const MatrixRef<Scalar>& x, Tape& tape, const NoiseKey&) const {
+  void forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass&) const {
     evaluate(x, tape);
     tape.trained = true;
   }
-  void evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
+  void evaluate(const MatrixRef<Scalar>& x, Tape& tape, const EvaluationPass& = {}) const {
     Routing<Scalar>& routing = tape.routing;
     routing.experts = 3;
     routing.token_offsets.assign(1, 0);
@@ -46,8 +46,8 @@ struct Dropping {
       }
       routing.token_offsets.push_back(routing.slots());
     }
-    detail::measure_importance(routing, tape.balance);
-    detail::count_load(routing, tape.balance);
+    detail::BatchSum sum(nullptr);
+    detail::measure_balance(routing, routing.expert, sum, tape.balance);
     tape.balance.loss = tape.balance.importance.sum();
     if (config.fault == 1) routing.token_offsets.back() += 1;
     if (config.fault == 2) std::swap(routing.token_offsets[1], routing.token_offsets[3]);

@@ -88,29 +88,25 @@ inline double column_margin(const Matrix<double>& p, Index count) {
 }
 
 /// The invariants of a routing: offsets that ascend, experts of a token that ascend, and after
-/// group_by_expert() each slot once, in the list of its expert, in the order of tokens.
+/// sort_by_expert() each slot once, in the list of its expert, in the order of tokens.
 template <class Scalar>
-void check_routing(Routing<Scalar> routing, Index tokens, Index experts) {
+void check_routing(const Routing<Scalar>& routing, Index tokens, Index experts) {
   REQUIRE(routing.experts == experts);
   REQUIRE(routing.tokens() == tokens);
   REQUIRE(std::is_sorted(routing.token_offsets.begin(), routing.token_offsets.end()));
-  const std::vector<Scalar> weight = routing.weight;
-  REQUIRE_NOTHROW(group_by_expert(routing));
-  REQUIRE(std::is_sorted(routing.expert_offsets.begin(), routing.expert_offsets.end()));
-  REQUIRE(routing.expert_offsets.back() == routing.slots());
+  Dispatch<Scalar> dispatch;
+  REQUIRE_NOTHROW(sort_by_expert(routing, dispatch));
+  REQUIRE(std::is_sorted(dispatch.offsets.begin(), dispatch.offsets.end()));
+  REQUIRE(dispatch.offsets.back() == routing.slots());
   std::vector<int> seen(routing.expert.size());
   for (Index e = 0; e < experts; ++e) {
-    for (Index row = routing.expert_offsets[detail::to_size(e)];
-         row < routing.expert_offsets[detail::to_size(e) + 1]; ++row) {
-      const auto slot = detail::to_size(routing.sorted_slot[detail::to_size(row)]);
-      ++seen[slot];
+    for (Index position = dispatch.offsets[e]; position < dispatch.offsets[e + 1]; ++position) {
+      const Index slot = dispatch.sorted_slot[position];
+      ++seen[detail::to_size(slot)];
       REQUIRE(routing.expert[slot] == e);
     }
   }
   REQUIRE(std::count(seen.begin(), seen.end(), 1) == routing.slots());
-  REQUIRE(std::equal(weight.begin(), weight.end(), routing.weight.begin(), [](Scalar a, Scalar b) {
-    return a == b || (std::isnan(a) && std::isnan(b));
-  }));
 }
 
 /// Gradients of a whole layer with this gate against differences, away from the gate's ties:

@@ -36,7 +36,7 @@ Index check_gradients(const Config& config, Index tokens, double weights = 0.8, 
                 << " " << config.sequence_loss_weight << " " << config.z_loss_weight << ", count "
                 << static_cast<int>(config.switch_count) << ", weights times " << weights
                 << ", x times " << inputs);
-  const NoiseKey key{.step = 3, .first_token = 5};
+  const Pass key{.step = 3, .first_token = 5};
   // e^c is steep where logits are large.
   const double steep = weights * inputs > 5 ? 0.02 : 1;
   for (std::uint64_t seed = 1; seed < 60; ++seed) {
@@ -212,7 +212,7 @@ TEST_CASE("top-k gate: with everything on inside a layer, gradients are derivati
                  .expert = {.hidden = 3, .activation = Activation::gelu},
                  .gate = gate,
                  .seed = 4});
-    const NoiseKey key{.step = 7};
+    const Pass key{.step = 7};
     bool checked = false;
     for (std::uint64_t seed = 1; !checked && seed < 60; ++seed) {
       test::randomize(layer, seed, 0.7);
@@ -294,7 +294,7 @@ TEMPLATE_TEST_CASE("top-k gate: the same bits on any number of threads", "[routi
 
 TEST_CASE("top-k gate: jitter and second choices replay by their key", "[routing][gate]") {
   const Matrix<double> x = random_matrix(40, 5, 1);
-  const auto run = [&](std::uint64_t seed, const NoiseKey& key, const Matrix<double>& rows) {
+  const auto run = [&](std::uint64_t seed, const Pass& key, const Matrix<double>& rows) {
     TopKGate<double> gate({.width = 5,
                                   .experts = 6,
                                   .top_k = 2,
@@ -503,7 +503,7 @@ TEMPLATE_TEST_CASE("top-k gate: ties go to the lower expert and group", "[routin
                                     .score = score,
                                     .groups = 3,
                                     .top_k_groups = 2,
-                                    .deviation = 0},
+                                    .init_stddev = 0},
                                    0);
     CHECK(gate.evaluate(random_matrix<TestType>(2, 2, 1)).expert == Indices{0, 1, 0, 1});
   }
@@ -551,7 +551,7 @@ TEMPLATE_TEST_CASE("top-k gate: a token with NaN or infinity spoils no other",
           }
         }
         if (std::isnan(bad)) CHECK(std::isnan(spoilt.balance.loss));
-        CHECK_NOTHROW(group_by_expert(spoilt.routing));
+        CHECK_NOTHROW(detail::check_routing(spoilt.routing));
         const std::vector<S> ones(spoilt.routing.weight.size(), S{1});
         const Matrix<S> dx = test::gate_dx<TopKGate<S>>(gate, x, ones, spoilt);
         if (std::isnan(bad)) CHECK(std::isnan(dx(2, 0)));
@@ -607,7 +607,7 @@ TEMPLATE_TEST_CASE("top-k gate: extreme shapes", "[routing][gate]", float, doubl
       TopKGate<S> gate(config, 1);
       Tape<S> tape;
       gate.forward(random_matrix<S>(tokens, 5, 1), tape, {.step = 0});
-      group_by_expert(tape.routing);
+      detail::check_routing(tape.routing);
       CHECK(tape.routing.tokens() == tokens);
       CHECK(tape.routing.slots() <= tokens * top_k);
       CHECK(std::isfinite(tape.balance.loss));
@@ -646,15 +646,16 @@ TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen",
     TopKGate<double> gate(config, seed);
     Tape<double> tape;
     gate.forward(random_matrix(tokens, 5, seed), tape, {.step = 0});
-    Routing<double>& routing = tape.routing;
-    group_by_expert(routing);
+    const Routing<double>& routing = tape.routing;
+    Dispatch<double> dispatch;
+    sort_by_expert(routing, dispatch);
     std::vector<int> seen(routing.expert.size(), 0);
     for (Index e = 0; e < config.experts; ++e) {
-      CHECK(routing.expert_offsets[detail::to_size(e)] <=
-            routing.expert_offsets[detail::to_size(e) + 1]);
-      for (Index row = routing.expert_offsets[detail::to_size(e)];
-           row < routing.expert_offsets[detail::to_size(e) + 1]; ++row) {
-        const auto slot = detail::to_size(routing.sorted_slot[detail::to_size(row)]);
+      CHECK(dispatch.offsets[e] <=
+            dispatch.offsets[e + 1]);
+      for (Index row = dispatch.offsets[e];
+           row < dispatch.offsets[e + 1]; ++row) {
+        const auto slot = detail::to_size(dispatch.sorted_slot[row]);
         CHECK(routing.expert[slot] == e);
         ++seen[slot];
       }
@@ -807,7 +808,7 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
       {"switch_loss_weight", &Config::switch_loss_weight},
       {"sequence_loss_weight", &Config::sequence_loss_weight},
       {"z_loss_weight", &Config::z_loss_weight},
-      {"deviation", &Config::deviation}};
+      {"init_stddev", &Config::init_stddev}};
   for (const auto& [name, field] : weights) {
     const auto member = field;
     refuse([&](Config& c) { c.*member = -0.5; },
@@ -840,7 +841,7 @@ TEST_CASE("top-k gate: a bad input is refused and changes nothing", "[routing][g
                     "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(13, 0.5), tape),
                   std::invalid_argument);
-  CHECK(same_bits(tape.scores, before.scores));
+  CHECK(same_bits(tape.router.scores, before.router.scores));
   CHECK(tape.routing.weight == before.routing.weight);
   CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() == 0);
 

@@ -64,7 +64,7 @@ double gradient_error(const Named& actual, const Named& expected) {
 
 /// dx and the parameters' gradients of ⟨r, y⟩ + balance loss against differences.
 template <class Layer>
-void check_against_differences(Layer& layer, Matrix<double>& x, const NoiseKey& key,
+void check_against_differences(Layer& layer, Matrix<double>& x, const Pass& key,
                                const Matrix<double>& r, double weights, double inputs,
                                double steep = 1.0) {
   const Threads threads(1);  // too small for more
@@ -88,7 +88,7 @@ void check_gradients(const Config<double>& config, Index tokens, double weights 
             << config.gate.importance_weight << " and " << config.gate.load_weight
             << ", weights times " << weights << ", x times " << inputs);
   Layer<double> layer(config);
-  const NoiseKey key{.step = 3, .first_token = 1};
+  const Pass key{.step = 3, .first_token = 1};
   Matrix<double> x;
   Matrix<double> y;
   bool clear = false;
@@ -117,10 +117,10 @@ void check_against_naive(const Config<Scalar>& config, Index tokens, double devi
             << config.expert.gated);
   const Threads threads(1);
   Layer<Scalar> layer(config);
-  const NoiseKey key{.step = (std::uint64_t{7} << 32) + 11, .first_token = 9};
+  const Pass key{.step = (std::uint64_t{7} << 32) + 11, .first_token = 9};
   Matrix<Scalar> x;
-  NaiveLayer::Pass expected;
-  NaiveLayer::Pass served;
+  NaiveLayer::Result expected;
+  NaiveLayer::Result served;
   bool clear = false;
   for (std::uint64_t seed = 1; !clear && seed < 100; ++seed) {
     test::randomize(layer, seed, deviation);
@@ -135,7 +135,7 @@ void check_against_naive(const Config<Scalar>& config, Index tokens, double devi
   REQUIRE(clear);
   const double tolerance = 5 * test::tolerance<Scalar>;
   const auto check_pass = [&](const Matrix<Scalar>& y, const auto& tape,
-                              const NaiveLayer::Pass& pass) {
+                              const NaiveLayer::Result& pass) {
     CHECK(relative_error(y.template cast<double>().eval(), pass.y) < tolerance);
     CHECK(relative_error(tape.balance().importance.template cast<double>().eval(),
                          pass.importance) < tolerance);
@@ -270,8 +270,8 @@ struct HashGate {
       strength.value(0, e) = 0.5 + 0.3 * static_cast<double>(e);
   }
   Index experts() const { return strength.value.cols(); }
-  void forward(const MatrixRef<double>& x, Tape& tape, const NoiseKey&) const { evaluate(x, tape); }
-  void evaluate(const MatrixRef<double>& x, Tape& tape) const {
+  void forward(const MatrixRef<double>& x, Tape& tape, const Pass&) const { evaluate(x, tape); }
+  void evaluate(const MatrixRef<double>& x, Tape& tape, const EvaluationPass& = {}) const {
     Routing<double>& routing = tape.routing;
     routing.experts = experts();
     routing.token_offsets = {0};
@@ -319,11 +319,11 @@ struct BrokenGate : HashGate {
   };
   Config config;
   explicit BrokenGate(const Config& c, std::uint64_t seed) : HashGate(c, seed), config(c) {}
-  void forward(const MatrixRef<double>& x, Tape& tape, const NoiseKey& key) const {
+  void forward(const MatrixRef<double>& x, Tape& tape, const Pass& key) const {
     HashGate::forward(x, tape, key);
     spoil(tape);
   }
-  void evaluate(const MatrixRef<double>& x, Tape& tape) const {
+  void evaluate(const MatrixRef<double>& x, Tape& tape, const EvaluationPass& = {}) const {
     HashGate::evaluate(x, tape);
     spoil(tape);
   }
@@ -413,7 +413,7 @@ TEST_CASE("layer: the gradient of a ReLU at the output stops where y is zero", "
   Layer<double>::Tape tape;
   const Matrix<double> y = layer.forward(random_matrix(20, 3, 1), tape, {.step = 0});
   const NaiveLayer naive(layer);
-  const NaiveLayer::Pass pass = naive.forward(random_matrix(20, 3, 1), {.step = 0});
+  const NaiveLayer::Result pass = naive.forward(random_matrix(20, 3, 1), {.step = 0});
   CHECK(relative_error(y, pass.y) < 1e-13);
   CHECK(y.minCoeff() == 0);
   CHECK(y.maxCoeff() > 0);
@@ -467,7 +467,7 @@ TEST_CASE("layer: gradients without the threshold's share would be seen to be wr
   const Matrix<double> r = random_matrix(10, 3, 3);
   const Everything<double> fast(layer, x, r);
   const NaiveLayer naive(layer);
-  const NaiveLayer::Pass pass = naive.forward(x, {.step = 2});
+  const NaiveLayer::Result pass = naive.forward(x, {.step = 2});
   Named with = naive.zero_gradients();
   Named without = naive.zero_gradients();
   naive.backward(pass, r, with, true);
@@ -551,7 +551,7 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spre
                    float, double) {
   for (const bool gated : {false, true}) {
     const auto kept = static_cast<Index>(1024 / sizeof(TestType));
-    REQUIRE(detail::spread_width<TestType>(saved) > kept);
+    REQUIRE(detail::spread_width<TestType>(kept) > kept);
     check_against_naive<TestType>({.width = 6,
                                    .expert = {.hidden = gated ? kept / 2 : kept, .gated = gated},
                                    .gate = {.experts = 3, .top_k = 2},
@@ -600,7 +600,7 @@ TEMPLATE_TEST_CASE("layer: has the same bits on any number of threads", "[layer]
       if (overloaded) {
         typename Layer<S>::Tape tape;
         layer.forward(x, tape, {.step = 0});
-        CHECK(tape.routing().slots_of(3) == 700);
+        CHECK(tape.dispatch.slots_of(3) == 700);
       }
     }
   }
@@ -738,13 +738,13 @@ TEMPLATE_TEST_CASE("layer: all tokens can go to one expert", "[layer]", float, d
   const Matrix<S> x = with_positive_first_entry(random_matrix<S>(300, 3, 1));
   typename Layer<S>::Tape tape;
   layer.forward(x, tape, {.step = 0});
-  CHECK(tape.routing().expert_offsets == Indices{0, 0, 0, 300, 300, 300});
+  CHECK(tape.dispatch.offsets == Indices{0, 0, 0, 300, 300, 300});
   CHECK(tape.balance().unused_experts() == 4);
   CHECK_THAT(static_cast<double>(tape.balance().cv_importance()),
              Catch::Matchers::WithinAbs(2, 1e-6));
   CHECK_THAT(static_cast<double>(tape.balance().max_over_mean_load()),
              Catch::Matchers::WithinAbs(5, 1e-5));
-  const NaiveLayer::Pass expected =
+  const NaiveLayer::Result expected =
       NaiveLayer(layer).forward(x.template cast<double>(), {.step = 0});
   CHECK(relative_error(tape.y.template cast<double>().eval(), expected.y) < test::tolerance<S>);
 }
@@ -754,7 +754,7 @@ TEMPLATE_TEST_CASE("layer: equal scores go to the first experts", "[layer]", flo
       {.width = 3, .expert = {.hidden = 4}, .gate = {.experts = 5, .top_k = 3}, .seed = 5});
   typename Layer<TestType>::Tape tape;
   layer.evaluate(random_matrix<TestType>(4, 3, 1), tape);
-  CHECK(tape.routing().expert_offsets == Indices{0, 4, 8, 12, 12, 12});
+  CHECK(tape.dispatch.offsets == Indices{0, 4, 8, 12, 12, 12});
   CHECK(tape.balance().unused_experts() == 2);
 }
 
@@ -821,7 +821,7 @@ TEMPLATE_TEST_CASE("layer: lazy updates leave the experts without tokens alone",
   for (std::uint64_t step = 1; step <= 3; ++step) {
     zero_gradients(layer, Updates::lazy);
     layer.forward(x, tape, {.step = step});
-    REQUIRE(tape.routing().slots_of(3) == 9);
+    REQUIRE(tape.dispatch.slots_of(3) == 9);
     layer.backward(x, tape);
     clip_gradients(layer, 1e-3, Updates::lazy);
     adam.update(layer, 1e-3);
@@ -916,7 +916,9 @@ TEST_CASE("layer: every slot is run once and none is dropped", "[layer]") {
   for (const Index top_k : {1, 3, 7}) {
     MoELayer<Expert<SineMap, double>> layer(
         {.width = 3, .gate = {.experts = 7, .top_k = top_k}, .seed = 5});
-    fill_normal(layer.experts()[0].network().w.value, 1.0, 3);
+    for_each_parameter(layer, [](const std::string& name, auto& p) {
+      if (name == "experts.0.w") fill_normal(p.value, 1.0, 3);
+    });
     const Matrix<double> x = random_matrix(100, 3, 1);
     MoELayer<Expert<SineMap, double>>::Tape tape;
     layer.forward(x, tape, {.step = 0});
@@ -1183,8 +1185,8 @@ struct CarelessGate {
   using Tape = GateTape<float>;
   explicit CarelessGate(const Config& config, std::uint64_t) : shrinks_dx(config.shrinks_dx) {}
   Index experts() const { return 2; }
-  void forward(const MatrixRef<float>& x, Tape& tape, const NoiseKey&) const { evaluate(x, tape); }
-  void evaluate(const MatrixRef<float>& x, Tape& tape) const {
+  void forward(const MatrixRef<float>& x, Tape& tape, const Pass&) const { evaluate(x, tape); }
+  void evaluate(const MatrixRef<float>& x, Tape& tape, const EvaluationPass& = {}) const {
     tape.routing.experts = 2;
     tape.routing.token_offsets.resize(detail::to_size(x.rows()) + 1);
     tape.routing.expert.resize(detail::to_size(x.rows()));

@@ -54,7 +54,7 @@ TEST_CASE("config fields: every field of every gate and layer counts", "[mpi]") 
   // Width; the expert's five; the gate's three and its routed one's 24; output and seed.
   CHECK(fields_of(config).size() == 1 + 5 + 3 + detail::field_count<TopKConfig>() + 2);
   Layer::Config other{.seed = 1};
-  other.gate.routed.deviation = 0.03;  // the last one
+  other.gate.routed.init_stddev = 0.03;  // the last one
   CHECK(fields_of(config) != fields_of(other));
   other = {.seed = 1};
   other.expert.recompute = true;

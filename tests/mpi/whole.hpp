@@ -64,7 +64,7 @@ class Beside {
   }
 
   /// Checks two training passes that add up, and evaluate(), of tokens shared among the ranks.
-  void check(const std::vector<Index>& share, double tolerance, const NoiseKey& key = {.step = 3}) {
+  void check(const std::vector<Index>& share, double tolerance, const Pass& key = {.step = 3}) {
     const auto rank = static_cast<std::size_t>(communicator_.rank());
     const Index tokens = std::accumulate(share.begin(), share.end(), Index{0});
     const Index first =
@@ -79,7 +79,7 @@ class Beside {
     typename Layer::Tape expected;
     typename Parallel::Tape tape;
     for (int pass = 0; pass < 2; ++pass) {
-      NoiseKey next = key;
+      Pass next = key;
       next.step = key.step + static_cast<std::uint64_t>(pass);
       INFO("pass " << pass << ", rank " << rank << " of " << communicator_.size() << " with "
                    << share[rank] << " of " << tokens << " tokens");
@@ -87,8 +87,8 @@ class Beside {
       parallel.forward(own(x), tape, next);
       CHECK(relative_error(tape.y, own(expected.y)) < tolerance);
       check_balance(tape.balance(), expected.balance(), tolerance);
-      CHECK(tape.batch_tokens == tokens);
-      CHECK(tape.first_token == first);
+      CHECK(tape.exchange.batch.tokens == tokens);
+      CHECK(tape.exchange.batch.first_token == first);
       whole.backward(dy, expected);
       const Matrix<Scalar>& dx = parallel.backward(own(dy), tape);
       CHECK(&dx == &tape.dx);
@@ -98,7 +98,6 @@ class Beside {
     whole.evaluate(x, expected);
     CHECK(relative_error(parallel.evaluate(own(x), tape), own(expected.y)) < tolerance);
     check_balance(tape.balance(), expected.balance(), tolerance);
-    CHECK(tape.gate.batch == nullptr);
   }
 
  private:

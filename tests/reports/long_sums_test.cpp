@@ -18,9 +18,10 @@ constexpr Index many = (Index{1} << 24) + 2;  // float has no room for the one a
 
 TEST_CASE("report: counts of 2^24 + 2 tokens are exact in float", "[reports]") {
   const std::vector<Index> expert(detail::to_size(many), 0);
-  std::vector<Index> counts;
+  IndexedVector<Index> counts;
   Vector<float> load;
-  detail::count_load(std::span<const Index>(expert), 1, counts, load);
+  detail::count_choices(expert, 1, counts);
+  detail::copy_numbers(counts, load);
   CHECK(counts == std::vector<Index>{many});
   CHECK(load[0] == 16777218.0f);
 }
@@ -31,11 +32,12 @@ TEST_CASE("report: the importance of 2^24 + 2 equal weights is right to float", 
   routing.expert.assign(detail::to_size(many), 0);
   routing.weight.assign(detail::to_size(many), 1.0f);
   Balance<float> balance;
-  detail::measure_importance(routing, balance);
+  detail::BatchSum sum(nullptr);
+  detail::measure_importance(routing, sum, balance);
   CHECK(balance.importance[0] == 16777218.0f);
   CHECK(balance.tokens_per_expert == std::vector<Index>{many});
   routing.weight.assign(detail::to_size(many), 0.1f);
-  detail::measure_importance(routing, balance);
+  detail::measure_importance(routing, sum, balance);
   CHECK(std::abs(balance.importance[0] / 1677721.8f - 1) < 1e-6);
 }
 
@@ -56,8 +58,12 @@ TEST_CASE("report: shares and probabilities of 2^24 + 2 tokens are right to floa
   const Vector<float> scale = Vector<float>::Ones(many);
   const std::vector<Index> choices(detail::to_size(many), 0);
   detail::SwitchLoss<float> loss;
-  const float value = loss.measure(score, scale, std::span<const Index>(choices),
-                                   SwitchCount::per_slot, 1, RowOrder::time_major);
+  detail::ValidTokens tokens;
+  detail::find_valid_tokens("test", many, {}, nullptr, tokens);
+  detail::BatchSum sum(nullptr);
+  loss.accumulate(score, scale, choices, 1, SwitchCount::per_slot, 1, RowOrder::time_major, tokens,
+                  sum);
+  const float value = loss.finish();
   CHECK(std::abs(loss.share()(0, 0) - 1) < 1e-6f);
   CHECK(std::abs(loss.probability()(0, 0) - 1) < 1e-5f);
   CHECK(std::abs(value - 1) < 1e-5f);

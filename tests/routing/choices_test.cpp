@@ -22,7 +22,7 @@ TEMPLATE_TEST_CASE("choices: those kept become slots in the order of the experts
   CHECK(choices.slot[0] == 1);
   CHECK(choices.slot[1] == 0);
   CHECK(choices.slot[5] == 2);
-  CHECK_NOTHROW(group_by_expert(routing));
+  CHECK_NOTHROW(detail::check_routing(routing));
 }
 
 TEST_CASE("choices: no tokens make no slots", "[routing]") {

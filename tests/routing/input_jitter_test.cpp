@@ -12,7 +12,10 @@ TEMPLATE_TEST_CASE("input jitter: a factor for every number, by its key", "[rout
   const Matrix<S> x = random_matrix<S>(70, 6, 1);
   Matrix<S> factor;
   Matrix<S> jittered;
-  detail::jitter_input<S>(0.5, 9, {.step = 4, .first_token = 3}, x, factor, jittered);
+  detail::ValidTokens tokens;
+  detail::find_valid_tokens("test", 70, {}, nullptr, tokens);
+  detail::jitter_input<S>(0.5, 9, {.key = {.step = 4, .first_token = 3}}, tokens, x, factor,
+                          jittered);
   CHECK(same_bits(jittered, Matrix<S>(x.cwiseProduct(factor))));
   // Uniform: mean 1, variance (2·0.5)²/12.
   CHECK(factor.minCoeff() >= S(0.5));
@@ -26,6 +29,6 @@ TEMPLATE_TEST_CASE("input jitter: a factor for every number, by its key", "[rout
   const Matrix<S> djittered = random_matrix<S>(70, 6, 2);
   Matrix<S> dx = random_matrix<S>(70, 6, 3);
   const Matrix<S> expected = dx + djittered.cwiseProduct(factor);
-  detail::jitter_input_backward(factor, djittered, dx);
+  detail::jitter_input_backward(factor, djittered, ScatteredRows<S>(view(dx)));
   CHECK(test::relative_error(dx, expected) < test::tolerance<S>);
 }

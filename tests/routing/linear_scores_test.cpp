@@ -12,17 +12,17 @@ TEMPLATE_TEST_CASE("linear_scores: the softmax of rows", "[routing]", float, dou
     for (const double scale : {1e-3, 1.0, 30.0}) {
       const Matrix<TestType> c = random_matrix<TestType>(70, experts, 1, scale);
       Matrix<TestType> p;
-      detail::softmax_rows(c, p);
+      softmax_rows(c, p);
       const Matrix<double> expected = test::naive_softmax(c.template cast<double>());
       CHECK(relative_error(p.template cast<double>(), expected) < test::tolerance<TestType>);
       Matrix<TestType> in_place = c;
-      detail::softmax_rows(in_place, in_place);
+      softmax_rows(in_place, in_place);
       CHECK(same_bits(in_place, p));
     }
   }
   // Scores far beyond the range of e^x.
   Matrix<TestType> p;
-  detail::softmax_rows(Matrix<TestType>{{1000, 1000, -1000}, {-5000, -5000, -5000}}, p);
+  softmax_rows(Matrix<TestType>{{1000, 1000, -1000}, {-5000, -5000, -5000}}, p);
   CHECK(relative_error(p.row(0), Matrix<TestType>{{0.5, 0.5, 0}}) < 1e-30);
   CHECK(relative_error(p.row(1), Matrix<TestType>{{1, 1, 1}} / TestType{3}) < 1e-6);
 }
@@ -35,9 +35,9 @@ TEMPLATE_TEST_CASE("linear_scores: a NaN or an infinity makes a row NaN and no o
       Matrix<TestType> c = random_matrix<TestType>(3, 9, 1);
       Matrix<TestType> clean;
       Matrix<TestType> p;
-      detail::softmax_rows(c, clean);
+      softmax_rows(c, clean);
       c(1, place) = bad;
-      detail::softmax_rows(c, p);
+      softmax_rows(c, p);
       CHECK(p.row(1).array().isNaN().all());
       CHECK(same_bits(p.row(0), clean.row(0)));
       CHECK(same_bits(p.row(2), clean.row(2)));
@@ -55,19 +55,19 @@ TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
     const Matrix<double> r = random_matrix(5, experts, 4);
     const auto loss = [&] {
       Matrix<double> p;
-      detail::linear_scores<double>(x, weight, p);
-      detail::softmax_rows(p, p);
+      linear_scores<double>(x, weight, p);
+      softmax_rows(p, p);
       return p.cwiseProduct(r).sum();
     };
     Matrix<double> p;
-    detail::linear_scores<double>(x, weight, p);
+    linear_scores<double>(x, weight, p);
     CHECK(relative_error(p, test::naive_scores(x, weight.value)) < 1e-13);
-    detail::softmax_rows(p, p);
+    softmax_rows(p, p);
     Matrix<double> dscores = r;
     const Matrix<double> before_dx = random_matrix(x.rows(), x.cols(), 9);
     Matrix<double> dx = before_dx;
-    detail::softmax_rows_backward(p, dscores);
-    detail::linear_scores_backward<double>(x, dscores, weight, dx);
+    softmax_rows_backward(p, dscores);
+    linear_scores_backward<double>(x, dscores, weight, dx);
     // One expert: no gradient at all, and differences that are rounding.
     const double floor = experts == 1 ? 1e-10 : 0;
     const auto check = [&](const Matrix<double>& actual, Matrix<double>& value) {

@@ -24,8 +24,8 @@ struct Passes {
   std::vector<Scalar> load = std::vector<Scalar>(5);
   Matrix<Scalar> dx;
 
-  explicit Passes(Index rows = 7, Index top_k = 2, bool noise = true)
-      : top_k({.width = 4, .experts = 5, .top_k = top_k, .noise = noise}, 9),
+  explicit Passes(Index rows = 7, Index chosen = 2, bool noise = true)
+      : top_k({.width = 4, .experts = 5, .top_k = chosen, .noise = noise}, 9),
         dx(Matrix<Scalar>::Zero(rows, 4)) {
     test::randomize(top_k, 1);
     zero_gradients(top_k);
@@ -41,14 +41,14 @@ TEMPLATE_TEST_CASE("noisy top-k: rows may come in pieces", "[routing]", float, d
   const GatheredRows<S> rows(x);
   const Matrix<S> dweight = random_matrix<S>(1, 14, 2);
   const Matrix<S> dload = random_matrix<S>(1, 5, 3);
-  const NoiseKey key{.step = 4};
+  const detail::NoiseSource key{.key = {.step = 4}};
 
   Passes<S> whole;
   whole.top_k.forward(rows, nullptr, key, 0, whole.tape, whole.routing);
   whole.top_k.compute_load(0, 7, whole.tape, whole.load.data());
   whole.top_k.prepare_backward(whole.tape);
   whole.top_k.backward(rows, 0, dweight.data(), dload.data(), whole.tape, whole.routing,
-                       view(whole.dx));
+                       ScatteredRows<S>(view(whole.dx)));
 
   Passes<S> pieces;
   pieces.top_k.prepare_backward(pieces.tape);
@@ -56,7 +56,7 @@ TEMPLATE_TEST_CASE("noisy top-k: rows may come in pieces", "[routing]", float, d
     const GatheredRows<S> piece = rows.slice(first, count);
     pieces.top_k.forward(piece, nullptr, key, first, pieces.tape, pieces.routing);
     pieces.top_k.backward(piece, first, dweight.data(), dload.data(), pieces.tape, pieces.routing,
-                          rows_of(pieces.dx, first, count));
+                          ScatteredRows<S>(rows_of(pieces.dx, first, count)));
   }
   pieces.top_k.compute_load(0, 7, pieces.tape, pieces.load.data());
   CHECK(pieces.routing.expert == whole.routing.expert);
@@ -88,10 +88,10 @@ TEMPLATE_TEST_CASE("noisy top-k: many rows go in batches, which leave the same b
     for (Index first = 0; first < count; first += most) {
       const Index size = std::min(most, count - first);
       const Index* token = listed ? list.data() + first : nullptr;
-      passes.top_k.forward(rows.slice(first, size), token, {.step = 4}, first, passes.tape,
+      passes.top_k.forward(rows.slice(first, size), token, {.key = {.step = 4}}, first, passes.tape,
                            passes.routing);
       passes.top_k.backward(rows.slice(first, size), first, dweight.data(), dload.data(),
-                            passes.tape, passes.routing, rows_of(passes.dx, first, size));
+                            passes.tape, passes.routing, ScatteredRows<S>(rows_of(passes.dx, first, size)));
     }
   };
   Passes<S> pieces(count, top_k, noise);
@@ -122,11 +122,11 @@ TEMPLATE_TEST_CASE("noisy top-k: a listed token draws its own noise, wherever it
   using S = TestType;
   const Matrix<S> x = random_matrix<S>(7, 4, 1);
   Passes<S> straight;
-  straight.top_k.forward(GatheredRows<S>(x), nullptr, {.step = 4}, 0, straight.tape,
+  straight.top_k.forward(GatheredRows<S>(x), nullptr, {.key = {.step = 4}}, 0, straight.tape,
                          straight.routing);
   const Indices list{6, 2, 2, 0, 5, 1, 3};
   Passes<S> listed;
-  listed.top_k.forward(GatheredRows<S>(x, list.data(), 7), list.data(), {.step = 4}, 0, listed.tape,
+  listed.top_k.forward(GatheredRows<S>(x, list.data(), 7), list.data(), {.key = {.step = 4}}, 0, listed.tape,
                        listed.routing);
   for (Index row = 0; row < 7; ++row) {
     const Index token = list[detail::to_size(row)];
@@ -148,11 +148,11 @@ TEST_CASE("noisy top-k: a cleared gradient is written over, another added to", "
   Passes<double> passes;
   detail::track_gradients(passes.top_k);
   const auto run = [&] {
-    passes.top_k.forward(GatheredRows<double>(x), nullptr, {.step = 0}, 0, passes.tape,
+    passes.top_k.forward(GatheredRows<double>(x), nullptr, {.key = {.step = 0}}, 0, passes.tape,
                          passes.routing);
     passes.top_k.prepare_backward(passes.tape);
     passes.top_k.backward(GatheredRows<double>(x), 0, dweight.data(), dload.data(), passes.tape,
-                          passes.routing, view(passes.dx));
+                          passes.routing, ScatteredRows<double>(view(passes.dx)));
     return test::gradients_of(passes.top_k);
   };
   const test::Named once = run();

@@ -33,12 +33,12 @@ TEMPLATE_TEST_CASE("select_largest: a stable sort's for any scores", "[routing]"
                        [&](Index a, Index b) { return key(a) > key(b); });
       for (Index count = 1; count <= size; ++count) {
         Indices best(detail::to_size(count));
-        detail::select_largest(scores.data(), size, count, best.data());
+        select_largest(scores.data(), size, count, best.data());
         REQUIRE(std::equal(best.begin(), best.end(), expected.begin()));
       }
     }
   }
   TestType* nothing = nullptr;
   Index* nowhere = nullptr;
-  detail::select_largest(nothing, 0, 0, nowhere);
+  select_largest(nothing, 0, 0, nowhere);
 }

@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <barrier>
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <span>
 #include <thread>
 #include <vector>
 
-#include "moe/routing/global_batch.hpp"
+#include "moe/routing/shared_batch.hpp"
 
 /// \file
 /// A batch that several processes share, played by threads.
@@ -44,18 +45,29 @@ class Meeting {
   std::vector<Data> data_;
 };
 
-/// The part of one thread: `own` tokens from `first` on, of `tokens`.
-template <class Scalar>
-class PartOfBatch : public GlobalBatch<Scalar> {
+/// The part of one thread: rows from `first` on, of `rows`, and of the tokens among them.
+class PartOfBatch : public SharedBatch {
  public:
-  PartOfBatch(Meeting& meeting, std::size_t number, Index first, Index tokens)
-      : meeting_(meeting), number_(number), first_(first), tokens_(tokens) {}
+  struct Place {
+    Index first_row;
+    Index rows;
+    Index first_token;
+    Index tokens;
+  };
+  PartOfBatch(Meeting& meeting, std::size_t number, const Place& place)
+      : meeting_(meeting), number_(number), place_(place) {}
 
-  Index tokens() const override { return tokens_; }
-  Index first_token() const override { return first_; }
-  void sum(std::span<Scalar> numbers) const override { sum_of(numbers); }
+  Index rows() const override { return place_.rows; }
+  Index first_row() const override { return place_.first_row; }
+  Index tokens() const override { return place_.tokens; }
+  Index first_token() const override { return place_.first_token; }
+  void sum(std::span<float> numbers) const override { sum_of(numbers); }
+  void sum(std::span<double> numbers) const override { sum_of(numbers); }
   void sum(std::span<Index> numbers) const override { sum_of(numbers); }
-  void gather(std::span<const Scalar> numbers, Index, std::span<Scalar> all) const override {
+  void gather(std::span<const float> numbers, Index, std::span<float> all) const override {
+    gather_of(numbers, all);
+  }
+  void gather(std::span<const double> numbers, Index, std::span<double> all) const override {
     gather_of(numbers, all);
   }
   void gather(std::span<const Index> numbers, Index, std::span<Index> all) const override {
@@ -85,20 +97,27 @@ class PartOfBatch : public GlobalBatch<Scalar> {
 
   Meeting& meeting_;
   std::size_t number_;
-  Index first_, tokens_;
+  Place place_;
 };
 
-/// Calls f(number, batch) on a thread for each part; `sizes` are their tokens.
-template <class Scalar, class F>
-void share_batch(const std::vector<Index>& sizes, F&& f) {
+/// Calls f(number, batch) on a thread for each part; `sizes` are their rows, `valid` the flags of all.
+template <class F>
+void share_batch(const std::vector<Index>& sizes, F&& f,
+                 std::span<const std::uint8_t> valid = {}) {
   Meeting meeting(sizes.size());
-  Index tokens = 0;
-  for (const Index size : sizes) tokens += size;
+  Index rows = 0;
+  for (const Index size : sizes) rows += size;
+  const auto tokens_before = [&](Index row) {
+    if (valid.empty()) return row;
+    return static_cast<Index>(
+        row - std::count(valid.begin(), valid.begin() + row, std::uint8_t{0}));
+  };
   std::vector<std::thread> threads;
   Index first = 0;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     threads.emplace_back([&, i, first] {
-      const PartOfBatch<Scalar> batch(meeting, i, first, tokens);
+      const PartOfBatch batch(meeting, i,
+                              {first, rows, tokens_before(first), tokens_before(rows)});
       f(i, batch);
     });
     first += sizes[i];

@@ -8,10 +8,26 @@ using Indices = std::vector<Index>;
 namespace {
 
 template <class Scalar>
+Scalar measure(detail::SwitchLoss<Scalar>& loss, const Matrix<Scalar>& score,
+               const Vector<Scalar>& scale, const Indices& choices, SwitchCount count,
+               Index sequences = 1, RowOrder order = RowOrder::time_major,
+               std::span<const std::uint8_t> valid = {}) {
+  detail::ValidTokens tokens;
+  const Index rows = valid.empty() ? score.rows() : static_cast<Index>(valid.size());
+  detail::find_valid_tokens("test", rows, valid, nullptr, tokens);
+  const Index top_k =
+      score.rows() > 0 ? static_cast<Index>(choices.size()) / score.rows() : Index{1};
+  detail::BatchSum sum(nullptr);
+  loss.accumulate(score, scale, std::span<const Index>(choices), top_k, count, sequences, order,
+                  tokens, sum);
+  return loss.finish();
+}
+template <class Scalar>
 Scalar measure(detail::SwitchLoss<Scalar>& loss, const Matrix<Scalar>& p, const Indices& choices,
-               SwitchCount count, Index sequences = 1, RowOrder order = RowOrder::time_major) {
+               SwitchCount count, Index sequences = 1, RowOrder order = RowOrder::time_major,
+               std::span<const std::uint8_t> valid = {}) {
   const Vector<Scalar> ones = Vector<Scalar>::Ones(p.rows());
-  return loss.measure(p, ones, std::span<const Index>(choices), count, sequences, order);
+  return measure(loss, p, ones, choices, count, sequences, order, valid);
 }
 
 }  // namespace
@@ -85,8 +101,7 @@ TEMPLATE_TEST_CASE("switch loss: rows have a scale", "[routing]", float, double)
   scale << S(0.25), S(0.05);
   const Indices choices = {1, 0};
   detail::SwitchLoss<S> loss;
-  loss.measure(score, scale, std::span<const Index>(choices), SwitchCount::per_slot, 1,
-               RowOrder::time_major);
+  measure(loss, score, scale, choices, SwitchCount::per_slot);
   CHECK_THAT(static_cast<double>(loss.probability()(0, 0)),
              Catch::Matchers::WithinAbs(0.375, 1e-6));
   CHECK_THAT(static_cast<double>(loss.probability()(0, 1)),
@@ -120,4 +135,29 @@ TEST_CASE("switch loss: its gradient is the derivative, over more experts than a
       p(t, i) -= 1;
     }
   }
+}
+
+TEST_CASE("switch loss: sequences of unequal length, worked by hand", "[routing]") {
+  // Rows 0 to 5 are two sequences of three, time after time; row 3 (of sequence 1) and row 5 (of
+  // sequence 1) are padding, so sequence 0 is rows 0, 2, 4 and sequence 1 row 1 alone.
+  const std::vector<std::uint8_t> valid = {1, 1, 1, 0, 1, 0};
+  const Matrix<double> p = Matrix<double>{{1, 3}, {2, 2}, {4, 0}, {3, 1}} / 4.0;  // rows 0 1 2 4
+  const Indices choices = {1, 0, 0, 0};
+  detail::SwitchLoss<double> loss;
+  // Sequence 0: f = (2, 1)/3, P = (8, 4)/12. Sequence 1: f = (1, 0), P = (1, 1)/2.
+  const double expected = (2 * (2.0 / 3 * 8 / 12 + 1.0 / 3 * 4 / 12) + 2 * (1 * 0.5)) / 2;
+  CHECK_THAT(measure(loss, p, choices, SwitchCount::per_slot, 2, RowOrder::time_major, valid),
+             Catch::Matchers::WithinRel(expected, 1e-14));
+  // ∂/∂P of token 3 (row 4, of sequence 0): E·f/T_0/2 = 2·(2, 1)/3/3/2.
+  std::vector<double> dp = {0, 0};
+  loss.add_gradient(1, 3, dp.data());
+  CHECK_THAT(dp[0], Catch::Matchers::WithinRel(2.0 / 9, 1e-14));
+  CHECK_THAT(dp[1], Catch::Matchers::WithinRel(1.0 / 9, 1e-14));
+
+  // A sequence without tokens has no part in the mean.
+  const std::vector<std::uint8_t> one = {1, 0, 1, 0, 1, 0};
+  const Matrix<double> q = Matrix<double>{{1, 3}, {4, 0}, {3, 1}} / 4.0;
+  CHECK_THAT(measure(loss, q, Indices{1, 0, 0}, SwitchCount::per_slot, 2, RowOrder::time_major,
+                     std::span<const std::uint8_t>(one)),
+             Catch::Matchers::WithinRel(2 * (2.0 / 3 * 8 / 12 + 1.0 / 3 * 4 / 12), 1e-14));
 }

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,6 +20,16 @@
 /// The sparsely-gated mixture-of-experts layer: route, dispatch, compute, combine.
 
 namespace moe {
+
+/// What a layer is made of, wherever its experts are.
+template <class Expert, class Gate>
+struct MoELayerConfig {
+  Index width = 0;                           ///< D
+  typename Expert::Config expert{};          ///< of every expert
+  typename Gate::Config gate{};              ///< says how many experts there are
+  Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
+  Seed seed;                                 ///< of the experts' start and the gate's noise
+};
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few
 /// experts, each expert runs over the rows it got, and the results are added up by weight. The
@@ -57,13 +69,7 @@ class MoELayer {
   template <class OtherDispatch>
   using WithDispatch = MoELayer<Expert, Gate, OtherDispatch>;
 
-  struct Config {
-    Index width = 0;                           ///< D
-    typename Expert::Config expert{};          ///< of every expert
-    typename Gate::Config gate{};              ///< says how many experts there are
-    Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
-    Seed seed;                                 ///< of the experts' start and the gate's noise
-  };
+  using Config = MoELayerConfig<Expert, Gate>;
 
   /// What a pass leaves behind. One tape belongs to one pass at a time; several passes in flight
   /// take several tapes.
@@ -203,6 +209,19 @@ class MoELayer {
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     Tape tape;
     return evaluate(x, tape);
+  }
+
+  /// Puts an expert with the same shapes in the place of expert `e`, which must be one of those here.
+  /// Throws std::invalid_argument where it is not, or a parameter has another shape.
+  void replace_expert(Index e, const Expert& expert) {
+    const Range here = policy_.experts_here(gate_.experts());
+    detail::require(e >= here.first && e < here.first + here.count,
+                    "MoELayer::replace_expert: expert ", e, " of ", gate_.experts());
+    Expert& replaced = experts_[detail::to_size(e - here.first)];
+    detail::check_same_shapes(replaced, expert, "MoELayer::replace_expert: experts." +
+                                                    std::to_string(e) + '.');
+    replaced = expert;
+    detail::track_gradients(replaced);
   }
 
   /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws

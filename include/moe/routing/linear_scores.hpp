@@ -19,6 +19,12 @@ void linear_scores(const GatheredRows<Scalar>& x, const Parameter<Scalar>& weigh
   detail::product_nn(x, view(weight.value), view(scores));
 }
 
+template <class Scalar>
+void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
+                   Matrix<Scalar>& scores) {
+  linear_scores(GatheredRows<Scalar>(x), weight, scores);
+}
+
 /// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (N x D).
 template <class Scalar>
 void linear_scores_backward(const GatheredRows<Scalar>& x, const Matrix<Scalar>& dscores,
@@ -26,6 +32,13 @@ void linear_scores_backward(const GatheredRows<Scalar>& x, const Matrix<Scalar>&
   const GatheredRows<Scalar> rows(dscores);
   detail::product_nt(rows, view(std::as_const(weight.value)), dx, detail::Start::accumulate);
   if (weight.trained) detail::product_tn(x, rows, view(weight.gradient()));
+}
+
+template <class Scalar>
+void linear_scores_backward(const MatrixRef<Scalar>& x, const Matrix<Scalar>& dscores,
+                            Parameter<Scalar>& weight, Matrix<Scalar>& dx) {
+  linear_scores_backward(GatheredRows<Scalar>(x), dscores, weight,
+                         ScatteredRows<Scalar>(view(dx)));
 }
 
 namespace detail {

@@ -1,11 +1,11 @@
-#include "moe/routing/routing.hpp"
+#include "moe/routing/dispatch.hpp"
 
 #include <random>
 
 #include "../support.hpp"
 
 using namespace moe;
-using Indices = std::vector<Index>;
+using Indices = IndexedVector<Index>;
 
 namespace {
 
@@ -43,7 +43,7 @@ Routing<double> random_routing(Index tokens, Index experts, std::uint32_t seed) 
 
 }  // namespace
 
-TEST_CASE("routing: offsets are the running count of slots by expert", "[routing]") {
+TEST_CASE("dispatch: offsets are the running count of slots by expert", "[routing][dispatch]") {
   Indices offsets = {9, 9};  // what was there is forgotten
   detail::count_offsets(Indices{2, 0, 2, 3, 2}, 5, offsets);
   CHECK(offsets == Indices{0, 1, 1, 4, 5, 5});
@@ -51,7 +51,7 @@ TEST_CASE("routing: offsets are the running count of slots by expert", "[routing
   CHECK(offsets == Indices{0, 0, 0});
 }
 
-TEST_CASE("routing: slots are sorted by expert and keep their order within one", "[routing]") {
+TEST_CASE("dispatch: slots are sorted by expert and keep their order within one", "[routing][dispatch]") {
   const Indices expert = {2, 0, 2, 3, 2};
   Indices offsets = {0, 1, 1, 4, 5, 5};
   Indices sorted_slot;
@@ -60,56 +60,60 @@ TEST_CASE("routing: slots are sorted by expert and keep their order within one",
   CHECK(offsets == Indices{0, 1, 1, 4, 5, 5});
 }
 
-TEST_CASE("routing: grouping gives rows by expert and their way back", "[routing]") {
+TEST_CASE("dispatch: grouping gives rows by expert and their way back", "[routing][dispatch]") {
   Routing<float> routing = small_routing();
-  group_by_expert(routing);
+  Dispatch<float> dispatch;
+  sort_by_expert(routing, dispatch);
   // slot    0 1 2 3 4 5
   // expert  0 2 2 0 1 2
   // token   0 0 2 3 3 3
-  CHECK(routing.expert_offsets == Indices{0, 2, 3, 6});
-  CHECK(routing.sorted_slot == Indices{0, 3, 4, 1, 2, 5});
-  CHECK(routing.sorted_token == Indices{0, 3, 3, 0, 2, 3});
-  CHECK(routing.sorted_position == Indices{0, 3, 4, 1, 2, 5});
+  CHECK(dispatch.offsets == Indices{0, 2, 3, 6});
+  CHECK(dispatch.sorted_slot == Indices{0, 3, 4, 1, 2, 5});
+  CHECK(dispatch.token == Indices{0, 3, 3, 0, 2, 3});
+  CHECK(dispatch.weight == IndexedVector<float>{0.25f, 0.5f, 0.25f, 0.75f, 1.0f, 0.25f});
+  CHECK(dispatch.sorted_position == Indices{0, 3, 4, 1, 2, 5});
   CHECK(routing.tokens() == 4);
   CHECK(routing.slots() == 6);
-  CHECK(routing.slots_of(0) == 2);
-  CHECK(routing.slots_of(1) == 1);
-  CHECK(routing.slots_of(2) == 3);
+  CHECK(dispatch.slots_of(0) == 2);
+  CHECK(dispatch.slots_of(1) == 1);
+  CHECK(dispatch.slots_of(2) == 3);
 }
 
-TEST_CASE("routing: a row's slot and a slot's row are not the same list", "[routing]") {
+TEST_CASE("dispatch: a row's slot and a slot's row are not the same list", "[routing][dispatch]") {
   // In small_routing() the two lists happen to be equal.
   Routing<float> routing;
   routing.experts = 2;
   routing.token_offsets = {0, 1, 2, 3};
   routing.expert = {1, 1, 0};
   routing.weight = {1, 1, 1};
-  group_by_expert(routing);
-  CHECK(routing.sorted_slot == Indices{2, 0, 1});
-  CHECK(routing.sorted_position == Indices{1, 2, 0});
-  CHECK(routing.sorted_token == Indices{2, 0, 1});
+  Dispatch<float> dispatch;
+  sort_by_expert(routing, dispatch);
+  CHECK(dispatch.sorted_slot == Indices{2, 0, 1});
+  CHECK(dispatch.sorted_position == Indices{1, 2, 0});
+  CHECK(dispatch.token == Indices{2, 0, 1});
 }
 
-TEST_CASE("routing: every slot is in the rows of its expert exactly once", "[routing]") {
+TEST_CASE("dispatch: every slot is in the rows of its expert exactly once", "[routing][dispatch]") {
   for (std::uint32_t seed = 0; seed < 60; ++seed) {
     const Index tokens = static_cast<Index>(seed * seed % 97);
     const Index experts = 1 + static_cast<Index>(seed % 13);
     Routing<double> routing = random_routing(tokens, experts, seed);
     const Routing<double> made = routing;
-    group_by_expert(routing);
+    Dispatch<double> dispatch;
+  sort_by_expert(routing, dispatch);
     CHECK(routing.expert == made.expert);
     CHECK(routing.weight == made.weight);
     CHECK(routing.token_offsets == made.token_offsets);
 
-    REQUIRE(static_cast<Index>(routing.expert_offsets.size()) == experts + 1);
-    CHECK(routing.expert_offsets.front() == 0);
-    CHECK(routing.expert_offsets.back() == routing.slots());
-    CHECK(std::is_sorted(routing.expert_offsets.begin(), routing.expert_offsets.end()));
+    REQUIRE(static_cast<Index>(dispatch.offsets.size()) == experts + 1);
+    CHECK(dispatch.offsets.front() == 0);
+    CHECK(dispatch.offsets.back() == routing.slots());
+    CHECK(std::is_sorted(dispatch.offsets.begin(), dispatch.offsets.end()));
 
-    REQUIRE(routing.sorted_slot.size() == routing.expert.size());
-    REQUIRE(routing.sorted_position.size() == routing.expert.size());
-    REQUIRE(routing.sorted_token.size() == routing.expert.size());
-    Indices sorted = routing.sorted_slot;
+    REQUIRE(dispatch.sorted_slot.size() == routing.expert.size());
+    REQUIRE(dispatch.sorted_position.size() == routing.expert.size());
+    REQUIRE(dispatch.token.size() == routing.expert.size());
+    Indices sorted = dispatch.sorted_slot;
     std::sort(sorted.begin(), sorted.end());
     bool permutation = true;
     for (std::size_t i = 0; i < sorted.size(); ++i) {
@@ -122,15 +126,15 @@ TEST_CASE("routing: every slot is in the rows of its expert exactly once", "[rou
     bool token = true;
     bool inverse = true;
     for (Index e = 0; e < experts; ++e) {
-      const Index first = routing.expert_offsets[detail::to_size(e)];
-      for (Index row = first; row < routing.expert_offsets[detail::to_size(e) + 1]; ++row) {
-        const Index slot = routing.sorted_slot[detail::to_size(row)];
-        const Index t = routing.sorted_token[detail::to_size(row)];
-        at_home = at_home && routing.expert[detail::to_size(slot)] == e;
-        stable = stable && (row == first || routing.sorted_slot[detail::to_size(row) - 1] < slot);
-        token = token && routing.token_offsets[detail::to_size(t)] <= slot &&
-                slot < routing.token_offsets[detail::to_size(t) + 1];
-        inverse = inverse && routing.sorted_position[detail::to_size(slot)] == row;
+      const Index first = dispatch.offsets[e];
+      for (Index row = first; row < dispatch.offsets[e + 1]; ++row) {
+        const Index slot = dispatch.sorted_slot[row];
+        const Index t = dispatch.token[row];
+        at_home = at_home && routing.expert[slot] == e;
+        stable = stable && (row == first || dispatch.sorted_slot[row - 1] < slot);
+        token = token && routing.token_offsets[t] <= slot &&
+                slot < routing.token_offsets[t + 1];
+        inverse = inverse && dispatch.sorted_position[slot] == row;
       }
     }
     CHECK(at_home);
@@ -140,44 +144,62 @@ TEST_CASE("routing: every slot is in the rows of its expert exactly once", "[rou
   }
 }
 
-TEST_CASE("routing: a routing can be grouped again with another size", "[routing]") {
-  Routing<double> used = random_routing(50, 7, 1);
-  group_by_expert(used);
-  Routing<double> fresh = random_routing(3, 4, 2);
-  used.experts = fresh.experts;
-  used.token_offsets = fresh.token_offsets;
-  used.expert = fresh.expert;
-  used.weight = fresh.weight;
-  group_by_expert(used);
-  group_by_expert(fresh);
-  CHECK(used.expert_offsets == fresh.expert_offsets);
+TEST_CASE("dispatch: weights' gradients go back to their slots", "[routing][dispatch]") {
+  Dispatch<float> dispatch;
+  sort_by_expert(small_routing(), dispatch);
+  const IndexedVector<float> by_position = {10, 11, 12, 13, 14, 15};
+  IndexedVector<float> by_slot = {9};
+  sort_by_expert_backward(dispatch, std::span<const float>(by_position), by_slot);
+  CHECK(by_slot == IndexedVector<float>{10, 13, 14, 11, 12, 15});
+}
+
+TEST_CASE("dispatch: a token's slots are a range", "[routing][dispatch]") {
+  const Routing<float> routing = small_routing();
+  CHECK(routing.slots_of_token(0).first == 0);
+  CHECK(routing.slots_of_token(0).count == 2);
+  CHECK(routing.slots_of_token(1).count == 0);
+  CHECK(routing.slots_of_token(3).first == 3);
+  CHECK(routing.slots_of_token(3).count == 3);
+}
+
+TEST_CASE("dispatch: a routing can be grouped again with another size", "[routing][dispatch]") {
+  const Routing<double> routing = random_routing(3, 4, 2);
+  Dispatch<double> used;
+  Dispatch<double> fresh;
+  sort_by_expert(random_routing(50, 7, 1), used);
+  sort_by_expert(routing, used);
+  sort_by_expert(routing, fresh);
+  CHECK(used.offsets == fresh.offsets);
   CHECK(used.sorted_slot == fresh.sorted_slot);
-  CHECK(used.sorted_token == fresh.sorted_token);
+  CHECK(used.token == fresh.token);
+  CHECK(used.weight == fresh.weight);
   CHECK(used.sorted_position == fresh.sorted_position);
 }
 
-TEST_CASE("routing: no tokens make no rows", "[routing]") {
+TEST_CASE("dispatch: no tokens make no rows", "[routing][dispatch]") {
   Routing<float> routing;
   CHECK(routing.tokens() == 0);
   CHECK(routing.slots() == 0);
   routing.experts = 2;
   routing.token_offsets = {0};
-  group_by_expert(routing);
+  Dispatch<float> dispatch;
+  sort_by_expert(routing, dispatch);
   CHECK(routing.tokens() == 0);
-  CHECK(routing.expert_offsets == Indices{0, 0, 0});
-  CHECK(routing.sorted_slot.empty());
+  CHECK(dispatch.offsets == Indices{0, 0, 0});
+  CHECK(dispatch.sorted_slot.empty());
 }
 
-TEST_CASE("routing: a contradiction is refused before anything is grouped", "[routing]") {
+TEST_CASE("dispatch: a contradiction is refused before anything is grouped", "[routing][dispatch]") {
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Routing<float> routing = small_routing();
     spoil(routing);
-    CHECK_THROWS_AS(group_by_expert(routing), std::invalid_argument);
-    CHECK_THROWS_WITH(group_by_expert(routing), message);
-    CHECK(routing.expert_offsets.empty());
-    CHECK(routing.sorted_slot.empty());
-    CHECK(routing.sorted_token.empty());
-    CHECK(routing.sorted_position.empty());
+    Dispatch<float> dispatch;
+    CHECK_THROWS_AS(sort_by_expert(routing, dispatch), std::invalid_argument);
+    CHECK_THROWS_WITH(sort_by_expert(routing, dispatch), message);
+    CHECK(dispatch.offsets.empty());
+    CHECK(dispatch.sorted_slot.empty());
+    CHECK(dispatch.token.empty());
+    CHECK(dispatch.sorted_position.empty());
   };
   const std::string offsets =
       "moe: Routing.token_offsets must run from 0 to the number of slots, 6";

@@ -1,4 +1,4 @@
-#include "moe/routing/global_batch.hpp"
+#include "moe/routing/shared_batch.hpp"
 
 #include <vector>
 
@@ -47,14 +47,12 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
   backward(whole, 0, x);
 
   std::vector<Outcome<Gate>> parts(sizes.size(), {fresh, {}, {}});
-  test::share_batch<double>(sizes, [&](std::size_t i, const GlobalBatch<double>& batch) {
+  test::share_batch(sizes, [&](std::size_t i, const SharedBatch& batch) {
     Outcome<Gate>& o = parts[i];
-    const Index first = batch.first_token();
-    o.tape.batch = &batch;
+    const Index first = batch.first_row();
     o.gate.forward(x.middleRows(first, sizes[i]), o.tape,
-                   {.step = 3, .first_token = static_cast<std::uint32_t>(first)});
+                   {.step = 3, .first_token = static_cast<std::uint32_t>(first), .batch = &batch});
     backward(o, first, x.middleRows(first, sizes[i]));
-    o.tape.batch = nullptr;
   });
 
   Index first = 0;
@@ -97,7 +95,7 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
 
 }  // namespace
 
-TEST_CASE("global batch: parts of a batch route, lose and learn as the whole", "[routing][gate]") {
+TEST_CASE("shared batch: parts of a batch route, lose and learn as the whole", "[routing][gate]") {
   for (const std::vector<Index>& sizes : {std::vector<Index>{5, 7}, {12}, {3, 0, 9}, {330, 270}}) {
     INFO(sizes.size() << " parts, the first of " << sizes[0]);
     check_shared<NoisyTopKGate<double>>({.width = 4, .experts = 6, .top_k = 2}, sizes);
