@@ -46,6 +46,15 @@ class MoELayer {
     typename Gate_::Config gate{};             ///< says how many experts there are
     Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
     Seed seed;                                 ///< of the experts' start and the gate's noise
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("expert", self.expert);
+      visit("gate", self.gate);
+      visit("output", self.output);
+      visit("seed", self.seed);
+    }
   };
 
   /// What a pass leaves behind. One tape belongs to one pass at a time; several passes in flight

@@ -11,12 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "moe/config_fields.hpp"
 #include "moe/layer/expert_pass.hpp"
 #include "moe/layer/layer_checks.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/layer/output_activation.hpp"
 #include "moe/mpi/communicator.hpp"
-#include "moe/mpi/config_fields.hpp"
 #include "moe/mpi/gradients.hpp"
 #include "moe/mpi/placement.hpp"
 #include "moe/mpi/row_exchange.hpp"
@@ -303,8 +303,9 @@ class ExpertParallel {
   /// Throws Error on all ranks where they have different configurations.
   void check_configuration() const {
     std::vector<std::int64_t> fields;
-    const auto add = [&](std::int64_t field) { fields.push_back(field); };
-    moe::detail::for_each_field(config_, add);
+    moe::detail::for_each_field(config_, [&](const ParameterName&, const auto& field) {
+      fields.push_back(moe::detail::field_bits(field));
+    });
     communicator_.agree("ExpertParallel::ExpertParallel",
                         {{"Config.width", config_.width},
                          {"the number of experts", gate_->experts()},
@@ -313,12 +314,16 @@ class ExpertParallel {
     std::vector<std::int64_t> root = fields;
     communicator_.broadcast(std::span<std::int64_t>(root), 0);
     communicator_.attempt("ExpertParallel: Config", [&] {
-      const auto [here, there] = std::mismatch(fields.begin(), fields.end(), root.begin());
-      moe::detail::require(here == fields.end(),
-                           "ExpertParallel: Config differs from rank 0's in number ",
-                           here - fields.begin() + 1,
-                           " of its fields (those of expert, gate, output and "
-                           "seed follow width)");
+      auto there = root.begin();
+      moe::detail::for_each_field(
+          config_, [&]<class Field>(const ParameterName& name, const Field& field) {
+            const std::int64_t bits = *there++;
+            if (moe::detail::field_bits(field) == bits) return;
+            moe::detail::require(false, "ExpertParallel: Config.", name.string(),
+                                 " differs: ", moe::detail::field_text(field), " here, ",
+                                 moe::detail::field_text(moe::detail::field_of_bits<Field>(bits)),
+                                 " on rank 0");
+          });
     });
   }
 

@@ -48,6 +48,19 @@ class HierarchicalGate {
     double noise_floor = 0.01;       ///< s0 > 0, of all gates
     double importance_weight = 0.1;  ///< w_importance >= 0
     double load_weight = 0.1;        ///< w_load >= 0
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("groups", self.groups);
+      visit("group_experts", self.group_experts);
+      visit("active_groups", self.active_groups);
+      visit("active", self.active);
+      visit("noise", self.noise);
+      visit("noise_floor", self.noise_floor);
+      visit("importance_weight", self.importance_weight);
+      visit("load_weight", self.load_weight);
+    }
   };
 
   /// What the primary gate leaves, a row a token, or the secondary gates, a row a token and group,
