@@ -76,6 +76,18 @@ struct Named {
   }
 };
 
+/// A configuration that has another one's fields and its own.
+template <bool complete>
+struct Derived : SoftmaxTopKConfig {
+  double own = 1;
+
+  template <class Self, class Visitor>
+  static constexpr void visit_fields(Self& self, Visitor visit) {
+    SoftmaxTopKConfig::visit_fields(self, visit);
+    if constexpr (complete) visit("own", self.own);
+  }
+};
+
 /// A visit_fields that does not suit its configuration in one of these ways.
 enum class Fault { none, left_out, twice, last_left_out };
 
@@ -159,6 +171,8 @@ TEST_CASE("config fields: a visit_fields that misses a field or visits one twice
   STATIC_REQUIRE(!detail::visits_every_field<Faulty<Fault::left_out>>());
   STATIC_REQUIRE(!detail::visits_every_field<Faulty<Fault::last_left_out>>());
   STATIC_REQUIRE(!detail::visits_every_field<Faulty<Fault::twice>>());
+  STATIC_REQUIRE(detail::visits_every_field<Derived<true>>());
+  STATIC_REQUIRE(!detail::visits_every_field<Derived<false>>());
   STATIC_REQUIRE(!detail::HasNamedFields<Outer>);
   STATIC_REQUIRE(detail::is_all_named<Faulty<Fault::none>>());
   STATIC_REQUIRE(!detail::is_all_named<Named>());

@@ -164,13 +164,18 @@ concept HasNamedFields = requires(Type& config) {
   Type::visit_fields(config, AnyFieldVisitor{});
 };
 
-template <std::size_t>
-struct NumberedField : AnyField {};
+/// Initialises a field of Type, which is no base of it: a base's fields count one by one.
+template <class Type, std::size_t number>
+struct AnyFieldOf {
+  template <class Field>
+  requires(!std::is_base_of_v<Field, Type>) operator Field()
+      const;  // NOLINT(google-explicit-constructor)
+};
 
 /// Whether an aggregate can be initialised with as many values.
 template <class Type, std::size_t... numbers>
 constexpr bool takes_fields(std::index_sequence<numbers...>) {
-  return requires { Type{NumberedField<numbers>{}...}; };
+  return requires { Type{AnyFieldOf<Type, numbers>{}...}; };
 }
 
 /// The number of fields that visit_fields visits, 0 if it visits one twice.
