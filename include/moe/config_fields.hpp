@@ -167,9 +167,8 @@ concept HasNamedFields = requires(Type& config) {
 /// Initialises a field of Type, which is no base of it: a base's fields count one by one.
 template <class Type, std::size_t number>
 struct AnyFieldOf {
-  template <class Field>
-  requires(!std::is_base_of_v<Field, Type>) operator Field()
-      const;  // NOLINT(google-explicit-constructor)
+  template <class Field, class = std::enable_if_t<!std::is_base_of_v<Field, Type>>>
+  operator Field() const;  // NOLINT(google-explicit-constructor)
 };
 
 /// Whether an aggregate can be initialised with as many values.
