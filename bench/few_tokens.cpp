@@ -26,7 +26,7 @@ void evaluate(benchmark::State& state) {
   const auto x = bench::random_matrix<float>(shape.tokens, shape.width, 1);
   bench::FixedLayer<float>::Tape tape;
   const double seconds = bench::best_seconds([&] { layer.evaluate(x, tape); });
-  const Index used = bench::used_experts(tape.routing());
+  const Index used = bench::used_experts(tape.dispatch);
   const bench::Work work = bench::evaluate_work<float>(shape, used);
   bench::report<float>(state, seconds, work, 1);
   state.counters["GBs"] = work.bytes / seconds * 1e-9;

@@ -37,7 +37,7 @@ void forward(benchmark::State& state) {
   const auto x = bench::random_matrix<Scalar>(shape.tokens, shape.width, 1);
   typename Layer<Scalar>::Tape tape;
   const double seconds = bench::best_seconds([&] { layer.forward(x, tape, {.step = 0}); });
-  const Index used = bench::used_experts(tape.routing());
+  const Index used = bench::used_experts(tape.dispatch);
   bench::report<Scalar>(state, seconds, bench::forward_work<Scalar>(shape, used), 1);
 }
 
@@ -54,7 +54,7 @@ void forward_backward(benchmark::State& state) {
     layer.forward(x, tape, {.step = 0});
     layer.backward(dy, tape);
   });
-  const Index used = bench::used_experts(tape.routing());
+  const Index used = bench::used_experts(tape.dispatch);
   bench::report<Scalar>(state, seconds, bench::step_work<Scalar>(shape, used), 1);
 }
 

@@ -51,7 +51,7 @@ void training_step(benchmark::State& state) {
       static_cast<double>(shape.slots()) * sizeof(Index);
   const double bound = 4 * parameters + tape_bytes;
   // Adam reads four arrays and writes three.
-  bench::Work work = bench::step_work<float>(shape, bench::used_experts(tape.routing()));
+  bench::Work work = bench::step_work<float>(shape, bench::used_experts(tape.dispatch));
   work.bytes += 7 * parameters;
   work.resident += 2 * parameters;
   bench::report<float>(state, seconds, work, threads);

@@ -29,7 +29,7 @@ void run(benchmark::State& state, bool backward) {
     };
   };
   const std::vector<double> seconds = bench::best_seconds({pass_on(1), pass_on(threads)});
-  const Index used = bench::used_experts(tape.routing());
+  const Index used = bench::used_experts(tape.dispatch);
   bench::report<float>(
       state, seconds[1],
       backward ? bench::step_work<float>(shape, used) : bench::forward_work<float>(shape, used),

@@ -4,6 +4,7 @@
 /// The whole library but io/ and mpi/, which have dependencies of their own.
 
 #include "moe/config.hpp"
+#include "moe/config_fields.hpp"
 #include "moe/experts/expert.hpp"
 #include "moe/experts/feed_forward.hpp"
 #include "moe/function_ref.hpp"

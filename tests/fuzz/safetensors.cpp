@@ -6,12 +6,42 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "moe/kernels/activations.hpp"
+
 namespace {
+
+/// A module whose configuration has a field of every kind.
+struct Fields {
+  struct Config {
+    moe::Index whole = 0;
+    double real = 0;
+    float single = 0;
+    bool flag = false;
+    moe::Activation name = moe::Activation::identity;
+    moe::Seed seed = 0;
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("whole", self.whole);
+      visit("real", self.real);
+      visit("single", self.single);
+      visit("flag", self.flag);
+      visit("name", self.name);
+      visit("seed", self.seed);
+    }
+  };
+  Config own;
+
+  const Config& config() const { return own; }
+  template <class Self, class Visitor>
+  static void visit_parameters(Self&, Visitor) {}
+};
 
 void require(bool condition) {
   if (!condition) std::abort();
@@ -42,6 +72,12 @@ void read_file(const std::string& path, std::size_t size) {
     }
   }
   require(bytes + 8 + 2 <= size);
+  if (!file.metadata().empty()) {
+    Fields fields{file.config<Fields>()};
+    require(std::isfinite(fields.own.real) && std::isfinite(fields.own.single));
+    require(fields.own.name <= moe::Activation::tanh);
+    file.read_module(fields);
+  }
 }
 
 }  // namespace

@@ -551,7 +551,7 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spre
                    float, double) {
   for (const bool gated : {false, true}) {
     const auto kept = static_cast<Index>(1024 / sizeof(TestType));
-    REQUIRE(detail::spread_width<TestType>(kept) > kept);
+    REQUIRE(detail::spread_width<TestType>(saved) > kept);
     check_against_naive<TestType>({.width = 6,
                                    .expert = {.hidden = gated ? kept / 2 : kept, .gated = gated},
                                    .gate = {.experts = 3, .top_k = 2},

@@ -426,15 +426,18 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
   config = small;
   if (odd) config.gate.top_k = 3;
   check_error(
-      communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
+      communicator, [&] { Small layer(config, communicator); },
+      "Config.gate.top_k differs: 3 here, 2 on rank 0");
   config = small;
   if (odd) config.gate.load_weight = 0.2;
   check_error(
-      communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
+      communicator, [&] { Small layer(config, communicator); },
+      "Config.gate.load_weight differs: 0.2 here, 0.1 on rank 0");
   config = small;
   if (odd) config.output = Activation::sigmoid;
   check_error(
-      communicator, [&] { Small layer(config, communicator); }, "Config differs from rank 0's");
+      communicator, [&] { Small layer(config, communicator); },
+      "Config.output differs: sigmoid here, identity on rank 0");
   config = small;
   if (odd) config.gate.top_k = 5;
   check_error(

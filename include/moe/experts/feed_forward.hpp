@@ -41,6 +41,15 @@ class FeedForward {
     /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App.
     /// D]. All results keep their bits.
     bool recompute = false;
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("hidden", self.hidden);
+      visit("activation", self.activation);
+      visit("gated", self.gated);
+      visit("recompute", self.recompute);
+    }
   };
 
   /// Throws std::invalid_argument for a configuration out of range.

@@ -61,6 +61,14 @@ class BalancedGate {
     Index experts = 0;  ///< E
     Index top_k = 0;   ///< K, experts of a token on average, 1 <= K <= E
     double threshold_weight = 1e-3;  ///< of L_batchwise, >= 0
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("experts", self.experts);
+      visit("top_k", self.top_k);
+      visit("threshold_weight", self.threshold_weight);
+    }
   };
 
   /// Of the gate's loss, see Config; finite and at least 0.

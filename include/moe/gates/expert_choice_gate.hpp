@@ -44,6 +44,13 @@ class ExpertChoiceGate {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
     double capacity_factor = 2;  ///< experts of a token on average, above 0 and at most E
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("experts", self.experts);
+      visit("capacity_factor", self.capacity_factor);
+    }
   };
 
   struct Tape : GateTape<Scalar> {

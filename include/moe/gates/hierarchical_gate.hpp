@@ -49,6 +49,19 @@ class HierarchicalGate {
     double noise_floor = 0.01;       ///< s0 > 0, of all gates
     double importance_weight = 0.1;  ///< w_importance >= 0
     double load_weight = 0.1;        ///< w_load >= 0
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("groups", self.groups);
+      visit("group_experts", self.group_experts);
+      visit("top_k_groups", self.top_k_groups);
+      visit("top_k", self.top_k);
+      visit("noise", self.noise);
+      visit("noise_floor", self.noise_floor);
+      visit("importance_weight", self.importance_weight);
+      visit("load_weight", self.load_weight);
+    }
   };
 
   /// Of the gate's losses, see Config.

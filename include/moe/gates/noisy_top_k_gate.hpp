@@ -36,6 +36,17 @@ class NoisyTopKGate {
     double noise_floor = 0.01;       ///< s0 > 0
     double importance_weight = 0.1;  ///< w_importance >= 0
     double load_weight = 0.1;        ///< w_load >= 0
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("experts", self.experts);
+      visit("top_k", self.top_k);
+      visit("noise", self.noise);
+      visit("noise_floor", self.noise_floor);
+      visit("importance_weight", self.importance_weight);
+      visit("load_weight", self.load_weight);
+    }
   };
 
   /// Of the gate's losses, see Config.

@@ -48,6 +48,14 @@ class SharedExpertGate {
     Index shared = 1;    ///< experts that every token uses, at least 1
     bool gated = false;  ///< their weights are sigmoid(x·W_shared) instead of 1
     typename RoutedGate::Config routed{};  ///< the wrapped gate's; width 0 stands for D
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("shared", self.shared);
+      visit("gated", self.gated);
+      visit("routed", self.routed);
+    }
   };
 
   using LossWeights = typename detail::LossWeightsOf<RoutedGate>::type;  ///< the wrapped gate's

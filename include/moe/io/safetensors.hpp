@@ -7,7 +7,7 @@
 #include "moe/io/safetensors/writer.hpp"
 
 /// \file
-/// Saving and loading parameters in the safetensors format
+/// Saving and loading modules in the safetensors format
 /// (https://huggingface.co/docs/safetensors), which PyTorch, JAX and NumPy read and write:
 ///
 ///     8 bytes      length N of the header, little-endian
@@ -23,7 +23,25 @@ namespace moe {
 static_assert(std::endian::native == std::endian::little && sizeof(Index) == 8,
               "safetensors files are little-endian, and so must the machine be");
 
-/// Every parameter of a module, by its name. Throws like SafetensorsWriter::write().
+/// A module's parameters by their names, and its configuration. Throws like
+/// SafetensorsWriter::add_module() and write().
+template <class Module>
+void save_module(const std::string& path, const Module& module) {
+  SafetensorsWriter writer;
+  writer.add_module(module);
+  writer.write(path);
+}
+
+/// The same back, into a module of the same parameters and configuration; throws std::runtime_error,
+/// the module being untouched, if the file is not in order, lacks a parameter of its name, type and
+/// shape, or was saved with another configuration; the message names the field.
+template <class Module>
+void load_module(const std::string& path, Module& module) {
+  SafetensorsFile(path).read_module(module);
+}
+
+/// Every parameter of a module, by its name, without its configuration. Throws like
+/// SafetensorsWriter::write().
 template <class Module>
 void save_parameters(const std::string& path, const Module& module) {
   SafetensorsWriter writer;
@@ -31,8 +49,9 @@ void save_parameters(const std::string& path, const Module& module) {
   writer.write(path);
 }
 
-/// The same back, into a module of the same parameters; throws std::runtime_error, the module being
-/// untouched, if the file is not in order or lacks a parameter of its name, type and shape.
+/// Parameters back, whatever configuration they were saved with; throws std::runtime_error, the
+/// module being untouched, if the file is not in order or lacks a parameter of its name, type and
+/// shape.
 template <class Module>
 void load_parameters(const std::string& path, Module& module) {
   SafetensorsFile(path).read_parameters(module);

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <numbers>
+#include <string_view>
 
 #include "moe/kernels/packet.hpp"
 
@@ -13,6 +15,9 @@ namespace moe {
 /// Where an activation can be chosen. `gelu` is x·Φ(x) by the error function, `gelu_tanh` its usual
 /// approximation (Hendrycks & Gimpel 2016); `silu` is x·sigmoid(x).
 enum class Activation { identity, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+constexpr std::array<std::string_view, 7> enumerator_names(Activation) {
+  return {"identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+}
 
 namespace detail {
 

@@ -29,6 +29,15 @@ struct MoELayerConfig {
   typename Gate::Config gate{};              ///< says how many experts there are
   Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
   Seed seed;                                 ///< of the experts' start and the gate's noise
+
+  template <class Self, class Visitor>
+  static constexpr void visit_fields(Self& self, Visitor visit) {
+    visit("width", self.width);
+    visit("expert", self.expert);
+    visit("gate", self.gate);
+    visit("output", self.output);
+    visit("seed", self.seed);
+  }
 };
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few

@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "moe/config_fields.hpp"
 #include "moe/layer/expert_pass.hpp"
 #include "moe/mpi/communicator.hpp"
-#include "moe/mpi/config_fields.hpp"
 #include "moe/mpi/gradients.hpp"
 #include "moe/mpi/placement.hpp"
 #include "moe/mpi/rank_batch.hpp"
@@ -301,8 +301,9 @@ class RankDispatch {
   template <class Config>
   void check_configuration(const Config& config, Index experts) const {
     std::vector<std::int64_t> fields;
-    const auto add = [&](std::int64_t field) { fields.push_back(field); };
-    moe::detail::for_each_field(config, add);
+    moe::detail::for_each_field(config, [&](const ParameterName&, const auto& field) {
+      fields.push_back(moe::detail::field_bits(field));
+    });
     communicator_.agree("ExpertParallel::ExpertParallel",
                         {{"Config.width", config.width},
                          {"the number of experts", experts},
@@ -311,12 +312,16 @@ class RankDispatch {
     std::vector<std::int64_t> root = fields;
     communicator_.broadcast(std::span<std::int64_t>(root), 0);
     communicator_.attempt("ExpertParallel: Config", [&] {
-      const auto [here, there] = std::mismatch(fields.begin(), fields.end(), root.begin());
-      moe::detail::require(here == fields.end(),
-                           "ExpertParallel: Config differs from rank 0's in number ",
-                           here - fields.begin() + 1,
-                           " of its fields (those of expert, gate, output and "
-                           "seed follow width)");
+      auto there = root.begin();
+      moe::detail::for_each_field(
+          config, [&]<class Field>(const ParameterName& name, const Field& field) {
+            const std::int64_t bits = *there++;
+            if (moe::detail::field_bits(field) == bits) return;
+            moe::detail::require(false, "ExpertParallel: Config.", name.string(),
+                                 " differs: ", moe::detail::field_text(field), " here, ",
+                                 moe::detail::field_text(moe::detail::field_of_bits<Field>(bits)),
+                                 " on rank 0");
+          });
     });
   }
 

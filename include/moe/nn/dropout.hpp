@@ -21,6 +21,11 @@ class Dropout {
  public:
   struct Config {
     double rate = 0;  ///< in [0, 1)
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("rate", self.rate);
+    }
   };
 
   /// The caller's scratch. The mask follows from the key, but reading a byte an entry is several

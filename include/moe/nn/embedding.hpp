@@ -22,6 +22,13 @@ class Embedding {
     Index vocabulary = 0;    ///< at least 1
     Index width = 0;         ///< at least 1
     double deviation = 0.1;  ///< of the normal distribution that the weights start from
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("vocabulary", self.vocabulary);
+      visit("width", self.width);
+      visit("deviation", self.deviation);
+    }
   };
 
   /// The caller's scratch: what one pass computes and what its backward needs.

@@ -27,6 +27,13 @@ class Linear {
     Index inputs = 0;   ///< at least 1
     Index outputs = 0;  ///< at least 1
     bool bias = true;
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("inputs", self.inputs);
+      visit("outputs", self.outputs);
+      visit("bias", self.bias);
+    }
   };
 
   /// The caller's scratch: what one pass computes and what its backward needs.

@@ -105,6 +105,12 @@ class LSTM {
   struct Config {
     Index inputs = 0;  ///< at least 1
     Index hidden = 0;  ///< H, at least 1
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("inputs", self.inputs);
+      visit("hidden", self.hidden);
+    }
   };
 
   /// What a sequence carries from step to step, or the gradient by it.

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <span>
+#include <string_view>
 
 #include "moe/routing/choices.hpp"
 #include "moe/routing/shared_batch.hpp"
@@ -27,6 +29,9 @@ enum class PlaceOrder {
   first_choices,   ///< all tokens' first choices, then all second ones, and so on [G21]
   largest_weight,  ///< by the gate's weight, so that those of lowest weight are dropped
 };
+constexpr std::array<std::string_view, 3> enumerator_names(PlaceOrder) {
+  return {"rows", "first_choices", "largest_weight"};
+}
 
 namespace detail {
 

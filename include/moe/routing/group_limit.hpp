@@ -1,7 +1,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <string_view>
 
 #include "moe/routing/select_largest.hpp"
 
@@ -18,6 +20,9 @@ namespace moe {
 /// What a group of experts is worth to a token: the score of its best expert [D2], or the sum of
 /// those of its two best [D3], of its one where it has no two.
 enum class GroupScore { best, two_best };
+constexpr std::array<std::string_view, 2> enumerator_names(GroupScore) {
+  return {"best", "two_best"};
+}
 
 namespace detail {
 

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <span>
+#include <string_view>
 #include <utility>
 
 #include "moe/kernels/packet.hpp"
@@ -22,12 +24,18 @@ enum class SwitchCount {
   per_token,  ///< all K choices of a token, over T: Σ f = K (Hugging Face: Mixtral, OLMoE, Qwen)
   first_choice,  ///< a token's first choice only, over T: Σ f = 1 (GShard; Switch, where K = 1)
 };
+constexpr std::array<std::string_view, 3> enumerator_names(SwitchCount) {
+  return {"per_slot", "per_token", "first_choice"};
+}
 
 /// How the rows of a batch of sequences of equal length are laid out. `time_major`: all sequences'
 /// first tokens, then all second ones, row = step·sequences + sequence, as in this library's
 /// models; a (time, batch, D) tensor of PyTorch. `sequence_major`: one whole sequence after the
 /// other, row = sequence·length + step; a (batch, time, D) tensor.
 enum class RowOrder { time_major, sequence_major };
+constexpr std::array<std::string_view, 2> enumerator_names(RowOrder) {
+  return {"time_major", "sequence_major"};
+}
 
 namespace detail {
 

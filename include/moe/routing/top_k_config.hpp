@@ -1,6 +1,8 @@
 #pragma once
 
+#include <array>
 #include <cmath>
+#include <string_view>
 
 #include "moe/routing/capacity.hpp"
 #include "moe/routing/group_limit.hpp"
@@ -17,6 +19,9 @@ enum class Score {
   softmax_of_chosen,  ///< chosen by c, weighed by the softmax of the chosen c, after the choice
   sigmoid,            ///< s = 1 / (1 + e^-c), each expert by itself
 };
+constexpr std::array<std::string_view, 3> enumerator_names(Score) {
+  return {"softmax", "softmax_of_chosen", "sigmoid"};
+}
 
 /// TopKGate says what the letters stand for; by default it is the plainest gate: softmax,
 /// the K largest, no loss.
@@ -54,7 +59,35 @@ struct TopKConfig {
   RowOrder row_order = RowOrder::time_major;
   double z_loss_weight = 0;  ///< >= 0
 
-  double init_stddev = 0.02;  ///< of W_g at the start, >= 0
+  double deviation = 0.02;  ///< of W_g at the start, >= 0
+
+  template <class Self, class Visitor>
+  static constexpr void visit_fields(Self& self, Visitor visit) {
+    visit("width", self.width);
+    visit("experts", self.experts);
+    visit("top_k", self.top_k);
+    visit("score", self.score);
+    visit("renormalise", self.renormalise);
+    visit("renormalise_epsilon", self.renormalise_epsilon);
+    visit("scale", self.scale);
+    visit("groups", self.groups);
+    visit("top_k_groups", self.top_k_groups);
+    visit("group_score", self.group_score);
+    visit("selection_bias", self.selection_bias);
+    visit("bias_rate", self.bias_rate);
+    visit("jitter", self.jitter);
+    visit("random_second", self.random_second);
+    visit("capacity_factor", self.capacity_factor);
+    visit("evaluation_capacity_factor", self.evaluation_capacity_factor);
+    visit("place_order", self.place_order);
+    visit("switch_loss_weight", self.switch_loss_weight);
+    visit("sequence_loss_weight", self.sequence_loss_weight);
+    visit("switch_count", self.switch_count);
+    visit("sequences", self.sequences);
+    visit("row_order", self.row_order);
+    visit("z_loss_weight", self.z_loss_weight);
+    visit("init_stddev", self.deviation);
+  }
 };
 
 namespace detail {

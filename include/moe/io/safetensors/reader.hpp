@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "moe/io/safetensors/config.hpp"
 #include "moe/io/safetensors/entry.hpp"
 #include "moe/io/safetensors/header.hpp"
 #include "moe/io/safetensors/input_file.hpp"
@@ -103,10 +104,46 @@ class SafetensorsFile {
     std::copy(read.begin(), read.end(), numbers.begin());
   }
 
+  /// Like read_parameters(), after the configurations that SafetensorsWriter::add_module() stored were
+  /// compared: the module's and those of its parts. Throws std::runtime_error too, the module being
+  /// what it was, which names the first field that
+  /// - has another value in the file, or one that is no value of its type,
+  /// - is in the file, but not in the configuration.
+  /// A field that the file does not have is passed by, so a file without configurations, or one older
+  /// than the field, loads as well; a seed may be another.
+  template <class Module>
+  void read_module(Module& module, const std::string& prefix = {}) const {
+    detail::for_each_config(module, prefix, [&](const std::string& keys, const auto& config) {
+      detail::SavedConfig(path_, metadata_, keys).check(config);
+    });
+    read_parameters(module, prefix);
+  }
+
+  /// The configuration of a module that add_module() stored with this prefix, so that the module can
+  /// be made from the file:
+  ///
+  ///     Layer layer(file.config<Layer>("layer."));
+  ///     file.read_module(layer, "layer.");
+  ///
+  /// Throws std::runtime_error, which names the field, if one is missing, is no value of its type or
+  /// is not in Module's configuration. Whether the values suit each other, the module checks.
+  template <class Module>
+  detail::ConfigOf<Module> config(const std::string& prefix = {}) const {
+    using Config = detail::ConfigOf<Module>;
+    static_assert(detail::is_all_named<Config>(),
+                  "every field of a configuration that is read from a file needs a name: write "
+                  "visit_fields for it and the configurations inside of it, and give it only "
+                  "numbers, flags, enumerators, seeds and configurations");
+    auto config = detail::config_to_fill<Config>();
+    detail::SavedConfig(path_, metadata_, prefix + "config.").read(config);
+    return config;
+  }
+
   /// Overwrites every parameter of a module by the tensor of its name, after `prefix`. All are read
   /// first, so if one is missing or of another type or shape, or the file cannot be read any more,
   /// std::runtime_error names it and the module is what it was. Tensors that the module has no use
-  /// for are left alone; gradients too.
+  /// for are left alone; gradients too. What configuration they were saved with does not matter here:
+  /// this is how training goes on with other losses for example.
   template <class Module>
   void read_parameters(Module& module, const std::string& prefix = {}) const {
     Waiting waiting;

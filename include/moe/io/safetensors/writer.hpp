@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <span>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "moe/io/safetensors/atomic_file.hpp"
+#include "moe/io/safetensors/config.hpp"
 #include "moe/io/safetensors/entry.hpp"
 #include "moe/io/safetensors/header.hpp"
 #include "moe/parameter.hpp"
@@ -22,7 +22,7 @@ namespace moe {
 /// Collects tensors and writes them to a file.
 ///
 ///     moe::SafetensorsWriter writer;
-///     writer.add_parameters(model);
+///     writer.add_module(model);
 ///     writer.set_metadata("step", "1000");
 ///     writer.write("model.safetensors");
 ///
@@ -48,7 +48,28 @@ class SafetensorsWriter {
 
   void add(const std::string& name, std::vector<Index>&& numbers) = delete;
 
-  /// Every parameter of a module by its name, after `prefix`.
+  /// Every parameter of a module by its name, after `prefix`, and as metadata the configuration that it
+  /// was made with, or those of its parts if it has none itself: a text for each field that has a name
+  /// (moe/config_fields.hpp), "layer.config.gate.experts" = "64". What has no name is not stored. Throws
+  /// std::invalid_argument if a name or a key is taken or a field is not finite.
+  template <class Module>
+  void add_module(const Module& module, const std::string& prefix = {}) {
+    detail::SafetensorsMetadata configs;
+    detail::for_each_config(module, prefix, [&](const std::string& keys, const auto& config) {
+      detail::write_config(config, keys, configs);
+    });
+    for (const auto& entry : configs) {
+      detail::require(metadata_.count(entry.first) == 0, "SafetensorsWriter: metadata \"",
+                      detail::plain(entry.first), "\" is there already");
+    }
+    add_parameters(module, prefix);
+    metadata_.merge(configs);
+  }
+
+  template <class Module>
+  void add_module(const Module&& module, const std::string& prefix = {}) = delete;
+
+  /// Every parameter of a module by its name, after `prefix`, without its configuration.
   template <class Module>
   void add_parameters(const Module& module, const std::string& prefix = {}) {
     for_each_parameter(module, [&](const ParameterName& name, const auto& parameter) {
@@ -151,7 +172,7 @@ class SafetensorsWriter {
 
   std::vector<Entry> entries_;
   std::set<std::string> names_;
-  std::map<std::string, std::string> metadata_;
+  detail::SafetensorsMetadata metadata_;
 };
 
 }  // namespace moe
