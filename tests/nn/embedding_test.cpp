@@ -27,7 +27,7 @@ TEST_CASE("embedding: rows go out by id and gradients come back to them", "[nn][
 TEST_CASE("embedding: gradient agrees with differences", "[nn][embedding]") {
   const Index width = GENERATE(1, 5, 19);
   const double scale = GENERATE(0.1, 10.0);
-  Embedding<double> embedding({.vocabulary = 6, .width = width, .deviation = scale}, 1);
+  Embedding<double> embedding({.vocabulary = 6, .width = width, .init_stddev = scale}, 1);
   const std::vector<Index> ids{5, 0, 3, 3, 1, 5, 5};
   const Matrix<double> dy = random_matrix(7, width, 2);
   Embedding<double>::Tape tape;
@@ -58,8 +58,8 @@ TEMPLATE_TEST_CASE("embedding: the same bits on any number of threads", "[nn][em
   }
 }
 
-TEST_CASE("embedding: starts normal with the given deviation", "[nn][embedding]") {
-  const Embedding<double> embedding({.vocabulary = 500, .width = 40, .deviation = 0.3}, 7);
+TEST_CASE("embedding: starts normal with the given standard deviation", "[nn][embedding]") {
+  const Embedding<double> embedding({.vocabulary = 500, .width = 40, .init_stddev = 0.3}, 7);
   const double mean_square = embedding.weight.value.squaredNorm() / (500 * 40);
   CHECK_THAT(std::sqrt(mean_square), Catch::Matchers::WithinAbs(0.3, 0.01));
 }
@@ -79,8 +79,8 @@ TEST_CASE("embedding: what is wrong is named and changes nothing", "[nn][embeddi
                     "moe: Embedding::Config.vocabulary = 0, must be at least 1");
   CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 1, .width = 0}, 0),
                     "moe: Embedding::Config.width = 0, must be at least 1");
-  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 1, .width = 1, .deviation = -1}, 0),
-                    "moe: Embedding::Config.deviation = -1, must be finite and at least 0");
+  CHECK_THROWS_WITH(Embedding<float>({.vocabulary = 1, .width = 1, .init_stddev = -1}, 0),
+                    "moe: Embedding::Config.init_stddev = -1, must be finite and at least 0");
   Embedding<float> embedding({.vocabulary = 3, .width = 2}, 0);
   Embedding<float>::Tape tape;
   const std::vector<Index> good{1, 2};

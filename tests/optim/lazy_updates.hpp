@@ -108,7 +108,7 @@ void check_lazy_is_dense_where_all_get_tokens(const Make& make) {
   CHECK(same_values(dense, lazy));
 }
 
-/// What was cleared lazily is zero to whoever is dense.
+/// What was zeroed lazily is zero to whoever is dense.
 template <class Scalar, class Make>
 void check_dense_after_lazy_zeroing(const Make& make) {
   Mixture<Scalar> lazily;

@@ -23,7 +23,7 @@ namespace moe {
 /// got no token go on moving by its old m, and m, v and the weights go on decaying. Updates::lazy
 /// leaves such an expert entirely alone, and t counts the updates of each parameter by itself, so
 /// every expert gets exactly the Adam of the updates at which it had tokens. PyTorch's SparseAdam,
-/// the nearest thing, leaves rows alone likewise but takes the optimizer's t for all.
+/// the closest relative, leaves rows alone likewise but takes the optimizer's t for all.
 ///
 /// Runs at the speed of memory: four reads and three writes a parameter. After the first update of
 /// a module no further one allocates.
@@ -132,7 +132,7 @@ class Adam {
     double weight_decay;
   };
 
-  /// One pass, since three over a block would read it from the second-level cache twice more.
+  /// One pass, since three over a block would read it from L2 twice more.
   static void update_block(const Constants& k, Index count, Scalar* w, const Scalar* g, Scalar* m,
                            Scalar* v) {
     using namespace Eigen::internal;

@@ -69,8 +69,8 @@ class FactoredState {
 
 }  // namespace detail
 
-/// Adam without a first moment, and with the second moment of a matrix kept as its row means r and
-/// its column means c: D + H numbers of a D x H matrix, where Adam keeps 2·D·H [S17 App. D]. At
+/// Adam without a first moment, and with the second moment of a matrix saved as its row means r and
+/// its column means c: D + H numbers of a D x H matrix, where Adam saves 2·D·H [S17 App. D]. At
 /// update t = 1, 2, ...:
 ///
 ///     r_i = β2·r_i + (1 - β2)·mean over j of g_ij²        both start at 0
@@ -179,8 +179,8 @@ class FactoredAdam {
  private:
   using Packet = detail::Packet<Scalar>;
 
-  /// What is worked on at once: the sums and roots of so many columns and rows are on the stack, in
-  /// the first-level cache, and sums of sums lose fewer digits than long ones.
+  /// What is worked on at once: the sums and roots of these columns and rows are on the stack, in
+  /// L1, and sums of sums lose fewer digits than long ones.
   static constexpr Index strip_columns = 1024;
   static constexpr Index strip_rows = 64;
 

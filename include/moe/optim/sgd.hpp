@@ -17,7 +17,7 @@ namespace moe {
 /// Updates::lazy leaves an expert that got no token entirely alone, where a dense update decays its
 /// weights and moves them on by their momentum, which decays too.
 template <class Scalar = float>
-class Sgd {
+class SGD {
  public:
   struct Config {
     double momentum = 0;      ///< in [0, 1)
@@ -25,14 +25,14 @@ class Sgd {
     Updates updates = Updates::dense;
   };
 
-  Sgd() : Sgd(Config{}) {}
-  /// For `Sgd optimizer({})`, which the copy constructor would be as good for.
-  explicit Sgd(detail::Defaults) : Sgd() {}
-  explicit Sgd(const Config& config) : config_(config) {
+  SGD() : SGD(Config{}) {}
+  /// For `SGD optimizer({})`, which the copy constructor would be as good for.
+  explicit SGD(detail::Defaults) : SGD() {}
+  explicit SGD(const Config& config) : config_(config) {
     detail::require(config.momentum >= 0 && config.momentum < 1,
-                    "Sgd::Config.momentum = ", config.momentum, ", must be in [0, 1)");
+                    "SGD::Config.momentum = ", config.momentum, ", must be in [0, 1)");
     detail::require(config.weight_decay >= 0 && std::isfinite(config.weight_decay),
-                    "Sgd::Config.weight_decay = ", config.weight_decay,
+                    "SGD::Config.weight_decay = ", config.weight_decay,
                     ", must be finite and at least 0");
   }
 
@@ -42,9 +42,9 @@ class Sgd {
   /// the learning rate is negative or not finite, or the module is not that of the first update.
   template <class Module>
   void update(Module& module, double learning_rate) {
-    detail::check_learning_rate("Sgd", learning_rate);
+    detail::check_learning_rate("SGD", learning_rate);
     const bool plain = config_.momentum == 0;
-    if (!plain) velocity_.match(module, "Sgd");
+    if (!plain) velocity_.match(module, "SGD");
     const Constants constants{
         detail::broadcast(static_cast<Scalar>(config_.momentum)),
         detail::broadcast(static_cast<Scalar>(1 - learning_rate * config_.weight_decay)),
@@ -64,7 +64,7 @@ class Sgd {
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     if (config_.momentum == 0) return;
-    velocity_.match(module, "Sgd");
+    velocity_.match(module, "SGD");
     velocity_.for_each(module, "velocity", f);
   }
 
