@@ -26,30 +26,38 @@ struct Shape {
   Index outputs;
 };
 
+/// What is the same for most modules.
+template <class Module_, class Scalar_>
+struct ModuleLaw {
+  using Scalar = Scalar_;
+  using Module = Module_;
+  using Tape = typename Module::Tape;
+  using Input = Matrix<Scalar>;
+  static constexpr bool evaluates_as_trained = true;
+  static constexpr bool copies_x = true;  // so that forward takes its tape's own y
+  static constexpr double largest_scale = 10;
+  static std::string rows_were(Index rows) { return "x had " + std::to_string(rows); }
+  static Input input(const Shape& shape, std::uint64_t seed, double scale = 1) {
+    return random_matrix<Scalar>(shape.rows, shape.inputs, seed, scale);
+  }
+};
+
 // The name in messages, what is special, a shape that is enough for several tasks, and how a module
 // is made, given something and called.
 
 template <class Scalar_, bool bias = true>
-struct LinearLaw {
+struct LinearLaw : ModuleLaw<Linear<Scalar_>, Scalar_> {
   using Scalar = Scalar_;
   using Module = Linear<Scalar>;
   using Tape = typename Module::Tape;
-  using Input = Matrix<Scalar>;
   static constexpr const char* name = "Linear";
-  static constexpr bool evaluates_as_trained = true;
-  static constexpr bool copies_x = true;  // so that forward takes its tape's own y
-  static constexpr double largest_scale = 10;
   static constexpr Shape large{203, 71, 130};
-  static std::string rows_were(Index rows) { return "x had " + std::to_string(rows); }
   static std::string columns_were(const Shape& shape) {
     return "the layer " + std::to_string(shape.outputs) + " outputs";
   }
 
   static Module make(const Shape& shape) {
     return Module({.inputs = shape.inputs, .outputs = shape.outputs, .bias = bias}, 3);
-  }
-  static Input input(const Shape& shape, std::uint64_t seed, double scale = 1) {
-    return random_matrix<Scalar>(shape.rows, shape.inputs, seed, scale);
   }
   static const Matrix<Scalar>& forward(const Module& module, const MatrixRef<Scalar>& x,
                                        Tape& tape) {
@@ -62,26 +70,19 @@ struct LinearLaw {
 };
 
 template <class Scalar_>
-struct LSTMLaw {
+struct LSTMLaw : ModuleLaw<LSTM<Scalar_>, Scalar_> {
   using Scalar = Scalar_;
   using Module = LSTM<Scalar>;
   using Tape = typename Module::Tape;
-  using Input = Matrix<Scalar>;
   static constexpr const char* name = "LSTM";
-  static constexpr bool evaluates_as_trained = true;
-  static constexpr bool copies_x = true;
   static constexpr double largest_scale = 2;  // above, sigmoids have no gradient to speak of
   static constexpr Shape large{280, 20, 33};
-  static std::string rows_were(Index rows) { return "x had " + std::to_string(rows); }
   static std::string columns_were(const Shape& shape) {
     return "hidden is " + std::to_string(shape.outputs);
   }
 
   static Module make(const Shape& shape) {
     return Module({.inputs = shape.inputs, .hidden = shape.outputs}, 1);
-  }
-  static Input input(const Shape& shape, std::uint64_t seed, double scale = 1) {
-    return random_matrix<Scalar>(shape.rows, shape.inputs, seed, scale);
   }
   /// The same for every pass of as many rows.
   static typename Module::State state(const Module& module, Index rows) {
@@ -103,23 +104,20 @@ struct LSTMLaw {
 };
 
 template <class Scalar_>
-struct DropoutLaw {
+struct DropoutLaw : ModuleLaw<Dropout<Scalar_>, Scalar_> {
   using Scalar = Scalar_;
   using Module = Dropout<Scalar>;
   using Tape = typename Module::Tape;
-  using Input = Matrix<Scalar>;
   static constexpr const char* name = "Dropout";
   static constexpr bool evaluates_as_trained = false;
   static constexpr bool copies_x = false;
-  static constexpr double largest_scale = 10;
   static constexpr Shape large{301, 67, 67};
-  static std::string rows_were(Index rows) { return "x had " + std::to_string(rows); }
   static std::string columns_were(const Shape& shape) {
     return "x had " + std::to_string(shape.outputs);
   }
 
   static Module make(const Shape&) { return Module({.rate = 0.3}, 5); }
-  static Input input(const Shape& shape, std::uint64_t seed, double scale = 1) {
+  static Matrix<Scalar> input(const Shape& shape, std::uint64_t seed, double scale = 1) {
     return random_matrix<Scalar>(shape.rows, shape.outputs, seed, scale);
   }
   static const Matrix<Scalar>& forward(const Module& module, const MatrixRef<Scalar>& x,
@@ -134,14 +132,12 @@ struct DropoutLaw {
 
 /// Its x are ids, words of a vocabulary of shape.inputs.
 template <class Scalar_>
-struct EmbeddingLaw {
+struct EmbeddingLaw : ModuleLaw<Embedding<Scalar_>, Scalar_> {
   using Scalar = Scalar_;
   using Module = Embedding<Scalar>;
   using Tape = typename Module::Tape;
   using Input = std::vector<Index>;
   static constexpr const char* name = "Embedding";
-  static constexpr bool evaluates_as_trained = true;
-  static constexpr double largest_scale = 10;
   static constexpr Shape large{900, 11, 300};
   static std::string rows_were(Index rows) { return "there were " + std::to_string(rows) + " ids"; }
   static std::string columns_were(const Shape& shape) {

@@ -7,6 +7,7 @@
 
 using namespace moe;
 using test::has_dx;
+using test::is_refused;
 using test::random_matrix;
 using test::same_bits;
 using test::Shape;
@@ -52,17 +53,6 @@ bool same_result(const Result<Law>& a, const Result<Law>& b) {
 template <class Law>
 Matrix<typename Law::Scalar> random_dy(const Shape& shape, std::uint64_t seed) {
   return random_matrix<typename Law::Scalar>(shape.rows, shape.outputs, seed);
-}
-
-/// Whether f() throws std::invalid_argument.
-template <class F>
-bool is_refused(F&& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument&) {
-    return true;
-  }
-  return false;
 }
 
 constexpr Shape small{4, 3, 5};

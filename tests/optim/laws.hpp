@@ -24,52 +24,48 @@ struct OptimizerConfig {
   Updates updates = Updates::dense;
 };
 
-// How an optimizer is made, its name in messages, whether it remembers anything of a module, and by
-// how many learning rates it moves a weight in two updates by gradients of one.
-
-template <class Scalar_>
-struct PlainSGD {
+/// How an optimizer is made, whether it remembers anything of a module, and by how many learning
+/// rates it moves a weight in two updates by gradients of one.
+template <template <class> class Optimizer, class Scalar_>
+struct OptimizerLaw {
   using Scalar = Scalar_;
+  static constexpr bool remembers = true;
+  static constexpr double two_moves = 2;
+  static typename Optimizer<Scalar>::Config config_of(const OptimizerConfig& config) {
+    typename Optimizer<Scalar>::Config all;
+    all.weight_decay = config.weight_decay;
+    all.updates = config.updates;
+    return all;
+  }
+  static Optimizer<Scalar> make(const OptimizerConfig& config = {}) {
+    return Optimizer<Scalar>(config_of(config));
+  }
+};
+
+// Each with its name in messages.
+
+template <class Scalar>
+struct PlainSGD : OptimizerLaw<SGD, Scalar> {
   static constexpr const char* name = "SGD";
   static constexpr bool remembers = false;
-  static constexpr double two_moves = 2;
-  static SGD<Scalar> make(const OptimizerConfig& config = {}) {
-    return SGD<Scalar>({.weight_decay = config.weight_decay, .updates = config.updates});
-  }
 };
-
-template <class Scalar_>
-struct MomentumSGD {
-  using Scalar = Scalar_;
+template <class Scalar>
+struct MomentumSGD : OptimizerLaw<SGD, Scalar> {
   static constexpr const char* name = "SGD";
-  static constexpr bool remembers = true;
   static constexpr double two_moves = 1 + 1.9;
   static SGD<Scalar> make(const OptimizerConfig& config = {}) {
-    return SGD<Scalar>(
-        {.momentum = 0.9, .weight_decay = config.weight_decay, .updates = config.updates});
+    auto all = MomentumSGD::config_of(config);
+    all.momentum = 0.9;
+    return SGD<Scalar>(all);
   }
 };
-
-template <class Scalar_>
-struct PlainAdam {
-  using Scalar = Scalar_;
+template <class Scalar>
+struct PlainAdam : OptimizerLaw<Adam, Scalar> {
   static constexpr const char* name = "Adam";
-  static constexpr bool remembers = true;
-  static constexpr double two_moves = 2;
-  static Adam<Scalar> make(const OptimizerConfig& config = {}) {
-    return Adam<Scalar>({.weight_decay = config.weight_decay, .updates = config.updates});
-  }
 };
-
-template <class Scalar_>
-struct PlainFactoredAdam {
-  using Scalar = Scalar_;
+template <class Scalar>
+struct PlainFactoredAdam : OptimizerLaw<FactoredAdam, Scalar> {
   static constexpr const char* name = "FactoredAdam";
-  static constexpr bool remembers = true;
-  static constexpr double two_moves = 2;
-  static FactoredAdam<Scalar> make(const OptimizerConfig& config = {}) {
-    return FactoredAdam<Scalar>({.weight_decay = config.weight_decay, .updates = config.updates});
-  }
 };
 
 using Optimizers = std::tuple<PlainSGD<float>, PlainSGD<double>, MomentumSGD<float>,

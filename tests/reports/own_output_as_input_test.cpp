@@ -5,20 +5,10 @@
 #include "moe/moe.hpp"
 
 using namespace moe;
+using test::is_refused;
 using test::random_matrix;
 
 namespace {
-
-/// f(argument) gives what f(a copy) gives on a tape of its own, or throws std::invalid_argument.
-template <class F>
-bool is_refused(F&& f) {
-  try {
-    f();
-  } catch (const std::invalid_argument&) {
-    return true;
-  }
-  return false;
-}
 
 template <class Layer>
 void check_layer(const typename Layer::Config& config) {
