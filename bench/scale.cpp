@@ -2,7 +2,7 @@
 ///
 /// 32,768 slots at D 64, H 128, 4 experts a token, and E from 32 to 131,072 behind a flat gate or a
 /// hierarchical one (2 of a groups, 2 of b experts in each, b² = E or E / 2). `step` clears the
-/// gradients, runs forward and backward, and updates the parameters by Sgd, all lazily; `evaluate`
+/// gradients, runs forward and backward, and updates the parameters by SGD, all lazily; `evaluate`
 /// serves the same batch. One core.
 ///
 /// The more experts, the fewer slots an expert, so the same work needs more weights from memory:
@@ -13,7 +13,7 @@
 /// behind a hierarchical gate, measured in turns with it; the traffic counts as none where it all
 /// stays in the last-level cache. `touched_MiB` is the roofline's count of bytes, traffic included.
 /// `peak_MiB` is the most memory that the process had above what it had before. With 131,072 experts
-/// weights and gradients take 16.3 GiB; Sgd without momentum remembers nothing.
+/// weights and gradients take 16.3 GiB; SGD without momentum remembers nothing.
 
 #include <bit>
 #include <memory>
@@ -125,7 +125,7 @@ class Trained {
   Index experts_;
   Layer layer_;
   std::optional<Gate> gate_;  ///< a copy of the layer's
-  moe::Sgd<float> optimizer_{{.updates = moe::Updates::lazy}};
+  moe::SGD<float> optimizer_{{.updates = moe::Updates::lazy}};
   moe::Matrix<float> x_;
   moe::Matrix<float> dy_;
   typename Layer::Tape tape_;

@@ -236,7 +236,7 @@ TEMPLATE_TEST_CASE("parameter: lazy zeroing passes by what is known to be zero",
   CHECK(are_zero() == std::array{true, false, false});
 }
 
-TEST_CASE("parameter: whoever adds to a cleared gradient writes over it", "[parameter][lazy]") {
+TEST_CASE("parameter: whoever adds to a stale gradient writes over it", "[parameter][lazy]") {
   using detail::GradientState;
   std::vector<Parameter<float>> module(2, Parameter<float>(2, 2));
   detail::track_gradients(module);
@@ -265,7 +265,7 @@ TEST_CASE("parameter: whoever adds to a cleared gradient writes over it", "[para
   CHECK(module[0].gradient().isZero(0));
   CHECK(module[1].gradient().isZero(0));
 
-  // So does whoever adds to all where only some are cleared.
+  // So does whoever adds to all where only some are stale.
   clear();
   detail::accumulate(module[1]);
   module[1].gradient().setConstant(3);
@@ -282,6 +282,37 @@ TEST_CASE("parameter: whoever adds to a cleared gradient writes over it", "[para
   CHECK(states() == std::pair{GradientState::zero, GradientState::stale});  // until it is shown
   CHECK(module[1].gradient().isZero(0));
   CHECK(states() == std::pair{GradientState::zero, GradientState::zero});
+}
+
+TEST_CASE("parameter: accumulate says where to add and what the memory holds",
+          "[parameter][lazy]") {
+  using Holds = Accumulation<double>::Holds;
+  for (const bool tracked : {false, true}) {
+    INFO("tracked " << tracked);
+    Parameter<double> p(2, 3);
+    if (tracked) detail::track_gradients(p);
+    {
+      const auto [memory, holds] = p.accumulate();
+      CHECK(holds == Holds::stale);  // memory that was just taken
+      CHECK(&memory == &p.stored.memory);
+      REQUIRE(memory.size() == 6);
+      memory.setOnes();
+    }
+    CHECK(p.accumulate().holds == Holds::sum);
+    CHECK(std::as_const(p).gradient().isOnes(0));
+
+    zero_gradients(p);
+    CHECK(p.accumulate().holds == (tracked ? Holds::zero : Holds::sum));  // a sum of nothing
+    CHECK(p.gradient().isZero(0));
+
+    p.gradient().setOnes();
+    zero_gradients(p, Updates::lazy);
+    CHECK(std::as_const(p).gradient().isZero(0));
+    const auto [memory, holds] = p.accumulate();
+    CHECK(holds == (tracked ? Holds::stale : Holds::sum));
+    CHECK(memory.isConstant(tracked ? 1 : 0, 0));
+    CHECK_FALSE(detail::is_idle(p, Updates::lazy));
+  }
 }
 
 TEST_CASE("parameter: nobody keeps track unless told", "[parameter][lazy]") {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -92,6 +93,17 @@ void check_scaled_gradients(Module& module, const Matrix<double>& dx, Matrix<dou
     INFO("parameter " << name);
     check(parameter.gradient(), parameter.value, parameter_scale);
   });
+}
+
+/// Whether f() throws std::invalid_argument.
+template <class F>
+bool is_refused(F&& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
 }
 
 /// Equal to the last bit; NaN equals the same NaN.

@@ -105,12 +105,14 @@ class Contestant {
         adam_({.beta2 = 0.99}) {
     start_epoch();
     model_.start_from_frequencies(config_.frequencies);
-    moe::for_each_parameter(model_, [&](const std::string& name, const auto&) {
-      rate_factors_.push_back(name.starts_with("middle.experts.") ? config_.expert_rate
-                              : !name.starts_with("middle.gate.") ? 1.0
-                              : name.ends_with("noise_weight")    ? config_.noise_rate
-                              : name.ends_with("threshold")       ? config_.threshold_rate
-                                                                  : config_.gate_rate);
+    adam_.set_groups([expert = config_.expert_rate, noise = config_.noise_rate,
+                      threshold = config_.threshold_rate,
+                      gate = config_.gate_rate](std::string_view name) -> moe::ParameterGroup {
+      return {.rate_factor = name.starts_with("middle.experts.") ? expert
+                             : !name.starts_with("middle.gate.") ? 1.0
+                             : name.ends_with("noise_weight")    ? noise
+                             : name.ends_with("threshold")       ? threshold
+                                                                 : gate};
     });
   }
 
@@ -137,7 +139,7 @@ class Contestant {
     const double loss = team_.mean(
         model_.train(batch.input, batch.target, state_, tape_, {.step = step}, team_.part()));
     team_.finish_gradients(model_, config_.clip);
-    adam_.update(model_, learning_rate, rate_factors_);
+    adam_.update(model_, learning_rate);
     model_.after_update(tape_);
     seconds_ += seconds_now() - start;
     loss_ = tokens_ > 0 ? 0.98 * loss_ + 0.02 * loss : loss;
@@ -150,7 +152,6 @@ class Contestant {
   Model<Middle> model_;
   Index parameters_;
   moe::Adam<float> adam_;
-  std::vector<double> rate_factors_;
   typename Model<Middle>::State state_;
   typename Model<Middle>::Tape tape_;
   double seconds_ = 0;

@@ -59,7 +59,7 @@ class Model {
       : config_(config),
         embedding_({.vocabulary = config.vocabulary,
                     .width = config.width,
-                    .deviation = config.embedding_deviation},
+                    .init_stddev = config.embedding_deviation},
                    seed(0)),
         first_({.width = config.width, .hidden = memory(config)}, seed(1)),
         middle_(config.middle, config.width, seed(2), surroundings...),

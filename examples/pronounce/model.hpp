@@ -108,7 +108,7 @@ class Model {
 
   explicit Model(const Config& config)
       : config_(config),
-        letters_({.vocabulary = config.letters, .width = config.embedding, .deviation = 0.3},
+        letters_({.vocabulary = config.letters, .width = config.embedding, .init_stddev = 0.3},
                  seed(0)),
         rightwards_({.inputs = config.embedding, .hidden = config.width}, seed(1)),
         leftwards_({.inputs = config.embedding, .hidden = config.width}, seed(2)),
@@ -122,7 +122,7 @@ class Model {
                   .seed = seed(4)}),
         keys_({.inputs = 2 * config.width, .outputs = config.width, .bias = false}, seed(5)),
         bridge_({.inputs = 2 * config.width, .outputs = config.width}, seed(6)),
-        phonemes_({.vocabulary = config.phonemes, .width = config.embedding, .deviation = 0.3},
+        phonemes_({.vocabulary = config.phonemes, .width = config.embedding, .init_stddev = 0.3},
                   seed(7)),
         decoder_({.inputs = config.embedding, .hidden = config.width}, seed(8)),
         query_({.inputs = config.width, .outputs = config.width, .bias = false}, seed(9)),

@@ -29,6 +29,7 @@
 #include "moe/optim/factored_adam.hpp"
 #include "moe/optim/gradient_clipping.hpp"
 #include "moe/optim/learning_rate.hpp"
+#include "moe/optim/parameter_groups.hpp"
 #include "moe/optim/sgd.hpp"
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"

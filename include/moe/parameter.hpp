@@ -55,8 +55,20 @@ template <class Scalar>
 using GradientView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned,
                                 Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
 
+/// Where a backward pass adds to a gradient, and what the memory there holds.
+template <class Scalar>
+struct Accumulation {
+  enum class Holds {
+    zero,   ///< zeros: add
+    stale,  ///< old numbers: write over them, all of them
+    sum,    ///< what other passes added: add
+  };
+  Matrix<Scalar>& memory;  ///< of the shape of the value
+  Holds holds;
+};
+
 /// A trained matrix and the gradient of the loss with respect to it, of the same shape. A bias is
-/// 1 x N. Backward passes add to the gradient; zero_gradients() clears it. New values may be
+/// 1 x N. Backward passes add to the gradient; zero_gradients() sets it to zero. New values may be
 /// assigned to both, but the shape must stay what the module made it.
 ///
 /// The memory of a gradient comes with the first backward pass, so a module that is only evaluated
@@ -79,14 +91,34 @@ struct Parameter {
 
   Index size() const { return value.size(); }
 
-  /// To read and to write. Takes memory for it if there is none yet, which std::bad_alloc may tell
-  /// of, and puts zeros there where the gradient stands for zero.
+  /// To read and to write: materializes a gradient that stands for zero, so it may take memory and
+  /// throw std::bad_alloc.
   Matrix<Scalar>& gradient() {
     if (stored.is_stale()) {
       detail::resize_to_zero(stored.memory, stored.rows, stored.columns);
       if (stored.state == detail::GradientState::stale) stored.state = detail::GradientState::zero;
     }
     return stored.memory;
+  }
+
+  /// For a backward pass that can write over stale numbers; one that can only add takes gradient(),
+  /// and in an expert both are done by the layer. Call it right before adding, since from then on
+  /// the memory counts as the gradient, and only where the parameter is trained. May take memory
+  /// and throw std::bad_alloc, with nothing changed that can be seen.
+  ///
+  ///     const auto [memory, holds] = weight.accumulate();
+  ///     if (holds == moe::Accumulation<Scalar>::Holds::stale) memory = dweight;
+  ///     else memory += dweight;
+  [[nodiscard]] Accumulation<Scalar> accumulate() {
+    using Holds = typename Accumulation<Scalar>::Holds;
+    using detail::GradientState;
+    Holds holds = stored.state == GradientState::zero ? Holds::zero : Holds::sum;
+    if (stored.is_stale()) {
+      detail::resize(stored.memory, stored.rows, stored.columns);
+      holds = Holds::stale;
+    }
+    if (stored.state != GradientState::untracked) stored.state = GradientState::added_to;
+    return {stored.memory, holds};
   }
 
   /// To read: never takes memory, and always shows what the gradient stands for.
@@ -100,7 +132,7 @@ struct Parameter {
 };
 
 /// A parameter's name in the dotted form of a PyTorch state dict, "experts.3.up.weight". It is put
-/// together only when asked for, so walking over the parameters takes no memory. Valid only inside
+/// together only when it is converted, so walking over the parameters takes no memory. Valid only inside
 /// the call that received it.
 class ParameterName {
  public:
@@ -301,8 +333,9 @@ void track_gradients(Module& module) {
   });
 }
 
-/// Memory for the gradients that are kept track of and will be added to sooner or later, so that
-/// an expert that gets its first tokens in a later pass finds it there. It is not touched.
+/// Takes memory for the gradients that are tracked and will be added to sooner or later, so that an
+/// expert that gets its first tokens in a later pass finds it there. It is not written to: those
+/// gradients are stale.
 template <class Module>
 void reserve_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
@@ -313,9 +346,9 @@ void reserve_gradients(Module& module) {
   });
 }
 
-/// Notes that a backward pass adds to the gradients of a module. Those that are not trained stand
-/// for zero from then on. Returns whether the pass must write over the others instead, all of them
-/// being stale, which only happens if it `can_replace` them.
+/// Parameter::accumulate() for all parameters of a module. Those that are not trained stand for zero
+/// from then on. Returns whether the pass must write over the others, all of them being stale, which
+/// only happens if it `can_replace` them; else what is stale is materialized.
 template <class Module>
 bool accumulate(Module& module, bool can_replace = false) {
   bool replace = can_replace;
@@ -323,17 +356,14 @@ bool accumulate(Module& module, bool can_replace = false) {
     replace = replace && (!p.trained || p.stored.is_stale());
   });
   walk_parameters(module, [&](const ParameterName&, auto& p) {
-    const bool tracked = p.stored.state != GradientState::untracked;
     if (!p.trained) {
+      const bool tracked = p.stored.state != GradientState::untracked;
       if (tracked) p.stored.state = GradientState::stale;
       return;
     }
-    if (replace) {
-      resize(p.stored.memory, p.stored.rows, p.stored.columns);
-    } else {
-      p.gradient();
-    }
-    if (tracked) p.stored.state = GradientState::added_to;
+    const auto [memory, holds] = p.accumulate();
+    using Holds = decltype(holds);
+    if (!replace && holds == Holds::stale) std::fill_n(memory.data(), memory.size(), 0);
   });
   return replace;
 }

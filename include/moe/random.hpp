@@ -301,7 +301,7 @@ inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) 
 
 // Element i of a matrix is drawn as column i mod 2^32 of row i / 2^32 of noise.
 
-/// Fills a matrix with uniform deviates in [-bound, bound): how weights start.
+/// Fills a matrix with uniform deviates in [-bound, bound), as weights are initialised.
 template <class Scalar>
 void fill_uniform(Matrix<Scalar>& matrix, Scalar bound, std::uint64_t seed) {
   for (Index first = 0; first < matrix.size(); first += 4) {
@@ -317,14 +317,14 @@ void fill_uniform(Matrix<Scalar>& matrix, Scalar bound, std::uint64_t seed) {
 
 /// Fills a matrix with normal deviates of the given standard deviation.
 template <class Scalar>
-void fill_normal(Matrix<Scalar>& matrix, Scalar deviation, std::uint64_t seed) {
+void fill_normal(Matrix<Scalar>& matrix, Scalar stddev, std::uint64_t seed) {
   constexpr Index longest = Index{1} << 32;
   for (Index first = 0; first < matrix.size(); first += longest) {
     detail::fill_noise<Scalar>(
         seed, {.step = 0}, 1, std::min(longest, matrix.size() - first),
         [first](Index) { return first / longest; }, matrix.data() + first);
   }
-  for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] *= deviation;
+  for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] *= stddev;
 }
 
 }  // namespace moe

@@ -761,7 +761,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
                                1);
       test::randomize(gate, 1);
       typename HierarchicalGate<S>::Tape tape;
-      Sgd<S> optimizer({.updates = updates});
+      SGD<S> optimizer({.updates = updates});
       for (std::uint64_t step = 0; step < 6; ++step) {
         zero_gradients(gate, updates);
         for (int pass = 0; pass < 2; ++pass) {
@@ -791,7 +791,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
                             0);
   parameter(clean, "secondary.0.noise_weight").value << 2, 4;
   typename HierarchicalGate<S>::Tape clean_tape;
-  Sgd<S> decay({.weight_decay = 0.5, .updates = Updates::lazy});
+  SGD<S> decay({.weight_decay = 0.5, .updates = Updates::lazy});
   zero_gradients(clean, Updates::lazy);
   clean.forward(Matrix<S>{{1}}, clean_tape, {.step = 0});
   test::gate_dx(clean, Matrix<S>{{1}}, std::vector<S>(1, S(1)), clean_tape);
@@ -804,7 +804,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
   test::randomize(gate, 1);
   parameter(gate, "primary.weight").value << 30, 0, -30;
   typename HierarchicalGate<S>::Tape tape;
-  Sgd<S> optimizer({.weight_decay = 0.5, .updates = Updates::lazy});
+  SGD<S> optimizer({.weight_decay = 0.5, .updates = Updates::lazy});
   const test::Named before = test::values_of(gate);
   for (const S to : {S(1), S(-1)}) {
     zero_gradients(gate, Updates::lazy);

@@ -462,8 +462,8 @@ TEST_CASE("top-k gate: no optimizer moves the bias", "[routing][gate]") {
   const Matrix<double> weight = parameter(gate, "weight").value;
   for (const Updates updates : {Updates::dense, Updates::lazy}) {
     Adam<double> adam({.weight_decay = 0.1, .updates = updates});
-    Sgd<double> sgd({.momentum = 0.9, .weight_decay = 0.1, .updates = updates});
-    Sgd<double> plain({.weight_decay = 0.1, .updates = updates});
+    SGD<double> sgd({.momentum = 0.9, .weight_decay = 0.1, .updates = updates});
+    SGD<double> plain({.weight_decay = 0.1, .updates = updates});
     Tape<double> tape;
     for (std::uint64_t step = 0; step < 3; ++step) {
       zero_gradients(gate, updates);

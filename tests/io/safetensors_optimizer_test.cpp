@@ -59,7 +59,7 @@ TEST_CASE("safetensors: an optimizer goes on to the same bits", "[io][optim]") {
   check_optimizer<Adam<float>>({.weight_decay = 0.1}, 4 + 2);
   check_optimizer<Adam<float>>({.updates = Updates::lazy}, 4 + 2);
   check_optimizer<FactoredAdam<float>>({}, 4 + 2);
-  check_optimizer<Sgd<float>>({.momentum = 0.9}, 2);
+  check_optimizer<SGD<float>>({.momentum = 0.9}, 2);
 }
 
 TEST_CASE("safetensors: an optimizer that the file does not fit is what it was", "[io][optim]") {

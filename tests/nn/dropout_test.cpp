@@ -19,20 +19,6 @@ TEST_CASE("dropout: an entry is dropped or grows, and its gradient with it", "[n
   }
 }
 
-TEST_CASE("dropout: gradient agrees with differences", "[nn][dropout]") {
-  const Index columns = GENERATE(1, 6, 16);
-  const double scale = GENERATE(0.1, 10.0);
-  const Dropout<double> dropout({.rate = 0.3}, 5);
-  Matrix<double> x = random_matrix(9, columns, 1, scale);
-  const Matrix<double> dy = random_matrix(9, columns, 2);
-  Dropout<double>::Tape tape;
-  dropout.forward(x, tape, {.step = 0});
-  const Matrix<double> dx = dropout.backward(dy, tape);
-  Dropout<double>::Tape other;
-  const auto loss = [&] { return dropout.forward(x, other, {.step = 0}).cwiseProduct(dy).sum(); };
-  CHECK(test::relative_error(dx, test::difference_gradient(x, loss)) < 1e-7);
-}
-
 TEMPLATE_TEST_CASE("dropout: the key decides, not the pass, the threads or the Scalar",
                    "[nn][dropout]", float, double) {
   const Matrix<TestType> ones = Matrix<TestType>::Ones(301, 67);
@@ -92,12 +78,8 @@ TEST_CASE("dropout: NaN is not hidden", "[nn][dropout]") {
   CHECK(Dropout<float>({.rate = 0.5}, 0).forward(x, tape, {.step = 0}).array().isNaN().all());
 }
 
-TEST_CASE("dropout: no rows, no parameters", "[nn][dropout]") {
-  const Dropout<float> dropout({.rate = 0.5}, 0);
-  Dropout<float>::Tape tape;
-  CHECK(dropout.forward(Matrix<float>(0, 3), tape, {.step = 0}).rows() == 0);
-  CHECK(dropout.backward(Matrix<float>(0, 3), tape).cols() == 3);
-  CHECK(parameter_count(dropout) == 0);
+TEST_CASE("dropout: no parameters", "[nn][dropout]") {
+  CHECK(parameter_count(Dropout<float>({.rate = 0.5}, 0)) == 0);
 }
 
 TEST_CASE("dropout: what is wrong is named", "[nn][dropout]") {
@@ -109,10 +91,6 @@ TEST_CASE("dropout: what is wrong is named", "[nn][dropout]") {
   const Dropout<float> dropout({.rate = 0.5}, 0);
   Dropout<float>::Tape tape;
   dropout.forward(Matrix<float>::Ones(4, 3), tape, {.step = 0});
-  CHECK_THROWS_WITH(dropout.backward(Matrix<float>::Ones(5, 3), tape),
-                    "moe: Dropout::backward: dy has 5 rows, x had 4");
-  CHECK_THROWS_WITH(dropout.backward(Matrix<float>::Ones(4, 2), tape),
-                    "moe: Dropout::backward: dy has 2 columns, x had 3");
   dropout.evaluate(Matrix<float>::Ones(5, 3), tape);
   CHECK_THROWS_WITH(dropout.backward(Matrix<float>::Ones(5, 3), tape),
                     "moe: Dropout::backward: the last pass on this tape was an evaluation");

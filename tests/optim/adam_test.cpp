@@ -1,7 +1,6 @@
 #include "moe/optim/adam.hpp"
 
 #include "../support.hpp"
-#include "lazy_updates.hpp"
 #include "moe/nn/linear.hpp"
 
 using namespace moe;
@@ -64,14 +63,6 @@ TEMPLATE_TEST_CASE("adam: follows the formula over many updates", "[optim][adam]
         test::tolerance<TestType>);
 }
 
-TEST_CASE("adam: no gradient, no move", "[optim][adam]") {
-  Linear<float> module({.inputs = 9, .outputs = 5}, 1);
-  const Matrix<float> before = module.weight.value;
-  Adam<float> adam;
-  adam.update(module, 0.1);
-  CHECK(test::same_bits(module.weight.value, before));
-}
-
 TEST_CASE("adam: NaN reaches its own parameter only", "[optim][adam]") {
   Linear<float> module({.inputs = 1, .outputs = 40}, 1);
   module.weight.gradient()(0, 21) = std::numeric_limits<float>::quiet_NaN();
@@ -80,75 +71,11 @@ TEST_CASE("adam: NaN reaches its own parameter only", "[optim][adam]") {
   for (Index i = 0; i < 40; ++i) CHECK(std::isnan(module.weight.value(0, i)) == (i == 21));
 }
 
-TEMPLATE_TEST_CASE("adam: the same bits on any number of threads", "[optim][adam]", float, double) {
-  Matrix<TestType> expected;
-  for (const int threads : {1, 2, 3, 8}) {
-    const test::Threads scope(threads);
-    Linear<TestType> module({.inputs = 131, .outputs = 127}, 1);
-    module.weight.gradient() = random_matrix<TestType>(131, 127, 2);
-    Adam<TestType> adam({.weight_decay = 0.01});
-    for (int step = 0; step < 3; ++step) adam.update(module, 0.1);
-    if (threads == 1) expected = module.weight.value;
-    CHECK(test::same_bits(module.weight.value, expected));
-  }
-}
-
-TEST_CASE("adam: what is wrong is named and changes nothing", "[optim][adam]") {
+TEST_CASE("adam: what is wrong is named", "[optim][adam]") {
   CHECK_THROWS_WITH(Adam<float>({.beta1 = 1}), "moe: Adam::Config.beta1 = 1, must be in [0, 1)");
   CHECK_THROWS_WITH(Adam<float>({.beta2 = -1}), "moe: Adam::Config.beta2 = -1, must be in [0, 1)");
   CHECK_THROWS_WITH(Adam<float>({.epsilon = 0}),
                     "moe: Adam::Config.epsilon = 0, must be finite and above 0");
-  CHECK_THROWS_WITH(Adam<float>({.weight_decay = -1}),
-                    "moe: Adam::Config.weight_decay = -1, must be finite and at least 0");
-
-  Linear<float> module({.inputs = 3, .outputs = 2}, 1);
-  module.weight.gradient().setOnes();
-  Adam<float> adam;
-  adam.update(module, 0.1);
-  const Matrix<float> before = module.weight.value;
-  CHECK_THROWS_WITH(adam.update(module, -1),
-                    "moe: Adam::update: learning_rate = -1, must be finite and at least 0");
-  CHECK_THROWS_AS(adam.update(module, std::numeric_limits<double>::infinity()),
-                  std::invalid_argument);
-  CHECK(test::same_bits(module.weight.value, before));
-
-  Linear<float> other({.inputs = 3, .outputs = 4}, 1);
-  CHECK_THROWS_WITH(adam.update(other, 0.1),
-                    "moe: Adam::update: weight is 3 x 4, was 3 x 2 at the first update");
-  Linear<float> less({.inputs = 3, .outputs = 2, .bias = false}, 1);
-  less.weight.gradient().setOnes();
-  const Matrix<float> untouched = less.weight.value;
-  CHECK_THROWS_WITH(adam.update(less, 0.1),
-                    "moe: Adam::update: the module has 1 parameters, had 2 at the first update");
-  CHECK(test::same_bits(less.weight.value, untouched));
-
-  // None of the failures counted as an update.
-  Linear<float> twin({.inputs = 3, .outputs = 2}, 1);
-  twin.weight.gradient().setOnes();
-  Adam<float> unharmed;
-  unharmed.update(twin, 0.1);
-  unharmed.update(twin, 0.1);
-  adam.update(module, 0.1);
-  CHECK(test::same_bits(module.weight.value, twin.weight.value));
-}
-
-TEST_CASE("adam: a value of another shape than its gradient is refused", "[optim][adam]") {
-  Linear<float> module({.inputs = 2, .outputs = 3, .bias = false}, 0);
-  const char* const refused = "moe: weight is 5 x 3, its gradient 2 x 3";
-  module.weight.value = Matrix<float>::Ones(5, 3);  // a checkpoint of another model
-  Adam<float> adam;
-  CHECK_THROWS_WITH(adam.update(module, 0.1), refused);
-  CHECK(module.weight.value == Matrix<float>::Ones(5, 3));
-
-  // Nor does it count as an update.
-  module.weight.gradient() = Matrix<float>::Ones(5, 3);
-  adam.update(module, 0.1);
-  CHECK_THAT(module.weight.value(4, 2), Catch::Matchers::WithinAbs(0.9f, 1e-6f));
-}
-
-TEMPLATE_TEST_CASE("adam: lazy updates", "[optim][adam][lazy]", float, double) {
-  test::check_lazy_updates<TestType>(
-      [](Updates updates) { return Adam<TestType>({.weight_decay = 0.01, .updates = updates}); });
 }
 
 TEST_CASE("adam: lazy, the bias is corrected by a parameter's own updates", "[optim][adam][lazy]") {
@@ -165,24 +92,4 @@ TEST_CASE("adam: lazy, the bias is corrected by a parameter's own updates", "[op
   }
   CHECK_THAT(experts[0].value(0, 0), Catch::Matchers::WithinAbs(-4 * 0.25, 1e-11));
   CHECK_THAT(experts[1].value(0, 0), Catch::Matchers::WithinAbs(-2 * 0.25, 1e-11));
-}
-
-TEST_CASE("adam: factors scale the learning rate of each parameter", "[optim][adam]") {
-  const auto moved = [](double learning_rate, const std::vector<double>& factors) {
-    Linear<double> module({.inputs = 2, .outputs = 3}, 1);
-    module.weight.gradient().setOnes();
-    module.bias.gradient().setOnes();
-    Adam<double> adam({.weight_decay = 0.1});
-    adam.update(module, learning_rate, factors);
-    return module;
-  };
-  const auto plain = moved(0.1, {});
-  const auto scaled = moved(0.2, {0.5, 0.0});
-  CHECK(test::same_bits(scaled.weight.value, plain.weight.value));
-  CHECK(test::same_bits(scaled.bias.value,
-                        Linear<double>({.inputs = 2, .outputs = 3}, 1).bias.value));
-  CHECK(test::same_bits(moved(0.1, {1.0, 1.0}).bias.value, plain.bias.value));
-  CHECK_THROWS_WITH(moved(0.1, {1.0}), "moe: Adam::update: 1 factors for 2 parameters");
-  CHECK_THROWS_WITH(moved(0.1, {1.0, -1.0}),
-                    "moe: Adam::update: learning_rate = -0.1, must be finite and at least 0");
 }

@@ -1,7 +1,7 @@
 #include "moe/optim/gradient_clipping.hpp"
 
 #include "../support.hpp"
-#include "lazy_updates.hpp"
+#include "laws.hpp"
 #include "moe/nn/linear.hpp"
 
 using namespace moe;

@@ -113,38 +113,6 @@ TEST_CASE("report: what is not frozen keeps its gradients to the bit, and dx too
   }
 }
 
-TEST_CASE("report: a frozen nn module gets no gradient", "[reports]") {
-  const auto freeze = [](auto& module) {
-    for_each_parameter(module, [](const std::string&, auto& p) { p.trained = false; });
-  };
-  const auto numbers = [](const auto& module) {
-    Index count = 0;
-    for_each_parameter(module,
-                       [&](const std::string&, const auto& p) { count += p.stored.memory.size(); });
-    return count;
-  };
-  const Matrix<float> x = random_matrix<float>(6, 5, 1);
-  Linear<> linear({.inputs = 5, .outputs = 5}, 1);
-  freeze(linear);
-  Linear<>::Tape a;
-  linear.forward(x, a);
-  CHECK(linear.backward(x, a).norm() > 0);
-  CHECK(numbers(linear) == 0);
-  LSTM<> lstm({.inputs = 5, .hidden = 5}, 2);
-  freeze(lstm);
-  LSTM<>::Tape b;
-  auto state = lstm.initial_state(2);
-  lstm.forward(x, state, b);
-  CHECK(lstm.backward(x, b).norm() > 0);
-  CHECK(numbers(lstm) == 0);
-  Embedding<> embedding({.vocabulary = 9, .width = 5}, 3);
-  freeze(embedding);
-  Embedding<>::Tape c;
-  embedding.forward(std::vector<Index>{1, 2, 3, 4, 5, 6}, c);
-  embedding.backward(x, c);
-  CHECK(numbers(embedding) == 0);
-}
-
 TEST_CASE("report: zeroing releases the gradients of what was frozen", "[reports]") {
   Layer layer = make_layer();
   Layer::Tape tape;

@@ -15,7 +15,7 @@ using Catch::Matchers::WithinAbs;
 TEST_CASE("report: an optimizer is made from empty braces", "[reports]") {
   const Adam<float> adam({});
   CHECK(adam.config().beta1 == 0.9);
-  const Sgd<float> sgd({});
+  const SGD<float> sgd({});
   CHECK(sgd.config().momentum == 0);
   const FactoredAdam<float> factored({});
   CHECK(factored.config().beta2 == 0.999);

@@ -19,15 +19,15 @@ template <class Scalar = float>
 class Embedding {
  public:
   struct Config {
-    Index vocabulary = 0;    ///< at least 1
-    Index width = 0;         ///< at least 1
-    double deviation = 0.1;  ///< of the normal distribution that the weights start from
+    Index vocabulary = 0;      ///< at least 1
+    Index width = 0;           ///< at least 1
+    double init_stddev = 0.1;  ///< standard deviation of the normal initial weights, at least 0
 
     template <class Self, class Visitor>
     static constexpr void visit_fields(Self& self, Visitor visit) {
       visit("vocabulary", self.vocabulary);
       visit("width", self.width);
-      visit("deviation", self.deviation);
+      visit("init_stddev", self.init_stddev);
     }
   };
 
@@ -46,11 +46,11 @@ class Embedding {
                     ", must be at least 1");
     detail::require(config.width >= 1, "Embedding::Config.width = ", config.width,
                     ", must be at least 1");
-    detail::require(config.deviation >= 0 && std::isfinite(config.deviation),
-                    "Embedding::Config.deviation = ", config.deviation,
+    detail::require(config.init_stddev >= 0 && std::isfinite(config.init_stddev),
+                    "Embedding::Config.init_stddev = ", config.init_stddev,
                     ", must be finite and at least 0");
     weight = Parameter<Scalar>(config.vocabulary, config.width);
-    fill_normal(weight.value, static_cast<Scalar>(config.deviation), seed);
+    fill_normal(weight.value, static_cast<Scalar>(config.init_stddev), seed);
   }
 
   const Config& config() const { return config_; }

@@ -41,8 +41,9 @@ void lstm_step(Index H, Scalar* z, const Scalar* c_before, Scalar* c, Scalar* h)
   moe::detail::map(H, h, next_hidden, o, c);
 }
 
-/// The gradient of lstm_step. On entry dh and dc are the gradients by h and c that come from the
-/// steps after; on return dc is that by c_before, and dz is that by z.
+/// The gradient of lstm_step. On entry dh and dc are the gradients with respect to h and c that come
+/// from the steps after; on return dc is that with respect to c_before, and dz that with respect to
+/// z.
 ///
 ///     dc += dh ⊙ o ⊙ (1 - tanh²(c)) = dh ⊙ (o - h ⊙ tanh(c))
 ///     dz_i = dc ⊙ g ⊙ i ⊙ (1 - i)       dz_f = dc ⊙ c_before ⊙ f ⊙ (1 - f)
@@ -113,7 +114,7 @@ class LSTM {
     }
   };
 
-  /// What a sequence carries from step to step, or the gradient by it.
+  /// What a sequence carries from step to step, or the gradient with respect to it.
   struct State {
     Matrix<Scalar> hidden;  ///< B x H
     Matrix<Scalar> cell;    ///< B x H
@@ -129,7 +130,7 @@ class LSTM {
     Matrix<Scalar> cell;    ///< T x H
     Matrix<Scalar> dgates;  ///< T x 4H, before the activations
     Matrix<Scalar> dx;      ///< T x inputs
-    State dstate;           ///< B x H, gradient by the initial state
+    State dstate;           ///< B x H, gradient w.r.t. the initial state
   };
 
   Parameter<Scalar> weight_ih;  ///< inputs x 4H
@@ -169,9 +170,10 @@ class LSTM {
     return tape.y;
   }
 
-  /// Adds to the gradients; returns dx and leaves the gradient by the initial state in tape.dstate.
-  /// `dfinal` is the gradient by the final state, from whatever took it over; empty means zero. So
-  /// the gradient of a decoder that started from an encoder's final state goes on as
+  /// Adds to the gradients; returns dx and leaves the gradient with respect to the initial state in
+  /// tape.dstate. `dfinal` is that with respect to the final state, from whatever took it over;
+  /// empty means zero. So the gradient of a decoder that started from an encoder's final state goes
+  /// on as
   ///
   ///     decoder.backward(dy, decoder_tape);
   ///     encoder.backward(dy_encoder, encoder_tape, decoder_tape.dstate);

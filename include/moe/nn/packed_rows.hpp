@@ -47,7 +47,7 @@ struct PackedRows {
  private:
   void check(Index T) const {
     detail::require(rows.empty() || rows.back() < T, "PackedRows: row ",
-                    rows.empty() ? 0 : rows.back(), " of ", T, " is asked for");
+                    rows.empty() ? 0 : rows.back(), " of ", T, " is out of range");
   }
 };
 

@@ -1,11 +1,12 @@
 #pragma once
 
 #include <cmath>
-#include <span>
 #include <string>
+#include <utility>
 
 #include "moe/kernels/packet.hpp"
 #include "moe/optim/parameter_blocks.hpp"
+#include "moe/optim/parameter_groups.hpp"
 #include "moe/optim/parameter_state.hpp"
 
 namespace moe {
@@ -23,7 +24,7 @@ namespace moe {
 /// got no token go on moving by its old m, and m, v and the weights go on decaying. Updates::lazy
 /// leaves such an expert entirely alone, and t counts the updates of each parameter by itself, so
 /// every expert gets exactly the Adam of the updates at which it had tokens. PyTorch's SparseAdam,
-/// the nearest thing, leaves rows alone likewise but takes the optimizer's t for all.
+/// the closest relative, leaves rows alone likewise but takes the optimizer's t for all.
 ///
 /// Runs at the speed of memory: four reads and three writes a parameter. After the first update of
 /// a module no further one allocates.
@@ -42,43 +43,43 @@ class Adam {
   /// For `Adam optimizer({})`, which the copy constructor would be as good for.
   explicit Adam(detail::Defaults) : Adam() {}
   explicit Adam(const Config& config) : config_(config) {
-    detail::require(config.beta1 >= 0 && config.beta1 < 1, "Adam::Config.beta1 = ", config.beta1,
-                    ", must be in [0, 1)");
-    detail::require(config.beta2 >= 0 && config.beta2 < 1, "Adam::Config.beta2 = ", config.beta2,
-                    ", must be in [0, 1)");
+    detail::check_decay_rate("Adam", "beta1", config.beta1);
+    detail::check_decay_rate("Adam", "beta2", config.beta2);
     detail::require(config.epsilon > 0 && std::isfinite(config.epsilon),
                     "Adam::Config.epsilon = ", config.epsilon, ", must be finite and above 0");
-    detail::require(config.weight_decay >= 0 && std::isfinite(config.weight_decay),
-                    "Adam::Config.weight_decay = ", config.weight_decay,
-                    ", must be finite and at least 0");
+    detail::check_weight_decay("Adam", config.weight_decay);
   }
 
   const Config& config() const { return config_; }
 
-  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter,
-  /// in the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument,
-  /// with nothing changed, if the learning rate or a factor is negative or not finite, if there are
-  /// not as many factors as parameters, or if the module is not that of the first update.
+  /// Learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
+  /// function ends them.
+  void set_groups(ParameterGroups groups) { groups_.set(std::move(groups)); }
+
+  /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
+  /// the learning rate or a field of a group is negative or not finite, or if the module is not that
+  /// of the first update.
   template <class Module>
-  void update(Module& module, double learning_rate, std::span<const double> factors = {}) {
-    detail::check_learning_rates("Adam", learning_rate, factors);
+  void update(Module& module, double learning_rate) {
+    groups_.match(module, "Adam", config_.weight_decay);
+    groups_.check_learning_rate("Adam", learning_rate);
     first_moment_.match(module, "Adam");
     second_moment_.match(module, "Adam");
-    detail::check_factor_count("Adam", factors, first_moment_.size());
     updates_.match(first_moment_.size());
     const Constants common(config_, updates_.total() + 1);
     detail::for_each_parameter_block(
         module, config_.updates,
         [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
-          const double factor = factors.empty() ? 1.0 : factors[detail::to_size(index)];
+          if (groups_.is_fixed(index)) return;
           const Index made = updates_[index];
           const bool as_often = made == updates_.total();
           const Constants constants = as_often ? common : Constants(config_, made + 1);
-          update_block(constants.at_rate(learning_rate * factor), count,
+          const auto [factor, decay] = groups_[index];
+          update_block(constants.at_rate(learning_rate * factor, decay), count,
                        parameter.value.data() + first, parameter.stored.memory.data() + first,
                        first_moment_[index].data() + first, second_moment_[index].data() + first);
         });
-    updates_.add(module, config_.updates);
+    updates_.add(module, config_.updates, groups_);
   }
 
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
@@ -109,10 +110,9 @@ class Adam {
           root_scale(packet(1 / std::sqrt(correction(config.beta2, t)))),
           step(packet(0)),
           decay(packet(1)),
-          first_correction(correction(config.beta1, t)),
-          weight_decay(config.weight_decay) {}
+          first_correction(correction(config.beta1, t)) {}
 
-    Constants at_rate(double learning_rate) const {
+    Constants at_rate(double learning_rate, double weight_decay) const {
       Constants constants = *this;
       constants.step = packet(learning_rate / first_correction);
       constants.decay = packet(1 - learning_rate * weight_decay);
@@ -129,10 +129,9 @@ class Adam {
     Packet step;        // η·m̂ = step · m
     Packet decay;
     double first_correction;
-    double weight_decay;
   };
 
-  /// One pass, since three over a block would read it from the second-level cache twice more.
+  /// One pass, since three over a block would read it from L2 twice more.
   static void update_block(const Constants& k, Index count, Scalar* w, const Scalar* g, Scalar* m,
                            Scalar* v) {
     using namespace Eigen::internal;
@@ -165,6 +164,7 @@ class Adam {
   }
 
   Config config_;
+  detail::ResolvedGroups groups_;
   detail::ParameterState<Scalar> first_moment_;
   detail::ParameterState<Scalar> second_moment_;
   detail::UpdateCounts updates_;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -12,6 +11,7 @@
 
 #include "moe/kernels/packet.hpp"
 #include "moe/optim/parameter_blocks.hpp"
+#include "moe/optim/parameter_groups.hpp"
 #include "moe/optim/parameter_state.hpp"
 
 namespace moe {
@@ -69,8 +69,8 @@ class FactoredState {
 
 }  // namespace detail
 
-/// Adam without a first moment, and with the second moment of a matrix kept as its row means r and
-/// its column means c: D + H numbers of a D x H matrix, where Adam keeps 2·D·H [S17 App. D]. At
+/// Adam without a first moment, and with the second moment of a matrix saved as its row means r and
+/// its column means c: D + H numbers of a D x H matrix, where Adam saves 2·D·H [S17 App. D]. At
 /// update t = 1, 2, ...:
 ///
 ///     r_i = β2·r_i + (1 - β2)·mean over j of g_ij²        both start at 0
@@ -117,37 +117,38 @@ class FactoredAdam {
   /// For `FactoredAdam optimizer({})`, which the copy constructor would be as good for.
   explicit FactoredAdam(detail::Defaults) : FactoredAdam() {}
   explicit FactoredAdam(const Config& config) : config_(config) {
-    detail::require(config.beta2 >= 0 && config.beta2 < 1,
-                    "FactoredAdam::Config.beta2 = ", config.beta2, ", must be in [0, 1)");
+    detail::check_decay_rate("FactoredAdam", "beta2", config.beta2);
     const auto epsilon = static_cast<Scalar>(config.epsilon);
     detail::require(epsilon > 0 && std::isfinite(epsilon),
                     "FactoredAdam::Config.epsilon = ", config.epsilon,
                     ", must be finite and above 0");
-    detail::require(config.weight_decay >= 0 && std::isfinite(config.weight_decay),
-                    "FactoredAdam::Config.weight_decay = ", config.weight_decay,
-                    ", must be finite and at least 0");
+    detail::check_weight_decay("FactoredAdam", config.weight_decay);
   }
 
   const Config& config() const { return config_; }
 
-  /// Moves every parameter by its gradient. `factors` scales the learning rate of each parameter,
-  /// in the order of for_each_parameter(); empty stands for ones. Throws std::invalid_argument,
-  /// with nothing changed, if the learning rate or a factor is negative or not finite, if there are
-  /// not as many factors as parameters, or if the module is not that of the first update.
+  /// Learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
+  /// function ends them.
+  void set_groups(ParameterGroups groups) { groups_.set(std::move(groups)); }
+
+  /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
+  /// the learning rate or a field of a group is negative or not finite, or if the module is not that
+  /// of the first update.
   template <class Module>
-  void update(Module& module, double learning_rate, std::span<const double> factors = {}) {
-    detail::check_learning_rates("FactoredAdam", learning_rate, factors);
+  void update(Module& module, double learning_rate) {
+    groups_.match(module, "FactoredAdam", config_.weight_decay);
+    groups_.check_learning_rate("FactoredAdam", learning_rate);
     second_moment_.match(module, "FactoredAdam");
-    detail::check_factor_count("FactoredAdam", factors, second_moment_.size());
     updates_.match(second_moment_.size());
     detail::prepare_gradients(module, config_.updates);
     reserve_sums(module);
     const double common = correction(updates_.total() + 1);
     const auto update_one = [&](Index index, Parameter<Scalar>& parameter, Index worker) {
-      const double factor = factors.empty() ? 1.0 : factors[detail::to_size(index)];
+      if (groups_.is_fixed(index)) return;
       const Index made = updates_[index];
       const bool as_often = made == updates_.total();
-      update_parameter(constants_at(learning_rate * factor),
+      const auto [factor, decay] = groups_[index];
+      update_parameter(constants_at(learning_rate * factor, decay),
                        as_often ? common : correction(made + 1), parameter, second_moment_[index],
                        worker);
     };
@@ -160,7 +161,7 @@ class FactoredAdam {
       if (is_whole(parameter) || detail::is_idle(parameter, config_.updates)) return;
       update_one(i, parameter, 0);
     });
-    updates_.add(module, config_.updates);
+    updates_.add(module, config_.updates, groups_);
   }
 
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
@@ -179,8 +180,8 @@ class FactoredAdam {
  private:
   using Packet = detail::Packet<Scalar>;
 
-  /// What is worked on at once: the sums and roots of so many columns and rows are on the stack, in
-  /// the first-level cache, and sums of sums lose fewer digits than long ones.
+  /// What is worked on at once: the sums and roots of these columns and rows are on the stack, in
+  /// L1, and sums of sums lose fewer digits than long ones.
   static constexpr Index strip_columns = 1024;
   static constexpr Index strip_rows = 64;
 
@@ -190,10 +191,10 @@ class FactoredAdam {
     Packet decay;
   };
 
-  Constants constants_at(double learning_rate) const {
+  Constants constants_at(double learning_rate, double weight_decay) const {
     const auto packet = [](double value) { return detail::broadcast(static_cast<Scalar>(value)); };
     return {packet(config_.epsilon), packet(learning_rate),
-            packet(1 - learning_rate * config_.weight_decay)};
+            packet(1 - learning_rate * weight_decay)};
   }
 
   double correction(Index t) const { return 1 - std::pow(config_.beta2, static_cast<double>(t)); }
@@ -346,6 +347,7 @@ class FactoredAdam {
   }
 
   Config config_;
+  detail::ResolvedGroups groups_;
   detail::FactoredState<Scalar> second_moment_;
   detail::UpdateCounts updates_;
   Matrix<double> column_sums_;  ///< scratch; in double, since there may be many rows

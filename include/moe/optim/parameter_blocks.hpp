@@ -9,7 +9,7 @@
 namespace moe::detail {
 
 /// Elements of a parameter that an optimizer works on at once: what its passes touch of them stays
-/// in the second-level cache, so memory is read and written once.
+/// in L2, so memory is read and written once.
 inline constexpr Index optimizer_block = 4096;
 
 /// Into how many lanes the blocks of a module are dealt, one after the other. A constant, so that
@@ -46,9 +46,9 @@ Index prepare_gradients(Module& module, Updates updates) {
   return scalars;
 }
 
-/// Into how many tasks passes over so many scalars are cut. Every task walks over all parameters,
-/// and few of them at once make for short runs through memory, so there are two tasks a worker for
-/// balance and none without enough to do.
+/// The number of tasks for passes over the given number of scalars. Every task walks over all
+/// parameters, and few of them at once make for short runs through memory, so there are two tasks a
+/// worker for balance and none without enough to do.
 inline Index optimizer_tasks(Index scalars) {
   constexpr Index worth_a_task = Index{1} << 14;
   const Index workers = worker_count(element_work(scalars));

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "moe/optim/parameter_groups.hpp"
 #include "moe/parameter.hpp"
 
 namespace moe::detail {
@@ -14,24 +15,15 @@ namespace moe::detail {
 /// What `{}` is, where a constructor also takes a configuration: a scalar type is the better match.
 enum class Defaults {};
 
-inline void check_learning_rate(std::string_view optimizer, double learning_rate) {
-  require(learning_rate >= 0 && std::isfinite(learning_rate), optimizer,
-          "::update: learning_rate = ", learning_rate, ", must be finite and at least 0");
-}
+// Fields of an optimizer's configuration.
 
-/// Throws std::invalid_argument unless the learning rate and its products with the factors are
-/// finite and at least 0.
-inline void check_learning_rates(std::string_view optimizer, double learning_rate,
-                                 std::span<const double> factors) {
-  check_learning_rate(optimizer, learning_rate);
-  for (const double factor : factors) check_learning_rate(optimizer, factor * learning_rate);
+inline void check_decay_rate(std::string_view optimizer, std::string_view field, double value) {
+  require(value >= 0 && value < 1, optimizer, "::Config.", field, " = ", value,
+          ", must be in [0, 1)");
 }
-
-/// Throws std::invalid_argument unless there are no factors, or one for each parameter.
-inline void check_factor_count(std::string_view optimizer, std::span<const double> factors,
-                               Index parameters) {
-  require(factors.empty() || static_cast<Index>(factors.size()) == parameters, optimizer,
-          "::update: ", factors.size(), " factors for ", parameters, " parameters");
+inline void check_weight_decay(std::string_view optimizer, double value) {
+  require(value >= 0 && std::isfinite(value), optimizer, "::Config.weight_decay = ", value,
+          ", must be finite and at least 0");
 }
 
 /// Throws std::invalid_argument unless a module has the parameters of the first update: `known` of
@@ -53,7 +45,7 @@ void require_same_parameters(const Module& module, std::string_view optimizer, I
 }
 
 /// How many updates an optimizer made, and how many of each parameter: as many, but for those at
-/// which it was idle.
+/// which it was idle or its rate_factor 0.
 class UpdateCounts {
  public:
   void match(Index parameters) { of_parameter_.resize(to_size(parameters)); }
@@ -63,11 +55,12 @@ class UpdateCounts {
 
   /// Counts an update of a module.
   template <class Module>
-  void add(const Module& module, Updates updates) {
+  void add(const Module& module, Updates updates, const ResolvedGroups& groups) {
     ++total_;
-    auto made = of_parameter_.begin();
+    Index index = 0;
     walk_parameters(module, [&](const ParameterName&, const auto& parameter) {
-      *made++ += is_idle(parameter, updates) ? 0 : 1;
+      const Index i = index++;
+      if (!is_idle(parameter, updates) && !groups.is_fixed(i)) ++of_parameter_[to_size(i)];
     });
   }
 

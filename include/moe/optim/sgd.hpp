@@ -1,7 +1,10 @@
 #pragma once
 
+#include <utility>
+
 #include "moe/kernels/packet.hpp"
 #include "moe/optim/parameter_blocks.hpp"
+#include "moe/optim/parameter_groups.hpp"
 #include "moe/optim/parameter_state.hpp"
 
 namespace moe {
@@ -17,7 +20,7 @@ namespace moe {
 /// Updates::lazy leaves an expert that got no token entirely alone, where a dense update decays its
 /// weights and moves them on by their momentum, which decays too.
 template <class Scalar = float>
-class Sgd {
+class SGD {
  public:
   struct Config {
     double momentum = 0;      ///< in [0, 1)
@@ -25,35 +28,36 @@ class Sgd {
     Updates updates = Updates::dense;
   };
 
-  Sgd() : Sgd(Config{}) {}
-  /// For `Sgd optimizer({})`, which the copy constructor would be as good for.
-  explicit Sgd(detail::Defaults) : Sgd() {}
-  explicit Sgd(const Config& config) : config_(config) {
-    detail::require(config.momentum >= 0 && config.momentum < 1,
-                    "Sgd::Config.momentum = ", config.momentum, ", must be in [0, 1)");
-    detail::require(config.weight_decay >= 0 && std::isfinite(config.weight_decay),
-                    "Sgd::Config.weight_decay = ", config.weight_decay,
-                    ", must be finite and at least 0");
+  SGD() : SGD(Config{}) {}
+  /// For `SGD optimizer({})`, which the copy constructor would be as good for.
+  explicit SGD(detail::Defaults) : SGD() {}
+  explicit SGD(const Config& config) : config_(config) {
+    detail::check_decay_rate("SGD", "momentum", config.momentum);
+    detail::check_weight_decay("SGD", config.weight_decay);
   }
 
   const Config& config() const { return config_; }
 
+  /// Learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
+  /// function ends them.
+  void set_groups(ParameterGroups groups) { groups_.set(std::move(groups)); }
+
   /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
-  /// the learning rate is negative or not finite, or the module is not that of the first update.
+  /// the learning rate or a field of a group is negative or not finite, or if the module is not that
+  /// of the first update.
   template <class Module>
   void update(Module& module, double learning_rate) {
-    detail::check_learning_rate("Sgd", learning_rate);
+    groups_.match(module, "SGD", config_.weight_decay);
+    groups_.check_learning_rate("SGD", learning_rate);
     const bool plain = config_.momentum == 0;
-    if (!plain) velocity_.match(module, "Sgd");
-    const Constants constants{
-        detail::broadcast(static_cast<Scalar>(config_.momentum)),
-        detail::broadcast(static_cast<Scalar>(1 - learning_rate * config_.weight_decay)),
-        detail::broadcast(static_cast<Scalar>(-learning_rate))};
+    if (!plain) velocity_.match(module, "SGD");
     detail::for_each_parameter_block(
         module, config_.updates,
         [&](Index, Index index, Parameter<Scalar>& parameter, Index first, Index count) {
-          update_block(constants, count, parameter.value.data() + first,
-                       parameter.stored.memory.data() + first,
+          if (groups_.is_fixed(index)) return;
+          const auto [factor, decay] = groups_[index];
+          update_block(constants_at(learning_rate * factor, decay), count,
+                       parameter.value.data() + first, parameter.stored.memory.data() + first,
                        plain ? nullptr : velocity_[index].data() + first);
         });
   }
@@ -64,7 +68,7 @@ class Sgd {
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     if (config_.momentum == 0) return;
-    velocity_.match(module, "Sgd");
+    velocity_.match(module, "SGD");
     velocity_.for_each(module, "velocity", f);
   }
 
@@ -76,6 +80,12 @@ class Sgd {
     Packet decay;
     Packet step;
   };
+
+  Constants constants_at(double learning_rate, double weight_decay) const {
+    const auto packet = [](double value) { return detail::broadcast(static_cast<Scalar>(value)); };
+    return {packet(config_.momentum), packet(1 - learning_rate * weight_decay),
+            packet(-learning_rate)};
+  }
 
   /// Without momentum `v` is null and g takes its place.
   static void update_block(const Constants& k, Index count, Scalar* w, const Scalar* g, Scalar* v) {
@@ -91,6 +101,7 @@ class Sgd {
   }
 
   Config config_;
+  detail::ResolvedGroups groups_;
   detail::ParameterState<Scalar> velocity_;
 };
 

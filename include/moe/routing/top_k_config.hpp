@@ -59,7 +59,7 @@ struct TopKConfig {
   RowOrder row_order = RowOrder::time_major;
   double z_loss_weight = 0;  ///< >= 0
 
-  double deviation = 0.02;  ///< of W_g at the start, >= 0
+  double init_stddev = 0.02;  ///< of W_g at the start, >= 0
 
   template <class Self, class Visitor>
   static constexpr void visit_fields(Self& self, Visitor visit) {
@@ -86,7 +86,7 @@ struct TopKConfig {
     visit("sequences", self.sequences);
     visit("row_order", self.row_order);
     visit("z_loss_weight", self.z_loss_weight);
-    visit("init_stddev", self.deviation);
+    visit("init_stddev", self.init_stddev);
   }
 };
 
