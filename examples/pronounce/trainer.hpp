@@ -54,7 +54,7 @@ inline moe::Baseline baseline_of(const std::string& name) {
 
 inline Helper::Config helper_of(const Options& o) {
   return {.end = end_symbol,
-          .longest = o.longest,
+          .max_length = o.max_length,
           .temperature = o.temperature,
           .baseline = baseline_of(o.baseline),
           .samples = o.samples,
@@ -77,7 +77,7 @@ inline Schedule schedule_of(const Options& o) {
   if (o.schedule == "prefix") {
     // Few pronunciations have more phonemes than twelve.
     return moe::ShrinkingPrefix{.warm_up = o.cross_entropy,
-                                .longest = std::min<Index>(12, o.longest),
+                                .max_length = std::min<Index>(12, o.max_length),
                                 .shrink = 2,
                                 .stage = o.rise};
   }

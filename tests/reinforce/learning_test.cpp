@@ -22,7 +22,7 @@ TEST_CASE("learning: a two-armed bandit", "[reinforce][learning]") {
   const auto baseline = GENERATE(Baseline::none, Baseline::running_mean, Baseline::linear,
                                  Baseline::greedy, Baseline::leave_one_out);
   Small policy({.inputs = 1, .scale = 0.3});
-  Helper helper({.longest = 1, .baseline = baseline, .samples = 2, .hidden = 5, .seed = 2});
+  Helper helper({.max_length = 1, .baseline = baseline, .samples = 2, .hidden = 5, .seed = 2});
   std::uint64_t pull = 0;
   const auto arm = [&](Index, std::span<const Index> sequence, bool) {
     const double luck = static_cast<double>(uniform(philox({0, 0, 0, 0}, ++pull)[0]));
@@ -78,7 +78,7 @@ TEST_CASE("learning: copying, unsolvable from scratch, is solved with annealing"
   const auto share_solved = [&](auto&& schedule, bool mixture = false) {
     Copier policy(
         {.inputs = 6 * length, .symbols = 7, .hidden = 32, .mixture = mixture, .scale = 0.4});
-    Reinforce<Copier> helper({.longest = length + 2, .samples = 4, .seed = 3});
+    Reinforce<Copier> helper({.max_length = length + 2, .samples = 4, .seed = 3});
     Reinforce<Copier>::Tape tape;
     Adam<float> adam;
     std::vector<std::vector<Index>> inputs;
@@ -106,6 +106,6 @@ TEST_CASE("learning: copying, unsolvable from scratch, is solved with annealing"
   };
   CHECK(share_solved([](Index) { return Objective{1, 0}; }) < 0.05);
   CHECK(share_solved(Alternation{.warm_up = 300, .rise = 200, .highest = 0.8}, true) > 0.7);
-  CHECK(share_solved(ShrinkingPrefix{.warm_up = 200, .longest = 5, .stage = 100}) > 0.7);
+  CHECK(share_solved(ShrinkingPrefix{.warm_up = 200, .max_length = 5, .stage = 100}) > 0.7);
   CHECK(share_solved(Blend{.warm_up = 300, .rise = 200, .highest = 0.5}) > 0.7);
 }

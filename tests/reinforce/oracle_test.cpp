@@ -17,7 +17,7 @@ using Small = SmallPolicy<double>;
 using Helper = Reinforce<Small>;
 using Sequence = std::vector<Index>;
 
-constexpr Index longest = 4;
+constexpr Index max_length = 4;
 constexpr Index end_symbol = 0;
 const std::vector<Index> one_input{2};
 const NoiseKey key{.step = 7};
@@ -53,7 +53,7 @@ double return_of(const Sequence& sequence, Reward reward, double discount) {
 void enumerate(Sequence& prefix, std::vector<Sequence>& all) {
   for (Index symbol = 0; symbol < 3; ++symbol) {
     prefix.push_back(symbol);
-    if (symbol == end_symbol || static_cast<Index>(prefix.size()) == longest) {
+    if (symbol == end_symbol || static_cast<Index>(prefix.size()) == max_length) {
       all.push_back(prefix);
     } else {
       enumerate(prefix, all);
@@ -163,7 +163,7 @@ void check(Small& policy, Baseline baseline, Index samples, double temperature, 
   INFO("baseline " << static_cast<int>(baseline) << ", temperature " << temperature);
   const Vector<double> actual = weighted_sum(policy,
                                              {.end = end_symbol,
-                                              .longest = longest,
+                                              .max_length = max_length,
                                               .temperature = temperature,
                                               .discount = discount,
                                               .baseline = baseline,

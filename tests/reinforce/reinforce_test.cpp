@@ -45,7 +45,7 @@ TEMPLATE_TEST_CASE("reinforce: a forced reference with advantage 1 is cross-entr
   typename Helper<TestType>::Tape tape;
 
   // The sequence that the dice of a seed write is made the reference.
-  Helper<TestType> helper({.longest = 5, .baseline = Baseline::none, .seed = 11});
+  Helper<TestType> helper({.max_length = 5, .baseline = Baseline::none, .seed = 11});
   const auto earned = [](Index, std::span<const Index>, bool done) { return done ? 1.0 : 0.0; };
   const Vector<double> sampled =
       update_gradients(helper, policy, input, {}, earned, {.reinforce = 1}, key, tape);
@@ -69,7 +69,7 @@ TEMPLATE_TEST_CASE("reinforce: its cross-entropy is SoftmaxCrossEntropy's", "[re
                    double) {
   // Two symbols a sequence, so that the mean over symbols is half of that over sequences, to the bit.
   SmallPolicy<TestType> policy({.mixture = false});
-  Helper<TestType> helper({.longest = 5});
+  Helper<TestType> helper({.max_length = 5});
   typename Helper<TestType>::Tape tape;
   const References two{{1}, {2}, {1}};
   const auto statistics =
@@ -90,7 +90,7 @@ TEMPLATE_TEST_CASE("reinforce: its cross-entropy is SoftmaxCrossEntropy's", "[re
 
 TEST_CASE("reinforce: cross-entropy's gradients agree with differences", "[reinforce]") {
   SmallPolicy<double> policy({.mixture = false});
-  Helper<> helper({.longest = 5});
+  Helper<> helper({.max_length = 5});
   Helper<>::Tape tape;
   zero_gradients(policy);
   helper.add_gradients(policy, inputs, references, no_reward, {}, {.step = 2}, tape);
@@ -112,7 +112,7 @@ TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
   Helper<>::Tape tape;
   const auto run = [&](bool nan, Vector<double>& of_helper) {
     SmallPolicy<double> policy({.nan_in_padding = nan});
-    Helper<> helper({.longest = 6,
+    Helper<> helper({.max_length = 6,
                      .baseline = baseline,
                      .samples = 3,
                      .hidden = 5,
@@ -141,7 +141,7 @@ TEST_CASE("reinforce: a batch is the sum of its singles", "[reinforce]") {
       GENERATE(Objective{0, 0}, Objective{0.3, 0}, Objective{1, 0}, Objective{1, 1});
   SmallPolicy<double> policy({.mixture = false});
   const Helper<>::Config config{
-      .longest = 6, .discount = 0.9, .baseline = baseline, .samples = 2, .seed = 3};
+      .max_length = 6, .discount = 0.9, .baseline = baseline, .samples = 2, .seed = 3};
   Helper<> helper(config);
   helper.set_running_mean({.sum = 0.4, .weight = 0.8});
   Helper<>::Tape tape;
@@ -159,7 +159,7 @@ TEST_CASE("reinforce: a batch is the sum of its singles", "[reinforce]") {
 
 TEST_CASE("reinforce: the end is trained, and nothing after it", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.longest = 6, .baseline = Baseline::none, .seed = 2});
+  Helper<> helper({.max_length = 6, .baseline = Baseline::none, .seed = 2});
   Helper<>::Tape tape;
   const double share = GENERATE(0.0, 1.0);
   helper.add_gradients(policy, inputs, references, reward, {.reinforce = share}, {.step = 4}, tape);
@@ -176,7 +176,7 @@ TEST_CASE("reinforce: the end is trained, and nothing after it", "[reinforce]") 
 
 TEST_CASE("reinforce: a reward at one step gives no credit after it", "[reinforce]") {
   SmallPolicy<double> policy({.mixture = false});
-  Helper<> helper({.longest = 6, .baseline = Baseline::none, .seed = GENERATE(1u, 2u, 3u)});
+  Helper<> helper({.max_length = 6, .baseline = Baseline::none, .seed = GENERATE(1u, 2u, 3u)});
   Helper<>::Tape tape;
   const std::size_t only = 2;  // the reward of the second symbol
   const auto once = [](Index, std::span<const Index> sequence, bool) {
@@ -198,7 +198,7 @@ TEST_CASE("reinforce: advantages by hand", "[reinforce]") {
     return static_cast<double>(sequence.back());
   };
   Helper<>::Config config{
-      .longest = 4, .discount = 0.5, .baseline = Baseline::leave_one_out, .samples = 2};
+      .max_length = 4, .discount = 0.5, .baseline = Baseline::leave_one_out, .samples = 2};
   Helper<>::Tape tape;
   const std::vector<Index> input{1};
   // Dice that write sequences of different lengths, the first of three symbols at least.
@@ -225,7 +225,7 @@ TEST_CASE("reinforce: advantages by hand", "[reinforce]") {
 TEST_CASE("reinforce: the entropy bonus has the entropy's gradient", "[reinforce]") {
   // With nothing to be earned only the bonus is left, of the sequences that were written.
   SmallPolicy<double> policy({.mixture = false});
-  Helper<> helper({.longest = 5,
+  Helper<> helper({.max_length = 5,
                    .temperature = 0.8,
                    .baseline = Baseline::none,
                    .samples = 2,
@@ -267,7 +267,7 @@ TEST_CASE("reinforce: a blend is the weighted sum of its parts", "[reinforce]") 
   // Neither the dice nor a baseline know of the reference's row.
   const auto baseline =
       GENERATE(Baseline::none, Baseline::linear, Baseline::greedy, Baseline::leave_one_out);
-  Helper<> helper({.longest = 6, .baseline = baseline, .samples = 3, .hidden = 5, .seed = 5});
+  Helper<> helper({.max_length = 6, .baseline = baseline, .samples = 3, .hidden = 5, .seed = 5});
   Helper<>::Tape tape;
   const NoiseKey key{.step = 1};
   const auto part = [&](double share) {
@@ -291,7 +291,7 @@ TEST_CASE("reinforce: a blend is the weighted sum of its parts", "[reinforce]") 
 TEST_CASE("reinforce: after a prefix only the rest is sampled", "[reinforce]") {
   SmallPolicy<double> policy({});
   const auto baseline = GENERATE(Baseline::greedy, Baseline::leave_one_out, Baseline::running_mean);
-  Helper<> helper({.longest = 6, .baseline = baseline, .samples = 2, .seed = 5});
+  Helper<> helper({.max_length = 6, .baseline = baseline, .samples = 2, .seed = 5});
   Helper<>::Tape tape;
   const auto s = helper.add_gradients(policy, inputs, references, reward,
                                       {.reinforce = 1, .prefix = 2}, {.step = 1}, tape);
@@ -317,7 +317,7 @@ TEMPLATE_TEST_CASE("reinforce: the gradient pass sees the probabilities of the r
   const Objective objective =
       GENERATE(Objective{1, 0}, Objective{0.5, 0}, Objective{1, 2}, Objective{0.5, 1});
   const test::Threads threads(GENERATE(1, 3));
-  Helper<TestType> helper({.longest = 7, .temperature = 1.3, .samples = 3, .seed = 8});
+  Helper<TestType> helper({.max_length = 7, .temperature = 1.3, .samples = 3, .seed = 8});
   typename Helper<TestType>::Tape tape;
   helper.add_gradients(policy, inputs, references, reward, objective, {.step = 6}, tape);
   REQUIRE(tape.rollout.steps >= 4);
@@ -342,7 +342,7 @@ TEST_CASE("reinforce: the same bits on any number of threads", "[reinforce]") {
   for (const int count : {1, 2, 5}) {
     const test::Threads threads(count);
     SmallPolicy<float> policy({});
-    Helper<float> helper({.longest = 7,
+    Helper<float> helper({.max_length = 7,
                           .baseline = Baseline::linear,
                           .samples = 4,
                           .hidden = 5,
@@ -360,7 +360,7 @@ TEST_CASE("reinforce: balance losses join once and unscaled", "[reinforce]") {
   const Objective objective = GENERATE(Objective{1, 0}, Objective{0.5, 0});
   SmallPolicy<double> policy({.balance = 0.2});
   SmallPolicy<double> without({.balance = 0});
-  Helper<> helper({.longest = 5, .baseline = Baseline::none, .samples = 2, .seed = 3});
+  Helper<> helper({.max_length = 5, .baseline = Baseline::none, .samples = 2, .seed = 3});
   Helper<>::Tape tape;
   Vector<double> balance =
       update_gradients(helper, policy, inputs, references, no_reward, objective, {.step = 2}, tape);
@@ -382,8 +382,8 @@ TEST_CASE("reinforce: balance losses join once and unscaled", "[reinforce]") {
 TEST_CASE("reinforce: the linear baseline and the policy do not train each other", "[reinforce]") {
   const NoiseKey key{.step = 3};
   SmallPolicy<double> policy({});
-  Helper<> linear({.longest = 6, .baseline = Baseline::linear, .hidden = 5, .seed = 1});
-  Helper<> mean({.longest = 6, .baseline = Baseline::running_mean, .seed = 1});
+  Helper<> linear({.max_length = 6, .baseline = Baseline::linear, .hidden = 5, .seed = 1});
+  Helper<> mean({.max_length = 6, .baseline = Baseline::running_mean, .seed = 1});
   mean.set_running_mean({.sum = 0.6, .weight = 1});
   for_each_parameter(linear, [](const std::string& name, Parameter<double>& p) {
     if (name == "baseline.bias") p.value(0, 0) = 0.6;
@@ -412,7 +412,7 @@ TEST_CASE("reinforce: the linear baseline and the policy do not train each other
 
 TEST_CASE("reinforce: the running mean is that of batches before", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.longest = 5, .samples = 2, .mean_rate = 0.25});
+  Helper<> helper({.max_length = 5, .samples = 2, .mean_rate = 0.25});
   Helper<>::Tape tape;
   const auto first =
       helper.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 1}, tape);
@@ -430,7 +430,7 @@ TEST_CASE("reinforce: the running mean is that of batches before", "[reinforce]"
 
 TEST_CASE("reinforce: normalised advantages", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.longest = 5, .samples = 4, .normalise = true});
+  Helper<> helper({.max_length = 5, .samples = 4, .normalise = true});
   Helper<>::Tape tape;
   helper.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 1}, tape);
   double sum = 0;
@@ -445,7 +445,7 @@ TEST_CASE("reinforce: normalised advantages", "[reinforce]") {
 
 TEST_CASE("reinforce: figures by hand", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.longest = 2, .baseline = Baseline::none, .samples = 4, .seed = 1});
+  Helper<> helper({.max_length = 2, .baseline = Baseline::none, .samples = 4, .seed = 1});
   Helper<>::Tape tape;
   const auto length = [](Index, std::span<const Index> sequence, bool done) {
     return done ? static_cast<double>(sequence.size()) : 0;
@@ -468,7 +468,7 @@ TEST_CASE("reinforce: figures by hand", "[reinforce]") {
   CHECK(s.forced_steps == 0);
   CHECK(std::abs(s.mean_length - (2 - q)) < 1e-12);
   CHECK(std::abs(s.mean_reward - (2 - q)) < 1e-12);
-  CHECK(std::abs(s.reward_deviation - std::sqrt(q * (1 - q))) < 1e-12);
+  CHECK(std::abs(s.reward_stddev - std::sqrt(q * (1 - q))) < 1e-12);
   CHECK(std::abs(s.truncated - static_cast<double>(truncated) / 12) < 1e-12);
   CHECK(s.entropy > 0);
   CHECK(s.entropy < std::log(3.0));
@@ -479,7 +479,7 @@ TEST_CASE("reinforce: figures by hand", "[reinforce]") {
 
 TEST_CASE("reinforce: errors leave everything as it was", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.longest = 4, .samples = 2});
+  Helper<> helper({.max_length = 4, .samples = 2});
   helper.set_running_mean({.sum = 1, .weight = 1});
   Helper<>::Tape tape;
   for_each_parameter(policy, [](const std::string&, auto& p) { p.gradient().setConstant(0.5); });
@@ -536,7 +536,7 @@ TEST_CASE("reinforce: logits that are not finite are reported", "[reinforce]") {
   for_each_parameter(policy, [](const std::string& name, auto& p) {
     if (name == "logits.bias") p.value(0, 1) = std::numeric_limits<double>::quiet_NaN();
   });
-  Helper<> helper({.longest = 4});
+  Helper<> helper({.max_length = 4});
   Helper<>::Tape tape;
   for (const double share : {0.0, 1.0}) {
     CHECK_THROWS_WITH(helper.add_gradients(policy, inputs, references, reward, {.reinforce = share},
@@ -549,7 +549,7 @@ TEST_CASE("reinforce: logits that are not finite are reported", "[reinforce]") {
 
 TEST_CASE("reinforce: a float policy's numbers end sooner than the reward's", "[reinforce]") {
   SmallPolicy<float> policy({});
-  Helper<float> helper({.longest = 4, .baseline = Baseline::none});
+  Helper<float> helper({.max_length = 4, .baseline = Baseline::none});
   Helper<float>::Tape tape;
   const auto huge = [](Index, std::span<const Index>, bool) { return 1e39; };
   CHECK_THROWS_WITH(
@@ -557,8 +557,9 @@ TEST_CASE("reinforce: a float policy's numbers end sooner than the reward's", "[
       Contains("not finite"));
   CHECK(gradients_of(policy).isZero(0));
   CHECK(helper.running_mean().weight == 0);
-  CHECK_THROWS_WITH(Helper<float>({.longest = 4, .temperature = 1e-40}), Contains("temperature"));
-  CHECK_THROWS_WITH(Helper<float>({.longest = 4, .temperature = 1e39}), Contains("temperature"));
+  CHECK_THROWS_WITH(Helper<float>({.max_length = 4, .temperature = 1e-40}),
+                    Contains("temperature"));
+  CHECK_THROWS_WITH(Helper<float>({.max_length = 4, .temperature = 1e39}), Contains("temperature"));
 }
 
 TEST_CASE("reinforce: a reference that the policy forbids is reported", "[reinforce]") {
@@ -566,7 +567,7 @@ TEST_CASE("reinforce: a reference that the policy forbids is reported", "[reinfo
   for_each_parameter(policy, [](const std::string& name, auto& p) {
     if (name == "logits.bias") p.value(0, 2) = -std::numeric_limits<double>::infinity();
   });
-  Helper<> helper({.longest = 4});
+  Helper<> helper({.max_length = 4});
   Helper<>::Tape tape;
   CHECK_THROWS_WITH(helper.add_gradients(policy, inputs, references, reward, {}, {.step = 0}, tape),
                     Contains("symbol 2 of row 2 at step 0 has probability 0"));
@@ -578,29 +579,29 @@ TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
   const auto fails = [](const Config& config, const std::string& message) {
     CHECK_THROWS_WITH(Helper<>(config), Contains(message));
   };
-  fails({.longest = 0}, "longest = 0");
-  fails({.longest = Index{1} << 62}, "longest = ");
-  fails({.end = -1, .longest = 3}, "end = -1");
-  fails({.start = -2, .longest = 3}, "start = -2");
-  fails({.longest = 3, .temperature = 0}, "temperature = 0");
-  fails({.longest = 3, .temperature = std::nan("")}, "temperature = ");
-  fails({.longest = 3, .discount = 1.1}, "discount = 1.1");
-  fails({.longest = 3, .samples = 0}, "samples = 0");
-  fails({.longest = 3, .baseline = Baseline::leave_one_out}, "samples = 1, must be at least 2");
-  fails({.longest = 3, .mean_rate = 0}, "mean_rate = 0");
-  fails({.longest = 3, .baseline = Baseline::linear}, "hidden = 0");
-  fails({.longest = 3, .entropy_bonus = -1}, "entropy_bonus = -1");
+  fails({.max_length = 0}, "max_length = 0");
+  fails({.max_length = Index{1} << 62}, "max_length = ");
+  fails({.end = -1, .max_length = 3}, "end = -1");
+  fails({.start = -2, .max_length = 3}, "start = -2");
+  fails({.max_length = 3, .temperature = 0}, "temperature = 0");
+  fails({.max_length = 3, .temperature = std::nan("")}, "temperature = ");
+  fails({.max_length = 3, .discount = 1.1}, "discount = 1.1");
+  fails({.max_length = 3, .samples = 0}, "samples = 0");
+  fails({.max_length = 3, .baseline = Baseline::leave_one_out}, "samples = 1, must be at least 2");
+  fails({.max_length = 3, .mean_rate = 0}, "mean_rate = 0");
+  fails({.max_length = 3, .baseline = Baseline::linear}, "hidden = 0");
+  fails({.max_length = 3, .entropy_bonus = -1}, "entropy_bonus = -1");
   // What only the policy can tell.
   SmallPolicy<double> policy({});
   Helper<>::Tape tape;
-  Helper<> end_too_large({.end = 3, .longest = 3});
+  Helper<> end_too_large({.end = 3, .max_length = 3});
   CHECK_THROWS_WITH(end_too_large.decode(policy, inputs, tape), Contains("end = 3"));
-  Helper<> wrong_width({.longest = 3, .baseline = Baseline::linear, .hidden = 4});
+  Helper<> wrong_width({.max_length = 3, .baseline = Baseline::linear, .hidden = 4});
   CHECK_THROWS_WITH(
       wrong_width.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 0}, tape),
       Contains("Config.hidden = 4"));
   CHECK(gradients_of(policy).isZero(0));
-  Helper<> helper({.longest = 3});
+  Helper<> helper({.max_length = 3});
   CHECK_THROWS_WITH(helper.set_running_mean({.sum = std::nan(""), .weight = 1}),
                     Contains("sum = "));
   CHECK_THROWS_WITH(helper.set_running_mean({.sum = 0, .weight = -1}), Contains("weight = -1"));

@@ -47,7 +47,7 @@ concept RewardOf = requires(Reward& reward, const Input& input, std::span<const 
 /// counts from its end. The end symbol is a symbol like the others: its step is trained, no step
 /// after it is.
 ///
-///     moe::Reinforce<MyPolicy> reinforce({.end = 0, .longest = 20,
+///     moe::Reinforce<MyPolicy> reinforce({.end = 0, .max_length = 20,
 ///                                         .baseline = moe::Baseline::leave_one_out, .samples = 4});
 ///     const moe::Alternation schedule{.warm_up = 5000, .rise = 5000, .highest = 0.5};
 ///     decltype(reinforce)::Tape tape;
@@ -79,20 +79,21 @@ class Reinforce {
   using Reference = std::vector<Index>;  ///< symbols, without the end symbol
 
   struct Config {
-    Index end = 0;      ///< the symbol that ends a sequence
-    Index start = -1;   ///< what the policy reads at the first step, at least 0, it need not be
-                        ///< one of the V symbols; -1 stands for the end symbol
-    Index longest = 0;  ///< the length limit, the end symbol included, in [1, 1,000,000]; a
-                        ///< rollout takes memory for R times as many symbols
+    Index end = 0;         ///< the symbol that ends a sequence
+    Index start = -1;      ///< what the policy reads at the first step, at least 0, it need not be
+                           ///< one of the V symbols; -1 stands for the end symbol
+    Index max_length = 0;  ///< the length limit, the end symbol included, in [1, 1,000,000]; a
+                           ///< rollout takes memory for R times as many symbols
     double temperature = 1;  ///< τ > 0 of sampling and of REINFORCE's gradient
     double discount = 1;     ///< in [0, 1]
     Baseline baseline = Baseline::running_mean;
     Index samples = 1;        ///< sequences sampled for an input; at least 2 for leave_one_out
     double mean_rate = 0.05;  ///< how much of the running mean a batch replaces, in (0, 1]
     Index hidden = 0;         ///< W, the width of the policy's state, for the linear baseline
-    bool normalise = false;   ///< R_t - b_t to mean 0 and deviation 1 over a batch's sampled steps,
-                              ///< which changes their scale and, by the batch's own mean, a little
-                              ///< of their expectation
+    bool normalise =
+        false;  ///< R_t - b_t to mean 0 and standard deviation 1 over a batch's sampled steps,
+                ///< which changes their scale and, by the batch's own mean, a little
+                ///< of their expectation
     double entropy_bonus = 0;  ///< β >= 0: the gradient of (β/N)·Σ_t (entropy of π_τ at a sampled
                                ///< step) is added, each step by itself: no symbol gets credit for
                                ///< the entropy of later steps
@@ -101,26 +102,26 @@ class Reinforce {
 
   /// Figures of one update. Those of sampled sequences are 0 where sampled_steps is.
   struct Statistics {
-    Index sampled_steps = 0;      ///< symbols trained by REINFORCE
-    Index forced_steps = 0;       ///< symbols trained by cross-entropy
-    double cross_entropy = 0;     ///< nats a forced symbol
-    double mean_reward = 0;       ///< mean over sampled sequences of the sum of rewards
-    double reward_deviation = 0;  ///< its deviation
-    double mean_return = 0;       ///< mean over sampled sequences of R at the first sampled step
-    double entropy = 0;           ///< nats a sampled step, of π_τ
-    double mean_length = 0;       ///< of sampled sequences, the end symbol included
-    double truncated = 0;         ///< share of sampled sequences that ran into the length limit
-    double baseline_error = 0;    ///< root of the mean squared R_t - b_t over sampled steps
-    double gradient_norm = 0;     ///< of all gradients in the policy after this update's were added
+    Index sampled_steps = 0;    ///< symbols trained by REINFORCE
+    Index forced_steps = 0;     ///< symbols trained by cross-entropy
+    double cross_entropy = 0;   ///< nats a forced symbol
+    double mean_reward = 0;     ///< mean over sampled sequences of the sum of rewards
+    double reward_stddev = 0;   ///< its standard deviation
+    double mean_return = 0;     ///< mean over sampled sequences of R at the first sampled step
+    double entropy = 0;         ///< nats a sampled step, of π_τ
+    double mean_length = 0;     ///< of sampled sequences, the end symbol included
+    double truncated = 0;       ///< share of sampled sequences that ran into the length limit
+    double baseline_error = 0;  ///< root of the mean squared R_t - b_t over sampled steps
+    double gradient_norm = 0;   ///< of all gradients in the policy after this update's were added
   };
 
   /// The caller's scratch, and what an update left to look at.
   struct Tape {
     Rollout rollout;                      ///< the sequences, rows() = R
-    std::vector<double> rewards;          ///< R x longest
-    std::vector<double> returns;          ///< R x longest, from the first sampled step on
-    std::vector<double> log_probability;  ///< R x longest, as the gradient pass computed them
-    std::vector<double> entropy;          ///< R x longest, at sampled steps
+    std::vector<double> rewards;          ///< R x max_length
+    std::vector<double> returns;          ///< R x max_length, from the first sampled step on
+    std::vector<double> log_probability;  ///< R x max_length, as the gradient pass computed them
+    std::vector<double> entropy;          ///< R x max_length, at sampled steps
     std::vector<double> advantages;       ///< A_t, one a sampled step, time-major
     Matrix<Scalar> dlogits;               ///< (steps·R) x V
     typename P::Tape policy;
@@ -212,14 +213,14 @@ class Reinforce {
               Tape& tape) const {
     check_batch(policy, inputs);
     detail::reset(tape.rollout, static_cast<Index>(inputs.size()) * config_.samples,
-                  config_.samples, config_.longest);
+                  config_.samples, config_.max_length);
     detail::write_all(policy, inputs, key, sampling(key), tape.rollout, tape.state, tape.terms);
   }
 
   /// The most probable symbol at every step, one sequence an input, without noise: evaluation.
   void decode(const P& policy, std::span<const Input> inputs, Tape& tape) const {
     check_batch(policy, inputs);
-    detail::reset(tape.rollout, static_cast<Index>(inputs.size()), 1, config_.longest);
+    detail::reset(tape.rollout, static_cast<Index>(inputs.size()), 1, config_.max_length);
     detail::write_all(policy, inputs, std::nullopt, greedy(), tape.rollout, tape.greedy_state,
                       tape.greedy_terms);
   }
@@ -255,8 +256,8 @@ class Reinforce {
     require(config.end >= 0, "Reinforce::Config.end = ", config.end, ", must be at least 0");
     require(config.start >= -1, "Reinforce::Config.start = ", config.start,
             ", must be a symbol, or -1 for the end symbol");
-    require(config.longest >= 1 && config.longest <= 1'000'000,
-            "Reinforce::Config.longest = ", config.longest, ", must be in [1, 1000000]");
+    require(config.max_length >= 1 && config.max_length <= 1'000'000,
+            "Reinforce::Config.max_length = ", config.max_length, ", must be in [1, 1000000]");
     require(config.temperature > 0 && std::isnormal(static_cast<Scalar>(1 / config.temperature)) &&
                 std::isnormal(static_cast<Scalar>(config.temperature)),
             "Reinforce::Config.temperature = ", config.temperature,
@@ -299,9 +300,9 @@ class Reinforce {
     require(references.size() == inputs.size() || (unused && references.empty()),
             "Reinforce: ", references.size(), " references for ", inputs.size(), " inputs");
     for (std::size_t i = 0; i < references.size(); ++i) {
-      require(static_cast<Index>(references[i].size()) < config_.longest, "Reinforce: reference ",
-              i, " has ", references[i].size(),
-              " symbols and an end, Config.longest = ", config_.longest);
+      require(static_cast<Index>(references[i].size()) < config_.max_length,
+              "Reinforce: reference ", i, " has ", references[i].size(),
+              " symbols and an end, Config.max_length = ", config_.max_length);
       for (const Index symbol : references[i]) {
         require(symbol >= 0 && symbol < policy.symbols() && symbol != config_.end,
                 "Reinforce: reference ", i, " has symbol ", symbol, "; there are ",
@@ -339,10 +340,10 @@ class Reinforce {
     Rollout& rollout = tape.rollout;
     const Index rows_of_input = plan.rows_of_input();
     const Index rows = static_cast<Index>(inputs.size()) * rows_of_input;
-    detail::reset(rollout, rows, rows_of_input, config_.longest);
+    detail::reset(rollout, rows, rows_of_input, config_.max_length);
     bool all_forced = true;
     for (Index row = 0; row < rows; ++row) {
-      const Index count = plan.is_reference(row) ? config_.longest : plan.prefix;
+      const Index count = plan.is_reference(row) ? config_.max_length : plan.prefix;
       if (count > 0) force(references[detail::to_size(row / rows_of_input)], count, row, rollout);
       all_forced = all_forced && plan.is_reference(row);
     }
@@ -362,7 +363,7 @@ class Reinforce {
   template <class Reward>
   static void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& rollout,
                           std::vector<double>& rewards) {
-    detail::assign(rewards, rollout.rows() * rollout.longest, 0.0);
+    detail::assign(rewards, rollout.rows() * rollout.max_length, 0.0);
     for (Index row = 0; row < rollout.rows(); ++row) {
       if (!has_sampled(rollout, row)) continue;
       const std::span<const Index> sequence = rollout.sequence(row);
@@ -379,7 +380,7 @@ class Reinforce {
 
   void make_returns(const Rollout& rollout, const std::vector<double>& rewards,
                     std::vector<double>& returns) const {
-    const std::size_t length = detail::to_size(rollout.longest);
+    const std::size_t length = detail::to_size(rollout.max_length);
     detail::resize(returns, static_cast<Index>(rewards.size()));
     for (Index row = 0; row < rollout.rows(); ++row) {
       const std::size_t first = rollout.at(row, 0);
@@ -394,7 +395,7 @@ class Reinforce {
                     std::span<const Reference> references, Reward& reward, const Plan& plan,
                     Tape& tape) const {
     Rollout& rollout = tape.greedy;
-    detail::reset(rollout, static_cast<Index>(inputs.size()), 1, config_.longest);
+    detail::reset(rollout, static_cast<Index>(inputs.size()), 1, config_.max_length);
     for (Index row = 0; row < rollout.rows() && plan.prefix > 0; ++row) {
       force(references[detail::to_size(row)], plan.prefix, row, rollout);
     }
@@ -625,9 +626,9 @@ class Reinforce {
     for (Index row = 0; row < rollout.rows(); ++row) {
       if (!has_sampled(rollout, row)) continue;
       const double difference = reward_of(tape, row) - s.mean_reward;
-      s.reward_deviation += difference * difference / count;
+      s.reward_stddev += difference * difference / count;
     }
-    s.reward_deviation = std::sqrt(s.reward_deviation);
+    s.reward_stddev = std::sqrt(s.reward_stddev);
     detail::require(std::isfinite(s.mean_return), "Reinforce: the mean return is ", s.mean_return);
     s.entropy /= steps;
     s.baseline_error = std::sqrt(squared_errors / steps);

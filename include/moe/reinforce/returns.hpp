@@ -29,17 +29,17 @@ inline void rewards_to_go(std::span<const double> rewards, double discount,
 
 namespace detail {
 
-/// Moves values to mean 0 and scales them to deviation 1. They are differences of numbers of size
-/// `scale`: those that differ by no more than its rounding become 0.
+/// Moves values to mean 0 and scales them to standard deviation 1. They are differences of numbers
+/// of size `scale`: those that differ by no more than its rounding become 0.
 inline void normalise(std::span<double> values, double scale) {
   const auto count = static_cast<double>(values.size());
   double mean = 0;
   for (const double value : values) mean += value / count;
   double variance = 0;
   for (const double value : values) variance += (value - mean) * (value - mean) / count;
-  const double deviation = std::sqrt(variance);
-  const bool constant = deviation <= 1e-12 * scale;
-  for (double& value : values) value = constant ? 0 : (value - mean) / deviation;
+  const double stddev = std::sqrt(variance);
+  const bool constant = stddev <= 1e-12 * scale;
+  for (double& value : values) value = constant ? 0 : (value - mean) / stddev;
 }
 
 }  // namespace detail
