@@ -19,6 +19,7 @@ namespace {
 
 template <class Scalar = double>
 using Helper = Reinforce<SmallPolicy<Scalar>>;
+using AnyBaseline = Helper<>::Baseline;
 using References = std::vector<std::vector<Index>>;
 
 const std::vector<Index> inputs{2, 0, 3};
@@ -31,6 +32,11 @@ double reward(Index input, std::span<const Index> sequence, bool done) {
 }
 
 double no_reward(Index, std::span<const Index>, bool) { return 0; }
+
+template <class H>
+RunningMean running_mean(const H& helper) {
+  return std::get<RunningMeanBaseline>(helper.baseline()).mean;
+}
 
 }  // namespace
 
@@ -45,7 +51,7 @@ TEMPLATE_TEST_CASE("reinforce: a forced reference with advantage 1 is cross-entr
   typename Helper<TestType>::Tape tape;
 
   // The sequence that the dice of a seed write is made the reference.
-  Helper<TestType> helper({.max_length = 5, .baseline = Baseline::none, .seed = 11});
+  Helper<TestType> helper({.max_length = 5, .baseline = NoBaseline{}, .seed = 11});
   const auto earned = [](Index, std::span<const Index>, bool done) { return done ? 1.0 : 0.0; };
   const Vector<double> sampled =
       update_gradients(helper, policy, input, {}, earned, {.reinforce = 1}, key, tape);
@@ -104,20 +110,17 @@ TEST_CASE("reinforce: cross-entropy's gradients agree with differences", "[reinf
 }
 
 TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
-  const auto baseline = GENERATE(Baseline::none, Baseline::running_mean, Baseline::linear,
-                                 Baseline::greedy, Baseline::leave_one_out);
+  const auto baseline =
+      GENERATE(as<AnyBaseline>(), NoBaseline{}, RunningMeanBaseline{},
+               LinearBaseline<double>({.hidden = 5}), GreedyBaseline{}, LeaveOneOutBaseline{});
   const Objective objective =
       GENERATE(Objective{0, 0}, Objective{0.4, 0}, Objective{1, 0}, Objective{1, 2});
   const NoiseKey key{.step = 5};
   Helper<>::Tape tape;
   const auto run = [&](bool nan, Vector<double>& of_helper) {
     SmallPolicy<double> policy({.nan_in_padding = nan});
-    Helper<> helper({.max_length = 6,
-                     .baseline = baseline,
-                     .samples = 3,
-                     .hidden = 5,
-                     .entropy_bonus = 0.1,
-                     .seed = 4});
+    Helper<> helper(
+        {.max_length = 6, .baseline = baseline, .samples = 3, .entropy_bonus = 0.1, .seed = 4});
     const Vector<double> gradients =
         update_gradients(helper, policy, inputs, references, reward, objective, key, tape);
     of_helper = gradients_of(helper);
@@ -135,22 +138,21 @@ TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
 }
 
 TEST_CASE("reinforce: a batch is the sum of its singles", "[reinforce]") {
-  const auto baseline =
-      GENERATE(Baseline::none, Baseline::running_mean, Baseline::greedy, Baseline::leave_one_out);
+  const auto baseline = GENERATE(as<AnyBaseline>(), NoBaseline{},
+                                 RunningMeanBaseline{.mean = {.sum = 0.4, .weight = 0.8}},
+                                 GreedyBaseline{}, LeaveOneOutBaseline{});
   const Objective objective =
       GENERATE(Objective{0, 0}, Objective{0.3, 0}, Objective{1, 0}, Objective{1, 1});
   SmallPolicy<double> policy({.mixture = false});
   const Helper<>::Config config{
       .max_length = 6, .discount = 0.9, .baseline = baseline, .samples = 2, .seed = 3};
   Helper<> helper(config);
-  helper.set_running_mean({.sum = 0.4, .weight = 0.8});
   Helper<>::Tape tape;
   const Vector<double> batch =
       update_gradients(helper, policy, inputs, references, reward, objective, {.step = 9}, tape);
   Vector<double> sum = Vector<double>::Zero(batch.size());
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     Helper<> single(config);
-    single.set_running_mean({.sum = 0.4, .weight = 0.8});
     sum += update_gradients(single, policy, {inputs[i]}, {references[i]}, reward, objective,
                             {.step = 9, .first_token = static_cast<std::uint32_t>(2 * i)}, tape);
   }
@@ -159,7 +161,7 @@ TEST_CASE("reinforce: a batch is the sum of its singles", "[reinforce]") {
 
 TEST_CASE("reinforce: the end is trained, and nothing after it", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.max_length = 6, .baseline = Baseline::none, .seed = 2});
+  Helper<> helper({.max_length = 6, .baseline = NoBaseline{}, .seed = 2});
   Helper<>::Tape tape;
   const double share = GENERATE(0.0, 1.0);
   helper.add_gradients(policy, inputs, references, reward, {.reinforce = share}, {.step = 4}, tape);
@@ -176,7 +178,7 @@ TEST_CASE("reinforce: the end is trained, and nothing after it", "[reinforce]") 
 
 TEST_CASE("reinforce: a reward at one step gives no credit after it", "[reinforce]") {
   SmallPolicy<double> policy({.mixture = false});
-  Helper<> helper({.max_length = 6, .baseline = Baseline::none, .seed = GENERATE(1u, 2u, 3u)});
+  Helper<> helper({.max_length = 6, .baseline = NoBaseline{}, .seed = GENERATE(1u, 2u, 3u)});
   Helper<>::Tape tape;
   const std::size_t only = 2;  // the reward of the second symbol
   const auto once = [](Index, std::span<const Index> sequence, bool) {
@@ -198,7 +200,7 @@ TEST_CASE("reinforce: advantages by hand", "[reinforce]") {
     return static_cast<double>(sequence.back());
   };
   Helper<>::Config config{
-      .max_length = 4, .discount = 0.5, .baseline = Baseline::leave_one_out, .samples = 2};
+      .max_length = 4, .discount = 0.5, .baseline = LeaveOneOutBaseline{}, .samples = 2};
   Helper<>::Tape tape;
   const std::vector<Index> input{1};
   // Dice that write sequences of different lengths, the first of three symbols at least.
@@ -227,7 +229,7 @@ TEST_CASE("reinforce: the entropy bonus has the entropy's gradient", "[reinforce
   SmallPolicy<double> policy({.mixture = false});
   Helper<> helper({.max_length = 5,
                    .temperature = 0.8,
-                   .baseline = Baseline::none,
+                   .baseline = NoBaseline{},
                    .samples = 2,
                    .entropy_bonus = 0.3,
                    .seed = 6});
@@ -266,8 +268,9 @@ TEST_CASE("reinforce: a blend is the weighted sum of its parts", "[reinforce]") 
   SmallPolicy<double> policy({.mixture = false});
   // Neither the dice nor a baseline know of the reference's row.
   const auto baseline =
-      GENERATE(Baseline::none, Baseline::linear, Baseline::greedy, Baseline::leave_one_out);
-  Helper<> helper({.max_length = 6, .baseline = baseline, .samples = 3, .hidden = 5, .seed = 5});
+      GENERATE(as<AnyBaseline>(), NoBaseline{}, LinearBaseline<double>({.hidden = 5}),
+               GreedyBaseline{}, LeaveOneOutBaseline{});
+  Helper<> helper({.max_length = 6, .baseline = baseline, .samples = 3, .seed = 5});
   Helper<>::Tape tape;
   const NoiseKey key{.step = 1};
   const auto part = [&](double share) {
@@ -290,7 +293,8 @@ TEST_CASE("reinforce: a blend is the weighted sum of its parts", "[reinforce]") 
 
 TEST_CASE("reinforce: after a prefix only the rest is sampled", "[reinforce]") {
   SmallPolicy<double> policy({});
-  const auto baseline = GENERATE(Baseline::greedy, Baseline::leave_one_out, Baseline::running_mean);
+  const auto baseline =
+      GENERATE(as<AnyBaseline>(), GreedyBaseline{}, LeaveOneOutBaseline{}, RunningMeanBaseline{});
   Helper<> helper({.max_length = 6, .baseline = baseline, .samples = 2, .seed = 5});
   Helper<>::Tape tape;
   const auto s = helper.add_gradients(policy, inputs, references, reward,
@@ -343,9 +347,8 @@ TEST_CASE("reinforce: the same bits on any number of threads", "[reinforce]") {
     const test::Threads threads(count);
     SmallPolicy<float> policy({});
     Helper<float> helper({.max_length = 7,
-                          .baseline = Baseline::linear,
+                          .baseline = LinearBaseline<float>({.hidden = 5}),
                           .samples = 4,
-                          .hidden = 5,
                           .entropy_bonus = 0.01});
     Helper<float>::Tape tape;
     const Vector<double> gradients = update_gradients(helper, policy, inputs, references, reward,
@@ -360,7 +363,7 @@ TEST_CASE("reinforce: balance losses join once and unscaled", "[reinforce]") {
   const Objective objective = GENERATE(Objective{1, 0}, Objective{0.5, 0});
   SmallPolicy<double> policy({.balance = 0.2});
   SmallPolicy<double> without({.balance = 0});
-  Helper<> helper({.max_length = 5, .baseline = Baseline::none, .samples = 2, .seed = 3});
+  Helper<> helper({.max_length = 5, .baseline = NoBaseline{}, .samples = 2, .seed = 3});
   Helper<>::Tape tape;
   Vector<double> balance =
       update_gradients(helper, policy, inputs, references, no_reward, objective, {.step = 2}, tape);
@@ -382,9 +385,10 @@ TEST_CASE("reinforce: balance losses join once and unscaled", "[reinforce]") {
 TEST_CASE("reinforce: the linear baseline and the policy do not train each other", "[reinforce]") {
   const NoiseKey key{.step = 3};
   SmallPolicy<double> policy({});
-  Helper<> linear({.max_length = 6, .baseline = Baseline::linear, .hidden = 5, .seed = 1});
-  Helper<> mean({.max_length = 6, .baseline = Baseline::running_mean, .seed = 1});
-  mean.set_running_mean({.sum = 0.6, .weight = 1});
+  Helper<> linear({.max_length = 6, .baseline = LinearBaseline<double>({.hidden = 5}), .seed = 1});
+  Helper<> mean({.max_length = 6,
+                 .baseline = RunningMeanBaseline{.mean = {.sum = 0.6, .weight = 1}},
+                 .seed = 1});
   for_each_parameter(linear, [](const std::string& name, Parameter<double>& p) {
     if (name == "baseline.bias") p.value(0, 0) = 0.6;
   });
@@ -412,20 +416,20 @@ TEST_CASE("reinforce: the linear baseline and the policy do not train each other
 
 TEST_CASE("reinforce: the running mean is that of batches before", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.max_length = 5, .samples = 2, .mean_rate = 0.25});
+  Helper<> helper({.max_length = 5, .baseline = RunningMeanBaseline{.rate = 0.25}, .samples = 2});
   Helper<>::Tape tape;
   const auto first =
       helper.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 1}, tape);
   for (const double b : tape.baselines) CHECK(b == 0);
-  CHECK(helper.running_mean().mean() == first.mean_return);
+  CHECK(running_mean(helper).mean() == first.mean_return);
   helper.add_gradients(policy, inputs, references, reward, {.reinforce = 0}, {.step = 2}, tape);
-  CHECK(helper.running_mean().mean() == first.mean_return);  // cross-entropy leaves it alone
+  CHECK(running_mean(helper).mean() == first.mean_return);  // cross-entropy leaves it alone
   const auto second =
       helper.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 3}, tape);
   for (const double b : tape.baselines) CHECK(b == first.mean_return);
   const double expected =
       (0.25 * 0.75 * first.mean_return + 0.25 * second.mean_return) / (0.25 * 0.75 + 0.25);
-  CHECK(std::abs(helper.running_mean().mean() - expected) < 1e-12);
+  CHECK(std::abs(running_mean(helper).mean() - expected) < 1e-12);
 }
 
 TEST_CASE("reinforce: normalised advantages", "[reinforce]") {
@@ -445,7 +449,7 @@ TEST_CASE("reinforce: normalised advantages", "[reinforce]") {
 
 TEST_CASE("reinforce: figures by hand", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.max_length = 2, .baseline = Baseline::none, .samples = 4, .seed = 1});
+  Helper<> helper({.max_length = 2, .baseline = NoBaseline{}, .samples = 4, .seed = 1});
   Helper<>::Tape tape;
   const auto length = [](Index, std::span<const Index> sequence, bool done) {
     return done ? static_cast<double>(sequence.size()) : 0;
@@ -479,8 +483,9 @@ TEST_CASE("reinforce: figures by hand", "[reinforce]") {
 
 TEST_CASE("reinforce: errors leave everything as it was", "[reinforce]") {
   SmallPolicy<double> policy({});
-  Helper<> helper({.max_length = 4, .samples = 2});
-  helper.set_running_mean({.sum = 1, .weight = 1});
+  Helper<> helper({.max_length = 4,
+                   .baseline = RunningMeanBaseline{.mean = {.sum = 1, .weight = 1}},
+                   .samples = 2});
   Helper<>::Tape tape;
   for_each_parameter(policy, [](const std::string&, auto& p) { p.gradient().setConstant(0.5); });
   const SmallPolicy<double> before = policy;
@@ -488,7 +493,7 @@ TEST_CASE("reinforce: errors leave everything as it was", "[reinforce]") {
                          const Objective& objective, const std::string& message) {
     CHECK_THROWS_WITH(helper.add_gradients(policy, in, refs, r, objective, {.step = 1}, tape),
                       Contains(message));
-    CHECK(helper.running_mean().sum == 1);
+    CHECK(running_mean(helper).sum == 1);
     std::vector<Matrix<double>> expected;
     for_each_parameter(before, [&](const std::string&, const auto& p) {
       expected.push_back(p.value);
@@ -549,14 +554,14 @@ TEST_CASE("reinforce: logits that are not finite are reported", "[reinforce]") {
 
 TEST_CASE("reinforce: a float policy's numbers end sooner than the reward's", "[reinforce]") {
   SmallPolicy<float> policy({});
-  Helper<float> helper({.max_length = 4, .baseline = Baseline::none});
+  Helper<float> helper({.max_length = 4});
   Helper<float>::Tape tape;
   const auto huge = [](Index, std::span<const Index>, bool) { return 1e39; };
   CHECK_THROWS_WITH(
       helper.add_gradients(policy, inputs, {}, huge, {.reinforce = 1}, {.step = 1}, tape),
       Contains("not finite"));
   CHECK(gradients_of(policy).isZero(0));
-  CHECK(helper.running_mean().weight == 0);
+  CHECK(running_mean(helper).weight == 0);
   CHECK_THROWS_WITH(Helper<float>({.max_length = 4, .temperature = 1e-40}),
                     Contains("temperature"));
   CHECK_THROWS_WITH(Helper<float>({.max_length = 4, .temperature = 1e39}), Contains("temperature"));
@@ -587,22 +592,24 @@ TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
   fails({.max_length = 3, .temperature = std::nan("")}, "temperature = ");
   fails({.max_length = 3, .discount = 1.1}, "discount = 1.1");
   fails({.max_length = 3, .samples = 0}, "samples = 0");
-  fails({.max_length = 3, .baseline = Baseline::leave_one_out}, "samples = 1, must be at least 2");
-  fails({.max_length = 3, .mean_rate = 0}, "mean_rate = 0");
-  fails({.max_length = 3, .baseline = Baseline::linear}, "hidden = 0");
+  fails({.max_length = 3, .baseline = LeaveOneOutBaseline{}}, "samples = 1, must be at least 2");
+  fails({.max_length = 3, .baseline = RunningMeanBaseline{.rate = 0}}, "rate = 0");
+  CHECK_THROWS_WITH(LinearBaseline<double>({}), Contains("hidden = 0"));
   fails({.max_length = 3, .entropy_bonus = -1}, "entropy_bonus = -1");
   // What only the policy can tell.
   SmallPolicy<double> policy({});
   Helper<>::Tape tape;
   Helper<> end_too_large({.end = 3, .max_length = 3});
   CHECK_THROWS_WITH(end_too_large.decode(policy, inputs, tape), Contains("end = 3"));
-  Helper<> wrong_width({.max_length = 3, .baseline = Baseline::linear, .hidden = 4});
+  Helper<> wrong_width({.max_length = 3, .baseline = LinearBaseline<double>({.hidden = 4})});
   CHECK_THROWS_WITH(
       wrong_width.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 0}, tape),
       Contains("Config.hidden = 4"));
   CHECK(gradients_of(policy).isZero(0));
   Helper<> helper({.max_length = 3});
-  CHECK_THROWS_WITH(helper.set_running_mean({.sum = std::nan(""), .weight = 1}),
-                    Contains("sum = "));
-  CHECK_THROWS_WITH(helper.set_running_mean({.sum = 0, .weight = -1}), Contains("weight = -1"));
+  CHECK_THROWS_WITH(
+      helper.set_baseline(RunningMeanBaseline{.mean = {.sum = std::nan(""), .weight = 1}}),
+      Contains("sum = "));
+  CHECK_THROWS_WITH(helper.set_baseline(RunningMeanBaseline{.mean = {.sum = 0, .weight = -1}}),
+                    Contains("weight = -1"));
 }

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "../support.hpp"
+#include "moe/reinforce/advantages.hpp"
 #include "moe/reinforce/baseline.hpp"
 
 using namespace moe;

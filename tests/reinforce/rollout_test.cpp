@@ -175,7 +175,7 @@ TEST_CASE("rollout: a forbidden symbol is never written and gets no gradient", "
   const std::vector<Index> inputs(500, 0);
   Reinforce<FixedLogits> helper({.max_length = 3,
                                  .temperature = GENERATE(1.0, 0.5),
-                                 .baseline = Baseline::none,
+                                 .baseline = NoBaseline{},
                                  .entropy_bonus = GENERATE(0.0, 0.1)});
   Reinforce<FixedLogits>::Tape tape;
   tape.policy.logits = policy.table.row(0).replicate(1500, 1);

@@ -18,7 +18,7 @@ TEST_CASE("report: the gradients of a reward and of an entropy bonus add up", "[
   const auto gradients = [&](double bonus, auto&& reward) {
     Reinforce<Small> reinforce({.max_length = 5,
                                 .temperature = temperature,
-                                .baseline = Baseline::none,
+                                .baseline = NoBaseline{},
                                 .entropy_bonus = bonus,
                                 .seed = 11});
     Reinforce<Small>::Tape tape;
