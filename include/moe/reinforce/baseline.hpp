@@ -117,6 +117,7 @@ class LinearBaseline {
   void check(Index) const {}
 
   template <PolicyWithHidden P>
+  requires std::same_as<typename P::Scalar, Scalar>
   void predict(const SampledSteps<P>& steps, std::span<double> b) {
     steps.pack_hidden(hidden_);
     detail::require(hidden_.cols() == config_.hidden,
@@ -128,6 +129,7 @@ class LinearBaseline {
 
   /// Adds the gradient of the mean over sampled steps of (R_t - b_t)².
   template <PolicyWithHidden P>
+  requires std::same_as<typename P::Scalar, Scalar>
   void learn(const SampledSteps<P>& steps, std::span<const double> b) {
     detail::resize(dy_, steps.count(), 1);
     const auto count = static_cast<double>(steps.count());
