@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <variant>
 #include <vector>
 
 #include "moe/nn/softmax_cross_entropy.hpp"
@@ -117,6 +119,8 @@ TEMPLATE_TEST_CASE("reinforce: its cross-entropy is SoftmaxCrossEntropy's with a
 }
 
 TEST_CASE("reinforce: an update of unequal lengths in plain arithmetic", "[reinforce]") {
+  // With a prefix of 2 the rows of the second input have nothing left to sample.
+  const Index prefix = GENERATE(0, 2);
   const bool normalise = GENERATE(false, true);
   const double temperature = 0.8;
   const double discount = 0.9;
@@ -130,10 +134,10 @@ TEST_CASE("reinforce: an update of unequal lengths in plain arithmetic", "[reinf
                    .normalise = normalise,
                    .seed = 7});
   Helper<>::Tape tape;
-  const auto s =
-      helper.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 2}, tape);
+  const auto s = helper.add_gradients(policy, inputs, references, reward,
+                                      {.reinforce = 1, .prefix = prefix}, {.step = 2}, tape);
   const Rollout& rollout = tape.rollout;
-  const Index rows = 12;
+  constexpr Index rows = 12;
   REQUIRE(rollout.rows() == rows);
 
   struct Step {
@@ -141,34 +145,39 @@ TEST_CASE("reinforce: an update of unequal lengths in plain arithmetic", "[reinf
     double advantage;
   };
   std::vector<Step> steps;  // time-major
+  std::vector<Step> forced;
   double squared_errors = 0;
   double lengths = 0;
+  double sum_of_returns = 0;
+  double sequences = 0;
   for (Index t = 0; t < 6; ++t) {
     for (Index row = 0; row < rows; ++row) {
+      const std::size_t input = detail::to_size(row / 4);
+      const Index first = std::min(prefix, static_cast<Index>(references[input].size()) + 1);
       const auto sequence = rollout.sequence(row);
       const auto length = static_cast<Index>(sequence.size());
-      if (t == 0) lengths += static_cast<double>(length);
-      if (t >= length) continue;
+      if (t < first) forced.push_back({row, t, 1});
+      if (t < first || t >= length) continue;
       double value = 0;
       for (Index u = t; u < length; ++u) {
-        value += std::pow(discount, u - t) * reward(inputs[detail::to_size(row / 4)],
-                                                    sequence.first(detail::to_size(u + 1)),
-                                                    u + 1 == length);
+        value += std::pow(discount, u - t) *
+                 reward(inputs[input], sequence.first(detail::to_size(u + 1)), u + 1 == length);
       }
       squared_errors += (value - b) * (value - b);
       steps.push_back({row, t, value - b});
+      if (t > first) continue;
+      ++sequences;
+      lengths += static_cast<double>(length);
+      sum_of_returns += value;
     }
   }
   const auto count = static_cast<double>(steps.size());
-  REQUIRE(count < static_cast<double>(rows * rollout.steps));
+  REQUIRE(sequences == (prefix == 0 ? 12 : 8));
+  REQUIRE(steps.size() + forced.size() < detail::to_size(rows * rollout.steps));
   double mean = 0;
   double variance = 0;
   for (const Step& step : steps) mean += step.advantage / count;
   for (const Step& step : steps) variance += std::pow(step.advantage - mean, 2) / count;
-  for (Step& step : steps) {
-    if (normalise) step.advantage = (step.advantage - mean) / std::sqrt(variance);
-    step.advantage *= std::pow(discount, step.t);
-  }
 
   SmallPolicy<double>::Tape policy_tape;
   const Matrix<double>& logits = policy.forward(inputs, 4, rollout.previous, {}, policy_tape);
@@ -176,7 +185,10 @@ TEST_CASE("reinforce: an update of unequal lengths in plain arithmetic", "[reinf
   double entropy = 0;
   REQUIRE(tape.advantages.size() == steps.size());
   for (std::size_t i = 0; i < steps.size(); ++i) {
-    const auto [row, t, advantage] = steps[i];
+    auto [row, t, advantage] = steps[i];
+    const Index first = std::min(prefix, rollout.length[detail::to_size(row)]);
+    if (normalise) advantage = (advantage - mean) / std::sqrt(variance);
+    advantage *= std::pow(discount, t - first);
     CHECK(std::abs(tape.advantages[i] - advantage) < 1e-12);
     const Vector<double> e = (logits.row(t * rows + row) / temperature).array().exp();
     Vector<double> p = e / e.sum();
@@ -184,9 +196,20 @@ TEST_CASE("reinforce: an update of unequal lengths in plain arithmetic", "[reinf
     p[rollout.symbols[rollout.at(row, t)]] -= 1;
     expected.row(t * rows + row) = advantage / (static_cast<double>(rows) * temperature) * p;
   }
+  for (const auto& [row, t, weight] : forced) {
+    const Vector<double> e = logits.row(t * rows + row).array().exp();
+    Vector<double> p = e / e.sum();
+    p[rollout.symbols[rollout.at(row, t)]] -= 1;
+    expected.row(t * rows + row) = weight / static_cast<double>(rows) * p;
+  }
   CHECK(test::relative_error(tape.dlogits, expected) < 1e-12);
   CHECK(std::abs(s.entropy - entropy) < 1e-12);
   CHECK(std::abs(s.baseline_error - std::sqrt(squared_errors / count)) < 1e-12);
-  CHECK(std::abs(s.mean_length - lengths / static_cast<double>(rows)) < 1e-12);
+  CHECK(std::abs(s.mean_length - lengths / sequences) < 1e-12);
+  CHECK(std::abs(s.mean_return - sum_of_returns / sequences) < 1e-12);
   CHECK(s.sampled_steps == static_cast<Index>(steps.size()));
+  CHECK(s.forced_steps == static_cast<Index>(forced.size()));
+  // The baseline has learned the mean return.
+  const RunningMean learned = std::get<RunningMeanBaseline>(helper.baseline()).mean;
+  CHECK(std::abs(learned.mean() - (0.95 * b + 0.05 * sum_of_returns / sequences)) < 1e-12);
 }
