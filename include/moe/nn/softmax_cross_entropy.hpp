@@ -18,9 +18,9 @@ namespace moe {
 /// the loss and this row of the gradient NaN.
 ///
 /// Sequences of unequal length: `valid`, empty or T entries, is 0 for the rows of padding and
-/// something else for the others; empty means that all are valid. Of a row that is not valid neither
-/// logits nor target are read; it is ignored like one with a negative target. The loss and the
-/// gradient of the others have the bits that they have without such rows.
+/// something else for the others; empty means that all are valid. Of a row that is not valid
+/// neither logits nor target are read; it is ignored like one with a negative target. The loss and
+/// the gradient of the others have the bits that they have without such rows.
 template <class Scalar = float>
 class SoftmaxCrossEntropy {
  public:

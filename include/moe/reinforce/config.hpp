@@ -11,8 +11,8 @@
 
 namespace moe {
 
-/// Reinforce::Config. `Baselines` is a std::variant of baselines, see baseline.hpp.
-template <class Baselines>
+/// Reinforce::Config. `Baseline` is a std::variant of baselines, see baseline.hpp.
+template <class Baseline>
 struct ReinforceConfig {
   Index end = 0;           ///< the symbol that ends a sequence
   Index start = -1;        ///< what the policy reads at the first step, at least 0, it need not be
@@ -21,7 +21,7 @@ struct ReinforceConfig {
                            ///< rollout takes memory for R times as many symbols
   double temperature = 1;  ///< τ > 0 of sampling and of REINFORCE's gradient
   double discount = 1;     ///< in [0, 1]
-  Baselines baseline{};    ///< initially the first one, RunningMeanBaseline by default
+  Baseline baseline{};     ///< initially the first one, RunningMeanBaseline by default
   Index samples = 1;       ///< sequences sampled for an input; at least 2 for LeaveOneOutBaseline
 
   /// R_t - b_t to mean 0 and standard deviation 1 over a batch's sampled steps, which changes their
@@ -38,8 +38,8 @@ namespace detail {
 
 /// The configuration with the start symbol resolved. Throws std::invalid_argument for a field out
 /// of range. `Scalar` is the policy's.
-template <class Scalar, class Baselines>
-ReinforceConfig<Baselines> checked(ReinforceConfig<Baselines> config) {
+template <class Scalar, class Baseline>
+ReinforceConfig<Baseline> checked(ReinforceConfig<Baseline> config) {
   require(config.end >= 0, "Reinforce::Config.end = ", config.end, ", must be at least 0");
   require(config.start >= -1, "Reinforce::Config.start = ", config.start,
           ", must be a symbol, or -1 for the end symbol");

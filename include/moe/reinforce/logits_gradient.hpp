@@ -55,9 +55,9 @@ void sampled_row_gradient(const LogitsObjective& objective, const SoftmaxRow<Sca
   dx[symbol] -= static_cast<Scalar>(weighted / count);
 }
 
-/// dlogits, (steps·R) x V, and what the statistics need of the softmax: log_probability and entropy,
-/// R x max_length. `advantages` has one entry for each of `sampled`. Rows of padding are not read,
-/// and dlogits is 0 there.
+/// dlogits, (steps·R) x V, and what the statistics need of the softmax: log_probability and
+/// entropy, R x max_length. `advantages` has one entry for each of `sampled`. Rows of padding are
+/// not read, and dlogits is 0 there.
 /// Throws std::invalid_argument for logits that are not finite and symbols of probability 0.
 template <class Scalar>
 void make_dlogits(const LogitsObjective& objective, const Plan& plan, const Rollout& rollout,

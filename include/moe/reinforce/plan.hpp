@@ -34,8 +34,8 @@ struct Plan {
 
 /// Throws std::invalid_argument for an objective out of range, and for references that are not as
 /// many as inputs, are too long or hold what is no symbol.
-template <class Baselines>
-void check_references(const ReinforceConfig<Baselines>& config, Index symbols, std::size_t inputs,
+template <class Baseline>
+void check_references(const ReinforceConfig<Baseline>& config, Index symbols, std::size_t inputs,
                       std::span<const std::vector<Index>> references, const Objective& objective) {
   require(objective.reinforce >= 0 && objective.reinforce <= 1,
           "Objective.reinforce = ", objective.reinforce, ", must be in [0, 1]");

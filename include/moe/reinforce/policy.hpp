@@ -36,8 +36,8 @@ namespace moe {
 ///
 /// Given the same numbers, step and forward give the same logits. `noise` is the key of whatever
 /// the policy draws: a mixture's gate, dropout. Without a key nothing is drawn, as in evaluation.
-/// With the same key forward must draw what the steps drew: step() counts the rows that it handed to
-/// a mixture before, padding too where a mask marks it, and passes their number on as
+/// With the same key forward must draw what the steps drew: step() counts the rows that it handed
+/// to a mixture before, padding too where a mask marks it, and passes their number on as
 /// NoiseKey::first_token.
 ///
 /// A logit of -infinity forbids a symbol. The losses of a MoELayer inside the policy are in its

@@ -34,14 +34,14 @@ namespace moe {
 ///     REINFORCE       -(1/N) Σ_n Σ_t A_t·log π_τ(a_t | ...),            a_t sampled from π_τ
 ///     R_t             Σ_{u >= t} discount^(u - t)·r_u
 ///     A_t             discount^t·(R_t - b_t),   b_t see baseline.hpp
-///     by the logits   (A_t / (N·τ))·(softmax(z_t / τ) - onehot(a_t))
+///     w.r.t. logits   (A_t / (N·τ))·(softmax(z_t / τ) - onehot(a_t))
 ///
 /// Both are means over sequences, not over symbols, so the expectation of the second's gradient is,
 /// exactly, that of the expected return Σ_t discount^t·r_t of a sequence (the factor discount^t,
 /// which many programs leave out, belongs to that). Where a sequence begins with a forced prefix, t
 /// counts from its end. The end symbol is a symbol like the others: its step is trained, no step
-/// after it is. So sequences of unequal length share a batch, and what pads the shorter ones takes no
-/// part in any sum, mean, entropy or normalisation.
+/// after it is. So sequences of unequal length share a batch, and what pads the shorter ones takes
+/// no part in any sum, mean, entropy or normalisation.
 ///
 ///     moe::Reinforce<MyPolicy> reinforce({.end = 0, .max_length = 20,
 ///                                         .baseline = moe::LeaveOneOutBaseline{}, .samples = 4});
@@ -100,6 +100,7 @@ class Reinforce {
   /// Throws std::invalid_argument for a configuration out of range.
   explicit Reinforce(Config config) : config_(detail::checked<Scalar>(std::move(config))) {}
 
+  /// Its baseline is that of now, its start a symbol.
   const Config& config() const { return config_; }
 
   /// The baseline with what it has learned, to be saved: std::get<RunningMeanBaseline>(baseline())
@@ -123,10 +124,10 @@ class Reinforce {
   /// whole would.
   ///
   /// Throws std::invalid_argument, nothing having been added to any gradient and the baseline
-  /// predicting what it did, for an empty batch, references that are not as many as inputs, too long
-  /// or hold a symbol that is out of range or forbidden, a reward, return, baseline or logit that is
-  /// not finite, and for logits of the wrong shape. The same holds for exceptions of the reward and
-  /// of all functions of the policy but backward.
+  /// predicting what it did, for an empty batch, references that are not as many as inputs, too
+  /// long or hold a symbol that is out of range or forbidden, a reward, return, baseline or logit
+  /// that is not finite, and for logits of the wrong shape. The same holds for exceptions of the
+  /// reward and of all functions of the policy but backward.
   template <detail::RewardOf<Input> Reward>
   Statistics add_gradients(P& policy, std::span<const Input> inputs,
                            std::span<const Reference> references, Reward&& reward,
