@@ -45,7 +45,7 @@ struct Options {
   double entropy_bonus = 0;
   double exact_bonus = 4;
   std::string reward = "score";
-  Index longest = 32;
+  Index max_length = 32;
 
   std::uint64_t seed = 1;
 };
@@ -97,11 +97,11 @@ void for_each_option(OptionsType& o, F&& f) {
   f("baseline", o.baseline, "none, running_mean, linear, greedy or leave_one_out");
   f("samples", o.samples, "pronunciations sampled for a word");
   f("temperature", o.temperature, "of sampling");
-  f("normalise", o.normalise, "scale the advantages of a batch to deviation 1");
+  f("normalise", o.normalise, "scale the advantages of a batch to standard deviation 1");
   f("entropy-bonus", o.entropy_bonus, "weight of the entropy in what REINFORCE maximises");
   f("exact-bonus", o.exact_bonus, "what a listed pronunciation earns besides");
   f("reward", o.reward, "score; or, to see what a score is good for, constant or shuffled");
-  f("longest", o.longest, "most phonemes of a word, the end included");
+  f("longest", o.max_length, "most phonemes of a word, the end included");
   f("seed", o.seed, "of the weights, the order of the words, the noise and the samples");
 }
 

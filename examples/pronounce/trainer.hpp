@@ -42,23 +42,22 @@ inline Network::Config network_of(const Options& o) {
           .seed = o.seed};
 }
 
-inline moe::Baseline baseline_of(const std::string& name) {
-  if (name == "none") return moe::Baseline::none;
-  if (name == "running_mean") return moe::Baseline::running_mean;
-  if (name == "linear") return moe::Baseline::linear;
-  if (name == "greedy") return moe::Baseline::greedy;
-  if (name == "leave_one_out") return moe::Baseline::leave_one_out;
-  throw std::runtime_error("--baseline " + name +
+inline Helper::Baseline baseline_of(const Options& o) {
+  if (o.baseline == "none") return moe::NoBaseline{};
+  if (o.baseline == "running_mean") return moe::RunningMeanBaseline{};
+  if (o.baseline == "linear") return moe::LinearBaseline<float>({.hidden = o.width});
+  if (o.baseline == "greedy") return moe::GreedyBaseline{};
+  if (o.baseline == "leave_one_out") return moe::LeaveOneOutBaseline{};
+  throw std::runtime_error("--baseline " + o.baseline +
                            " is none of none, running_mean, linear, greedy, leave_one_out");
 }
 
 inline Helper::Config helper_of(const Options& o) {
   return {.end = end_symbol,
-          .longest = o.longest,
+          .max_length = o.max_length,
           .temperature = o.temperature,
-          .baseline = baseline_of(o.baseline),
+          .baseline = baseline_of(o),
           .samples = o.samples,
-          .hidden = o.width,
           .normalise = o.normalise,
           .entropy_bonus = o.entropy_bonus,
           .seed = moe::derive_seed(o.seed, 100)};
@@ -77,7 +76,7 @@ inline Schedule schedule_of(const Options& o) {
   if (o.schedule == "prefix") {
     // Few pronunciations have more phonemes than twelve.
     return moe::ShrinkingPrefix{.warm_up = o.cross_entropy,
-                                .longest = std::min<Index>(12, o.longest),
+                                .max_length = std::min<Index>(12, o.max_length),
                                 .shrink = 2,
                                 .stage = o.rise};
   }
@@ -261,12 +260,17 @@ class Trainer {
 
   /// The figures that are no matrix, in one that can be saved, and back.
   void remember() {
-    figures_ << helper_.running_mean().sum, helper_.running_mean().weight, cross_entropy_.sum,
-        cross_entropy_.weight, reward_.sum, reward_.weight, share_.sum, share_.weight, seconds_;
+    const auto* baseline = std::get_if<moe::RunningMeanBaseline>(&helper_.baseline());
+    const moe::RunningMean returns = baseline != nullptr ? baseline->mean : moe::RunningMean{};
+    figures_ << returns.sum, returns.weight, cross_entropy_.sum, cross_entropy_.weight, reward_.sum,
+        reward_.weight, share_.sum, share_.weight, seconds_;
     counts_ = {update_, rewards_.next()};
   }
   void recall() {
-    helper_.set_running_mean({figures_(0, 0), figures_(0, 1)});
+    if (const auto* baseline = std::get_if<moe::RunningMeanBaseline>(&helper_.baseline())) {
+      helper_.set_baseline(moe::RunningMeanBaseline{
+          .rate = baseline->rate, .mean = {.sum = figures_(0, 0), .weight = figures_(0, 1)}});
+    }
     cross_entropy_ = {figures_(0, 2), figures_(0, 3)};
     reward_ = {figures_(0, 4), figures_(0, 5)};
     share_ = {figures_(0, 6), figures_(0, 7)};

@@ -14,8 +14,6 @@
 
 using namespace language_model;
 using Catch::Matchers::Contains;
-using moe::test::random_matrix;
-using moe::test::same_bits;
 using moe::test::TemporaryFolder;
 
 namespace {
@@ -76,90 +74,7 @@ std::vector<std::string> runs_made(const std::string& path, const Options& o, in
   return made;
 }
 
-template <class Middle>
-Index operations_of(const Run& run, const Options& o) {
-  return Model<Middle>(
-             run_config<Middle>(run, o, std::vector<double>(static_cast<std::size_t>(12), 1. / 12))
-                 .model)
-      .operations();
-}
-
-Index operations_of(const Run& run, const Options& o) {
-  switch (run.kind) {
-    case Kind::noisy_top_k:
-      return operations_of<Mixture<moe::NoisyTopKGate<float>>>(run, o);
-    case Kind::hierarchical:
-      return operations_of<Mixture<moe::HierarchicalGate<float>>>(run, o);
-    case Kind::recurrent:
-      return operations_of<RecurrentStack<>>(run, o);
-    default:
-      FAIL("not in this table");
-  }
-  return 0;
-}
-
 }  // namespace
-
-TEST_CASE("language model: gradients of stacked LSTMs agree with differences",
-          "[examples][language_model]") {
-  const auto layers = GENERATE(Index{0}, Index{1}, Index{2});
-  const auto hidden = GENERATE(Index{4}, Index{3}, Index{6});
-  RecurrentStack<double> stack({.layers = layers, .hidden = hidden}, 4, 3);
-  moe::Matrix<double> x = random_matrix(6, 4, 1);
-  const moe::Matrix<double> dy = random_matrix(6, 4, 2);
-  RecurrentStack<double>::Tape tape, scratch;
-  const auto loss = [&] {
-    auto state = stack.initial_state(2);
-    return stack.evaluate(x, state, scratch).cwiseProduct(dy).sum();
-  };
-  auto state = stack.initial_state(2);
-  const moe::Matrix<double> y = stack.forward(x, state, tape, {.step = 0});
-  CHECK(y.cwiseProduct(dy).sum() == loss());
-  if (layers == 0) CHECK(y.isZero(0));
-  const moe::Matrix<double> dx = stack.backward(dy, tape);
-  if (layers > 0)
-    CHECK(moe::test::relative_error(dx, moe::test::difference_gradient(x, loss)) < 1e-7);
-  if (layers == 0) CHECK(dx.isZero(0));
-  if (layers > 0) moe::test::check_parameter_gradients(stack, loss);
-}
-
-TEST_CASE("language model: two stacked LSTMs are each added to their input",
-          "[examples][language_model]") {
-  const RecurrentStack<double> stack({.layers = 2, .hidden = 5}, 4, 3);
-  const Recurrent<double> first({.width = 4, .hidden = 5}, moe::derive_seed(3, 0));
-  const Recurrent<double> second({.width = 4, .hidden = 5}, moe::derive_seed(3, 1));
-  const moe::Matrix<double> x = random_matrix(6, 4, 1);
-  RecurrentStack<double>::Tape tape;
-  Recurrent<double>::Tape first_tape, second_tape;
-  auto state = stack.initial_state(2);
-  auto first_state = first.initial_state(2);
-  auto second_state = second.initial_state(2);
-  const moe::Matrix<double> between = x + first.evaluate(x, first_state, first_tape);
-  const moe::Matrix<double> last = between + second.evaluate(between, second_state, second_tape);
-  CHECK((x + stack.evaluate(x, state, tape) - last).cwiseAbs().maxCoeff() < 1e-15);
-  CHECK(first.operations() == (4 + 5) * 4 * 5 + 5 * 4);
-  CHECK(Recurrent<double>({.width = 4, .hidden = 4}, 0).operations() == (4 + 4) * 4 * 4);
-}
-
-TEST_CASE("language model: the study's models of table 7 cost the same",
-          "[examples][language_model]") {
-  Options o;
-  o.width = GENERATE(Index{16}, Index{96});
-  o.vocabulary = 12;
-  const Table table = expert_table(o);
-  CHECK(table.rows.size() == 9);
-  const double expected =
-      static_cast<double>(16 * o.width * o.width + 2 * 64 * o.width + 4 * 2 * o.width * o.hidden);
-  if (o.width == 96) CHECK(expected == 233472);
-  for (const Row& row : table.rows) {
-    INFO(row.label);
-    if (o.width == 96 && row.run.experts > 64) continue;  // many parameters, same arithmetic
-    const auto operations = static_cast<double>(operations_of(row.run, o));
-    // An LSTM as narrow as those for a width of 16 can only come so near.
-    const double tolerance = row.run.kind == Kind::recurrent && o.width < 96 ? 0.03 : 0.01;
-    CHECK(std::abs(operations / expected - 1) < tolerance);
-  }
-}
 
 TEST_CASE("language model: the study's runs", "[examples][language_model]") {
   const Options o;

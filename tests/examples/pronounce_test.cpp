@@ -49,7 +49,7 @@ Options small_options() {
   o.hidden = 6;
   o.dropout = 0.3;
   o.words = 8;
-  o.longest = 12;
+  o.max_length = 12;
   o.updates = 12;
   o.cross_entropy = 4;
   o.rise = 2;

@@ -159,3 +159,92 @@ TEST_CASE("softmax cross-entropy: no backward after an evaluation", "[nn]") {
   loss.evaluate(logits, targets, tape);
   CHECK_THROWS_WITH(loss.backward(tape), refused);
 }
+
+TEMPLATE_TEST_CASE("cross-entropy: what is not valid is as if it were not there, to the bit",
+                   "[nn][softmax_cross_entropy]", float, double) {
+  constexpr TestType nan = std::numeric_limits<TestType>::quiet_NaN();
+  constexpr Index rows = 90;
+  constexpr Index classes = 37;
+  Matrix<TestType> logits = random_matrix<TestType>(rows, classes, 1, 2.0);
+  Matrix<TestType> compact(rows, classes);
+  std::vector<Index> targets, compact_targets, kept;
+  std::vector<std::uint8_t> valid;
+  for (Index t = 0; t < rows; ++t) {
+    valid.push_back(t % 3 == 1 ? 0 : static_cast<std::uint8_t>(t + 1));  // anything but 0
+    targets.push_back(t * 7 % (classes + 2) - 2);  // some of the valid ones are ignored
+    if (valid.back() != 0) {
+      compact.row(static_cast<Index>(kept.size())) = logits.row(t);
+      compact_targets.push_back(targets.back());
+      kept.push_back(t);
+    } else {
+      logits.row(t).setConstant(t % 2 == 0 ? nan : std::numeric_limits<TestType>::infinity());
+      targets.back() = t % 2 == 0 ? -1 : classes + 5;
+    }
+  }
+  const Matrix<TestType> small = compact.topRows(static_cast<Index>(kept.size()));
+  const SoftmaxCrossEntropy<TestType> loss;
+  typename SoftmaxCrossEntropy<TestType>::Tape tape, compact_tape;
+  const TestType expected = loss.forward(small, compact_targets, compact_tape);
+  const test::Threads scope(GENERATE(1, 3));
+  CHECK(expected > 0);
+  CHECK(loss.forward(logits, targets, tape, valid) == expected);
+  CHECK(loss.evaluate(logits, targets, valid) == expected);
+  Matrix<TestType> dlogits = Matrix<TestType>::Zero(rows, classes);
+  std::vector<double> losses(rows, 0.0);
+  for (std::size_t i = 0; i < kept.size(); ++i) {
+    dlogits.row(kept[i]) = compact_tape.dlogits.row(static_cast<Index>(i));
+    losses[detail::to_size(kept[i])] = compact_tape.losses[i];
+  }
+  CHECK(test::same_bits(loss.backward(tape), dlogits));
+  CHECK(tape.losses == losses);
+
+  // All valid is the same as no mask.
+  const std::vector<std::uint8_t> all(kept.size(), 1);
+  CHECK(loss.forward(small, compact_targets, tape, all) == expected);
+  CHECK(test::same_bits(tape.dlogits, compact_tape.dlogits));
+}
+
+TEST_CASE("cross-entropy: the mean over valid rows by hand", "[nn][softmax_cross_entropy]") {
+  // Rows with softmax (1/4, 3/4), not valid, (1/2, 1/2), ignored by its target.
+  Matrix<double> logits(4, 2);
+  logits << 0, std::log(3.0), 5, 7, -2, -2, 1, 2;
+  const std::vector<Index> targets{0, 1, 1, -1};
+  const std::vector<std::uint8_t> valid{1, 0, 1, 1};
+  const SoftmaxCrossEntropy<double> loss;
+  SoftmaxCrossEntropy<double>::Tape tape;
+  CHECK_THAT(loss.forward(logits, targets, tape, valid), WithinAbs(std::log(8.0) / 2, 1e-14));
+  Matrix<double> expected(4, 2);
+  expected << -0.375, 0.375, 0, 0, 0.25, -0.25, 0, 0;
+  CHECK(test::relative_error(loss.backward(tape), expected) < 1e-14);
+}
+
+TEST_CASE("cross-entropy: no valid row is a loss of 0", "[nn][softmax_cross_entropy]") {
+  const SoftmaxCrossEntropy<float> loss;
+  SoftmaxCrossEntropy<float>::Tape tape;
+  const Matrix<float> nan = Matrix<float>::Constant(2, 3, std::numeric_limits<float>::quiet_NaN());
+  const std::vector<Index> targets{-1, 7};
+  const std::vector<std::uint8_t> none{0, 0};
+  CHECK(loss.forward(nan, targets, tape, none) == 0);
+  CHECK(loss.backward(tape).isZero(0));
+  CHECK(tape.losses == std::vector<double>{0, 0});
+  CHECK(loss.evaluate(nan, targets, none) == 0);
+}
+
+TEST_CASE("cross-entropy: a mask of the wrong size changes nothing",
+          "[nn][softmax_cross_entropy]") {
+  const SoftmaxCrossEntropy<float> loss;
+  SoftmaxCrossEntropy<float>::Tape tape;
+  const Matrix<float> logits = Matrix<float>::Ones(2, 5);
+  const std::vector<Index> targets{0, 4};
+  loss.forward(logits, targets, tape);
+  const std::vector<std::uint8_t> one{1}, three{1, 1, 1};
+  const std::vector<Index> large{0, 5};
+  CHECK_THROWS_WITH(loss.forward(logits, targets, tape, one),
+                    "moe: SoftmaxCrossEntropy: valid has 1 entries for 2 rows of logits");
+  CHECK_THROWS_WITH(loss.evaluate(logits, targets, tape, three),
+                    "moe: SoftmaxCrossEntropy: valid has 3 entries for 2 rows of logits");
+  CHECK_THROWS_WITH(loss.evaluate(logits, large, std::vector<std::uint8_t>{0, 1}),
+                    "moe: SoftmaxCrossEntropy: target 5 is outside the 5 classes");
+  CHECK(tape.losses.size() == 2);
+  CHECK_NOTHROW(loss.backward(tape));
+}

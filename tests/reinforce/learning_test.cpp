@@ -19,10 +19,11 @@ using Helper = Reinforce<Small>;
 
 TEST_CASE("learning: a two-armed bandit", "[reinforce][learning]") {
   // Symbol 1 earns 1 with probability 0.4, symbol 2 with 0.6; the end earns nothing.
-  const auto baseline = GENERATE(Baseline::none, Baseline::running_mean, Baseline::linear,
-                                 Baseline::greedy, Baseline::leave_one_out);
+  const auto baseline =
+      GENERATE(as<Helper::Baseline>(), NoBaseline{}, RunningMeanBaseline{},
+               LinearBaseline<float>({.hidden = 5}), GreedyBaseline{}, LeaveOneOutBaseline{});
   Small policy({.inputs = 1, .scale = 0.3});
-  Helper helper({.longest = 1, .baseline = baseline, .samples = 2, .hidden = 5, .seed = 2});
+  Helper helper({.max_length = 1, .baseline = baseline, .samples = 2, .seed = 2});
   std::uint64_t pull = 0;
   const auto arm = [&](Index, std::span<const Index> sequence, bool) {
     const double luck = static_cast<double>(uniform(philox({0, 0, 0, 0}, ++pull)[0]));
@@ -38,12 +39,12 @@ TEST_CASE("learning: a two-armed bandit", "[reinforce][learning]") {
     zero_gradients(helper);
     helper.add_gradients(policy, inputs, {}, arm, {.reinforce = 1}, {.step = step}, tape);
     adam.update(policy, 0.02);
-    if (baseline == Baseline::linear) baseline_adam.update(helper, 0.02);
+    if (parameter_count(helper) > 0) baseline_adam.update(helper, 0.02);
   }
   helper.sample(policy, std::vector<Index>(500, 0), {.step = 1000}, tape);
   double best = 0;
   for (Index row = 0; row < 1000; ++row) best += tape.rollout.sequence(row)[0] == 2 ? 1 : 0;
-  INFO("baseline " << static_cast<int>(baseline));
+  INFO("baseline " << baseline.index());
   CHECK(best / 1000 > 0.8);
 }
 
@@ -78,7 +79,7 @@ TEST_CASE("learning: copying, unsolvable from scratch, is solved with annealing"
   const auto share_solved = [&](auto&& schedule, bool mixture = false) {
     Copier policy(
         {.inputs = 6 * length, .symbols = 7, .hidden = 32, .mixture = mixture, .scale = 0.4});
-    Reinforce<Copier> helper({.longest = length + 2, .samples = 4, .seed = 3});
+    Reinforce<Copier> helper({.max_length = length + 2, .samples = 4, .seed = 3});
     Reinforce<Copier>::Tape tape;
     Adam<float> adam;
     std::vector<std::vector<Index>> inputs;
@@ -106,6 +107,6 @@ TEST_CASE("learning: copying, unsolvable from scratch, is solved with annealing"
   };
   CHECK(share_solved([](Index) { return Objective{1, 0}; }) < 0.05);
   CHECK(share_solved(Alternation{.warm_up = 300, .rise = 200, .highest = 0.8}, true) > 0.7);
-  CHECK(share_solved(ShrinkingPrefix{.warm_up = 200, .longest = 5, .stage = 100}) > 0.7);
+  CHECK(share_solved(ShrinkingPrefix{.warm_up = 200, .max_length = 5, .stage = 100}) > 0.7);
   CHECK(share_solved(Blend{.warm_up = 300, .rise = 200, .highest = 0.5}) > 0.7);
 }

@@ -17,7 +17,7 @@ using Small = SmallPolicy<double>;
 using Helper = Reinforce<Small>;
 using Sequence = std::vector<Index>;
 
-constexpr Index longest = 4;
+constexpr Index max_length = 4;
 constexpr Index end_symbol = 0;
 const std::vector<Index> one_input{2};
 const NoiseKey key{.step = 7};
@@ -53,7 +53,7 @@ double return_of(const Sequence& sequence, Reward reward, double discount) {
 void enumerate(Sequence& prefix, std::vector<Sequence>& all) {
   for (Index symbol = 0; symbol < 3; ++symbol) {
     prefix.push_back(symbol);
-    if (symbol == end_symbol || static_cast<Index>(prefix.size()) == longest) {
+    if (symbol == end_symbol || static_cast<Index>(prefix.size()) == max_length) {
       all.push_back(prefix);
     } else {
       enumerate(prefix, all);
@@ -135,7 +135,6 @@ Vector<double> weighted_sum(Small& policy, Helper::Config config, Reward reward,
   for (const auto& [sequences, seed] : seed_of) {
     config.seed = seed;
     Helper helper(config);
-    helper.set_running_mean({.sum = 0.35, .weight = 0.5});
     Index at = 0;
     for_each_parameter(helper, [&](const ParameterName&, Parameter<double>& p) {
       for (Index i = 0; i < p.size(); ++i) {
@@ -158,17 +157,16 @@ Vector<double> weighted_sum(Small& policy, Helper::Config config, Reward reward,
 
 namespace {
 
-void check(Small& policy, Baseline baseline, Index samples, double temperature, double discount,
-           Reward reward, const Vector<double>& expected) {
-  INFO("baseline " << static_cast<int>(baseline) << ", temperature " << temperature);
+void check(Small& policy, const Helper::Baseline& baseline, Index samples, double temperature,
+           double discount, Reward reward, const Vector<double>& expected) {
+  INFO("baseline " << baseline.index() << ", temperature " << temperature);
   const Vector<double> actual = weighted_sum(policy,
                                              {.end = end_symbol,
-                                              .longest = longest,
+                                              .max_length = max_length,
                                               .temperature = temperature,
                                               .discount = discount,
                                               .baseline = baseline,
-                                              .samples = samples,
-                                              .hidden = 3},
+                                              .samples = samples},
                                              reward, {0.3, -0.2, 0.5, 0.1});
   CHECK((actual - expected).cwiseAbs().maxCoeff() < 1e-8);
 }
@@ -183,8 +181,9 @@ TEST_CASE("reinforce: expected gradients are those of the expected return", "[re
   Small policy({.hidden = 3, .experts = 3, .expert_hidden = 2, .balance = 0});
   const Vector<double> expected = expected_gradient(policy, reward, temperature, discount);
   CHECK(expected.cwiseAbs().maxCoeff() > 1e-3);
-  for (const Baseline baseline :
-       {Baseline::none, Baseline::running_mean, Baseline::linear, Baseline::greedy}) {
+  for (const Helper::Baseline& baseline : std::initializer_list<Helper::Baseline>{
+           NoBaseline{}, RunningMeanBaseline{.mean = {.sum = 0.35, .weight = 0.5}},
+           LinearBaseline<double>({.hidden = 3}), GreedyBaseline{}}) {
     check(policy, baseline, 1, temperature, discount, reward, expected);
   }
 }
@@ -197,5 +196,5 @@ TEST_CASE("reinforce: the same for leave-one-out, over all pairs of samples", "[
   Small policy({.hidden = 3, .mixture = false, .scale = 0.3});
   const Vector<double> expected = expected_gradient(policy, reward, temperature, discount);
   CHECK(expected.cwiseAbs().maxCoeff() > 1e-3);
-  check(policy, Baseline::leave_one_out, 2, temperature, discount, reward, expected);
+  check(policy, LeaveOneOutBaseline{}, 2, temperature, discount, reward, expected);
 }

@@ -198,12 +198,12 @@ Vector<double> gradients_of(Module& module) {
 }
 
 /// The gradients that one update adds, from zero.
-template <class P, class Reward>
-Vector<double> update_gradients(Reinforce<P>& reinforce, P& policy,
+template <class R, class P, class Reward>
+Vector<double> update_gradients(R& reinforce, P& policy,
                                 const std::vector<typename P::Input>& inputs,
                                 const std::vector<std::vector<Index>>& references, Reward&& reward,
                                 const Objective& objective, const NoiseKey& key,
-                                typename Reinforce<P>::Tape& tape) {
+                                typename R::Tape& tape) {
   zero_gradients(policy);
   zero_gradients(reinforce);
   reinforce.add_gradients(policy, inputs, references, reward, objective, key, tape);

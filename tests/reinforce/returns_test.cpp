@@ -3,6 +3,7 @@
 #include <array>
 
 #include "../support.hpp"
+#include "moe/reinforce/advantages.hpp"
 #include "moe/reinforce/baseline.hpp"
 
 using namespace moe;
@@ -24,7 +25,7 @@ TEST_CASE("rewards to go: by hand", "[reinforce]") {
                     Catch::Matchers::Contains("4 rewards, room for 3 returns"));
 }
 
-TEST_CASE("normalise: mean 0, deviation 1", "[reinforce]") {
+TEST_CASE("normalise: mean 0, standard deviation 1", "[reinforce]") {
   std::array<double, 4> values{1, 3, 3, 1};
   detail::normalise(values, 3);
   CHECK(values == std::array<double, 4>{-1, 1, 1, -1});

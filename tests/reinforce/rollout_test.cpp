@@ -50,7 +50,7 @@ TEST_CASE("rollout: samples have the stored probabilities", "[reinforce]") {
   const double temperature = GENERATE(0.5, 1.0, 2.0);
   FixedLogits policy{random_matrix(1, symbols, 3, 1.5)};
   const std::vector<Index> inputs(detail::to_size(rows), 0);
-  Reinforce<FixedLogits> helper({.longest = 1, .temperature = temperature, .seed = 17});
+  Reinforce<FixedLogits> helper({.max_length = 1, .temperature = temperature, .seed = 17});
   Reinforce<FixedLogits>::Tape tape;
   helper.sample(policy, inputs, {.step = 5}, tape);
   std::vector<double> count(symbols, 0.0);
@@ -83,7 +83,7 @@ TEST_CASE("rollout: rows and steps draw independently, and keys replay", "[reinf
   policy.table.conservativeResize(1, 3);
   policy.table(0, 2) = 0;
   const std::vector<Index> inputs(2000, 0);
-  Reinforce<FixedLogits> helper({.longest = 2, .seed = 1});
+  Reinforce<FixedLogits> helper({.max_length = 2, .seed = 1});
   Reinforce<FixedLogits>::Tape a, b, c;
   helper.sample(policy, inputs, {.step = 1}, a);
   helper.sample(policy, inputs, {.step = 1}, b);
@@ -97,7 +97,7 @@ TEST_CASE("rollout: rows and steps draw independently, and keys replay", "[reinf
   const auto symbol = [](const Rollout& rollout, Index row, Index t) {
     return rollout.sequence(row)[detail::to_size(t)];
   };
-  // Deviation of each: 0.5/√1999 = 0.0112.
+  // Standard deviation of each: 0.5/√1999 = 0.0112.
   CHECK(std::abs(
             agreement([&](Index r) { return symbol(a.rollout, r, 0) == symbol(a.rollout, r, 1); }) -
             0.5) < 0.045);
@@ -119,7 +119,7 @@ TEST_CASE("rollout: a reference beside the samples leaves them their dice", "[re
   SmallPolicy<double> policy({.mixture = false});  // noise is by row
   const std::vector<Index> inputs{0, 1, 0, 1, 0};
   const std::vector<Reinforce<SmallPolicy<double>>::Reference> references(5, {1, 2});
-  Reinforce<SmallPolicy<double>> helper({.longest = 4, .samples = 2, .seed = 1});
+  Reinforce<SmallPolicy<double>> helper({.max_length = 4, .samples = 2, .seed = 1});
   Reinforce<SmallPolicy<double>>::Tape alone, beside;
   helper.sample(policy, inputs, {.step = 1}, alone);
   const auto reward = [](Index, std::span<const Index>, bool) { return 0.0; };
@@ -141,7 +141,7 @@ TEST_CASE("rollout: who runs into the limit is flagged and gets no end", "[reinf
   policy.table.row(0) << -50, 0, 0;  // never ends
   policy.table.row(1) << 50, 0, 0;   // ends at once
   const std::vector<Index> inputs{0, 1};
-  Reinforce<FixedLogits> helper({.longest = 3});
+  Reinforce<FixedLogits> helper({.max_length = 3});
   Reinforce<FixedLogits>::Tape tape;
   helper.sample(policy, inputs, {.step = 0}, tape);
   CHECK(tape.rollout.steps == 3);
@@ -154,14 +154,14 @@ TEST_CASE("rollout: who runs into the limit is flagged and gets no end", "[reinf
   const Index second = tape.rollout.sequence(0)[1];
   CHECK(tape.rollout.previous == std::vector<Index>{0, 0, first, -1, second, -1});
   // An end that is written at the last place is an end.
-  helper = Reinforce<FixedLogits>({.longest = 1});
+  helper = Reinforce<FixedLogits>({.max_length = 1});
   helper.sample(policy, std::vector<Index>{1}, {.step = 0}, tape);
   CHECK(tape.rollout.truncated[0] == 0);
 }
 
 TEST_CASE("rollout: the start symbol may be one that is never written", "[reinforce]") {
   FixedLogits policy{Matrix<double>::Zero(1, 3)};
-  Reinforce<FixedLogits> helper({.end = 2, .start = 9, .longest = 1});
+  Reinforce<FixedLogits> helper({.end = 2, .start = 9, .max_length = 1});
   Reinforce<FixedLogits>::Tape tape;
   helper.decode(policy, std::vector<Index>{0}, tape);
   CHECK(tape.rollout.previous == std::vector<Index>{9});
@@ -173,9 +173,9 @@ TEST_CASE("rollout: a forbidden symbol is never written and gets no gradient", "
   FixedLogits policy{Matrix<double>::Zero(1, 4)};
   policy.table.row(0) << -infinity, 0, -infinity, 1;
   const std::vector<Index> inputs(500, 0);
-  Reinforce<FixedLogits> helper({.longest = 3,
+  Reinforce<FixedLogits> helper({.max_length = 3,
                                  .temperature = GENERATE(1.0, 0.5),
-                                 .baseline = Baseline::none,
+                                 .baseline = NoBaseline{},
                                  .entropy_bonus = GENERATE(0.0, 0.1)});
   Reinforce<FixedLogits>::Tape tape;
   tape.policy.logits = policy.table.row(0).replicate(1500, 1);
@@ -193,7 +193,7 @@ TEST_CASE("rollout: a forbidden symbol is never written and gets no gradient", "
 
 TEST_CASE("rollout: decoding takes the most probable symbol, and no noise", "[reinforce]") {
   SmallPolicy<double> policy({.scale = 2});
-  Reinforce<SmallPolicy<double>> helper({.longest = 5, .samples = 3});
+  Reinforce<SmallPolicy<double>> helper({.max_length = 5, .samples = 3});
   Reinforce<SmallPolicy<double>>::Tape tape;
   const std::vector<Index> inputs{0, 1, 2, 3};
   helper.decode(policy, inputs, tape);

@@ -46,7 +46,7 @@ TEST_CASE("alternation: by hand", "[reinforce]") {
 }
 
 TEST_CASE("shrinking prefix: by hand", "[reinforce]") {
-  const ShrinkingPrefix schedule{.warm_up = 2, .longest = 5, .shrink = 2, .stage = 3};
+  const ShrinkingPrefix schedule{.warm_up = 2, .max_length = 5, .shrink = 2, .stage = 3};
   const std::vector<Index> prefix{3, 3, 3, 1, 1, 1, 0, 0, 0, 0};
   CHECK(schedule(1).reinforce == 0);
   CHECK(schedule(2).reinforce == 0);
@@ -69,7 +69,7 @@ TEST_CASE("blend: by hand", "[reinforce]") {
 TEST_CASE("schedules: in words", "[reinforce]") {
   CHECK(to_string(Alternation{.warm_up = 10, .rise = 20, .highest = 0.5}) ==
         "alternation: 10 updates of cross-entropy, then a share of REINFORCE up to 0.5 within 20");
-  CHECK(to_string(ShrinkingPrefix{.warm_up = 10, .longest = 20, .shrink = 2, .stage = 5}) ==
+  CHECK(to_string(ShrinkingPrefix{.warm_up = 10, .max_length = 20, .shrink = 2, .stage = 5}) ==
         "shrinking prefix: 10 updates of cross-entropy, then 20 symbols less 2 every 5 updates");
   CHECK(to_string(Blend{.warm_up = 10, .rise = 20, .highest = 0.5}) ==
         "blend: 10 updates of cross-entropy, then a weight of REINFORCE up to 0.5 within 20");
@@ -83,7 +83,7 @@ TEST_CASE("schedules: what is out of range", "[reinforce]") {
   CHECK_THROWS_WITH(Alternation{.highest = 1.5}(1), Contains("highest = 1.5"));
   CHECK_THROWS_WITH(Blend{.highest = -0.5}(1), Contains("highest = -0.5"));
   CHECK_THROWS_WITH(Blend{.rise = 0}(1), Contains("rise = 0"));
-  CHECK_THROWS_WITH((ShrinkingPrefix{.longest = 0}(1)), Contains("longest = 0"));
-  CHECK_THROWS_WITH((ShrinkingPrefix{.longest = 4, .shrink = 0}(1)), Contains("shrink = 0"));
-  CHECK_THROWS_WITH((ShrinkingPrefix{.longest = 4, .stage = 0}(1)), Contains("stage = 0"));
+  CHECK_THROWS_WITH((ShrinkingPrefix{.max_length = 0}(1)), Contains("max_length = 0"));
+  CHECK_THROWS_WITH((ShrinkingPrefix{.max_length = 4, .shrink = 0}(1)), Contains("shrink = 0"));
+  CHECK_THROWS_WITH((ShrinkingPrefix{.max_length = 4, .stage = 0}(1)), Contains("stage = 0"));
 }

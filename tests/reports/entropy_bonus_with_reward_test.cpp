@@ -16,9 +16,9 @@ TEST_CASE("report: the gradients of a reward and of an entropy bonus add up", "[
   const auto nothing = [](Index, std::span<const Index>, bool) { return 0.0; };
   Small policy({.mixture = false});
   const auto gradients = [&](double bonus, auto&& reward) {
-    Reinforce<Small> reinforce({.longest = 5,
+    Reinforce<Small> reinforce({.max_length = 5,
                                 .temperature = temperature,
-                                .baseline = Baseline::none,
+                                .baseline = NoBaseline{},
                                 .entropy_bonus = bonus,
                                 .seed = 11});
     Reinforce<Small>::Tape tape;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -15,6 +16,11 @@ namespace moe {
 /// T tokens, V classes. A token with a negative target is ignored: it does not count in the mean
 /// and has no gradient. Without any token that counts the loss is 0. A NaN in a row of logits makes
 /// the loss and this row of the gradient NaN.
+///
+/// Sequences of unequal length: `valid`, empty or T entries, is 0 for the rows of padding and
+/// something else for the others; empty means that all are valid. Of a row that is not valid
+/// neither logits nor target are read; it is ignored like one with a negative target. The loss and
+/// the gradient of the others have the bits that they have without such rows.
 template <class Scalar = float>
 class SoftmaxCrossEntropy {
  public:
@@ -25,15 +31,17 @@ class SoftmaxCrossEntropy {
     Matrix<Scalar> dlogits;      ///< T x V, gradient of the mean
   };
 
-  /// The loss; leaves its gradient in the tape. A row is read while it is in the nearest caches, so
+  /// The loss; leaves its gradient in the tape. A row stays in L1 or L2 while it is worked on, so
   /// the pass costs one read of the logits from memory and one write of the gradient.
-  /// Throws std::invalid_argument unless there are T targets, all smaller than V.
-  Scalar forward(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape) const {
-    const Index counted = check(logits, targets);
+  /// Throws std::invalid_argument unless there are T targets, those of valid rows smaller than V,
+  /// and no or T entries in `valid`.
+  Scalar forward(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
+                 std::span<const std::uint8_t> valid = {}) const {
+    const Index counted = check(logits, targets, valid);
     detail::require_apart("SoftmaxCrossEntropy::forward", "logits", logits, {tape.dlogits});
     detail::resize(tape.dlogits, logits.rows(), logits.cols());
     tape.trained = true;
-    return run(logits, targets, counted, tape.losses, tape.dlogits.data());
+    return run(logits, targets, valid, counted, tape.losses, tape.dlogits.data());
   }
 
   /// d loss / d logits = (softmax(logits) - onehot(target)) / counted tokens, T x V.
@@ -45,27 +53,41 @@ class SoftmaxCrossEntropy {
   }
 
   /// The loss without its gradient, to the same bits.
-  Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape) const {
-    const Index counted = check(logits, targets);
+  Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
+                  std::span<const std::uint8_t> valid = {}) const {
+    const Index counted = check(logits, targets, valid);
     tape.trained = false;
-    return run(logits, targets, counted, tape.losses, nullptr);
+    return run(logits, targets, valid, counted, tape.losses, nullptr);
   }
-  Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets) const {
+  Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets,
+                  std::span<const std::uint8_t> valid = {}) const {
     Tape tape;
-    return evaluate(logits, targets, tape);
+    return evaluate(logits, targets, tape, valid);
   }
 
   template <class Self, class Visitor>
   static void visit_parameters(Self&, Visitor) {}
 
  private:
+  /// The target of a row, negative where the row is ignored.
+  static Index target_of(std::span<const Index> targets, std::span<const std::uint8_t> valid,
+                         Index t) {
+    const bool ignored = !valid.empty() && valid[detail::to_size(t)] == 0;
+    return ignored ? -1 : targets[detail::to_size(t)];
+  }
+
   /// Returns the number of tokens that count.
-  static Index check(const MatrixRef<Scalar>& logits, std::span<const Index> targets) {
+  static Index check(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
+                     std::span<const std::uint8_t> valid) {
     const auto count = static_cast<Index>(targets.size());
     detail::require(count == logits.rows(), "SoftmaxCrossEntropy: ", count, " targets for ",
                     logits.rows(), " rows of logits");
+    detail::require(valid.empty() || valid.size() == targets.size(),
+                    "SoftmaxCrossEntropy: valid has ", valid.size(), " entries for ", logits.rows(),
+                    " rows of logits");
     Index counted = 0;
-    for (const Index target : targets) {
+    for (Index t = 0; t < count; ++t) {
+      const Index target = target_of(targets, valid, t);
       detail::require(target < logits.cols(), "SoftmaxCrossEntropy: target ", target,
                       " is outside the ", logits.cols(), " classes");
       counted += target >= 0;
@@ -74,8 +96,9 @@ class SoftmaxCrossEntropy {
   }
 
   /// `dlogits` may be null.
-  static Scalar run(const MatrixRef<Scalar>& logits, std::span<const Index> targets, Index counted,
-                    std::vector<double>& losses, Scalar* dlogits) {
+  static Scalar run(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
+                    std::span<const std::uint8_t> valid, Index counted, std::vector<double>& losses,
+                    Scalar* dlogits) {
     const Index classes = logits.cols();
     detail::resize(losses, logits.rows());
     const Index block = std::max<Index>(1, (Index{1} << 14) / std::max<Index>(1, classes));
@@ -83,7 +106,7 @@ class SoftmaxCrossEntropy {
         logits.rows(), block, function_work(logits.size()), [&](Index first, Index count) {
           for (Index t = first; t < first + count; ++t) {
             losses[detail::to_size(t)] = run_row(
-                classes, logits.data() + t * logits.outerStride(), targets[detail::to_size(t)],
+                classes, logits.data() + t * logits.outerStride(), target_of(targets, valid, t),
                 counted, dlogits != nullptr ? dlogits + t * classes : nullptr);
           }
         });

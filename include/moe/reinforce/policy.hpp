@@ -1,14 +1,16 @@
 #pragma once
 
 #include <concepts>
+#include <cstdint>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
 
 /// \file
-/// What Reinforce asks of a network that writes sequences.
+/// What Reinforce needs of a network that writes sequences.
 
 namespace moe {
 
@@ -17,8 +19,10 @@ namespace moe {
 ///
 /// A batch has R = inputs·samples rows; row r writes for input r / samples, so an encoder need read
 /// each input once. What a row reads at a step is the symbol it wrote before (at the first step the
-/// start symbol), and a negative number where the row has ended: a row like that is padding, has no
-/// logits to give and must reach neither a gate nor a loss (see PackedRows).
+/// start symbol), and a negative number where the row has ended. So `previous` says which rows are
+/// valid: the others are padding, their logits are not read, their rows of dlogits are 0, and they
+/// must reach neither a gate nor a loss. A policy that runs a layer over all rows at once hands it
+/// the mask that mark_valid() makes; one whose layers have no mask packs the rows, see PackedRows.
 ///
 ///     symbols()                                        how many there are, V
 ///     begin(inputs, samples, noise, state)             const; the state before the first step
@@ -32,8 +36,9 @@ namespace moe {
 ///
 /// Given the same numbers, step and forward give the same logits. `noise` is the key of whatever
 /// the policy draws: a mixture's gate, dropout. Without a key nothing is drawn, as in evaluation.
-/// With the same key forward must draw what the steps drew: a mixture inside step() counts the
-/// tokens that came before, and passes their number on as NoiseKey::first_token.
+/// With the same key forward must draw what the steps drew: step() counts the rows that it handed
+/// to a mixture before, padding too where a mask marks it, and passes their number on as
+/// NoiseKey::first_token.
 ///
 /// A logit of -infinity forbids a symbol. The losses of a MoELayer inside the policy are in its
 /// backward already, once and unscaled, whatever the objective.
@@ -66,5 +71,12 @@ concept PolicyWithHidden = Policy<P> && requires(const P& policy, const typename
   { policy.hidden(tape) } -> std::same_as<const Matrix<typename P::Scalar>&>;
 };
 // clang-format on
+
+/// The mask of padding: valid[i] = 1 where row i reads a symbol, 0 where it has ended, in the form
+/// that layers and SoftmaxCrossEntropy take. Keep it in the tape: it must outlive the pass.
+inline void mark_valid(IndexSpan previous, std::vector<std::uint8_t>& valid) {
+  valid.resize(previous.size());
+  for (std::size_t i = 0; i < previous.size(); ++i) valid[i] = previous[i] >= 0 ? 1 : 0;
+}
 
 }  // namespace moe

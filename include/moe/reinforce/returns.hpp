@@ -1,12 +1,16 @@
 #pragma once
 
 #include <cmath>
+#include <concepts>
 #include <span>
+#include <vector>
 
 #include "moe/matrix.hpp"
+#include "moe/reinforce/plan.hpp"
+#include "moe/reinforce/rollout.hpp"
 
 /// \file
-/// From rewards to advantages.
+/// From rewards to returns.
 ///
 /// R. Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
 /// Learning", Machine Learning 8, 1992, cited as [W92].
@@ -29,17 +33,47 @@ inline void rewards_to_go(std::span<const double> rewards, double discount,
 
 namespace detail {
 
-/// Moves values to mean 0 and scales them to deviation 1. They are differences of numbers of size
-/// `scale`: those that differ by no more than its rounding become 0.
-inline void normalise(std::span<double> values, double scale) {
-  const auto count = static_cast<double>(values.size());
-  double mean = 0;
-  for (const double value : values) mean += value / count;
-  double variance = 0;
-  for (const double value : values) variance += (value - mean) * (value - mean) / count;
-  const double deviation = std::sqrt(variance);
-  const bool constant = deviation <= 1e-12 * scale;
-  for (double& value : values) value = constant ? 0 : (value - mean) / deviation;
+/// A reward: a number for (input, what was written so far, whether that is all of it).
+template <class Reward, class Input>
+concept RewardOf = requires(Reward& reward, const Input& input, std::span<const Index> sequence) {
+  { reward(input, sequence, true) } -> std::convertible_to<double>;
+};
+
+/// Calls the reward after every symbol of the rows that have a sampled one, which a reference's has
+/// not. rewards is R x max_length.
+template <class Input, class Reward>
+void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& rollout,
+                 std::vector<double>& rewards) {
+  assign(rewards, rollout.rows() * rollout.max_length, 0.0);
+  for (Index row = 0; row < rollout.rows(); ++row) {
+    if (!has_sampled(rollout, row)) continue;
+    const std::span<const Index> sequence = rollout.sequence(row);
+    const Input& input = inputs[to_size(row / rollout.samples)];
+    for (std::size_t t = 0; t < sequence.size(); ++t) {
+      const double value =
+          static_cast<double>(reward(input, sequence.first(t + 1), t + 1 == sequence.size()));
+      require(std::isfinite(value), "Reinforce: the reward of row ", row, " at step ", t, " is ",
+              value);
+      rewards[rollout.at(row, static_cast<Index>(t))] = value;
+    }
+  }
+}
+
+/// returns, like rewards, is R x max_length.
+inline void make_returns(const Rollout& rollout, const std::vector<double>& rewards,
+                         double discount, std::vector<double>& returns) {
+  const std::size_t length = to_size(rollout.max_length);
+  resize(returns, static_cast<Index>(rewards.size()));
+  for (Index row = 0; row < rollout.rows(); ++row) {
+    const std::size_t first = rollout.at(row, 0);
+    rewards_to_go(std::span<const double>(rewards).subspan(first, length), discount,
+                  std::span<double>(returns).subspan(first, length));
+  }
+}
+
+/// The return of a sequence: that of its first sampled step.
+inline double return_of(const Rollout& rollout, const std::vector<double>& returns, Index row) {
+  return returns[rollout.at(row, rollout.forced[to_size(row)])];
 }
 
 }  // namespace detail

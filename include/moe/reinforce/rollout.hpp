@@ -20,21 +20,21 @@ namespace moe {
 /// the end symbol last if it was written at all: a sequence that runs into the length limit is
 /// truncated and has none.
 struct Rollout {
-  Index samples = 0;  ///< rows of an input
-  Index longest = 0;  ///< the length limit
-  Index steps = 0;    ///< length of the longest sequence
+  Index samples = 0;     ///< rows of an input
+  Index max_length = 0;  ///< the length limit
+  Index steps = 0;       ///< length of the longest sequence
 
   std::vector<Index> length;            ///< R, the end symbol included
   std::vector<Index> forced;            ///< R, how many symbols, the first, are a reference's
   std::vector<std::uint8_t> truncated;  ///< R, 1 or 0
-  std::vector<Index> symbols;           ///< R x longest
-  std::vector<double> log_probability;  ///< R x longest, of each sampled symbol
+  std::vector<Index> symbols;           ///< R x max_length
+  std::vector<double> log_probability;  ///< R x max_length, of each sampled symbol
   std::vector<Index> previous;          ///< steps x R, what the policy read; negative in padding
 
   Index rows() const { return static_cast<Index>(length.size()); }
 
   /// Where step t of a row stands in symbols and log_probability.
-  std::size_t at(Index row, Index t) const { return detail::to_size(row * longest + t); }
+  std::size_t at(Index row, Index t) const { return detail::to_size(row * max_length + t); }
 
   /// What a row has written.
   std::span<const Index> sequence(Index row) const {
@@ -98,15 +98,15 @@ struct Sampling {
 };
 
 /// Empties a rollout of `rows` rows, none of whose symbols is forced.
-inline void reset(Rollout& rollout, Index rows, Index samples, Index longest) {
+inline void reset(Rollout& rollout, Index rows, Index samples, Index max_length) {
   rollout.samples = samples;
-  rollout.longest = longest;
+  rollout.max_length = max_length;
   rollout.steps = 0;
   assign(rollout.length, rows, Index{0});
   assign(rollout.forced, rows, Index{0});
   assign(rollout.truncated, rows, std::uint8_t{0});
-  assign(rollout.symbols, rows * longest, Index{-1});
-  assign(rollout.log_probability, rows * longest, 0.0);
+  assign(rollout.symbols, rows * max_length, Index{-1});
+  assign(rollout.log_probability, rows * max_length, 0.0);
   rollout.previous.clear();
 }
 
@@ -118,7 +118,7 @@ inline bool is_live(const Rollout& rollout, Index row, Index t, Index end) {
 
 /// Appends to rollout.previous what the rows read at step t. Returns whether any row goes on.
 inline bool read_previous(Rollout& rollout, Index t, const Sampling& sampling) {
-  if (t == rollout.longest) return false;
+  if (t == rollout.max_length) return false;
   bool any = false;
   for (Index row = 0; row < rollout.rows(); ++row) {
     const bool live = is_live(rollout, row, t, sampling.end);
@@ -136,7 +136,7 @@ inline void write(Rollout& rollout, Index row, Index t, Index end) {
   rollout.length[to_size(row)] = t + 1;
   rollout.steps = std::max(rollout.steps, t + 1);
   rollout.truncated[to_size(row)] =
-      t + 1 == rollout.longest && rollout.symbols[rollout.at(row, t)] != end;
+      t + 1 == rollout.max_length && rollout.symbols[rollout.at(row, t)] != end;
 }
 
 /// All rows of a rollout whose symbols are all forced and in their places.

@@ -70,24 +70,25 @@ struct Alternation {
 };
 
 /// MIXER [R16 sec. 3.2.2]: cross-entropy for `warm_up` updates; then stages of `stage` updates, in
-/// which sampled sequences begin with longest - shrink, longest - 2·shrink, ... symbols of the
-/// reference, and in the end with none.
+/// which sampled sequences begin with max_length - shrink, max_length - 2·shrink, ... symbols of
+/// the reference, and in the end with none.
 struct ShrinkingPrefix {
   Index warm_up = 0;
-  Index longest = 0;   ///< symbols of the longest sequence, at least 1
-  Index shrink = 1;    ///< [R16]'s Δ, at least 1
-  Index stage = 1000;  ///< at least 1
+  Index max_length = 0;  ///< symbols of the longest sequence, at least 1
+  Index shrink = 1;      ///< [R16]'s Δ, at least 1
+  Index stage = 1000;    ///< at least 1
 
   /// Throws std::invalid_argument if a member is out of range or the step is below 1.
   Objective operator()(Index step) const {
     detail::check_schedule("ShrinkingPrefix", warm_up, step);
-    detail::require(longest >= 1, "ShrinkingPrefix.longest = ", longest, ", must be at least 1");
+    detail::require(max_length >= 1, "ShrinkingPrefix.max_length = ", max_length,
+                    ", must be at least 1");
     detail::require(shrink >= 1, "ShrinkingPrefix.shrink = ", shrink, ", must be at least 1");
     detail::require(stage >= 1, "ShrinkingPrefix.stage = ", stage, ", must be at least 1");
     if (step <= warm_up) return {};
     const Index stages =
-        std::min((step - warm_up - 1) / stage + 1, (longest + shrink - 1) / shrink);
-    return {1, std::max<Index>(0, longest - stages * shrink)};
+        std::min((step - warm_up - 1) / stage + 1, (max_length + shrink - 1) / shrink);
+    return {1, std::max<Index>(0, max_length - stages * shrink)};
   }
 };
 
@@ -115,7 +116,7 @@ inline std::string to_string(const Alternation& schedule) {
 }
 inline std::string to_string(const ShrinkingPrefix& schedule) {
   return detail::join("shrinking prefix: ", schedule.warm_up, " updates of cross-entropy, then ",
-                      schedule.longest, " symbols less ", schedule.shrink, " every ",
+                      schedule.max_length, " symbols less ", schedule.shrink, " every ",
                       schedule.stage, " updates");
 }
 inline std::string to_string(const Blend& schedule) {

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <variant>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// What a user sets of Reinforce, and the checks of it.
+
+namespace moe {
+
+/// Reinforce::Config. `Baseline` is a std::variant of baselines, see baseline.hpp.
+template <class Baseline>
+struct ReinforceConfig {
+  Index end = 0;           ///< the symbol that ends a sequence
+  Index start = -1;        ///< what the policy reads at the first step, at least 0, it need not be
+                           ///< one of the V symbols; -1 stands for the end symbol
+  Index max_length = 0;    ///< the length limit, the end symbol included, in [1, 1,000,000]; a
+                           ///< rollout takes memory for R times as many symbols
+  double temperature = 1;  ///< τ > 0 of sampling and of REINFORCE's gradient
+  double discount = 1;     ///< in [0, 1]
+  Baseline baseline{};     ///< initially the first one, RunningMeanBaseline by default
+  Index samples = 1;       ///< sequences sampled for an input; at least 2 for LeaveOneOutBaseline
+
+  /// R_t - b_t to mean 0 and standard deviation 1 over a batch's sampled steps, which changes their
+  /// scale and, by the batch's own mean, a little of their expectation.
+  bool normalise = false;
+
+  /// β >= 0: the gradient of (β/N)·Σ_t (entropy of π_τ at a sampled step) is added, each step by
+  /// itself: no symbol gets credit for the entropy of later steps.
+  double entropy_bonus = 0;
+  std::uint64_t seed = 0;  ///< of the dice
+};
+
+namespace detail {
+
+/// The configuration with the start symbol resolved. Throws std::invalid_argument for a field out
+/// of range. `Scalar` is the policy's.
+template <class Scalar, class Baseline>
+ReinforceConfig<Baseline> checked(ReinforceConfig<Baseline> config) {
+  require(config.end >= 0, "Reinforce::Config.end = ", config.end, ", must be at least 0");
+  require(config.start >= -1, "Reinforce::Config.start = ", config.start,
+          ", must be a symbol, or -1 for the end symbol");
+  require(config.max_length >= 1 && config.max_length <= 1'000'000,
+          "Reinforce::Config.max_length = ", config.max_length, ", must be in [1, 1000000]");
+  require(config.temperature > 0 && std::isnormal(static_cast<Scalar>(1 / config.temperature)) &&
+              std::isnormal(static_cast<Scalar>(config.temperature)),
+          "Reinforce::Config.temperature = ", config.temperature,
+          ", must be above 0 and not beyond the policy's numbers");
+  require(config.discount >= 0 && config.discount <= 1,
+          "Reinforce::Config.discount = ", config.discount, ", must be in [0, 1]");
+  require(config.samples >= 1, "Reinforce::Config.samples = ", config.samples,
+          ", must be at least 1");
+  require(config.entropy_bonus >= 0 && std::isfinite(config.entropy_bonus),
+          "Reinforce::Config.entropy_bonus = ", config.entropy_bonus,
+          ", must be finite and at least 0");
+  std::visit([&](const auto& baseline) { baseline.check(config.samples); }, config.baseline);
+  if (config.start < 0) config.start = config.end;
+  return config;
+}
+
+}  // namespace detail
+}  // namespace moe
