@@ -121,7 +121,7 @@ class GatheredRows {
       : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
 
   template <class Derived>
-  explicit GatheredRows(const Eigen::MatrixBase<Derived>& matrix)
+  GatheredRows(const Eigen::MatrixBase<Derived>& matrix)  // NOLINT(google-explicit-constructor)
       : GatheredRows(matrix.derived().data(), matrix.derived().outerStride(), matrix.rows(),
                      matrix.cols()) {
     static_assert(Derived::IsRowMajor && Derived::InnerStrideAtCompileTime == 1);
@@ -161,7 +161,9 @@ class ScatteredRows {
   ScatteredRows(Scalar* data, Index stride, Index count, Index width, const Index* list = nullptr)
       : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
 
-  explicit ScatteredRows(MatrixView<Scalar> matrix)
+  ScatteredRows(Matrix<Scalar>& matrix)  // NOLINT(google-explicit-constructor)
+      : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
+  ScatteredRows(MatrixView<Scalar> matrix)  // NOLINT(google-explicit-constructor)
       : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
 
   Index count() const { return count_; }

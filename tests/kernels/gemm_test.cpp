@@ -163,14 +163,15 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
     Bias<Scalar> with{.values = values.empty() ? &none : values.data()};
     if (added == Added::scaled_bias) with.factors = {weights.data(), 1};
     if (added == Added::nothing) with.values = nullptr;
-    product_nn(left, framed_b.view(), c.view(), start, with);
+    gemm(GemmNN<Scalar>{
+        .a = left, .b = framed_b.view(), .c = c.view(), .start = start, .bias = with});
   } else if (form == Form::nt) {
-    product_nt(left, framed_b.view(), c.view(), start);
+    gemm(GemmNT<Scalar>{.a = left, .b = framed_b.view(), .c = c.view(), .start = start});
   } else {
     const GatheredRows<Scalar> right =
         listed ? GatheredRows<Scalar>(framed_b.view(), list_b.data(), depth)
                : GatheredRows<Scalar>(framed_b.view());
-    product_tn(left, right, c.view(), start);
+    gemm(GemmTN<Scalar>{.a = left, .b = right, .c = c.view(), .start = start});
   }
   REQUIRE(c.frame_is_whole());
   expected.check_accuracy(std::as_const(c).view());
@@ -198,33 +199,36 @@ TEMPLATE_TEST_CASE("gemm: worked by hand", "[kernels][gemm]", float, double) {
   ab << 2, 7, 5, 16;
   Matrix<TestType> c = Matrix<TestType>::Constant(2, 2, 100);
   const std::array<TestType, 2> bias = {10, 20};
-  const GatheredRows<TestType> rows(a);
+  using S = TestType;
 
-  product_nn(rows, view(std::as_const(b)), view(c));
+  gemm(GemmNN<S>{.a = a, .b = b, .c = c});
   CHECK(c == ab);
-  product_nn(rows, view(std::as_const(b)), view(c), Start::accumulate);
+  gemm(GemmNN<S>{.a = a, .b = b, .c = c, .start = Start::accumulate});
   CHECK(c == 2 * ab);
-  product_nn(rows, view(std::as_const(b)), view(c), Start::zero, {bias.data()});
+  gemm(GemmNN<S>{.a = a, .b = b, .c = c, .bias = {bias.data()}});
   CHECK(c.row(0) == ab.row(0) + Eigen::Matrix<TestType, 1, 2>(10, 20));
   CHECK(c.row(1) == ab.row(1) + Eigen::Matrix<TestType, 1, 2>(10, 20));
   const std::array<TestType, 2> factors = {3, -1};
-  product_nn(rows, view(std::as_const(b)), view(c), Start::accumulate,
-             {bias.data(), {factors.data(), 1}});
+  gemm(GemmNN<S>{.a = a,
+                 .b = b,
+                 .c = c,
+                 .start = Start::accumulate,
+                 .bias = {bias.data(), {factors.data(), 1}}});
   CHECK(c.row(0) == 2 * ab.row(0) + Eigen::Matrix<TestType, 1, 2>(10 + 30, 20 + 60));
   CHECK(c.row(1) == 2 * ab.row(1) + Eigen::Matrix<TestType, 1, 2>(10 - 10, 20 - 20));
 
   const Matrix<TestType> bt = b.transpose();
-  product_nt(rows, view(bt), view(c));
+  gemm(GemmNT<S>{.a = a, .b = bt, .c = c});
   CHECK(c == ab);
   const Matrix<TestType> at = a.transpose();
-  product_tn(GatheredRows<TestType>(at), GatheredRows<TestType>(b), view(c));
+  gemm(GemmTN<S>{.a = at, .b = b, .c = view(c), .start = Start::accumulate});
   CHECK(c == 2 * ab);
-  product_tn(GatheredRows<TestType>(at), GatheredRows<TestType>(b), view(c), Start::zero);
+  gemm(GemmTN<S>{.a = at, .b = b, .c = view(c)});
   CHECK(c == ab);
 
   const std::array<Index, 3> list = {1, 1, 0};
   Matrix<TestType> listed(3, 2);
-  product_nn(GatheredRows<TestType>(a, list.data(), 3), view(std::as_const(b)), view(listed));
+  gemm(GemmNN<S>{.a = {a, list.data(), 3}, .b = b, .c = listed});
   CHECK(listed.row(0) == ab.row(1));
   CHECK(listed.row(1) == ab.row(1));
   CHECK(listed.row(2) == ab.row(0));
@@ -335,7 +339,7 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
           const ScatteredRows<S> to(c.view().data(), c.view().outerStride(), rows, columns,
                                     backwards.data());
           Eigen::MatrixXi finished = Eigen::MatrixXi::Zero(rows, columns);
-          const auto finish = [&](Index row, Index count, Index column, Index width) {
+          const auto epilogue = [&](Index row, Index count, Index column, Index width) {
             finished.block(row, column, count, width).array() += 1;
             for (Index i = row; i < row + count; ++i) {
               CHECK(same_bits(c.view().row(rows - 1 - i).segment(column, width),
@@ -343,14 +347,15 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
             }
           };
           const GatheredRows<S> left(a, list.data(), rows);
-          multiply_nn(left, b, 0, columns, start, added, to, Finish(finish));
+          gemm_serial(GemmNN<S>{
+              .a = left, .b = b, .c = to, .start = start, .bias = added, .epilogue = epilogue});
           CHECK(finished.isOnes(0));
           CHECK(c.frame_is_whole());
           if (start != Start::zero) continue;
           for (const int threads : {1, 2}) {
             const test::Threads scope(threads);
             Matrix<S> split = before;
-            product_nn(left, b, view(split));
+            gemm(GemmNN<S>{.a = left, .b = b, .c = split});
             CHECK(same_bits(split, product));
           }
         }
@@ -373,23 +378,22 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
   const Matrix<S> b = random_matrix<S>(depth, columns, 2);
   const Matrix<S> bt = b.transpose();
   Matrix<S> whole(rows, columns);
-  product_nn(GatheredRows<S>(a), view(b), view(whole));
+  gemm(GemmNN<S>{.a = a, .b = b, .c = whole});
   const Matrix<double> expected = a.template cast<double>() * b.template cast<double>();
   for (const bool transposed : {false, true}) {
     Matrix<S> c = Matrix<S>::Constant(rows, columns, 7);
     Eigen::MatrixXi finished = Eigen::MatrixXi::Zero(rows, columns);
-    const auto finish = [&](Index row, Index count, Index column, Index width) {
+    const auto epilogue = [&](Index row, Index count, Index column, Index width) {
       finished.block(row, column, count, width).array() += 1;
       // Nothing is added after this.
       for (Index r = row; r < row + count; ++r) {
         CHECK(same_bits(c.row(r).segment(column, width), whole.row(r).segment(column, width)));
       }
     };
-    const ScatteredRows<S> to(view(c));
     if (transposed) {
-      multiply_nt(GatheredRows<S>(a), view(bt), 0, columns, Start::zero, to, Finish(finish));
+      gemm_serial(GemmNT<S>{.a = a, .b = bt, .c = c, .epilogue = epilogue});
     } else {
-      multiply_nn(GatheredRows<S>(a), view(b), 0, columns, Start::zero, {}, to, Finish(finish));
+      gemm_serial(GemmNN<S>{.a = a, .b = b, .c = c, .epilogue = epilogue});
     }
     CHECK(finished.isOnes(0));
     CHECK(same_bits(c, whole));
@@ -423,8 +427,12 @@ TEMPLATE_TEST_CASE("gemm: what comes next changes nothing", "[kernels][gemm]", f
           Matrix<S> c = random_matrix<S>(rows, panels * width, 4);
           Matrix<S> alone = c;
           const auto multiply = [&](Matrix<S>& to, const S* next_b) {
-            multiply_nn(GatheredRows<S>(a), view(b), first, width, Start::accumulate, {},
-                        ScatteredRows<S>(view(to)), {}, next_b);
+            gemm_serial(GemmNN<S>{.a = a,
+                                  .b = b,
+                                  .c = to,
+                                  .columns = {first, width},
+                                  .start = Start::accumulate,
+                                  .prefetch_next = next_b});
           };
           multiply(alone, nullptr);
           multiply(c, next.data());
@@ -459,15 +467,15 @@ TEMPLATE_TEST_CASE("gemm: the same bits on any number of threads", "[kernels][ge
     CAPTURE(threads);
     const test::Threads scope(threads);
     Matrix<TestType> c = before;
-    product_nn(GatheredRows<TestType>(a), view(b), view(c), Start::accumulate);
+    gemm(GemmNN<TestType>{.a = a, .b = b, .c = c, .start = Start::accumulate});
     if (threads == 1) nn = c;
     CHECK(same_bits(c, nn));
     c = before;
-    product_nt(GatheredRows<TestType>(a), view(bt), view(c), Start::accumulate);
+    gemm(GemmNT<TestType>{.a = a, .b = bt, .c = c, .start = Start::accumulate});
     if (threads == 1) nt = c;
     CHECK(same_bits(c, nt));
     c = before;
-    product_tn(GatheredRows<TestType>(at), GatheredRows<TestType>(b), view(c));
+    gemm(GemmTN<TestType>{.a = at, .b = b, .c = view(c), .start = Start::accumulate});
     if (threads == 1) tn = c;
     CHECK(same_bits(c, tn));
   }
@@ -490,9 +498,9 @@ TEMPLATE_TEST_CASE("gemm: a row has the same bits whatever rows it is multiplied
     const GatheredRows<TestType> rows(a, list.data(), static_cast<Index>(list.size()));
     Matrix<TestType> c(rows.count(), columns);
     if (transposed) {
-      product_nt(rows, view(bt), view(c));
+      gemm(GemmNT<TestType>{.a = rows, .b = bt, .c = c});
     } else {
-      product_nn(rows, view(b), view(c), Start::zero, {bias.data()});
+      gemm(GemmNN<TestType>{.a = rows, .b = b, .c = c, .bias = {bias.data()}});
     }
     return c;
   };
@@ -533,11 +541,9 @@ TEMPLATE_TEST_CASE("gemm: NaN and infinity stay in their row and in their column
     for (const Form form : {Form::nn, Form::nt, Form::tn}) {
       const auto product = [&](const Matrix<TestType>& left, const Matrix<TestType>& left_t) {
         Matrix<TestType> c = Matrix<TestType>::Zero(rows, n);
-        if (form == Form::nn) product_nn(GatheredRows<TestType>(left), view(b), view(c));
-        if (form == Form::nt) product_nt(GatheredRows<TestType>(left), view(bt), view(c));
-        if (form == Form::tn) {
-          product_tn(GatheredRows<TestType>(left_t), GatheredRows<TestType>(b), view(c));
-        }
+        if (form == Form::nn) gemm(GemmNN<TestType>{.a = left, .b = b, .c = c});
+        if (form == Form::nt) gemm(GemmNT<TestType>{.a = left, .b = bt, .c = c});
+        if (form == Form::tn) gemm(GemmTN<TestType>{.a = left_t, .b = b, .c = view(c)});
         return c;
       };
       const Matrix<TestType> expected = product(clean, clean_t);
@@ -559,9 +565,9 @@ TEMPLATE_TEST_CASE("gemm: NaN and infinity stay in their row and in their column
     Matrix<TestType> c(rows, n);
     for (const bool transposed : {false, true}) {
       if (transposed) {
-        product_nt(GatheredRows<TestType>(clean), view(strange_bt), view(c));
+        gemm(GemmNT<TestType>{.a = clean, .b = strange_bt, .c = c});
       } else {
-        product_nn(GatheredRows<TestType>(clean), view(strange_b), view(c));
+        gemm(GemmNN<TestType>{.a = clean, .b = strange_b, .c = c});
       }
       for (Index j = 0; j < n; ++j) {
         REQUIRE(c.col(j).array().isFinite().any() == (j != column));

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "moe/function_ref.hpp"
 #include "moe/kernels/tile.hpp"
 
 /// \file
@@ -26,10 +25,6 @@ inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>
 
 /// Rows of C in one task, at most: their part of A stays in the second-level cache.
 inline constexpr Index task_rows = 256;
-
-/// What is to be done with a tile of C when its sums are complete, if anything: called with (row,
-/// rows, column, width), of at most stream_rows and tile_columns.
-using Finish = FunctionRef<void(Index, Index, Index, Index)>;
 
 /// Cuts [0, count) into `parts` as even as can be, the longer ones first, and calls f(first, size).
 template <class F>
@@ -67,13 +62,13 @@ void for_each_tile(Index rows, Index highest, F&& f) {
   for_each_part(rows, (rows + highest - 1) / highest, f);
 }
 
-/// finish() for all tiles of some columns.
+/// Calls the epilogue for all tiles of some columns.
 template <class Scalar>
-void finish_tiles(Index rows, Index first_column, Index columns, Finish finish) {
-  if (!finish) return;
+void call_epilogue(Epilogue epilogue, Index rows, Range columns) {
+  if (!epilogue) return;
   for_each_tile(rows, tile_rows, [&](Index row, Index count) {
-    for_each_strip<Scalar>(first_column, columns, [&](Index column, Index, Index width) {
-      finish(row, count, column, width);
+    for_each_strip<Scalar>(columns.first, columns.count, [&](Index column, Index, Index width) {
+      epilogue(row, count, column, width);
     });
   });
 }

@@ -12,10 +12,10 @@ template <class Scalar>
 void add_column_sums(const GatheredRows<Scalar>& rows, Matrix<Scalar>& sums,
                      const RowFactors<Scalar>& factors = {}) {
   MOE_ASSERT(sums.rows() == 1 && sums.cols() == rows.width());
-  for_each_block(1, rows.width(), rows.count(), 2 * panel_columns<Scalar>,
-                 [&](Index, Index, Index column, Index columns) {
-                   add_many_scaled_rows(rows.columns(column, columns), factors,
-                                        sums.data() + column);
+  for_each_block({0, 1}, {0, rows.width()}, rows.count(), 2 * panel_columns<Scalar>,
+                 [&](Range, Range columns) {
+                   add_many_scaled_rows(rows.columns(columns.first, columns.count), factors,
+                                        sums.data() + columns.first);
                  });
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 
 #include "moe/kernels/blocks.hpp"
 
@@ -29,62 +30,76 @@ struct Strip {
   Index width;
 };
 
-/// B as the right operand of nn, its rows running along the columns of C, or of nt, its rows
-/// running along the depth and being transposed on the way.
+/// What gemm_packed() takes B from, a strip at a time. The kernels know B by this alone, so a source
+/// whose numbers are stored in another type converts them in pack(), and nowhere else.
+///
+///     pack(strip, buffer)            the strip as packets, in the buffer of panel_depth rows of
+///                                    tile_columns, the last packet of a row filled up with zeros
+///     in_place(strip)                the strip in memory, if tiles can read packets there; else
+///                                    without data
+///     prefetch(strip, first, count)  what pack() will read for steps [first, first + count)
+template <class Source, class Scalar>
+concept PacketSource = requires(const Source& source, const Strip& strip, Scalar* buffer,
+                                Index step) {
+  { source.pack(strip, buffer) } -> std::same_as<Panel<Scalar>>;
+  { source.in_place(strip) } -> std::same_as<Panel<Scalar>>;
+  { source.prefetch(strip, step, step) } -> std::same_as<Ahead<Scalar>>;
+};
+
+/// A matrix as a source of packets: B of GemmNN, whose rows run along the columns of C, or of
+/// GemmNT, whose rows run along the depth and are transposed on the way.
 template <class Scalar>
-struct Right {
-  ConstMatrixView<Scalar> b;
+struct MatrixPackets {
+  MatrixOperand<Scalar> b;
   bool transposed;
 
   const Scalar* at(Index k, Index column) const {
-    return transposed ? b.data() + column * b.outerStride() + k
-                      : b.data() + k * b.outerStride() + column;
+    return transposed ? b.data + column * b.stride + k : b.data + k * b.stride + column;
   }
-  Panel<Scalar> copy(const Strip& strip, Scalar* buffer) const {
+  Panel<Scalar> pack(const Strip& strip, Scalar* buffer) const {
     const Scalar* first = at(strip.k, strip.column);
     if (transposed) {
-      return transpose_panel(GatheredRows<Scalar>(first, b.outerStride(), strip.width, strip.depth),
+      return transpose_panel(GatheredRows<Scalar>(first, b.stride, strip.width, strip.depth),
                              buffer);
     }
-    return copy_panel(GatheredRows<Scalar>(first, b.outerStride(), strip.depth, strip.width),
-                      buffer);
+    return copy_panel(GatheredRows<Scalar>(first, b.stride, strip.depth, strip.width), buffer);
   }
-  /// Where it lies, if whole tiles can read it there.
-  const Scalar* in_place(const Strip& strip) const {
+  Panel<Scalar> in_place(const Strip& strip) const {
     const bool whole = !transposed && strip.width == tile_columns<Scalar>;
-    return whole ? at(strip.k, strip.column) : nullptr;
+    return {whole ? at(strip.k, strip.column) : nullptr, b.stride};
   }
-  /// What will be read of steps [first, first + count): rows of strip_lines each. Transposed, and
-  /// with few tiles and more lines for each, it is not all of it.
-  Ahead<Scalar> ahead(const Strip& strip, Index first, Index count) const {
-    return {at(strip.k + first, strip.column), b.outerStride(), transposed ? strip.width : count};
+  /// Rows of strip_lines each. Transposed, and with few tiles and more lines for each, it is not all
+  /// of it.
+  Ahead<Scalar> prefetch(const Strip& strip, Index first, Index count) const {
+    return {at(strip.k + first, strip.column), b.stride, transposed ? strip.width : count};
   }
 };
 
-/// C[:, columns] = A·right: columns in groups whose part of C stays in the second-level cache, for
-/// each group the depth in blocks, and of each block the strips of columns one after the other.
-/// finish(row, rows, column, width) is called for each tile right after its last sum, the tile
-/// being in the nearest cache still.
+/// C = A·B: columns in groups whose part of C stays in L2, for each group the depth in blocks, and
+/// of each block the strips of columns one after the other.
 ///
 /// A strip's part of B is copied to a panel, by the first tile on the way where it can, and stays
 /// in the first-level cache while the tiles of the strip are calculated. Meanwhile they ask for the
 /// memory of the next strip, so memory and arithmetic are busy at the same time without any
 /// foresight of the processor's own. A second panel, filled between the tiles, would push the first
 /// one out of its cache.
-template <class Scalar>
-void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, Index first_column,
-                   Index columns, Start start, const Bias<Scalar>& bias,
-                   const ScatteredRows<Scalar>& c, Finish finish) {
+template <class Scalar, PacketSource<Scalar> Source>
+void multiply_rows(const GemmNN<Scalar, Source>& product) {
   alignas(64) Scalar buffer[to_size(panel_depth * tile_columns<Scalar>)];
+  const GatheredRows<Scalar>& a = product.a;
+  const ScatteredRows<Scalar>& c = product.c;
+  const Epilogue epilogue = product.epilogue;
   const Index depth = a.width();
   const Index tiles = (a.count() + tile_rows - 1) / tile_rows;
   const bool first_is_full = (a.count() + tiles - 1) / tiles == tile_rows;
 
   const auto run = [&](const Strip& strip, const Strip* next) {
-    const Start from = strip.k == 0 ? start : Start::accumulate;
-    const Scalar* in_place = first_is_full ? right.in_place(strip) : nullptr;
-    const Panel<Scalar> panel = in_place != nullptr ? Panel<Scalar>{buffer, tile_columns<Scalar>}
-                                                    : right.copy(strip, buffer);
+    const Start from = strip.k == 0 ? product.start : Start::accumulate;
+    const Panel<Scalar> in_place =
+        first_is_full ? product.b.in_place(strip) : Panel<Scalar>{nullptr, 0};
+    const Panel<Scalar> panel = in_place.data != nullptr
+                                    ? Panel<Scalar>{buffer, tile_columns<Scalar>}
+                                    : product.b.pack(strip, buffer);
     constexpr Index piece = strip_lines * cache_line<Scalar>;  // of a row in nt
     const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
     const Index each = (pieces + tiles - 1) / tiles * piece;
@@ -101,19 +116,20 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
       }
       Ahead<Scalar> ahead;
       if (next != nullptr && asked < next->depth) {
-        ahead = right.ahead(*next, asked, std::min(each, next->depth - asked));
+        ahead = product.b.prefetch(*next, asked, std::min(each, next->depth - asked));
         asked += each;
       }
-      const Bias<Scalar> initial = strip.k == 0 ? bias.at(first, strip.column) : Bias<Scalar>{};
-      if (first == 0 && in_place != nullptr) {
+      const Bias<Scalar> initial =
+          strip.k == 0 ? product.bias.at(first, strip.column) : Bias<Scalar>{};
+      if (first == 0 && in_place.data != nullptr) {
         multiply_tile<Packet<Scalar>, tile_rows, tile_packets, true>(
-            left, {in_place, right.b.outerStride()}, strip.depth, from, initial, to, ahead, buffer);
+            left, in_place, strip.depth, from, initial, to, ahead, buffer);
       } else {
         multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
                       ahead);
       }
-      if (finish && strip.k + strip.depth >= depth) {
-        finish(first, rows, strip.column, strip.width);
+      if (epilogue && strip.k + strip.depth >= depth) {
+        epilogue(first, rows, strip.column, strip.width);
       }
     });
   };
@@ -123,8 +139,10 @@ void multiply_rows(const GatheredRows<Scalar>& a, const Right<Scalar>& right, In
   const Index group = panels * panel_columns<Scalar>;
   Strip strip{};
   bool pending = false;
-  for (Index column = first_column; column < first_column + columns; column += group) {
-    const Index width = std::min(group, first_column + columns - column);
+  const Range columns = product.column_range();
+  const Index end = columns.first + columns.count;
+  for (Index column = columns.first; column < end; column += group) {
+    const Index width = std::min(group, end - column);
     for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
       for_each_strip<Scalar>(column, width, [&](Index at, Index packets, Index strip_width) {
         const Strip next{k, std::min(panel_depth, depth - k), at, packets, strip_width};
@@ -147,9 +165,12 @@ inline constexpr Index pairs_group = 16;
 /// The form tn for many pairs of rows: columns of A and strips of B are copied together, and stay
 /// in the second-level cache with the part of C that they add to.
 template <class Scalar>
-void multiply_panels_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
-                        Index first_row, Index rows, Index first_column, Index columns, Start start,
-                        MatrixView<Scalar> c) {
+void multiply_panels_tn(const GemmTN<Scalar>& product) {
+  const GatheredRows<Scalar> a = product.a;
+  const GatheredRows<Scalar> b = product.b;
+  MatrixView<Scalar> c = product.c;
+  const Range rows = product.row_range();
+  const Range columns = product.column_range();
   constexpr Index size = packet_size<Scalar>;
   constexpr Index wide = 2 * panel_columns<Scalar>;
   static_assert(pairs_rows % tile_rows == 0);
@@ -174,14 +195,15 @@ void multiply_panels_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
     });
   };
 
-  const Index last = first_row + rows;
+  const Index last = rows.first + rows.count;
+  const Index last_column = columns.first + columns.count;
   for_each_tile(a.count(), pairs_depth, [&](Index k, Index depth) {
-    const Start from = k == 0 ? start : Start::accumulate;
-    for (Index row = first_row; row < last; row += pairs_rows) {
+    const Start from = k == 0 ? product.start : Start::accumulate;
+    for (Index row = rows.first; row < last; row += pairs_rows) {
       const Index height = std::min(pairs_rows, last - row);
       copy_left(k, depth, row, height);
-      for (Index column = first_column; column < first_column + columns; column += wide) {
-        const Index width = std::min(wide, first_column + columns - column);
+      for (Index column = columns.first; column < last_column; column += wide) {
+        const Index width = std::min(wide, last_column - column);
         copy_right(k, depth, column, width);
         for (Index group = 0; group < height; group += pairs_group) {
           for_each_strip<Scalar>(0, width, [&](Index at, Index packets, Index strip_width) {

@@ -216,7 +216,7 @@ EIGEN_ALWAYS_INLINE void multiply_in_order_tile(const Scalar* const (&left)[to_s
 /// begins with. Only so many rows of B are side by side as it takes for C, in the nearest cache, to
 /// cost less time than memory.
 template <Index R, class Scalar>
-MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scalar> b,
+MOE_NOINLINE void multiply_in_order(const Scalar* const* a, const MatrixOperand<Scalar>& b,
                                     Scalar* const* c, const Scalar* next_b) {
   constexpr Index width = packets_in_order * packet_size<Scalar>;
   constexpr Index side_by_side = R <= 2 ? 1 : R <= 4 ? 2 : 4;
@@ -225,13 +225,13 @@ MOE_NOINLINE void multiply_in_order(const Scalar* const* a, ConstMatrixView<Scal
   Scalar* out[to_size(R)];
   std::copy_n(a, R, row);
   std::copy_n(c, R, out);
-  const Index columns = b.cols();
+  const Index columns = b.columns;
   const Index block = side_by_side * columns;
-  const Index end = b.rows() * columns;
+  const Index end = b.rows * columns;
   Index asked = first_asked(block, end, ahead);
   for (Index at = 0; at < end; at += block, asked += block) {
     const Index steps = side_by_side == 1 ? 1 : std::min(side_by_side, (end - at) / columns);
-    const Scalar* place = b.data() + at;
+    const Scalar* place = b.data + at;
     const bool is_in_next = asked >= end && next_b != nullptr;
     const Scalar* from = is_in_next ? next_b : place;
     // If nothing is left to ask for, it is what is read anyway.
@@ -256,19 +256,19 @@ constexpr bool is_in_order(Index rows, Index columns, Index stride) {
 
 /// multiply_in_order<R>() for a number of rows known at run time, from what C starts at.
 template <class Scalar>
-void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Start start,
-                       const Bias<Scalar>& bias, const ScatteredRows<Scalar>& c,
-                       const Scalar* next_b) {
+void multiply_in_order(const GemmNN<Scalar>& product) {
+  const MatrixOperand<Scalar>& b = product.b;
+  const Bias<Scalar>& bias = product.bias;
   const Scalar* from[to_size(rows_in_order)];
   Scalar* to[to_size(rows_in_order)];
-  for (Index r = 0; r < a.count(); ++r) {
-    from[r] = a.row(r);
-    to[r] = c.row(r);
-    if (start == Start::zero) std::fill_n(to[r], b.cols(), Scalar{0});
-    if (bias.values != nullptr) add_scaled(b.cols(), *bias.factors.at(r), bias.values, to[r]);
+  for (Index r = 0; r < product.a.count(); ++r) {
+    from[r] = product.a.row(r);
+    to[r] = product.c.row(r);
+    if (product.start == Start::zero) std::fill_n(to[r], b.columns, Scalar{0});
+    if (bias.values != nullptr) add_scaled(b.columns, *bias.factors.at(r), bias.values, to[r]);
   }
-  with_constant<rows_in_order>(a.count(),
-                               [&](auto R) { multiply_in_order<R>(from, b, to, next_b); });
+  with_constant<rows_in_order>(
+      product.a.count(), [&](auto R) { multiply_in_order<R>(from, b, to, product.prefetch_next); });
 }
 
 /// The form nn with B where it lies, in the order in which memory gives it fastest: with few rows,
@@ -278,39 +278,42 @@ void multiply_in_order(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
 /// memory, so the rows are asked for 32 KiB ahead, and at their ends those that are read in the
 /// next steps in their places, the last of which may be in `next_b`.
 template <class Scalar>
-void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
-                        Index first_column, Index columns, Start start, const Bias<Scalar>& bias,
-                        const ScatteredRows<Scalar>& c, Finish finish,
-                        const Scalar* next_b = nullptr) {
+void multiply_stream_nn(const GemmNN<Scalar>& product) {
   constexpr Index size = packet_size<Scalar>;
   alignas(64) Scalar buffer[to_size(size * most_steps)];
+  const GatheredRows<Scalar>& a = product.a;
+  const MatrixOperand<Scalar>& b = product.b;
+  const ScatteredRows<Scalar>& c = product.c;
+  const Epilogue epilogue = product.epilogue;
+  const Scalar* next_b = product.prefetch_next;
+  const Range columns = product.column_range();
   const Index depth = a.width();
-  const Index stride = b.outerStride();
-  if (columns == b.cols() && is_in_order<Scalar>(a.count(), columns, stride)) {
-    multiply_in_order(a, b, start, bias, c, next_b);
-    return finish_tiles<Scalar>(a.count(), first_column, columns, finish);
+  const Index stride = b.stride;
+  if (columns.count == b.columns && is_in_order<Scalar>(a.count(), b.columns, stride)) {
+    multiply_in_order(product);
+    return call_epilogue<Scalar>(epilogue, a.count(), columns);
   }
   const Index steps = stream_steps<Scalar>(a.count(), depth, stride);
-  const Index to_next = distance_between(b.data(), next_b);
+  const Index to_next = distance_between(b.data, next_b);
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
   // The last columns, if they are less than a packet, have lower tiles.
-  const Index tallest = columns % size == 0 ? stream_rows : tile_rows;
-  const Index slice = a.count() > tallest ? 2 * panel_columns<Scalar> : columns;
+  const Index tallest = columns.count % size == 0 ? stream_rows : tile_rows;
+  const Index slice = a.count() > tallest ? 2 * panel_columns<Scalar> : columns.count;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
-  const Index end = first_column + columns;
-  for (Index group = first_column; group < end; group += slices * slice) {
+  const Index end = columns.first + columns.count;
+  for (Index group = columns.first; group < end; group += slices * slice) {
     const Index last = std::min(end, group + slices * slice);
     const Index distance = distance_by_tiles<Scalar>(ahead / steps, last - group);
     for (Index k = 0; k == 0 || k < depth; k += steps) {
       const Index count = std::min(steps, depth - k);
-      const Start from = k == 0 ? start : Start::accumulate;
+      const Start from = k == 0 ? product.start : Start::accumulate;
       const Index next = k + steps < depth   ? steps * stride - (last - group)
                          : last < end        ? -k * stride
-                         : next_b != nullptr ? to_next - k * stride - (last - first_column)
+                         : next_b != nullptr ? to_next - k * stride - (last - columns.first)
                                              : -distance;
       for (Index column = group; column < last; column += slice) {
         const Index width = std::min(slice, last - column);
-        const Scalar* place = b.data() + k * stride + column;
+        const Scalar* place = b.data + k * stride + column;
         Stream<Scalar> right{place, stride, count, {distance, last - column, next}};
         Panel<Scalar> rest{};
         if (const Index over = width % size; over == half_packet_size<Scalar>) {
@@ -330,10 +333,10 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
           const bool asks = k == 0 && first + rows < a.count();
           right.ahead_in_c = {asks ? rows * c.step() : 0, std::numeric_limits<Index>::max()};
           multiply_stream(rows, left, right, width, rest, from,
-                          k == 0 ? bias.at(first, column) : Bias<Scalar>{}, to);
-          if (!finish || k + steps < depth) return;
+                          k == 0 ? product.bias.at(first, column) : Bias<Scalar>{}, to);
+          if (!epilogue || k + steps < depth) return;
           for_each_strip<Scalar>(column, width, [&](Index at, Index, Index strip_width) {
-            finish(first, rows, at, strip_width);
+            epilogue(first, rows, at, strip_width);
           });
         };
         // The first tile waits for memory, so it is as high as can be.
@@ -350,38 +353,41 @@ void multiply_stream_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
 /// B, which is by far the larger, is neither transposed nor copied. In a tile that is not full its
 /// last row stands for those that are not there, since tiles are compiled in one height.
 template <class Scalar>
-void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
-                     Index columns, Start start, const ScatteredRows<Scalar>& c, Finish finish) {
+void multiply_few_nt(const GemmNT<Scalar>& product) {
   constexpr Index size = packet_size<Scalar>;
   constexpr Index capacity = (Index{1} << 16) / static_cast<Index>(sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
+  const GatheredRows<Scalar>& a = product.a;
+  const MatrixOperand<Scalar>& b = product.b;
+  const ScatteredRows<Scalar>& c = product.c;
+  const Range columns = product.column_range();
   const Index packets = (a.count() + size - 1) / size;
   MOE_ASSERT(packets <= 2);
   const Index block_depth = capacity / (packets * size);
   const Index highest = packets == 1 ? max_tile_rows : tile_rows;
   const Index depth = a.width();
-  const bool in_one_piece = b.outerStride() == depth && rows_are_short<Scalar>(depth);
+  const bool in_one_piece = b.stride == depth && rows_are_short<Scalar>(depth);
   for (Index k = 0; k == 0 || k < depth; k += block_depth) {
     const Index count = std::min(block_depth, depth - k);
     const Panel<Scalar> right = transpose_panel(a.columns(k, count), buffer);
-    const bool from_zero = k == 0 && start == Start::zero;
-    for_each_tile(columns, highest, [&](Index first, Index rows) {
+    const bool from_zero = k == 0 && product.start == Start::zero;
+    for_each_tile(columns.count, highest, [&](Index first, Index rows) {
       Scalar tile[to_size(max_tile_rows * tile_columns<Scalar>)];
       Left<Scalar> left;
       Scalar* to[to_size(max_tile_rows)];
       for (Index r = 0; r < highest; ++r) {
         const Index row = std::min(r, rows - 1);
-        left.row[r] = b.data() + (first_column + first + row) * b.outerStride() + k;
+        left.row[r] = b.row(columns.first + first + row) + k;
         to[r] = tile + row * right.stride;
       }
       for (Index i = 0; i < a.count() && !from_zero; ++i) {
-        const Scalar* held = c.row(i) + first_column + first;
+        const Scalar* held = c.row(i) + columns.first + first;
         for (Index r = 0; r < rows; ++r) to[r][i] = held[r];
       }
       Ahead<Scalar> ahead;
       if (in_one_piece) {
         constexpr Index strip = strip_lines * cache_line<Scalar>;
-        const Index next = std::min(rows, columns - first - rows);
+        const Index next = std::min(rows, columns.count - first - rows);
         ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
       }
       const Start from = from_zero ? Start::zero : Start::accumulate;
@@ -393,12 +399,12 @@ void multiply_few_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, I
         multiply_tile<Packet<Scalar>, tile_rows, 2>(left, right, count, from, no_bias, to, ahead);
       }
       for (Index i = 0; i < a.count(); ++i) {
-        Scalar* result = c.row(i) + first_column + first;
+        Scalar* result = c.row(i) + columns.first + first;
         for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
       }
     });
   }
-  finish_tiles<Scalar>(a.count(), first_column, columns, finish);
+  call_epilogue<Scalar>(product.epilogue, a.count(), columns);
 }
 
 /// Rows as columns: to[j][i] = from[i][j], a block of as many rows as a packet that a tile's rows
@@ -467,9 +473,7 @@ MOE_NOINLINE void multiply_rows_tile(const Scalar* b, Index stride, Index height
 /// is rows of A, copied as columns; where half a packet or less of them is left, a packet half as
 /// wide, of which the processor can do two at once.
 template <class Scalar>
-void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
-                        Index first_column, Index columns, Start start,
-                        const ScatteredRows<Scalar>& c, Finish finish) {
+void multiply_stream_nt(const GemmNT<Scalar>& product) {
   using Whole = Packet<Scalar>;
   using Half = HalfPacket<Scalar>;
   constexpr Index size = packet_size<Scalar>;
@@ -477,6 +481,9 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
   alignas(64) Scalar buffer[to_size(capacity)];
   alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)] = {};
+  const GatheredRows<Scalar>& a = product.a;
+  const ScatteredRows<Scalar>& c = product.c;
+  const Range columns = product.column_range();
   const Index rows = a.count();
   const Index left_over = rows % size;
   const bool ends_in_half = left_over > 0 && left_over <= half;
@@ -484,11 +491,11 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
   const Index width = packets * size + (ends_in_half ? half : 0);
   const Index block = std::min<Index>(1024, capacity / width);
   const Index depth = a.width();
-  const Index stride = b.outerStride();
+  const Index stride = product.b.stride;
 
   const auto multiply = [&](Index k, Index count, Index column, Index height) {
-    const Scalar* place = b.data() + column * stride + k;
-    const bool from_zero = k == 0 && start == Start::zero;
+    const Scalar* place = product.b.row(column) + k;
+    const bool from_zero = k == 0 && product.start == Start::zero;
     // One tile of rows [first, first + reach), which are `parts` whole packets, or half a one.
     const auto run = [&](Index first, Index parts, Index reach) {
       const Panel<Scalar> panel{buffer + first, width};
@@ -513,16 +520,18 @@ void multiply_stream_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b
     if (ends_in_half) run(packets * size, 0, left_over);
   };
 
-  const Index end = first_column + columns;
+  const Index end = columns.first + columns.count;
   for (Index k = 0; k == 0 || k < depth; k += block) {
     const Index count = std::min(block, depth - k);
     copy_transposed(a.columns(k, count), width, buffer);
-    for (Index group = first_column; group < end; group += panel_columns<Scalar>) {
+    for (Index group = columns.first; group < end; group += panel_columns<Scalar>) {
       const Index last = std::min(end, group + panel_columns<Scalar>);
       for (Index column = group; column < last; column += tile_rows) {
         multiply(k, count, column, std::min(tile_rows, last - column));
       }
-      if (k + block >= depth) finish_tiles<Scalar>(rows, group, last - group, finish);
+      if (k + block >= depth) {
+        call_epilogue<Scalar>(product.epilogue, rows, {group, last - group});
+      }
     }
   }
 }
@@ -533,23 +542,22 @@ inline constexpr Index shallow_depth = 64;
 /// The form nt for a small depth, as that of a gate with few experts: a copy of Bᵀ costs less than
 /// transposing C on its way for so few steps.
 template <class Scalar>
-void multiply_shallow_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
-                         Index first_column, Index columns, Start start,
-                         const ScatteredRows<Scalar>& c, Finish finish) {
+void multiply_shallow_nt(const GemmNT<Scalar>& product) {
   constexpr Index widest = panel_columns<Scalar>;
   alignas(64) Scalar buffer[to_size(shallow_depth * widest)];
-  const Index end = first_column + columns;
-  for (Index first = first_column; first < end; first += widest) {
+  const Index depth = product.a.width();
+  const Range columns = product.column_range();
+  const Index end = columns.first + columns.count;
+  for (Index first = columns.first; first < end; first += widest) {
     const Index width = std::min(widest, end - first);
-    const Index depth = a.width();
-    copy_transposed(GatheredRows<Scalar>(row_data(b, first), b.outerStride(), width, depth), width,
-                    buffer);
-    const auto shifted = [&](Index row, Index height, Index column, Index count) {
-      finish(row, height, first + column, count);
-    };
-    multiply_stream_nn<Scalar>(
-        a, ConstMatrixView<Scalar>(buffer, depth, width, Eigen::OuterStride<>(width)), 0, width,
-        start, {}, c.columns(first, width), finish ? Finish(shifted) : Finish());
+    copy_transposed(GatheredRows<Scalar>(product.b.row(first), product.b.stride, width, depth),
+                    width, buffer);
+    const PartEpilogue epilogue{product.epilogue, 0, first};
+    multiply_stream_nn(GemmNN<Scalar>{.a = product.a,
+                                      .b = {buffer, depth, width, width},
+                                      .c = product.c.columns(first, width),
+                                      .start = product.start,
+                                      .epilogue = epilogue.get()});
   }
 }
 
@@ -558,9 +566,12 @@ void multiply_shallow_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> 
 /// is added to them, at most stream_pairs at once, stays in the second-level cache, with 16
 /// registers in the first.
 template <class Scalar>
-void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
-                        Index first_row, Index rows, Index first_column, Index columns, Start start,
-                        MatrixView<Scalar> c) {
+void multiply_stream_tn(const GemmTN<Scalar>& product) {
+  const GatheredRows<Scalar>& a = product.a;
+  const GatheredRows<Scalar>& b = product.b;
+  MatrixView<Scalar> c = product.c;
+  const Range rows = product.row_range();
+  const Range columns = product.column_range();
   constexpr Index size = packet_size<Scalar>;
   constexpr Index capacity = (Index{streams ? 256 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
@@ -568,14 +579,16 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
   constexpr Index second = stream_pairs * tile_rows;
   constexpr Index held_lines = std::max<Index>(1, 2 * tile_rows / cache_line<Scalar>);
   alignas(64) Scalar values[to_size(2 * second)];  // of two tiles, in each a step's are neighbours
-  const Index end = first_column + columns;
-  for (Index row = first_row; row < first_row + rows && a.count() == 0; ++row) {
-    if (start == Start::zero) std::fill_n(row_data(c, row) + first_column, columns, Scalar{0});
+  const Index end = columns.first + columns.count;
+  if (a.count() == 0 && product.start == Start::zero) {
+    for (Index row = rows.first; row < rows.first + rows.count; ++row) {
+      std::fill_n(row_data(c, row) + columns.first, columns.count, Scalar{0});
+    }
   }
   for_each_tile(a.count(), stream_pairs, [&](Index k, Index pairs) {
-    const Start from = k == 0 ? start : Start::accumulate;
+    const Start from = k == 0 ? product.start : Start::accumulate;
     const Index slice = capacity / pairs / size * size;
-    for (Index column = first_column; column < end; column += slice) {
+    for (Index column = columns.first; column < end; column += slice) {
       const Index width = std::min(slice, end - column);
       const Index whole = width / size * size;
       const Index stride = (width + size - 1) / size * size;
@@ -584,9 +597,9 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
       right.ahead_in_c = {distance_by_tiles<Scalar>(ahead, width), width,
                           tile_rows * c.outerStride() - width};
       // The rows of A are far apart, so what two tiles take of each is copied at once.
-      for_each_tile(rows, 2 * tile_rows, [&](Index first, Index height) {
+      for_each_tile(rows.count, 2 * tile_rows, [&](Index first, Index height) {
         const Index upper = (height + 1) / 2;  // rows of the first of the two
-        const Index row = first_row + first;
+        const Index row = rows.first + first;
         for (Index i = 0; i < pairs; ++i) {
           const Scalar* held = a.row(k + i) + row;
           Scalar* value = values + i * tile_rows;
@@ -618,21 +631,23 @@ void multiply_stream_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar
 
 /// The form tn where C has few columns, no more than a tile has rows: as Cᵀ = Bᵀ·A, beside C.
 template <class Scalar>
-void multiply_narrow_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
-                        Index first_row, Index rows, Index first_column, Index columns, Start start,
-                        MatrixView<Scalar> c) {
+void multiply_narrow_tn(const GemmTN<Scalar>& product) {
   constexpr Index widest = 2 * panel_columns<Scalar>;
   alignas(64) Scalar buffer[to_size(tile_rows * widest)];
-  const Index end = first_row + rows;
-  for (Index first = first_row; first < end; first += widest) {
+  const Range rows = product.row_range();
+  const Range columns = product.column_range();
+  const Index end = rows.first + rows.count;
+  for (Index first = rows.first; first < end; first += widest) {
     const Index width = std::min(widest, end - first);
-    const MatrixView<Scalar> transposed(buffer, columns, width, Eigen::OuterStride<>(widest));
-    const ScatteredRows<Scalar> in_buffer(buffer, widest, columns, width);
+    const MatrixView<Scalar> transposed(buffer, columns.count, width, Eigen::OuterStride<>(widest));
+    const ScatteredRows<Scalar> in_buffer(buffer, widest, columns.count, width);
     const ScatteredRows<Scalar> in_c =
-        ScatteredRows<Scalar>(c).slice(first, width).columns(first_column, columns);
-    if (start == Start::accumulate) transpose_rows(in_c, in_buffer);
-    multiply_stream_tn(b.columns(first_column, columns), a.columns(first, width), 0, columns, 0,
-                       width, start, transposed);
+        ScatteredRows<Scalar>(product.c).slice(first, width).columns(columns.first, columns.count);
+    if (product.start == Start::accumulate) transpose_rows(in_c, in_buffer);
+    multiply_stream_tn(GemmTN<Scalar>{.a = product.b.columns(columns.first, columns.count),
+                                      .b = product.a.columns(first, width),
+                                      .c = transposed,
+                                      .start = product.start});
     transpose_rows(in_buffer, in_c);
   }
 }

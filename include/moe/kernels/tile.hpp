@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "moe/kernels/gemm_descriptor.hpp"
 #include "moe/kernels/packet.hpp"
 
 /// \file
@@ -24,22 +25,6 @@
 #endif
 
 namespace moe::detail {
-
-/// What an element of C is before anything is added: zero, or what C holds.
-enum class Start { zero, accumulate };
-
-/// A row that is added to all rows of C, times a factor of each: one more product, ahead of the
-/// others, of a column and a row that lie elsewhere. Without values there is none.
-template <class Scalar>
-struct Bias {
-  const Scalar* values = nullptr;
-  RowFactors<Scalar> factors{};
-
-  /// What is left of it from a row and a column on.
-  Bias at(Index row, Index column) const {
-    return values == nullptr ? Bias{} : Bias{values + column, factors.from(row)};
-  }
-};
 
 #if defined(EIGEN_VECTORIZE_AVX512) || EIGEN_ARCH_ARM64
 inline constexpr Index tile_rows = 8;

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <utility>
-
 #include "moe/kernels/gemm.hpp"
 #include "moe/kernels/softmax.hpp"
 #include "moe/parameter.hpp"
@@ -16,16 +14,17 @@ template <class Scalar>
 void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
                    Matrix<Scalar>& scores) {
   resize(scores, x.rows(), weight.value.cols());
-  product_nn(GatheredRows<Scalar>(x), view(weight.value), view(scores));
+  gemm(GemmNN<Scalar>{.a = x, .b = weight.value, .c = scores});
 }
 
 /// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (T x D).
 template <class Scalar>
 void linear_scores_backward(const MatrixRef<Scalar>& x, const Matrix<Scalar>& dscores,
                             Parameter<Scalar>& weight, Matrix<Scalar>& dx) {
-  const GatheredRows<Scalar> rows(dscores);
-  product_nt(rows, view(std::as_const(weight.value)), view(dx), Start::accumulate);
-  if (weight.trained) product_tn(GatheredRows<Scalar>(x), rows, view(weight.gradient()));
+  gemm(GemmNT<Scalar>{.a = dscores, .b = weight.value, .c = dx, .start = Start::accumulate});
+  if (!weight.trained) return;
+  gemm(GemmTN<Scalar>{
+      .a = x, .b = dscores, .c = view(weight.gradient()), .start = Start::accumulate});
 }
 
 inline constexpr Index softmax_block = 64;  ///< tokens in a task

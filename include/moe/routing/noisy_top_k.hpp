@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "moe/kernels/activations.hpp"
@@ -213,9 +212,11 @@ class NoisyTopK {
   // c = x·W_g and x·W_noise.
 
   void compute_scores(const GatheredRows<Scalar>& x, Range rows, Tape& tape) const {
-    product_nn(x, view(weight_.value), rows_of(tape.clean, rows.first, rows.count));
+    gemm(GemmNN<Scalar>{
+        .a = x, .b = weight_.value, .c = rows_of(tape.clean, rows.first, rows.count)});
     if (tape.has_noise) {
-      product_nn(x, view(noise_weight_.value), rows_of(tape.raw, rows.first, rows.count));
+      gemm(GemmNN<Scalar>{
+          .a = x, .b = noise_weight_.value, .c = rows_of(tape.raw, rows.first, rows.count)});
     }
   }
 
@@ -228,11 +229,13 @@ class NoisyTopK {
   }
   static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
                              Parameter<Scalar>& weight, MatrixView<Scalar> dx) {
-    const GatheredRows<Scalar> d(dscore);
-    product_nt(d, view(std::as_const(weight.value)), dx, Start::accumulate);
+    gemm(GemmNT<Scalar>{.a = dscore, .b = weight.value, .c = dx, .start = Start::accumulate});
     if (!weight.trained) return;
     const bool replace = accumulate(weight, true);
-    product_tn(x, d, view(weight.gradient()), replace ? Start::zero : Start::accumulate);
+    gemm(GemmTN<Scalar>{.a = x,
+                        .b = dscore,
+                        .c = view(weight.gradient()),
+                        .start = replace ? Start::zero : Start::accumulate});
   }
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
