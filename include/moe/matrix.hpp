@@ -321,7 +321,7 @@ inline constexpr auto cache_line = static_cast<Index>(64 / sizeof(Scalar));
 /// `width`, and a cache line more where rows that long would begin a large power of two apart:
 /// those compete for the same few places of a cache.
 template <class Scalar>
-constexpr Index spread_width(Index width) {
+constexpr Index padded_stride(Index width) {
   constexpr Index line = cache_line<Scalar>;
   return width > 0 && width % (16 * line) == 0 ? width + line : width;
 }

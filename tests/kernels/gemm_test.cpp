@@ -275,7 +275,7 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   check(64 + 1, task + 1, panel_depth + 1, false);
   constexpr Index packet = packet_size<TestType>;
   // All rows in the highest tile that there is.
-  check(stream_rows, task + packet, 2 * panel_depth + 3, true);
+  check(direct_rows, task + packet, 2 * panel_depth + 3, true);
   // Halves of packets and several blocks of the depth, where products stream.
   const List few = {1, packet / 2, packet / 2 + 1, packet + 1, 3 * packet + packet / 2};
   for (const Index m : few) {
@@ -300,15 +300,15 @@ TEMPLATE_TEST_CASE("gemm: few rows with all columns of B, which are read in the 
   using S = TestType;
   constexpr Index packet = packet_size<S>;
   constexpr Index longest = 64 * cache_line<S>;
-  STATIC_REQUIRE(is_in_order<S>(rows_in_order, longest, longest));
-  STATIC_REQUIRE_FALSE(is_in_order<S>(rows_in_order + 1, longest, longest));
-  STATIC_REQUIRE_FALSE(is_in_order<S>(1, longest, 2 * longest));
-  STATIC_REQUIRE_FALSE(is_in_order<S>(1, 2 * longest, 2 * longest));
-  constexpr Index no_tile = (packets_in_order - 1) * packet;
-  STATIC_REQUIRE_FALSE(is_in_order<S>(1, no_tile, no_tile));
+  STATIC_REQUIRE(is_small_m<S>(small_m_rows, longest, longest));
+  STATIC_REQUIRE_FALSE(is_small_m<S>(small_m_rows + 1, longest, longest));
+  STATIC_REQUIRE_FALSE(is_small_m<S>(1, longest, 2 * longest));
+  STATIC_REQUIRE_FALSE(is_small_m<S>(1, 2 * longest, 2 * longest));
+  constexpr Index no_tile = (small_m_packets - 1) * packet;
+  STATIC_REQUIRE_FALSE(is_small_m<S>(1, no_tile, no_tile));
   const List all_columns = {0,          packet,     2 * packet, 3 * packet,
                             4 * packet, 5 * packet, longest,    longest + packet};
-  for (Index rows = 1; rows <= rows_in_order + 1; ++rows) {
+  for (Index rows = 1; rows <= small_m_rows + 1; ++rows) {
     for (const Index columns : all_columns) {
       for (const Index depth : {0, 1, 2, 3, 8, 131}) {
         CAPTURE(rows, columns, depth);
@@ -371,7 +371,7 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
   static_assert(cached_elements<S> / (most * panel_columns<S>) < 3, "several groups");
   // Many, or as many as the highest tile has, for which the columns must be whole packets.
   const bool many = GENERATE(true, false);
-  const Index rows = many ? most : stream_rows;
+  const Index rows = many ? most : direct_rows;
   const Index columns = 5 * panel_columns<S> + (many ? 5 : 0);
   const Index depth = GENERATE(Index{60}, 2 * panel_depth + 3);  // nt may copy B for the first
   const Matrix<S> a = random_matrix<S>(rows, depth, 1);
@@ -404,18 +404,18 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
 
 TEST_CASE("gemm: in order, all of B that is not read at once is asked for once, then the next",
           "[kernels][gemm]") {
-  STATIC_REQUIRE(first_asked(10, 100, 35) == 40);  // 3 blocks ahead of the second
-  STATIC_REQUIRE(first_asked(10, 103, 35) == 43);  // and after 6 more at the end
-  STATIC_REQUIRE(first_asked(10, 100, 5) == 10);
-  STATIC_REQUIRE(first_asked(10, 36, 35) == 36);  // all of it is read before
-  STATIC_REQUIRE(first_asked(10, 0, 35) == 0);
+  STATIC_REQUIRE(first_prefetched(10, 100, 35) == 40);  // 3 blocks ahead of the second
+  STATIC_REQUIRE(first_prefetched(10, 103, 35) == 43);  // and after 6 more at the end
+  STATIC_REQUIRE(first_prefetched(10, 100, 5) == 10);
+  STATIC_REQUIRE(first_prefetched(10, 36, 35) == 36);  // all of it is read before
+  STATIC_REQUIRE(first_prefetched(10, 0, 35) == 0);
 }
 
 TEMPLATE_TEST_CASE("gemm: what comes next changes nothing", "[kernels][gemm]", float, double) {
   using S = TestType;
   constexpr Index width = panel_columns<S>;
-  STATIC_REQUIRE(is_in_order<S>(1, width, width));
-  STATIC_REQUIRE(is_in_order<S>(rows_in_order, width, width));
+  STATIC_REQUIRE(is_small_m<S>(1, width, width));
+  STATIC_REQUIRE(is_small_m<S>(small_m_rows, width, width));
   for (const Index panels : {1, 3}) {
     for (const Index depth : {3, 71}) {
       const Matrix<S> b = random_matrix<S>(depth, panels * width, 1);

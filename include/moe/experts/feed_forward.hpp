@@ -7,6 +7,7 @@
 
 #include "moe/experts/expert.hpp"
 #include "moe/kernels/activations.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/random.hpp"
 
@@ -208,7 +209,7 @@ class FeedForward {
   Index pre_width() const { return (config_.gated ? 2 : 1) * config_.hidden; }
   Index parts_column() const { return config_.hidden + (config_.recompute ? 2 : 1) * pre_width(); }
   Index panels() const {
-    return (config_.hidden + detail::panel_columns<Scalar> - 1) / detail::panel_columns<Scalar>;
+    return (config_.hidden + expert_block_columns<Scalar> - 1) / expert_block_columns<Scalar>;
   }
 
   MatrixView<Scalar> hidden_of(const Block& block) const {
@@ -304,7 +305,7 @@ class FeedForward {
         detail::prefetch_far<detail::strip_lines>(from(row, part), further);
       }
     };
-    constexpr Index panel = detail::panel_columns<Scalar>;
+    constexpr Index panel = expert_block_columns<Scalar>;
     if (column < columns.first + panel) {
       for_each_next(block, rows, [&](Index row) { ask(row, 0); });
     }
@@ -315,7 +316,7 @@ class FeedForward {
     const Index stride = block.scratch.outerStride();
     const ScatteredRows<Scalar> y(hidden(rows.first), stride, rows.count, width);
     const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
-    Scalar parts[detail::to_size(detail::stream_rows)];
+    Scalar parts[detail::to_size(detail::direct_rows)];
     if (!config_.gated) {
       detail::activate_backward(config_.activation, x, y, dx, parts,
                                 {block.weight + rows.first, 1});
@@ -331,7 +332,7 @@ class FeedForward {
         Scalar* a = y.row(r);
         Scalar* dpre = dx.row(r);
         Scalar* dlinear = gradient(i, 1);
-        detail::for_each_packet<Scalar>(width, [&](const detail::Place& at) {
+        detail::for_each_packet<Scalar>(width, [&](const detail::PacketSpan& at) {
           const P value = at.load(a);
           const P l = at.load(linear);
           const P u = at.load(dlinear);
@@ -349,10 +350,10 @@ class FeedForward {
   /// The parts of a row's ⟨u, a⟩, one a panel of columns: each is added up by one task, strip by
   /// strip, so the whole has the same bits however the columns are split.
   void add_part(const Block& block, Index row, Index column, Scalar value) const {
-    const Index panel = column / detail::panel_columns<Scalar>;
+    const Index panel = column / expert_block_columns<Scalar>;
     MatrixView<Scalar> scratch = block.scratch;
     Scalar& part = detail::row_data(scratch, row)[parts_column() + panel];
-    part = column % detail::panel_columns<Scalar> == 0 ? value : part + value;
+    part = column % expert_block_columns<Scalar> == 0 ? value : part + value;
   }
 
   Config config_;

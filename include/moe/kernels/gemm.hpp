@@ -2,23 +2,27 @@
 
 #include <algorithm>
 
-#include "moe/kernels/panels.hpp"
-#include "moe/kernels/streams.hpp"
+#include "moe/kernels/gemm_direct.hpp"
+#include "moe/kernels/gemm_packed.hpp"
+#include "moe/kernels/small_k.hpp"
+#include "moe/kernels/small_m.hpp"
+#include "moe/kernels/small_n.hpp"
 #include "moe/parallel.hpp"
 
 /// \file
-/// Matrix products with gathered rows, as described by GemmNN, GemmNT and GemmTN: gemm() on all
-/// workers, gemm_serial() on the calling thread.
+/// Matrix products with gathered rows, described by GemmNN, GemmNT and GemmTN: gemm() on all workers,
+/// gemm_serial() on the calling thread.
 ///
 ///     gemm(GemmNN<Scalar>{.a = x, .b = weight, .c = y, .bias = {.values = bias}});
 ///     gemm(GemmNT<Scalar>{.a = dy, .b = weight, .c = dx, .start = Start::accumulate});
 ///
 /// A (and B of GemmTN) may be rows gathered through a list, and C of the other forms rows scattered
-/// through one, so tokens are never copied together. Every element of C is one chain of
+/// through one, so tokens are never gathered into a copy. Every element of C is one chain of
 /// multiply-adds over ascending k, from its initial value (zero or what C held, then a bias), fused
 /// where the processor fuses. Blocks, tiles and threads only decide when a chain is continued;
 /// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
 /// threads. Nothing allocates and nothing throws.
+
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -30,62 +34,67 @@ namespace moe::detail {
 /// there is a `prefetch_next`.
 template <class Scalar>
 void gemm_serial(const GemmNN<Scalar>& product) {
-  if (product.a.count() == 0 || product.column_range().count == 0) return;
-  if constexpr (!streams) {
+  const Index columns = product.column_range().count;
+  if (product.a.count() == 0 || columns == 0) return;
+  if (columns == product.b.columns &&
+      is_small_m<Scalar>(product.a.count(), columns, product.b.stride)) {
+    return gemm_small_m(product);
+  }
+  if constexpr (!l2_feeds_tiles) {
     if (product.a.count() > 2 * tile_rows) {
-      return multiply_rows(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
-                                                                 .b = {product.b, false},
-                                                                 .c = product.c,
-                                                                 .columns = product.columns,
-                                                                 .start = product.start,
-                                                                 .bias = product.bias,
-                                                                 .epilogue = product.epilogue});
+      return gemm_packed(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
+                                                               .b = {product.b, false},
+                                                               .c = product.c,
+                                                               .columns = product.columns,
+                                                               .start = product.start,
+                                                               .bias = product.bias,
+                                                               .epilogue = product.epilogue});
     }
   }
-  multiply_stream_nn(product);
+  gemm_direct(product);
 }
 
 /// C = A·Bᵀ on the calling thread.
 template <class Scalar>
 void gemm_serial(const GemmNT<Scalar>& product) {
   if (product.a.count() == 0) return;
-  if constexpr (streams) {
-    if (product.a.width() <= shallow_depth && product.a.count() >= 2 * tile_rows) {
-      return multiply_shallow_nt(product);
+  if constexpr (l2_feeds_tiles) {
+    if (product.a.width() <= small_k_depth && product.a.count() >= 2 * tile_rows) {
+      return gemm_small_k(product);
     }
-    // With more rows their columns would be copied in too many short pieces.
+    // The columns of more rows would be packed in too many short pieces.
     for_each_tile(product.a.count(), 160, [&](Index first, Index rows) {
       const PartEpilogue epilogue{product.epilogue, first, 0};
       GemmNT<Scalar> part = product;
       part.a = product.a.slice(first, rows);
       part.c = product.c.slice(first, rows);
       part.epilogue = epilogue.get();
-      multiply_stream_nt(part);
+      gemm_direct(part);
     });
   } else if (product.a.count() <= 2 * packet_size<Scalar>) {
-    multiply_few_nt(product);
+    gemm_small_m(product);
   } else {
-    multiply_rows(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
-                                                        .b = {product.b, true},
-                                                        .c = product.c,
-                                                        .columns = product.columns,
-                                                        .start = product.start,
-                                                        .epilogue = product.epilogue});
+    gemm_packed(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
+                                                      .b = {product.b, true},
+                                                      .c = product.c,
+                                                      .columns = product.columns,
+                                                      .start = product.start,
+                                                      .epilogue = product.epilogue});
   }
 }
 
 /// C = Aᵀ·B on the calling thread.
 template <class Scalar>
 void gemm_serial(const GemmTN<Scalar>& product) {
-  if constexpr (streams) {
+  if constexpr (l2_feeds_tiles) {
     if (product.column_range().count <= tile_rows &&
         product.row_range().count >= tile_columns<Scalar>) {
-      return multiply_narrow_tn(product);
+      return gemm_small_n(product);
     }
   } else {
-    if (product.a.count() > stream_pairs) return multiply_panels_tn(product);
+    if (product.a.count() > direct_depth) return gemm_packed(product);
   }
-  multiply_stream_tn(product);
+  gemm_direct(product);
 }
 
 /// Splits C into blocks and calls f(rows, columns) for each, over the workers. Small products stay
@@ -95,7 +104,7 @@ inline void for_each_block(Range rows, Range columns, Index depth, Index block_c
   const Index workers = worker_count(Work{rows.count * columns.count * depth});
   const Index wanted = workers > 1 ? 4 * workers : 1;
   const Index column_blocks = (columns.count + block_columns - 1) / block_columns;
-  // High blocks copy panels less often, but there should be some for every worker.
+  // High blocks pack panels less often, but there should be some for every worker.
   Index block_rows = task_rows;
   while (block_rows > 64 && (rows.count + block_rows - 1) / block_rows * column_blocks < wanted) {
     block_rows /= 2;
@@ -123,10 +132,10 @@ void gemm(const GemmNN<Scalar>& product) {
   MOE_ASSERT(product.a.width() == product.b.rows && rows == product.a.count() &&
              width == product.b.columns);
   const Range columns = product.column_range();
-  // One worker reads few rows' B in the order of memory.
+  // For few rows one worker reads all of B sequentially.
   const bool whole = columns.count == width &&
                      worker_count(Work{rows * width * product.a.width()}) == 1 &&
-                     is_in_order<Scalar>(rows, width, product.b.stride);
+                     is_small_m<Scalar>(rows, width, product.b.stride);
   for_each_block({0, rows}, columns, product.a.width(), whole ? width : 2 * panel_columns<Scalar>,
                  [&](Range block_rows, Range block_columns) {
                    const PartEpilogue epilogue{product.epilogue, block_rows.first, 0};

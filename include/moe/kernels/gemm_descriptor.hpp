@@ -32,7 +32,7 @@ struct Bias {
 };
 
 /// Called with (row, rows, column, width) for each tile of C as soon as it is complete and while it
-/// is in L1, for what comes after the product element by element. A tile has at most stream_rows
+/// is in L1, for what comes after the product element by element. A tile has at most direct_rows
 /// rows and tile_columns columns.
 using Epilogue = FunctionRef<void(Index, Index, Index, Index)>;
 

@@ -5,6 +5,7 @@
 
 #include "moe/experts/expert.hpp"
 #include "moe/function_ref.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/parallel.hpp"
 #include "moe/routing/routing.hpp"
@@ -88,7 +89,7 @@ class ExpertPass {
   void run(const MatrixRef<Scalar>& x, bool keeps, Matrix<Scalar>& sum) const {
     // Without, what an earlier pass kept may be of fewer slots.
     tape_.kept_width = keeps ? first_expert().tape_width() : 0;
-    if (keeps) resize(tape_.kept, routing_.slots(), spread_width<Scalar>(tape_.kept_width));
+    if (keeps) resize(tape_.kept, routing_.slots(), padded_stride<Scalar>(tape_.kept_width));
     if (routing_.slots() == 0) return;
     copy_weights();
     for_each_group([&] {

@@ -7,6 +7,7 @@
 
 #include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
 

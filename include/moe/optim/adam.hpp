@@ -4,7 +4,7 @@
 #include <span>
 #include <string>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/optim/parameter_blocks.hpp"
 #include "moe/optim/parameter_state.hpp"
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/simd.hpp"
 #include "moe/optim/parameter_blocks.hpp"
 #include "moe/optim/parameter_state.hpp"
 

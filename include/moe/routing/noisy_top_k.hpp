@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "moe/kernels/activations.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
@@ -250,7 +252,7 @@ class NoisyTopK {
     Scalar* scale = row_data(tape.scale, rows.first);
     Scalar* noisy = row_data(tape.noisy, rows.first);
     fill_noise(seed_, key, rows.count, experts(), token_of, noise);
-    for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
+    for_each_packet<Scalar>(scores_of(rows), [&](const PacketSpan& at) {
       const P s = Eigen::internal::padd(softplus<Scalar>(at.load(raw)), floor);
       at.store(scale, s);
       at.store(noisy, Eigen::internal::pmadd(at.load(noise), s, at.load(clean)));
@@ -345,7 +347,7 @@ class NoisyTopK {
     set_thresholds(rows, routing, tape, tape.draw);
     for_each_row(rows,
                  [&](Index row) { std::copy_n(dload, experts(), row_data(tape.dclean, row)); });
-    for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
+    for_each_packet<Scalar>(scores_of(rows), [&](const PacketSpan& at) {
       const P s = at.load(scale);
       const P threshold = at.load(draw);  // until it is written over below
       const P z = pdiv(psub(at.load(clean), threshold), s);

@@ -4,7 +4,7 @@
 #include <span>
 #include <utility>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/parallel.hpp"
 #include "moe/routing/global_batch.hpp"
 
