@@ -138,6 +138,10 @@ void gemm(const GemmNN<Scalar>& product) {
                      is_small_m<Scalar>(rows, width, product.b.stride);
   for_each_block({0, rows}, columns, product.a.width(), whole ? width : 2 * panel_columns<Scalar>,
                  [&](Range block_rows, Range block_columns) {
+                   // A copy of the description takes as long as a part of a small product.
+                   if (block_rows.count == rows && block_columns.count == columns.count) {
+                     return gemm_serial(product);
+                   }
                    const PartEpilogue epilogue{product.epilogue, block_rows.first, 0};
                    GemmNN<Scalar> block = product;
                    block.a = product.a.slice(block_rows.first, block_rows.count);
@@ -154,8 +158,13 @@ template <class Scalar>
 void gemm(const GemmNT<Scalar>& product) {
   MOE_ASSERT(product.a.width() == product.b.columns && product.c.count() == product.a.count() &&
              product.c.width() == product.b.rows);
-  for_each_block({0, product.c.count()}, product.column_range(), product.a.width(),
-                 panel_columns<Scalar>, [&](Range block_rows, Range block_columns) {
+  const Index rows = product.c.count();
+  const Range columns = product.column_range();
+  for_each_block({0, rows}, columns, product.a.width(), panel_columns<Scalar>,
+                 [&](Range block_rows, Range block_columns) {
+                   if (block_rows.count == rows && block_columns.count == columns.count) {
+                     return gemm_serial(product);
+                   }
                    const PartEpilogue epilogue{product.epilogue, block_rows.first, 0};
                    GemmNT<Scalar> block = product;
                    block.a = product.a.slice(block_rows.first, block_rows.count);
@@ -171,8 +180,13 @@ template <class Scalar>
 void gemm(const GemmTN<Scalar>& product) {
   MOE_ASSERT(product.a.count() == product.b.count() && product.c.rows() == product.a.width() &&
              product.c.cols() == product.b.width());
-  for_each_block(product.row_range(), product.column_range(), product.a.count(),
-                 2 * panel_columns<Scalar>, [&](Range block_rows, Range block_columns) {
+  const Range rows = product.row_range();
+  const Range columns = product.column_range();
+  for_each_block(rows, columns, product.a.count(), 2 * panel_columns<Scalar>,
+                 [&](Range block_rows, Range block_columns) {
+                   if (block_rows.count == rows.count && block_columns.count == columns.count) {
+                     return gemm_serial(product);
+                   }
                    gemm_serial(GemmTN<Scalar>{.a = product.a,
                                               .b = product.b,
                                               .c = product.c,
