@@ -62,7 +62,7 @@ void break_even(benchmark::State& state) {
   moe::Matrix<float> c[2];
   const auto half = [&](Index i, Index) {
     c[i].resize(rows, width);
-    moe::detail::product_nn(moe::GatheredRows<float>(a), moe::view(b), moe::view(c[i]));
+    moe::detail::gemm(moe::detail::GemmNN<float>{.a = a, .b = b, .c = c[i]});
   };
   const auto pass_on = [&](Index workers) {
     return [&, workers] {

@@ -134,14 +134,14 @@ TEST_CASE("matrix: a scratch vector keeps its memory when it shrinks", "[matrix]
 }
 
 TEST_CASE("matrix: rows a large power of two apart are spread by a cache line", "[matrix]") {
-  CHECK(detail::spread_width<float>(0) == 0);
-  CHECK(detail::spread_width<float>(1) == 1);
-  CHECK(detail::spread_width<float>(255) == 255);
-  CHECK(detail::spread_width<float>(256) == 272);  // 1024 bytes and 64
-  CHECK(detail::spread_width<float>(272) == 272);
-  CHECK(detail::spread_width<float>(2048) == 2064);
-  CHECK(detail::spread_width<double>(64) == 64);
-  CHECK(detail::spread_width<double>(128) == 136);
+  CHECK(detail::padded_stride<float>(0) == 0);
+  CHECK(detail::padded_stride<float>(1) == 1);
+  CHECK(detail::padded_stride<float>(255) == 255);
+  CHECK(detail::padded_stride<float>(256) == 272);  // 1024 bytes and 64
+  CHECK(detail::padded_stride<float>(272) == 272);
+  CHECK(detail::padded_stride<float>(2048) == 2064);
+  CHECK(detail::padded_stride<double>(64) == 64);
+  CHECK(detail::padded_stride<double>(128) == 136);
 }
 
 TEMPLATE_TEST_CASE("matrix: copies and zeros", "[matrix]", float, double) {

@@ -121,7 +121,7 @@ class GatheredRows {
       : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
 
   template <class Derived>
-  explicit GatheredRows(const Eigen::MatrixBase<Derived>& matrix)
+  GatheredRows(const Eigen::MatrixBase<Derived>& matrix)  // NOLINT(google-explicit-constructor)
       : GatheredRows(matrix.derived().data(), matrix.derived().outerStride(), matrix.rows(),
                      matrix.cols()) {
     static_assert(Derived::IsRowMajor && Derived::InnerStrideAtCompileTime == 1);
@@ -161,7 +161,9 @@ class ScatteredRows {
   ScatteredRows(Scalar* data, Index stride, Index count, Index width, const Index* list = nullptr)
       : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
 
-  explicit ScatteredRows(MatrixView<Scalar> matrix)
+  ScatteredRows(Matrix<Scalar>& matrix)  // NOLINT(google-explicit-constructor)
+      : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
+  ScatteredRows(MatrixView<Scalar> matrix)  // NOLINT(google-explicit-constructor)
       : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
 
   Index count() const { return count_; }
@@ -319,7 +321,7 @@ inline constexpr auto cache_line = static_cast<Index>(64 / sizeof(Scalar));
 /// `width`, and a cache line more where rows that long would begin a large power of two apart:
 /// those compete for the same few places of a cache.
 template <class Scalar>
-constexpr Index spread_width(Index width) {
+constexpr Index padded_stride(Index width) {
   constexpr Index line = cache_line<Scalar>;
   return width > 0 && width % (16 * line) == 0 ? width + line : width;
 }

@@ -551,7 +551,7 @@ TEMPLATE_TEST_CASE("layer: equals the naive layer where the tape's rows are spre
                    float, double) {
   for (const bool gated : {false, true}) {
     const auto kept = static_cast<Index>(1024 / sizeof(TestType));
-    REQUIRE(detail::spread_width<TestType>(saved) > kept);
+    REQUIRE(detail::padded_stride<TestType>(kept) > kept);
     check_against_naive<TestType>({.width = 6,
                                    .expert = {.hidden = gated ? kept / 2 : kept, .gated = gated},
                                    .gate = {.experts = 3, .top_k = 2},
@@ -1300,7 +1300,7 @@ TEST_CASE("layer: the tape of another layer is refused", "[layer]") {
   CHECK_THROWS_AS(few.backward(x, tape), std::invalid_argument);
 
   // Rows of 256 numbers take the room of 272.
-  REQUIRE(detail::spread_width<float>(256) == detail::spread_width<float>(272));
+  REQUIRE(detail::padded_stride<float>(256) == detail::padded_stride<float>(272));
   const Layer<float> spread(
       {.width = 3, .expert = {.hidden = 256}, .gate = {.experts = 2, .top_k = 1}, .seed = 0});
   Layer<float> wide(

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/simd.hpp"
 
 /// \file
 /// From rows grouped by expert back to tokens.

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "moe/experts/combine.hpp"
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/blocking.hpp"
 #include "moe/parameter.hpp"
 
 /// \file
@@ -22,6 +22,11 @@ namespace moe {
 /// The largest number of rows that a plain network is ever handed at once: longer slices come in
 /// pieces, so that a piece and its scratch stay in the second-level cache.
 inline constexpr Index expert_block_rows = 128;
+
+/// Ranges of a network's columns begin at multiples of this, so that a column has the same bits however
+/// the columns are split.
+template <class Scalar>
+inline constexpr Index expert_block_columns = detail::panel_columns<Scalar>;
 
 /// The rows of one expert that go through it together, n of them.
 template <class Scalar>
@@ -86,7 +91,7 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are
-/// there. Ranges begin at multiples of detail::panel_columns. hidden and output may take one argument
+/// there. Ranges begin at multiples of expert_block_columns. hidden and output may take one argument
 /// more: a pointer to the network that is called next in the same way, whose weights can be asked
 /// for in advance, or null.
 // clang-format off
@@ -165,7 +170,7 @@ class Expert {
 
   Index width() const { return width_; }  ///< D
 
-  /// How many columns the first half has: the smallest part of it is detail::panel_columns of them.
+  /// How many columns the first half has: the smallest part of it is expert_block_columns.
   Index columns() const {
     if constexpr (fused) {
       return network_.columns();

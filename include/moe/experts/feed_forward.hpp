@@ -7,6 +7,7 @@
 
 #include "moe/experts/expert.hpp"
 #include "moe/kernels/activations.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/random.hpp"
 
@@ -87,46 +88,53 @@ class FeedForward {
   // a = w·act(x·W_1 + b_1) or w·act(x·W_1) ⊙ (x·W_3), then y += a·W_2 + w·b_2.
 
   void hidden(const Block& block, Range columns, bool save, const FeedForward* next = nullptr) const {
-    using detail::Start;
     const MatrixView<Scalar> pre = save && !config_.recompute ? block.saved : pre_of(block);
-    const auto finish = [&](Index row, Index rows, Index column, Index width) {
+    const auto epilogue = [&](Index row, Index rows, Index column, Index width) {
       activate(block, pre, {row, rows}, column, width);
     };
-    compute_pre(block, columns, pre, finish, next);
+    compute_pre(block, columns, pre, epilogue, next);
   }
 
   void output(const Block& block, Range columns, MatrixView<Scalar> y,
                const FeedForward* next = nullptr) const {
     const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
-    detail::multiply_nn(GatheredRows<Scalar>(hidden_of(block)), view(down_.value), columns.first,
-                        columns.count, detail::Start::accumulate,
-                        {.values = bias, .factors = {block.weight, 1}}, block.rows_of(y), {},
-                        next != nullptr ? next->down_.value.data() : nullptr);
+    detail::gemm_serial(detail::GemmNN<Scalar>{
+        .a = hidden_of(block),
+        .b = down_.value,
+        .c = block.rows_of(y),
+        .columns = columns,
+        .start = detail::Start::accumulate,
+        .bias = {.values = bias, .factors = {block.weight, 1}},
+        .prefetch_next = next != nullptr ? next->down_.value.data() : nullptr});
   }
 
   // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
   // w·u ⊙ act'(pre) that of the pre-activations; then dx += dpre·W_1ᵀ.
 
   void hidden_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
-    using detail::Start;
     const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.saved;
     if (config_.recompute) compute_pre(block, columns, pre, {});
     const MatrixView<Scalar> u =
         columns_of(pre_of(block), config_.gated ? config_.hidden : 0, config_.hidden);
-    const auto finish = [&](Index row, Index rows, Index column, Index width) {
+    const auto epilogue = [&](Index row, Index rows, Index column, Index width) {
       activate_backward(block, pre, columns, {row, rows}, column, width);
     };
-    detail::multiply_nt(block.rows_of(dy), view(down_.value), columns.first, columns.count,
-                        Start::zero, ScatteredRows<Scalar>(u), finish);
+    detail::gemm_serial(detail::GemmNT<Scalar>{.a = block.rows_of(dy),
+                                               .b = down_.value,
+                                               .c = u,
+                                               .columns = columns,
+                                               .epilogue = epilogue});
   }
 
   void output_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
     const MatrixView<Scalar> dpre = pre_of(block);
     for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
-      detail::multiply_nt(
-          GatheredRows<Scalar>(columns_of(dpre, part * config_.hidden, config_.hidden)),
-          view(config_.gated && part == 0 ? gate_.value : up_.value), columns.first, columns.count,
-          detail::Start::accumulate, block.rows_of(dx));
+      detail::gemm_serial(
+          detail::GemmNT<Scalar>{.a = columns_of(dpre, part * config_.hidden, config_.hidden),
+                                 .b = config_.gated && part == 0 ? gate_.value : up_.value,
+                                 .c = block.rows_of(dx),
+                                 .columns = columns,
+                                 .start = detail::Start::accumulate});
     }
   }
 
@@ -143,8 +151,11 @@ class FeedForward {
       const Index from = std::max(rows.first, first);
       const Index to = std::min(rows.first + rows.count, first + weight.value.rows());
       if (from < to && weight.trained) {
-        detail::multiply_tn(a, b, from - first, to - from, 0, weight.value.cols(), start,
-                            view(weight.gradient()));
+        detail::gemm_serial(detail::GemmTN<Scalar>{.a = a,
+                                                   .b = b,
+                                                   .c = view(weight.gradient()),
+                                                   .rows = {from - first, to - from},
+                                                   .start = start});
       }
       first += weight.value.rows();
     };
@@ -207,7 +218,7 @@ class FeedForward {
   Index pre_width() const { return (config_.gated ? 2 : 1) * config_.hidden; }
   Index parts_column() const { return config_.hidden + (config_.recompute ? 2 : 1) * pre_width(); }
   Index panels() const {
-    return (config_.hidden + detail::panel_columns<Scalar> - 1) / detail::panel_columns<Scalar>;
+    return (config_.hidden + expert_block_columns<Scalar> - 1) / expert_block_columns<Scalar>;
   }
 
   MatrixView<Scalar> hidden_of(const Block& block) const {
@@ -220,22 +231,33 @@ class FeedForward {
     return columns_of(block.scratch, config_.hidden + pre_width(), pre_width());
   }
 
-  /// Columns of the pre-activations (n x pre_width()); finish(row, rows, column, width) comes when
-  /// those of a tile are there.
-  void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre, detail::Finish finish,
-                   const FeedForward* next = nullptr) const {
-    using detail::Start;
+  /// Columns of the pre-activations (n x pre_width()).
+  void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre,
+                   detail::Epilogue epilogue, const FeedForward* next = nullptr) const {
     const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
     if (config_.gated) {
       const ScatteredRows<Scalar> linear(columns_of(pre, config_.hidden, config_.hidden));
-      detail::multiply_nn(block.x, view(gate_.value), columns.first, columns.count, Start::zero, {},
-                          first, {}, up_.value.data());
-      detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::zero, {},
-                          linear, finish, next != nullptr ? next->gate_.value.data() : nullptr);
+      detail::gemm_serial(detail::GemmNN<Scalar>{.a = block.x,
+                                                 .b = gate_.value,
+                                                 .c = first,
+                                                 .columns = columns,
+                                                 .prefetch_next = up_.value.data()});
+      detail::gemm_serial(detail::GemmNN<Scalar>{
+          .a = block.x,
+          .b = up_.value,
+          .c = linear,
+          .columns = columns,
+          .epilogue = epilogue,
+          .prefetch_next = next != nullptr ? next->gate_.value.data() : nullptr});
     } else {
-      detail::multiply_nn(block.x, view(up_.value), columns.first, columns.count, Start::zero,
-                          {.values = up_bias_.value.data()}, first, finish,
-                          next != nullptr ? next->up_.value.data() : nullptr);
+      detail::gemm_serial(detail::GemmNN<Scalar>{
+          .a = block.x,
+          .b = up_.value,
+          .c = first,
+          .columns = columns,
+          .bias = {.values = up_bias_.value.data()},
+          .epilogue = epilogue,
+          .prefetch_next = next != nullptr ? next->up_.value.data() : nullptr});
     }
   }
 
@@ -292,7 +314,7 @@ class FeedForward {
         detail::prefetch_far<detail::strip_lines>(from(row, part), further);
       }
     };
-    constexpr Index panel = detail::panel_columns<Scalar>;
+    constexpr Index panel = expert_block_columns<Scalar>;
     if (column < columns.first + panel) {
       for_each_next(block, rows, [&](Index row) { ask(row, 0); });
     }
@@ -303,7 +325,7 @@ class FeedForward {
     const Index stride = block.scratch.outerStride();
     const ScatteredRows<Scalar> y(hidden(rows.first), stride, rows.count, width);
     const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
-    Scalar parts[detail::to_size(detail::stream_rows)];
+    Scalar parts[detail::to_size(detail::direct_rows)];
     if (!config_.gated) {
       detail::activate_backward(config_.activation, x, y, dx, parts,
                                 {block.weight + rows.first, 1});
@@ -319,7 +341,7 @@ class FeedForward {
         Scalar* a = y.row(r);
         Scalar* dpre = dx.row(r);
         Scalar* dlinear = gradient(i, 1);
-        detail::for_each_packet<Scalar>(width, [&](const detail::Place& at) {
+        detail::for_each_packet<Scalar>(width, [&](const detail::PacketSpan& at) {
           const P value = at.load(a);
           const P l = at.load(linear);
           const P u = at.load(dlinear);
@@ -337,10 +359,10 @@ class FeedForward {
   /// The parts of a row's ⟨u, a⟩, one a panel of columns: each is added up by one task, strip by
   /// strip, so the whole has the same bits however the columns are split.
   void add_part(const Block& block, Index row, Index column, Scalar value) const {
-    const Index panel = column / detail::panel_columns<Scalar>;
+    const Index panel = column / expert_block_columns<Scalar>;
     MatrixView<Scalar> scratch = block.scratch;
     Scalar& part = detail::row_data(scratch, row)[parts_column() + panel];
-    part = column % detail::panel_columns<Scalar> == 0 ? value : part + value;
+    part = column % expert_block_columns<Scalar> == 0 ? value : part + value;
   }
 
   Config config_;

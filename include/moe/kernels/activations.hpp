@@ -5,7 +5,7 @@
 #include <numbers>
 #include <string_view>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/math.hpp"
 
 /// \file
 /// Element-wise activation functions and their derivatives.
@@ -137,12 +137,12 @@ void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
   activate<Scalar>(activation, {x, count, 1, count}, {y, count, 1, count});
 }
 
-/// In dx there is dy, the gradient by y but for the factor. Then y is as activate() makes it,
+/// In dx there is dy, the gradient with respect to y but for the factor. Then y is as activate() makes it,
 ///
 ///     dx[r][i] = factor[r]·dy[r][i]·activation'(x[r][i])
 ///     dots[r] = Σ_i dy[r][i]·activation(x[r][i])
 ///
-/// in one pass, since what it costs is mostly waiting for x.
+/// in one pass, since most of its time is waiting for x.
 template <class Scalar>
 void activate_backward(Activation activation, const GatheredRows<Scalar>& x,
                        const ScatteredRows<Scalar>& y, const ScatteredRows<Scalar>& dx,
@@ -158,7 +158,7 @@ void activate_backward(Activation activation, const GatheredRows<Scalar>& x,
       P dot = broadcast(Scalar{0});
       // Not by for_each_packet(), with which GCC keeps the sum in memory.
       for (Index i = 0; i < x.width(); i += packet_size<Scalar>) {
-        const Place at{i, std::min(packet_size<Scalar>, x.width() - i)};
+        const PacketSpan at{i, std::min(packet_size<Scalar>, x.width() - i)};
         const P v = at.load(in);
         const P d = at.load(gradient);
         const P value = function.value(v);

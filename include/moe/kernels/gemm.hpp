@@ -2,26 +2,27 @@
 
 #include <algorithm>
 
-#include "moe/kernels/panels.hpp"
-#include "moe/kernels/streams.hpp"
+#include "moe/kernels/gemm_direct.hpp"
+#include "moe/kernels/gemm_packed.hpp"
+#include "moe/kernels/small_k.hpp"
+#include "moe/kernels/small_m.hpp"
+#include "moe/kernels/small_n.hpp"
 #include "moe/parallel.hpp"
 
 /// \file
-/// Matrix products with gathered rows, in the three forms that a layer and its gradient need:
+/// Matrix products with gathered rows, described by GemmNN, GemmNT and GemmTN: gemm() on all workers,
+/// gemm_serial() on the calling thread.
 ///
-///     nn   C[M,N]  = A[M,K] · B[K,N]       forward
-///     nt   C[M,N]  = A[M,K] · B[N,K]ᵀ      gradient of the input
-///     tn   C[M,N]  = A[K,M]ᵀ · B[K,N]      gradient of the weights
+///     gemm(GemmNN<Scalar>{.a = x, .b = weight, .c = y, .bias = {.values = bias}});
+///     gemm(GemmNT<Scalar>{.a = dy, .b = weight, .c = dx, .start = Start::accumulate});
 ///
-/// A (and B in the last form) may be rows gathered through a list, and C in the first two forms
-/// rows scattered through one, so tokens are never copied together. Every element of C is one chain
-/// of multiply-adds over ascending k, from the value it starts at (zero or what C held, then a
-/// bias), fused where the processor fuses. Blocks, tiles and threads only decide when a chain is
-/// continued; hence a row of C has the same bits whatever other rows are multiplied with it, on any
-/// number of threads. Nothing allocates and nothing throws.
-///
-/// multiply_nn, multiply_nt and multiply_tn compute a part of C on the calling thread; product_nn,
-/// product_nt and product_tn split all of C over the workers.
+/// A (and B of GemmTN) may be rows gathered through a list, and C of the other forms rows scattered
+/// through one, so tokens are never gathered into a copy. Every element of C is one chain of
+/// multiply-adds over ascending k, from its initial value (zero or what C held, then a bias), fused
+/// where the processor fuses. Blocks, tiles and threads only decide when a chain is continued;
+/// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
+/// threads. Nothing allocates and nothing throws.
+
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -29,83 +30,91 @@
 
 namespace moe::detail {
 
-/// C[:, columns] = A·B, from zero or added to what C holds, and to a bias: N values and maybe M
-/// factors, which begin with the first column and row of C whatever columns are asked for. At its
-/// end it asks for what the next product reads first, if that is known to be like this one, with
-/// `next_b` as its B.
+/// C = A·B on the calling thread. At its end it prefetches what the next product reads first, if
+/// there is a `prefetch_next`.
 template <class Scalar>
-void multiply_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
-                 Index columns, Start start, const Bias<Scalar>& bias,
-                 const ScatteredRows<Scalar>& c, Finish finish = {},
-                 const Scalar* next_b = nullptr) {
-  if (a.count() == 0 || columns == 0) return;
-  if constexpr (!streams) {
-    if (a.count() > 2 * tile_rows) {
-      const Right<Scalar> right{b, false};
-      return multiply_rows(a, right, first_column, columns, start, bias, c, finish);
+void gemm_serial(const GemmNN<Scalar>& product) {
+  const Index columns = product.column_range().count;
+  if (product.a.count() == 0 || columns == 0) return;
+  if (columns == product.b.columns &&
+      is_small_m<Scalar>(product.a.count(), columns, product.b.stride)) {
+    return gemm_small_m(product);
+  }
+  if constexpr (!l2_feeds_tiles) {
+    if (product.a.count() > 2 * tile_rows) {
+      return gemm_packed(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
+                                                               .b = {product.b, false},
+                                                               .c = product.c,
+                                                               .columns = product.columns,
+                                                               .start = product.start,
+                                                               .bias = product.bias,
+                                                               .epilogue = product.epilogue});
     }
   }
-  multiply_stream_nn(a, b, first_column, columns, start, bias, c, finish, next_b);
+  gemm_direct(product);
 }
 
-/// C[:, columns] = A·Bᵀ, from zero or added to what C holds.
+/// C = A·Bᵀ on the calling thread.
 template <class Scalar>
-void multiply_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, Index first_column,
-                 Index columns, Start start, const ScatteredRows<Scalar>& c, Finish finish = {}) {
-  if (a.count() == 0) return;
-  if constexpr (streams) {
-    if (a.width() <= shallow_depth && a.count() >= 2 * tile_rows) {
-      return multiply_shallow_nt(a, b, first_column, columns, start, c, finish);
+void gemm_serial(const GemmNT<Scalar>& product) {
+  if (product.a.count() == 0) return;
+  if constexpr (l2_feeds_tiles) {
+    if (product.a.width() <= small_k_depth && product.a.count() >= 2 * tile_rows) {
+      return gemm_small_k(product);
     }
-    // With more rows their columns would be copied in too many short pieces.
-    for_each_tile(a.count(), 160, [&](Index first, Index rows) {
-      const auto shifted = [&](Index row, Index height, Index column, Index width) {
-        finish(first + row, height, column, width);
-      };
-      multiply_stream_nt(a.slice(first, rows), b, first_column, columns, start,
-                         c.slice(first, rows), finish ? Finish(shifted) : Finish());
+    // The columns of more rows would be packed in too many short pieces.
+    for_each_tile(product.a.count(), 160, [&](Index first, Index rows) {
+      const PartEpilogue epilogue{product.epilogue, first, 0};
+      GemmNT<Scalar> part = product;
+      part.a = product.a.slice(first, rows);
+      part.c = product.c.slice(first, rows);
+      part.epilogue = epilogue.get();
+      gemm_direct(part);
     });
-  } else if (a.count() <= 2 * packet_size<Scalar>) {
-    multiply_few_nt(a, b, first_column, columns, start, c, finish);
+  } else if (product.a.count() <= 2 * packet_size<Scalar>) {
+    gemm_small_m(product);
   } else {
-    multiply_rows<Scalar>(a, {b, true}, first_column, columns, start, {}, c, finish);
+    gemm_packed(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
+                                                      .b = {product.b, true},
+                                                      .c = product.c,
+                                                      .columns = product.columns,
+                                                      .start = product.start,
+                                                      .epilogue = product.epilogue});
   }
 }
 
-/// Rows [first_row, first_row + rows) and some columns of C = Aᵀ·B, from zero or added to what C
-/// holds, the rows of A and B going in pairs.
+/// C = Aᵀ·B on the calling thread.
 template <class Scalar>
-void multiply_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, Index first_row,
-                 Index rows, Index first_column, Index columns, Start start, MatrixView<Scalar> c) {
-  if constexpr (streams) {
-    if (columns <= tile_rows && rows >= tile_columns<Scalar>) {
-      return multiply_narrow_tn(a, b, first_row, rows, first_column, columns, start, c);
+void gemm_serial(const GemmTN<Scalar>& product) {
+  if constexpr (l2_feeds_tiles) {
+    if (product.column_range().count <= tile_rows &&
+        product.row_range().count >= tile_columns<Scalar>) {
+      return gemm_small_n(product);
     }
   } else {
-    if (a.count() > stream_pairs) {
-      return multiply_panels_tn(a, b, first_row, rows, first_column, columns, start, c);
-    }
+    if (product.a.count() > direct_depth) return gemm_packed(product);
   }
-  multiply_stream_tn(a, b, first_row, rows, first_column, columns, start, c);
+  gemm_direct(product);
 }
 
-/// Splits C into blocks and calls f(first_row, rows, first_column, columns) for each, over the
-/// workers. Small products stay on the calling thread.
-inline void for_each_block(Index rows, Index columns, Index depth, Index block_columns,
-                           FunctionRef<void(Index, Index, Index, Index)> f) {
-  const Index workers = worker_count(Work{rows * columns * depth});
+/// Splits C into blocks and calls f(rows, columns) for each, over the workers. Small products stay
+/// on the calling thread.
+inline void for_each_block(Range rows, Range columns, Index depth, Index block_columns,
+                           FunctionRef<void(Range, Range)> f) {
+  const Index workers = worker_count(Work{rows.count * columns.count * depth});
   const Index wanted = workers > 1 ? 4 * workers : 1;
-  const Index column_blocks = (columns + block_columns - 1) / block_columns;
-  // High blocks copy panels less often, but there should be some for every worker.
+  const Index column_blocks = (columns.count + block_columns - 1) / block_columns;
+  // High blocks pack panels less often, but there should be some for every worker.
   Index block_rows = task_rows;
-  while (block_rows > 64 && (rows + block_rows - 1) / block_rows * column_blocks < wanted) {
+  while (block_rows > 64 && (rows.count + block_rows - 1) / block_rows * column_blocks < wanted) {
     block_rows /= 2;
   }
-  const Index row_blocks = (rows + block_rows - 1) / block_rows;
+  const Index row_blocks = (rows.count + block_rows - 1) / block_rows;
   const auto run = [&](Index task, Index) {
     const Index row = task / column_blocks * block_rows;
     const Index column = task % column_blocks * block_columns;
-    f(row, std::min(block_rows, rows - row), column, std::min(block_columns, columns - column));
+    f({rows.first + row, std::min(block_rows, rows.count - row)},
+      {columns.first + column, std::min(block_columns, columns.count - column)});
   };
   const Index tasks = row_blocks * column_blocks;
   if (wanted > 1) {
@@ -115,46 +124,75 @@ inline void for_each_block(Index rows, Index columns, Index depth, Index block_c
   }
 }
 
-/// C = A·B, from zero or added to what C holds, and to a bias: N values and maybe M factors.
+/// C = A·B on all workers.
 template <class Scalar>
-void product_nn(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
-                Start start = Start::zero, const Bias<Scalar>& bias = {}) {
-  MOE_ASSERT(a.width() == b.rows() && c.rows() == a.count() && c.cols() == b.cols());
-  // One worker reads few rows' B as it lies.
-  const bool whole = worker_count(Work{c.rows() * c.cols() * a.width()}) == 1 &&
-                     is_in_order<Scalar>(c.rows(), c.cols(), b.outerStride());
-  const Index block_columns = whole ? c.cols() : 2 * panel_columns<Scalar>;
-  for_each_block(c.rows(), c.cols(), a.width(), block_columns,
-                 [&](Index row, Index rows, Index column, Index columns) {
-                   multiply_nn(a.slice(row, rows), b, column, columns, start, bias.at(row, 0),
-                               ScatteredRows<Scalar>(c).slice(row, rows));
+void gemm(const GemmNN<Scalar>& product) {
+  const Index rows = product.c.count();
+  const Index width = product.c.width();
+  MOE_ASSERT(product.a.width() == product.b.rows && rows == product.a.count() &&
+             width == product.b.columns);
+  const Range columns = product.column_range();
+  // For few rows one worker reads all of B sequentially.
+  const bool whole = columns.count == width &&
+                     worker_count(Work{rows * width * product.a.width()}) == 1 &&
+                     is_small_m<Scalar>(rows, width, product.b.stride);
+  for_each_block({0, rows}, columns, product.a.width(), whole ? width : 2 * panel_columns<Scalar>,
+                 [&](Range block_rows, Range block_columns) {
+                   // A copy of the description takes as long as a part of a small product.
+                   if (block_rows.count == rows && block_columns.count == columns.count) {
+                     return gemm_serial(product);
+                   }
+                   const PartEpilogue epilogue{product.epilogue, block_rows.first, 0};
+                   GemmNN<Scalar> block = product;
+                   block.a = product.a.slice(block_rows.first, block_rows.count);
+                   block.c = product.c.slice(block_rows.first, block_rows.count);
+                   block.columns = block_columns;
+                   block.bias = product.bias.at(block_rows.first, 0);
+                   block.epilogue = epilogue.get();
+                   gemm_serial(block);
                  });
 }
 
-/// C = A·Bᵀ, or added to what C holds.
+/// C = A·Bᵀ on all workers.
 template <class Scalar>
-void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b,
-                const ScatteredRows<Scalar>& c, Start start = Start::zero) {
-  MOE_ASSERT(a.width() == b.cols() && c.count() == a.count() && c.width() == b.rows());
-  for_each_block(c.count(), c.width(), a.width(), panel_columns<Scalar>,
-                 [&](Index row, Index rows, Index column, Index columns) {
-                   multiply_nt(a.slice(row, rows), b, column, columns, start, c.slice(row, rows));
+void gemm(const GemmNT<Scalar>& product) {
+  MOE_ASSERT(product.a.width() == product.b.columns && product.c.count() == product.a.count() &&
+             product.c.width() == product.b.rows);
+  const Index rows = product.c.count();
+  const Range columns = product.column_range();
+  for_each_block({0, rows}, columns, product.a.width(), panel_columns<Scalar>,
+                 [&](Range block_rows, Range block_columns) {
+                   if (block_rows.count == rows && block_columns.count == columns.count) {
+                     return gemm_serial(product);
+                   }
+                   const PartEpilogue epilogue{product.epilogue, block_rows.first, 0};
+                   GemmNT<Scalar> block = product;
+                   block.a = product.a.slice(block_rows.first, block_rows.count);
+                   block.c = product.c.slice(block_rows.first, block_rows.count);
+                   block.columns = block_columns;
+                   block.epilogue = epilogue.get();
+                   gemm_serial(block);
                  });
 }
-template <class Scalar>
-void product_nt(const GatheredRows<Scalar>& a, ConstMatrixView<Scalar> b, MatrixView<Scalar> c,
-                Start start = Start::zero) {
-  product_nt(a, b, ScatteredRows<Scalar>(c), start);
-}
 
-/// C = Aᵀ·B, from zero or added to what C holds, the rows of A and B going in pairs.
+/// C = Aᵀ·B on all workers.
 template <class Scalar>
-void product_tn(const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b, MatrixView<Scalar> c,
-                Start start = Start::accumulate) {
-  MOE_ASSERT(a.count() == b.count() && c.rows() == a.width() && c.cols() == b.width());
-  for_each_block(c.rows(), c.cols(), a.count(), 2 * panel_columns<Scalar>,
-                 [&](Index row, Index rows, Index column, Index columns) {
-                   multiply_tn(a, b, row, rows, column, columns, start, c);
+void gemm(const GemmTN<Scalar>& product) {
+  MOE_ASSERT(product.a.count() == product.b.count() && product.c.rows() == product.a.width() &&
+             product.c.cols() == product.b.width());
+  const Range rows = product.row_range();
+  const Range columns = product.column_range();
+  for_each_block(rows, columns, product.a.count(), 2 * panel_columns<Scalar>,
+                 [&](Range block_rows, Range block_columns) {
+                   if (block_rows.count == rows.count && block_columns.count == columns.count) {
+                     return gemm_serial(product);
+                   }
+                   gemm_serial(GemmTN<Scalar>{.a = product.a,
+                                              .b = product.b,
+                                              .c = product.c,
+                                              .rows = block_rows,
+                                              .columns = block_columns,
+                                              .start = product.start});
                  });
 }
 

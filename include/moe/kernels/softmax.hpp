@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/math.hpp"
 
 /// \file
 /// The softmax of a row and the gradient of its logarithm: for gates, cross-entropy and REINFORCE.
@@ -64,7 +64,7 @@ SoftmaxRow<Scalar> softmax_row(Index classes, const Scalar* x, Scalar* terms) {
 }
 
 /// Turns the exponentials of a row into (weight / count)·(softmax(x) - onehot(target)): the
-/// gradient by x of one of `count` losses of that weight.
+/// gradient with respect to x of one of `count` losses of that weight.
 template <class Scalar>
 void softmax_row_backward(Index classes, const SoftmaxRow<Scalar>& row, Index target, double weight,
                           double count, Scalar* terms) {

@@ -5,6 +5,7 @@
 
 #include "moe/experts/expert.hpp"
 #include "moe/function_ref.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/parallel.hpp"
 #include "moe/routing/dispatch.hpp"
@@ -99,7 +100,7 @@ class ExpertPass {
   void forward(const MatrixRef<Scalar>& x, bool save, Matrix<Scalar>& sum) const {
     // Without, what an earlier pass kept may be of fewer slots.
     tape_.saved_width = save ? first_expert().tape_width() : 0;
-    if (save) resize(tape_.saved, slots_.slots(), spread_width<Scalar>(tape_.saved_width));
+    if (save) resize(tape_.saved, slots_.slots(), padded_stride<Scalar>(tape_.saved_width));
     if (slots_.slots() == 0) return;
     for_each_group([&] {
       plan_hidden(true);

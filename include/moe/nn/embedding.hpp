@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/simd.hpp"
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"

@@ -83,13 +83,13 @@ class Linear {
     detail::require(dy.cols() == config_.outputs, "Linear::backward: dy has ", dy.cols(),
                     " columns, the layer ", config_.outputs, " outputs");
     detail::require_apart("Linear::backward", "dy", dy, {tape.dx});
-    const GatheredRows<Scalar> dy_rows(dy);
     if (weight.trained) {
-      detail::product_tn(GatheredRows<Scalar>(tape.x), dy_rows, view(weight.gradient()));
+      detail::gemm(detail::GemmTN<Scalar>{
+          .a = tape.x, .b = dy, .c = view(weight.gradient()), .start = detail::Start::accumulate});
     }
-    if (config_.bias && bias.trained) detail::add_column_sums(dy_rows, bias.gradient());
+    if (config_.bias && bias.trained) detail::add_column_sums<Scalar>(dy, bias.gradient());
     detail::resize(tape.dx, dy.rows(), config_.inputs);
-    detail::product_nt(dy_rows, view(std::as_const(weight.value)), view(tape.dx));
+    detail::gemm(detail::GemmNT<Scalar>{.a = dy, .b = weight.value, .c = tape.dx});
     return tape.dx;
   }
 
@@ -123,8 +123,11 @@ class Linear {
 
   void run(const MatrixRef<Scalar>& x, Tape& tape) const {
     detail::resize(tape.y, x.rows(), config_.outputs);
-    detail::product_nn(GatheredRows<Scalar>(x), view(weight.value), view(tape.y),
-                       detail::Start::zero, {.values = config_.bias ? bias.value.data() : nullptr});
+    detail::gemm(
+        detail::GemmNN<Scalar>{.a = x,
+                               .b = weight.value,
+                               .c = tape.y,
+                               .bias = {.values = config_.bias ? bias.value.data() : nullptr}});
   }
 
   Config config_;

@@ -7,6 +7,7 @@
 
 #include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
 
@@ -208,23 +209,26 @@ class LSTM {
     const Matrix<Scalar>& dgates = tape.dgates;
     const Index later = dy.rows() > 0 ? dy.rows() - sequences : 0;
     if (weight_ih.trained) {
-      detail::product_tn(GatheredRows<Scalar>(tape.x), GatheredRows<Scalar>(dgates),
-                         view(weight_ih.gradient()));
+      detail::gemm(detail::GemmTN<Scalar>{.a = tape.x,
+                                          .b = dgates,
+                                          .c = view(weight_ih.gradient()),
+                                          .start = detail::Start::accumulate});
     }
     if (weight_hh.trained && dy.rows() > 0) {
-      detail::product_tn(GatheredRows<Scalar>(tape.initial.hidden),
-                         GatheredRows<Scalar>(rows_of(dgates, 0, sequences)),
-                         view(weight_hh.gradient()));
-      detail::product_tn(GatheredRows<Scalar>(rows_of(tape.y, 0, later)),
-                         GatheredRows<Scalar>(rows_of(dgates, sequences, later)),
-                         view(weight_hh.gradient()));
+      detail::gemm(detail::GemmTN<Scalar>{.a = tape.initial.hidden,
+                                          .b = rows_of(dgates, 0, sequences),
+                                          .c = view(weight_hh.gradient()),
+                                          .start = detail::Start::accumulate});
+      detail::gemm(detail::GemmTN<Scalar>{.a = rows_of(tape.y, 0, later),
+                                          .b = rows_of(dgates, sequences, later),
+                                          .c = view(weight_hh.gradient()),
+                                          .start = detail::Start::accumulate});
     }
     if (bias.trained) {
       detail::add_column_sums(GatheredRows<Scalar>(dgates), bias.gradient());
     }
     detail::resize(tape.dx, dy.rows(), config_.inputs);
-    detail::product_nt(GatheredRows<Scalar>(dgates), view(std::as_const(weight_ih.value)),
-                       view(tape.dx));
+    detail::gemm(detail::GemmNT<Scalar>{.a = dgates, .b = weight_ih.value, .c = tape.dx});
     return tape.dx;
   }
 
@@ -282,8 +286,8 @@ class LSTM {
     detail::resize(tape.gates, x.rows(), 4 * config_.hidden);
     detail::resize(tape.cell, x.rows(), config_.hidden);
     detail::resize(tape.y, x.rows(), config_.hidden);
-    detail::product_nn(GatheredRows<Scalar>(x), view(weight_ih.value), view(tape.gates),
-                       detail::Start::zero, {.values = bias.value.data()});
+    detail::gemm(detail::GemmNN<Scalar>{
+        .a = x, .b = weight_ih.value, .c = tape.gates, .bias = {.values = bias.value.data()}});
     parallel_for_blocks(sequences, sequences_in_task(x.rows(), sequences), recurrent_work(x.rows()),
                         [&](Index first, Index count) { run(first, count, tape); });
     if (x.rows() > 0) {
@@ -317,9 +321,10 @@ class LSTM {
     for (Index t = 0; t < tape.y.rows() / sequences; ++t) {
       const Index row = t * sequences + first;
       const Before from = before(tape, t, first);
-      detail::product_nn(GatheredRows<Scalar>(rows_of(from.hidden, from.row, count)),
-                         view(weight_hh.value), rows_of(tape.gates, row, count),
-                         detail::Start::accumulate);
+      detail::gemm(detail::GemmNN<Scalar>{.a = rows_of(from.hidden, from.row, count),
+                                          .b = weight_hh.value,
+                                          .c = rows_of(tape.gates, row, count),
+                                          .start = detail::Start::accumulate});
       for (Index b = 0; b < count; ++b) {
         detail::lstm_step(config_.hidden, tape.gates.row(row + b).data(),
                           from.cell.row(from.row + b).data(), tape.cell.row(row + b).data(),
@@ -343,8 +348,9 @@ class LSTM {
             tape.cell.row(row + b).data(), tape.y.row(row + b).data(), dh,
             tape.dstate.cell.row(first + b).data(), tape.dgates.row(row + b).data());
       }
-      detail::product_nt(GatheredRows<Scalar>(rows_of(std::as_const(tape.dgates), row, count)),
-                         view(weight_hh.value), rows_of(tape.dstate.hidden, first, count));
+      detail::gemm(detail::GemmNT<Scalar>{.a = rows_of(tape.dgates, row, count),
+                                          .b = weight_hh.value,
+                                          .c = rows_of(tape.dstate.hidden, first, count)});
     }
   }
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <utility>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/optim/parameter_blocks.hpp"
 #include "moe/optim/parameter_groups.hpp"
 #include "moe/optim/parameter_state.hpp"

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/optim/parameter_blocks.hpp"
 #include "moe/optim/parameter_groups.hpp"
 #include "moe/optim/parameter_state.hpp"

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/simd.hpp"
 #include "moe/optim/parameter_blocks.hpp"
 
 namespace moe {

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/simd.hpp"
 #include "moe/optim/parameter_blocks.hpp"
 #include "moe/optim/parameter_groups.hpp"
 #include "moe/optim/parameter_state.hpp"

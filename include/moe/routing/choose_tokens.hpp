@@ -49,7 +49,7 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
   if (static_cast<Index>(choice.columns.size()) < worker_count()) {
     resize(choice.columns, worker_count());
   }
-  for (auto& columns : choice.columns) resize(columns, strip, spread_width<Scalar>(tokens));
+  for (auto& columns : choice.columns) resize(columns, strip, padded_stride<Scalar>(tokens));
 
   parallel_for((experts + strip - 1) / strip, element_work(2 * scores.size()),
                [&](Index task, Index worker) {

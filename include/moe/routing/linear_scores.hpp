@@ -1,7 +1,5 @@
 #pragma once
 
-#include <utility>
-
 #include "moe/kernels/gemm.hpp"
 #include "moe/kernels/softmax.hpp"
 #include "moe/parameter.hpp"
@@ -16,7 +14,7 @@ template <class Scalar>
 void linear_scores(const GatheredRows<Scalar>& x, const Parameter<Scalar>& weight,
                    Matrix<Scalar>& scores) {
   detail::resize(scores, x.count(), weight.value.cols());
-  detail::product_nn(x, view(weight.value), view(scores));
+  detail::gemm(detail::GemmNN<Scalar>{.a = x, .b = weight.value, .c = scores});
 }
 
 template <class Scalar>
@@ -29,9 +27,13 @@ void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
 template <class Scalar>
 void linear_scores_backward(const GatheredRows<Scalar>& x, const Matrix<Scalar>& dscores,
                             Parameter<Scalar>& weight, const ScatteredRows<Scalar>& dx) {
-  const GatheredRows<Scalar> rows(dscores);
-  detail::product_nt(rows, view(std::as_const(weight.value)), dx, detail::Start::accumulate);
-  if (weight.trained) detail::product_tn(x, rows, view(weight.gradient()));
+  detail::gemm(detail::GemmNT<Scalar>{
+      .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
+  if (!weight.trained) return;
+  detail::gemm(detail::GemmTN<Scalar>{.a = x,
+                                      .b = dscores,
+                                      .c = view(weight.gradient()),
+                                      .start = detail::Start::accumulate});
 }
 
 template <class Scalar>

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <utility>
 
 #include "moe/kernels/activations.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
@@ -213,9 +214,11 @@ class NoisyTopK {
   // c = x·W_g and x·W_noise.
 
   void compute_scores(const GatheredRows<Scalar>& x, Range rows, Tape& tape) const {
-    product_nn(x, view(weight_.value), rows_of(tape.clean, rows.first, rows.count));
+    gemm(GemmNN<Scalar>{
+        .a = x, .b = weight_.value, .c = rows_of(tape.clean, rows.first, rows.count)});
     if (tape.has_noise) {
-      product_nn(x, view(noise_weight_.value), rows_of(tape.raw, rows.first, rows.count));
+      gemm(GemmNN<Scalar>{
+          .a = x, .b = noise_weight_.value, .c = rows_of(tape.raw, rows.first, rows.count)});
     }
   }
 
@@ -228,11 +231,13 @@ class NoisyTopK {
   }
   static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
                              Parameter<Scalar>& weight, const ScatteredRows<Scalar>& dx) {
-    const GatheredRows<Scalar> d(dscore);
-    product_nt(d, view(std::as_const(weight.value)), dx, Start::accumulate);
+    gemm(GemmNT<Scalar>{.a = dscore, .b = weight.value, .c = dx, .start = Start::accumulate});
     if (!weight.trained) return;
     const bool replace = accumulate(weight, true);
-    product_tn(x, d, view(weight.gradient()), replace ? Start::zero : Start::accumulate);
+    gemm(GemmTN<Scalar>{.a = x,
+                        .b = dscore,
+                        .c = view(weight.gradient()),
+                        .start = replace ? Start::zero : Start::accumulate});
   }
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
@@ -256,7 +261,7 @@ class NoisyTopK {
         }
       }
     }
-    for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
+    for_each_packet<Scalar>(scores_of(rows), [&](const PacketSpan& at) {
       const P s = Eigen::internal::padd(softplus<Scalar>(at.load(raw)), floor);
       at.store(scale, s);
       at.store(noisy, Eigen::internal::pmadd(at.load(noise), s, at.load(clean)));
@@ -351,7 +356,7 @@ class NoisyTopK {
     set_thresholds(rows, routing, tape, tape.draw);
     for_each_row(rows,
                  [&](Index row) { std::copy_n(dload, experts(), row_data(tape.dclean, row)); });
-    for_each_packet<Scalar>(scores_of(rows), [&](const Place& at) {
+    for_each_packet<Scalar>(scores_of(rows), [&](const PacketSpan& at) {
       const P s = at.load(scale);
       const P threshold = at.load(draw);  // until it is written over below
       const P z = pdiv(psub(at.load(clean), threshold), s);

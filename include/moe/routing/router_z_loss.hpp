@@ -1,6 +1,6 @@
 #pragma once
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/math.hpp"
 #include "moe/matrix.hpp"
 #include "moe/parallel.hpp"
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/simd.hpp"
 
 /// \file
 /// The choice that every top-k gate makes.

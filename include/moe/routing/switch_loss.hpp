@@ -6,7 +6,7 @@
 #include <string_view>
 #include <utility>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/parallel.hpp"
 #include "moe/routing/pass.hpp"
 

@@ -2,19 +2,21 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
+#include <type_traits>
 
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/gemm_descriptor.hpp"
+#include "moe/kernels/simd.hpp"
 
 /// \file
-/// The innermost loop of every product: a small tile of C that stays in registers while k runs.
+/// The micro-kernel, the innermost loop of every product: a small tile of C that stays in registers
+/// while k runs.
 ///
 ///     C[r, v] = start[r, v] + factor[r]·bias[v] + Σ_k left[r][k·step]·right[k, v]
 ///                                                                  R rows, V packets of columns
 ///
 /// A step of k takes V loads of `right`, R broadcasts of `left` and R·V multiply-adds. With 8 x 3
-/// packets where there are 32 registers, and 4 x 3 where there are 16, the multiply-adds are what
-/// limits it, and there are more independent chains than a multiply-add is long in cycles.
+/// packets where there are 32 registers, and 4 x 3 where there are 16, it is limited by the
+/// multiply-adds, and has more independent chains than a multiply-add has cycles of latency.
 
 // A packet as a template argument of Eigen's PacketBlock loses its alignment attribute, which is
 // harmless there; Eigen's own headers silence it the same way.
@@ -25,41 +27,24 @@
 
 namespace moe::detail {
 
-/// What an element of C is before anything is added: zero, or what C holds.
-enum class Start { zero, accumulate };
-
-/// A row that is added to all rows of C, times a factor of each: one more product, ahead of the
-/// others, of a column and a row that lie elsewhere. Without values there is none.
-template <class Scalar>
-struct Bias {
-  const Scalar* values = nullptr;
-  RowFactors<Scalar> factors{};
-
-  /// What is left of it from a row and a column on.
-  Bias at(Index row, Index column) const {
-    return values == nullptr ? Bias{} : Bias{values + column, factors.from(row)};
-  }
-};
-
 #if defined(EIGEN_VECTORIZE_AVX512) || EIGEN_ARCH_ARM64
 inline constexpr Index tile_rows = 8;
 #else
 inline constexpr Index tile_rows = 4;
 #endif
 inline constexpr Index tile_packets = 3;
-/// The highest tile, whatever the registers: of one packet where that alone has enough chains.
+/// The highest tile on any processor: of one packet, with enough independent chains.
 inline constexpr Index max_tile_rows = 8;
-/// Whether a tile is so large that the second-level cache can feed it: 8 x 3 packets of 64 bytes
-/// need 8 to 16 bytes a cycle. Then every form streams its large operand where it lies, for any
-/// number of rows. Smaller tiles need theirs in the first-level cache, as panels; with few rows,
-/// which wait for memory, they stream as well.
-inline constexpr bool streams = tile_rows == max_tile_rows;
-/// The highest tile of a product that reads B where it lies: 32 registers hold one row more, if what
-/// B is multiplied with takes one at a time. For ARM64 GCC gives it one for each row.
+/// Whether a tile is so large that L2 can feed it: 8 x 3 packets of 64 bytes need 8 to 16 bytes a
+/// cycle. Then every product reads its large operand in place, for any number of rows. Smaller tiles
+/// need it packed in L1, except with few rows, which wait for memory anyway.
+inline constexpr bool l2_feeds_tiles = tile_rows == max_tile_rows;
+/// The highest tile of a product that reads B in place: 32 registers hold one row more if the
+/// broadcasts of A share one. On ARM64 GCC uses one for each row.
 #if defined(EIGEN_VECTORIZE_AVX512)
-inline constexpr Index stream_rows = 9;
+inline constexpr Index direct_rows = 9;
 #else
-inline constexpr Index stream_rows = tile_rows;
+inline constexpr Index direct_rows = tile_rows;
 #endif
 
 template <class Scalar>
@@ -81,8 +66,8 @@ EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-/// As many cache lines as a tile takes of a row: all of them, since the processor does not foresee
-/// any that are left out.
+/// Cache lines that a tile reads of a row. All are prefetched, since the hardware prefetcher does not
+/// fetch any that are left out.
 inline constexpr Index strip_lines =
     std::max<Index>(2, (tile_columns<float> + cache_line<float> - 1) / cache_line<float>);
 
@@ -92,9 +77,9 @@ EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
   for (Index line = 0; line < strip_lines; ++line) prefetch(place + line * cache_line<Scalar>);
 }
 
-/// So many lines, `further` away from a place, of what is wanted so much later that the nearest
-/// cache would not hold it until then. It may be in another matrix, so its address is a number
-/// first.
+/// Prefetches `lines` cache lines, `further` elements after an address, into L2, since L1 would not
+/// hold them until they are read. They may be in another matrix, so the address is computed as a
+/// number.
 template <Index lines, class Scalar>
 EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
                                       [[maybe_unused]] Index further = 0) {
@@ -109,10 +94,10 @@ EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
 #endif
 }
 
-/// The left operand: where each row starts, and how far its values along the depth are apart.
+/// The left operand: the first value of each row, and the distance of its values along the depth.
 template <class Scalar>
 struct Left {
-  const Scalar* row[to_size(std::max(max_tile_rows, stream_rows))];
+  const Scalar* row[to_size(std::max(max_tile_rows, direct_rows))];
   Index step = 1;
 };
 
@@ -123,18 +108,18 @@ struct Panel {
   Index stride;
 };
 
-/// Memory that will be wanted soon: strip_lines cache lines at each of `count` places. A tile asks
-/// for some of them every few steps, so that they come while it calculates; the processor does not
-/// foresee them itself, since they are short pieces at a long stride.
+/// What a tile prefetches while it multiplies: strip_lines cache lines at each of `count` addresses,
+/// some of them every few steps. The hardware prefetcher does not fetch them, since they are short
+/// pieces at a long stride.
 template <class Scalar>
-struct Ahead {
-  const Scalar* place = nullptr;
+struct Prefetch {
+  const Scalar* address = nullptr;
   Index stride = 0;
   Index count = 0;
-  Index each = 2;  ///< places at a time
+  Index each = 2;  ///< addresses at a time
 };
 
-/// A packet that the compiler must keep in a register, else GCC loads it anew for every row.
+/// A packet that the compiler must keep in a register; GCC would reload it for every row.
 template <class P>
 EIGEN_ALWAYS_INLINE P to_register(P packet) {
 #if defined(__GNUC__) && defined(EIGEN_VECTORIZE_AVX512)
@@ -149,8 +134,8 @@ EIGEN_ALWAYS_INLINE P to_register(P packet) {
   return packet;
 }
 
-/// One step of k. The packets of `right` have names of their own, since GCC at times leaves an
-/// array of them in memory.
+/// One step of k. The packets of `right` are variables, since GCC sometimes leaves an array of them in
+/// memory.
 template <class P, class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
                                       P (&sum)[R][V]) {
@@ -171,7 +156,7 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
   }
 }
 
-/// The product of a bias, if there is one: a step ahead of the others.
+/// The product of a bias, if there is one: a step before the others.
 template <class P, class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
   if (bias.values == nullptr) return;
@@ -181,18 +166,18 @@ EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
   add_products(factor, 0, bias.values, sum);
 }
 
-/// One tile of packets P. If it `copies`, it leaves the packets of `right` in `panel`, next to each
-/// other, for the tiles that come after it.
+/// One tile of packets P. If it `packs`, it stores the packets of `right` in `panel`, contiguous, for
+/// the tiles that come after it.
 // Not inline, else its registers mix with those of the loops around it.
-template <class P, Index R, Index V, bool copies = false, class Scalar>
+template <class P, Index R, Index V, bool packs = false, class Scalar>
 MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                                 Start start, const Bias<Scalar>& bias, Scalar* const* c,
-                                Ahead<Scalar> ahead, [[maybe_unused]] Scalar* panel = nullptr) {
+                                Prefetch<Scalar> ahead, [[maybe_unused]] Scalar* panel = nullptr) {
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
-  constexpr Index stretch = 8;  // steps between looks ahead
-  // Pointers in variables of their own are registers; through the arguments they would be loaded
-  // anew.
+  constexpr Index stretch = 8;  // steps between prefetches
+  // Pointers in variables of their own stay in registers; through the arguments they would be
+  // reloaded.
   const Scalar* row[to_size(R)];
   Scalar* to[to_size(R)];
   MOE_UNROLL
@@ -215,13 +200,13 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
   Index at = 0;
   while (at < end) {
     for (Index i = 0; i < ahead.each && ahead.count > 0; ++i, --ahead.count) {
-      prefetch_strip(ahead.place);
-      ahead.place += ahead.stride;
+      prefetch_strip(ahead.address);
+      ahead.address += ahead.stride;
     }
     const Index pause = ahead.count > 0 ? std::min(end, at + stretch * step) : end;
     for (; at < pause; at += step, b += right.stride) {
       add_products(row, at, b, sum);
-      if constexpr (copies) {
+      if constexpr (packs) {
         MOE_UNROLL
         for (Index v = 0; v < V; ++v) pstoreu(panel + v * size, ploadu<P>(b + v * size));
         panel += V * size;
@@ -232,8 +217,8 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
-/// Calls run(to) for a tile beside C, which `to` points to in tile_rows rows: it holds what C
-/// starts from, and its first `rows` and `width` columns are then copied to C.
+/// Calls run(to) for a tile beside C, `to` being its tile_rows rows: it holds the initial values of
+/// C, and its first `rows` rows and `width` columns are then copied to C.
 template <class Scalar, class F>
 void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bias,
                     Scalar* const* c, F&& run) {
@@ -250,11 +235,11 @@ void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bi
 }
 
 /// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
-/// of whose columns `width` belong to C: a tile that sticks out is computed beside C and copied.
+/// of whose columns `width` belong to C: a tile that is wider is computed beside C and copied.
 template <class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Bias<Scalar>& bias,
-                   Scalar* const* c, Ahead<Scalar> ahead = {}) {
+                   Scalar* const* c, Prefetch<Scalar> ahead = {}) {
   const auto run = [&](Start from, const Bias<Scalar>& initial, Scalar* const* to) {
     with_constant<tile_packets>(packets, [&](auto V) {
       with_constant<tile_rows>(rows, [&](auto R) {

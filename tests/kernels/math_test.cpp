@@ -1,4 +1,4 @@
-#include "moe/kernels/packet.hpp"
+#include "moe/kernels/math.hpp"
 
 #include <cmath>
 #include <limits>
@@ -8,12 +8,8 @@
 
 using namespace moe;
 using namespace moe::detail;  // NOLINT(google-build-using-namespace)
-using test::random_matrix;
 
 namespace {
-
-template <class Scalar>
-inline constexpr Scalar guard = Scalar{-1234.5};
 
 /// f of a single value, by way of map().
 template <class Scalar, class F>
@@ -87,130 +83,8 @@ long double exact_cdf(long double x) { return std::erfc(-x / std::sqrt(2.0L)) / 
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("packet: the first elements are loaded and stored alone", "[packet]", float,
+TEMPLATE_TEST_CASE("math: the same value gives the same bits anywhere in a row", "[math]", float,
                    double) {
-  constexpr Index size = packet_size<TestType>;
-  for (Index count = 0; count < size; ++count) {
-    // A vector of just `count` values, so a sanitizer sees a read beyond it.
-    std::vector<TestType> from(to_size(count));
-    for (Index i = 0; i < count; ++i) from[to_size(i)] = static_cast<TestType>(i + 1);
-    const Packet<TestType> packet = load_first(from.data(), count);
-    TestType lanes[to_size(size)];
-    store(lanes, packet);
-    for (Index i = 0; i < size; ++i) {
-      CHECK(lanes[i] == (i < count ? static_cast<TestType>(i + 1) : TestType{0}));
-    }
-
-    std::vector<TestType> to(to_size(size + 2), guard<TestType>);
-    store_first(to.data() + 1, count, broadcast(TestType{7}));
-    for (Index i = 0; i < size + 2; ++i) {
-      const bool written = i >= 1 && i <= count;
-      CHECK(to[to_size(i)] == (written ? TestType{7} : guard<TestType>));
-    }
-  }
-}
-
-TEMPLATE_TEST_CASE("packet: map, dot, sum and add_scaled of every length at every address",
-                   "[packet]", float, double) {
-  constexpr Index size = packet_size<TestType>;
-  const double epsilon = static_cast<double>(std::numeric_limits<TestType>::epsilon());
-  const Matrix<TestType> values = random_matrix<TestType>(2, 12 * size, 1);
-  for (Index count = 0; count <= 9 * size + 1; ++count) {
-    double exact_dot = 0.0;
-    double exact_sum = 0.0;
-    double dot_scale = 0.0;
-    double sum_scale = 0.0;
-    for (Index i = 0; i < count; ++i) {
-      const double a = static_cast<double>(values(0, i));
-      const double b = static_cast<double>(values(1, i));
-      exact_dot += a * b;
-      dot_scale += std::abs(a * b);
-      exact_sum += a;
-      sum_scale += std::abs(a);
-    }
-    TestType first_dot{};
-    TestType first_sum{};
-    for (Index offset = 0; offset <= size; ++offset) {
-      INFO("count " << count << ", offset " << offset);
-      // Around the values are NaNs, so one that is read by mistake shows in every result.
-      const TestType nan = std::numeric_limits<TestType>::quiet_NaN();
-      std::vector<TestType> a(to_size(count + 2 * size), nan);
-      std::vector<TestType> b = a;
-      std::vector<TestType> y(a.size(), guard<TestType>);
-      const TestType* pa = a.data() + offset;
-      const TestType* pb = b.data() + size - offset;
-      TestType* py = y.data() + (offset * 3) % size + 1;
-      std::copy_n(&values(0, 0), count, a.data() + offset);
-      std::copy_n(&values(1, 0), count, b.data() + size - offset);
-      const auto check_guards = [&] {
-        const auto first = static_cast<std::size_t>(py - y.data());
-        for (std::size_t i = 0; i < y.size(); ++i) {
-          if (i < first || i >= first + to_size(count)) REQUIRE(y[i] == guard<TestType>);
-        }
-      };
-
-      const TestType d = dot(count, pa, pb);
-      const TestType s = sum(count, pa);
-      REQUIRE(std::abs(static_cast<double>(d) - exact_dot) <=
-              epsilon * static_cast<double>(count) * dot_scale);
-      REQUIRE(std::abs(static_cast<double>(s) - exact_sum) <=
-              epsilon * static_cast<double>(count) * sum_scale);
-      if (offset == 0) {
-        first_dot = d;
-        first_sum = s;
-      }
-      REQUIRE(std::memcmp(&d, &first_dot, sizeof(d)) == 0);
-      REQUIRE(std::memcmp(&s, &first_sum, sizeof(s)) == 0);
-
-      map(
-          count, py,
-          [](const Packet<TestType>& p, const Packet<TestType>& q) {
-            return Eigen::internal::psub(p, q);
-          },
-          pa, pb);
-      for (Index i = 0; i < count; ++i) REQUIRE(py[i] == values(0, i) - values(1, i));
-      check_guards();
-
-      add_scaled(count, TestType{0.5}, pa, py);
-      for (Index i = 0; i < count; ++i) {
-        const TestType difference = values(0, i) - values(1, i);
-        REQUIRE(py[i] == difference + TestType{0.5} * values(0, i));  // 0.5·x is exact
-      }
-      check_guards();
-    }
-  }
-}
-
-TEMPLATE_TEST_CASE("packet: add_scaled_rows adds row after row", "[packet]", float, double) {
-  constexpr Index size = packet_size<TestType>;
-  for (const Index width :
-       {Index{1}, size - 1, size, size + 1, 8 * size - 1, 8 * size, 8 * size + 1, 19 * size + 3}) {
-    for (const Index count : {0, 1, 2, 9}) {
-      INFO("width " << width << ", rows " << count);
-      const Matrix<TestType> matrix = random_matrix<TestType>(11, width + 3, 1);
-      const Matrix<TestType> factors = random_matrix<TestType>(11, 2, 2);
-      const std::vector<Index> list = {4, 4, 0, 10, 7, 2, 9, 1, 4};
-      const GatheredRows<TestType> rows =
-          GatheredRows<TestType>(matrix, list.data(), count).columns(1, width);
-      const Matrix<TestType> before = random_matrix<TestType>(1, width + 1, 3);
-      Matrix<TestType> y = before;
-      Matrix<TestType> by_rows = Matrix<TestType>::Zero(1, width + 1);  // a block begins at zero
-      Matrix<TestType> unscaled = before;
-      Matrix<TestType> sums = by_rows;
-      add_scaled_rows(rows, {factors.data(), 2}, y.data());
-      add_scaled_rows(rows, {}, unscaled.data());
-      for (Index i = 0; i < count; ++i) {
-        add_scaled(width, factors(i, 0), rows.row(i), by_rows.data());
-        sums.leftCols(width) += matrix.row(list[to_size(i)]).segment(1, width);
-      }
-      CHECK(test::same_bits(y, Matrix<TestType>(before + by_rows)));
-      CHECK(test::same_bits(unscaled, Matrix<TestType>(before + sums)));
-    }
-  }
-}
-
-TEMPLATE_TEST_CASE("packet: the same value gives the same bits anywhere in a row", "[packet]",
-                   float, double) {
   constexpr Index size = packet_size<TestType>;
   const auto check = [&](auto f) {
     for (const TestType x : {TestType{0.375}, TestType{-1.75}, TestType{2.875}, TestType{-11}}) {
@@ -235,8 +109,7 @@ TEMPLATE_TEST_CASE("packet: the same value gives the same bits anywhere in a row
   check(NormalCdf<TestType>{});
 }
 
-TEMPLATE_TEST_CASE("packet: a function of lanes is called for each lane", "[packet]", float,
-                   double) {
+TEMPLATE_TEST_CASE("math: a function of lanes is called for each lane", "[math]", float, double) {
   constexpr Index size = packet_size<TestType>;
   TestType lanes[to_size(size)];
   for (Index i = 0; i < size; ++i) lanes[i] = static_cast<TestType>(i);
@@ -244,8 +117,8 @@ TEMPLATE_TEST_CASE("packet: a function of lanes is called for each lane", "[pack
   for (Index i = 0; i < size; ++i) CHECK(lanes[i] == static_cast<TestType>(2 * i + 1));
 }
 
-TEMPLATE_TEST_CASE("packet: functions are exact to a few units in the last place", "[packet]",
-                   float, double) {
+TEMPLATE_TEST_CASE("math: functions are exact to a few units in the last place", "[math]", float,
+                   double) {
   using Scalar = TestType;
   constexpr bool single = sizeof(Scalar) == sizeof(float);
   const long double smallest = static_cast<long double>(std::numeric_limits<Scalar>::min());
@@ -267,7 +140,7 @@ TEMPLATE_TEST_CASE("packet: functions are exact to a few units in the last place
         cdf_range * cdf_range);
 }
 
-TEMPLATE_TEST_CASE("packet: functions have their values at zero", "[packet]", float, double) {
+TEMPLATE_TEST_CASE("math: functions have their values at zero", "[math]", float, double) {
   using Scalar = TestType;
   const auto tiny = std::numeric_limits<Scalar>::min();
   const Scalar log2 = std::log(Scalar{2});
@@ -283,7 +156,7 @@ TEMPLATE_TEST_CASE("packet: functions have their values at zero", "[packet]", fl
   }
 }
 
-TEMPLATE_TEST_CASE("packet: functions keep their limits at large and infinite values", "[packet]",
+TEMPLATE_TEST_CASE("math: functions keep their limits at large and infinite values", "[math]",
                    float, double) {
   using Scalar = TestType;
   const Scalar infinity = std::numeric_limits<Scalar>::infinity();
@@ -310,7 +183,7 @@ TEMPLATE_TEST_CASE("packet: functions keep their limits at large and infinite va
   }
 }
 
-TEMPLATE_TEST_CASE("packet: NaN goes in and NaN comes out, in its own place", "[packet]", float,
+TEMPLATE_TEST_CASE("math: NaN goes in and NaN comes out, in its own place", "[math]", float,
                    double) {
   using Scalar = TestType;
   constexpr Index size = packet_size<Scalar>;

@@ -1,4 +1,4 @@
-#include "moe/kernels/tile.hpp"
+#include "moe/kernels/micro_kernel.hpp"
 
 #include <array>
 #include <vector>
@@ -55,7 +55,7 @@ TEMPLATE_TEST_CASE("tile: every height and width, any step of the left operand",
               if (start == Start::zero) added.values = bias.data();
               // What lies ahead is only asked for, so any place will do.
               multiply_tile(rows, packets, width, left, Panel<S>{b.data(), packets * size}, depth,
-                            start, added, to.data(), Ahead<S>{b.data(), 1, 5});
+                            start, added, to.data(), Prefetch<S>{b.data(), 1, 5});
             }
             const Matrix<double> result = c.template cast<double>();
             CHECK(test::relative_error(result, expected) < test::tolerance<S>);

@@ -1,0 +1,267 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "moe/kernels/direct_kernel.hpp"
+#include "moe/kernels/pack.hpp"
+
+/// \file
+/// Products that read their large operand in place, without packing, in the order in which memory
+/// delivers it fastest: for few rows on any processor, for any number on one with 32 registers.
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
+
+namespace moe::detail {
+
+/// Rows of A and of B that a GemmTN adds in one pass over C, at most.
+inline constexpr Index direct_depth = l2_feeds_tiles ? 128 : 8;
+
+inline constexpr Index max_direct_steps = 128;
+/// The number of rows of B, `stride` apart and `depth` in all, that gemm_direct() reads side by side
+/// for a number of rows of A. Where memory bandwidth is the limit, eight, since the hardware
+/// prefetcher follows about eight streams; twice as many for one row of A (with 32 registers, two)
+/// where rows of B are shorter than a page of memory. Where a tile is high enough that arithmetic is
+/// the limit, more, since C is then read and written less often; but up to 12 rows not all of B at
+/// once, which would leave nothing to prefetch.
+template <class Scalar>
+constexpr Index direct_steps(Index rows, Index depth, Index stride) {
+  constexpr Index many = 96;
+  if (rows > 64) return max_direct_steps;
+  if (l2_feeds_tiles && rows > 5 && (rows > 12 || depth > many)) return many;
+  const bool short_rows = stride < 64 * cache_line<Scalar>;
+  return rows > 5 || (rows <= (l2_feeds_tiles ? 2 : 1) && short_rows) ? 16 : 8;
+}
+
+/// A prefetch distance of at least `distance` at which the first tile that passes the end of `width`
+/// columns prefetches the start of a row: a tile cannot prefetch both the end of one row and the
+/// start of the next.
+template <class Scalar>
+constexpr Index distance_by_tiles(Index distance, Index width) {
+  return distance < width ? distance + (width - distance) % tile_columns<Scalar> : distance;
+}
+
+/// Elements between two addresses, which may be in different matrices.
+template <class Scalar>
+Index distance_between(const Scalar* from, const Scalar* to) {
+  const auto bytes = reinterpret_cast<std::intptr_t>(to) - reinterpret_cast<std::intptr_t>(from);
+  return bytes / static_cast<std::intptr_t>(sizeof(Scalar));
+}
+
+/// C = A·B with B read in place, some rows of it side by side, from one end to the other. The depth
+/// is cut into steps, at each of which C is read and written, and the columns into slices that stay
+/// in L2 while all rows of A pass. The hardware prefetcher stops at the end of a page of memory, so
+/// rows are prefetched 32 KiB ahead, and near their ends the rows of the next step, the last of which
+/// may be in `prefetch_next`.
+template <class Scalar>
+void gemm_direct(const GemmNN<Scalar>& product) {
+  constexpr Index size = packet_size<Scalar>;
+  alignas(64) Scalar buffer[to_size(size * max_direct_steps)];
+  const GatheredRows<Scalar>& a = product.a;
+  const MatrixOperand<Scalar>& b = product.b;
+  const ScatteredRows<Scalar>& c = product.c;
+  const Epilogue epilogue = product.epilogue;
+  const Scalar* next_b = product.prefetch_next;
+  const Range columns = product.column_range();
+  const Index depth = a.width();
+  const Index stride = b.stride;
+  const Index steps = direct_steps<Scalar>(a.count(), depth, stride);
+  const Index to_next = distance_between(b.data, next_b);
+  constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
+  // The last columns have lower tiles if they do not fill a packet.
+  const Index tallest = columns.count % size == 0 ? direct_rows : tile_rows;
+  const Index slice = a.count() > tallest ? 2 * panel_columns<Scalar> : columns.count;
+  const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
+  const Index end = columns.first + columns.count;
+  for (Index group = columns.first; group < end; group += slices * slice) {
+    const Index last = std::min(end, group + slices * slice);
+    const Index distance = distance_by_tiles<Scalar>(ahead / steps, last - group);
+    for (Index k = 0; k == 0 || k < depth; k += steps) {
+      const Index count = std::min(steps, depth - k);
+      const Start from = k == 0 ? product.start : Start::accumulate;
+      const Index next = k + steps < depth   ? steps * stride - (last - group)
+                         : last < end        ? -k * stride
+                         : next_b != nullptr ? to_next - k * stride - (last - columns.first)
+                                             : -distance;
+      for (Index column = group; column < last; column += slice) {
+        const Index width = std::min(slice, last - column);
+        const Scalar* place = b.data + k * stride + column;
+        DirectB<Scalar> right{place, stride, count, {distance, last - column, next}};
+        Panel<Scalar> rest{};
+        if (const Index over = width % size; over == half_packet_size<Scalar>) {
+          rest = {place + width - over, stride};
+        } else if (over != 0) {
+          rest =
+              copy_panel(GatheredRows<Scalar>(place + width - over, stride, count, over), buffer);
+        }
+        const auto multiply = [&](Index first, Index rows) {
+          Left<Scalar> left;
+          Scalar* to[to_size(direct_rows)];
+          for (Index r = 0; r < rows; ++r) {
+            left.row[r] = a.row(first + r) + k;
+            to[r] = c.row(first + r) + column;
+          }
+          // Only the first step finds C in memory, and only without a list is the next row known.
+          const bool prefetches = k == 0 && first + rows < a.count();
+          right.prefetch_c = {prefetches ? rows * c.step() : 0, std::numeric_limits<Index>::max()};
+          multiply_direct(rows, left, right, width, rest, from,
+                          k == 0 ? product.bias.at(first, column) : Bias<Scalar>{}, to);
+          if (!epilogue || k + steps < depth) return;
+          for_each_strip<Scalar>(column, width, [&](Index at, Index, Index strip_width) {
+            epilogue(first, rows, at, strip_width);
+          });
+        };
+        // The first tile waits for memory, so it is as high as can be.
+        const Index highest = a.count() <= tallest ? a.count() : tile_rows;
+        multiply(0, highest);
+        for_each_tile(a.count() - highest, tile_rows,
+                      [&](Index first, Index rows) { multiply(highest + first, rows); });
+      }
+    }
+  }
+}
+
+/// C = A·Bᵀ with B read in place, tile_rows rows of it side by side. Rows of A, packed as columns,
+/// run along the packets; where half a packet or less of them is left over, along a packet half as
+/// wide, of which the processor computes two at once.
+template <class Scalar>
+void gemm_direct(const GemmNT<Scalar>& product) {
+  using Whole = Packet<Scalar>;
+  using Half = HalfPacket<Scalar>;
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index half = half_packet_size<Scalar>;
+  constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)] = {};
+  const GatheredRows<Scalar>& a = product.a;
+  const ScatteredRows<Scalar>& c = product.c;
+  const Range columns = product.column_range();
+  const Index rows = a.count();
+  const Index left_over = rows % size;
+  const bool ends_in_half = left_over > 0 && left_over <= half;
+  const Index packets = rows / size + (left_over > half ? 1 : 0);
+  const Index width = packets * size + (ends_in_half ? half : 0);
+  const Index block = std::min<Index>(1024, capacity / width);
+  const Index depth = a.width();
+  const Index stride = product.b.stride;
+
+  const auto multiply = [&](Index k, Index count, Index column, Index height) {
+    const Scalar* place = product.b.row(column) + k;
+    const bool from_zero = k == 0 && product.start == Start::zero;
+    // One tile of rows [first, first + reach) of A: `parts` whole packets, or half a packet for 0.
+    const auto run = [&](Index first, Index parts, Index reach) {
+      const Panel<Scalar> panel{buffer + first, width};
+      const ScatteredRows<Scalar> in_tile(tile, tile_columns<Scalar>, height, reach);
+      const ScatteredRows<Scalar> in_c = c.slice(first, reach).columns(column, height);
+      if (!from_zero) transpose_rows(in_c, in_tile);
+      const Index ahead = first == 0 && height == tile_rows ? tile_rows * stride : 0;
+      if (parts == 0) {
+        transposed_tile<Half, tile_rows, 1>(place, stride, height, panel, count, from_zero, ahead,
+                                            tile);
+      } else {
+        with_constant<tile_packets>(parts, [&](auto V) {
+          transposed_tile<Whole, tile_rows, V>(place, stride, height, panel, count, from_zero,
+                                               ahead, tile);
+        });
+      }
+      transpose_rows(in_tile, in_c);
+    };
+    for_each_tile(packets, tile_packets, [&](Index first, Index parts) {
+      run(first * size, parts, std::min(parts * size, rows - first * size));
+    });
+    if (ends_in_half) run(packets * size, 0, left_over);
+  };
+
+  const Index end = columns.first + columns.count;
+  for (Index k = 0; k == 0 || k < depth; k += block) {
+    const Index count = std::min(block, depth - k);
+    copy_transposed(a.columns(k, count), width, buffer);
+    for (Index group = columns.first; group < end; group += panel_columns<Scalar>) {
+      const Index last = std::min(end, group + panel_columns<Scalar>);
+      for (Index column = group; column < last; column += tile_rows) {
+        multiply(k, count, column, std::min(tile_rows, last - column));
+      }
+      if (k + block >= depth) {
+        call_epilogue<Scalar>(product.epilogue, rows, {group, last - group});
+      }
+    }
+  }
+}
+
+/// C = Aᵀ·B with C read and written in the order in which memory is fastest: some rows of it from one
+/// end to the other, prefetched as B is in the form above. The rows of B that are added to them, at
+/// most direct_depth at once, stay in L2, with 16 registers in L1.
+template <class Scalar>
+void gemm_direct(const GemmTN<Scalar>& product) {
+  const GatheredRows<Scalar>& a = product.a;
+  const GatheredRows<Scalar>& b = product.b;
+  MatrixView<Scalar> c = product.c;
+  const Range rows = product.row_range();
+  const Range columns = product.column_range();
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index capacity =
+      (Index{l2_feeds_tiles ? 256 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
+  constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
+  alignas(64) Scalar buffer[to_size(capacity)];
+  constexpr Index second = direct_depth * tile_rows;
+  constexpr Index held_lines = std::max<Index>(1, 2 * tile_rows / cache_line<Scalar>);
+  alignas(64) Scalar values[to_size(2 * second)];  // of two tiles, those of a step contiguous
+  const Index end = columns.first + columns.count;
+  if (a.count() == 0 && product.start == Start::zero) {
+    for (Index row = rows.first; row < rows.first + rows.count; ++row) {
+      std::fill_n(row_data(c, row) + columns.first, columns.count, Scalar{0});
+    }
+  }
+  for_each_tile(a.count(), direct_depth, [&](Index k, Index pairs) {
+    const Start from = k == 0 ? product.start : Start::accumulate;
+    const Index slice = capacity / pairs / size * size;
+    for (Index column = columns.first; column < end; column += slice) {
+      const Index width = std::min(slice, end - column);
+      const Index whole = width / size * size;
+      const Index stride = (width + size - 1) / size * size;
+      copy_panel(b.slice(k, pairs).columns(column, width), buffer);
+      DirectB<Scalar> right{buffer, stride, pairs};
+      right.prefetch_c = {distance_by_tiles<Scalar>(ahead, width), width,
+                          tile_rows * c.outerStride() - width};
+      // The rows of A are far apart, so the values of two tiles are copied from each at once.
+      for_each_tile(rows.count, 2 * tile_rows, [&](Index first, Index height) {
+        const Index upper = (height + 1) / 2;  // rows of the first of the two
+        const Index row = rows.first + first;
+        for (Index i = 0; i < pairs; ++i) {
+          const Scalar* held = a.row(k + i) + row;
+          Scalar* value = values + i * tile_rows;
+          prefetch_far<held_lines>(held, 2 * tile_rows);
+          if (height == 2 * tile_rows) {  // nearly always, and then a constant
+            std::copy_n(held, tile_rows, value);
+            std::copy_n(held + tile_rows, tile_rows, value + second);
+          } else {
+            std::copy_n(held, upper, value);
+            std::copy_n(held + upper, height - upper, value + second);
+          }
+        }
+        for (Index done = 0; done < height; done += upper) {
+          const Index count = std::min(upper, height - done);
+          Left<Scalar> left;
+          Scalar* to[to_size(tile_rows)];
+          left.step = tile_rows;
+          for (Index r = 0; r < count; ++r) {
+            left.row[r] = values + (done > 0 ? second : 0) + r;
+            to[r] = row_data(c, row + done + r) + column;
+          }
+          multiply_direct<Scalar>(count, left, right, width, {buffer + whole, stride}, from, {},
+                                  to);
+        }
+      });
+    }
+  });
+}
+
+}  // namespace moe::detail
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif

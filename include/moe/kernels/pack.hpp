@@ -1,0 +1,173 @@
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <type_traits>
+
+#include "moe/kernels/blocking.hpp"
+
+/// \file
+/// Packing: contiguous copies of operands, plain and transposed, and the sources of packets that B is
+/// packed from.
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
+
+namespace moe::detail {
+
+/// Packs rows, the last packet of each filled up with zeros.
+template <class Scalar>
+Panel<Scalar> copy_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
+  constexpr Index size = packet_size<Scalar>;
+  const Index depth = rows.count();
+  const Index width = rows.width();
+  const Index stride = (width + size - 1) / size * size;
+  if (width == tile_columns<Scalar>) {  // nearly always, and then without inner loops
+    for (Index k = 0; k < depth; ++k) {
+      const Scalar* from = rows.row(k);
+      Scalar* to = buffer + k * stride;
+      MOE_UNROLL
+      for (Index v = 0; v < tile_packets; ++v) store(to + v * size, load(from + v * size));
+    }
+    return {buffer, stride};
+  }
+  for (Index k = 0; k < depth; ++k) {
+    const Scalar* from = rows.row(k);
+    Scalar* to = buffer + k * stride;
+    Index j = 0;
+    for (; j + size <= width; j += size) store(to + j, load(from + j));
+    if (j < width) store(to + j, load_first(from + j, width - j));
+  }
+  return {buffer, stride};
+}
+
+/// Packs rows as columns, `stride` of them, those beyond the last row filled with zeros.
+template <class Scalar>
+void copy_transposed(const GatheredRows<Scalar>& rows, Index stride, Scalar* buffer) {
+  constexpr Index size = packet_size<Scalar>;
+  using Block = Eigen::internal::PacketBlock<Packet<Scalar>, static_cast<int>(size)>;
+  const Index depth = rows.width();
+  const Index width = rows.count();
+  Index column = 0;
+  for (; column + size <= width; column += size) {
+    const Scalar* row[to_size(size)];
+    for (Index i = 0; i < size; ++i) row[i] = rows.row(column + i);
+    Index k = 0;
+    for (; k + size <= depth; k += size) {
+      Block block;
+      for (Index i = 0; i < size; ++i) block.packet[i] = load(row[i] + k);
+      if constexpr (size > 1) Eigen::internal::ptranspose(block);
+      for (Index i = 0; i < size; ++i) store(buffer + (k + i) * stride + column, block.packet[i]);
+    }
+    for (; k < depth; ++k) {
+      for (Index i = 0; i < size; ++i) buffer[k * stride + column + i] = row[i][k];
+    }
+  }
+  for (Index j = column; j < stride; ++j) {
+    const Scalar* row = j < width ? rows.row(j) : nullptr;
+    for (Index k = 0; k < depth; ++k) buffer[k * stride + j] = row != nullptr ? row[k] : Scalar{0};
+  }
+}
+
+/// The same with as many columns as fill whole packets.
+template <class Scalar>
+Panel<Scalar> transpose_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
+  constexpr Index size = packet_size<Scalar>;
+  const Index stride = (rows.count() + size - 1) / size * size;
+  copy_transposed(rows, stride, buffer);
+  return {buffer, stride};
+}
+
+/// to[j][i] = from[i][j], in square blocks of a packet that is no wider than a tile is high.
+template <class Scalar>
+void transpose_rows(ScatteredRows<Scalar> from, ScatteredRows<Scalar> to) {
+  using Whole = Packet<Scalar>;
+  using Half = HalfPacket<Scalar>;
+  using Fitting = std::conditional_t<(packet_size<Scalar> > tile_rows), Half, Whole>;
+  constexpr Index size = Eigen::internal::unpacket_traits<Fitting>::size;
+  using Block = Eigen::internal::PacketBlock<Fitting, static_cast<int>(size)>;
+  const Index rows = from.count();
+  const Index columns = from.width();
+  const Index whole_rows = rows / size * size;
+  const Index whole_columns = columns / size * size;
+  for (Index i = 0; i < whole_rows; i += size) {
+    for (Index j = 0; j < whole_columns; j += size) {
+      Block block;
+      for (Index x = 0; x < size; ++x) {
+        block.packet[x] = Eigen::internal::ploadu<Fitting>(from.row(i + x) + j);
+      }
+      if constexpr (size > 1) Eigen::internal::ptranspose(block);
+      for (Index x = 0; x < size; ++x) Eigen::internal::pstoreu(to.row(j + x) + i, block.packet[x]);
+    }
+  }
+  for (Index i = 0; i < rows; ++i) {
+    const Index first = i < whole_rows ? whole_columns : 0;
+    for (Index j = first; j < columns; ++j) to.row(j)[i] = from.row(i)[j];
+  }
+}
+
+/// The depth of a panel, at most: a panel of 3 packets is then 24 KiB, which leaves room in L1.
+/// Deeper ones would read and write C less often.
+inline constexpr Index panel_depth =
+    (Index{24} << 10) / static_cast<Index>(tile_packets * sizeof(Packet<float>));
+
+/// A part of B: steps [k, k + depth) of `width` columns from a first column on, in whole `packets`.
+struct Strip {
+  Index k;
+  Index depth;
+  Index column;
+  Index packets;
+  Index width;
+};
+
+/// Where gemm_packed() takes B from, a strip at a time. It knows B by this alone, so a source whose
+/// numbers are stored in another type converts them in pack() and nowhere else.
+///
+///     pack(strip, buffer)            the strip as packets, in the buffer (panel_depth rows of
+///                                    tile_columns), the last packet of a row filled up with zeros
+///     in_place(strip)                the strip in memory, if tiles can read packets there, else
+///                                    null: then pack() is called
+///     prefetch(strip, first, count)  what pack() will read for steps [first, first + count)
+template <class Source, class Scalar>
+concept PacketSource = requires(const Source& source, const Strip& strip, Scalar* buffer,
+                                Index step) {
+  { source.pack(strip, buffer) } -> std::same_as<Panel<Scalar>>;
+  { source.in_place(strip) } -> std::same_as<Panel<Scalar>>;
+  { source.prefetch(strip, step, step) } -> std::same_as<Prefetch<Scalar>>;
+};
+
+/// A matrix as a source of packets: B of GemmNN, whose rows run along the columns of C, or of
+/// GemmNT, whose rows run along the depth and are transposed when they are packed.
+template <class Scalar>
+struct MatrixPackets {
+  MatrixOperand<Scalar> b;
+  bool transposed;
+
+  const Scalar* at(Index k, Index column) const {
+    return transposed ? b.data + column * b.stride + k : b.data + k * b.stride + column;
+  }
+  Panel<Scalar> pack(const Strip& strip, Scalar* buffer) const {
+    const Scalar* first = at(strip.k, strip.column);
+    if (transposed) {
+      return transpose_panel(GatheredRows<Scalar>(first, b.stride, strip.width, strip.depth),
+                             buffer);
+    }
+    return copy_panel(GatheredRows<Scalar>(first, b.stride, strip.depth, strip.width), buffer);
+  }
+  Panel<Scalar> in_place(const Strip& strip) const {
+    const bool whole = !transposed && strip.width == tile_columns<Scalar>;
+    return {whole ? at(strip.k, strip.column) : nullptr, b.stride};
+  }
+  /// A transposed strip is prefetched in part only where there are few tiles.
+  Prefetch<Scalar> prefetch(const Strip& strip, Index first, Index count) const {
+    return {at(strip.k + first, strip.column), b.stride, transposed ? strip.width : count};
+  }
+};
+
+}  // namespace moe::detail
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
