@@ -217,8 +217,12 @@ class Model {
 
     const Matrix& dropped = noise ? dropout_both_.forward(tape.both, tape.dropout, *noise)
                                   : dropout_both_.evaluate(tape.both, tape.dropout);
-    tape.memory = dropped + (noise ? mixture_.forward(dropped, tape.mixture, *noise)
-                                   : mixture_.evaluate(dropped, tape.mixture));
+    const auto mixed = [&]() -> const Matrix& {
+      if (!noise) return mixture_.evaluate(dropped, tape.mixture);
+      return mixture_.forward(dropped, tape.mixture,
+                              {.step = noise->step, .first_token = noise->first_token});
+    };
+    tape.memory = dropped + mixed();
     noise ? keys_.forward(tape.memory, tape.keys) : keys_.evaluate(tape.memory, tape.keys);
 
     tape.ends.resize(count, 2 * H);

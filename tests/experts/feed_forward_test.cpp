@@ -308,7 +308,7 @@ TEMPLATE_TEST_CASE("feed forward: the halves give the same bits in any split", "
     Matrix<TestType> dx = Matrix<TestType>::Zero(rows, width);
     Matrix<TestType> dweight(1, rows);
     const ExpertBlock<TestType> block{GatheredRows<TestType>(x), token.data(), weight.data(),
-                                      view(saved), view(scratch)};
+                                      view(kept), view(scratch)};
     const std::vector<Range> halves{{17, rows - 17}, {0, 17}};
     const std::vector<Range> columns{{panel, panel + 5}, {0, panel}};
     for (const Range part : halves) {
