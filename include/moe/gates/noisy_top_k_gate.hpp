@@ -118,7 +118,8 @@ class NoisyTopKGate {
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
-    detail::check_balance_weights("NoisyTopKGate", weights);
+    detail::check_loss_weight("NoisyTopKGate::LossWeights.importance", weights.importance);
+    detail::check_loss_weight("NoisyTopKGate::LossWeights.load", weights.load);
     config_.importance_weight = weights.importance;
     config_.load_weight = weights.load;
   }
