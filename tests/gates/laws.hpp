@@ -1,0 +1,401 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../naive_layer.hpp"
+#include "gates.hpp"
+#include "moe/gates/balanced_gate.hpp"
+#include "moe/gates/expert_choice_gate.hpp"
+#include "moe/gates/hierarchical_gate.hpp"
+#include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/gates/shared_expert_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
+
+/// \file
+/// The gates under one interface, for tests of what each of them must do.
+
+namespace moe::test {
+
+/// What is the same for most gates; a Law has besides
+///     name             the class in messages
+///     config()
+///     choices(tape)    what the gate chose, equal where a step of differences crossed no tie
+/// and, where the gate has noise, drawn_noise(gate, seed, x, pass), the numbers of Pass::noise that the
+/// pass would draw.
+template <class Gate_>
+struct GateLaw {
+  using Gate = Gate_;
+  using Scalar = typename Gate::Scalar;
+  using Config = typename Gate::Config;
+  using Tape = typename Gate::Tape;
+  using LossWeights = typename detail::LossWeightsOf<Gate>::type;
+  using Weight = double LossWeights::*;
+
+  static constexpr std::uint64_t seed = 7;
+  static constexpr const char* loss_name = "";  ///< the class in messages of loss weights
+  static constexpr std::array<std::pair<const char*, Weight>, 0> loss_weights{};
+  static constexpr bool whole_batch = false;  ///< a token's choice depends on the other tokens
+  static constexpr Index sequences = 1;       ///< of a batch whose loss by sequence is on
+
+  /// The rows that are valid or not together, so that the valid ones are sequences of equal length.
+  static Index flag_of_row(Index row, Index) { return row / sequences; }
+  /// Changes random parameters so that a gate is not far from what it is for.
+  static void prepare(Gate&) {}
+  static std::vector<double> drawn_noise(const Gate&, std::uint64_t, const Matrix<Scalar>&,
+                                         const Pass&) {
+    return {};
+  }
+};
+
+template <class Scalar>
+std::vector<Index> as_vector(const IndexedVector<Scalar>& values) {
+  return {values.begin(), values.end()};
+}
+inline std::vector<Index> joined(std::vector<Index> a, const std::vector<Index>& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+template <class Scalar, bool noise = true>
+struct NoisyTopKLaw : GateLaw<NoisyTopKGate<Scalar>> {
+  using Base = GateLaw<NoisyTopKGate<Scalar>>;
+  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
+  static constexpr const char* name = "NoisyTopKGate";
+  static constexpr const char* loss_name = name;
+  static constexpr std::array loss_weights{std::pair{"importance", &LossWeights::importance},
+                                           std::pair{"load", &LossWeights::load}};
+  static Config config() {
+    return {.width = 5,
+            .experts = 7,
+            .top_k = 2,
+            .noise = noise,
+            .importance_weight = 0.7,
+            .load_weight = 1.3};
+  }
+  static std::vector<Index> choices(const Tape& tape) { return as_vector(tape.best); }
+  static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t, const Matrix<Scalar>& x,
+                                         const Pass& pass) {
+    if (!noise) return {};
+    Tape tape;
+    gate.forward(x, tape, pass);
+    return {tape.noise.data(), tape.noise.data() + tape.noise.size()};
+  }
+};
+
+template <class Scalar>
+struct HierarchicalLaw : GateLaw<HierarchicalGate<Scalar>> {
+  using Base = GateLaw<HierarchicalGate<Scalar>>;
+  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
+  static constexpr const char* name = "HierarchicalGate";
+  static constexpr const char* loss_name = name;
+  static constexpr std::array loss_weights{std::pair{"importance", &LossWeights::importance},
+                                           std::pair{"load", &LossWeights::load}};
+  static Config config() {
+    return {.width = 5,
+            .groups = 3,
+            .group_experts = 4,
+            .top_k_groups = 2,
+            .top_k = 2,
+            .importance_weight = 0.7,
+            .load_weight = 1.3};
+  }
+  static std::vector<Index> choices(const Tape& tape) {
+    return joined(as_vector(tape.primary.best), as_vector(tape.secondary.best));
+  }
+  /// NaN for the groups that are not chosen, whose noise is not used.
+  static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t, const Matrix<Scalar>& x,
+                                         const Pass& pass) {
+    const Config& c = gate.config();
+    Tape tape;
+    gate.forward(x, tape, pass);
+    Matrix<double> drawn = Matrix<double>::Constant(x.rows(), gate.noise_columns(), std::nan(""));
+    drawn.leftCols(c.groups) = tape.primary.noise.template cast<double>();
+    for (Index i = 0; i < c.groups; ++i) {
+      for (Index row = tape.groups.offsets[i]; row < tape.groups.offsets[i + 1]; ++row) {
+        drawn.block(tape.groups.token[row], c.groups + i * c.group_experts, 1, c.group_experts) =
+            tape.secondary.noise.row(row).template cast<double>();
+      }
+    }
+    return {drawn.data(), drawn.data() + drawn.size()};
+  }
+};
+
+/// What is the same for all configurations of TopKGate.
+template <class Scalar>
+struct TopKLaw : GateLaw<TopKGate<Scalar>> {
+  using Base = GateLaw<TopKGate<Scalar>>;
+  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
+  static constexpr const char* name = "TopKGate";
+  static constexpr const char* loss_name = name;
+  static constexpr std::array loss_weights{std::pair{"switch_loss", &LossWeights::switch_loss},
+                                           std::pair{"sequence", &LossWeights::sequence},
+                                           std::pair{"z", &LossWeights::z}};
+  static std::vector<Index> choices(const Tape& tape) {
+    return joined(as_vector(tape.choices.expert), as_vector(tape.choices.keeps));
+  }
+  static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t seed,
+                                         const Matrix<Scalar>& x, const Pass& pass) {
+    const auto word = [&](std::uint64_t stream, Index row, Index i) {
+      const auto words = detail::noise_words(derive_seed(seed, stream), pass.key(), row, i / 4);
+      return static_cast<double>(uniform(words[static_cast<std::size_t>(i % 4)]));
+    };
+    std::vector<double> drawn;
+    for (Index row = 0; row < x.rows(); ++row) {
+      for (Index i = 0; gate.config().jitter > 0 && i < x.cols(); ++i) {
+        drawn.push_back(2 * word(1, row, i) - 1);
+      }
+      if (gate.config().random_second) drawn.push_back(word(2, row, 0));
+    }
+    return drawn;
+  }
+};
+
+template <class Scalar>
+struct SoftmaxLaw : TopKLaw<Scalar> {
+  static constexpr Index sequences = 2;
+  static Index flag_of_row(Index row, Index) { return row / sequences; }
+  static TopKConfig config() {
+    return {.width = 5,
+            .experts = 6,
+            .top_k = 2,
+            .switch_loss_weight = 0.7,
+            .sequence_loss_weight = 0.4,
+            .sequences = sequences,
+            .z_loss_weight = 0.3};
+  }
+};
+template <class Scalar>
+struct SigmoidLaw : TopKLaw<Scalar> {
+  static constexpr bool whole_batch = true;
+  static TopKConfig config() {
+    return {.width = 5,
+            .experts = 12,
+            .top_k = 3,
+            .score = Score::sigmoid,
+            .renormalise = true,
+            .scale = 2.5,
+            .groups = 4,
+            .top_k_groups = 2,
+            .group_score = GroupScore::two_best,
+            .selection_bias = true,
+            .capacity_factor = 0.9,
+            .evaluation_capacity_factor = 0.7,
+            .place_order = PlaceOrder::first_choices,
+            .switch_loss_weight = 0.7,
+            .switch_count = SwitchCount::per_token,
+            .z_loss_weight = 0.2};
+  }
+};
+template <class Scalar>
+struct SoftmaxOfChosenLaw : TopKLaw<Scalar> {
+  static constexpr bool whole_batch = true;
+  static constexpr Index sequences = 3;
+  static Index flag_of_row(Index row, Index rows) { return row % (rows / sequences); }
+  static TopKConfig config() {
+    return {.width = 5,
+            .experts = 6,
+            .top_k = 2,
+            .score = Score::softmax_of_chosen,
+            .capacity_factor = 0.8,
+            .place_order = PlaceOrder::largest_weight,
+            .sequence_loss_weight = 0.3,
+            .switch_count = SwitchCount::first_choice,
+            .sequences = sequences,
+            .row_order = RowOrder::sequence_major};
+  }
+};
+template <class Scalar>
+struct JitterLaw : TopKLaw<Scalar> {
+  static TopKConfig config() {
+    return {.width = 5,
+            .experts = 6,
+            .top_k = 2,
+            .renormalise = true,
+            .jitter = 0.2,
+            .random_second = true,
+            .switch_loss_weight = 0.5,
+            .z_loss_weight = 0.2};
+  }
+};
+
+template <class Scalar>
+struct BalancedLaw : GateLaw<BalancedGate<Scalar>> {
+  using Base = GateLaw<BalancedGate<Scalar>>;
+  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
+  static constexpr const char* name = "BalancedGate";
+  static constexpr const char* loss_name = name;
+  static constexpr std::array loss_weights{std::pair{"threshold", &LossWeights::threshold}};
+  static constexpr bool whole_batch = true;
+  static Config config() { return {.width = 5, .experts = 4, .top_k = 2, .threshold_weight = 0.3}; }
+  /// Thresholds of the size of p, so that the two masks agree in some places only.
+  static void prepare(Gate& gate) {
+    Matrix<Scalar>& threshold = parameter(gate, "threshold").value;
+    threshold = (threshold.array() * Scalar(0.4) + Scalar{1}).abs().matrix() / Scalar{4};
+  }
+  static std::vector<Index> choices(const Tape& tape) {
+    std::vector<Index> all =
+        joined(as_vector(tape.routing.token_offsets), as_vector(tape.routing.expert));
+    for (Index i = 0; i < tape.difference.size(); ++i) {
+      all.push_back(static_cast<Index>(tape.difference.data()[i]));
+    }
+    return all;
+  }
+};
+
+template <class Scalar>
+struct ExpertChoiceLaw : GateLaw<ExpertChoiceGate<Scalar>> {
+  using Base = GateLaw<ExpertChoiceGate<Scalar>>;
+  using typename Base::Config, typename Base::Tape, typename Base::Gate;
+  static constexpr const char* name = "ExpertChoiceGate";
+  static constexpr bool whole_batch = true;
+  static Config config() { return {.width = 5, .experts = 6, .capacity_factor = 1.5}; }
+  static std::vector<Index> choices(const Tape& tape) {
+    return joined(as_vector(tape.routing.token_offsets), as_vector(tape.routing.expert));
+  }
+};
+
+/// A gate of shared experts around that of another law.
+template <class Routed, bool gated>
+struct SharedExpertLaw : GateLaw<SharedExpertGate<typename Routed::Gate>> {
+  using Base = GateLaw<SharedExpertGate<typename Routed::Gate>>;
+  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::Scalar;
+  static constexpr const char* name = "SharedExpertGate";
+  static constexpr const char* loss_name = Routed::name;
+  static constexpr auto loss_weights = Routed::loss_weights;
+  static constexpr bool whole_batch = Routed::whole_batch;
+  static constexpr Index sequences = Routed::sequences;
+  static Index flag_of_row(Index row, Index rows) { return Routed::flag_of_row(row, rows); }
+  static Config config() {
+    return {.width = 5, .shared = 2, .gated = gated, .routed = Routed::config()};
+  }
+  static std::vector<Index> choices(const Tape& tape) { return Routed::choices(tape.routed); }
+  static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t seed,
+                                         const Matrix<Scalar>& x, const Pass& pass) {
+    return Routed::drawn_noise(gate.routed(), seed, x, pass);
+  }
+};
+
+template <class Scalar>
+using GateLawsOf = std::tuple<NoisyTopKLaw<Scalar>, NoisyTopKLaw<Scalar, false>,
+                              HierarchicalLaw<Scalar>, SoftmaxLaw<Scalar>, SigmoidLaw<Scalar>,
+                              SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, BalancedLaw<Scalar>,
+                              ExpertChoiceLaw<Scalar>, SharedExpertLaw<NoisyTopKLaw<Scalar>, true>,
+                              SharedExpertLaw<SigmoidLaw<Scalar>, false>>;
+using GateLawsInDouble = GateLawsOf<double>;
+using GateLaws =
+    decltype(std::tuple_cat(std::declval<GateLawsOf<float>>(), std::declval<GateLawsOf<double>>()));
+
+/// A gate of a law with random parameters.
+template <class Law>
+typename Law::Gate make_gate(std::uint64_t parameters = 1,
+                             const typename Law::Config& config = Law::config()) {
+  typename Law::Gate gate(config, Law::seed);
+  randomize(gate, parameters, 0.7);
+  Law::prepare(gate);
+  return gate;
+}
+
+/// As many random rows as the sequences of any law divide.
+template <class Law>
+Matrix<typename Law::Scalar> random_rows(Index rows = 12, std::uint64_t seed = 1) {
+  return random_matrix<typename Law::Scalar>(rows, Law::config().width, seed);
+}
+/// The gradients w.r.t. the weights, by row and expert.
+template <class Law>
+Matrix<typename Law::Scalar> random_dweight(Index rows = 12, std::uint64_t seed = 8) {
+  static const Index experts = typename Law::Gate(Law::config(), 0).experts();
+  return random_matrix<typename Law::Scalar>(rows, experts, seed);
+}
+
+/// A gate after forward() and backward() of a pass, with what these left.
+template <class Law>
+struct GateRun {
+  using Scalar = typename Law::Scalar;
+
+  GateRun(typename Law::Gate fresh, const Matrix<Scalar>& x, const Matrix<Scalar>& r,
+          const Pass& pass)
+      : gate(std::move(fresh)) {
+    gate.forward(x, tape, pass);
+    dx = gate_dx<typename Law::Gate>(gate, x, dweight_of(tape.routing, r), tape);
+  }
+
+  typename Law::Gate gate;
+  typename Law::Tape tape;
+  Matrix<Scalar> dx;
+};
+
+template <class Scalar>
+std::array<Scalar, 6> as_array(const GateLosses<Scalar>& losses) {
+  return {losses.importance, losses.load, losses.switch_loss,
+          losses.sequence,   losses.z,    losses.threshold};
+}
+template <class Scalar>
+bool same_balance(const Balance<Scalar>& a, const Balance<Scalar>& b) {
+  return a.loss == b.loss && as_array(a.losses) == as_array(b.losses) &&
+         same_bits(a.importance, b.importance) && same_bits(a.load, b.load) &&
+         a.tokens_per_expert == b.tokens_per_expert;
+}
+template <class Scalar>
+bool same_routing(const Routing<Scalar>& a, const Routing<Scalar>& b) {
+  return a.experts == b.experts && a.token_offsets == b.token_offsets && a.expert == b.expert &&
+         a.weight == b.weight;
+}
+inline bool same_bits(const Named& a, const Named& b) {
+  return std::ranges::equal(a, b, [](const auto& x, const auto& y) {
+    return x.first == y.first && same_bits(x.second, y.second);
+  });
+}
+
+/// Whether two passes chose, lost and learned the same, to the last bit.
+template <class Law>
+void check_same(GateRun<Law>& a, GateRun<Law>& b) {
+  CHECK(same_routing(a.tape.routing, b.tape.routing));
+  CHECK(same_balance(a.tape.balance, b.tape.balance));
+  CHECK(same_bits(a.dx, b.dx));
+  CHECK(same_bits(gradients_of(a.gate), gradients_of(b.gate)));
+}
+
+/// Gradients of a pass against differences, at a point where no step of them crosses a tie, of a gate
+/// that change(gate) has changed.
+template <class Law, class Change>
+void check_gradients(const Pass& pass, Index rows, const Change& change) {
+  const Matrix<double> r = random_dweight<Law>(rows);
+  for (std::uint64_t seed = 1; seed < 100; ++seed) {
+    auto gate = make_gate<Law>(seed);
+    change(gate);
+    Matrix<double> x = random_rows<Law>(rows, seed);
+    typename Law::Tape tape;
+    gate.forward(x, tape, pass);
+    bool same = true;
+    const auto loss = [&] {
+      typename Law::Tape fresh;
+      const Routing<double>& routing = gate.forward(x, fresh, pass);
+      same = same && Law::choices(fresh) == Law::choices(tape);
+      const std::vector<double> dweight = dweight_of(routing, r);
+      double sum = fresh.balance.loss;
+      for (std::size_t s = 0; s < dweight.size(); ++s) sum += routing.weight[s] * dweight[s];
+      return sum;
+    };
+    difference_gradient(x, loss);
+    for_each_parameter(gate, [&](const ParameterName&, Parameter<double>& p) {
+      if (same) difference_gradient(p.value, loss, 0.7e-4);
+    });
+    if (!same) continue;
+    const Matrix<double> dx = gate_dx(gate, x, dweight_of(tape.routing, r), tape);
+    check_scaled_gradients(gate, dx, x, loss, 0.7, 1, 1);
+    return;
+  }
+  FAIL("no point away from ties");
+}
+template <class Law>
+void check_gradients(const Pass& pass) {
+  check_gradients<Law>(pass, 12, [](typename Law::Gate&) {});
+}
+
+}  // namespace moe::test
