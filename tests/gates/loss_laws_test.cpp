@@ -1,6 +1,6 @@
 #include <limits>
 
-#include "laws.hpp"
+#include "law_runs.hpp"
 
 // The gates' own losses: Pass::loss_scale and set_loss_weights().
 

@@ -3,7 +3,7 @@
 #include <memory>
 
 #include "../routing/shared_batch.hpp"
-#include "laws.hpp"
+#include "law_runs.hpp"
 
 // What padding means to every gate.
 

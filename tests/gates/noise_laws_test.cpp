@@ -1,4 +1,4 @@
-#include "laws.hpp"
+#include "law_runs.hpp"
 
 // Pass::noise: numbers that are given instead of drawn.
 

@@ -346,49 +346,6 @@ TEST_CASE("noisy top-k gate: one active expert learns from the load alone", "[ro
   CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() < 1e-15);
 }
 
-TEST_CASE("noisy top-k gate: backward adds once each time", "[routing][gate]") {
-  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
-  test::randomize(gate, 1);
-  NoisyTopKGate<double>::Tape tape;
-  const Matrix<double> x = random_matrix(6, 3, 2);
-  gate.forward(x, tape, {.step = 0});
-  const std::vector<double> dweight(12, 0.5);
-  const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
-  const test::Named once = test::gradients_of(gate);
-  CHECK(same_bits(test::gate_dx(gate, x, dweight, tape), dx));
-  for (const auto& [name, gradient] : test::gradients_of(gate)) {
-    CHECK(relative_error(gradient, Matrix<double>(2 * once.at(name))) < 1e-14);
-  }
-}
-
-TEMPLATE_TEST_CASE("noisy top-k gate: a token with NaN or infinity spoils no other",
-                   "[routing][gate]", float, double) {
-  using S = TestType;
-  for (const S bad : {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(),
-                      -std::numeric_limits<S>::infinity()}) {
-    NoisyTopKGate<S> gate({.width = 3, .experts = 9, .top_k = 4}, 1);
-    test::randomize(gate, 1);
-    Matrix<S> x = random_matrix<S>(6, 3, 2);
-    typename NoisyTopKGate<S>::Tape clean;
-    typename NoisyTopKGate<S>::Tape spoilt;
-    const Routing<S>& a = gate.forward(x, clean, {.step = 0});
-    x(2, 1) = bad;
-    const Routing<S>& b = gate.forward(x, spoilt, {.step = 0});
-    CHECK(b.token_offsets == a.token_offsets);
-    for (std::size_t s = 0; s < 24; ++s) {
-      if (s / 4 == 2) {
-        CHECK((b.expert[s] >= 0 && b.expert[s] < 9));
-        CHECK((s % 4 == 0 || b.expert[s - 1] < b.expert[s]));
-        CHECK(std::isnan(b.weight[s]));
-      } else {
-        CHECK(b.expert[s] == a.expert[s]);
-        CHECK(b.weight[s] == a.weight[s]);
-      }
-    }
-    CHECK(std::isnan(spoilt.balance.loss));
-  }
-}
-
 TEST_CASE("noisy top-k gate: parameters have their names and shapes and start at zero",
           "[routing][gate]") {
   const NoisyTopKGate<float> gate({.width = 3, .experts = 5, .top_k = 2}, 0);
@@ -428,51 +385,4 @@ TEST_CASE("noisy top-k gate: a bad configuration is refused with its field and n
          "load_weight = -0.1, must be finite and at least 0");
   refuse([](Config& c) { c.load_weight = std::numeric_limits<double>::infinity(); },
          "load_weight = inf, must be finite and at least 0");
-}
-
-TEST_CASE("noisy top-k gate: a bad input is refused and changes nothing", "[routing][gate]") {
-  NoisyTopKGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
-  test::randomize(gate, 1);
-  NoisyTopKGate<double>::Tape tape;
-  const Matrix<double> x = random_matrix(6, 3, 2);
-  const std::vector<double> dweight(12, 0.5);
-
-  const char* const untrained = "moe: NoisyTopKGate::backward without a forward pass on this tape";
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
-  gate.evaluate(random_matrix(6, 3, 3), tape);  // leaves scores that backward would mix up
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-
-  gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
-  const NoisyTopKGate<double>::Tape before = tape;
-  const Matrix<double> wide = random_matrix(6, 4, 2);
-  CHECK_THROWS_WITH(gate.forward(wide, tape, {.step = 0}),
-                    "moe: NoisyTopKGate: x has 4 columns, Config.width = 3");
-  CHECK_THROWS_WITH(gate.evaluate(wide, tape),
-                    "moe: NoisyTopKGate: x has 4 columns, Config.width = 3");
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(11, 0.5), tape),
-                    "moe: NoisyTopKGate::backward: dweight has 11 entries for 12 slots");
-  CHECK_THROWS_WITH(test::gate_dx(gate, wide, dweight, tape),
-                    "moe: NoisyTopKGate::backward: x is 6 x 4, in forward() it was 6 x 3");
-  CHECK_THROWS_WITH(test::gate_dx(gate, x.topRows(5).eval(), dweight, tape),
-                    "moe: NoisyTopKGate::backward: x is 5 x 3, in forward() it was 6 x 3");
-  for (const auto& [rows, columns] : {std::pair{5, 3}, {6, 2}, {0, 0}}) {
-    Matrix<double> dx = Matrix<double>::Zero(rows, columns);
-    CHECK_THROWS_AS(gate.backward(x, dweight, tape, dx), std::invalid_argument);
-  }
-  Matrix<double> same = x;
-  CHECK_THROWS_AS(gate.backward(same, dweight, tape, same), std::invalid_argument);
-  CHECK(same_bits(tape.noisy, before.noisy));
-  CHECK(tape.routing.weight == before.routing.weight);
-  CHECK(tape.routing.expert == before.routing.expert);
-  CHECK(tape.balance.loss == before.balance.loss);
-  for_each_parameter(gate, [](const ParameterName&, Parameter<double>& p) {
-    CHECK(p.gradient().cwiseAbs().maxCoeff() == 0);
-  });
-  CHECK_NOTHROW(test::gate_dx(gate, x, dweight, tape));  // the tape is as good as before
-
-  NoisyTopKGate<double>::Tape served;
-  gate.evaluate(random_matrix(6, 3, 2), served);
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, served),
-                    "moe: NoisyTopKGate::backward without a forward pass on this tape");
 }

@@ -4,10 +4,10 @@
 
 #include "../allocation.hpp"
 #include "../naive_layer.hpp"
-#include "gates.hpp"
 #include "moe/optim/adam.hpp"
 #include "moe/optim/gradient_clipping.hpp"
 #include "moe/optim/sgd.hpp"
+#include "token_choice_checks.hpp"
 
 using namespace moe;
 using test::dweight_of;
@@ -19,9 +19,6 @@ using Config = TopKConfig;
 template <class Scalar>
 using Tape = typename TopKGate<Scalar>::Tape;
 
-static_assert(Gate<TopKGate<float>>);
-static_assert(Gate<TopKGate<double>>);
-
 namespace {
 
 /// Checks W_g, the bias and x at a point where no step of the differences changes a choice or a
@@ -29,9 +26,9 @@ namespace {
 Index check_gradients(const Config& config, Index tokens, double weights = 0.8, double inputs = 1) {
   INFO("score " << static_cast<int>(config.score) << ", renormalise " << config.renormalise
                 << ", E " << config.experts << ", K " << config.top_k << ", groups "
-                << config.groups << "/" << config.top_k_groups << ", bias "
-                << config.selection_bias << ", jitter " << config.jitter << ", random second "
-                << config.random_second << ", capacity " << config.capacity_factor << ", order "
+                << config.groups << "/" << config.top_k_groups << ", bias " << config.selection_bias
+                << ", jitter " << config.jitter << ", random second " << config.random_second
+                << ", capacity " << config.capacity_factor << ", order "
                 << static_cast<int>(config.place_order) << ", losses " << config.switch_loss_weight
                 << " " << config.sequence_loss_weight << " " << config.z_loss_weight << ", count "
                 << static_cast<int>(config.switch_count) << ", weights times " << weights
@@ -99,8 +96,7 @@ Config everything(Score score = Score::sigmoid) {
 
 }  // namespace
 
-TEST_CASE("top-k gate: gradients are derivatives for every number of experts",
-          "[routing][gate]") {
+TEST_CASE("top-k gate: gradients are derivatives for every number of experts", "[routing][gate]") {
   for (const Score score : scores) {
     for (const bool renormalise : {false, true}) {
       for (Index experts = 1; experts <= 9; experts += experts > 3 ? 2 : 1) {
@@ -120,8 +116,7 @@ TEST_CASE("top-k gate: gradients are derivatives for every number of experts",
   }
 }
 
-TEST_CASE("top-k gate: gradients are derivatives for every set of losses",
-          "[routing][gate]") {
+TEST_CASE("top-k gate: gradients are derivatives for every set of losses", "[routing][gate]") {
   for (const Score score : scores) {
     for (const double batch : {0.0, 0.9}) {
       for (const double sequence : {0.0, 1.7}) {
@@ -148,8 +143,7 @@ TEST_CASE("top-k gate: gradients are derivatives for every set of losses",
   }
 }
 
-TEST_CASE("top-k gate: gradients are derivatives for every choice and drop",
-          "[routing][gate]") {
+TEST_CASE("top-k gate: gradients are derivatives for every choice and drop", "[routing][gate]") {
   Index dropped = 0;
   for (const Score score : scores) {
     for (const bool renormalise : {false, true}) {
@@ -255,40 +249,13 @@ TEST_CASE("top-k gate: one active expert learns from its weight", "[routing][gat
   }
 }
 
-TEMPLATE_TEST_CASE("top-k gate: the same bits on any number of threads", "[routing][gate]",
-                   float, double) {
-  using S = TestType;
+TEMPLATE_TEST_CASE(
+    "top-k gate: the same bits on any number of threads, over more experts than a block",
+    "[routing][gate]", float, double) {
   for (const Score score : scores) {
     Config config = everything(score);
-    config.experts = 1200;  // more than a block of columns
-    const Matrix<S> x = random_matrix<S>(300, 5, 1);
-    const Matrix<S> r = random_matrix<S>(300, 1200, 2);
-    const auto run = [&](int threads, Tape<S>& tape, Matrix<S>& gradient, Matrix<S>& dx) {
-      const test::Threads fixed(threads);
-      TopKGate<S> gate(config, 7);
-      gate.forward(x, tape, {.step = 2});
-      dx = test::gate_dx<TopKGate<S>>(gate, x, dweight_of(tape.routing, r), tape);
-      gradient = parameter(gate, "weight").gradient();
-    };
-    Tape<S> first;
-    Matrix<S> first_gradient;
-    Matrix<S> first_dx;
-    run(1, first, first_gradient, first_dx);
-    CHECK(first.routing.slots() < 600);
-    for (const int threads : {2, 3, 8}) {
-      Tape<S> tape;
-      Matrix<S> gradient;
-      Matrix<S> dx;
-      run(threads, tape, gradient, dx);
-      CHECK(tape.routing.expert == first.routing.expert);
-      CHECK(tape.routing.weight == first.routing.weight);
-      CHECK(tape.routing.token_offsets == first.routing.token_offsets);
-      CHECK(tape.balance.loss == first.balance.loss);
-      CHECK(same_bits(tape.balance.importance, first.balance.importance));
-      CHECK(same_bits(tape.balance.load, first.balance.load));
-      CHECK(same_bits(dx, first_dx));
-      CHECK(same_bits(gradient, first_gradient));
-    }
+    config.experts = 1200;
+    test::check_threads<TopKGate<TestType>>(config, 300);
   }
 }
 
@@ -296,12 +263,12 @@ TEST_CASE("top-k gate: jitter and second choices replay by their key", "[routing
   const Matrix<double> x = random_matrix(40, 5, 1);
   const auto run = [&](std::uint64_t seed, const Pass& key, const Matrix<double>& rows) {
     TopKGate<double> gate({.width = 5,
-                                  .experts = 6,
-                                  .top_k = 2,
-                                  .renormalise = true,
-                                  .jitter = 0.25,
-                                  .random_second = true},
-                                 seed);
+                           .experts = 6,
+                           .top_k = 2,
+                           .renormalise = true,
+                           .jitter = 0.25,
+                           .random_second = true},
+                          seed);
     fill_normal(parameter(gate, "weight").value, 0.8, 1);
     Tape<double> tape;
     gate.forward(rows, tape, key);
@@ -329,8 +296,7 @@ TEST_CASE("top-k gate: jitter and second choices replay by their key", "[routing
   }
 }
 
-TEST_CASE("top-k gate: a second choice is kept as often as twice its weight",
-          "[routing][gate]") {
+TEST_CASE("top-k gate: a second choice is kept as often as twice its weight", "[routing][gate]") {
   TopKGate<double> gate(
       {.width = 1, .experts = 3, .top_k = 2, .renormalise = true, .random_second = true}, 3);
   parameter(gate, "weight").value << std::log(4.0), 0, -9;  // weights 4/5 and 1/5
@@ -373,8 +339,7 @@ TEST_CASE("top-k gate: evaluation sees training without jitter, drops and capaci
   CHECK(trained.routing.slots() == 60);
 }
 
-TEST_CASE("top-k gate: load counts what was chosen, tokens what was kept",
-          "[routing][gate]") {
+TEST_CASE("top-k gate: load counts what was chosen, tokens what was kept", "[routing][gate]") {
   TopKGate<double> gate(everything(), 1);
   Tape<double> tape;
   const Routing<double>& routing = gate.forward(random_matrix(60, 5, 2), tape, {.step = 0});
@@ -418,27 +383,24 @@ TEST_CASE("top-k gate: the bias follows the sign of the load error", "[routing][
   load << 1, 2, 1, 1;  // mean 5/4
   gate.update_selection_bias(load);
   CHECK(parameter(gate, "selection_bias").value == Matrix<float>{{0, 0, 0.25f, 0.5f}});
-  CHECK_THROWS_WITH(
-      gate.update_selection_bias(Vector<float>(3)),
-      "moe: TopKGate::update_selection_bias: load has 3 entries for 4 experts");
+  CHECK_THROWS_WITH(gate.update_selection_bias(Vector<float>(3)),
+                    "moe: TopKGate::update_selection_bias: load has 3 entries for 4 experts");
   Tape<float> tape;
-  CHECK_THROWS_WITH(
-      gate.update_selection_bias(tape),
-      "moe: TopKGate::update_selection_bias without a forward pass on this tape");
+  CHECK_THROWS_WITH(gate.update_selection_bias(tape),
+                    "moe: TopKGate::update_selection_bias without a forward pass on this tape");
   TopKGate<float> without({.width = 2, .experts = 4, .top_k = 1}, 0);
   CHECK_THROWS_WITH(without.update_selection_bias(Vector<float>(4)),
                     "moe: TopKGate::update_selection_bias without Config.selection_bias");
 }
 
-TEST_CASE("top-k gate: the bias alone brings a collapsed gate into balance",
-          "[routing][gate]") {
+TEST_CASE("top-k gate: the bias alone brings a collapsed gate into balance", "[routing][gate]") {
   TopKGate<float> gate({.width = 4,
-                               .experts = 8,
-                               .top_k = 2,
-                               .score = Score::sigmoid,
-                               .selection_bias = true,
-                               .bias_rate = 0.01},
-                              1);
+                        .experts = 8,
+                        .top_k = 2,
+                        .score = Score::sigmoid,
+                        .selection_bias = true,
+                        .bias_rate = 0.01},
+                       1);
   fill_normal(parameter(gate, "weight").value, 1.0f, 1);
   Matrix<float> x = random_matrix<float>(800, 4, 2);
   x.col(0).array() += 2;
@@ -481,30 +443,17 @@ TEST_CASE("top-k gate: no optimizer moves the bias", "[routing][gate]") {
   CHECK_FALSE(same_bits(parameter(gate, "weight").value, weight));
 }
 
-TEST_CASE("top-k gate: backward adds once each time", "[routing][gate]") {
-  TopKGate<double> gate(everything(), 1);
-  Tape<double> tape;
-  const Matrix<double> x = random_matrix(6, 5, 2);
-  gate.forward(x, tape, {.step = 0});
-  const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
-  const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
-  const Matrix<double> once = parameter(gate, "weight").gradient();
-  CHECK(same_bits(test::gate_dx(gate, x, dweight, tape), dx));
-  CHECK(test::relative_error(parameter(gate, "weight").gradient(), Matrix<double>(2 * once)) <
-        1e-14);
-}
-
-TEMPLATE_TEST_CASE("top-k gate: ties go to the lower expert and group", "[routing][gate]",
-                   float, double) {
+TEMPLATE_TEST_CASE("top-k gate: ties go to the lower expert and group", "[routing][gate]", float,
+                   double) {
   for (const Score score : scores) {
     TopKGate<TestType> gate({.width = 2,
-                                    .experts = 6,
-                                    .top_k = 2,
-                                    .score = score,
-                                    .groups = 3,
-                                    .top_k_groups = 2,
-                                    .init_stddev = 0},
-                                   0);
+                             .experts = 6,
+                             .top_k = 2,
+                             .score = score,
+                             .groups = 3,
+                             .top_k_groups = 2,
+                             .init_stddev = 0},
+                            0);
     CHECK(gate.evaluate(random_matrix<TestType>(2, 2, 1)).expert == Indices{0, 1, 0, 1});
   }
 }
@@ -522,8 +471,8 @@ TEST_CASE("top-k gate: W_g starts with small deviates of the seed", "[routing][g
   CHECK(tape.balance.cv_load() < 0.4f);
 }
 
-TEMPLATE_TEST_CASE("top-k gate: a token with NaN or infinity spoils no other",
-                   "[routing][gate]", float, double) {
+TEMPLATE_TEST_CASE("top-k gate: a token with NaN or infinity spoils no other", "[routing][gate]",
+                   float, double) {
   using S = TestType;
   constexpr S infinity = std::numeric_limits<S>::infinity();
   for (const Score score : scores) {
@@ -567,14 +516,14 @@ TEMPLATE_TEST_CASE("top-k gate: extreme logits give finite weights and gradients
   for (const Score score : scores) {
     for (const S size : {S(1e-30), S{1}, S{1e4}}) {
       TopKGate<S> gate({.width = 1,
-                               .experts = 4,
-                               .top_k = 2,
-                               .score = score,
-                               .renormalise = true,
-                               .selection_bias = true,
-                               .switch_loss_weight = 1,
-                               .z_loss_weight = S{1} / (1 + size)},
-                              1);
+                        .experts = 4,
+                        .top_k = 2,
+                        .score = score,
+                        .renormalise = true,
+                        .selection_bias = true,
+                        .switch_loss_weight = 1,
+                        .z_loss_weight = S{1} / (1 + size)},
+                       1);
       parameter(gate, "weight").value << -1, -2, -3, -4;
       parameter(gate, "selection_bias").value << 0, 0, 3 * size, 2 * size;
       Tape<S> tape;
@@ -631,8 +580,7 @@ TEMPLATE_TEST_CASE("top-k gate: extreme shapes", "[routing][gate]", float, doubl
   CHECK(tape.routing.token_offsets == Indices{0, 2, 2, 2});
 }
 
-TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen",
-          "[routing][gate]") {
+TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen", "[routing][gate]") {
   for (std::uint64_t seed = 1; seed <= 40; ++seed) {
     const auto words = philox({1, 2, 3, 4}, seed);
     const Index groups = 1 + words[0] % 4;
@@ -651,10 +599,8 @@ TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen",
     sort_by_expert(routing, dispatch);
     std::vector<int> seen(routing.expert.size(), 0);
     for (Index e = 0; e < config.experts; ++e) {
-      CHECK(dispatch.offsets[e] <=
-            dispatch.offsets[e + 1]);
-      for (Index row = dispatch.offsets[e];
-           row < dispatch.offsets[e + 1]; ++row) {
+      CHECK(dispatch.offsets[e] <= dispatch.offsets[e + 1]);
+      for (Index row = dispatch.offsets[e]; row < dispatch.offsets[e + 1]; ++row) {
         const auto slot = detail::to_size(dispatch.sorted_slot[row]);
         CHECK(routing.expert[slot] == e);
         ++seen[slot];
@@ -713,29 +659,6 @@ TEMPLATE_TEST_CASE("top-k gate: takes no memory after its first call",
   }
 }
 
-TEST_CASE("top-k gate: in a layer takes no memory after its first call",
-          "[routing][gate][allocation]") {
-  MoELayer<Expert<FeedForward>, TopKGate<>> layer(
-      {.width = 16,
-       .expert = {.hidden = 24},
-       .gate =
-           {.experts = 12, .top_k = 2, .renormalise = true, .jitter = 0.1, .switch_loss_weight = 0.01},
-       .seed = 0});
-  const Matrix<float> x = random_matrix<float>(300, 16, 1);
-  decltype(layer)::Tape tape;
-  decltype(layer)::Tape served;
-  const auto pass = [&](std::uint64_t step) {
-    layer.forward(x, tape, {.step = step});
-    layer.backward(x, tape);
-    layer.evaluate(x, served);
-  };
-  pass(0);
-  CHECK(test::allocations_in([&] {
-          pass(1);
-          pass(2);
-        }) == 0);
-}
-
 TEST_CASE("top-k gate: parameters have their names and shapes", "[routing][gate]") {
   const auto names_of = [](const TopKGate<float>& gate) {
     std::vector<std::string> names;
@@ -749,9 +672,8 @@ TEST_CASE("top-k gate: parameters have their names and shapes", "[routing][gate]
   };
   CHECK(names_of(TopKGate<float>({.width = 3, .experts = 5, .top_k = 2}, 0)) ==
         std::vector<std::string>{"weight"});
-  CHECK(names_of(TopKGate<float>(
-            {.width = 3, .experts = 5, .top_k = 2, .selection_bias = true}, 0)) ==
-        std::vector<std::string>{"weight", "selection_bias"});
+  CHECK(names_of(TopKGate<float>({.width = 3, .experts = 5, .top_k = 2, .selection_bias = true},
+                                 0)) == std::vector<std::string>{"weight", "selection_bias"});
 }
 
 TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers",
@@ -820,38 +742,19 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
   }
 }
 
-TEST_CASE("top-k gate: a bad input is refused and changes nothing", "[routing][gate]") {
+TEST_CASE("top-k gate: the tape of a gate of another shape or with other losses is refused",
+          "[routing][gate]") {
   TopKGate<double> gate(everything(), 1);
   Tape<double> tape;
   const Matrix<double> x = random_matrix(6, 5, 2);
-  const char* const untrained =
-      "moe: TopKGate::backward without a forward pass on this tape";
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(12, 0.5), tape), untrained);
-  gate.forward(random_matrix(6, 5, 2), tape, {.step = 0});
-  gate.evaluate(random_matrix(6, 5, 3), tape);
-  CHECK_THROWS_WITH(test::gate_dx(gate, x, std::vector<double>(12, 0.5), tape), untrained);
-
-  gate.forward(random_matrix(6, 5, 2), tape, {.step = 0});
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
-  const Tape<double> before = tape;
-  const char* const wide = "moe: TopKGate: x has 4 columns, Config.width = 5";
-  CHECK_THROWS_WITH(gate.forward(random_matrix(6, 4, 2), tape, {.step = 0}), wide);
-  CHECK_THROWS_WITH(gate.evaluate(random_matrix(6, 4, 2), tape), wide);
-  CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
-                    "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
-  CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(13, 0.5), tape),
-                  std::invalid_argument);
-  CHECK(same_bits(tape.router.scores, before.router.scores));
-  CHECK(tape.routing.weight == before.routing.weight);
-  CHECK(parameter(gate, "weight").gradient().cwiseAbs().maxCoeff() == 0);
-
-  // Tapes of gates of other shapes or losses.
   const auto refuse = [&](auto&& change) {
     Config config = everything();
     change(config);
     TopKGate<double> other(config, 1);
     CHECK_THROWS_AS(test::gate_dx(other, x, dweight, tape), std::invalid_argument);
-    CHECK(parameter(other, "weight").gradient().cwiseAbs().maxCoeff() == 0);
+    CHECK(test::has_zero_gradients(other));
   };
   refuse([](Config& c) { c.width = 4; });
   refuse([](Config& c) { c.experts = 24; });
@@ -868,9 +771,15 @@ TEST_CASE("top-k gate: a bad input is refused and changes nothing", "[routing][g
   other.forward(random_matrix(6, 5, 2), others, {.step = 0});
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(others.routing.weight.size()), others),
                   std::invalid_argument);
+}
 
-  CHECK_NOTHROW(test::gate_dx(gate, x, dweight, tape));  // the tape is as good as before
-  // Served rows need not come in whole sequences; then their loss is left out.
-  Tape<double> served;
-  CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), served));
+TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served without their loss",
+          "[routing][gate]") {
+  const TopKGate<double> gate(everything(), 1);
+  Tape<double> tape;
+  CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
+                    "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
+  CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape));
+  CHECK(tape.balance.losses.sequence == 0);
+  CHECK(tape.balance.losses.switch_loss > 0);
 }

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../gates/laws.hpp"
+#include "../gates/law_runs.hpp"
 
 // A layer's passes with padding, loss_scale and new loss weights: the layer's share of what
 // tests/gates/*laws_test.cpp say of gates.
