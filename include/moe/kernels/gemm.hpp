@@ -198,6 +198,18 @@ void gemm(const GemmTN<Scalar>& product) {
 
 }  // namespace moe::detail
 
+namespace moe {
+
+// For those who write gates and networks: `gemm(moe::GemmNN<float>{.a = x, .b = weight, .c = y})`.
+using detail::gemm;
+using detail::gemm_serial;
+using detail::GemmNN;
+using detail::GemmNT;
+using detail::GemmTN;
+using detail::Start;
+
+}  // namespace moe
+
 #if defined(__GNUC__)
 #pragma GCC diagnostic pop
 #endif
