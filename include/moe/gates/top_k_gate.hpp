@@ -108,11 +108,13 @@ class TopKGate {
   /// jitter and second choices. Throws std::invalid_argument when x is not D wide, the pass does not
   /// fit it, or T is not a multiple of Config.sequences while sequences have a loss. O(T·D·E).
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    const Index rows = pass.batch != nullptr ? pass.batch->rows() : x.rows();
+    detail::check_gate_input(*this, "TopKGate", x);
+    detail::require(config_.sequence_loss_weight == 0 || rows % config_.sequences == 0,
+                    "TopKGate: x has ", rows,
+                    " rows, not a multiple of Config.sequences = ", config_.sequences);
     detail::begin_forward(*this, "TopKGate", x, pass, noise_columns(), tape);
     const detail::ValidTokens& tokens = tape.tokens;
-    detail::require(config_.sequence_loss_weight == 0 || tokens.batch_rows % config_.sequences == 0,
-                    "TopKGate: x has ", tokens.batch_rows,
-                    " rows, not a multiple of Config.sequences = ", config_.sequences);
     const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
     if (config_.jitter > 0) {
       detail::jitter_input(config_.jitter, jitter_seed_, noise, tokens, x, tape.jitter,
