@@ -97,20 +97,20 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
     }
   }
 
-  void set_loss_weights(const LossWeights& weights)
-    requires requires(RoutedGate& gate) { gate.set_loss_weights(weights); }
-  {
+  template <class G = RoutedGate>
+  requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
+  void set_loss_weights(const LossWeights& weights) {
     routed_.set_loss_weights(weights);
   }
   /// The wrapped gate's, by its part of the tape or the load.
-  void update_selection_bias(const Tape& tape)
-    requires requires(RoutedGate& gate) { gate.update_selection_bias(tape.routed); }
-  {
+  template <class G = RoutedGate>
+  requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
+  void update_selection_bias(const Tape& tape) {
     routed_.update_selection_bias(tape.routed);
   }
-  void update_selection_bias(const Vector<Scalar>& load)
-    requires requires(RoutedGate& gate) { gate.update_selection_bias(load); }
-  {
+  template <class G = RoutedGate>
+  requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
+  void update_selection_bias(const Vector<Scalar>& load) {
     routed_.update_selection_bias(load);
   }
 

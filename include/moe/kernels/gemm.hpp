@@ -23,10 +23,7 @@
 /// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
 /// threads. Nothing allocates and nothing throws.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -210,6 +207,4 @@ using detail::Start;
 
 }  // namespace moe
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

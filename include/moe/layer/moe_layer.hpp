@@ -235,22 +235,22 @@ class MoELayer {
 
   /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws
   /// std::invalid_argument for one out of range.
-  void set_loss_weights(const LossWeights& weights)
-    requires requires(Gate& gate) { gate.set_loss_weights(weights); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
+  void set_loss_weights(const LossWeights& weights) {
     gate_.set_loss_weights(weights);
   }
 
   /// What a gate with a selection bias does after each update, see TopKGate::update_selection_bias():
   /// by one training pass, or by the load (E) of all passes of the update.
-  void update_selection_bias(const Tape& tape)
-    requires requires(Gate& gate) { gate.update_selection_bias(tape.gate); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
+  void update_selection_bias(const Tape& tape) {
     gate_.update_selection_bias(tape.gate);
   }
-  void update_selection_bias(const Vector<Scalar>& load)
-    requires requires(Gate& gate) { gate.update_selection_bias(load); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
+  void update_selection_bias(const Vector<Scalar>& load) {
     gate_.update_selection_bias(load);
   }
 
