@@ -29,7 +29,7 @@ void check_gradients(const ExpertChoiceGate<double>::Config& config, Index token
   for (std::uint64_t seed = 1; !clear && seed < 500; ++seed) {
     test::randomize(gate, seed, weights);
     x = random_matrix(tokens, config.width, seed, inputs);
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     clear = config.experts == 1 ||
             test::column_margin(tape.p, capacity(config, tokens)) > 4e-3 * std::min(1.0, scale);
   }
@@ -97,7 +97,7 @@ TEMPLATE_TEST_CASE("expert choice gate: three tokens and two experts worked by h
   // c = (0, x)·ln 2: p = (1, 1)/2, (1, 2)/3, (1, 4)/5. C = ⌊1.4·3/2⌋ = 2: expert 0 takes tokens 0
   // and 1, expert 1 takes 1 and 2.
   typename ExpertChoiceGate<S>::Tape tape;
-  const Routing<S>& routing = gate.forward(Matrix<S>{{0}, {1}, {2}}, tape);
+  const Routing<S>& routing = gate.forward(Matrix<S>{{0}, {1}, {2}}, tape, {.step = 0});
   CHECK(routing.token_offsets == Indices{0, 1, 3, 4});
   CHECK(routing.expert == Indices{0, 0, 1, 1});
   const std::vector<double> weights = {1.0 / 2, 1.0 / 3, 2.0 / 3, 4.0 / 5};
@@ -132,7 +132,7 @@ TEST_CASE("expert choice gate: every expert gets exactly C tokens for any shape"
     const ExpertChoiceGate<double> gate(config, seed);
     ExpertChoiceGate<double>::Tape tape;
     const Matrix<double> x = random_matrix(tokens, 3, seed);
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     test::check_routing(tape.routing, tokens, experts);
     for (const Index count : tape.balance.tokens_per_expert) {
       REQUIRE(count == capacity(config, tokens));
@@ -184,7 +184,8 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
           ExpertChoiceGate<float> gate({.width = 3, .experts = experts, .capacity_factor = factor},
                                        0);
           ExpertChoiceGate<float>::Tape tape;
-          const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape).slots();
+          const Index slots =
+              gate.forward(random_matrix<float>(tokens, 3, 1), tape, {.step = 0}).slots();
           CHECK(slots == (factor > 0.5 ? experts * tokens
                                        : experts * std::max<Index>(1, tokens / (2 * experts))));
           const std::vector<float> ones(detail::to_size(slots), 1.0f);
@@ -196,7 +197,7 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
   SECTION("131,072 experts and one token") {
     ExpertChoiceGate<float> gate({.width = 2, .experts = 131072}, 0);
     ExpertChoiceGate<float>::Tape tape;
-    CHECK(gate.forward(random_matrix<float>(1, 2, 1), tape).slots() == 131072);
+    CHECK(gate.forward(random_matrix<float>(1, 2, 1), tape, {.step = 0}).slots() == 131072);
     const std::vector<float> ones(131072, 1.0f);
     CHECK(test::gate_dx(gate, random_matrix<float>(1, 2, 1), ones, tape).allFinite());
   }
@@ -259,7 +260,7 @@ TEST_CASE("expert choice gate: the tape of a gate of another shape is refused", 
   ExpertChoiceGate<double> gate({.width = 3, .experts = 5}, 1);
   ExpertChoiceGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(10, 3, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(20, 0.5);
   const std::string foreign =
       "moe: ExpertChoiceGate::backward: the tape is another gate's, of 5 experts and 20 slots of "

@@ -154,12 +154,12 @@ class MoELayer {
   /// std::invalid_argument when x is not D wide or another part of tape.x, when the pass does not fit
   /// it, and when a gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    tape.trained = false;
     const auto batch = policy_.begin("MoELayer::forward", pass, x.rows(), tape.exchange, [&] {
       check_structure();
       detail::check_layer_width<Scalar>(x, "x", config_.width);
       detail::check_pass("MoELayer", pass, x.rows());
     });
+    tape.trained = false;
     policy_.route(tape.dispatch, tape.exchange, [&] {
       detail::copy_matrix(x, tape.x);
       gate_.forward(tape.x, tape.gate, batch.pass());
@@ -199,7 +199,6 @@ class MoELayer {
   /// when x is not D wide, the pass does not fit it, or x is this tape's own y or a part of it.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                  const EvaluationPass& pass = {}) const {
-    tape.trained = false;
     const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
     const auto batch = policy_.begin("MoELayer::evaluate", as_pass, x.rows(), tape.exchange, [&] {
       check_structure();
@@ -207,6 +206,7 @@ class MoELayer {
       detail::check_pass("MoELayer", as_pass, x.rows());
       detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
     });
+    tape.trained = false;
     policy_.route(tape.dispatch, tape.exchange, [&] {
       gate_.evaluate(x, tape.gate,
                      EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
@@ -235,22 +235,22 @@ class MoELayer {
 
   /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws
   /// std::invalid_argument for one out of range.
-  void set_loss_weights(const LossWeights& weights)
-    requires requires(Gate& gate) { gate.set_loss_weights(weights); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
+  void set_loss_weights(const LossWeights& weights) {
     gate_.set_loss_weights(weights);
   }
 
   /// What a gate with a selection bias does after each update, see TopKGate::update_selection_bias():
   /// by one training pass, or by the load (E) of all passes of the update.
-  void update_selection_bias(const Tape& tape)
-    requires requires(Gate& gate) { gate.update_selection_bias(tape.gate); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
+  void update_selection_bias(const Tape& tape) {
     gate_.update_selection_bias(tape.gate);
   }
-  void update_selection_bias(const Vector<Scalar>& load)
-    requires requires(Gate& gate) { gate.update_selection_bias(load); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
+  void update_selection_bias(const Vector<Scalar>& load) {
     gate_.update_selection_bias(load);
   }
 
