@@ -58,9 +58,35 @@ TEMPLATE_LIST_TEST_CASE("gates: a tape without a forward pass is refused", "[gat
   CHECK_NOTHROW(gate.check_tape(tape));
   gate.evaluate(random_rows<TestType>(12, 3), tape);  // leaves what backward() would mix up
   refuse();
-  gate.forward(x, tape, {.step = 0});
-  CHECK_THROWS_AS(gate.forward(x, tape, {.step = 0, .loss_scale = -1}), std::invalid_argument);
-  CHECK_NOTHROW(gate.forward(x, tape, {.step = 0}));
+}
+
+TEMPLATE_LIST_TEST_CASE("gates: a refused pass leaves the tape as good as it was", "[gate][laws]",
+                        test::GateLaws) {
+  using Scalar = typename TestType::Scalar;
+  const Matrix<Scalar> x = random_rows<TestType>();
+  const Matrix<Scalar> wide = test::random_matrix<Scalar>(12, 6, 2);
+  const std::vector<std::uint8_t> wrong(11, 0);
+  const std::vector<double> noise(1, 0.5);
+  GateRun<TestType> expected(make_gate<TestType>(), x, random_dweight<TestType>(),
+                             {.step = 3, .loss_scale = 0.5});
+  auto gate = make_gate<TestType>();
+  typename TestType::Tape tape;
+  gate.forward(x, tape, {.step = 3, .loss_scale = 0.5});
+  const auto check = [&](auto&& pass) {
+    CHECK_THROWS_AS(pass(), std::invalid_argument);
+    CHECK(same_routing(tape.routing, expected.tape.routing));
+    CHECK(same_balance(tape.balance, expected.tape.balance));
+    REQUIRE_NOTHROW(gate.check_tape(tape));
+  };
+  check([&] { gate.forward(wide, tape, {.step = 0}); });
+  check([&] { gate.forward(x, tape, {.step = 0, .valid = wrong}); });
+  check([&] { gate.forward(x, tape, {.step = 0, .loss_scale = -1}); });
+  check([&] { gate.forward(x, tape, {.step = 0, .noise = noise}); });
+  check([&] { gate.evaluate(wide, tape); });
+  check([&] { gate.evaluate(x, tape, {.valid = wrong}); });
+  const auto dweight = test::dweight_of(tape.routing, random_dweight<TestType>());
+  CHECK(same_bits(test::gate_dx(gate, x, dweight, tape), expected.dx));
+  CHECK(same_bits(test::gradients_of(gate), test::gradients_of(expected.gate)));
 }
 
 TEMPLATE_LIST_TEST_CASE("gates: a bad input is refused and changes nothing", "[gate][laws]",

@@ -188,6 +188,7 @@ class GateBase {
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                   const EvaluationPass& pass = {}) const {
     check_gate_input(self(), Derived::name, x);
+    check_valid(Derived::name, pass.valid, x.rows());
     tape.trained = false;
     tape.loss_scale = 1;
     find_valid_tokens(Derived::name, x.rows(), pass.valid, pass.batch, tape.tokens);

@@ -82,11 +82,17 @@ struct ValidTokens {
   }
 };
 
-/// Throws std::invalid_argument, `name` being the gate's, where the flags are not one a row.
-inline void find_valid_tokens(const char* name, Index rows, std::span<const std::uint8_t> valid,
-                              const SharedBatch* batch, ValidTokens& tokens) {
+/// Throws std::invalid_argument, `name` being the gate's or the layer's, where the flags are not one
+/// a row.
+inline void check_valid(const char* name, std::span<const std::uint8_t> valid, Index rows) {
   require(valid.empty() || static_cast<Index>(valid.size()) == rows, name, ": Pass.valid has ",
           valid.size(), " entries, x has ", rows, " rows");
+}
+
+/// Throws as check_valid() does, before `tokens` is changed.
+inline void find_valid_tokens(const char* name, Index rows, std::span<const std::uint8_t> valid,
+                              const SharedBatch* batch, ValidTokens& tokens) {
+  check_valid(name, valid, rows);
   tokens.rows = rows;
   tokens.count = rows;
   for (const std::uint8_t flag : valid) tokens.count -= flag == 0 ? 1 : 0;
@@ -122,8 +128,7 @@ void insert_padding(const ValidTokens& tokens, Routing<Scalar>& routing) {
 inline void check_pass(const char* name, const Pass& pass, Index rows) {
   require(std::isfinite(pass.loss_scale) && pass.loss_scale >= 0, name,
           ": Pass.loss_scale = ", pass.loss_scale, ", must be finite and at least 0");
-  require(pass.valid.empty() || static_cast<Index>(pass.valid.size()) == rows, name,
-          ": Pass.valid has ", pass.valid.size(), " entries, x has ", rows, " rows");
+  check_valid(name, pass.valid, rows);
 }
 inline void check_noise(const char* name, const Pass& pass, Index rows, Index noise_columns) {
   require(pass.noise.empty() || static_cast<Index>(pass.noise.size()) == rows * noise_columns, name,
