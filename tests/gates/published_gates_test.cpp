@@ -1,110 +1,7 @@
-#include <map>
-#include <utility>
-
-#include "../support.hpp"
-#include "moe/gates/top_k_gate.hpp"
-
-/// \file
-/// One test for each model in docs/gates.md: its routing, a scalar at a time from its own paper or
-/// published code, against TopKGate with the options of the table. It shares nothing with the
-/// library but W_g, the selection bias and the random numbers.
+#include "published_gates.hpp"
 
 using namespace moe;
-using test::random_matrix;
-using Row = std::vector<double>;
-using Slots = std::map<std::pair<Index, Index>, double>;  ///< weight by (token, expert)
-
-namespace {
-
-std::size_t at(Index i) { return static_cast<std::size_t>(i); }
-
-Matrix<double>& parameter(TopKGate<double>& gate, const std::string& wanted) {
-  Matrix<double>* found = nullptr;
-  for_each_parameter(gate, [&](const std::string& name, Parameter<double>& p) {
-    if (name == wanted) found = &p.value;
-  });
-  REQUIRE(found != nullptr);
-  return *found;
-}
-
-/// A gate with weights large enough for logits of size 1, and what one pass of it was.
-struct Case {
-  TopKGate<double> gate;
-  TopKGate<double>::Tape tape;
-  Matrix<double> x;
-  Pass key{.step = 0};
-
-  Case(const TopKConfig& config, Index tokens, std::uint64_t seed) : gate(config, seed) {
-    fill_normal(parameter(gate, "weight"), 0.6, seed);
-    x = random_matrix(tokens, config.width, seed + 100);
-    key.step = seed;
-  }
-
-  /// The logits of each token, of x or of what is given.
-  std::vector<Row> logits(const Matrix<double>& input) {
-    const Matrix<double>& w = parameter(gate, "weight");
-    std::vector<Row> c;
-    for (Index t = 0; t < input.rows(); ++t) {
-      Row row(at(w.cols()), 0.0);
-      for (Index i = 0; i < w.cols(); ++i) {
-        for (Index d = 0; d < w.rows(); ++d) row[at(i)] += input(t, d) * w(d, i);
-      }
-      c.push_back(row);
-    }
-    return c;
-  }
-
-  void check(const Routing<double>& routing, const Slots& expected, double loss) const {
-    REQUIRE(routing.slots() == static_cast<Index>(expected.size()));
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      for (Index s = routing.token_offsets[at(t)]; s < routing.token_offsets[at(t) + 1]; ++s) {
-        const auto found = expected.find({t, routing.expert[at(s)]});
-        REQUIRE(found != expected.end());
-        CHECK_THAT(routing.weight[at(s)], Catch::Matchers::WithinRel(found->second, 1e-12));
-      }
-    }
-    CHECK_THAT(tape.balance.loss, Catch::Matchers::WithinRel(loss, 1e-12));
-  }
-};
-
-Row softmax(const Row& c) {
-  double sum = 0;
-  for (const double v : c) sum += std::exp(v);
-  Row p;
-  for (const double v : c) p.push_back(std::exp(v) / sum);
-  return p;
-}
-
-/// The k largest, the largest first, by looking through the row k times.
-std::vector<Index> top(const Row& row, Index k) {
-  std::vector<Index> found;
-  while (static_cast<Index>(found.size()) < k) {
-    Index best = -1;
-    for (Index i = 0; i < static_cast<Index>(row.size()); ++i) {
-      if (std::find(found.begin(), found.end(), i) != found.end()) continue;
-      if (best < 0 || row[at(i)] > row[at(best)]) best = i;
-    }
-    found.push_back(best);
-  }
-  return found;
-}
-
-/// Σ_i (how often i is among the choices) · (mean of p_i), without any factor.
-double count_times_mean(const std::vector<std::vector<Index>>& choices, const std::vector<Row>& p) {
-  double sum = 0;
-  for (std::size_t i = 0; i < p[0].size(); ++i) {
-    double count = 0;
-    double mean = 0;
-    for (std::size_t t = 0; t < p.size(); ++t) {
-      for (const Index e : choices[t]) count += at(e) == i ? 1 : 0;
-      mean += p[t][i] / static_cast<double>(p.size());
-    }
-    sum += count * mean;
-  }
-  return sum;
-}
-
-}  // namespace
+using namespace moe::test::published;
 
 TEST_CASE("published gates: Switch Transformer", "[routing][gate]") {
   Index dropped = 0;
@@ -230,17 +127,17 @@ TEST_CASE("published gates: Mixtral", "[routing][gate]") {
   for (const bool as_in_paper : {false, true}) {
     for (std::uint64_t seed = 1; seed <= 4; ++seed) {
       Case c(as_in_paper ? TopKConfig{.width = 5,
-                                             .experts = 8,
-                                             .top_k = 2,
-                                             .score = Score::softmax_of_chosen,
-                                             .switch_loss_weight = 0.02,
-                                             .switch_count = SwitchCount::per_token}
+                                      .experts = 8,
+                                      .top_k = 2,
+                                      .score = Score::softmax_of_chosen,
+                                      .switch_loss_weight = 0.02,
+                                      .switch_count = SwitchCount::per_token}
                          : TopKConfig{.width = 5,
-                                             .experts = 8,
-                                             .top_k = 2,
-                                             .renormalise = true,
-                                             .switch_loss_weight = 0.02,
-                                             .switch_count = SwitchCount::per_token},
+                                      .experts = 8,
+                                      .top_k = 2,
+                                      .renormalise = true,
+                                      .switch_loss_weight = 0.02,
+                                      .switch_count = SwitchCount::per_token},
              12, seed);
       const auto& routing = c.gate.forward(c.x, c.tape, c.key);
       Slots slots;
@@ -318,132 +215,6 @@ TEST_CASE("published gates: Qwen3-MoE", "[routing][gate]") {
                .switch_loss_weight = 0.001,
                .switch_count = SwitchCount::per_token},
               0.001 * 128 / 12, 0);
-}
-
-TEST_CASE("published gates: DeepSeek-V2", "[routing][gate]") {
-  Index limited = 0;
-  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
-    Case c({.width = 5,
-            .experts = 160,
-            .top_k = 6,
-            .scale = 16,
-            .groups = 8,
-            .top_k_groups = 3,
-            .sequence_loss_weight = 0.001,
-            .sequences = 3,
-            .row_order = RowOrder::sequence_major},
-           12, seed);
-    const auto& routing = c.gate.forward(c.x, c.tape, c.key);
-    Slots slots;
-    std::vector<Row> p;
-    std::vector<std::vector<Index>> choices;
-    for (const Row& row : c.logits(c.x)) {
-      p.push_back(softmax(row));
-      Row best(8, 0);
-      for (std::size_t i = 0; i < 160; ++i) best[i / 20] = std::max(best[i / 20], p.back()[i]);
-      const auto groups = top(best, 3);
-      Row masked(160, 0);
-      for (const Index g : groups) {
-        for (std::size_t i = 20 * at(g); i < 20 * at(g) + 20; ++i) masked[i] = p.back()[i];
-      }
-      choices.push_back(top(masked, 6));
-      limited += choices.back() != top(p.back(), 6);
-      for (const Index e : choices.back()) {
-        slots[{static_cast<Index>(p.size()) - 1, e}] = 16 * p.back()[at(e)];
-      }
-    }
-    // α·Σ f_i·P_i with f_i = N/(K·T)·count, by sequence of 4 tokens, then the mean over sequences.
-    double loss = 0;
-    for (std::ptrdiff_t s = 0; s < 3; ++s) {
-      const std::vector<std::vector<Index>> chosen(choices.begin() + 4 * s,
-                                                   choices.begin() + 4 * s + 4);
-      const std::vector<Row> probabilities(p.begin() + 4 * s, p.begin() + 4 * s + 4);
-      loss += 0.001 * 160 / (6 * 4) * count_times_mean(chosen, probabilities) / 3;
-    }
-    c.check(routing, slots, loss);
-  }
-  CHECK(limited > 10);
-}
-
-TEST_CASE("published gates: DeepSeek-V3", "[routing][gate]") {
-  Index limited = 0;
-  Index biased = 0;
-  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
-    Case c({.width = 5,
-            .experts = 256,
-            .top_k = 8,
-            .score = Score::sigmoid,
-            .renormalise = true,
-            .scale = 2.5,
-            .groups = 8,
-            .top_k_groups = 4,
-            .group_score = GroupScore::two_best,
-            .selection_bias = true,
-            .bias_rate = 0.001,
-            .sequence_loss_weight = 0.0001,
-            .sequences = 3},
-           12, seed);
-    fill_normal(parameter(c.gate, "selection_bias"), 0.05, seed);
-    Matrix<double>& bias = parameter(c.gate, "selection_bias");
-    const auto& routing = c.gate.forward(c.x, c.tape, c.key);
-    Slots slots;
-    std::vector<Row> normalised;
-    std::vector<std::vector<Index>> choices;
-    Row load(256, 0);
-    for (const Row& row : c.logits(c.x)) {
-      Row s;
-      Row for_choice;
-      double all = 0;
-      for (std::size_t i = 0; i < 256; ++i) {
-        s.push_back(1 / (1 + std::exp(-row[i])));
-        for_choice.push_back(s[i] + bias(0, static_cast<Index>(i)));
-        all += s[i];
-      }
-      Row group(8, 0);
-      for (Index g = 0; g < 8; ++g) {
-        const Row members(for_choice.begin() + 32 * g, for_choice.begin() + 32 * g + 32);
-        const auto two = top(members, 2);
-        group[at(g)] = members[at(two[0])] + members[at(two[1])];
-      }
-      Row masked(256, -1e300);
-      for (const Index g : top(group, 4)) {
-        for (std::size_t i = 32 * at(g); i < 32 * at(g) + 32; ++i) masked[i] = for_choice[i];
-      }
-      choices.push_back(top(masked, 8));
-      limited += choices.back() != top(for_choice, 8);
-      biased += choices.back() != top(s, 8);
-      double chosen = 1e-20;
-      for (const Index e : choices.back()) chosen += s[at(e)];
-      for (const Index e : choices.back()) {
-        slots[{static_cast<Index>(choices.size()) - 1, e}] = s[at(e)] / chosen * 2.5;
-        load[at(e)] += 1;
-      }
-      for (double& v : s) v /= all;
-      normalised.push_back(s);
-    }
-    // Time-major: sequence s is rows s, s + 3, s + 6, s + 9.
-    double loss = 0;
-    for (std::size_t s = 0; s < 3; ++s) {
-      std::vector<std::vector<Index>> chosen;
-      std::vector<Row> p;
-      for (std::size_t t = s; t < 12; t += 3) {
-        chosen.push_back(choices[t]);
-        p.push_back(normalised[t]);
-      }
-      loss += 0.0001 * 256 / (8 * 4) * count_times_mean(chosen, p) / 3;
-    }
-    c.check(routing, slots, loss);
-
-    const Matrix<double> before = bias;
-    c.gate.update_selection_bias(c.tape);
-    for (Index i = 0; i < 256; ++i) {
-      const double error = 12.0 * 8 / 256 - load[at(i)];
-      const double expected = before(0, i) + (error > 0 ? 0.001 : error < 0 ? -0.001 : 0);
-      CHECK(std::abs(bias(0, i) - expected) < 1e-15);
-    }
-  }
-  CHECK(limited > 10);
-  CHECK(biased > 10);
 }
 
 TEST_CASE("published gates: two tokens of each score worked by hand", "[routing][gate]") {

@@ -1,0 +1,120 @@
+#include "../naive_layer.hpp"
+#include "gates.hpp"
+#include "moe/gates/top_k_gate.hpp"
+#include "top_k.hpp"
+
+using namespace moe;
+using test::everything;
+using test::random_matrix;
+using test::all_scores;
+using Config = TopKConfig;
+template <class Scalar>
+using Tape = typename TopKGate<Scalar>::Tape;
+
+TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers",
+          "[routing][gate]") {
+  const auto refuse = [](auto&& spoil, const std::string& message) {
+    Config config{.width = 4, .experts = 6, .top_k = 2, .groups = 3, .top_k_groups = 2};
+    CHECK_NOTHROW(TopKGate<float>(config, 0));
+    spoil(config);
+    CHECK_THROWS_AS(TopKGate<float>(config, 0), std::invalid_argument);
+    CHECK_THROWS_WITH(TopKGate<float>(config, 0), "moe: TopKGate::Config." + message);
+  };
+  refuse([](Config& c) { c.width = 0; }, "width = 0, must be at least 1");
+  refuse([](Config& c) { c.experts = 0; }, "experts = 0, must be at least 1");
+  refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.top_k = 5; }, "top_k = 5, but top_k_groups = 2 hold 4 experts");
+  refuse([](Config& c) { c.score = static_cast<Score>(3); },
+         "score = 3, must be one of the 3 scores");
+  refuse([](Config& c) { c.scale = 0; }, "scale = 0, must be finite and above 0");
+  refuse([](Config& c) { c.scale = std::nan(""); }, "scale = nan, must be finite and above 0");
+  for (const double scale : {1e300, 1e-300}) {  // infinite or zero in float
+    refuse([=](Config& c) { c.scale = scale; },
+           scale > 1 ? "scale = 1e+300, must be finite and above 0 as a Scalar"
+                     : "scale = 1e-300, must be finite and above 0 as a Scalar");
+    CHECK_NOTHROW(
+        TopKGate<double>(Config{.width = 4, .experts = 6, .top_k = 2, .scale = scale}, 0));
+  }
+  refuse([](Config& c) { c.groups = 0; }, "groups = 0, must divide experts = 6");
+  refuse([](Config& c) { c.groups = 4; }, "groups = 4, must divide experts = 6");
+  refuse([](Config& c) { c.top_k_groups = 0; }, "top_k_groups = 0, must be from 1 to groups = 3");
+  refuse([](Config& c) { c.top_k_groups = 4; }, "top_k_groups = 4, must be from 1 to groups = 3");
+  refuse([](Config& c) { c.group_score = static_cast<GroupScore>(-1); },
+         "group_score = -1, must be one of the 2 scores of groups");
+  refuse([](Config& c) { c.jitter = 1; }, "jitter = 1, must be in [0, 1)");
+  refuse([](Config& c) { c.jitter = -0.1; }, "jitter = -0.1, must be in [0, 1)");
+  refuse([](Config& c) { c.jitter = std::nan(""); }, "jitter = nan, must be in [0, 1)");
+  refuse(
+      [](Config& c) {
+        c.random_second = true;
+        c.top_k = 3;
+      },
+      "random_second with top_k = 3, must be 2");
+  refuse([](Config& c) { c.place_order = static_cast<PlaceOrder>(3); },
+         "place_order = 3, must be one of the 3 orders");
+  refuse([](Config& c) { c.switch_count = static_cast<SwitchCount>(3); },
+         "switch_count = 3, must be one of the 3 counts");
+  refuse([](Config& c) { c.sequences = 0; }, "sequences = 0, must be at least 1");
+  refuse([](Config& c) { c.row_order = static_cast<RowOrder>(2); },
+         "row_order = 2, must be one of the 2 orders");
+  const std::pair<const char*, double Config::*> weights[] = {
+      {"bias_rate", &Config::bias_rate},
+      {"capacity_factor", &Config::capacity_factor},
+      {"evaluation_capacity_factor", &Config::evaluation_capacity_factor},
+      {"switch_loss_weight", &Config::switch_loss_weight},
+      {"sequence_loss_weight", &Config::sequence_loss_weight},
+      {"z_loss_weight", &Config::z_loss_weight},
+      {"init_stddev", &Config::init_stddev}};
+  for (const auto& [name, field] : weights) {
+    const auto member = field;
+    refuse([&](Config& c) { c.*member = -0.5; },
+           std::string(name) + " = -0.5, must be finite and at least 0");
+    refuse([&](Config& c) { c.*member = std::nan(""); },
+           std::string(name) + " = nan, must be finite and at least 0");
+    refuse([&](Config& c) { c.*member = std::numeric_limits<double>::infinity(); },
+           std::string(name) + " = inf, must be finite and at least 0");
+  }
+}
+
+TEST_CASE("top-k gate: the tape of a gate of another shape or with other losses is refused",
+          "[routing][gate]") {
+  TopKGate<double> gate(everything(), 1);
+  Tape<double> tape;
+  const Matrix<double> x = random_matrix(6, 5, 2);
+  gate.forward(x, tape, {.step = 0});
+  const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
+  const auto refuse = [&](auto&& change) {
+    Config config = everything();
+    change(config);
+    TopKGate<double> other(config, 1);
+    CHECK_THROWS_AS(test::gate_dx(other, x, dweight, tape), std::invalid_argument);
+    CHECK(test::has_zero_gradients(other));
+  };
+  refuse([](Config& c) { c.width = 4; });
+  refuse([](Config& c) { c.experts = 24; });
+  refuse([](Config& c) {
+    c.top_k = 1;
+    c.random_second = false;
+  });
+  refuse([](Config& c) { c.sequences = 3; });
+  refuse([](Config& c) { c.jitter = 0; });  // the tape's W_g met another x
+  Config plain = everything();
+  plain.jitter = plain.switch_loss_weight = plain.sequence_loss_weight = 0;
+  TopKGate<double> other(plain, 1);
+  Tape<double> others;
+  other.forward(random_matrix(6, 5, 2), others, {.step = 0});
+  CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(others.routing.weight.size()), others),
+                  std::invalid_argument);
+}
+
+TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served without their loss",
+          "[routing][gate]") {
+  const TopKGate<double> gate(everything(), 1);
+  Tape<double> tape;
+  CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
+                    "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
+  CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape));
+  CHECK(tape.balance.losses.sequence == 0);
+  CHECK(tape.balance.losses.switch_loss > 0);
+}
