@@ -279,7 +279,7 @@ TEST_CASE("balanced gate: evaluation goes by the thresholds, whatever the batch"
 
   // A tape that was trained with keeps nothing of it.
   BalancedGate<double>::Tape used;
-  gate.forward(x, used);
+  gate.forward(x, used, {.step = 0});
   REQUIRE(used.balance.loss > 0);
   CHECK(gate.evaluate(x, used).weight == routing.weight);
   CHECK(used.balance.loss == 0);

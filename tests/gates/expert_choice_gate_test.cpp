@@ -101,7 +101,7 @@ TEMPLATE_TEST_CASE("expert choice gate: three tokens and two experts worked by h
   // c = (0, x)·ln 2: p = (1, 1)/2, (1, 2)/3, (1, 4)/5. C = ⌊1.4·3/2⌋ = 2: expert 0 takes tokens 0
   // and 1, expert 1 takes 1 and 2.
   typename ExpertChoiceGate<S>::Tape tape;
-  const Routing<S>& routing = gate.forward(Matrix<S>{{0}, {1}, {2}}, tape);
+  const Routing<S>& routing = gate.forward(Matrix<S>{{0}, {1}, {2}}, tape, {.step = 0});
   CHECK(routing.token_offsets == Indices{0, 1, 3, 4});
   CHECK(routing.expert == Indices{0, 0, 1, 1});
   const std::vector<double> weights = {1.0 / 2, 1.0 / 3, 2.0 / 3, 4.0 / 5};
