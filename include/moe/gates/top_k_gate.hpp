@@ -117,7 +117,9 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     const Index jittered = config_.jitter > 0 ? tokens : 0;
     require(tape.router.logits.cols() == experts() &&
                 static_cast<Index>(tape.choices.expert.size()) == tokens * config_.top_k &&
-                tape.jitter.rows() == jittered,
+                tape.jitter.rows() == jittered &&
+                (tape.loss_weights.sequence == 0 ||
+                 tape.sequence_loss.share().rows() == config_.sequences),
             "TopKGate::backward: the tape is another gate's, of ", tape.router.logits.cols(),
             " experts, ", tape.choices.expert.size(), " choices of ", tokens,
             " tokens and jitter of ", tape.jitter.rows());
