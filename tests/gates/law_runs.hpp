@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -119,6 +120,30 @@ void check_gradients(const Pass& pass, Index rows, const Change& change) {
 template <class Law>
 void check_gradients(const Pass& pass) {
   check_gradients<Law>(pass, 12, [](typename Law::Gate&) {});
+}
+
+using Mask = std::vector<std::uint8_t>;  ///< Pass::valid
+
+/// The valid rows.
+template <class Scalar>
+Matrix<Scalar> compacted(const Matrix<Scalar>& matrix, const Mask& valid) {
+  Matrix<Scalar> rows(std::count_if(valid.begin(), valid.end(), [](auto v) { return v != 0; }),
+                      matrix.cols());
+  Index to = 0;
+  for (Index row = 0; row < matrix.rows(); ++row) {
+    if (valid[detail::to_size(row)] != 0) rows.row(to++) = matrix.row(row);
+  }
+  return rows;
+}
+
+/// NaN and infinity where nobody should read.
+template <class Scalar>
+void spoil_padding(const Mask& valid, Matrix<Scalar>& matrix) {
+  using Limits = std::numeric_limits<Scalar>;
+  const Scalar bad[] = {Limits::quiet_NaN(), Limits::infinity(), -Limits::infinity()};
+  for (Index row = 0; row < matrix.rows(); ++row) {
+    if (valid[detail::to_size(row)] == 0) matrix.row(row).setConstant(bad[row % 3]);
+  }
 }
 
 }  // namespace moe::test

@@ -10,14 +10,7 @@
 // refusal_laws_test.cpp what it refuses.
 
 using namespace moe;
-using test::check_same;
-using test::GateRun;
-using test::make_gate;
-using test::random_dweight;
-using test::random_rows;
-using test::same_balance;
-using test::same_bits;
-using test::same_routing;
+using namespace moe::test;
 
 TEMPLATE_LIST_TEST_CASE("gates: are gates", "[gate][laws]", test::GateLaws) {
   static_assert(Gate<typename TestType::Gate>);

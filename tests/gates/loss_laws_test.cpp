@@ -5,15 +5,7 @@
 // The gates' own losses: Pass::loss_scale and set_loss_weights().
 
 using namespace moe;
-using test::check_same;
-using test::GateRun;
-using test::make_gate;
-using test::random_dweight;
-using test::random_rows;
-using test::same_balance;
-using test::same_bits;
-using test::same_routing;
-using test::tolerance;
+using namespace moe::test;
 
 namespace {
 

@@ -8,19 +8,9 @@
 // What padding means to every gate.
 
 using namespace moe;
-using test::check_same;
-using test::GateRun;
-using test::make_gate;
-using test::random_dweight;
-using test::random_rows;
-using test::same_balance;
-using test::same_bits;
-using test::same_routing;
-using test::tolerance;
+using namespace moe::test;
 
 namespace {
-
-using Mask = std::vector<std::uint8_t>;
 
 /// Several masks of rows in which padding comes first, last, now and then and nearly always; a flag
 /// that is set need not be 1.
@@ -41,17 +31,6 @@ std::vector<Mask> masks(Index rows) {
             return philox({1, 2, 3, 4}, static_cast<std::uint64_t>(i))[0] % 3 > 0;
           }),
           mask([&](Index i) { return i == flags / 2; })};
-}
-
-template <class Scalar>
-Matrix<Scalar> compacted(const Matrix<Scalar>& matrix, const Mask& valid) {
-  Matrix<Scalar> rows(std::count_if(valid.begin(), valid.end(), [](auto v) { return v != 0; }),
-                      matrix.cols());
-  Index to = 0;
-  for (Index row = 0; row < matrix.rows(); ++row) {
-    if (valid[detail::to_size(row)] != 0) rows.row(to++) = matrix.row(row);
-  }
-  return rows;
 }
 
 /// The numbers that the valid rows of a pass over all of x would draw.
@@ -81,15 +60,6 @@ Routing<Scalar> compacted(Routing<Scalar> routing, const Mask& valid) {
   }
   routing.token_offsets = offsets;
   return routing;
-}
-
-template <class Scalar>
-void spoil_padding(const Mask& valid, Matrix<Scalar>& matrix) {
-  using Limits = std::numeric_limits<Scalar>;
-  const Scalar bad[] = {Limits::quiet_NaN(), Limits::infinity(), -Limits::infinity()};
-  for (Index row = 0; row < matrix.rows(); ++row) {
-    if (valid[detail::to_size(row)] == 0) matrix.row(row).setConstant(bad[row % 3]);
-  }
 }
 
 }  // namespace

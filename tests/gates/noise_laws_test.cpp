@@ -3,14 +3,7 @@
 // Pass::noise: numbers that are given instead of drawn.
 
 using namespace moe;
-using test::check_same;
-using test::GateRun;
-using test::make_gate;
-using test::random_dweight;
-using test::random_rows;
-using test::same_balance;
-using test::same_bits;
-using test::same_routing;
+using namespace moe::test;
 
 namespace {
 

@@ -3,14 +3,7 @@
 // What every gate refuses, with which words.
 
 using namespace moe;
-using test::GateRun;
-using test::has_zero_gradients;
-using test::make_gate;
-using test::random_dweight;
-using test::random_rows;
-using test::same_balance;
-using test::same_bits;
-using test::same_routing;
+using namespace moe::test;
 
 namespace {
 

@@ -3,13 +3,10 @@
 
 #include "../gates/law_runs.hpp"
 
-// A layer's passes with padding, loss_scale and new loss weights: the layer's share of what
-// tests/gates/*laws_test.cpp say of gates.
+// Padding in a layer's passes.
 
 using namespace moe;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
+using namespace moe::test;
 
 namespace {
 
@@ -20,8 +17,6 @@ using Laws =
     std::tuple<test::NoisyTopKLaw<float>, test::NoisyTopKLaw<double>, test::SoftmaxLaw<double>,
                test::SigmoidLaw<float>, test::ExpertChoiceLaw<double>,
                test::SharedExpertLaw<test::NoisyTopKLaw<double>, true>>;
-
-using Mask = std::vector<std::uint8_t>;
 
 template <class Law>
 Layer<Law> make_layer(Activation output = Activation::identity) {
@@ -44,23 +39,8 @@ Mask mask_of(Index rows) {
 }
 
 template <class Scalar>
-Matrix<Scalar> compacted(const Matrix<Scalar>& matrix, const Mask& valid) {
-  Matrix<Scalar> rows(std::count_if(valid.begin(), valid.end(), [](auto v) { return v != 0; }),
-                      matrix.cols());
-  Index to = 0;
-  for (Index row = 0; row < matrix.rows(); ++row) {
-    if (valid[detail::to_size(row)] != 0) rows.row(to++) = matrix.row(row);
-  }
-  return rows;
-}
-
-template <class Scalar>
 Matrix<Scalar> with_nan_in_padding(Matrix<Scalar> matrix, const Mask& valid) {
-  using Limits = std::numeric_limits<Scalar>;
-  for (Index row = 0; row < matrix.rows(); ++row) {
-    if (valid[detail::to_size(row)] != 0) continue;
-    matrix.row(row).setConstant(row % 2 == 0 ? Limits::quiet_NaN() : Limits::infinity());
-  }
+  spoil_padding(valid, matrix);
   return matrix;
 }
 
@@ -197,36 +177,6 @@ TEMPLATE_TEST_CASE("layer: gradients of masked passes with loss_scale are deriva
     }
     CHECK(checked);
   }
-}
-
-TEMPLATE_TEST_CASE("layer: new loss weights are those of the passes after", "[layer]",
-                   test::NoisyTopKLaw<double>, test::SoftmaxLaw<double>,
-                   (test::SharedExpertLaw<test::NoisyTopKLaw<double>, true>)) {
-  auto layer = make_layer<TestType>();
-  const Matrix<double> x = random_matrix(12, 5, 1);
-  typename Layer<TestType>::Tape tape;
-  layer.forward(x, tape, {.step = 3});
-  const double before = tape.balance().loss;
-  CHECK(before > 0);
-  auto changed = layer;
-  const Matrix<double> dx = layer.backward(x, tape);
-  changed.set_loss_weights({});
-  CHECK(same_bits(changed.backward(x, tape), dx));  // of the forward pass before
-  changed.forward(x, tape, {.step = 3});
-  CHECK(tape.balance().loss == 0);
-  const auto [name, member] = TestType::loss_weights[0];
-  typename Layer<TestType>::LossWeights weights;
-  weights.*member = std::nan("");
-  CHECK_THROWS_WITH(changed.set_loss_weights(weights), std::string("moe: ") + TestType::loss_name +
-                                                           "::LossWeights." + name +
-                                                           " = nan, must be finite and at least 0");
-  weights.*member = 2;
-  changed.set_loss_weights(weights);
-  changed.forward(x, tape, {.step = 3});
-  CHECK(tape.balance().loss > 0);
-  CHECK(tape.balance().loss == tape.balance().losses.sum());
-  layer.forward(x, tape, {.step = 3});  // the other layer has its own
-  CHECK(tape.balance().loss == before);
 }
 
 namespace {
