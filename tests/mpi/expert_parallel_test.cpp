@@ -17,7 +17,8 @@ namespace {
 template <class Gate, class Scalar = double>
 using Layer = MoELayer<Expert<FeedForward, Scalar>, Gate>;
 
-/// A layer with this gate, on several shares of 13 tokens among the ranks and on none.
+/// A layer with this gate, on several shares of 12 rows among the ranks, with padding and without, and
+/// on none.
 template <class Gate>
 void check_gate(const typename Gate::Config& gate, double scale = 0.5) {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
@@ -26,7 +27,12 @@ void check_gate(const typename Gate::Config& gate, double scale = 0.5) {
                               .gate = gate,
                               .seed = 4},
                              communicator, scale);
-  for (const auto& share : test::ways_to_share(12, communicator.size())) beside.check(share, 1e-12);
+  for (const auto& share : test::ways_to_share(12, communicator.size())) {
+    beside.check(share, 1e-12);
+    for (const auto& valid : test::ways_to_pad(share)) {
+      beside.check(share, 1e-12, {.step = 3, .valid = valid});
+    }
+  }
   beside.check(std::vector<Index>(static_cast<std::size_t>(communicator.size()), 0), 1e-12);
 }
 
@@ -61,7 +67,8 @@ TEST_CASE("expert parallel: equals the layer of one process behind a balanced ga
 TEST_CASE("expert parallel: equals the layer of one process behind a softmax gate", "[mpi]") {
   using Gate = TopKGate<double>;
   check_gate<Gate>({.experts = 5, .top_k = 2, .renormalise = true, .switch_loss_weight = 0.4});
-  check_gate<Gate>({.experts = 5, .top_k = 2, .score = Score::softmax_of_chosen, .z_loss_weight = 0.2});
+  check_gate<Gate>(
+      {.experts = 5, .top_k = 2, .score = Score::softmax_of_chosen, .z_loss_weight = 0.2});
   check_gate<Gate>({.experts = 6,
                     .top_k = 2,
                     .score = Score::sigmoid,
@@ -87,8 +94,11 @@ TEST_CASE("expert parallel: equals the layer of one process behind a softmax gat
                      2.0);
   }
   for (const RowOrder order : {RowOrder::time_major, RowOrder::sequence_major}) {
-    check_gate<Gate>(
-        {.experts = 4, .top_k = 2, .sequence_loss_weight = 0.5, .sequences = 3, .row_order = order});
+    check_gate<Gate>({.experts = 4,
+                      .top_k = 2,
+                      .sequence_loss_weight = 0.5,
+                      .sequences = 3,
+                      .row_order = order});
   }
 }
 
@@ -285,7 +295,9 @@ TEST_CASE("expert parallel: a wrapped gate knows the batch in backward too", "[m
   Beside<Layer<SharedExpertGate<TopKGate<double>>>> beside(
       {.width = 6,
        .expert = {.hidden = 10},
-       .gate = {.shared = 1, .gated = true, .routed = {.experts = 5, .top_k = 2, .z_loss_weight = 0.2}},
+       .gate = {.shared = 1,
+                .gated = true,
+                .routed = {.experts = 5, .top_k = 2, .z_loss_weight = 0.2}},
        .seed = 4},
       communicator);
   for (const auto& s : test::ways_to_share(12, communicator.size())) beside.check(s, 1e-12);
@@ -299,7 +311,8 @@ TEST_CASE("expert parallel: the groups of a hierarchical gate are placed togethe
        .gate = {.groups = 3, .group_experts = 4, .top_k_groups = 2, .top_k = 2},
        .seed = 0},
       communicator);
-  for (int r = 0; r <= communicator.size(); ++r) CHECK(layer.dispatch_policy().placement().first(r) % 4 == 0);
+  for (int r = 0; r <= communicator.size(); ++r)
+    CHECK(layer.dispatch_policy().placement().first(r) % 4 == 0);
 }
 
 // ---- What goes wrong.
@@ -357,12 +370,12 @@ TEST_CASE("expert parallel: a tape's own output as input", "[mpi]") {
     if (message == "none") {
       CHECK(same_bits(result, right));
     } else {
-      CHECK_THAT(message, Catch::Matchers::Contains("ExpertParallel::evaluate"));
+      CHECK_THAT(message, Catch::Matchers::Contains("MoELayer::evaluate"));
     }
     layer.forward(x, tape, {.step = 0});
     const std::string trained = error_of([&] { layer.forward(part(tape), tape, {.step = 0}); });
     if (trained != "none") {
-      CHECK_THAT(trained, Catch::Matchers::Contains("ExpertParallel::forward"));
+      CHECK_THAT(trained, Catch::Matchers::Contains("MoELayer::forward"));
     }
     // y is not written in backward, so it may be dy; dx and what else is written may not.
     layer.forward(x, tape, {.step = 0});
@@ -371,7 +384,7 @@ TEST_CASE("expert parallel: a tape's own output as input", "[mpi]") {
     const Matrix<double> dy = other.y;
     CHECK(same_bits(layer.backward(tape.y, tape), layer.backward(dy, other)));
     const std::string dx = error_of([&] { layer.backward(tape.dx, tape); });
-    CHECK_THAT(dx, Catch::Matchers::Contains("ExpertParallel::backward"));
+    CHECK_THAT(dx, Catch::Matchers::Contains("MoELayer::backward"));
   };
   check([](Small::Tape& tape) -> const Matrix<double>& { return tape.y; }, expected);
   const Matrix<double> bottom = y.bottomRows(4);
@@ -410,7 +423,8 @@ TEST_CASE("expert parallel: bytes beside the rows", "[mpi]") {
   communicator.traffic() = {};
   layer.forward(x, tape, {.step = 0});
   CHECK(communicator.traffic().other_bytes ==
-        8 * tape.exchange.sent.back() + 8 * (4 - static_cast<Index>(layer.experts().size())));
+        8 * tape.exchange.sent.back() + 8 * (4 - static_cast<Index>(layer.experts().size())) +
+            8 * (communicator.size() - 1));  // weights, counts, and flags of failure
 }
 
 TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
@@ -454,7 +468,7 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
   const auto x = random_matrix(5, 6, 1);
   check_error(
       communicator, [&] { layer.forward(x, tape, {.step = odd ? 2u : 1u}); },
-      "key.step is 1 on rank 0 and 2 on rank " + std::to_string(last));
+      "Pass.step is 1 on rank 0 and 2 on rank " + std::to_string(last));
   check_error(
       communicator, [&] { layer.forward(odd ? random_matrix(5, 3, 1) : x, tape, {.step = 0}); },
       "rank " + std::to_string(last) + ": moe: MoELayer: x has 3 columns, Config.width = 6");
@@ -467,8 +481,8 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
           layer.forward(x, tape, {.step = 0});
         }
       },
-      "rank 0 is in \"ExpertParallel::forward\", rank " + std::to_string(last) +
-          " in \"ExpertParallel::evaluate\"");
+      "rank 0 is in \"MoELayer::forward\", rank " + std::to_string(last) +
+          " in \"MoELayer::evaluate\"");
   check_error(
       communicator, [&] { layer.backward(x, tape); },
       "MoELayer::backward without a forward pass on this tape");
@@ -540,8 +554,8 @@ TEST_CASE("expert parallel: a user's network, which throws on one rank", "[mpi]"
       beside.check(share, 1e-12);
     }
   }
-  mpi::ExpertParallel<WearyLayer> layer(
-      {.width = 6, .gate = {.experts = 8, .top_k = 2}, .seed = 4}, communicator);
+  mpi::ExpertParallel<WearyLayer> layer({.width = 6, .gate = {.experts = 8, .top_k = 2}, .seed = 4},
+                                        communicator);
   test::randomize_by_name(layer, 0.5);
   decltype(layer)::Tape tape;
   const auto x = random_matrix(30, 6, 1);
@@ -576,8 +590,7 @@ class Moody : public NoisyTopKGate<double> {
   using NoisyTopKGate<double>::NoisyTopKGate;
   static inline bool throws = false;
 
-  const Routing<double>& forward(const MatrixRef<double>& x, Tape& tape,
-                                 const Pass& pass) const {
+  const Routing<double>& forward(const MatrixRef<double>& x, Tape& tape, const Pass& pass) const {
     NoisyTopKGate<double>::forward(x, tape, pass);
     if (throws) throw std::logic_error("the gate is moody");
     double one = 1;
@@ -653,7 +666,7 @@ TEST_CASE("expert parallel: the first token and the count of facts are compared"
   const auto x = random_matrix(5, 6, 1);
   CHECK(error_of([&] {
           layer.forward(x, tape, {.step = 0, .first_token = odd ? 2u : 1u});
-        }).find("key.first_token is 1 on rank 0 and 2") != std::string::npos);
+        }).find("Pass.first_token is 1 on rank 0 and 2") != std::string::npos);
   CHECK(error_of([&] {
           if (odd) {
             communicator.agree("a call");

@@ -123,6 +123,12 @@ int MPI_Ibcast(void* data, int count, MPI_Datatype type, int root, MPI_Comm comm
                MPI_Request* request) {
   return around([&] { return PMPI_Ibcast(data, count, type, root, comm, request); });
 }
+int MPI_Iallgather(const void* from, int count, MPI_Datatype from_type, void* to, int to_count,
+                   MPI_Datatype to_type, MPI_Comm comm, MPI_Request* request) {
+  return around([&] {
+    return PMPI_Iallgather(from, count, from_type, to, to_count, to_type, comm, request);
+  });
+}
 int MPI_Iallgatherv(const void* from, int count, MPI_Datatype from_type, void* to,
                     const int* counts, const int* offsets, MPI_Datatype to_type, MPI_Comm comm,
                     MPI_Request* request) {

@@ -61,9 +61,9 @@ class RankDispatch {
   struct Tape {
     using Scalar = typename Expert::Scalar;
 
-    RankBatch batch;           ///< how many rows and tokens each rank has
-    std::uint64_t step = 0;    ///< of the pass
-    std::int64_t number = 0;   ///< numbers the passes of a communicator
+    RankBatch batch;          ///< how many rows and tokens each rank has
+    std::uint64_t step = 0;   ///< of the pass
+    std::int64_t number = 0;  ///< numbers the passes of a communicator
 
     // A rank's slots that leave it, L of them, are in the order of the dispatch; those that come to
     // it, N of them, are numbered by rank, and by expert and token in each.
@@ -144,8 +144,7 @@ class RankDispatch {
         {{"Pass.step", static_cast<std::int64_t>(pass.step)},
          {"Pass.first_token", static_cast<std::int64_t>(pass.first_token)},
          {"the layer", number_}},
-        {rows, tokens},
-        [&] {
+        {rows, tokens}, [&] {
           f();
           moe::detail::require(pass.batch == nullptr,
                                "ExpertParallel: Pass.batch is given, and is that of the ranks");
@@ -215,7 +214,7 @@ class RankDispatch {
     std::optional<MatrixRef<Scalar>> dy;
     std::optional<RowExchange> there;
     std::optional<RowExchange> back;
-    communicator_.attempt("ExpertParallel::backward",
+    communicator_.attempt("MoELayer::backward",
                           {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
                            {"the number of rows", tape.batch.rows},
                            {"the pass of the tape", tape.number}},
@@ -253,13 +252,16 @@ class RankDispatch {
   template <class Gate, class Expert, class F>
   void gate_backward(Gate& gate, Tape<Expert>& tape, F&& f) const {
     bool aside = false;
+    const GradientSum::Counts counts = GradientSum::counts_of(gate);
     try {
-      communicator_.attempt("the gate's gradients", [&] {
-        tape.gate_gradients.set_aside(gate);
-        aside = true;
-        f();
-        tape.gate_gradients.pack(gate, communicator_);
-      });
+      communicator_.attempt(
+          "the gate's gradients",
+          {{counts.float_name, counts.floats}, {counts.double_name, counts.doubles}}, [&] {
+            tape.gate_gradients.set_aside(gate);
+            aside = true;
+            f();
+            tape.gate_gradients.pack(gate, communicator_);
+          });
       tape.gate_gradients.sum_packed(gate, communicator_);
     } catch (...) {
       // On the ranks that did not fail too, whose gradients were set aside as well.
@@ -439,14 +441,14 @@ class RankDispatch {
                    const Dispatch<typename Expert::Scalar>& dispatch, Tape<Expert>& tape,
                    RowExchange& exchange) const {
     auto& packed = tape.returned;
-    parallel_for_blocks(
-        packed.rows(), 64, element_work(packed.size()), [&](Index first, Index count) {
-          for (Index i = first; i < first + count; ++i) {
-            const Index token = dispatch.token[position_of(dispatch, i)];
-            std::copy_n(moe::detail::row_data(matrix, token), matrix.cols(),
-                        moe::detail::row_data(packed, i));
-          }
-        });
+    parallel_for_blocks(packed.rows(), 64, element_work(packed.size()),
+                        [&](Index first, Index count) {
+                          for (Index i = first; i < first + count; ++i) {
+                            const Index token = dispatch.token[position_of(dispatch, i)];
+                            std::copy_n(moe::detail::row_data(matrix, token), matrix.cols(),
+                                        moe::detail::row_data(packed, i));
+                          }
+                        });
     for_each_other_rank([&](int r) {
       exchange.receive(received, tape.received[r], came_from(r, tape), r);
       exchange.send(packed, tape.sent[r], leave_for(r, tape), r);
@@ -501,15 +503,15 @@ class RankDispatch {
   void add_answers(const Dispatch<typename Expert::Scalar>& dispatch, const Tape<Expert>& tape,
                    Matrix<typename Expert::Scalar>& to) const {
     using Scalar = typename Expert::Scalar;
-    parallel_for_blocks(
-        to.cols(), 64, element_work(tape.returned.size()), [&](Index first, Index count) {
-          for (Index i = 0; i < tape.returned.rows(); ++i) {
-            const Index token = dispatch.token[position_of(dispatch, i)];
-            moe::detail::add_scaled(count, Scalar{1},
-                                    moe::detail::row_data(tape.returned, i) + first,
-                                    moe::detail::row_data(to, token) + first);
-          }
-        });
+    parallel_for_blocks(to.cols(), 64, element_work(tape.returned.size()),
+                        [&](Index first, Index count) {
+                          for (Index i = 0; i < tape.returned.rows(); ++i) {
+                            const Index token = dispatch.token[position_of(dispatch, i)];
+                            moe::detail::add_scaled(count, Scalar{1},
+                                                    moe::detail::row_data(tape.returned, i) + first,
+                                                    moe::detail::row_data(to, token) + first);
+                          }
+                        });
   }
 
   Communicator communicator_;
