@@ -54,10 +54,11 @@ class Communicator {
     MPI_Comm_rank(communicator, &rank_);
     MPI_Comm_size(communicator, &size_);
     // With all the room that agree() needs, so that it can tell of a std::bad_alloc.
-    shared_->channel = Channel::open(
-        communicator, timeout,
-        std::max({(message_size + detail::to_size(size_) * most_gathered) * 2 * sizeof(std::int64_t),
-                  detail::to_size(size_) * sizeof(Claim), most_text}));
+    shared_->channel =
+        Channel::open(communicator, timeout,
+                      std::max({(message_size + detail::to_size(size_) * most_gathered) * 2 *
+                                    sizeof(std::int64_t),
+                                detail::to_size(size_) * sizeof(Claim), most_text}));
   }
 
   // These are local, not collective.
@@ -160,6 +161,21 @@ class Communicator {
   template <class Number>
   void make_room_for_sum(std::size_t numbers) const {
     room_for_sum<Number>(numbers);
+  }
+
+  /// Replaces each number by its sum over the ranks before this one, 0 on rank 0.
+  void prefix(std::span<Index> numbers) const {
+    attempt("prefix", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
+            [&] { room_for<Index>(numbers.size()); });
+    Index* const room = room_for<Index>(numbers.size());
+    for_each_piece<Index>(numbers.size(), [&](std::size_t first, int count) {
+      std::copy_n(numbers.data() + first, count, room);
+      channel().complete("prefix", [&](MPI_Request* request) {
+        MPI_Iexscan(MPI_IN_PLACE, room, count, type_of<Index>(), MPI_SUM, handle(), request);
+      });
+      if (rank_ == 0) std::fill_n(room, count, Index{0});  // where MPI leaves it undefined
+      std::copy_n(room, count, numbers.data() + first);
+    });
   }
 
   /// The numbers of all ranks one behind the other; rank r has counts[r] of them.
@@ -349,8 +365,7 @@ class Communicator {
   /// The lowest and the highest of each number over the ranks tell whether all are equal. Returns the
   /// numbers of every rank, or nothing where they do not agree; one has to be at least 0, since each
   /// rank leaves 0 where the numbers of the others are, and the largest of all is what remains.
-  std::span<const Index> all_agree(const Claim& claim,
-                                   std::initializer_list<Index> numbers) const {
+  std::span<const Index> all_agree(const Claim& claim, std::initializer_list<Index> numbers) const {
     static_assert(std::is_same_v<Index, std::int64_t> || sizeof(Index) == sizeof(std::int64_t));
     MOE_ASSERT(numbers.size() <= most_gathered);
     const std::size_t gathered = detail::to_size(size_) * most_gathered;
