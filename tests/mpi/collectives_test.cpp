@@ -47,4 +47,26 @@ TEST_CASE("collectives: a step of a layer takes few", "[mpi]") {
     CHECK(found.evaluation <= evaluation);
   };
   check(count<NoisyTopKGate<>>("NoisyTopKGate", {.experts = 8, .top_k = 2}), 9, 6);
+  check(count<HierarchicalGate<>>("HierarchicalGate",
+                                  {.groups = 4, .group_experts = 2, .top_k_groups = 2, .top_k = 1}),
+        9, 6);
+  check(count<TopKGate<>>("TopKGate", {.experts = 8, .top_k = 2, .switch_loss_weight = 0.1}), 9, 6);
+  for (const PlaceOrder order :
+       {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+    const std::string name = "TopKGate with a capacity by " +
+                             std::string(enumerator_names(order)[static_cast<std::size_t>(order)]);
+    check(count<TopKGate<>>(name.c_str(), {.experts = 8,
+                                           .top_k = 2,
+                                           .capacity_factor = 1,
+                                           .evaluation_capacity_factor = 1,
+                                           .place_order = order}),
+          14, 11);
+  }
+  check(count<BalancedGate<>>("BalancedGate", {.experts = 8, .top_k = 2}), 14, 6);
+  check(count<ExpertChoiceGate<>>("ExpertChoiceGate", {.experts = 8, .capacity_factor = 2}), 14,
+        11);
+  check(count<SharedExpertGate<NoisyTopKGate<>>>(
+            "SharedExpertGate of a NoisyTopKGate",
+            {.shared = 1, .gated = true, .routed = {.experts = 8, .top_k = 2}}),
+        9, 6);
 }

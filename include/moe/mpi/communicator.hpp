@@ -132,6 +132,16 @@ class Communicator {
   template <class Number>
   void sum_agreed(std::span<Number> numbers) const {
     Number* const room = room_for_sum<Number>(numbers.size());
+    if constexpr (std::is_integral_v<Number>) {  // any order of the sum has the same bits
+      for_each_piece<Number>(numbers.size(), [&](std::size_t first, int count) {
+        std::copy_n(numbers.data() + first, count, room);
+        channel().complete("sum", [&](MPI_Request* request) {
+          MPI_Iallreduce(MPI_IN_PLACE, room, count, type_of<Number>(), MPI_SUM, handle(), request);
+        });
+        std::copy_n(room, count, numbers.data() + first);
+      });
+      return;
+    }
     if (is_gathered<Number>(numbers.size())) {
       // Every rank adds up all numbers, in the order of the ranks.
       std::copy(numbers.begin(), numbers.end(), room + detail::to_size(rank_) * numbers.size());
@@ -167,6 +177,10 @@ class Communicator {
   void prefix(std::span<Index> numbers) const {
     attempt("prefix", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
             [&] { room_for<Index>(numbers.size()); });
+    prefix_agreed(numbers);
+  }
+  /// prefix() as sum_agreed() is sum().
+  void prefix_agreed(std::span<Index> numbers) const {
     Index* const room = room_for<Index>(numbers.size());
     for_each_piece<Index>(numbers.size(), [&](std::size_t first, int count) {
       std::copy_n(numbers.data() + first, count, room);
@@ -347,7 +361,8 @@ class Communicator {
   /// Whether every rank gets all numbers and adds them up, which is one call instead of two.
   template <class Number>
   bool is_gathered(std::size_t numbers) const {
-    return numbers * detail::to_size(size_) <= most_bytes / 16 / sizeof(Number);
+    return !std::is_integral_v<Number> &&
+           numbers * detail::to_size(size_) <= most_bytes / 16 / sizeof(Number);
   }
   template <class Number>
   Number* room_for_sum(std::size_t numbers) const {

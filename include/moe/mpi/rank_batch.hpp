@@ -52,6 +52,10 @@ class SharedOverRanks final : public SharedBatch {
   void sum(std::span<double> numbers) const override { communicator_.sum(numbers); }
   void sum(std::span<Index> numbers) const override { communicator_.sum(numbers); }
   void prefix(std::span<Index> numbers) const override { communicator_.prefix(numbers); }
+  void sum_agreed(std::span<Index> numbers) const override { communicator_.sum_agreed(numbers); }
+  void prefix_agreed(std::span<Index> numbers) const override {
+    communicator_.prefix_agreed(numbers);
+  }
 
  private:
   const Communicator& communicator_;

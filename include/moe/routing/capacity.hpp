@@ -108,8 +108,10 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, const Sha
   if (turns > 1) {
     copy_vector(std::span<const Index>(scratch.taken), scratch.of_turn);
     batch->sum(std::span<Index>(scratch.of_turn));
+    batch->prefix_agreed(std::span<Index>(scratch.taken));
+  } else {
+    batch->prefix(std::span<Index>(scratch.taken));
   }
-  batch->prefix(std::span<Index>(scratch.taken));
   for (Index e = 0; e < experts && turns > 1; ++e) {
     Index before = 0;
     for (Index turn = 0; turn < turns; ++turn) {

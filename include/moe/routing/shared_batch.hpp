@@ -34,6 +34,11 @@ class SharedBatch {
 
   /// Replaces each number by its sum over the processes before this one, 0 in the first.
   virtual void prefix(std::span<Index> numbers) const = 0;
+
+  /// The same after a sum() of at least as many numbers since which no process can have failed: spares
+  /// finding out whether one did.
+  virtual void sum_agreed(std::span<Index> numbers) const { sum(numbers); }
+  virtual void prefix_agreed(std::span<Index> numbers) const { prefix(numbers); }
 };
 
 namespace detail {

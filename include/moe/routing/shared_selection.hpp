@@ -55,16 +55,18 @@ class SharedSelection {
     std::iota(open_.begin(), open_.end(), Index{0});
     std::iota(row_.begin(), row_.end(), Index{0});
     const int most = experts <= few_experts ? 11 : 8;
-    for (int shift = 8 * sizeof(Bits); shift > 0 && !open_.empty();) {
+    for (int shift = width; shift > 0 && !open_.empty();) {
       const int digits = std::min(most, shift);
       shift -= digits;
       count_candidates(Index{1} << digits, shift, for_each);
-      batch.sum(std::span<Index>(counts_));
+      // Nothing after the first sum takes memory, or could fail otherwise.
+      const std::span<Index> counts(counts_);
+      shift + digits == width ? batch.sum(counts) : batch.sum_agreed(counts);
       narrow(Index{1} << digits, shift);
     }
     if (open_.empty()) return;
     count_candidates(1, 0, for_each);
-    batch.prefix(std::span<Index>(counts_));
+    batch.prefix_agreed(std::span<Index>(counts_));
     for (std::size_t i = 0; i < open_.size(); ++i) bounds_[open_[i]].left -= counts_[i];
   }
 
@@ -78,6 +80,7 @@ class SharedSelection {
 
  private:
   using Bits = OrderedBits<Scalar>;
+  static constexpr int width = 8 * sizeof(Bits);
 
   /// More bins for fewer sums, as long as the counts fit into one message of a Communicator.
   static constexpr Index few_experts = 64;
