@@ -54,7 +54,7 @@ struct Stop {
     victim = below(static_cast<std::uint64_t>(ranks));
     signal = below(4) == 0 ? SIGKILL : SIGSTOP;
     when = static_cast<When>(below(3));
-    calls = 1 + below(400);  // an update is of about 130
+    calls = 1 + below(400);  // an update is of about 100
     polls = below(4);
     microseconds = below(100'000);
     is_handled = below(2) == 0;

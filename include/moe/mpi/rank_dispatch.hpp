@@ -1,5 +1,6 @@
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <exception>
 #include <optional>
@@ -114,7 +115,8 @@ class RankDispatch {
         call,
         {{"Pass.step", static_cast<std::int64_t>(pass.step)},
          {"Pass.first_token", static_cast<std::int64_t>(pass.first_token)},
-         {"the layer", number_}},
+         {"the layer", number_},
+         {"Pass.loss_scale, as bits,", std::bit_cast<std::int64_t>(pass.loss_scale)}},
         {rows, tokens}, [&] {
           f();
           moe::detail::require(pass.batch == nullptr,
