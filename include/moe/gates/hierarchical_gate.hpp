@@ -91,15 +91,13 @@ class HierarchicalGate {
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
   HierarchicalGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
+        seed_(seed),
         primary_(
             {config.width, config.groups, config.top_k_groups, config.noise, config.noise_floor},
             derive_seed(seed, 0)) {
     secondary_.reserve(detail::to_size(config.groups));
     for (Index i = 0; i < config.groups; ++i) {
-      secondary_.emplace_back(
-          typename TopK::Config{config.width, config.group_experts, config.top_k, config.noise,
-                                config.noise_floor},
-          derive_seed(seed, static_cast<std::uint64_t>(i) + 1));
+      secondary_.push_back(make_secondary(config, seed, i));
     }
     detail::track_gradients(secondary_);
   }
@@ -172,6 +170,39 @@ class HierarchicalGate {
     config_.load_weight = weights.load;
   }
 
+  /// Gives the gate other groups, see Gate: fresh weights are zero, as at the start; those of W_g in a
+  /// copied group, and its column in the primary gate, get noise of this standard deviation. Returns
+  /// where its parameters come from. Throws std::invalid_argument, with nothing changed, unless the
+  /// experts come and go in whole groups and Config stays in range.
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
+    const ExpertSources groups = sources_of_groups(sources);
+    Config config = config_;
+    config.groups = groups.experts();
+    checked(config);
+    std::vector<TopK> secondary;
+    secondary.reserve(detail::to_size(config.groups));
+    std::vector<ParameterSource> from{{0, groups.list()}, {1, groups.list()}};
+    for (Index i = 0; i < config.groups; ++i) {
+      const auto stream = static_cast<std::uint64_t>(i) + 1;
+      if (groups.is_fresh(i)) {
+        secondary.push_back(make_secondary(config, seed_, i));
+        from.insert(from.end(), 2, {});
+        continue;
+      }
+      secondary.push_back(secondary_[detail::to_size(groups[i])]);
+      secondary.back().set_seed(derive_seed(seed_, stream));
+      if (groups.is_copy(i)) secondary.back().add_noise(noise_stddev, derive_seed(seed, stream));
+      from.push_back({2 + 2 * groups[i]});
+      from.push_back({3 + 2 * groups[i]});
+    }
+    detail::track_gradients(secondary);
+    primary_.change_experts(groups, derive_seed(seed, 0), noise_stddev);
+    secondary_.swap(secondary);
+    config_ = config;
+    return from;
+  }
+
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
@@ -220,6 +251,33 @@ class HierarchicalGate {
 
   static LossWeights loss_weights(const Config& config) {
     return {config.importance_weight, config.load_weight};
+  }
+
+  static TopK make_secondary(const Config& config, std::uint64_t seed, Index group) {
+    return TopK(
+        {config.width, config.group_experts, config.top_k, config.noise, config.noise_floor},
+        derive_seed(seed, static_cast<std::uint64_t>(group) + 1));
+  }
+
+  /// Throws std::invalid_argument unless every group afterwards is a whole group of before, or fresh.
+  ExpertSources sources_of_groups(const ExpertSources& sources) const {
+    const Index size = config_.group_experts;
+    std::vector<Index> groups;
+    for (Index e = 0; e < sources.experts(); ++e) {
+      const Index first = sources[e - e % size];
+      const Index expected = first == fresh_source ? fresh_source : first + e % size;
+      detail::require((first == fresh_source || first % size == 0) && sources[e] == expected,
+                      "HierarchicalGate::change_experts: expert ", e, " would come from ",
+                      sources[e], " (", fresh_source,
+                      " is a new one), apart from its group: only whole groups of ", size,
+                      " experts can be added, copied or removed");
+      if (e % size == 0) groups.push_back(first == fresh_source ? fresh_source : first / size);
+    }
+    detail::require(sources.experts() % size == 0,
+                    "HierarchicalGate::change_experts: ", sources.experts(),
+                    " experts are not whole groups of ", size,
+                    ": only whole groups can be added, copied or removed");
+    return ExpertSources("HierarchicalGate::change_experts", std::move(groups), config_.groups);
   }
 
   /// Slots of a token.
@@ -410,6 +468,7 @@ class HierarchicalGate {
   }
 
   Config config_;
+  std::uint64_t seed_;
   TopK primary_;
   std::vector<TopK> secondary_;
 };
