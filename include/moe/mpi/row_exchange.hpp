@@ -35,7 +35,7 @@ class RowExchange {
                        std::int64_t most_bytes = std::int64_t{1} << 30)
       : communicator_(communicator), most_bytes_(most_bytes) {
     requests_.reserve(static_cast<std::size_t>(4 * communicator.size()));
-    lent_.reserve(4);
+    lent_.reserve(static_cast<std::size_t>(std::max(4, 2 * communicator.size())));
   }
   ~RowExchange() {
     if (requests_.empty()) return;
