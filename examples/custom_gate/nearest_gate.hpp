@@ -34,25 +34,12 @@ class NearestGate {
   Index experts() const { return centre_.value.rows(); }
 
   /// Training and serving are the same here: there is no noise.
-  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::Pass&) const {
-    evaluate(x, tape);
+  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::Pass& pass) const {
+    route(x, pass.valid, tape);
   }
-
-  /// One slot a token. (A gate with several has token_offsets that are further apart, and lists the
-  /// experts of each token in ascending order.)
-  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::EvaluationPass& = {}) const {
-    tape.routing.experts = experts();
-    tape.routing.token_offsets.assign(1, 0);
-    tape.routing.expert.clear();
-    tape.routing.weight.clear();
-    for (Index t = 0; t < x.rows(); ++t) {
-      Index nearest = 0;
-      const Scalar distance =
-          (centre_.value.rowwise() - x.row(t)).rowwise().squaredNorm().minCoeff(&nearest);
-      tape.routing.expert.push_back(nearest);
-      tape.routing.weight.push_back(std::exp(-distance / static_cast<Scalar>(x.cols())));
-      tape.routing.token_offsets.push_back(t + 1);
-    }
+  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape,
+                const moe::EvaluationPass& pass = {}) const {
+    route(x, pass.valid, tape);
   }
 
   /// x is that of forward(), dweight the gradient of the loss with respect to each slot's weight w,
@@ -60,12 +47,15 @@ class NearestGate {
   void backward(const moe::MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 moe::Matrix<Scalar>& dx) {
     const Scalar scale = Scalar{2} / static_cast<Scalar>(centre_.value.cols());
-    for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
-      const auto t = static_cast<Index>(slot);
-      const Index e = tape.routing.expert[slot];
-      const Scalar slope = scale * tape.routing.weight[slot] * dweight[slot];
-      centre_.gradient().row(e) += slope * (x.row(t) - centre_.value.row(e));
-      dx.row(t) -= slope * (x.row(t) - centre_.value.row(e));
+    for (Index t = 0; t < x.rows(); ++t) {
+      const moe::Range slots = tape.routing.slots_of_token(t);
+      for (Index slot = slots.first; slot < slots.first + slots.count; ++slot) {
+        const Index e = tape.routing.expert[slot];
+        const Scalar slope =
+            scale * tape.routing.weight[slot] * dweight[static_cast<std::size_t>(slot)];
+        centre_.gradient().row(e) += slope * (x.row(t) - centre_.value.row(e));
+        dx.row(t) -= slope * (x.row(t) - centre_.value.row(e));
+      }
     }
   }
 
@@ -76,6 +66,27 @@ class NearestGate {
   }
 
  private:
+  /// One slot a token, and none for padding. (A gate with several has token_offsets that are further
+  /// apart, and lists the experts of each token in ascending order.)
+  void route(const moe::MatrixRef<Scalar>& x, std::span<const std::uint8_t> valid,
+             Tape& tape) const {
+    moe::Routing<Scalar>& routing = tape.routing;
+    routing.experts = experts();
+    routing.token_offsets.assign(1, 0);
+    routing.expert.clear();
+    routing.weight.clear();
+    for (Index t = 0; t < x.rows(); ++t) {
+      if (valid.empty() || valid[static_cast<std::size_t>(t)] != 0) {
+        Index nearest = 0;
+        const Scalar distance =
+            (centre_.value.rowwise() - x.row(t)).rowwise().squaredNorm().minCoeff(&nearest);
+        routing.expert.push_back(nearest);
+        routing.weight.push_back(std::exp(-distance / static_cast<Scalar>(x.cols())));
+      }
+      routing.token_offsets.push_back(routing.slots());
+    }
+  }
+
   moe::Parameter<Scalar> centre_;  ///< E x D
 };
 

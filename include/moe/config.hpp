@@ -48,6 +48,17 @@
 #define MOE_NOINLINE
 #endif
 
+/// Around templates that get packets for arguments, whose attributes GCC says it ignores.
+#if defined(__GNUC__)
+#define MOE_PACKETS_BEGIN        \
+  _Pragma("GCC diagnostic push") \
+  _Pragma("GCC diagnostic ignored \"-Wignored-attributes\"")
+#define MOE_PACKETS_END _Pragma("GCC diagnostic pop")
+#else
+#define MOE_PACKETS_BEGIN
+#define MOE_PACKETS_END
+#endif
+
 namespace moe::detail {
 
 static_assert(sizeof(Eigen::Index) >= 8, "moe counts in 64 bits");

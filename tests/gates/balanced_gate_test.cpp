@@ -109,7 +109,7 @@ void check_gradients(const BalancedGate<double>::Config& config, Index tokens, d
   for (std::uint64_t seed = 1; !clear && seed < 2000; ++seed) {
     randomize(gate, seed, weights);
     x = random_matrix(tokens, config.width, seed, inputs);
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     clear = config.experts == 1 || margin(gate, tape.p) > wanted;
   }
   REQUIRE(clear);
@@ -183,7 +183,7 @@ TEMPLATE_TEST_CASE("balanced gate: three tokens and two experts worked by hand",
   // (1, 4, 1/4)/5.25 = (4, 16, 1)/21. m = 1·3/3 = 1: expert 0 takes token 0, 1 takes 2, 2 takes 0.
   const Matrix<S> x{{0}, {1}, {2}};
   typename BalancedGate<S>::Tape tape;
-  const Routing<S>& routing = gate.forward(x, tape);
+  const Routing<S>& routing = gate.forward(x, tape, {.step = 0});
   CHECK(routing.token_offsets == Indices{0, 2, 2, 3});
   CHECK(routing.expert == Indices{0, 2, 1});
   CHECK_THAT(static_cast<double>(routing.weight[0]), near(0.5));
@@ -200,7 +200,7 @@ TEMPLATE_TEST_CASE("balanced gate: three tokens and two experts worked by hand",
   // Thresholds (0.28, 0.8, 0.2): token 1 passes with expert 0, which left it: 2/7 - 0.28 = 0.04/7;
   // token 2 does not with expert 1, which took it: 0.8 - 16/21 = 0.8/21.
   parameter(gate, "threshold").value = Matrix<S>{{S(0.28), S(0.8), S(0.2)}};
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   CHECK_THAT(static_cast<double>(tape.balance.loss), near(2 * (0.04 / 7 + 0.8 / 21)));
   // dL/dthreshold = -2·(1, -1, 0). dweight = (1, 0, 5): token 0 has g = (1, -, 0), Σ G·g = 1/2,
   // dc = (1/4, 0, -1/4); token 2 has one expert and gets nothing of it. The loss: for token 1
@@ -230,7 +230,7 @@ TEST_CASE("balanced gate: every expert gets exactly m tokens for any shape", "[r
     const BalancedGate<double>::Config config{.width = 3, .experts = experts, .top_k = top_k};
     BalancedGate<double> gate(config, seed);
     BalancedGate<double>::Tape tape;
-    gate.forward(random_matrix(tokens, 3, seed), tape);
+    gate.forward(random_matrix(tokens, 3, seed), tape, {.step = 0});
     test::check_routing(tape.routing, tokens, experts);
     for (Index e = 0; e < experts; ++e) {
       REQUIRE(tape.balance.tokens_per_expert[detail::to_size(e)] == taken(config, tokens));
@@ -296,16 +296,16 @@ TEST_CASE("balanced gate: thresholds learn to do what the batchwise mask does", 
   BalancedGate<double> gate({.width = 4, .experts = 8, .top_k = 2, .threshold_weight = 1}, 1);
   const std::vector<double> none(detail::to_size(tokens * 2), 0.0);
   BalancedGate<double>::Tape tape;
-  gate.forward(random_matrix(tokens, 4, 1), tape);
+  gate.forward(random_matrix(tokens, 4, 1), tape, {.step = 0});
   const double start = tape.balance.loss;
   Parameter<double>& threshold = parameter(gate, "threshold");
   for (std::uint64_t step = 0; step < 100; ++step) {
-    gate.forward(random_matrix(tokens, 4, 100 + step), tape);
+    gate.forward(random_matrix(tokens, 4, 100 + step), tape, {.step = 0});
     zero_gradients(gate);
     test::gate_dx(gate, random_matrix(tokens, 4, 100 + step), none, tape);
     threshold.value -= 0.2 / (100.0 + 20.0 * static_cast<double>(step)) / 8 * threshold.gradient();
   }
-  gate.forward(random_matrix(tokens, 4, 1), tape);
+  gate.forward(random_matrix(tokens, 4, 1), tape, {.step = 0});
   CHECK(tape.balance.loss < 0.02 * start);
   gate.evaluate(random_matrix(4096, 4, 2), tape);  // unseen: 1024 tokens an expert are wanted
   for (Index e = 0; e < 8; ++e) {
@@ -351,7 +351,7 @@ TEMPLATE_TEST_CASE("balanced gate: probabilities too small to divide by do no ha
   parameter(gate, "weight").value = Matrix<S>{{0, -1}};
   const Matrix<S> x{{5000}, {5001}, {5002}, {5003}};
   typename BalancedGate<S>::Tape tape;
-  const Routing<S>& routing = gate.forward(x, tape);
+  const Routing<S>& routing = gate.forward(x, tape, {.step = 0});
   REQUIRE(tape.p.col(1).cwiseAbs().maxCoeff() < 1e-37);
   CHECK(routing.slots() == 4);
   CHECK(std::isfinite(tape.balance.loss));
@@ -365,7 +365,7 @@ TEMPLATE_TEST_CASE("balanced gate: ties go to the lower token", "[routing][gate]
   BalancedGate<TestType> gate({.width = 3, .experts = 4, .top_k = 2}, 0);
   parameter(gate, "weight").value.setZero();
   typename BalancedGate<TestType>::Tape tape;
-  const Routing<TestType>& routing = gate.forward(random_matrix<TestType>(4, 3, 1), tape);
+  const Routing<TestType>& routing = gate.forward(random_matrix<TestType>(4, 3, 1), tape, {.step = 0});
   CHECK(routing.token_offsets == Indices{0, 4, 8, 8, 8});
   CHECK(routing.expert == Indices{0, 1, 2, 3, 0, 1, 2, 3});
   for (const TestType weight : routing.weight) CHECK(weight == TestType{0.25});
@@ -391,7 +391,7 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
   SECTION("no tokens") {
     BalancedGate<float> gate({.width = 3, .experts = 5, .top_k = 2}, 0);
     BalancedGate<float>::Tape tape;
-    CHECK(gate.forward(Matrix<float>(0, 3), tape).slots() == 0);
+    CHECK(gate.forward(Matrix<float>(0, 3), tape, {.step = 0}).slots() == 0);
     CHECK(tape.balance.loss == 0);
     CHECK(test::gate_dx(gate, Matrix<float>(0, 3), {}, tape).rows() == 0);
     CHECK(gate.evaluate(Matrix<float>(0, 3)).slots() == 0);
@@ -402,7 +402,7 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
         for (const Index tokens : {1, 4}) {
           BalancedGate<float> gate({.width = 3, .experts = experts, .top_k = top_k}, 0);
           BalancedGate<float>::Tape tape;
-          const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape).slots();
+          const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape, {.step = 0}).slots();
           CHECK(slots == (top_k == experts ? experts * tokens : experts));
           const std::vector<float> ones(detail::to_size(slots), 1.0f);
           CHECK(test::gate_dx(gate, random_matrix<float>(tokens, 3, 1), ones, tape).allFinite());
@@ -414,7 +414,7 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
     BalancedGate<float> gate({.width = 2, .experts = 131072, .top_k = 2}, 0);
     BalancedGate<float>::Tape tape;
     const Matrix<float> x = random_matrix<float>(1, 2, 1);
-    CHECK(gate.forward(x, tape).slots() == 131072);
+    CHECK(gate.forward(x, tape, {.step = 0}).slots() == 131072);
     const std::vector<float> ones(131072, 1.0f);
     CHECK(test::gate_dx(gate, x, ones, tape).allFinite());
     test::check_routing(gate.evaluate(x), 1, 131072);
@@ -431,7 +431,7 @@ TEMPLATE_TEST_CASE("balanced gate: a token with NaN or infinity comes last and s
       Matrix<S> x = random_matrix<S>(8, 3, 2);
       x(2, 1) = bad;
       typename BalancedGate<S>::Tape tape;
-      const Routing<S>& routing = gate.forward(x, tape);
+      const Routing<S>& routing = gate.forward(x, tape, {.step = 0});
       test::check_routing(routing, 8, 4);
       test::for_each_slot(routing, [&](Index t, Index, std::size_t s) {
         CHECK(std::isnan(routing.weight[s]) == (t == 2));
@@ -453,7 +453,7 @@ TEST_CASE("balanced gate: backward adds once each time", "[routing][gate]") {
   BalancedGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
   BalancedGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(10, 3, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   std::vector<double> dweight(20);
   for (std::size_t s = 0; s < 20; ++s) dweight[s] = std::sin(static_cast<double>(s));
   const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
@@ -515,14 +515,14 @@ TEST_CASE("balanced gate: a bad input is refused and changes nothing", "[routing
   const std::vector<double> dweight(20, 0.5);
   const char* const untrained = "moe: BalancedGate::backward without a forward pass on this tape";
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-  gate.forward(random_matrix(10, 3, 2), tape);
+  gate.forward(random_matrix(10, 3, 2), tape, {.step = 0});
   gate.evaluate(random_matrix(10, 3, 3), tape);
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
 
-  gate.forward(random_matrix(10, 3, 2), tape);
+  gate.forward(random_matrix(10, 3, 2), tape, {.step = 0});
   const BalancedGate<double>::Tape before = tape;
   const Matrix<double> wide = random_matrix(10, 4, 2);
-  CHECK_THROWS_WITH(gate.forward(wide, tape),
+  CHECK_THROWS_WITH(gate.forward(wide, tape, {.step = 0}),
                     "moe: BalancedGate: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(gate.evaluate(wide, tape),
                     "moe: BalancedGate: x has 4 columns, Config.width = 3");

@@ -33,7 +33,7 @@ void check_gradients(const ExpertChoiceGate<double>::Config& config, Index token
   for (std::uint64_t seed = 1; !clear && seed < 500; ++seed) {
     test::randomize(gate, seed, weights);
     x = random_matrix(tokens, config.width, seed, inputs);
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     clear = config.experts == 1 ||
             test::column_margin(tape.p, capacity(config, tokens)) > 4e-3 * std::min(1.0, scale);
   }
@@ -136,7 +136,7 @@ TEST_CASE("expert choice gate: every expert gets exactly C tokens for any shape"
     const ExpertChoiceGate<double> gate(config, seed);
     ExpertChoiceGate<double>::Tape tape;
     const Matrix<double> x = random_matrix(tokens, 3, seed);
-    gate.forward(x, tape);
+    gate.forward(x, tape, {.step = 0});
     test::check_routing(tape.routing, tokens, experts);
     for (const Index count : tape.balance.tokens_per_expert) {
       REQUIRE(count == capacity(config, tokens));
@@ -189,7 +189,7 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
   SECTION("no tokens") {
     ExpertChoiceGate<float> gate({.width = 3, .experts = 5}, 0);
     ExpertChoiceGate<float>::Tape tape;
-    CHECK(gate.forward(Matrix<float>(0, 3), tape).slots() == 0);
+    CHECK(gate.forward(Matrix<float>(0, 3), tape, {.step = 0}).slots() == 0);
     CHECK(test::gate_dx(gate, Matrix<float>(0, 3), {}, tape).rows() == 0);
     CHECK(gate.evaluate(Matrix<float>(0, 3)).slots() == 0);
   }
@@ -200,7 +200,7 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
           ExpertChoiceGate<float> gate({.width = 3, .experts = experts, .capacity_factor = factor},
                                        0);
           ExpertChoiceGate<float>::Tape tape;
-          const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape).slots();
+          const Index slots = gate.forward(random_matrix<float>(tokens, 3, 1), tape, {.step = 0}).slots();
           CHECK(slots == (factor > 0.5 ? experts * tokens
                                        : experts * std::max<Index>(1, tokens / (2 * experts))));
           const std::vector<float> ones(detail::to_size(slots), 1.0f);
@@ -212,7 +212,7 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
   SECTION("131,072 experts and one token") {
     ExpertChoiceGate<float> gate({.width = 2, .experts = 131072}, 0);
     ExpertChoiceGate<float>::Tape tape;
-    CHECK(gate.forward(random_matrix<float>(1, 2, 1), tape).slots() == 131072);
+    CHECK(gate.forward(random_matrix<float>(1, 2, 1), tape, {.step = 0}).slots() == 131072);
     const std::vector<float> ones(131072, 1.0f);
     CHECK(test::gate_dx(gate, random_matrix<float>(1, 2, 1), ones, tape).allFinite());
   }
@@ -241,7 +241,7 @@ TEST_CASE("expert choice gate: backward adds once each time", "[routing][gate]")
   ExpertChoiceGate<double> gate({.width = 3, .experts = 5}, 1);
   ExpertChoiceGate<double>::Tape tape;
   const Matrix<double> x = random_matrix(10, 3, 2);
-  gate.forward(x, tape);
+  gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(20, 0.5);
   const Matrix<double> dx = test::gate_dx(gate, x, dweight, tape);
   const Matrix<double> once = parameter(gate, "weight").gradient();
@@ -292,13 +292,13 @@ TEST_CASE("expert choice gate: a bad input is refused and changes nothing", "[ro
   const char* const untrained =
       "moe: ExpertChoiceGate::backward without a forward pass on this tape";
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
-  gate.forward(random_matrix(10, 3, 2), tape);
+  gate.forward(random_matrix(10, 3, 2), tape, {.step = 0});
   gate.evaluate(random_matrix(10, 3, 3), tape);
   CHECK_THROWS_WITH(test::gate_dx(gate, x, dweight, tape), untrained);
 
-  gate.forward(random_matrix(10, 3, 2), tape);
+  gate.forward(random_matrix(10, 3, 2), tape, {.step = 0});
   const Matrix<double> wide = random_matrix(10, 4, 2);
-  CHECK_THROWS_WITH(gate.forward(wide, tape),
+  CHECK_THROWS_WITH(gate.forward(wide, tape, {.step = 0}),
                     "moe: ExpertChoiceGate: x has 4 columns, Config.width = 3");
   CHECK_THROWS_WITH(gate.evaluate(wide, tape),
                     "moe: ExpertChoiceGate: x has 4 columns, Config.width = 3");

@@ -149,7 +149,7 @@ TEST_CASE("safetensors config: another gate is one too", "[io]") {
   save_module(folder.file("a"), noisy);
   Chosen chosen({.width = 3, .expert = {.hidden = 2}, .gate = {.experts = 4}, .seed = 1});
   CHECK_THROWS_WITH(load_module(folder.file("a"), chosen),
-                    Contains("has metadata \"config.gate.top_k\", a field that the module's"));
+                    Contains("has metadata \"config.gate.importance_weight\", a field that the module's"));
 }
 
 TEST_CASE("safetensors config: those of the parts of a model", "[io]") {

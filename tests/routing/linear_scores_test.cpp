@@ -55,19 +55,19 @@ TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
     const Matrix<double> r = random_matrix(5, experts, 4);
     const auto loss = [&] {
       Matrix<double> p;
-      linear_scores<double>(x, weight, p);
+      linear_scores(x, weight, p);
       softmax_rows(p, p);
       return p.cwiseProduct(r).sum();
     };
     Matrix<double> p;
-    linear_scores<double>(x, weight, p);
+    linear_scores(x, weight, p);
     CHECK(relative_error(p, test::naive_scores(x, weight.value)) < 1e-13);
     softmax_rows(p, p);
     Matrix<double> dscores = r;
     const Matrix<double> before_dx = random_matrix(x.rows(), x.cols(), 9);
     Matrix<double> dx = before_dx;
     softmax_rows_backward(p, dscores);
-    linear_scores_backward<double>(x, dscores, weight, dx);
+    linear_scores_backward(x, dscores, weight, dx);
     // One expert: no gradient at all, and differences that are rounding.
     const double floor = experts == 1 ? 1e-10 : 0;
     const auto check = [&](const Matrix<double>& actual, Matrix<double>& value) {

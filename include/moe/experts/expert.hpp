@@ -52,14 +52,14 @@ struct ExpertBlock {
   }
 };
 
-/// A plain network, what a user writes: dense rows in, dense rows out, nothing about routing.
+/// A plain, unfused network, what a user writes: dense rows in, dense rows out, nothing about routing.
 ///
 ///     Network(config, seed)           config.width is D; 0 inside a layer's configuration stands
 ///                                     for the layer's width
-///     tape_width()                    how many numbers a row must keep for backward
-///     forward(x, kept, y) const       fills kept (n x tape_width()) and y (n x D) from x (n x D)
-///     evaluate(x, y) const            the same without kept
-///     backward(x, kept, dy, dx)       adds to the parameters' gradients, fills dx (n x D)
+///     tape_width()                    how many numbers of a row are saved for backward
+///     forward(x, saved, y) const      fills saved (n x tape_width()) and y (n x D) from x (n x D)
+///     evaluate(x, y) const            the same without saved
+///     backward(x, saved, dy, dx)      adds to the parameters' gradients, fills dx (n x D)
 ///     visit_parameters(self, visit)   see for_each_parameter()
 ///
 /// n is at most expert_block_rows. Rows must not influence each other; where even the last bit must
@@ -77,13 +77,13 @@ concept PlainNetwork = requires(const N& network, N& trained,
 
 /// A network in two halves, each of which can be split into columns that are computed apart, and
 /// which gathers its rows, applies the slots' weights and adds to the tokens itself, so that
-/// neither outputs nor gathered inputs are ever kept. FeedForward is one.
+/// neither outputs nor gathered inputs are ever stored. FeedForward is one.
 ///
-///     hidden(block, columns, save) const       first half: columns of scratch, out of columns()
-///     output(block, columns, y) const       second half: adds columns of weight·network(x) to the
+///     hidden(block, columns, save) const     first half: columns of scratch, out of columns()
+///     output(block, columns, y) const        second half: adds columns of weight·network(x) to the
 ///                                            block's rows of y
-///     hidden_backward(block, dy, columns)       the same for the gradient: dy is that of the weighted
-///     output_backward(block, columns, dx)   sum, and dx comes with the weight in it
+///     hidden_backward(block, dy, columns)    the same for the gradient: dy is that of the weighted
+///     output_backward(block, columns, dx)    sum, and dx comes with the weight in it
 ///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, out
 ///                                            of gradient_rows(), all stacked on each other, or
 ///                                            writes over what they hold: then every gradient, those
@@ -92,8 +92,8 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are
 /// there. Ranges begin at multiples of expert_block_columns. hidden and output may take one argument
-/// more: a pointer to the network that is called next in the same way, whose weights can be asked
-/// for in advance, or null.
+/// more: a pointer to the network that is called next in the same way, whose weights can be
+/// prefetched, or null.
 // clang-format off
 template <class N>
 concept FusedNetwork =
@@ -124,15 +124,55 @@ concept ExpertNetwork =
     (PlainNetwork<N> || FusedNetwork<N>);
 // clang-format on
 
+namespace detail {
+
+/// What Expert says when a class is no ExpertNetwork: one message for each thing that can be missing.
+template <class N>
+constexpr bool check_network_requirements() {
+  static_assert(requires { typename N::Scalar; }, "a network must have a type Scalar");
+  static_assert(requires { typename N::Config; }, "a network must have a type Config");
+  if constexpr (requires {
+                  typename N::Scalar;
+                  typename N::Config;
+                }) {
+    using S = typename N::Scalar;
+    static_assert(requires(typename N::Config config) {
+      { config.width } -> std::convertible_to<Index>;
+    }, "a network's Config must have a member moe::Index width");
+    static_assert(std::constructible_from<N, const typename N::Config&, std::uint64_t>,
+                  "a network must have a constructor (const Config&, std::uint64_t seed)");
+    static_assert(requires(N& network) { N::visit_parameters(network, AnyVisitor{}); },
+                  "a network must have a static visit_parameters(self, visit)");
+    static_assert(requires(const N& network) {
+      { network.tape_width() } -> std::same_as<Index>;
+    }, "a network must have moe::Index tape_width() const");
+    if constexpr (!FusedNetwork<N>) {
+      static_assert(requires(const N& network, ConstMatrixView<S> in, MatrixView<S> out) {
+        network.forward(in, out, out);
+      }, "a network must have forward(ConstMatrixView x, MatrixView saved, MatrixView y) const");
+      static_assert(requires(const N& network, ConstMatrixView<S> in, MatrixView<S> out) {
+        network.evaluate(in, out);
+      }, "a network must have evaluate(ConstMatrixView x, MatrixView y) const");
+      static_assert(requires(N& network, ConstMatrixView<S> in, MatrixView<S> out) {
+        network.backward(in, in, in, out);
+      }, "a network must have backward(ConstMatrixView x, ConstMatrixView saved, ConstMatrixView "
+         "dy, MatrixView dx)");
+    }
+  }
+  return true;
+}
+
+}  // namespace detail
+
 /// A network over its slice of the slots. `Expert<FeedForward>` is float,
 /// `Expert<FeedForward, double>` double; a user's network is a class template over its scalar too.
 ///
 /// It has the verbs of a FusedNetwork, whatever the network; a plain one cannot be split into
 /// columns, and the blocks of one expert must go through its hidden_backward one after the other.
 template <template <class> class Network, class Scalar_ = float>
-requires ExpertNetwork<Network<Scalar_>>
 class Expert {
   using Net = Network<Scalar_>;
+  static_assert(detail::check_network_requirements<Net>());
 
  public:
   using Scalar = Scalar_;
@@ -156,7 +196,7 @@ class Expert {
   Net& network() { return network_; }
 
   /// Numbers that a slot saves between forward and backward. A plain network cannot tell
-  /// ⟨network(x), dy⟩ in backward, so its output is kept as well.
+  /// ⟨network(x), dy⟩ in backward, so its output is saved as well.
   Index tape_width() const { return network_.tape_width() + (fused ? 0 : width_); }
 
   /// Numbers that a slot needs between the two halves of a pass.
@@ -195,7 +235,7 @@ class Expert {
     }
   }
 
-  /// First half of a pass; fills the block's kept if `save`. `next` is the expert whose first half
+  /// First half of a pass; fills the block's `saved` if `save`. `next` is the expert whose first half
   /// comes next, if that is known; so in output().
   void hidden(const Block& block, Range columns, bool save, Scratch& scratch,
            [[maybe_unused]] const Expert* next = nullptr) const {
@@ -246,7 +286,7 @@ class Expert {
     }
   }
 
-  /// Second half: adds columns of the gradient by x to the tokens' rows of dx (T x D).
+  /// Second half: adds columns of the gradient w.r.t. x to the tokens' rows of dx (T x D).
   void output_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
     if constexpr (fused) {
       network_.output_backward(block, columns, dx);
@@ -262,7 +302,7 @@ class Expert {
     if constexpr (fused) network_.add_gradients(block, dy, rows, replace);
   }
 
-  /// dweight (n) = ⟨network(x), dy⟩, the gradient by the slots' weights.
+  /// dweight (n) = ⟨network(x), dy⟩, the gradient w.r.t. the slots' weights.
   void weight_gradients(const Block& block, const MatrixRef<Scalar>& dy, Scalar* dweight) const {
     if constexpr (fused) {
       network_.weight_gradients(block, dy, dweight);

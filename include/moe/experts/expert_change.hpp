@@ -86,6 +86,24 @@ inline std::uint64_t next_structure(std::uint64_t structure, const ExpertSources
   return structure;
 }
 
+/// Where groups of `size` experts come from. Throws std::invalid_argument, which begins with `of`,
+/// unless each of them is a whole group of before, or fresh.
+inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sources, Index size) {
+  const char* const only = ": only whole groups of ";
+  std::vector<Index> groups;
+  for (Index e = 0; e < sources.experts(); ++e) {
+    const Index first = sources[e - e % size];
+    const bool is_fresh = first == fresh_source;
+    require((is_fresh || first % size == 0) && sources[e] == (is_fresh ? first : first + e % size),
+            of, ": expert ", e, " would not be in its place in a group of before", only, size,
+            " experts can be added, copied or removed");
+    if (e % size == 0) groups.push_back(is_fresh ? fresh_source : first / size);
+  }
+  require(sources.experts() % size == 0, of, ": ", sources.experts(), " experts", only, size,
+          " experts can be added, copied or removed");
+  return ExpertSources(of, std::move(groups), sources.before() / size);
+}
+
 /// to = the columns of `from` in the order of a list, zero where it says fresh_source.
 template <class Scalar>
 void select_columns(const Matrix<Scalar>& from, std::span<const Index> columns,

@@ -52,9 +52,13 @@ namespace moe {
 /// A token with NaN or infinity in x has a row of p that is NaN, and its weights are. In training
 /// it comes last and the loss is NaN; in evaluation it goes to expert 0.
 template <class Scalar_ = float>
-class BalancedGate {
+class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
+  using Base = detail::GateBase<BalancedGate<Scalar_>, Scalar_>;
+  friend Base;
+
  public:
-  using Scalar = Scalar_;
+  using Scalar = typename Base::Scalar;
+  static constexpr const char* name = "BalancedGate";
 
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
@@ -99,51 +103,6 @@ class BalancedGate {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
-  /// Training pass over x (T x D) with the batchwise mask. There is no noise, so the step is not
-  /// used. Throws std::invalid_argument when x is not D wide or the pass does not fit it. O(T·D·E).
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const Pass& pass = {.step = 0}) const {
-    detail::begin_forward(*this, "BalancedGate", x, pass, 0, tape);
-    compute_p(x, tape);
-    detail::choose_tokens(tape.p, taken(tape.tokens.batch_count), pass.batch, tape.choice,
-                          tape.routing);
-    compute_weights(tape);
-    compute_difference(tape);
-    measure(config_.threshold_weight, pass.batch, tape);
-    detail::insert_padding(tape.tokens, tape.routing);
-    tape.trained = true;
-    return tape.routing;
-  }
-
-  /// Routing by the thresholds. Leaves nothing that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                  const EvaluationPass& pass = {}) const {
-    detail::begin_evaluation(*this, "BalancedGate", x, pass, tape);
-    compute_p(x, tape);
-    choose_by_threshold(tape);
-    compute_weights(tape);
-    measure(0, pass.batch, tape);
-    detail::insert_padding(tape.tokens, tape.routing);
-    return tape.routing;
-  }
-  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
-    Tape tape;
-    return evaluate(x, tape);
-  }
-
-  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
-  /// each slot (S), and adds that of threshold_weight·L_batchwise once. Adds to the gradients of W_g
-  /// and of the thresholds, and to dx (T x D). Throws std::invalid_argument when an argument does not
-  /// belong to the tape.
-  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
-                Matrix<Scalar>& dx) {
-    check_tape(tape);
-    detail::check_gate_backward("BalancedGate::backward", config_.width, x, dweight, tape, dx);
-    compute_loss_backward(tape);
-    compute_weights_backward(dweight, tape);
-    linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_, tape.tokens.rows_of(dx));
-  }
-
   /// Changes the weight of the loss from the next pass on. Throws std::invalid_argument for one out of
   /// range.
   void set_loss_weights(const LossWeights& weights) {
@@ -152,9 +111,9 @@ class BalancedGate {
   }
 
   /// Gives the gate other experts, see Gate: fresh columns and thresholds are as at the start. The
-  /// other thresholds stay, though p is over another number of experts. Copies of W_g's columns get noise of
-  /// this standard deviation. Returns where its parameters come from. Throws std::invalid_argument,
-  /// with nothing changed, where Config would be out of range.
+  /// other thresholds stay, though p is over another number of experts. Copies of W_g's columns get
+  /// noise of this standard deviation. Returns where its parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, where Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -209,6 +168,31 @@ class BalancedGate {
   /// m.
   Index taken(Index tokens) const {
     return detail::tokens_to_take(static_cast<double>(config_.top_k), tokens, experts());
+  }
+
+  /// With the batchwise mask.
+  void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
+    compute_p(x, tape);
+    detail::choose_tokens(tape.p, taken(tape.tokens.batch_count), pass.batch, tape.choice,
+                          tape.routing);
+    compute_weights(tape);
+    compute_difference(tape);
+    measure(config_.threshold_weight, pass.batch, tape);
+    detail::insert_padding(tape.tokens, tape.routing);
+  }
+  /// By the thresholds.
+  void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
+    compute_p(x, tape);
+    choose_by_threshold(tape);
+    compute_weights(tape);
+    measure(0, pass.batch, tape);
+    detail::insert_padding(tape.tokens, tape.routing);
+  }
+  void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                      Matrix<Scalar>& dx) {
+    compute_loss_backward(tape);
+    compute_weights_backward(dweight, tape);
+    linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_, tape.tokens.rows_of(dx));
   }
 
   void compute_p(const MatrixRef<Scalar>& x, Tape& tape) const {

@@ -36,9 +36,13 @@ namespace moe {
 /// token with NaN or infinity in x has a p that is NaN with every expert and comes last; an expert
 /// that must take it gets the weight NaN.
 template <class Scalar_ = float>
-class ExpertChoiceGate {
+class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scalar_> {
+  using Base = detail::GateBase<ExpertChoiceGate<Scalar_>, Scalar_>;
+  friend Base;
+
  public:
-  using Scalar = Scalar_;
+  using Scalar = typename Base::Scalar;
+  static constexpr const char* name = "ExpertChoiceGate";
 
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
@@ -69,47 +73,9 @@ class ExpertChoiceGate {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
-  /// Training pass over x (T x D). There is no noise, so the step is not used. Throws
-  /// std::invalid_argument when x is not D wide or the pass does not fit it. O(T·D·E).
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const Pass& pass = {.step = 0}) const {
-    detail::begin_forward(*this, "ExpertChoiceGate", x, pass, 0, tape);
-    route(x, pass.batch, tape);
-    tape.trained = true;
-    return tape.routing;
-  }
-
-  /// The same choice among the tokens of x. Leaves nothing that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                  const EvaluationPass& pass = {}) const {
-    detail::begin_evaluation(*this, "ExpertChoiceGate", x, pass, tape);
-    route(x, pass.batch, tape);
-    return tape.routing;
-  }
-  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
-    Tape tape;
-    return evaluate(x, tape);
-  }
-
-  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
-  /// each slot (S). Adds to the gradient of W_g, and to dx (T x D). At a fixed choice this is the
-  /// exact derivative. Throws std::invalid_argument when an argument does not belong to the tape.
-  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
-                Matrix<Scalar>& dx) {
-    check_tape(tape);
-    detail::check_gate_backward("ExpertChoiceGate::backward", config_.width, x, dweight, tape, dx);
-    detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
-    const Routing<Scalar>& routing = tape.routing;
-    for_each_slot(tape, [&](Index t, Index s) {
-      tape.dscores(t, routing.expert[s]) = dweight[detail::to_size(s)];
-    });
-    softmax_rows_backward(tape.p, tape.dscores);
-    linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_, tape.tokens.rows_of(dx));
-  }
-
-  /// Gives the gate other experts, see Gate: fresh columns are as at the start. Copies of W_g's columns get noise of
-  /// this standard deviation. Returns where its parameters come from. Throws std::invalid_argument,
-  /// with nothing changed, where Config would be out of range.
+  /// Gives the gate other experts, see Gate: fresh columns are as at the start. Copies of W_g's
+  /// columns get noise of this standard deviation. Returns where its parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, where Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -169,17 +135,29 @@ class ExpertChoiceGate {
     }
   }
 
-  void route(const MatrixRef<Scalar>& x, const SharedBatch* batch, Tape& tape) const {
+  /// Training and serving are the same choice.
+  template <class AnyPass>
+  void route(const MatrixRef<Scalar>& x, const AnyPass& pass, Tape& tape) const {
     linear_scores(tape.tokens.rows_of(x), weight_, tape.p);
     softmax_rows(tape.p, tape.p);
     Routing<Scalar>& routing = tape.routing;
-    detail::choose_tokens(tape.p, capacity(tape.tokens.batch_count), batch, tape.choice, routing);
+    detail::choose_tokens(tape.p, capacity(tape.tokens.batch_count), pass.batch, tape.choice, routing);
     detail::insert_padding(tape.tokens, routing);
     for_each_slot(tape, [&](Index t, Index s) { routing.weight[s] = tape.p(t, routing.expert[s]); });
-    detail::BatchSum sum(batch);
+    detail::BatchSum sum(pass.batch);
     detail::measure_balance(routing, routing.expert, sum, tape.balance);
     tape.balance.losses = {};
     tape.balance.loss = Scalar{0};
+  }
+
+  void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                      Matrix<Scalar>& dx) {
+    detail::resize_to_zero(tape.dscores, tape.p.rows(), experts());
+    for_each_slot(tape, [&](Index t, Index s) {
+      tape.dscores(t, tape.routing.expert[s]) = dweight[detail::to_size(s)];
+    });
+    softmax_rows_backward(tape.p, tape.dscores);
+    linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_, tape.tokens.rows_of(dx));
   }
 
   Config config_;

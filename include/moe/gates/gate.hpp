@@ -155,42 +155,89 @@ void check_gate_input(const G& gate, const char* name, const MatrixRef<typename 
   check_shapes(gate, name);
 }
 
-/// What forward() of this library's gates begins with, `name` being the gate's in messages: checks
-/// x and the pass and notes which rows are tokens. Throws std::invalid_argument.
-template <class G>
-void begin_forward(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x,
-                   const Pass& pass, Index noise_columns, GateTape<typename G::Scalar>& tape) {
-  check_gate_input(gate, name, x);
-  check_pass(name, pass, x.rows());
-  check_noise(name, pass, x.rows(), noise_columns);
-  tape.trained = false;
-  tape.loss_scale = pass.loss_scale;
-  find_valid_tokens(name, x.rows(), pass.valid, pass.batch, tape.tokens);
-}
-/// The same of evaluate().
-template <class G>
-void begin_evaluation(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x,
-                      const EvaluationPass& pass, GateTape<typename G::Scalar>& tape) {
-  check_gate_input(gate, name, x);
-  tape.trained = false;
-  tape.loss_scale = 1;
-  find_valid_tokens(name, x.rows(), pass.valid, pass.batch, tape.tokens);
-}
-
 /// What backward() of every gate needs of its arguments, before it changes anything.
 template <class Scalar>
-void check_gate_backward(const char* call, Index width, const MatrixRef<Scalar>& x,
+void check_gate_backward(const char* name, Index width, const MatrixRef<Scalar>& x,
                          std::span<const Scalar> dweight, const GateTape<Scalar>& tape,
                          const Matrix<Scalar>& dx) {
   const Index tokens = tape.routing.tokens();
-  require(x.rows() == tokens && x.cols() == width, call, ": x is ", x.rows(), " x ", x.cols(),
-          ", in forward() it was ", tokens, " x ", width);
-  require(static_cast<Index>(dweight.size()) == tape.routing.slots(), call, ": dweight has ",
-          dweight.size(), " entries for ", tape.routing.slots(), " slots");
-  require(dx.rows() == tokens && dx.cols() == width, call, ": dx is ", dx.rows(), " x ", dx.cols(),
-          ", x is ", tokens, " x ", width);
-  require_apart(call, "x", x, {dx});
+  require(x.rows() == tokens && x.cols() == width, name, "::backward: x is ", x.rows(), " x ",
+          x.cols(), ", in forward() it was ", tokens, " x ", width);
+  require(static_cast<Index>(dweight.size()) == tape.routing.slots(), name,
+          "::backward: dweight has ", dweight.size(), " entries for ", tape.routing.slots(),
+          " slots");
+  require(dx.rows() == tokens && dx.cols() == width, name, "::backward: dx is ", dx.rows(), " x ",
+          dx.cols(), ", x is ", tokens, " x ", width);
+  require_apart(name, "x", x, {dx});
 }
+
+/// The verbs that this library's gates have alike. `Derived` has a `name` for messages, a Config with
+/// a width, check_tape(), and what is different:
+///
+///     check_forward(x, pass) const              throws for what only this gate minds
+///     route(x, pass, tape) const                of a Pass and of an EvaluationPass: tape.routing and
+///                                               tape.balance, of the rows in tape.tokens
+///     route_backward(x, dweight, tape, dx)      of arguments that fit the tape
+template <class Derived, class Scalar_>
+class GateBase {
+ public:
+  using Scalar = Scalar_;
+
+  /// Numbers of Pass::noise for a row of x.
+  Index noise_columns() const { return 0; }
+
+  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
+  /// noise. Throws std::invalid_argument when x is not D wide or the pass does not fit it; then the
+  /// tape is as good as before. O(T·D·E), and as the class says.
+  template <class Tape>
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    check_gate_input(self(), Derived::name, x);
+    check_pass(Derived::name, pass, x.rows());
+    check_noise(Derived::name, pass, x.rows(), self().noise_columns());
+    self().check_forward(x, pass);
+    tape.trained = false;
+    tape.loss_scale = pass.loss_scale;
+    find_valid_tokens(Derived::name, x.rows(), pass.valid, pass.batch, tape.tokens);
+    self().route(x, pass, tape);
+    tape.trained = true;
+    return tape.routing;
+  }
+
+  /// Routing without noise, and its balance. Leaves nothing that backward() could use.
+  template <class Tape>
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    check_gate_input(self(), Derived::name, x);
+    tape.trained = false;
+    tape.loss_scale = 1;
+    find_valid_tokens(Derived::name, x.rows(), pass.valid, pass.batch, tape.tokens);
+    self().route(x, pass, tape);
+    return tape.routing;
+  }
+  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
+    typename Derived::Tape tape;
+    return evaluate(x, tape);
+  }
+
+  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
+  /// each slot (S), and adds that of the gate's own losses once. Adds to the gradients of the
+  /// parameters, and to dx (T x D). At fixed noise and choice this is the exact derivative. Throws
+  /// std::invalid_argument when an argument does not belong to the tape, before anything is changed.
+  template <class Tape>
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
+    self().check_tape(tape);
+    check_gate_backward(Derived::name, self().config().width, x, dweight, tape, dx);
+    self().route_backward(x, dweight, tape, dx);
+  }
+
+ protected:
+  void check_forward(const MatrixRef<Scalar>&, const Pass&) const {}
+
+ private:
+  const Derived& self() const { return static_cast<const Derived&>(*this); }
+  Derived& self() { return static_cast<Derived&>(*this); }
+};
 
 /// A weight of a loss, `field` naming it. Throws std::invalid_argument.
 inline void check_loss_weight(const char* field, double weight) {

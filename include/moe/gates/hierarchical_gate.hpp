@@ -35,9 +35,13 @@ namespace moe {
 /// A token with NaN or infinity in x gets as many experts as any other, and weights that are NaN;
 /// then the losses are NaN too.
 template <class Scalar_ = float>
-class HierarchicalGate {
+class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scalar_> {
+  using Base = detail::GateBase<HierarchicalGate<Scalar_>, Scalar_>;
+  friend Base;
+
  public:
-  using Scalar = Scalar_;
+  using Scalar = typename Base::Scalar;
+  static constexpr const char* name = "HierarchicalGate";
 
   struct Config {
     Index width = 0;          ///< D; 0 inside a layer's configuration stands for the layer's width
@@ -111,57 +115,6 @@ class HierarchicalGate {
   /// that are not chosen being unused; none where Config.noise is off.
   Index noise_columns() const { return config_.noise ? config_.groups + experts() : 0; }
 
-  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
-  /// noise. Throws std::invalid_argument when x is not D wide or the pass does not fit it.
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    detail::begin_forward(*this, "HierarchicalGate", x, pass, noise_columns(), tape);
-    route(x, config_.noise, detail::noise_source(pass, noise_columns()), pass.batch, tape);
-    tape.trained = true;
-    return tape.routing;
-  }
-
-  /// Routing without noise, and its balance, the load being the count. Leaves nothing that
-  /// backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                  const EvaluationPass& pass = {}) const {
-    detail::begin_evaluation(*this, "HierarchicalGate", x, pass, tape);
-    route(x, false, {.key = {.step = 0}}, pass.batch, tape);
-    return tape.routing;
-  }
-  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
-    Tape tape;
-    return evaluate(x, tape);
-  }
-
-  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
-  /// each slot (S), and adds the balance losses' share once. Adds to the gradients of the gates, and
-  /// to dx (T x D). At fixed noise and choice this is the exact derivative, that of the loads through
-  /// their thresholds included. Throws std::invalid_argument when an argument does not belong to the
-  /// tape.
-  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
-                Matrix<Scalar>& dx) {
-    check_tape(tape);
-    detail::check_gate_backward("HierarchicalGate::backward", config_.width, x, dweight, tape, dx);
-    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
-                                  tape.dimportance, tape.dload);
-    combine_load_backward(tape);
-    combine_backward(dweight, tape);
-    detail::resize_to_zero(tape.dx_rows, tape.primary.routing.slots(), config_.width);
-    primary_.prepare_backward(tape.primary);
-    secondary_.front().prepare_backward(tape.secondary);
-    primary_.backward(tape.tokens.rows_of(x), 0, tape.primary.dchoice.data(),
-                      tape.primary.dload.data(), tape.primary, tape.primary.routing,
-                      tape.tokens.rows_of(dx));
-    for_each_group(tape, [&](Index i, Range rows) {
-      Level& level = tape.secondary;
-      secondary_[detail::to_size(i)].backward(
-          gathered(x, rows, tape), rows.first, level.dchoice.data(),
-          level.dload.data() + i * config_.group_experts, level, level.routing,
-          ScatteredRows<Scalar>(rows_of(tape.dx_rows, rows.first, rows.count)));
-    });
-    add_rows_to_tokens(tape, dx);
-  }
-
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
@@ -176,7 +129,8 @@ class HierarchicalGate {
   /// experts come and go in whole groups and Config stays in range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
-    const ExpertSources groups = sources_of_groups(sources);
+    const ExpertSources groups = detail::sources_of_groups(
+        "HierarchicalGate::change_experts", sources, config_.group_experts);
     Config config = config_;
     config.groups = groups.experts();
     checked(config);
@@ -259,31 +213,15 @@ class HierarchicalGate {
         derive_seed(seed, static_cast<std::uint64_t>(group) + 1));
   }
 
-  /// Throws std::invalid_argument unless every group afterwards is a whole group of before, or fresh.
-  ExpertSources sources_of_groups(const ExpertSources& sources) const {
-    const Index size = config_.group_experts;
-    std::vector<Index> groups;
-    for (Index e = 0; e < sources.experts(); ++e) {
-      const Index first = sources[e - e % size];
-      const Index expected = first == fresh_source ? fresh_source : first + e % size;
-      detail::require((first == fresh_source || first % size == 0) && sources[e] == expected,
-                      "HierarchicalGate::change_experts: expert ", e, " would come from ",
-                      sources[e], " (", fresh_source,
-                      " is a new one), apart from its group: only whole groups of ", size,
-                      " experts can be added, copied or removed");
-      if (e % size == 0) groups.push_back(first == fresh_source ? fresh_source : first / size);
-    }
-    detail::require(sources.experts() % size == 0,
-                    "HierarchicalGate::change_experts: ", sources.experts(),
-                    " experts are not whole groups of ", size,
-                    ": only whole groups can be added, copied or removed");
-    return ExpertSources("HierarchicalGate::change_experts", std::move(groups), config_.groups);
-  }
-
   /// Slots of a token.
   Index top_k() const { return config_.top_k_groups * config_.top_k; }
 
-  /// Fills tape.routing and tape.balance.
+  void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
+    route(x, config_.noise, detail::noise_source(pass, noise_columns()), pass.batch, tape);
+  }
+  void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
+    route(x, false, {.key = {.step = 0}}, pass.batch, tape);
+  }
   void route(const MatrixRef<Scalar>& x, bool has_noise, const detail::NoiseSource& noise,
              const SharedBatch* batch, Tape& tape) const {
     Level& groups = tape.primary;
@@ -312,6 +250,29 @@ class HierarchicalGate {
     tape.loss_weights = loss_weights(config_);
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
     detail::insert_padding(tape.tokens, tape.routing);
+  }
+
+  /// The derivative of the loads through their thresholds included.
+  void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                      Matrix<Scalar>& dx) {
+    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
+                                  tape.dimportance, tape.dload);
+    combine_load_backward(tape);
+    combine_backward(dweight, tape);
+    detail::resize_to_zero(tape.dx_rows, tape.primary.routing.slots(), config_.width);
+    primary_.prepare_backward(tape.primary);
+    secondary_.front().prepare_backward(tape.secondary);
+    primary_.backward(tape.tokens.rows_of(x), 0, tape.primary.dchoice.data(),
+                      tape.primary.dload.data(), tape.primary, tape.primary.routing,
+                      tape.tokens.rows_of(dx));
+    for_each_group(tape, [&](Index i, Range rows) {
+      Level& level = tape.secondary;
+      secondary_[detail::to_size(i)].backward(
+          gathered(x, rows, tape), rows.first, level.dchoice.data(),
+          level.dload.data() + i * config_.group_experts, level, level.routing,
+          ScatteredRows<Scalar>(rows_of(tape.dx_rows, rows.first, rows.count)));
+    });
+    add_rows_to_tokens(tape, dx);
   }
 
   // The weight of slot (t, i, j) is Gprimary_i · G_i,j. The slots of a token are in the order of

@@ -24,9 +24,13 @@ namespace moe {
 /// is always chosen and the load carries no gradient. A token with NaN or infinity in x gets K
 /// experts like any other, and weights that are NaN; then the losses are NaN too.
 template <class Scalar_ = float>
-class NoisyTopKGate {
+class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
+  using Base = detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_>;
+  friend Base;
+
  public:
-  using Scalar = Scalar_;
+  using Scalar = typename Base::Scalar;
+  static constexpr const char* name = "NoisyTopKGate";
 
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
@@ -72,49 +76,6 @@ class NoisyTopKGate {
   /// Numbers of Pass::noise for a row of x: n of every expert, or none where Config.noise is off.
   Index noise_columns() const { return config_.noise ? config_.experts : 0; }
 
-  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
-  /// noise. Throws std::invalid_argument when x is not D wide or the pass does not fit it. O(T·D·E).
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    detail::begin_forward(*this, "NoisyTopKGate", x, pass, noise_columns(), tape);
-    route(x, config_.noise, detail::noise_source(pass, noise_columns()), pass.batch, tape);
-    tape.trained = true;
-    return tape.routing;
-  }
-
-  /// Routing without noise, and its balance, the load being the count. Leaves nothing that
-  /// backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                  const EvaluationPass& pass = {}) const {
-    detail::begin_evaluation(*this, "NoisyTopKGate", x, pass, tape);
-    route(x, false, {.key = {.step = 0}}, pass.batch, tape);
-    return tape.routing;
-  }
-  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
-    Tape tape;
-    return evaluate(x, tape);
-  }
-
-  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
-  /// each slot (S), and adds the balance losses' share once. Adds to the gradients of W_g and
-  /// W_noise, and to dx (T x D). At fixed noise and choice this is the exact derivative, that of the
-  /// load through its threshold included. Throws std::invalid_argument when an argument does not
-  /// belong to the tape.
-  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
-                Matrix<Scalar>& dx) {
-    check_tape(tape);
-    detail::check_gate_backward("NoisyTopKGate::backward", config_.width, x, dweight, tape, dx);
-    detail::require_apart("NoisyTopKGate::backward", "dweight", dweight, {tape.dchoice});
-    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
-                                  tape.dimportance, tape.dload);
-    detail::resize(tape.dchoice, tape.routing.slots());
-    for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
-      tape.dchoice[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
-    }
-    top_k_.prepare_backward(tape);
-    top_k_.backward(tape.tokens.rows_of(x), 0, tape.dchoice.data(), tape.dload.data(), tape,
-                    tape.routing, tape.tokens.rows_of(dx));
-  }
-
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
@@ -123,9 +84,9 @@ class NoisyTopKGate {
     config_.load_weight = weights.load;
   }
 
-  /// Gives the gate other experts, see Gate: fresh columns are zero, as at the start. Copies of W_g's columns get noise of
-  /// this standard deviation. Returns where its parameters come from. Throws std::invalid_argument,
-  /// with nothing changed, where Config would be out of range.
+  /// Gives the gate other experts, see Gate: fresh columns are zero, as at the start. Copies of
+  /// W_g's columns get noise of this standard deviation. Returns where its parameters come from.
+  /// Throws std::invalid_argument, with nothing changed, where Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -172,7 +133,12 @@ class NoisyTopKGate {
     return {config.importance_weight, config.load_weight};
   }
 
-  /// Fills tape.routing and tape.balance.
+  void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
+    route(x, config_.noise, detail::noise_source(pass, noise_columns()), pass.batch, tape);
+  }
+  void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
+    route(x, false, {.key = {.step = 0}}, pass.batch, tape);
+  }
   void route(const MatrixRef<Scalar>& x, bool has_noise, const detail::NoiseSource& noise,
              const SharedBatch* batch, Tape& tape) const {
     const detail::ValidTokens& tokens = tape.tokens;
@@ -190,6 +156,21 @@ class NoisyTopKGate {
     }
     tape.loss_weights = loss_weights(config_);
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
+  }
+
+  /// The derivative of the load through its threshold included.
+  void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                      Matrix<Scalar>& dx) {
+    detail::require_apart(name, "dweight", dweight, {tape.dchoice});
+    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
+                                  tape.dimportance, tape.dload);
+    detail::resize(tape.dchoice, tape.routing.slots());
+    for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
+      tape.dchoice[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
+    }
+    top_k_.prepare_backward(tape);
+    top_k_.backward(tape.tokens.rows_of(x), 0, tape.dchoice.data(), tape.dload.data(), tape,
+                    tape.routing, tape.tokens.rows_of(dx));
   }
 
   Config config_;

@@ -39,9 +39,13 @@ namespace moe {
 /// biases are added up). With `gated` the units of each of the n have a weight of their own.
 template <class RoutedGate>
 requires Gate<RoutedGate>
-class SharedExpertGate {
+class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, typename RoutedGate::Scalar> {
+  using Base = detail::GateBase<SharedExpertGate<RoutedGate>, typename RoutedGate::Scalar>;
+  friend Base;
+
  public:
-  using Scalar = typename RoutedGate::Scalar;
+  using Scalar = typename Base::Scalar;
+  static constexpr const char* name = "SharedExpertGate";
 
   struct Config {
     Index width = 0;     ///< D; 0 inside a layer's configuration stands for the layer's width
@@ -93,67 +97,29 @@ class SharedExpertGate {
     }
   }
 
-  /// Training pass over x (T x D): the wrapped gate's forward() and the shared slots. Throws
-  /// std::invalid_argument when x is not D wide or the pass does not fit it.
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    detail::begin_forward(*this, "SharedExpertGate", x, pass, noise_columns(), tape);
-    routed_.forward(x, tape.routed, pass);
-    add_shared(x, tape);
-    tape.trained = true;
-    return tape.routing;
-  }
-
-  /// The wrapped gate's evaluate() and the shared slots. Leaves nothing that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                  const EvaluationPass& pass = {}) const {
-    detail::begin_evaluation(*this, "SharedExpertGate", x, pass, tape);
-    routed_.evaluate(x, tape.routed, pass);
-    add_shared(x, tape);
-    return tape.routing;
-  }
-  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
-    Tape tape;
-    return evaluate(x, tape);
-  }
-
-  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
-  /// each slot (S), of which the wrapped gate gets its own part. Adds to the gradients of both, and
-  /// to dx (T x D). Throws std::invalid_argument when an argument does not belong to the tape.
-  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
-                Matrix<Scalar>& dx) {
-    check_tape(tape);
-    detail::check_gate_backward("SharedExpertGate::backward", config_.width, x, dweight, tape, dx);
-    detail::require_apart("SharedExpertGate::backward", "dweight", dweight, {tape.routed_dweight});
-    split_backward(dweight, tape);
-    routed_.backward(x, std::span<const Scalar>(tape.routed_dweight), tape.routed, dx);
-    if (config_.gated) {
-      linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_,
-                             tape.tokens.rows_of(dx));
-    }
-  }
-
-  void set_loss_weights(const LossWeights& weights)
-    requires requires(RoutedGate& gate) { gate.set_loss_weights(weights); }
-  {
+  template <class G = RoutedGate>
+  requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
+  void set_loss_weights(const LossWeights& weights) {
     routed_.set_loss_weights(weights);
   }
   /// The wrapped gate's, by its part of the tape or the load.
-  void update_selection_bias(const Tape& tape)
-    requires requires(RoutedGate& gate) { gate.update_selection_bias(tape.routed); }
-  {
+  template <class G = RoutedGate>
+  requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
+  void update_selection_bias(const Tape& tape) {
     routed_.update_selection_bias(tape.routed);
   }
-  void update_selection_bias(const Vector<Scalar>& load)
-    requires requires(RoutedGate& gate) { gate.update_selection_bias(load); }
-  {
+  template <class G = RoutedGate>
+  requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
+  void update_selection_bias(const Vector<Scalar>& load) {
     routed_.update_selection_bias(load);
   }
 
   /// Gives the wrapped gate other experts, see Gate. The shared experts stay where they are: throws
   /// std::invalid_argument where one would be removed or copied, and as the wrapped gate does.
-  std::vector<ParameterSource> change_experts(
-      const ExpertSources& sources, std::uint64_t seed,
-      double noise_stddev) requires detail::ChangesExperts<RoutedGate> {
+  template <class G = RoutedGate>
+  requires detail::ChangesExperts<G>
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
     std::vector<Index> routed;
     for (Index e = 0; e < sources.experts(); ++e) {
       const bool stays = sources[e] == e;
@@ -210,6 +176,26 @@ class SharedExpertGate {
                     "SharedExpertGate::Config.routed.width = ", config.routed.width,
                     ", must be 0 or Config.width = ", config.width);
     return config;
+  }
+
+  void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
+    routed_.forward(x, tape.routed, pass);
+    add_shared(x, tape);
+  }
+  void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
+    routed_.evaluate(x, tape.routed, pass);
+    add_shared(x, tape);
+  }
+  /// The wrapped gate gets its own part of dweight.
+  void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                      Matrix<Scalar>& dx) {
+    detail::require_apart(name, "dweight", dweight, {tape.routed_dweight});
+    split_backward(dweight, tape);
+    routed_.backward(x, std::span<const Scalar>(tape.routed_dweight), tape.routed, dx);
+    if (config_.gated) {
+      linear_scores_backward(tape.tokens.rows_of(x), tape.dscores, weight_,
+                             tape.tokens.rows_of(dx));
+    }
   }
 
   /// A token's slots are its `shared` ones and then those of the wrapped gate.

@@ -52,9 +52,13 @@ namespace moe {
 /// weights NaN, and the losses; it spoils no other token, but where there is a capacity it may take
 /// another's place.
 template <class Scalar_ = float>
-class TopKGate {
+class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
+  using Base = detail::GateBase<TopKGate<Scalar_>, Scalar_>;
+  friend Base;
+
  public:
-  using Scalar = Scalar_;
+  using Scalar = typename Base::Scalar;
+  static constexpr const char* name = "TopKGate";
   using Config = TopKConfig;
 
   /// Of the gate's losses, see Config; each finite and at least 0.
@@ -104,80 +108,6 @@ class TopKGate {
     return (config_.jitter > 0 ? config_.width : 0) + (config_.random_second ? 1 : 0);
   }
 
-  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
-  /// jitter and second choices. Throws std::invalid_argument when x is not D wide, the pass does not
-  /// fit it, or T is not a multiple of Config.sequences while sequences have a loss. O(T·D·E).
-  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    detail::begin_forward(*this, "TopKGate", x, pass, noise_columns(), tape);
-    const detail::ValidTokens& tokens = tape.tokens;
-    detail::require(config_.sequence_loss_weight == 0 || tokens.batch_rows % config_.sequences == 0,
-                    "TopKGate: x has ", tokens.batch_rows,
-                    " rows, not a multiple of Config.sequences = ", config_.sequences);
-    const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
-    if (config_.jitter > 0) {
-      detail::jitter_input(config_.jitter, jitter_seed_, noise, tokens, x, tape.jitter,
-                           tape.jittered);
-      linear_scores(GatheredRows<Scalar>(tape.jittered), weight_, tape.router.logits);
-    } else {
-      detail::resize(tape.jitter, 0, 0);
-      linear_scores(tokens.rows_of(x), weight_, tape.router.logits);
-    }
-    choose(tape);
-    if (config_.random_second) drop_second_choices(noise, tape);
-    make_routing(config_.capacity_factor, pass.batch, tape);
-    measure_losses(loss_weights(), pass.batch, tape);
-    tape.trained = true;
-    return tape.routing;
-  }
-
-  /// Routing without jitter and random dispatch, with the capacity of evaluation, and its balance;
-  /// the loss by sequence is left out where T is not a multiple of Config.sequences. Leaves nothing
-  /// that backward() could use.
-  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                  const EvaluationPass& pass = {}) const {
-    detail::begin_evaluation(*this, "TopKGate", x, pass, tape);
-    linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
-    choose(tape);
-    make_routing(config_.evaluation_capacity_factor, pass.batch, tape);
-    LossWeights weights = loss_weights();
-    if (tape.tokens.batch_rows % config_.sequences != 0) weights.sequence = 0;
-    measure_losses(weights, pass.batch, tape);
-    return tape.routing;
-  }
-  Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
-    Tape tape;
-    return evaluate(x, tape);
-  }
-
-  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
-  /// each slot (S), and adds the losses' share once. Adds to the gradient of W_g, and to dx (T x D).
-  /// Throws std::invalid_argument when an argument does not belong to the tape.
-  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
-                Matrix<Scalar>& dx) {
-    check_tape(tape);
-    detail::check_gate_backward("TopKGate::backward", config_.width, x, dweight, tape, dx);
-    const detail::ChoiceWeights<Scalar> weights(config_);
-    const bool of_logits = config_.score == Score::softmax_of_chosen;
-    detail::resize_to_zero(tape.dlogits, tape.tokens.count, experts());
-    switch_losses_backward(tape);
-    if (!of_logits) weights.backward(dweight, tape.router, tape.choices, tape.dlogits);
-    detail::score_logits_backward(config_.score, tape.router, tape.dlogits);
-    if (of_logits) weights.backward(dweight, tape.router, tape.choices, tape.dlogits);
-    if (tape.loss_weights.z * tape.loss_scale > 0) {
-      detail::router_z_loss_backward(tape.loss_weights.z * tape.loss_scale, tape.tokens.batch_count,
-                                     tape.router.logits, tape.router.log_sum, tape.dlogits);
-    }
-    const ScatteredRows<Scalar> dx_rows = tape.tokens.rows_of(dx);
-    if (config_.jitter > 0) {
-      detail::resize_to_zero(tape.djittered, tape.tokens.count, config_.width);
-      linear_scores_backward(GatheredRows<Scalar>(tape.jittered), tape.dlogits, weight_,
-                             ScatteredRows<Scalar>(view(tape.djittered)));
-      detail::jitter_input_backward(tape.jitter, tape.djittered, dx_rows);
-    } else {
-      linear_scores_backward(tape.tokens.rows_of(x), tape.dlogits, weight_, dx_rows);
-    }
-  }
-
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
@@ -206,9 +136,10 @@ class TopKGate {
   }
 
   /// Gives the gate other experts, see Gate: fresh columns are as at the start, the selection bias
-  /// of fresh experts is 0. Groups, whose number stays, are of other neighbours then. Copies of W_g's columns get noise of
-  /// this standard deviation. Returns where its parameters come from. Throws std::invalid_argument,
-  /// with nothing changed, where Config would be out of range.
+  /// of fresh experts is 0. The number of groups stays, and groups are of neighbours, so an
+  /// expert's group may change. Copies of W_g's columns get noise of this standard deviation.
+  /// Returns where its parameters come from. Throws std::invalid_argument, with nothing changed,
+  /// where Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -270,6 +201,63 @@ class TopKGate {
 
   LossWeights loss_weights() const {
     return {config_.switch_loss_weight, config_.sequence_loss_weight, config_.z_loss_weight};
+  }
+
+  void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
+    const Index rows = pass.batch != nullptr ? pass.batch->rows() : x.rows();
+    detail::require(config_.sequence_loss_weight == 0 || rows % config_.sequences == 0,
+                    "TopKGate: x has ", rows,
+                    " rows, not a multiple of Config.sequences = ", config_.sequences);
+  }
+
+  void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
+    const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
+    if (config_.jitter > 0) {
+      detail::jitter_input(config_.jitter, jitter_seed_, noise, tape.tokens, x, tape.jitter,
+                           tape.jittered);
+      linear_scores(tape.jittered, weight_, tape.router.logits);
+    } else {
+      detail::resize(tape.jitter, 0, 0);
+      linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
+    }
+    choose(tape);
+    if (config_.random_second) drop_second_choices(noise, tape);
+    make_routing(config_.capacity_factor, pass.batch, tape);
+    measure_losses(loss_weights(), pass.batch, tape);
+  }
+
+  /// With the capacity of evaluation; the loss by sequence is left out where T is not a multiple of
+  /// Config.sequences.
+  void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
+    linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
+    choose(tape);
+    make_routing(config_.evaluation_capacity_factor, pass.batch, tape);
+    LossWeights weights = loss_weights();
+    if (tape.tokens.batch_rows % config_.sequences != 0) weights.sequence = 0;
+    measure_losses(weights, pass.batch, tape);
+  }
+
+  void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                      Matrix<Scalar>& dx) {
+    const detail::ChoiceWeights<Scalar> weights(config_);
+    const bool of_logits = config_.score == Score::softmax_of_chosen;
+    detail::resize_to_zero(tape.dlogits, tape.tokens.count, experts());
+    switch_losses_backward(tape);
+    if (!of_logits) weights.backward(dweight, tape.router, tape.choices, tape.dlogits);
+    detail::score_logits_backward(config_.score, tape.router, tape.dlogits);
+    if (of_logits) weights.backward(dweight, tape.router, tape.choices, tape.dlogits);
+    if (tape.loss_weights.z * tape.loss_scale > 0) {
+      detail::router_z_loss_backward(tape.loss_weights.z * tape.loss_scale, tape.tokens.batch_count,
+                                     tape.router.logits, tape.router.log_sum, tape.dlogits);
+    }
+    const ScatteredRows<Scalar> dx_rows = tape.tokens.rows_of(dx);
+    if (config_.jitter > 0) {
+      detail::resize_to_zero(tape.djittered, tape.tokens.count, config_.width);
+      linear_scores_backward(tape.jittered, tape.dlogits, weight_, tape.djittered);
+      detail::jitter_input_backward(tape.jitter, tape.djittered, dx_rows);
+    } else {
+      linear_scores_backward(tape.tokens.rows_of(x), tape.dlogits, weight_, dx_rows);
+    }
   }
 
   // The choice, and the weights of the chosen.

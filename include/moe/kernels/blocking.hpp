@@ -7,10 +7,7 @@
 /// \file
 /// Cache blocking: how a product is cut into blocks for a task, strips of columns and tiles of rows.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -76,6 +73,4 @@ void call_epilogue(Epilogue epilogue, Index rows, Range columns) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

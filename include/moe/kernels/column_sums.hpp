@@ -7,10 +7,7 @@
 /// \file
 /// Sums of the columns of a matrix: the gradient with respect to a bias, and the load of an expert.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -106,6 +103,4 @@ void add_column_sums(const GatheredRows<Scalar>& rows, Matrix<Scalar>& sums,
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

@@ -8,10 +8,7 @@
 /// The tiles of products that read their large operand in place. They prefetch what comes next,
 /// since the hardware prefetcher stops at the end of a page of memory.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -162,6 +159,4 @@ MOE_NOINLINE void transposed_tile(const Scalar* b, Index stride, Index height, P
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

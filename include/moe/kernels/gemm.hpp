@@ -23,10 +23,7 @@
 /// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
 /// threads. Nothing allocates and nothing throws.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -198,6 +195,16 @@ void gemm(const GemmTN<Scalar>& product) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+namespace moe {
+
+// For those who write gates and networks: `gemm(moe::GemmNN<float>{.a = x, .b = weight, .c = y})`.
+using detail::gemm;
+using detail::gemm_serial;
+using detail::GemmNN;
+using detail::GemmNT;
+using detail::GemmTN;
+using detail::Start;
+
+}  // namespace moe
+
+MOE_PACKETS_END

@@ -11,10 +11,7 @@
 /// Products that read their large operand in place, without packing, in the order in which memory
 /// delivers it fastest: for few rows on any processor, for any number on one with 32 registers.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -262,6 +259,4 @@ void gemm_direct(const GemmTN<Scalar>& product) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

@@ -8,10 +8,7 @@
 /// Products whose large operand is packed, a panel at a time, into L1: for many rows on a processor
 /// with 16 registers, whose tiles are too small to be fed from L2.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -174,6 +171,4 @@ void gemm_packed(const GemmTN<Scalar>& product) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

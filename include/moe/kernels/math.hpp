@@ -10,10 +10,7 @@
 /// Functions of packets: roots, exponentials, and the functions that activations and gates are made
 /// of.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -122,6 +119,4 @@ Packet<Scalar> normal_cdf(const Packet<Scalar>& x) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

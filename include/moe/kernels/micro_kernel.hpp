@@ -20,10 +20,7 @@
 
 // A packet as a template argument of Eigen's PacketBlock loses its alignment attribute, which is
 // harmless there; Eigen's own headers silence it the same way.
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -255,6 +252,4 @@ void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& l
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

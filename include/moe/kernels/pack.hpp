@@ -10,10 +10,7 @@
 /// Packing: contiguous copies of operands, plain and transposed, and the sources of packets that B is
 /// packed from.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -168,6 +165,4 @@ struct MatrixPackets {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

@@ -15,10 +15,7 @@
 
 // A packet as a template argument loses its alignment attribute, which is harmless there; Eigen's
 // own headers silence it the same way.
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -143,6 +140,4 @@ void add_scaled(Index count, Scalar scale, const Scalar* x, Scalar* y) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

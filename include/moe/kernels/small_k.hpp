@@ -7,10 +7,7 @@
 /// \file
 /// The product A·Bᵀ with a small depth, as that of a gate with few experts.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -41,6 +38,4 @@ void gemm_small_k(const GemmNT<Scalar>& product) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

@@ -7,10 +7,7 @@
 /// \file
 /// Products with few rows of A, which take as long as reading B once.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -179,6 +176,4 @@ void gemm_small_m(const GemmNT<Scalar>& product) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

@@ -7,10 +7,7 @@
 /// \file
 /// The product Aᵀ·B with few columns, as that of a gate with few experts.
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
@@ -39,6 +36,4 @@ void gemm_small_n(const GemmTN<Scalar>& product) {
 
 }  // namespace moe::detail
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+MOE_PACKETS_END

@@ -140,12 +140,12 @@ class MoELayer {
   /// std::invalid_argument when x is not D wide or another part of tape.x, when the pass does not fit
   /// it, and when a gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    tape.trained = false;
     const auto batch = policy_.begin("MoELayer::forward", pass, x.rows(), tape.exchange, [&] {
       check_structure();
       detail::check_layer_width<Scalar>(x, "x", config_.width);
       detail::check_pass("MoELayer", pass, x.rows());
     });
+    tape.trained = false;
     policy_.route(tape.dispatch, tape.exchange, [&] {
       detail::copy_matrix(x, tape.x);
       gate_.forward(tape.x, tape.gate, batch.pass());
@@ -186,7 +186,6 @@ class MoELayer {
   /// when x is not D wide, the pass does not fit it, or x is this tape's own y or a part of it.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                  const EvaluationPass& pass = {}) const {
-    tape.trained = false;
     const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
     const auto batch = policy_.begin("MoELayer::evaluate", as_pass, x.rows(), tape.exchange, [&] {
       check_structure();
@@ -194,6 +193,7 @@ class MoELayer {
       detail::check_pass("MoELayer", as_pass, x.rows());
       detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
     });
+    tape.trained = false;
     policy_.route(tape.dispatch, tape.exchange, [&] {
       gate_.evaluate(x, tape.gate,
                      EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
@@ -228,19 +228,22 @@ class MoELayer {
   // std::invalid_argument, with nothing changed, where the gate or its Config cannot have these
   // experts, or `experts` names none, or one that is not there.
 
-  /// Adds `count` fresh experts behind the others. With a seed of 0 they would be twins of those of
-  /// another layer, or another call, with the same.
-  ExpertChange add_experts(Index count, Seed seed) requires detail::ChangesExperts<Gate> {
+  /// Adds `count` fresh experts behind the others. Equal seeds draw equal numbers: give every layer
+  /// and every call one of its own.
+  template <class G = Gate>
+  requires detail::ChangesExperts<G>
+  ExpertChange add_experts(Index count, Seed seed) {
     constexpr const char* verb = "MoELayer::add_experts";
     return change_experts(verb, {seed},
-                          [&](Index experts) { return detail::add_sources(verb, experts, count); });
+                          [&](Index before) { return detail::add_sources(verb, before, count); });
   }
 
   /// Adds a copy of each of these experts behind the others, frozen where they are, with normal noise
-  /// of this standard deviation on its parameters and its weights in the gate. Without noise a copy
-  /// goes on as its original does wherever both get the same tokens.
-  ExpertChange copy_experts(const std::vector<Index>& experts,
-                            const CopyNoise& noise) requires detail::ChangesExperts<Gate> {
+  /// of this standard deviation on its parameters and its weights in the gate. One may be named more
+  /// than once.
+  template <class G = Gate>
+  requires detail::ChangesExperts<G>
+  ExpertChange copy_experts(const std::vector<Index>& experts, const CopyNoise& noise) {
     constexpr const char* verb = "MoELayer::copy_experts";
     return change_experts(verb, {noise.seed, noise.noise_stddev}, [&](Index before) {
       return detail::copy_sources(verb, before, experts);
@@ -248,31 +251,33 @@ class MoELayer {
   }
 
   /// Removes these experts; the others move up.
-  ExpertChange remove_experts(
-      const std::vector<Index>& experts) requires detail::ChangesExperts<Gate> {
+  template <class G = Gate>
+  requires detail::ChangesExperts<G>
+  ExpertChange remove_experts(const std::vector<Index>& experts) {
     constexpr const char* verb = "MoELayer::remove_experts";
-    return change_experts(
-        verb, {0}, [&](Index before) { return detail::remove_sources(verb, before, experts); });
+    return change_experts(verb, {0}, [&](Index before) {
+      return detail::remove_sources(verb, before, experts);
+    });
   }
 
   /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws
   /// std::invalid_argument for one out of range.
-  void set_loss_weights(const LossWeights& weights)
-    requires requires(Gate& gate) { gate.set_loss_weights(weights); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
+  void set_loss_weights(const LossWeights& weights) {
     gate_.set_loss_weights(weights);
   }
 
   /// What a gate with a selection bias does after each update, see TopKGate::update_selection_bias():
   /// by one training pass, or by the load (E) of all passes of the update.
-  void update_selection_bias(const Tape& tape)
-    requires requires(Gate& gate) { gate.update_selection_bias(tape.gate); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
+  void update_selection_bias(const Tape& tape) {
     gate_.update_selection_bias(tape.gate);
   }
-  void update_selection_bias(const Vector<Scalar>& load)
-    requires requires(Gate& gate) { gate.update_selection_bias(load); }
-  {
+  template <class G = Gate>
+  requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
+  void update_selection_bias(const Vector<Scalar>& load) {
     gate_.update_selection_bias(load);
   }
 

@@ -21,6 +21,7 @@
 #include "moe/mpi/rank_batch.hpp"
 #include "moe/mpi/row_exchange.hpp"
 #include "moe/routing/dispatch.hpp"
+#include "moe/routing/pass.hpp"
 
 /// \file
 /// The dispatch policy of a layer whose experts are spread over several machines [S17 sec. 3.1]:

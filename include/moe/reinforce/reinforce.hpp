@@ -68,8 +68,11 @@ namespace moe {
 ///     if (statistics.sampled_steps > 0) baseline_adam.update(reinforce, 1e-2);
 ///
 /// The baseline is one of the library's; Reinforce<MyPolicy, MyBaseline> has one that you wrote.
-template <Policy P, BaselineFor<P>... Own>
+template <class P, class... Own>
 class Reinforce {
+  static_assert(detail::check_policy_requirements<P>());
+  static_assert((BaselineFor<Own, P> && ...), "a baseline must have the verbs of BaselineFor");
+
  public:
   using Scalar = typename P::Scalar;
   using Input = typename P::Input;

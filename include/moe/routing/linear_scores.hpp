@@ -9,24 +9,20 @@
 
 namespace moe {
 
-/// scores = x·W, x being N x D, rows of a matrix that may be gathered, and W D x E. O(N·D·E).
+/// scores = x·W, x being N x D, a matrix or rows gathered from one, and W D x E. O(N·D·E).
 template <class Scalar>
-void linear_scores(const GatheredRows<Scalar>& x, const Parameter<Scalar>& weight,
-                   Matrix<Scalar>& scores) {
+void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
+                   const Parameter<Scalar>& weight, Matrix<Scalar>& scores) {
   detail::resize(scores, x.count(), weight.value.cols());
   detail::gemm(detail::GemmNN<Scalar>{.a = x, .b = weight.value, .c = scores});
 }
 
+/// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (N x D, a matrix or rows
+/// scattered in one).
 template <class Scalar>
-void linear_scores(const MatrixRef<Scalar>& x, const Parameter<Scalar>& weight,
-                   Matrix<Scalar>& scores) {
-  linear_scores(GatheredRows<Scalar>(x), weight, scores);
-}
-
-/// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (N x D).
-template <class Scalar>
-void linear_scores_backward(const GatheredRows<Scalar>& x, const Matrix<Scalar>& dscores,
-                            Parameter<Scalar>& weight, const ScatteredRows<Scalar>& dx) {
+void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
+                            const Matrix<Scalar>& dscores, Parameter<Scalar>& weight,
+                            const std::type_identity_t<ScatteredRows<Scalar>>& dx) {
   detail::gemm(detail::GemmNT<Scalar>{
       .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
   if (!weight.trained) return;
@@ -34,13 +30,6 @@ void linear_scores_backward(const GatheredRows<Scalar>& x, const Matrix<Scalar>&
                                       .b = dscores,
                                       .c = view(weight.gradient()),
                                       .start = detail::Start::accumulate});
-}
-
-template <class Scalar>
-void linear_scores_backward(const MatrixRef<Scalar>& x, const Matrix<Scalar>& dscores,
-                            Parameter<Scalar>& weight, Matrix<Scalar>& dx) {
-  linear_scores_backward(GatheredRows<Scalar>(x), dscores, weight,
-                         ScatteredRows<Scalar>(view(dx)));
 }
 
 namespace detail {

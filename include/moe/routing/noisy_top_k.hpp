@@ -12,6 +12,7 @@
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
+#include "moe/routing/load_probability.hpp"
 #include "moe/routing/pass.hpp"
 #include "moe/routing/routing.hpp"
 #include "moe/routing/select_largest.hpp"
@@ -28,26 +29,6 @@ inline void check_noise_floor(const char* gate, double noise_floor) {
   require(std::isfinite(noise_floor) && noise_floor > 0, gate,
           "::Config.noise_floor = ", noise_floor, ", must be finite and above 0");
 }
-
-/// What N rows leave behind on their way through a NoisyTopK of E experts. Several of them may
-/// share a tape, each with rows of its own.
-template <class Scalar>
-struct NoisyTopKTape {
-  bool has_noise = false;      ///< else there is nothing but clean and best
-  Matrix<Scalar> clean;        ///< c, N x E
-  Matrix<Scalar> raw;          ///< x·W_noise, N x E
-  Matrix<Scalar> scale;        ///< s, N x E
-  Matrix<Scalar> noise;        ///< n, N x E
-  Matrix<Scalar> noisy;        ///< h, N x E
-  Matrix<Scalar> probability;  ///< P, N x E
-
-  /// N x min(K + 1, E): the experts of the largest h of each row, the largest first. The K-th and
-  /// the (K+1)-th are the thresholds that an expert outside and inside the top has to pass.
-  IndexedVector<Index> best;
-
-  Matrix<Scalar> dclean;  ///< N x E
-  Matrix<Scalar> draw;    ///< N x E
-};
 
 /// The weights W_g and W_noise, both zero at the start, and the passes of the rows that meet them:
 ///
@@ -66,7 +47,7 @@ class NoisyTopK {
   struct Config {
     Index width = 0;    ///< D
     Index experts = 0;  ///< E
-    Index top_k = 0;   ///< K
+    Index top_k = 0;    ///< K
     bool noise = true;
     double noise_floor = 0.01;  ///< s0
   };
@@ -177,6 +158,7 @@ class NoisyTopK {
     for (Index row = rows.first; row < rows.first + rows.count; ++row) f(row);
   }
   Index candidates() const { return std::min(config_.top_k + 1, experts()); }
+  LoadProbability<Scalar> load_probability() const { return {experts(), config_.top_k}; }
 
   /// Calls f(first, count) for rows, zero ones too, that go through all steps before the next ones
   /// begin, so that each step finds near what the one before it left.
@@ -189,8 +171,8 @@ class NoisyTopK {
     } while (first < rows);
   }
 
-  void forward_batch(const GatheredRows<Scalar>& x, const Index* token,
-                     const NoiseSource& noise, Range batch, Tape& tape, Routing<Scalar>& routing) const {
+  void forward_batch(const GatheredRows<Scalar>& x, const Index* token, const NoiseSource& noise,
+                     Range batch, Tape& tape, Routing<Scalar>& routing) const {
     compute_scores(x, batch, tape);
     parallel_for_blocks(batch.count, block_rows(), work_of(batch, tape),
                         [&](Index begin, Index count) {
@@ -200,7 +182,8 @@ class NoisyTopK {
                           };
                           if (tape.has_noise) add_noise(noise, token_of, rows, tape);
                           for_each_row(rows, [&](Index row) { choose(row, tape, routing); });
-                          if (load_has_gradient(tape)) compute_probability(rows, routing, tape);
+                          if (load_has_gradient(tape))
+                            load_probability().forward(rows, routing, tape);
                         });
   }
   void backward_batch(const GatheredRows<Scalar>& x, Range batch, const Scalar* dweight,
@@ -210,7 +193,7 @@ class NoisyTopK {
         batch.count, block_rows(), work_of(batch, tape), [&](Index begin, Index count) {
           const Range rows{batch.first + begin, count};
           if (load_has_gradient(tape)) {
-            probability_backward(rows, dload, routing, tape);
+            load_probability().backward(rows, dload, routing, tape);
           } else {
             std::fill_n(row_data(tape.dclean, rows.first), scores_of(rows), Scalar{0});
             if (tape.has_noise) {
@@ -294,8 +277,8 @@ class NoisyTopK {
   void choose(Index row, Tape& tape, Routing<Scalar>& routing) const {
     const Index top_k = config_.top_k;
     const Scalar* h = row_data(tape.has_noise ? tape.noisy : tape.clean, row);
-    const Index* best = best_of(tape, row);
-    select_largest(h, experts(), candidates(), &tape.best[row * candidates()]);
+    Index* best = tape.best.data() + row * candidates();
+    select_largest(h, experts(), candidates(), best);
 
     Index* chosen = &routing.expert[row * top_k];
     Scalar* weight = &routing.weight[row * top_k];
@@ -323,93 +306,6 @@ class NoisyTopK {
       tape.dclean(row, i) += dh;
       if (tape.has_noise) tape.draw(row, i) += tape.noise(row, i) * dh;
     }
-  }
-
-  // [S17 eq. 8-9]: P(x, i) = Φ(z) with z = (c_i − kth_excluding(h, K, i)) / s_i is the probability
-  // that i is among the top when its own noise is drawn again. The threshold is the K-th largest h
-  // for an expert outside the top, the (K+1)-th for one inside.
-
-  /// The threshold of each expert, in the places of the scores.
-  void set_thresholds(Range rows, const Routing<Scalar>& routing, const Tape& tape,
-                      Matrix<Scalar>& threshold) const {
-    for_each_row(rows, [&](Index row) {
-      Scalar* of = row_data(threshold, row);
-      std::fill_n(of, experts(), tape.noisy(row, last_inside(tape, row)));
-      const Scalar inside = tape.noisy(row, first_outside(tape, row));
-      for_each_chosen(routing, row, [&](Index i) { of[i] = inside; });
-    });
-  }
-
-  void compute_probability(Range rows, const Routing<Scalar>& routing, Tape& tape) const {
-    using P = Packet<Scalar>;
-    set_thresholds(rows, routing, tape, tape.probability);
-    Scalar* probability = row_data(tape.probability, rows.first);
-    map(
-        scores_of(rows), probability,
-        [](const P& threshold, const P& clean, const P& scale) {
-          using namespace Eigen::internal;
-          return normal_cdf<Scalar>(pdiv(psub(clean, threshold), scale));
-        },
-        probability, row_data(tape.clean, rows.first), row_data(tape.scale, rows.first));
-  }
-
-  /// With l = ∂L/∂Load, j the expert whose h is the threshold and φ the normal density:
-  /// ∂P/∂c_i = φ(z)/s_i, ∂P/∂s_i = −φ(z)·z/s_i, ∂P/∂h_j = −φ(z)/s_i, and h_j = c_j + n_j·s_j passes
-  /// on to c_j and s_j. Overwrites the rows.
-  void probability_backward(Range rows, const Scalar* dload, const Routing<Scalar>& routing,
-                            Tape& tape) const {
-    using P = Packet<Scalar>;
-    using namespace Eigen::internal;
-    const Scalar* clean = row_data(tape.clean, rows.first);
-    Scalar* dclean = row_data(tape.dclean, rows.first);
-    Scalar* draw = row_data(tape.draw, rows.first);
-    const Scalar* scale = row_data(tape.scale, rows.first);
-
-    set_thresholds(rows, routing, tape, tape.draw);
-    for_each_row(rows,
-                 [&](Index row) { std::copy_n(dload, experts(), row_data(tape.dclean, row)); });
-    for_each_packet<Scalar>(scores_of(rows), [&](const PacketSpan& at) {
-      const P s = at.load(scale);
-      const P threshold = at.load(draw);  // until it is written over below
-      const P z = pdiv(psub(at.load(clean), threshold), s);
-      const P d = pdiv(pmul(at.load(dclean), normal_density<Scalar>(z)), s);
-      at.store(dclean, d);
-      at.store(draw, pmul(pnegate(d), z));
-    });
-
-    for_each_row(rows, [&](Index row) {
-      const Scalar* d = row_data(tape.dclean, row);
-      Scalar from_inside{0};
-      Scalar from_outside{0};
-      Index next = 0;
-      for_each_chosen(routing, row, [&](Index i) {  // in ascending order, the others between them
-        from_outside += sum(i - next, d + next);
-        from_inside += d[i];
-        next = i + 1;
-      });
-      from_outside += sum(experts() - next, d + next);
-      const auto pass_on = [&](Index i, Scalar from) {
-        tape.dclean(row, i) -= from;
-        tape.draw(row, i) -= from * tape.noise(row, i);
-      };
-      pass_on(last_inside(tape, row), from_outside);
-      pass_on(first_outside(tape, row), from_inside);
-    });
-  }
-
-  const Index* best_of(const Tape& tape, Index row) const {
-    return tape.best.data() + row * candidates();
-  }
-  Index last_inside(const Tape& tape, Index row) const {
-    return best_of(tape, row)[config_.top_k - 1];
-  }
-  Index first_outside(const Tape& tape, Index row) const {
-    return best_of(tape, row)[candidates() - 1];
-  }
-
-  template <class F>
-  void for_each_chosen(const Routing<Scalar>& routing, Index row, F&& f) const {
-    for (Index k = 0; k < config_.top_k; ++k) f(routing.expert[row * config_.top_k + k]);
   }
 
   Config config_;
