@@ -132,8 +132,11 @@ class NoisyTopK {
     change_columns(sources, noise_weight_);
     config_.experts = sources.experts();
   }
-  /// The noise belongs to a place among the experts, whoever is there.
-  void set_seed(std::uint64_t seed) { seed_ = seed; }
+  /// Those of another one of its shape. The noise stays: it belongs to a place, whoever is there.
+  void take_weights(const NoisyTopK& other) {
+    weight_ = other.weight_;
+    noise_weight_ = other.noise_weight_;
+  }
   /// Adds to W_g, of which this is a copy.
   void add_noise(double stddev, std::uint64_t seed) { add_normal(weight_.value, stddev, seed); }
 
