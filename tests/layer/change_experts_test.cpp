@@ -1,3 +1,4 @@
+#include <cmath>
 #include <map>
 #include <set>
 #include <string>
@@ -365,6 +366,25 @@ TEST_CASE(
   const double noise = (gate.col(2) - gate.col(1)).norm() / 8;
   CHECK(noise > 0.15);
   CHECK(noise < 0.35);
+}
+
+TEST_CASE("experts come and go: fresh columns are as a gate starts with", "[layer][change]") {
+  const auto fresh_of = [](auto layer, const char* name) -> Matrix<double> {
+    layer.add_experts(40, 7);
+    return values_of(layer).at(std::string("gate.") + name).rightCols(40);
+  };
+  CHECK(fresh_of(make_layer<NoisyLaw>(4), "weight").isZero(0));
+  CHECK(fresh_of(make_layer<NoisyLaw>(4), "noise_weight").isZero(0));
+  CHECK(fresh_of(make_layer<TopKLaw>(4), "selection_bias").isZero(0));
+  const Matrix<double> normal = fresh_of(make_layer<TopKLaw>(4), "weight");
+  CHECK(std::abs(normal.norm() / std::sqrt(5.0 * 40) - 0.02) < 0.003);
+  CHECK((fresh_of(make_layer<BalancedLaw>(4), "threshold").array() == 1.0 / 44).all());
+  for (const Matrix<double>& uniform : {fresh_of(make_layer<BalancedLaw>(4), "weight"),
+                                        fresh_of(make_layer<ExpertChoiceLaw>(4), "weight")}) {
+    CHECK(uniform.cwiseAbs().maxCoeff() <= 1 / std::sqrt(5.0));
+    CHECK(std::abs(uniform.norm() / std::sqrt(5.0 * 40) - 1 / std::sqrt(15.0)) < 0.03);
+    CHECK(!same_bits(uniform.col(0), uniform.col(1)));
+  }
 }
 
 TEST_CASE("experts come and go: frozen parts stay frozen", "[layer][change]") {
