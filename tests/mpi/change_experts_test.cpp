@@ -1,5 +1,6 @@
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "errors.hpp"
@@ -82,6 +83,11 @@ void check(const typename Gate::Config& gate, Index unit, Index shared,
                              communicator);
   Optimizer optimizer(config);
   Optimizer whole_optimizer(config);
+  for (Optimizer* each : {&optimizer, &whole_optimizer}) {
+    each->set_groups([](std::string_view name) -> ParameterGroup {
+      return {.rate_factor = name.starts_with("experts.3.") ? 0.25 : 1.0};
+    });
+  }
   std::uint64_t step = 0;
   const auto train = [&] {
     for (int i = 0; i < 2; ++i, ++step) {
