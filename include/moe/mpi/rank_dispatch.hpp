@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <exception>
@@ -10,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "moe/layer/changed_experts.hpp"
 #include "moe/layer/expert_pass.hpp"
 #include "moe/mpi/communicator.hpp"
 #include "moe/mpi/configuration.hpp"
@@ -65,17 +67,55 @@ class RankDispatch {
   template <class Config, class Gate>
   void place(const Config& config, const Gate& gate) {
     together("ExpertParallel: the placement", [&] {
-      placement_ = Placement(gate.experts(), communicator_.size(), experts_together(gate),
-                             shared_experts(gate));
-      rank_experts_.clear();
-      for (int r = 0; r < communicator_.size(); ++r) rank_experts_.push_back(placement_.count(r));
-      here_for_each_rank_.assign(rank_experts_.size(), placement_.count(communicator_.rank()));
+      rank_experts_.resize(moe::detail::to_size(communicator_.size()));
+      here_for_each_rank_.resize(rank_experts_.size());
+      set_placement(placement_for(gate));
     });
     check_same_configuration(config, gate.experts(), communicator_);
     number_ = communicator_.next_number();
   }
   Range experts_here(Index) const {
     return {placement_.first(communicator_.rank()), placement_.count(communicator_.rank())};
+  }
+
+  // For experts that come and go.
+
+  int rank() const { return communicator_.rank(); }
+  int ranks() const { return communicator_.size(); }
+  Placement placement(Index) const { return placement_; }
+  template <class Gate>
+  Placement placement_for(const Gate& gate) const {
+    return Placement(gate.experts(), communicator_.size(), experts_together(gate),
+                     shared_experts(gate));
+  }
+  void set_placement(const Placement& placement) {
+    placement_ = placement;
+    for (int r = 0; r < ranks(); ++r) {
+      rank_experts_[moe::detail::to_size(Index{r})] = placement_.count(r);
+    }
+    std::fill(here_for_each_rank_.begin(), here_for_each_rank_.end(), placement_.count(rank()));
+  }
+  void agree_on_change(const char* verb, std::uint64_t structure,
+                       const moe::detail::ChangeDraws& draws) const {
+    communicator_.agree(verb, {{"the experts", static_cast<std::int64_t>(structure)},
+                               {"seed", static_cast<std::int64_t>(draws.seed)},
+                               {"noise_stddev", std::bit_cast<std::int64_t>(draws.noise_stddev)}});
+  }
+  void exchange(const char* call, bool moves, std::vector<std::vector<char>>& sent,
+                std::vector<std::vector<char>>& received) const {
+    std::optional<RowExchange> exchange;
+    communicator_.attempt(call, {{"whether there is anything to move", moves ? 1 : 0}}, [&] {
+      if (moves) exchange.emplace(communicator_);
+    });
+    if (!moves) return;
+    for_each_other_rank([&](int r) {
+      const auto of = [r](auto& buffers) -> std::vector<char>& {
+        return buffers[moe::detail::to_size(Index{r})];
+      };
+      exchange->receive(of(received), 0, static_cast<Index>(of(received).size()), r);
+      exchange->send(of(sent), 0, static_cast<Index>(of(sent).size()), r);
+    });
+    exchange->wait();
   }
 
   template <class F>

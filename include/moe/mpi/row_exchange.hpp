@@ -37,7 +37,7 @@ class RowExchange {
     // Enough for all that a pass sends unless a message goes in pieces, so that only this
     // constructor throws std::bad_alloc, when the others can still be told.
     requests_.reserve(most_buffers * detail::to_size(communicator.size()));
-    lent_.reserve(most_buffers);
+    lent_.reserve(std::max(most_buffers, 2 * detail::to_size(communicator.size())));
   }
   ~RowExchange() {
     if (requests_.empty()) return;
