@@ -63,6 +63,13 @@ class Communicator {
   /// 1, 2, ...: the same on all ranks if it is asked for after the same calls.
   std::int64_t next_number() const { return ++shared_->numbers; }
 
+  /// Calls f(rank) for each other rank. Every rank begins with its neighbour, so that not all of them
+  /// send to rank 0 first. Local.
+  template <class F>
+  void for_each_other_rank(F&& f) const {
+    for (int i = 1; i < size_; ++i) f((rank_ + i) % size_);
+  }
+
   /// Returns when all ranks made the same call with the same facts and none failed, else throws
   /// Error on all: what a rank says that failed (its first 64 KiB), or who disagrees on what. At
   /// most 6 facts; `call` and the names are text that lives on.

@@ -108,7 +108,7 @@ class RankDispatch {
       if (moves) exchange.emplace(communicator_);
     });
     if (!moves) return;
-    for_each_other_rank([&](int r) {
+    communicator_.for_each_other_rank([&](int r) {
       const auto of = [r](auto& buffers) -> std::vector<char>& {
         return buffers[moe::detail::to_size(Index{r})];
       };

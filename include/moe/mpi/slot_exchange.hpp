@@ -123,14 +123,14 @@ class SlotExchange {
                                         moe::detail::row_data(packed, i));
                           }
                         });
-    for_each_other_rank([&](int r) {
+    communicator_.for_each_other_rank([&](int r) {
       exchange.receive(received, tape_.received[r], came_from(r), r);
       exchange.send(packed, tape_.sent[r], leave_for(r), r);
     });
   }
   /// To tape.others.weight.
   void send_weights(RowExchange& exchange) const {
-    for_each_other_rank([&](int r) {
+    communicator_.for_each_other_rank([&](int r) {
       exchange.receive(tape_.others.weight, tape_.received[r], came_from(r), r);
       exchange.send(dispatch_.weight, first_slot(r), leave_for(r), r);
     });
@@ -140,7 +140,7 @@ class SlotExchange {
   void return_answers(const std::exception_ptr& failure, RowExchange& exchange) const {
     const Index failed = failure != nullptr ? 1 : 0;
     std::fill(tape_.failed_here.begin(), tape_.failed_here.end(), failed);
-    for_each_other_rank([&](int r) {
+    communicator_.for_each_other_rank([&](int r) {
       exchange.receive(tape_.failed_there, r, 1, r);
       exchange.send(tape_.failed_here, r, 1, r);
       exchange.receive(tape_.returned, tape_.sent[r], leave_for(r), r);
@@ -149,7 +149,7 @@ class SlotExchange {
   }
   /// From tape.dweight to dweight (S, in the order of the dispatch).
   void return_dweight(IndexedVector<Scalar>& dweight, RowExchange& exchange) const {
-    for_each_other_rank([&](int r) {
+    communicator_.for_each_other_rank([&](int r) {
       exchange.receive(dweight, first_slot(r), leave_for(r), r);
       exchange.send(tape_.dweight, tape_.received[r], came_from(r), r);
     });
@@ -181,14 +181,6 @@ class SlotExchange {
     moe::detail::resize_to_zero(tape_.answer, tape_.received.back(), width);
     tape_.failed_here.assign(moe::detail::to_size(communicator_.size()), 0);
     tape_.failed_there.assign(moe::detail::to_size(communicator_.size()), 0);
-  }
-
-  template <class F>
-  void for_each_other_rank(F&& f) const {
-    // Each begins with its neighbour, so that not all of them send to rank 0 first.
-    for (int i = 1; i < communicator_.size(); ++i) {
-      f((communicator_.rank() + i) % communicator_.size());
-    }
   }
 
   /// The position in the dispatch of the first slot of a rank's experts.
