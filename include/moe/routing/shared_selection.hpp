@@ -24,7 +24,7 @@ using OrderedBits = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::
 template <class Scalar>
 OrderedBits<Scalar> ordered_bits(Scalar score) {
   using Bits = OrderedBits<Scalar>;
-  static_assert(sizeof(Bits) == sizeof(Scalar) && std::numeric_limits<Scalar>::is_iec559);
+  static_assert(sizeof(Bits) == sizeof(Scalar));
   constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
   if (std::isnan(score)) score = -std::numeric_limits<Scalar>::infinity();
   if (score == Scalar{0}) score = Scalar{0};
