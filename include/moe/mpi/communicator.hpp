@@ -54,6 +54,10 @@ class Communicator {
     shared_ = std::make_shared<Shared>(channel, Agreement(channel, rank_, size_));
   }
 
+  // Moving copies, so that what was moved from can still tell the other ranks that it is of no use.
+  Communicator(const Communicator&) = default;
+  Communicator& operator=(const Communicator&) = default;
+
   // These are local, not collective.
 
   int rank() const { return rank_; }
