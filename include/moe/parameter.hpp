@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -84,6 +85,9 @@ struct Parameter {
   Matrix<Scalar> value;
   bool trained = true;
   detail::StoredGradient<Scalar> stored;  ///< the library's own: see gradient()
+  /// The library's own: a number that a layer gives to its parameters when its experts are added,
+  /// copied or removed, by which an optimizer knows whether it remembers these.
+  std::uint64_t structure = 0;
 
   Parameter() = default;
   Parameter(Index rows, Index columns)
@@ -251,6 +255,13 @@ bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
   if (!parameter.trained) return true;
   return updates == Updates::lazy && (parameter.stored.state == GradientState::zero ||
                                       parameter.stored.state == GradientState::stale);
+}
+
+template <class Module>
+Index count_parameters(const Module& module) {
+  Index count = 0;
+  walk_parameters(module, [&](const ParameterName&, const auto&) { ++count; });
+  return count;
 }
 
 /// Whether a module has a parameter that is trained.

@@ -94,7 +94,8 @@ TEST_CASE("gradients: the norm counts every parameter once, and is cut as in one
   }
   if (communicator.rank() == communicator.size() - 1) {
     for_each_parameter(model.middle.layer, [](const std::string& name, auto& p) {
-      if (name.starts_with("experts.") && p.size() > 0) p.gradient()(0, 0) = std::numeric_limits<double>::infinity();
+      if (name.starts_with("experts.") && p.size() > 0)
+        p.gradient()(0, 0) = std::numeric_limits<double>::infinity();
     });
   }
   CHECK(std::isinf(mpi::clip_gradients(model, 1, communicator)));
@@ -204,4 +205,33 @@ TEST_CASE("gradients: what is not trained is not summed", "[mpi]") {
   CHECK((module.state.gradient().array() == 7).all());
   const int ranks = communicator.size();
   CHECK((module.weight.gradient().array() == ranks * (ranks + 1) / 2).all());
+}
+
+TEST_CASE("gradients: ranks that train different parameters hear of it", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  if (last == 0) return;
+  const bool odd = communicator.rank() == last;
+  Untrained module;
+  module.weight.trained = !odd;
+  CHECK_THROWS_WITH(mpi::sum_gradients(module, communicator),
+                    Catch::Matchers::Contains("gradients of double is 7 on rank 0 and 0 on rank " +
+                                              std::to_string(last)));
+  mpi::ExpertParallel<Layer> layer(config, communicator);
+  mpi::ExpertParallel<Layer>::Tape tape;
+  const auto set_trained = [&](bool trained) {
+    for_each_parameter(layer, [&](const std::string& name, auto& p) {
+      if (name.starts_with("gate.")) p.trained = trained;
+    });
+  };
+  const auto x = random_matrix(20, 5, 1);
+  set_trained(!odd);
+  layer.forward(x, tape, {.step = 0});
+  CHECK_THROWS_WITH(layer.backward(x, tape), Catch::Matchers::Contains("gradients of double"));
+  set_trained(false);
+  layer.forward(x, tape, {.step = 0});
+  layer.backward(x, tape);
+  set_trained(true);
+  layer.forward(x, tape, {.step = 0});
+  layer.backward(x, tape);
 }

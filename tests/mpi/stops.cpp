@@ -54,7 +54,7 @@ struct Stop {
     victim = below(static_cast<std::uint64_t>(ranks));
     signal = below(4) == 0 ? SIGKILL : SIGSTOP;
     when = static_cast<When>(below(3));
-    calls = 1 + below(400);  // an update is of about 130
+    calls = 1 + below(400);  // an update is of about 100
     polls = below(4);
     microseconds = below(100'000);
     is_handled = below(2) == 0;
@@ -122,6 +122,12 @@ int MPI_Ireduce(const void* from, void* to, int count, MPI_Datatype type, MPI_Op
 int MPI_Ibcast(void* data, int count, MPI_Datatype type, int root, MPI_Comm comm,
                MPI_Request* request) {
   return around([&] { return PMPI_Ibcast(data, count, type, root, comm, request); });
+}
+int MPI_Iallgather(const void* from, int count, MPI_Datatype from_type, void* to, int to_count,
+                   MPI_Datatype to_type, MPI_Comm comm, MPI_Request* request) {
+  return around([&] {
+    return PMPI_Iallgather(from, count, from_type, to, to_count, to_type, comm, request);
+  });
 }
 int MPI_Iallgatherv(const void* from, int count, MPI_Datatype from_type, void* to,
                     const int* counts, const int* offsets, MPI_Datatype to_type, MPI_Comm comm,

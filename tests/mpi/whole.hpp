@@ -1,8 +1,10 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <string>
@@ -29,7 +31,7 @@ void randomize_by_name(Module& module, double scale, std::uint64_t seed = 0) {
   });
 }
 
-/// How many tokens each rank has, in several ways.
+/// How many rows each rank has, in several ways.
 inline std::vector<std::vector<Index>> ways_to_share(Index tokens, int ranks) {
   const auto count = static_cast<std::size_t>(ranks);
   std::vector<std::vector<Index>> ways;
@@ -50,6 +52,25 @@ inline std::vector<std::vector<Index>> ways_to_share(Index tokens, int ranks) {
   return ways;
 }
 
+/// Which rows are tokens, in several ways: two of three; none of the first rank that has rows; a
+/// different number on each rank; the last one only; none.
+inline std::vector<std::vector<std::uint8_t>> ways_to_pad(const std::vector<Index>& share) {
+  const auto rows = static_cast<std::size_t>(std::accumulate(share.begin(), share.end(), Index{0}));
+  std::vector<std::vector<std::uint8_t>> ways(5, std::vector<std::uint8_t>(rows, 1));
+  std::size_t row = 0;
+  for (std::size_t r = 0; r < share.size(); ++r) {
+    for (Index i = 0; i < share[r]; ++i, ++row) {
+      ways[0][row] = row % 3 != 1;
+      ways[1][row] = row >= static_cast<std::size_t>(*std::find_if(share.begin(), share.end(),
+                                                                   [](Index n) { return n > 0; }));
+      ways[2][row] = static_cast<std::size_t>(i) >= r;
+      ways[3][row] = row + 1 == rows;
+      ways[4][row] = 0;
+    }
+  }
+  return ways;
+}
+
 template <class Layer>
 class Beside {
  public:
@@ -63,17 +84,32 @@ class Beside {
     randomize_by_name(parallel, scale);
   }
 
-  /// Checks two training passes that add up, and evaluate(), of tokens shared among the ranks.
+  /// Checks two training passes that add up, and evaluate(), of rows shared among the ranks.
+  /// key.valid is that of all rows; of those that are padding x is NaN.
   void check(const std::vector<Index>& share, double tolerance, const Pass& key = {.step = 3}) {
     const auto rank = static_cast<std::size_t>(communicator_.rank());
-    const Index tokens = std::accumulate(share.begin(), share.end(), Index{0});
+    const Index rows = std::accumulate(share.begin(), share.end(), Index{0});
     const Index first =
         std::accumulate(share.begin(), share.begin() + communicator_.rank(), Index{0});
     const auto own = [&](const Matrix<Scalar>& m) {
       return Matrix<Scalar>(m.middleRows(first, share[rank]));
     };
-    const auto x = random_matrix<Scalar>(tokens, whole.config().width, 5);
-    const auto dy = random_matrix<Scalar>(tokens, whole.config().width, 6);
+    auto x = random_matrix<Scalar>(rows, whole.config().width, 5);
+    const auto dy = random_matrix<Scalar>(rows, whole.config().width, 6);
+    const std::span<const std::uint8_t> valid = key.valid;
+    const auto own_valid = valid.empty() ? valid
+                                         : valid.subspan(static_cast<std::size_t>(first),
+                                                         static_cast<std::size_t>(share[rank]));
+    const auto tokens_before = [&](Index row) {
+      if (valid.empty()) return row;
+      return static_cast<Index>(row -
+                                std::count(valid.begin(), valid.begin() + row, std::uint8_t{0}));
+    };
+    for (Index row = 0; row < rows && !valid.empty(); ++row) {
+      if (valid[static_cast<std::size_t>(row)] == 0) {
+        x.row(row).setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+      }
+    }
     zero_gradients(whole);
     zero_gradients(parallel);
     typename Layer::Tape expected;
@@ -82,21 +118,26 @@ class Beside {
       Pass next = key;
       next.step = key.step + static_cast<std::uint64_t>(pass);
       INFO("pass " << pass << ", rank " << rank << " of " << communicator_.size() << " with "
-                   << share[rank] << " of " << tokens << " tokens");
+                   << share[rank] << " of " << rows << " rows");
       whole.forward(x, expected, next);
-      parallel.forward(own(x), tape, next);
+      Pass of_rank = next;
+      of_rank.valid = own_valid;
+      parallel.forward(own(x), tape, of_rank);
       CHECK(relative_error(tape.y, own(expected.y)) < tolerance);
       check_balance(tape.balance(), expected.balance(), tolerance);
-      CHECK(tape.exchange.batch.tokens == tokens);
-      CHECK(tape.exchange.batch.first_token == first);
+      CHECK(tape.exchange.batch.rows == rows);
+      CHECK(tape.exchange.batch.first_row == first);
+      CHECK(tape.exchange.batch.tokens == tokens_before(rows));
+      CHECK(tape.exchange.batch.first_token == tokens_before(first));
       whole.backward(dy, expected);
       const Matrix<Scalar>& dx = parallel.backward(own(dy), tape);
       CHECK(&dx == &tape.dx);
       CHECK(relative_error(dx, own(expected.dx)) < tolerance);
       check_gradients(tolerance);
     }
-    whole.evaluate(x, expected);
-    CHECK(relative_error(parallel.evaluate(own(x), tape), own(expected.y)) < tolerance);
+    whole.evaluate(x, expected, {.valid = valid});
+    CHECK(relative_error(parallel.evaluate(own(x), tape, {.valid = own_valid}), own(expected.y)) <
+          tolerance);
     check_balance(tape.balance(), expected.balance(), tolerance);
   }
 

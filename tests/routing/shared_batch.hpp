@@ -64,14 +64,14 @@ class PartOfBatch : public SharedBatch {
   void sum(std::span<float> numbers) const override { sum_of(numbers); }
   void sum(std::span<double> numbers) const override { sum_of(numbers); }
   void sum(std::span<Index> numbers) const override { sum_of(numbers); }
-  void gather(std::span<const float> numbers, Index, std::span<float> all) const override {
-    gather_of(numbers, all);
-  }
-  void gather(std::span<const double> numbers, Index, std::span<double> all) const override {
-    gather_of(numbers, all);
-  }
-  void gather(std::span<const Index> numbers, Index, std::span<Index> all) const override {
-    gather_of(numbers, all);
+  void prefix(std::span<Index> numbers) const override {
+    std::vector<Index> before(numbers.size(), 0);
+    meeting_.share(number_, numbers, [&](auto&& of) {
+      for (std::size_t i = 0; i < number_; ++i) {
+        for (std::size_t j = 0; j < before.size(); ++j) before[j] += of(i)[j];
+      }
+    });
+    std::copy(before.begin(), before.end(), numbers.begin());
   }
 
  private:
@@ -85,15 +85,6 @@ class PartOfBatch : public SharedBatch {
     });
     std::copy(total.begin(), total.end(), numbers.begin());
   }
-  template <class T>
-  void gather_of(std::span<const T> numbers, std::span<T> all) const {
-    meeting_.share(number_, numbers, [&](auto&& of) {
-      auto to = all.begin();
-      for (std::size_t i = 0; i < meeting_.count(); ++i) {
-        to = std::copy(of(i).begin(), of(i).end(), to);
-      }
-    });
-  }
 
   Meeting& meeting_;
   std::size_t number_;
@@ -102,22 +93,20 @@ class PartOfBatch : public SharedBatch {
 
 /// Calls f(number, batch) on a thread for each part; `sizes` are their rows, `valid` the flags of all.
 template <class F>
-void share_batch(const std::vector<Index>& sizes, F&& f,
-                 std::span<const std::uint8_t> valid = {}) {
+void share_batch(const std::vector<Index>& sizes, F&& f, std::span<const std::uint8_t> valid = {}) {
   Meeting meeting(sizes.size());
   Index rows = 0;
   for (const Index size : sizes) rows += size;
   const auto tokens_before = [&](Index row) {
     if (valid.empty()) return row;
-    return static_cast<Index>(
-        row - std::count(valid.begin(), valid.begin() + row, std::uint8_t{0}));
+    return static_cast<Index>(row -
+                              std::count(valid.begin(), valid.begin() + row, std::uint8_t{0}));
   };
   std::vector<std::thread> threads;
   Index first = 0;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     threads.emplace_back([&, i, first] {
-      const PartOfBatch batch(meeting, i,
-                              {first, rows, tokens_before(first), tokens_before(rows)});
+      const PartOfBatch batch(meeting, i, {first, rows, tokens_before(first), tokens_before(rows)});
       f(i, batch);
     });
     first += sizes[i];

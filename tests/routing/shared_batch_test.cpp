@@ -1,5 +1,7 @@
 #include "moe/routing/shared_batch.hpp"
 
+#include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "../support.hpp"
@@ -23,11 +25,16 @@ struct Outcome {
 
 /// The parts of a batch that is shared choose, lose and learn as the whole batch does.
 template <class Gate>
-void check_shared(const typename Gate::Config& config, const std::vector<Index>& sizes) {
+void check_shared(const typename Gate::Config& config, const std::vector<Index>& sizes,
+                  const std::vector<std::uint8_t>& valid = {}) {
   const Gate fresh(config, 7);
   Index tokens = 0;
   for (const Index size : sizes) tokens += size;
   const Matrix<double> x = random_matrix(tokens, config.width, 1);
+  const auto valid_of = [&](Index first, Index count) {
+    const std::span<const std::uint8_t> all(valid);
+    return all.empty() ? all : all.subspan(detail::to_size(first), detail::to_size(count));
+  };
   // The gradient by the weight of a slot, whichever part it is in.
   const auto backward = [&](Outcome<Gate>& o, Index first, const Matrix<double>& rows) {
     const Routing<double>& routing = o.tape.routing;
@@ -43,17 +50,23 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
   };
 
   Outcome<Gate> whole{fresh, {}, {}};
-  whole.gate.forward(x, whole.tape, {.step = 3});
+  whole.gate.forward(x, whole.tape, {.step = 3, .valid = valid});
   backward(whole, 0, x);
 
   std::vector<Outcome<Gate>> parts(sizes.size(), {fresh, {}, {}});
-  test::share_batch(sizes, [&](std::size_t i, const SharedBatch& batch) {
-    Outcome<Gate>& o = parts[i];
-    const Index first = batch.first_row();
-    o.gate.forward(x.middleRows(first, sizes[i]), o.tape,
-                   {.step = 3, .first_token = static_cast<std::uint32_t>(first), .batch = &batch});
-    backward(o, first, x.middleRows(first, sizes[i]));
-  });
+  test::share_batch(
+      sizes,
+      [&](std::size_t i, const SharedBatch& batch) {
+        Outcome<Gate>& o = parts[i];
+        const Index first = batch.first_row();
+        o.gate.forward(x.middleRows(first, sizes[i]), o.tape,
+                       {.step = 3,
+                        .first_token = static_cast<std::uint32_t>(first),
+                        .valid = valid_of(first, sizes[i]),
+                        .batch = &batch});
+        backward(o, first, x.middleRows(first, sizes[i]));
+      },
+      valid);
 
   Index first = 0;
   std::vector<Matrix<double>> gradients;
@@ -93,35 +106,53 @@ void check_shared(const typename Gate::Config& config, const std::vector<Index>&
   });
 }
 
+/// Every gate.
+void check_gates(const std::vector<Index>& sizes, const std::vector<std::uint8_t>& valid) {
+  check_shared<NoisyTopKGate<double>>({.width = 4, .experts = 6, .top_k = 2}, sizes, valid);
+  check_shared<TopKGate<double>>({.width = 4,
+                                  .experts = 6,
+                                  .top_k = 2,
+                                  .jitter = 0.1,
+                                  .switch_loss_weight = 0.3,
+                                  .z_loss_weight = 0.2},
+                                 sizes, valid);
+  check_shared<TopKGate<double>>({.width = 4,
+                                  .experts = 6,
+                                  .top_k = 2,
+                                  .capacity_factor = 0.8,
+                                  .place_order = PlaceOrder::largest_weight,
+                                  .sequence_loss_weight = 0.3,
+                                  .sequences = 3,
+                                  .row_order = RowOrder::sequence_major},
+                                 sizes, valid);
+  check_shared<BalancedGate<double>>(
+      {.width = 4, .experts = 6, .top_k = 2, .threshold_weight = 0.3}, sizes, valid);
+  check_shared<ExpertChoiceGate<double>>({.width = 4, .experts = 6, .capacity_factor = 1.5}, sizes,
+                                         valid);
+  check_shared<HierarchicalGate<double>>(
+      {.width = 4, .groups = 3, .group_experts = 2, .top_k_groups = 2, .top_k = 1}, sizes, valid);
+  check_shared<SharedExpertGate<NoisyTopKGate<double>>>(
+      {.width = 4, .shared = 1, .gated = true, .routed = {.experts = 6, .top_k = 2}}, sizes, valid);
+}
+
 }  // namespace
 
 TEST_CASE("shared batch: parts of a batch route, lose and learn as the whole", "[routing][gate]") {
   for (const std::vector<Index>& sizes : {std::vector<Index>{5, 7}, {12}, {3, 0, 9}, {330, 270}}) {
     INFO(sizes.size() << " parts, the first of " << sizes[0]);
-    check_shared<NoisyTopKGate<double>>({.width = 4, .experts = 6, .top_k = 2}, sizes);
-    check_shared<TopKGate<double>>({.width = 4,
-                                           .experts = 6,
-                                           .top_k = 2,
-                                           .jitter = 0.1,
-                                           .switch_loss_weight = 0.3,
-                                           .z_loss_weight = 0.2},
-                                          sizes);
-    check_shared<TopKGate<double>>({.width = 4,
-                                           .experts = 6,
-                                           .top_k = 2,
-                                           .capacity_factor = 0.8,
-                                           .place_order = PlaceOrder::largest_weight,
-                                           .sequence_loss_weight = 0.3,
-                                           .sequences = 3,
-                                           .row_order = RowOrder::sequence_major},
-                                          sizes);
-    check_shared<BalancedGate<double>>(
-        {.width = 4, .experts = 6, .top_k = 2, .threshold_weight = 0.3}, sizes);
-    check_shared<ExpertChoiceGate<double>>({.width = 4, .experts = 6, .capacity_factor = 1.5},
-                                           sizes);
-    check_shared<HierarchicalGate<double>>(
-        {.width = 4, .groups = 3, .group_experts = 2, .top_k_groups = 2, .top_k = 1}, sizes);
-    check_shared<SharedExpertGate<NoisyTopKGate<double>>>(
-        {.width = 4, .shared = 1, .gated = true, .routed = {.experts = 6, .top_k = 2}}, sizes);
+    check_gates(sizes, {});
+  }
+}
+
+TEST_CASE("shared batch: parts with padding, or of nothing else", "[routing][gate]") {
+  for (const std::vector<Index>& sizes : {std::vector<Index>{5, 7}, {12}, {3, 0, 9}, {330, 270}}) {
+    INFO(sizes.size() << " parts, the first of " << sizes[0]);
+    const Index rows = std::accumulate(sizes.begin(), sizes.end(), Index{0});
+    std::vector<std::uint8_t> some(detail::to_size(rows), 1);
+    std::vector<std::uint8_t> not_in_the_first(detail::to_size(rows), 1);
+    for (Index row = 0; row < rows; row += 3) some[detail::to_size(row)] = 0;
+    std::fill_n(not_in_the_first.begin(), sizes[0], std::uint8_t{0});
+    check_gates(sizes, some);
+    if (sizes.size() > 1) check_gates(sizes, not_in_the_first);
   }
 }

@@ -110,6 +110,23 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     config_.threshold_weight = weights.threshold;
   }
 
+  /// Gives the gate other experts, see Gate: fresh columns and thresholds are as at the start. The
+  /// other thresholds stay, though p is over another number of experts. Copies of W_g's columns get
+  /// noise of this standard deviation. Returns where its parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, where Config would be out of range.
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
+    Config config = config_;
+    config.experts = sources.experts();
+    checked(config);
+    const BalancedGate start(config, derive_seed(seed, 0));
+    detail::change_columns(sources, weight_, start.weight_.value, noise_stddev,
+                           derive_seed(seed, 1));
+    detail::change_columns(sources, threshold_, start.threshold_.value);
+    config_ = config;
+    return {{0, sources.list()}, {1, sources.list()}};
+  }
+
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {

@@ -4,7 +4,9 @@
 #include <concepts>
 #include <cstdint>
 #include <span>
+#include <vector>
 
+#include "moe/experts/expert_change.hpp"
 #include "moe/parameter.hpp"
 #include "moe/routing/balance_loss.hpp"
 #include "moe/routing/pass.hpp"
@@ -49,6 +51,16 @@ struct GateTape {
 ///                                      which are placed apart, 0 where it is missing
 ///     set_loss_weights(LossWeights)    changes the weights of the gate's losses between updates
 ///     update_selection_bias(tape)      what a gate does after an update of the weights
+///     config()                         const; its Config, as it is now
+///     change_experts(sources, seed, noise_stddev)
+///                                      with config(): gives the gate other experts, as ExpertSources
+///                                      lists them, in its Config and in what its parameters have an
+///                                      expert: those of before keep their bits, a copy's get normal
+///                                      noise, fresh ones begin anew, drawn by the seed. Gradients are
+///                                      zero afterwards. Returns a std::vector<ParameterSource>, an
+///                                      entry for each parameter, in their order. Throws
+///                                      std::invalid_argument, with nothing changed, where it cannot.
+///                                      Without it the layer's experts cannot come and go.
 ///
 /// Its Config has a member `width`; a width of 0 stands for the layer's. It names its parameters in
 /// visit_parameters(self, visit), see for_each_parameter().
@@ -75,6 +87,14 @@ concept Gate =
 // clang-format on
 
 namespace detail {
+
+/// A gate whose experts can come and go.
+template <class G>
+concept ChangesExperts = requires(G& gate, const G& constant, const ExpertSources& sources,
+                                  std::uint64_t seed) {
+  { constant.config() } -> std::convertible_to<typename G::Config>;
+  { gate.change_experts(sources, seed, 0.0) } -> std::convertible_to<std::vector<ParameterSource>>;
+};
 
 /// Of a gate without losses.
 struct NoLossWeights {};

@@ -6,6 +6,7 @@
 
 #include "moe/gates/gate.hpp"
 #include "moe/routing/dispatch.hpp"
+#include "moe/routing/hierarchical_load.hpp"
 #include "moe/routing/noisy_top_k.hpp"
 
 /// \file
@@ -95,15 +96,13 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
   HierarchicalGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
+        seed_(seed),
         primary_(
             {config.width, config.groups, config.top_k_groups, config.noise, config.noise_floor},
             derive_seed(seed, 0)) {
     secondary_.reserve(detail::to_size(config.groups));
     for (Index i = 0; i < config.groups; ++i) {
-      secondary_.emplace_back(
-          typename TopK::Config{config.width, config.group_experts, config.top_k, config.noise,
-                                config.noise_floor},
-          derive_seed(seed, static_cast<std::uint64_t>(i) + 1));
+      secondary_.push_back(make_secondary(config, seed, i));
     }
     detail::track_gradients(secondary_);
   }
@@ -124,6 +123,39 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::check_loss_weight("HierarchicalGate::LossWeights.load", weights.load);
     config_.importance_weight = weights.importance;
     config_.load_weight = weights.load;
+  }
+
+  /// Gives the gate other groups, see Gate: fresh weights are zero, as at the start; those of W_g in a
+  /// copied group, and its column in the primary gate, get noise of this standard deviation. Returns
+  /// where its parameters come from. Throws std::invalid_argument, with nothing changed, unless the
+  /// experts come and go in whole groups and Config stays in range.
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
+    const ExpertSources groups = detail::sources_of_groups(
+        "HierarchicalGate::change_experts", sources, config_.group_experts);
+    Config config = config_;
+    config.groups = groups.experts();
+    checked(config);
+    std::vector<TopK> secondary;
+    secondary.reserve(detail::to_size(config.groups));
+    std::vector<ParameterSource> from{{0, groups.list()}, {1, groups.list()}};
+    for (Index i = 0; i < config.groups; ++i) {
+      const bool is_fresh = groups.is_fresh(i);
+      secondary.push_back(make_secondary(config, seed_, i));
+      if (!is_fresh) secondary.back().take_weights(secondary_[detail::to_size(groups[i])]);
+      if (groups.is_copy(i)) {
+        secondary.back().add_noise(noise_stddev,
+                                   derive_seed(seed, static_cast<std::uint64_t>(i) + 1));
+      }
+      for (const Index part : {2, 3}) {
+        from.push_back({is_fresh ? fresh_source : part + 2 * groups[i]});
+      }
+    }
+    detail::track_gradients(secondary);
+    primary_.change_experts(groups, derive_seed(seed, 0), noise_stddev);
+    secondary_.swap(secondary);
+    config_ = config;
+    return from;
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
@@ -176,6 +208,12 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     return {config.importance_weight, config.load_weight};
   }
 
+  static TopK make_secondary(const Config& config, std::uint64_t seed, Index group) {
+    return TopK(
+        {config.width, config.group_experts, config.top_k, config.noise, config.noise_floor},
+        derive_seed(seed, static_cast<std::uint64_t>(group) + 1));
+  }
+
   /// Slots of a token.
   Index top_k() const { return config_.top_k_groups * config_.top_k; }
 
@@ -206,7 +244,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     if (has_noise) {
       measure_loads(sum, tape);
       detail::measure_importance(tape.routing, sum, tape.balance);
-      combine_load(tape);
+      detail::hierarchical_load(tape.primary.load, tape.secondary.load, tape.group_tokens,
+                                tape.balance.load);
     } else {
       detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
     }
@@ -284,8 +323,6 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     }
   }
 
-  // Load_H[i,j] = Loadprimary_i · Load_i(X_i)_j / |X_i|.
-
   /// Loadprimary_i, Load_i(X_i)_j and |X_i|, which `sum` is told of; where X_i is empty its loads
   /// are 0.
   void measure_loads(detail::BatchSum& sum, Tape& tape) const {
@@ -307,39 +344,15 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     sum.add(tape.group_tokens.data(), config_.groups);
   }
 
-  void combine_load(Tape& tape) const {
-    detail::resize_to_zero(tape.balance.load, experts());
-    for (Index i = 0; i < config_.groups; ++i) {
-      const Index tokens = tape.group_tokens[i];
-      if (tokens == 0) continue;
-      const Scalar share = tape.primary.load[i] / static_cast<Scalar>(tokens);
-      const Index first = i * config_.group_experts;
-      for (Index j = first; j < first + config_.group_experts; ++j) {
-        tape.balance.load[j] = share * tape.secondary.load[j];
-      }
-    }
-  }
-
-  /// With l = ∂L/∂Load_H: dLoadprimary_i = Σ_j l_ij·Load_i(X_i)_j / |X_i| and
-  /// dLoad_i(X_i)_j = l_ij·Loadprimary_i / |X_i|.
   void combine_load_backward(Tape& tape) const {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
     detail::resize_to_zero(groups.dload, config_.groups);
     detail::resize_to_zero(level.dload, experts());
-    if (!groups.has_noise || tape.loss_weights.load * tape.loss_scale == 0) return;  // 0 times a NaN load is no 0
-    for (Index i = 0; i < config_.groups; ++i) {
-      if (tape.group_tokens[i] == 0) continue;
-      const Index first = i * config_.group_experts;
-      const auto size = static_cast<Scalar>(tape.group_tokens[i]);
-      const Scalar share = groups.load[i] / size;
-      groups.dload[i] =
-          detail::dot(config_.group_experts, tape.dload.data() + first, level.load.data() + first) /
-          size;
-      for (Index j = 0; j < config_.group_experts; ++j) {
-        level.dload[first + j] = share * tape.dload[first + j];
-      }
-    }
+    // 0 times a NaN load is no 0.
+    if (!groups.has_noise || tape.loss_weights.load * tape.loss_scale == 0) return;
+    detail::hierarchical_load_backward(groups.load, level.load, tape.group_tokens, tape.dload,
+                                       groups.dload, level.dload);
   }
 
   /// dx += the rows of tape.dx_rows, by token in the order of its groups.
@@ -392,6 +405,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   }
 
   Config config_;
+  std::uint64_t seed_;
   TopK primary_;
   std::vector<TopK> secondary_;
 };

@@ -85,6 +85,19 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     config_.load_weight = weights.load;
   }
 
+  /// Gives the gate other experts, see Gate: fresh columns are zero, as at the start. Copies of
+  /// W_g's columns get noise of this standard deviation. Returns where its parameters come from.
+  /// Throws std::invalid_argument, with nothing changed, where Config would be out of range.
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
+    Config config = config_;
+    config.experts = sources.experts();
+    checked(config);
+    top_k_.change_experts(sources, seed, noise_stddev);
+    config_ = config;
+    return {{0, sources.list()}, {1, sources.list()}};
+  }
+
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {

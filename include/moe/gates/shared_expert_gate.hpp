@@ -114,6 +114,35 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
     routed_.update_selection_bias(load);
   }
 
+  /// Gives the wrapped gate other experts, see Gate. The shared experts stay where they are: throws
+  /// std::invalid_argument where one would be removed or copied, and as the wrapped gate does.
+  template <class G = RoutedGate>
+  requires detail::ChangesExperts<G>
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
+    std::vector<Index> routed;
+    for (Index e = 0; e < sources.experts(); ++e) {
+      const bool stays = sources[e] == e;
+      detail::require(e >= config_.shared || stays, "SharedExpertGate::change_experts: expert ", e,
+                      " of ", config_.shared, " shared ones would not stay in its place");
+      detail::require(e < config_.shared || sources.is_fresh(e) || sources[e] >= config_.shared,
+                      "SharedExpertGate::change_experts: expert ", e, " would be a copy of ",
+                      sources[e], ", one of ", config_.shared, " shared ones");
+      if (e < config_.shared) continue;
+      routed.push_back(sources.is_fresh(e) ? fresh_source : sources[e] - config_.shared);
+    }
+    const ExpertSources of_routed("SharedExpertGate::change_experts: routed", std::move(routed),
+                                  routed_.experts());
+    const Index parameters = detail::count_parameters(routed_);
+    std::vector<ParameterSource> from = routed_.change_experts(of_routed, seed, noise_stddev);
+    config_.routed = routed_.config();
+    if (config_.gated) {
+      from.push_back({parameters});
+      zero_gradients(weight_);
+    }
+    return from;
+  }
+
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {

@@ -137,6 +137,28 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     config_.z_loss_weight = weights.z;
   }
 
+  /// Gives the gate other experts, see Gate: fresh columns are as at the start, the selection bias
+  /// of fresh experts is 0. The number of groups stays, and groups are of neighbours, so an
+  /// expert's group may change. Copies of W_g's columns get noise of this standard deviation.
+  /// Returns where its parameters come from. Throws std::invalid_argument, with nothing changed,
+  /// where Config would be out of range.
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
+    Config config = config_;
+    config.experts = sources.experts();
+    checked(config);
+    Matrix<Scalar> start(config.width, config.experts);
+    fill_normal(start, static_cast<Scalar>(config.init_stddev), derive_seed(seed, 0));
+    detail::change_columns(sources, weight_, start, noise_stddev, derive_seed(seed, 1));
+    std::vector<ParameterSource> from{{0, sources.list()}};
+    if (config.selection_bias) {
+      detail::change_columns(sources, selection_bias_);
+      from.push_back({1, sources.list()});
+    }
+    config_ = config;
+    return from;
+  }
+
   /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of
   /// the weights, by the load of the whole batch of that update; where that came in several passes,
   /// by the sum of their tape.balance.load (E). Throws std::invalid_argument without a selection

@@ -1,8 +1,11 @@
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <utility>
+#include <vector>
 
+#include "moe/layer/changed_experts.hpp"
 #include "moe/layer/expert_pass.hpp"
 #include "moe/routing/dispatch.hpp"
 #include "moe/routing/pass.hpp"
@@ -32,6 +35,32 @@ class LocalDispatch {
   auto together(const char*, F&& f) const {
     return f();
   }
+
+  // Which rank has which experts before and after they come and go. There is one rank.
+
+  class Placement {
+   public:
+    explicit Placement(Index experts) : experts_(experts) {}
+    Index first(int rank) const { return rank == 0 ? 0 : experts_; }
+    Index count(int) const { return experts_; }
+
+   private:
+    Index experts_;
+  };
+  int rank() const { return 0; }
+  int ranks() const { return 1; }
+  Placement placement(Index experts) const { return Placement(experts); }
+  template <class Gate>
+  Placement placement_for(const Gate& gate) const {
+    return Placement(gate.experts());
+  }
+  void set_placement(const Placement&) {}
+  /// Throws on all ranks where they differ in what is to be done.
+  void agree_on_change(const char*, std::uint64_t, const detail::ChangeDraws&) const {}
+  /// Sends to every rank the bytes for it, and receives what is from it, of which the number is known.
+  /// `moves` is whether anything does, on all ranks.
+  void exchange(const char*, bool, std::vector<std::vector<char>>&,
+                std::vector<std::vector<char>>&) const {}
 
   /// The pass as the gate should see it, valid as long as this object.
   class Batch {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -10,8 +11,10 @@
 #include "moe/experts/feed_forward.hpp"
 #include "moe/gates/gate.hpp"
 #include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/layer/changed_experts.hpp"
 #include "moe/layer/expert_pass.hpp"
 #include "moe/layer/layer_checks.hpp"
+#include "moe/layer/layer_config.hpp"
 #include "moe/layer/local_dispatch.hpp"
 #include "moe/layer/output_activation.hpp"
 #include "moe/routing/dispatch.hpp"
@@ -20,25 +23,6 @@
 /// The sparsely-gated mixture-of-experts layer: route, dispatch, compute, combine.
 
 namespace moe {
-
-/// What a layer is made of, wherever its experts are.
-template <class Expert, class Gate>
-struct MoELayerConfig {
-  Index width = 0;                           ///< D
-  typename Expert::Config expert{};          ///< of every expert
-  typename Gate::Config gate{};              ///< says how many experts there are
-  Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
-  Seed seed;                                 ///< of the experts' start and the gate's noise
-
-  template <class Self, class Visitor>
-  static constexpr void visit_fields(Self& self, Visitor visit) {
-    visit("width", self.width);
-    visit("expert", self.expert);
-    visit("gate", self.gate);
-    visit("output", self.output);
-    visit("seed", self.seed);
-  }
-};
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few
 /// experts, each expert runs over the rows it got, and the results are added up by weight. The
@@ -91,6 +75,7 @@ class MoELayer {
     Matrix<Scalar> y;                                         ///< T x D, the result
     Matrix<Scalar> dx;     ///< T x D, the gradient with respect to x
     bool trained = false;  ///< whether the last pass was a forward() that ended well
+    std::uint64_t structure = 0;  ///< of the layer in the last pass: which experts it had
 
     Matrix<Scalar> combined;                ///< T x D, y before the output activation, if there is one
     Matrix<Scalar> dcombined;               ///< T x D
@@ -113,6 +98,7 @@ class MoELayer {
                           " experts, must be at least 1");
           return gate;
         })) {
+    if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
     policy_.place(config_, gate_);
     policy_.together("MoELayer: the experts", [&] {
       const Range here = policy_.experts_here(gate_.experts());
@@ -166,6 +152,7 @@ class MoELayer {
       sort_slots(tape.x.rows(), pass.valid, tape);
     });
     run_experts(tape.x, tape, true);
+    tape.structure = structure_;
     tape.trained = true;
     return tape.y;
   }
@@ -231,6 +218,46 @@ class MoELayer {
                                                     std::to_string(e) + '.');
     replaced = expert;
     detail::track_gradients(replaced);
+    mark_structure(replaced);
+  }
+
+  // Experts that come and go, where the gate can follow: Gate says how. The experts that stay keep
+  // their order and every bit, and so do their columns of the gate; gradients are zero afterwards, and
+  // config() tells the new number of experts. A tape of before is refused by backward(). Optimizers
+  // are told by what these return: optimizer.follow(model, layer, change). Each throws
+  // std::invalid_argument, with nothing changed, where the gate or its Config cannot have these
+  // experts, or `experts` names none, or one that is not there.
+
+  /// Adds `count` fresh experts behind the others. Equal seeds draw equal numbers: give every layer
+  /// and every call one of its own.
+  template <class G = Gate>
+  requires detail::ChangesExperts<G>
+  ExpertChange add_experts(Index count, Seed seed) {
+    constexpr const char* verb = "MoELayer::add_experts";
+    return change_experts(verb, {seed},
+                          [&](Index before) { return detail::add_sources(verb, before, count); });
+  }
+
+  /// Adds a copy of each of these experts behind the others, frozen where they are, with normal noise
+  /// of this standard deviation on its parameters and its weights in the gate. One may be named more
+  /// than once.
+  template <class G = Gate>
+  requires detail::ChangesExperts<G>
+  ExpertChange copy_experts(const std::vector<Index>& experts, const CopyNoise& noise) {
+    constexpr const char* verb = "MoELayer::copy_experts";
+    return change_experts(verb, {noise.seed, noise.noise_stddev}, [&](Index before) {
+      return detail::copy_sources(verb, before, experts);
+    });
+  }
+
+  /// Removes these experts; the others move up.
+  template <class G = Gate>
+  requires detail::ChangesExperts<G>
+  ExpertChange remove_experts(const std::vector<Index>& experts) {
+    constexpr const char* verb = "MoELayer::remove_experts";
+    return change_experts(verb, {0}, [&](Index before) {
+      return detail::remove_sources(verb, before, experts);
+    });
   }
 
   /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws
@@ -269,6 +296,54 @@ class MoELayer {
                     ": the layer was moved from");
   }
 
+  /// All of these verbs: make_sources(experts) lists where the experts afterwards come from.
+  template <class F>
+  ExpertChange change_experts(const char* verb, const detail::ChangeDraws& draws,
+                              F&& make_sources) {
+    using Changed = detail::ChangedExperts<Expert, DispatchPolicy>;
+    ExpertChange change;
+    std::optional<ExpertSources> sources;
+    std::optional<Gate> gate;
+    std::optional<typename Changed::Placement> placement;
+    std::optional<Changed> changed;
+    policy_.together(verb, [&] {
+      check_structure();
+      draws.check(verb);
+      sources.emplace(verb, make_sources(gate_.experts()), gate_.experts());
+      gate.emplace(gate_);
+      change.parameters =
+          gate->change_experts(*sources, derive_seed(draws.seed, 0), draws.noise_stddev);
+      detail::require(gate->experts() == sources->experts(), verb, ": the gate has ",
+                      gate->experts(), " experts afterwards, not ", sources->experts());
+      placement.emplace(policy_.placement_for(*gate));
+      change.structure_before = structure_;
+      change.structure = detail::next_structure(structure_, *sources);
+      change.sources = sources->list();
+      const auto gate_parameters = detail::count_parameters(gate_);
+      changed.emplace(policy_, *placement, *sources, config_.expert, draws, gate_parameters,
+                      experts(), change);
+    });
+    policy_.agree_on_change(verb, change.structure, draws);
+    policy_.exchange(verb, true, changed->sent, changed->received);
+    changed->unpack();
+
+    changed->take(experts_);
+    gate_ = std::move(*gate);
+    config_.gate = gate_.config();
+    policy_.set_placement(*placement);
+    structure_ = change.structure;
+    has_gradients_ = false;
+    for (Expert& expert : experts_) mark_structure(expert);
+    mark_structure(gate_);
+    zero_gradients(*this, Updates::lazy);
+    return change;
+  }
+  template <class Module>
+  void mark_structure(Module& module) const {
+    detail::walk_parameters(module,
+                            [&](const ParameterName&, auto& p) { p.structure = structure_; });
+  }
+
   void sort_slots(Index rows, std::span<const std::uint8_t> valid, Tape& tape) const {
     detail::check_made_by_gate(tape.gate.routing, gate_.experts(), rows, valid);
     sort_by_expert(tape.gate.routing, tape.dispatch);
@@ -297,6 +372,9 @@ class MoELayer {
             (experts_.empty() || tape.experts.saved_width == experts_.front().tape_width()),
         "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
         " experts and width ", tape.x.cols());
+    detail::require(tape.structure == structure_,
+                    "MoELayer::backward: the tape is of other experts: some were added, copied or"
+                    " removed after its forward pass");
     if constexpr (requires { gate_.check_tape(tape.gate); }) gate_.check_tape(tape.gate);
     detail::require_apart("MoELayer::backward", "dy", dy, {tape.dx, tape.dcombined});
     if (!has_gradients_) detail::reserve_gradients(*this);
@@ -310,6 +388,7 @@ class MoELayer {
   Config config_;
   Gate gate_;
   std::vector<Expert> experts_;  ///< those that are here
+  std::uint64_t structure_ = 0;  ///< of the parameters, a number that every change makes anew
   bool has_gradients_ = false;   ///< a first backward pass has made room for them
 };
 

@@ -28,6 +28,7 @@ struct Traffic {
   double seconds = 0;
   std::int64_t row_bytes = 0;    ///< of the rows of tokens that went to other ranks
   std::int64_t other_bytes = 0;  ///< of counts and of weights, with them
+  std::int64_t collectives = 0;  ///< calls of MPI in which all ranks took part
 };
 
 /// Adds the time of its life to a Traffic.
@@ -101,6 +102,7 @@ class Channel {
   template <class Start>
   void complete(const char* call, Start&& start) {
     check();
+    ++traffic_.collectives;
     MPI_Request request = MPI_REQUEST_NULL;
     start(&request);
     wait_for(std::span<MPI_Request>(&request, 1), call);

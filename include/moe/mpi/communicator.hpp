@@ -3,22 +3,20 @@
 #include <mpi.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
 #include <memory>
 #include <span>
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "moe/matrix.hpp"
+#include "moe/mpi/agreement.hpp"
 #include "moe/mpi/channel.hpp"
 #include "moe/mpi/claim.hpp"
-#include "moe/mpi/error.hpp"
 
 /// \file
 /// What the ranks of a program say to each other, such that none of them waits for one that failed.
@@ -50,15 +48,15 @@ class Communicator {
       throw std::logic_error("moe: Communicator before MPI is started, see mpi::Environment");
     }
     detail::require(timeout >= 0, "Communicator: timeout = ", timeout, ", must be at least 0");
-    shared_ = std::make_shared<Shared>();
     MPI_Comm_rank(communicator, &rank_);
     MPI_Comm_size(communicator, &size_);
-    // With all the room that agree() needs, so that it can tell of a std::bad_alloc.
-    shared_->channel = Channel::open(
-        communicator, timeout,
-        std::max({(message_size + detail::to_size(size_) * most_gathered) * 2 * sizeof(std::int64_t),
-                  detail::to_size(size_) * sizeof(Claim), most_text}));
+    auto channel = Channel::open(communicator, timeout, Agreement::room_bytes(size_));
+    shared_ = std::make_shared<Shared>(channel, Agreement(channel, rank_, size_));
   }
+
+  // Moving copies, so that what was moved from can still tell the other ranks that it is of no use.
+  Communicator(const Communicator&) = default;
+  Communicator& operator=(const Communicator&) = default;
 
   // These are local, not collective.
 
@@ -68,6 +66,13 @@ class Communicator {
   Traffic& traffic() const { return channel().traffic(); }
   /// 1, 2, ...: the same on all ranks if it is asked for after the same calls.
   std::int64_t next_number() const { return ++shared_->numbers; }
+
+  /// Calls f(rank) for each other rank. Every rank begins with its neighbour, so that not all of them
+  /// send to rank 0 first. Local.
+  template <class F>
+  void for_each_other_rank(F&& f) const {
+    for (int i = 1; i < size_; ++i) f((rank_ + i) % size_);
+  }
 
   /// Returns when all ranks made the same call with the same facts and none failed, else throws
   /// Error on all: what a rank says that failed (its first 64 KiB), or who disagrees on what. At
@@ -82,15 +87,7 @@ class Communicator {
   std::span<const Index> agree_and_gather(const char* call, std::initializer_list<Fact> facts,
                                           std::initializer_list<Index> numbers,
                                           std::exception_ptr failure = nullptr) const {
-    const Claim claim(call, facts, failure != nullptr);
-    const std::span<const Index> gathered = all_agree(claim, numbers);
-    if (!gathered.empty()) return gathered;
-    const std::span<const Claim> claims = all_claims(claim);
-    const auto failed = std::find_if(claims.begin(), claims.end(),
-                                     [](const Claim& c) { return c.numbers[Claim::failed] != 0; });
-    ++shared_->errors;
-    if (failed != claims.end()) throw_failure(static_cast<int>(failed - claims.begin()), failure);
-    throw Error(disagreement(claims, facts), rank_, size_);
+    return shared_->agreement.gather(call, facts, numbers, failure);
   }
 
   /// Calls f() and then agree(): what it throws on one rank, all throw as an Error.
@@ -103,12 +100,12 @@ class Communicator {
   std::span<const Index> attempt_gather(const char* call, std::initializer_list<Fact> facts,
                                         std::initializer_list<Index> numbers, F&& f) const {
     std::exception_ptr failure;
-    const std::int64_t errors = shared_->errors;
+    const std::int64_t errors = shared_->agreement.errors();
     try {
       f();
     } catch (...) {
       // All ranks throw it already, or none can be told any more.
-      if (shared_->errors > errors || !channel().is_usable()) throw;
+      if (shared_->agreement.errors() > errors || !channel().is_usable()) throw;
       failure = std::current_exception();
     }
     return agree_and_gather(call, facts, numbers, failure);
@@ -131,6 +128,16 @@ class Communicator {
   template <class Number>
   void sum_agreed(std::span<Number> numbers) const {
     Number* const room = room_for_sum<Number>(numbers.size());
+    if constexpr (std::is_integral_v<Number>) {  // any order of the sum has the same bits
+      for_each_piece<Number>(numbers.size(), [&](std::size_t first, int count) {
+        std::copy_n(numbers.data() + first, count, room);
+        channel().complete("sum", [&](MPI_Request* request) {
+          MPI_Iallreduce(MPI_IN_PLACE, room, count, type_of<Number>(), MPI_SUM, handle(), request);
+        });
+        std::copy_n(room, count, numbers.data() + first);
+      });
+      return;
+    }
     if (is_gathered<Number>(numbers.size())) {
       // Every rank adds up all numbers, in the order of the ranks.
       std::copy(numbers.begin(), numbers.end(), room + detail::to_size(rank_) * numbers.size());
@@ -160,6 +167,25 @@ class Communicator {
   template <class Number>
   void make_room_for_sum(std::size_t numbers) const {
     room_for_sum<Number>(numbers);
+  }
+
+  /// Replaces each number by its sum over the ranks before this one, 0 on rank 0.
+  void prefix(std::span<Index> numbers) const {
+    attempt("prefix", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
+            [&] { room_for<Index>(numbers.size()); });
+    prefix_agreed(numbers);
+  }
+  /// prefix() as sum_agreed() is sum().
+  void prefix_agreed(std::span<Index> numbers) const {
+    Index* const room = room_for<Index>(numbers.size());
+    for_each_piece<Index>(numbers.size(), [&](std::size_t first, int count) {
+      std::copy_n(numbers.data() + first, count, room);
+      channel().complete("prefix", [&](MPI_Request* request) {
+        MPI_Iexscan(MPI_IN_PLACE, room, count, type_of<Index>(), MPI_SUM, handle(), request);
+      });
+      if (rank_ == 0) std::fill_n(room, count, Index{0});  // where MPI leaves it undefined
+      std::copy_n(room, count, numbers.data() + first);
+    });
   }
 
   /// The numbers of all ranks one behind the other; rank r has counts[r] of them.
@@ -282,10 +308,6 @@ class Communicator {
   }
 
  private:
-  /// Of what the ranks reduce to find out whether they agree, and the numbers that each adds to it.
-  static constexpr std::size_t message_size = 2 * (Claim::first_fact + Claim::most_facts);
-  static constexpr std::size_t most_gathered = 2;
-
   /// How many numbers there are for each rank, and where they begin, as MPI wants it.
   struct Blocks {
     void resize(int ranks) {
@@ -307,15 +329,14 @@ class Communicator {
   };
 
   struct Shared {
+    Shared(std::shared_ptr<Channel> of_all, Agreement on_calls)
+        : channel(std::move(of_all)), agreement(std::move(on_calls)) {}
     std::shared_ptr<Channel> channel;
+    Agreement agreement;
     std::int64_t numbers = 0;
-    std::int64_t errors = 0;  ///< how many Errors all ranks have thrown
-    Blocks to;                ///< of an exchange
+    Blocks to;  ///< of an exchange
     Blocks from;
   };
-
-  /// Of a message of failure.
-  static constexpr std::size_t most_text = std::size_t{64} << 10;
 
   template <class Number>
   static constexpr std::size_t most_numbers() {
@@ -331,7 +352,8 @@ class Communicator {
   /// Whether every rank gets all numbers and adds them up, which is one call instead of two.
   template <class Number>
   bool is_gathered(std::size_t numbers) const {
-    return numbers * detail::to_size(size_) <= most_bytes / 16 / sizeof(Number);
+    return !std::is_integral_v<Number> &&
+           numbers * detail::to_size(size_) <= most_bytes / 16 / sizeof(Number);
   }
   template <class Number>
   Number* room_for_sum(std::size_t numbers) const {
@@ -344,69 +366,6 @@ class Communicator {
     channel().complete(call, [&](MPI_Request* request) {
       MPI_Ibcast(room, count, type_of<Number>(), root, handle(), request);
     });
-  }
-
-  /// The lowest and the highest of each number over the ranks tell whether all are equal. Returns the
-  /// numbers of every rank, or nothing where they do not agree; one has to be at least 0, since each
-  /// rank leaves 0 where the numbers of the others are, and the largest of all is what remains.
-  std::span<const Index> all_agree(const Claim& claim,
-                                   std::initializer_list<Index> numbers) const {
-    static_assert(std::is_same_v<Index, std::int64_t> || sizeof(Index) == sizeof(std::int64_t));
-    MOE_ASSERT(numbers.size() <= most_gathered);
-    const std::size_t gathered = detail::to_size(size_) * most_gathered;
-    const std::size_t size = message_size + gathered;
-    auto* const mine = channel().room<std::int64_t>(2 * size);
-    std::int64_t* const highest = mine + size;
-    std::fill_n(mine, size, 0);
-    for (std::size_t i = 0; i < claim.numbers.size(); ++i) {
-      mine[2 * i] = claim.numbers[i];
-      // Falls as the number rises, and never overflows.
-      mine[2 * i + 1] = ~claim.numbers[i];
-    }
-    std::copy(numbers.begin(), numbers.end(),
-              mine + message_size + detail::to_size(rank_) * most_gathered);
-    channel().complete(claim.call.data(), [&](MPI_Request* request) {
-      MPI_Iallreduce(mine, highest, static_cast<int>(size), MPI_INT64_T, MPI_MAX, handle(),
-                     request);
-    });
-    if (highest[0] != 0) return {};
-    for (std::size_t i = 0; i < claim.numbers.size(); ++i) {
-      if (highest[2 * i] != ~highest[2 * i + 1]) return {};
-    }
-    return {highest + message_size, gathered};
-  }
-
-  /// Until the next call.
-  std::span<const Claim> all_claims(const Claim& claim) const {
-    Claim* const claims = channel().room<Claim>(detail::to_size(size_));
-    claims[rank_] = claim;
-    channel().complete(claim.call.data(), [&](MPI_Request* request) {
-      MPI_Iallgather(MPI_IN_PLACE, 0, MPI_BYTE, claims, sizeof(Claim), MPI_BYTE, handle(), request);
-    });
-    return {claims, detail::to_size(size_)};
-  }
-
-  [[noreturn]] void throw_failure(int failed, const std::exception_ptr& failure) const {
-    std::string text;
-    if (failed == rank_) {
-      try {
-        std::rethrow_exception(failure);
-      } catch (const std::exception& error) {
-        text = error.what();
-      } catch (...) {
-        text = "an exception that is no std::exception";
-      }
-      text = "rank " + std::to_string(rank_) + ": " + text;
-    }
-    constexpr const char* call = "what a rank says that failed";
-    std::int64_t* const length = channel().room<std::int64_t>(1);
-    *length = static_cast<std::int64_t>(std::min(text.size(), most_text));
-    broadcast_room(length, 1, failed, call);
-    const int size = static_cast<int>(*length);
-    char* const room = channel().room<char>(most_text);
-    if (failed == rank_) std::copy_n(text.data(), size, room);
-    broadcast_room(room, size, failed, call);
-    throw Error(std::string(room, detail::to_size(size)), rank_, size_);
   }
 
   std::shared_ptr<Shared> shared_;

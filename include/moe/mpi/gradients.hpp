@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -122,11 +123,33 @@ class GradientSum {
   /// added. Collective.
   template <class Module>
   void sum(Module& module, const Communicator& communicator) {
-    communicator.attempt("the gradients to be summed", [&] { pack(module, communicator); });
+    const Counts counts = counts_of(module);
+    communicator.attempt("the gradients to be summed",
+                         {{counts.float_name, counts.floats}, {counts.double_name, counts.doubles}},
+                         [&] { pack(module, communicator); });
     sum_packed(module, communicator);
   }
 
-  // The two halves of sum(): what can fail on one rank, and what cannot.
+  // The two halves of sum(): what can fail on one rank, and what cannot. In between the ranks agree
+  // on the counts, which differ where a parameter is trained on some of them only.
+
+  struct Counts {
+    static constexpr const char* float_name = "the count of numbers in gradients of float";
+    static constexpr const char* double_name = "the count of numbers in gradients of double";
+    std::int64_t floats = 0;
+    std::int64_t doubles = 0;
+  };
+  template <class Module>
+  static Counts counts_of(const Module& module) {
+    Counts counts;
+    moe::detail::walk_parameters(
+        module, [&]<class Scalar>(const ParameterName&, const Parameter<Scalar>& p) {
+          // With the flag of each.
+          std::int64_t& count = std::is_same_v<Scalar, float> ? counts.floats : counts.doubles;
+          if (p.trained) count += p.gradient().size() + 1;
+        });
+    return counts;
+  }
 
   /// Local.
   template <class Module>

@@ -1,8 +1,6 @@
 #pragma once
 
-#include <numeric>
 #include <span>
-#include <vector>
 
 #include "moe/indexed_vector.hpp"
 #include "moe/mpi/communicator.hpp"
@@ -53,28 +51,13 @@ class SharedOverRanks final : public SharedBatch {
   void sum(std::span<float> numbers) const override { communicator_.sum(numbers); }
   void sum(std::span<double> numbers) const override { communicator_.sum(numbers); }
   void sum(std::span<Index> numbers) const override { communicator_.sum(numbers); }
-  void gather(std::span<const float> numbers, Index per_token,
-              std::span<float> all) const override {
-    gather_numbers(numbers, per_token, all);
-  }
-  void gather(std::span<const double> numbers, Index per_token,
-              std::span<double> all) const override {
-    gather_numbers(numbers, per_token, all);
-  }
-  void gather(std::span<const Index> numbers, Index per_token,
-              std::span<Index> all) const override {
-    gather_numbers(numbers, per_token, all);
+  void prefix(std::span<Index> numbers) const override { communicator_.prefix(numbers); }
+  void sum_agreed(std::span<Index> numbers) const override { communicator_.sum_agreed(numbers); }
+  void prefix_agreed(std::span<Index> numbers) const override {
+    communicator_.prefix_agreed(numbers);
   }
 
  private:
-  template <class Number>
-  void gather_numbers(std::span<const Number> numbers, Index per_token,
-                      std::span<Number> all) const {
-    std::vector<Index> counts = batch_.rank_tokens;
-    for (Index& count : counts) count *= per_token;
-    communicator_.gather(numbers, std::span<const Index>(counts), all);
-  }
-
   const Communicator& communicator_;
   const RankBatch& batch_;
 };

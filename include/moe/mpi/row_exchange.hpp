@@ -34,8 +34,10 @@ class RowExchange {
   explicit RowExchange(const Communicator& communicator,
                        std::int64_t most_bytes = std::int64_t{1} << 30)
       : communicator_(communicator), most_bytes_(most_bytes) {
-    requests_.reserve(static_cast<std::size_t>(4 * communicator.size()));
-    lent_.reserve(4);
+    // Enough for all that a pass sends unless a message goes in pieces, so that only this
+    // constructor throws std::bad_alloc, when the others can still be told.
+    requests_.reserve(most_buffers * detail::to_size(communicator.size()));
+    lent_.reserve(std::max(most_buffers, 2 * detail::to_size(communicator.size())));
   }
   ~RowExchange() {
     if (requests_.empty()) return;
@@ -105,6 +107,9 @@ class RowExchange {
   }
 
  private:
+  /// Rows, weights and flags, sent and received.
+  static constexpr std::size_t most_buffers = 6;
+
   /// A buffer that MPI uses.
   struct Lent {
     void* buffer;

@@ -82,6 +82,17 @@ class Adam {
     updates_.add(module, config_.updates, groups_);
   }
 
+  /// What the optimizer remembers follows a change of the experts of a layer that is a part of the
+  /// model of update(): right after the change, before the next one. What is remembered of parameters
+  /// that stayed, and their numbers of updates, keep their bits; of copies they are those of the
+  /// original, of fresh parameters and columns zero. Throws std::invalid_argument, with nothing
+  /// changed, where the change is not the layer's last or one before it was not followed.
+  template <class Module, class Layer>
+  void follow(const Module& model, const Layer& layer, const ExpertChange& change) {
+    detail::follow_change("Adam", model, layer, change, first_moment_.known(), first_moment_,
+                          second_moment_, updates_);
+  }
+
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
   /// f(name, matrix) with "first_moment.experts.3.up.weight" and "second_moment. ...", and
   /// f(name, numbers), a std::span<Index>, with "steps" and "updates". Before the first update it

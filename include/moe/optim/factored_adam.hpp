@@ -21,50 +21,8 @@ namespace detail {
 /// Means over the rows and over the columns of a matrix: r, rows x 1, and c, 1 x columns.
 template <class Scalar>
 struct FactoredMatrix {
-  Matrix<Scalar> row_means;
-  Matrix<Scalar> column_means;
-};
-
-/// A FactoredMatrix for each parameter of a module, otherwise as ParameterState.
-template <class Scalar>
-class FactoredState {
- public:
-  template <class Module>
-  void match(const Module& module, std::string_view optimizer) {
-    if (matrices_.empty()) {
-      std::vector<FactoredMatrix<Scalar>> zeros;
-      walk_parameters(module, [&](const ParameterName&, const auto& p) {
-        zeros.push_back(
-            {Matrix<Scalar>::Zero(p.value.rows(), 1), Matrix<Scalar>::Zero(1, p.value.cols())});
-      });
-      matrices_ = std::move(zeros);
-      return;
-    }
-    require_same_parameters(module, optimizer, size(), [&](Index index) {
-      const FactoredMatrix<Scalar>& mine = (*this)[index];
-      return std::pair(mine.row_means.rows(), mine.column_means.cols());
-    });
-  }
-
-  /// Calls f(name, matrix) for r and c of every matrix.
-  template <class Module, class F>
-  void for_each(const Module& module, F&& f) {
-    const auto name_and = [&](std::string_view what,
-                              Matrix<Scalar> FactoredMatrix<Scalar>::*means) {
-      Index index = 0;
-      walk_parameters(module, [&](const ParameterName& name, const auto&) {
-        f(std::string(what) + '.' + name.string(), (*this)[index++].*means);
-      });
-    };
-    name_and("row_means", &FactoredMatrix<Scalar>::row_means);
-    name_and("column_means", &FactoredMatrix<Scalar>::column_means);
-  }
-
-  Index size() const { return static_cast<Index>(matrices_.size()); }
-  FactoredMatrix<Scalar>& operator[](Index parameter) { return matrices_[to_size(parameter)]; }
-
- private:
-  std::vector<FactoredMatrix<Scalar>> matrices_;
+  Matrix<Scalar>& row_means;
+  Matrix<Scalar>& column_means;
 };
 
 }  // namespace detail
@@ -138,8 +96,9 @@ class FactoredAdam {
   void update(Module& module, double learning_rate) {
     groups_.match(module, "FactoredAdam", config_.weight_decay);
     groups_.check_learning_rate("FactoredAdam", learning_rate);
-    second_moment_.match(module, "FactoredAdam");
-    updates_.match(second_moment_.size());
+    row_means_.match(module, "FactoredAdam");
+    column_means_.match(module, "FactoredAdam");
+    updates_.match(row_means_.size());
     detail::prepare_gradients(module, config_.updates);
     reserve_sums(module);
     const double common = correction(updates_.total() + 1);
@@ -149,8 +108,8 @@ class FactoredAdam {
       const bool as_often = made == updates_.total();
       const auto [factor, decay] = groups_[index];
       update_parameter(constants_at(learning_rate * factor, decay),
-                       as_often ? common : correction(made + 1), parameter, second_moment_[index],
-                       worker);
+                       as_often ? common : correction(made + 1), parameter,
+                       {row_means_[index], column_means_[index]}, worker);
     };
     // Small parameters go to one worker each; a large one is cut into pieces for all of them.
     const auto is_whole = [](const auto& parameter) { return pieces_of(parameter.value) == 1; };
@@ -164,6 +123,18 @@ class FactoredAdam {
     updates_.add(module, config_.updates, groups_);
   }
 
+  /// What the optimizer remembers follows a change of the experts of a layer that is a part of the
+  /// model of update(): right after the change, before the next one. What is remembered of parameters
+  /// that stayed, and their numbers of updates, keep their bits; of copies they are those of the
+  /// original, of fresh parameters and columns zero. Row means stay, of the columns of
+  /// before. Throws std::invalid_argument, with nothing
+  /// changed, where the change is not the layer's last or one before it was not followed.
+  template <class Module, class Layer>
+  void follow(const Module& model, const Layer& layer, const ExpertChange& change) {
+    detail::follow_change("FactoredAdam", model, layer, change, row_means_.known(), row_means_,
+                          column_means_, updates_);
+  }
+
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
   /// f(name, matrix) with "row_means.experts.3.up.weight" (D x 1) and
   /// "column_means. ..." (1 x H), and f(name, numbers), a std::span<Index>, with "steps" and
@@ -171,9 +142,11 @@ class FactoredAdam {
   /// is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
-    second_moment_.match(module, "FactoredAdam");
-    updates_.match(second_moment_.size());
-    second_moment_.for_each(module, f);
+    row_means_.match(module, "FactoredAdam");
+    column_means_.match(module, "FactoredAdam");
+    updates_.match(row_means_.size());
+    row_means_.for_each(module, "row_means", f);
+    column_means_.for_each(module, "column_means", f);
     updates_.for_each(f);
   }
 
@@ -223,7 +196,7 @@ class FactoredAdam {
 
   /// The sums of a parameter's columns go to the rows of column_sums_ from `first_sums` on.
   void update_parameter(const Constants& constants, double correction, Parameter<Scalar>& parameter,
-                        detail::FactoredMatrix<Scalar>& moment, Index first_sums) {
+                        const detail::FactoredMatrix<Scalar>& moment, Index first_sums) {
     const Index rows = parameter.value.rows();
     const Index columns = parameter.value.cols();
     const Index pieces = pieces_of(parameter.value);
@@ -348,7 +321,8 @@ class FactoredAdam {
 
   Config config_;
   detail::ResolvedGroups groups_;
-  detail::FactoredState<Scalar> second_moment_;
+  detail::ParameterState<Scalar> row_means_{detail::StateShape::rows_by_one};
+  detail::ParameterState<Scalar> column_means_{detail::StateShape::one_by_columns};
   detail::UpdateCounts updates_;
   Matrix<double> column_sums_;  ///< scratch; in double, since there may be many rows
 };

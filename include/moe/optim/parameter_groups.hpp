@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
@@ -73,8 +74,9 @@ class ResolvedGroups {
       };
       check("rate_factor", group.rate_factor);
       if (group.weight_decay) check("weight_decay", *group.weight_decay);
-      resolved.push_back(
-          {{group.rate_factor, group.weight_decay.value_or(weight_decay)}, &parameter});
+      resolved.push_back({{group.rate_factor, group.weight_decay.value_or(weight_decay)},
+                          &parameter,
+                          parameter.structure});
       largest_factor = std::max(largest_factor, group.rate_factor);
     });
     resolved_ = std::move(resolved);
@@ -103,6 +105,7 @@ class ResolvedGroups {
   struct Resolved {
     Group group;
     const void* parameter;  ///< only compared
+    std::uint64_t structure;
   };
 
   bool used() const { return groups_ != nullptr; }
@@ -117,7 +120,8 @@ class ResolvedGroups {
     std::size_t index = 0;
     bool same = true;
     walk_parameters(module, [&](const ParameterName&, const auto& parameter) {
-      same = same && index < resolved_.size() && resolved_[index].parameter == &parameter;
+      same = same && index < resolved_.size() && resolved_[index].parameter == &parameter &&
+             resolved_[index].structure == parameter.structure;
       ++index;
     });
     return same && index == resolved_.size();

@@ -1,12 +1,14 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
+#include "moe/experts/expert_change.hpp"
+#include "moe/optim/model_change.hpp"
 #include "moe/optim/parameter_groups.hpp"
 #include "moe/parameter.hpp"
 
@@ -26,22 +28,33 @@ inline void check_weight_decay(std::string_view optimizer, double value) {
           ", must be finite and at least 0");
 }
 
-/// Throws std::invalid_argument unless a module has the parameters of the first update: `known` of
-/// them, shape_of(index) giving the rows and columns of each.
-template <class Module, class ShapeOf>
-void require_same_parameters(const Module& module, std::string_view optimizer, Index known,
-                             ShapeOf&& shape_of) {
-  Index count = 0;
+/// What is known of a parameter since the first update.
+struct KnownParameter {
+  Index rows;
+  Index columns;
+  std::uint64_t structure;  ///< Parameter::structure
+};
+
+/// Throws std::invalid_argument unless a module has the parameters of the first update, or those of
+/// which follow() was told.
+template <class Module>
+void require_same_parameters(const Module& module, std::string_view optimizer,
+                             std::span<const KnownParameter> known) {
+  std::size_t count = 0;
   walk_parameters(module, [&](const ParameterName& name, const auto& p) {
-    const Index index = count++;
-    if (index >= known) return;
-    const auto [rows, columns] = shape_of(index);
-    if (p.value.rows() == rows && p.value.cols() == columns) return;
+    if (count++ >= known.size()) return;
+    const KnownParameter& before = known[count - 1];
+    // The name is put together where it is needed: an update does not allocate.
+    const bool same_experts = p.structure == before.structure;
+    if (same_experts && p.value.rows() == before.rows && p.value.cols() == before.columns) return;
+    require(same_experts, optimizer, "::update: ", name.string(),
+            " is of a layer whose experts were changed, which this optimizer was not told of: call"
+            " follow() after every change");
     require(false, optimizer, "::update: ", name.string(), " is ", p.value.rows(), " x ",
-            p.value.cols(), ", was ", rows, " x ", columns, " at the first update");
+            p.value.cols(), ", was ", before.rows, " x ", before.columns, " at the first update");
   });
-  require(count == known, optimizer, "::update: the module has ", count, " parameters, had ", known,
-          " at the first update");
+  require(count == known.size(), optimizer, "::update: the module has ", count, " parameters, had ",
+          known.size(), " at the first update");
 }
 
 /// How many updates an optimizer made, and how many of each parameter: as many, but for those at
@@ -49,6 +62,23 @@ void require_same_parameters(const Module& module, std::string_view optimizer, I
 class UpdateCounts {
  public:
   void match(Index parameters) { of_parameter_.resize(to_size(parameters)); }
+
+  /// The counts of other parameters, see ModelChange.
+  template <class Module>
+  UpdateCounts after(const Module&, const ModelChange& change) const {
+    UpdateCounts counts;
+    counts.total_ = total_;
+    counts.match(change.parameters());
+    for (Index i = 0; i < change.parameters() && !of_parameter_.empty(); ++i) {
+      const Index from = change[i].parameter;
+      if (from != fresh_source) counts.of_parameter_[to_size(i)] = of_parameter_[to_size(from)];
+    }
+    return counts;
+  }
+  /// The memory of what is remembered of a parameter.
+  std::span<char> bytes_of(Index parameter) {
+    return {reinterpret_cast<char*>(&of_parameter_[to_size(parameter)]), sizeof(Index)};
+  }
 
   Index total() const { return total_; }
   Index operator[](Index parameter) const { return of_parameter_[to_size(parameter)]; }
@@ -76,43 +106,80 @@ class UpdateCounts {
   std::vector<Index> of_parameter_;
 };
 
-/// What an optimizer remembers of a module: a matrix for each parameter, of its shape and in the
-/// order of for_each_parameter.
+/// Which part of a parameter's shape a matrix has that is remembered of it.
+enum class StateShape { whole, rows_by_one, one_by_columns };
+
+/// What an optimizer remembers of a module: a matrix for each parameter, of its shape or of a column
+/// or a row of it, in the order of for_each_parameter.
 template <class Scalar>
 class ParameterState {
  public:
+  explicit ParameterState(StateShape shape = StateShape::whole) : shape_(shape) {}
+
   /// The first call makes matrices of zeros; a later one throws std::invalid_argument if the module
   /// has other parameters than at the first.
   template <class Module>
   void match(const Module& module, std::string_view optimizer) {
     if (matrices_.empty()) {
-      std::vector<Matrix<Scalar>> zeros;
-      walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& p) {
-        zeros.push_back(detail::zeros<Scalar>(p.value.rows(), p.value.cols()));
-      });
-      matrices_ = std::move(zeros);
-      return;
+      *this = zeros_for(module);
+    } else {
+      require_same_parameters(module, optimizer, known_);
     }
-    require_same_parameters(module, optimizer, size(), [&](Index index) {
-      const Matrix<Scalar>& mine = (*this)[index];
-      return std::pair(mine.rows(), mine.cols());
-    });
+  }
+
+  /// What is remembered of a module whose parameters are those of `change` now.
+  template <class Module>
+  ParameterState after(const Module& module, const ModelChange& change) const {
+    if (matrices_.empty()) return ParameterState(shape_);
+    ParameterState state = zeros_for(module);
+    for (Index i = 0; i < change.parameters(); ++i) {
+      const auto [from, columns] = change[i];
+      if (from == fresh_source) continue;
+      if (columns.empty() || shape_ == StateShape::rows_by_one) {
+        state[i] = (*this)[from];
+      } else {
+        select_columns((*this)[from], columns, state[i]);
+      }
+    }
+    return state;
+  }
+  /// The memory of what is remembered of a parameter.
+  std::span<char> bytes_of(Index parameter) {
+    Matrix<Scalar>& matrix = (*this)[parameter];
+    return {reinterpret_cast<char*>(matrix.data()), to_size(matrix.size()) * sizeof(Scalar)};
   }
 
   /// Calls f(name, matrix) for every matrix, named "what.name of the parameter".
   template <class Module, class F>
   void for_each(const Module& module, std::string_view what, F&& f) {
     Index index = 0;
-    walk_parameters(module, [&](const ParameterName& name, const Parameter<Scalar>&) {
+    walk_parameters(module, [&](const ParameterName& name, const auto&) {
       f(std::string(what) + '.' + name.string(), (*this)[index++]);
     });
   }
 
+  std::span<const KnownParameter> known() const { return known_; }
   Index size() const { return static_cast<Index>(matrices_.size()); }
   Matrix<Scalar>& operator[](Index parameter) { return matrices_[to_size(parameter)]; }
   const Matrix<Scalar>& operator[](Index parameter) const { return matrices_[to_size(parameter)]; }
 
  private:
+  template <class Module>
+  ParameterState zeros_for(const Module& module) const {
+    ParameterState state(shape_);
+    walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& p) {
+      const Index rows = p.value.rows();
+      const Index columns = p.value.cols();
+      state.known_.push_back({rows, columns, p.structure});
+      state.matrices_.push_back(
+          detail::zeros<Scalar>(shape_ == StateShape::one_by_columns ? 1 : rows,
+                                shape_ == StateShape::rows_by_one ? 1 : columns));
+    });
+    return state;
+  }
+
+  StateShape shape_;
+  std::vector<KnownParameter> known_;
   std::vector<Matrix<Scalar>> matrices_;
 };
 

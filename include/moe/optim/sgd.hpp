@@ -62,6 +62,16 @@ class SGD {
         });
   }
 
+  /// What the optimizer remembers follows a change of the experts of a layer that is a part of the
+  /// model of update(): right after the change, before the next one. What is remembered of parameters
+  /// that stayed, and their numbers of updates, keep their bits; of copies they are those of the
+  /// original, of fresh parameters and columns zero. Throws std::invalid_argument, with nothing
+  /// changed, where the change is not the layer's last or one before it was not followed.
+  template <class Module, class Layer>
+  void follow(const Module& model, const Layer& layer, const ExpertChange& change) {
+    detail::follow_change("SGD", model, layer, change, velocity_.known(), velocity_);
+  }
+
   /// What the optimizer remembers of a module, to be saved or restored: with momentum, calls
   /// f(name, matrix) with "velocity.experts.3.up.weight" and so on. Throws std::invalid_argument if
   /// the module is not that of the first update.

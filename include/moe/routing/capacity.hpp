@@ -8,8 +8,9 @@
 #include <string_view>
 
 #include "moe/routing/choices.hpp"
-#include "moe/routing/shared_batch.hpp"
 #include "moe/routing/select_largest.hpp"
+#include "moe/routing/shared_batch.hpp"
+#include "moe/routing/shared_selection.hpp"
 
 /// \file
 /// A limit to the tokens of an expert, and which of them are dropped where there are more.
@@ -48,10 +49,11 @@ inline Index expert_capacity(double factor, Index tokens, Index top_k, Index exp
 template <class Scalar>
 struct CapacityScratch {
   IndexedVector<Index> order;  ///< choices
-  IndexedVector<Index> taken;  ///< E
+  IndexedVector<Index> taken;  ///< E, or turns x E
 
-  Choices<Scalar> all;      ///< of all processes, where they share a batch
-  IndexedVector<Index> kept;  ///< T·K, the experts of our choices, -1 where dropped
+  // Where processes share a batch.
+  IndexedVector<Index> of_turn;    ///< turns x E, how many choices of all processes
+  SharedSelection<Scalar> shared;  ///< by weight
 };
 
 /// Drops the choices that find no place; one that was dropped before takes none. Ties of weights go
@@ -77,28 +79,49 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   }
 }
 
-/// The same where the choices may be of a part of a batch: places are those of all processes'
-/// tokens, and each process finds out what becomes of all choices.
+/// The same where the choices may be of a part of a batch: places are those of all processes' tokens.
 template <class Scalar>
-void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
-                        const SharedBatch* batch, Choices<Scalar>& choices,
-                        CapacityScratch<Scalar>& scratch) {
+void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, const SharedBatch* batch,
+                        Choices<Scalar>& choices, CapacityScratch<Scalar>& scratch) {
   if (batch == nullptr) return drop_over_capacity(how, capacity, experts, choices, scratch);
-  Choices<Scalar>& all = scratch.all;
-  all.resize(batch->tokens(), choices.top_k);
-  copy_vector(std::span<const Index>(choices.expert), scratch.kept);
-  for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
-    if (choices.keeps[c] == 0) scratch.kept[c] = -1;
-  }
-  batch->gather(std::span<const Index>(scratch.kept), choices.top_k, std::span<Index>(all.expert));
   if (how == PlaceOrder::largest_weight) {
-    batch->gather(std::span<const Scalar>(choices.weight), choices.top_k,
-                  std::span<Scalar>(all.weight));
+    scratch.shared.find(experts, capacity, *batch, [&](auto&& visit) {
+      for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
+        if (choices.keeps[c] != 0) visit(choices.expert[c], choices.weight[c]);
+      }
+    });
+    for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
+      if (choices.keeps[c] == 0) continue;
+      if (!scratch.shared.takes(choices.expert[c], choices.weight[c])) choices.keeps[c] = 0;
+    }
+    return;
   }
-  for (std::size_t c = 0; c < all.keeps.size(); ++c) all.keeps[c] = all.expert[c] >= 0 ? 1 : 0;
-  drop_over_capacity(how, capacity, experts, all, scratch);
-  std::copy_n(all.keeps.begin() + batch->first_token() * choices.top_k, choices.size(),
-              choices.keeps.begin());
+  // Places go turn by turn: first choices, second ones, ..., or all in one turn.
+  const Index turns = how == PlaceOrder::first_choices ? choices.top_k : 1;
+  const auto place_of = [&](Index choice) {
+    return choice % turns * experts + choices.expert[choice];
+  };
+  assign(scratch.taken, turns * experts, Index{0});
+  for (Index c = 0; c < choices.size(); ++c) {
+    if (choices.keeps[c] != 0) ++scratch.taken[place_of(c)];
+  }
+  if (turns > 1) {
+    copy_vector(std::span<const Index>(scratch.taken), scratch.of_turn);
+    batch->sum(std::span<Index>(scratch.of_turn));
+    batch->prefix_agreed(std::span<Index>(scratch.taken));
+  } else {
+    batch->prefix(std::span<Index>(scratch.taken));
+  }
+  for (Index e = 0; e < experts && turns > 1; ++e) {
+    Index before = 0;
+    for (Index turn = 0; turn < turns; ++turn) {
+      scratch.taken[turn * experts + e] += before;
+      before += scratch.of_turn[turn * experts + e];
+    }
+  }
+  for (Index c = 0; c < choices.size(); ++c) {
+    if (choices.keeps[c] != 0 && ++scratch.taken[place_of(c)] > capacity) choices.keeps[c] = 0;
+  }
 }
 
 }  // namespace detail

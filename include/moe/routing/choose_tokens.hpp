@@ -8,6 +8,7 @@
 #include "moe/routing/dispatch.hpp"
 #include "moe/routing/select_largest.hpp"
 #include "moe/routing/shared_batch.hpp"
+#include "moe/routing/shared_selection.hpp"
 
 /// \file
 /// The choice that runs the other way: each expert takes the tokens that score best with it.
@@ -28,9 +29,7 @@ struct TokenChoice {
   IndexedVector<Index> taken;             ///< S, the tokens of expert 0, those of expert 1, ...
   IndexedVector<Index> order;             ///< S, the places in `taken` by token
   IndexedVector<Matrix<Scalar>> columns;  ///< one a worker: some columns of the scores, as rows
-
-  Matrix<Scalar> all_scores;    ///< of all processes' tokens, where they share a batch
-  Routing<Scalar> all_routing;  ///< their slots
+  SharedSelection<Scalar> shared;         ///< where processes share a batch
 };
 
 /// Makes the slots in which each expert has the `count` tokens that are largest in its column of
@@ -78,27 +77,34 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
 }
 
 /// The same where the rows of `scores` may be a part of a batch: experts choose among the tokens of
-/// all processes, each of which makes the whole choice and keeps the slots of its own tokens.
+/// all processes, and the slots are those of the tokens here.
 template <class Scalar>
 void choose_tokens(const Matrix<Scalar>& scores, Index count, const SharedBatch* batch,
                    TokenChoice<Scalar>& choice, Routing<Scalar>& routing) {
   if (batch == nullptr) return choose_tokens(scores, count, choice, routing);
+  const Index tokens = scores.rows();
   const Index experts = scores.cols();
-  resize(choice.all_scores, batch->tokens(), experts);
-  batch->gather(std::span<const Scalar>(scores.data(), to_size(scores.size())), experts,
-                std::span<Scalar>(choice.all_scores.data(), to_size(choice.all_scores.size())));
-  choose_tokens(choice.all_scores, count, choice, choice.all_routing);
-
-  const Routing<Scalar>& all = choice.all_routing;
-  const auto offsets = all.token_offsets.begin() + batch->first_token();
+  choice.shared.find(experts, count, *batch, [&](auto&& visit) {
+    parallel_for_blocks(experts, cache_line<Scalar>, element_work(2 * scores.size()),
+                        [&](Index first, Index width) {
+                          for (Index t = 0; t < tokens; ++t) {
+                            const Scalar* row = row_data(scores, t);
+                            for (Index e = first; e < first + width; ++e) visit(e, row[e]);
+                          }
+                        });
+  });
   routing.experts = experts;
-  resize(routing.token_offsets, scores.rows() + 1);
-  std::copy_n(offsets, scores.rows() + 1, routing.token_offsets.begin());
-  const Index first = routing.token_offsets.front();
-  for (Index& offset : routing.token_offsets) offset -= first;
-  resize(routing.expert, routing.token_offsets.back());
-  std::copy_n(all.expert.begin() + first, routing.token_offsets.back(), routing.expert.begin());
-  resize(routing.weight, routing.token_offsets.back());
+  resize(routing.token_offsets, tokens + 1);
+  routing.token_offsets[0] = 0;
+  routing.expert.clear();
+  for (Index t = 0; t < tokens; ++t) {
+    const Scalar* row = row_data(scores, t);
+    for (Index e = 0; e < experts; ++e) {
+      if (choice.shared.takes(e, row[e])) routing.expert.push_back(e);
+    }
+    routing.token_offsets[t + 1] = routing.slots();
+  }
+  resize(routing.weight, routing.slots());
 }
 
 }  // namespace moe::detail

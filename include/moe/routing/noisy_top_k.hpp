@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "moe/experts/expert_change.hpp"
 #include "moe/kernels/activations.hpp"
 #include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
@@ -124,6 +125,20 @@ class NoisyTopK {
   bool load_has_gradient(const Tape& tape) const {
     return tape.has_noise && config_.top_k < experts();
   }
+
+  /// Columns of other experts; fresh ones are zero, as at the start. Copies of W_g's get noise.
+  void change_experts(const ExpertSources& sources, std::uint64_t seed, double noise_stddev) {
+    change_columns(sources, weight_, {}, noise_stddev, seed);
+    change_columns(sources, noise_weight_);
+    config_.experts = sources.experts();
+  }
+  /// Those of another one of its shape. The noise stays: it belongs to a place, whoever is there.
+  void take_weights(const NoisyTopK& other) {
+    weight_ = other.weight_;
+    noise_weight_ = other.noise_weight_;
+  }
+  /// Adds to W_g, of which this is a copy.
+  void add_noise(double stddev, std::uint64_t seed) { add_normal(weight_.value, stddev, seed); }
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {

@@ -15,8 +15,8 @@ namespace moe {
 /// the sums of its losses or for a choice among tokens, finds it in Pass::batch; where that is null,
 /// x is all of the batch. mpi::ExpertParallel makes one.
 ///
-/// Sums and gathers are collective: every process makes the same ones in the same order. They
-/// throw, on every process, when one of them has thrown since the call before. A gate uses the batch
+/// Sums and prefixes are collective: every process makes the same ones in the same order. They throw,
+/// on every process, when one of them has thrown since the call before. A gate uses the batch
 /// during the pass that it is given to; what backward() needs of it is in the gate's tape.
 class SharedBatch {
  public:
@@ -32,14 +32,13 @@ class SharedBatch {
   virtual void sum(std::span<double> numbers) const = 0;
   virtual void sum(std::span<Index> numbers) const = 0;
 
-  /// Puts the numbers of all processes one behind the other: this one has `per_token` of each of
-  /// its tokens, and `all` has room for those of tokens().
-  virtual void gather(std::span<const float> numbers, Index per_token,
-                      std::span<float> all) const = 0;
-  virtual void gather(std::span<const double> numbers, Index per_token,
-                      std::span<double> all) const = 0;
-  virtual void gather(std::span<const Index> numbers, Index per_token,
-                      std::span<Index> all) const = 0;
+  /// Replaces each number by its sum over the processes before this one, 0 in the first.
+  virtual void prefix(std::span<Index> numbers) const = 0;
+
+  /// The same after a sum() of at least as many numbers since which no process can have failed: spares
+  /// finding out whether one did.
+  virtual void sum_agreed(std::span<Index> numbers) const { sum(numbers); }
+  virtual void prefix_agreed(std::span<Index> numbers) const { prefix(numbers); }
 };
 
 namespace detail {

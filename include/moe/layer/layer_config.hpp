@@ -1,0 +1,37 @@
+#pragma once
+
+#include "moe/kernels/activations.hpp"
+#include "moe/matrix.hpp"
+#include "moe/random.hpp"
+
+/// \file
+/// What a layer is made of, and what its verbs are given.
+
+namespace moe {
+
+/// What a layer is made of, wherever its experts are.
+template <class Expert, class Gate>
+struct MoELayerConfig {
+  Index width = 0;                           ///< D
+  typename Expert::Config expert{};          ///< of every expert
+  typename Gate::Config gate{};              ///< says how many experts there are
+  Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
+  Seed seed;                                 ///< of the experts' start and the gate's noise
+
+  template <class Self, class Visitor>
+  static constexpr void visit_fields(Self& self, Visitor visit) {
+    visit("width", self.width);
+    visit("expert", self.expert);
+    visit("gate", self.gate);
+    visit("output", self.output);
+    visit("seed", self.seed);
+  }
+};
+
+/// How MoELayer::copy_experts() makes copies differ from their originals.
+struct CopyNoise {
+  double noise_stddev = 0;  ///< of the normal noise on what is copied, finite and at least 0
+  Seed seed;                ///< of the noise
+};
+
+}  // namespace moe

@@ -1,0 +1,143 @@
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "moe/experts/expert_change.hpp"
+#include "moe/parameter.hpp"
+
+/// \file
+/// How what an optimizer remembers follows a layer whose experts came and went.
+
+namespace moe::detail {
+
+/// Where the parameters of a model come from after a change of the experts of a layer in it. It refers
+/// to the change.
+class ModelChange {
+ public:
+  struct Source {
+    Index parameter;                 ///< of the model before, or fresh_source
+    std::span<const Index> columns;  ///< see ParameterSource
+  };
+
+  /// Throws std::invalid_argument unless the layer is a part of the model, and as the change left it.
+  template <class Module, class Layer>
+  ModelChange(std::string_view optimizer, const Module& model, const Layer& layer,
+              const ExpertChange& change)
+      : change_(change) {
+    std::vector<const void*> parts;
+    walk_parameters(layer, [&](const ParameterName& name, const auto& p) {
+      if (p.structure != change.structure) {
+        require(false, optimizer, "::follow: ", name.string(),
+                " of the layer is not what this change made: follow every change before the next");
+      }
+      parts.push_back(&p);
+    });
+    require(parts.size() == change.parameters.size(), optimizer, "::follow: the layer has ",
+            parts.size(), " parameters, after this change it had ", change.parameters.size());
+    Index found = 0;
+    walk_parameters(model, [&](const ParameterName& name, const auto& p) {
+      if (found < layer_parameters() && parts[to_size(found)] == &p) {
+        if (found++ == 0) first_ = parameters_;
+      } else if (found > 0 && found < layer_parameters()) {
+        require(false, optimizer, "::follow: ", name.string(),
+                " of the model is amid the layer's parameters");
+      }
+      ++parameters_;
+    });
+    require(found > 0 && found == layer_parameters(), optimizer,
+            "::follow: the layer is no part of the model, which has ", found, " of its ",
+            parts.size(), " parameters");
+  }
+
+  Index parameters() const { return parameters_; }  ///< of the model, now
+  Index parameters_before() const {
+    return parameters_ - layer_parameters() + change_.parameters_before;
+  }
+  Source operator[](Index i) const {
+    if (i < first_) return {i, {}};
+    const Index in_layer = i - first_;
+    if (in_layer >= layer_parameters()) return {i - parameters_ + parameters_before(), {}};
+    const ParameterSource& source = change_.parameters[to_size(in_layer)];
+    if (source.parameter == fresh_source) return {fresh_source, {}};
+    return {first_ + source.parameter, source.columns};
+  }
+  Index first() const { return first_; }  ///< the layer's first parameter
+
+ private:
+  Index layer_parameters() const { return static_cast<Index>(change_.parameters.size()); }
+
+  const ExpertChange& change_;
+  Index first_ = 0;
+  Index parameters_ = 0;
+};
+
+/// The memory of an optimizer follows a change: all of its states at once, or none. `known` is what it
+/// knows of the parameters; `states` have after() and bytes_of(). What belongs to experts that went
+/// from rank to rank goes with them.
+template <class Module, class Layer, class Known, class... States>
+void follow_change(const char* optimizer, const Module& model, const Layer& layer,
+                   const ExpertChange& change, const Known& known, States&... states) {
+  const auto& policy = layer.dispatch_policy();
+  std::tuple<States...> next;
+  std::vector<std::vector<char>> sent;
+  std::vector<std::vector<char>> received;
+  Index first = 0;
+  const bool remembers = policy.together(optimizer, [&] {
+    const ModelChange model_change(optimizer, model, layer, change);
+    first = model_change.first();
+    if (known.empty()) return false;
+    const auto known_parameters = static_cast<Index>(known.size());
+    for (Index i = first; i < std::min(first + change.parameters_before, known_parameters); ++i) {
+      require(known[to_size(i)].structure == change.structure_before, optimizer,
+              "::follow: a change before this one was not followed");
+    }
+    require(known_parameters == model_change.parameters_before(), optimizer,
+            "::follow: the model had ", model_change.parameters_before(),
+            " parameters before the change, ", known_parameters, " at the last update");
+    next = std::tuple<States...>(states.after(model, model_change)...);
+    sent.resize(to_size(policy.ranks()));
+    received.resize(sent.size());
+    for (const ExpertChange::Move& move : change.sent) {
+      const auto pack = [&](std::span<const char> bytes) {
+        auto& to = sent[to_size(Index{move.rank})];
+        to.insert(to.end(), bytes.begin(), bytes.end());
+      };
+      (pack(states.bytes_of(first + move.parameter)), ...);
+    }
+    std::apply(
+        [&](auto&... state) {
+          for (const ExpertChange::Move& move : change.received) {
+            auto& from = received[to_size(Index{move.rank})];
+            (from.resize(from.size() + state.bytes_of(first + move.parameter).size()), ...);
+          }
+        },
+        next);
+    return true;
+  });
+  policy.exchange(optimizer, remembers, sent, received);
+  if (!remembers) return;
+  std::vector<std::size_t> read(received.size(), 0);
+  std::apply(
+      [&](auto&... state) {
+        for (const ExpertChange::Move& move : change.received) {
+          const auto unpack = [&](std::span<char> bytes) {
+            auto& at = read[to_size(Index{move.rank})];
+            if (bytes.empty()) return;
+            std::memcpy(bytes.data(), received[to_size(Index{move.rank})].data() + at,
+                        bytes.size());
+            at += bytes.size();
+          };
+          (unpack(state.bytes_of(first + move.parameter)), ...);
+        }
+      },
+      next);
+  std::tie(states...) = std::move(next);
+}
+
+}  // namespace moe::detail

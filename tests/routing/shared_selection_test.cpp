@@ -1,0 +1,170 @@
+#include "moe/routing/shared_selection.hpp"
+
+#include <array>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "../support.hpp"
+#include "moe/routing/capacity.hpp"
+#include "moe/routing/choose_tokens.hpp"
+#include "shared_batch.hpp"
+
+using namespace moe;
+
+namespace {
+
+template <class S>
+using Limits = std::numeric_limits<S>;
+
+/// Where an order of bits could differ from that of numbers.
+template <class S>
+std::vector<S> hard_scores() {
+  return {Limits<S>::quiet_NaN(),
+          -Limits<S>::quiet_NaN(),
+          Limits<S>::infinity(),
+          -Limits<S>::infinity(),
+          S{0},
+          -S{0},
+          Limits<S>::denorm_min(),
+          -Limits<S>::denorm_min(),
+          Limits<S>::min(),
+          -Limits<S>::min(),
+          Limits<S>::max(),
+          Limits<S>::lowest(),
+          S{1},
+          S{1} + Limits<S>::epsilon(),
+          S{1} - Limits<S>::epsilon(),
+          S{-1}};
+}
+
+/// Scores of a kind: hard ones, random ones, few values, and one value.
+template <class S>
+S draw(std::mt19937_64& random, std::uint64_t kind) {
+  static const std::vector<S> hard = hard_scores<S>();
+  const auto any = std::normal_distribution<S>()(random);
+  switch (kind % 4) {
+    case 0:
+      return hard[random() % hard.size()];
+    case 1:
+      return any;
+    case 2:
+      return std::round(2 * any);
+    default:
+      return S(0.25);
+  }
+}
+
+/// Parts of a batch: one, several, some of them empty, and one for each row and more.
+std::vector<std::vector<Index>> ways_to_divide(Index rows) {
+  std::vector<std::vector<Index>> ways{{rows}, {rows / 3, rows - rows / 3}, {0, rows, 0}};
+  std::vector<Index> ones(static_cast<std::size_t>(std::min<Index>(rows, 6)), 1);
+  ones.push_back(rows - static_cast<Index>(ones.size()));
+  ones.push_back(0);
+  ways.push_back(ones);
+  return ways;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("shared selection: bits are in the order of scores", "[routing]", float,
+                   double) {
+  std::vector<TestType> scores = hard_scores<TestType>();
+  scores.push_back(TestType(-3e-5));
+  for (const TestType a : scores) {
+    for (const TestType b : scores) {
+      const TestType both[] = {a, b};
+      const detail::ByScore<TestType> before(both);
+      INFO(a << " and " << b);
+      CHECK((detail::ordered_bits(a) > detail::ordered_bits(b)) == (before.key(0) > before.key(1)));
+      CHECK((detail::ordered_bits(a) == detail::ordered_bits(b)) ==
+            (before.key(0) == before.key(1)));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("shared selection: experts take the tokens that they take in one process",
+                   "[routing]", float, double) {
+  for (std::uint64_t seed = 0; seed < 48; ++seed) {
+    std::mt19937_64 random(seed);
+    const Index tokens = std::array<Index, 5>{0, 1, 5, 40, 131}[seed % 5];
+    const Index experts = std::array<Index, 4>{1, 7, 33, 70}[seed / 4 % 4];
+    Matrix<TestType> scores(tokens, experts);
+    for (Index i = 0; i < scores.size(); ++i) scores.data()[i] = draw<TestType>(random, seed);
+    for (const Index count :
+         std::set<Index>{std::min<Index>(1, tokens), (tokens + 2) / 3, tokens}) {
+      detail::TokenChoice<TestType> choice;
+      Routing<TestType> expected;
+      detail::choose_tokens(scores, count, choice, expected);
+      for (const std::vector<Index>& sizes : ways_to_divide(tokens)) {
+        INFO("seed " << seed << ", count " << count << ", " << sizes.size() << " parts");
+        std::vector<Routing<TestType>> parts(sizes.size());
+        test::share_batch(sizes, [&](std::size_t i, const SharedBatch& batch) {
+          detail::TokenChoice<TestType> own;
+          const Matrix<TestType> rows = scores.middleRows(batch.first_row(), sizes[i]);
+          detail::choose_tokens(rows, count, &batch, own, parts[i]);
+        });
+        std::vector<Index> offsets{0};
+        std::vector<Index> expert;
+        for (const Routing<TestType>& part : parts) {
+          CHECK(part.experts == experts);
+          CHECK(part.weight.size() == part.expert.size());
+          for (Index t = 0; t < part.tokens(); ++t) {
+            offsets.push_back(offsets.back() + part.slots_of_token(t).count);
+          }
+          expert.insert(expert.end(), part.expert.begin(), part.expert.end());
+        }
+        CHECK(offsets == expected.token_offsets);
+        CHECK(expert == expected.expert);
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("shared selection: capacity drops what it drops in one process", "[routing]",
+                   float, double) {
+  for (std::uint64_t seed = 0; seed < 48; ++seed) {
+    std::mt19937_64 random(seed);
+    const Index tokens = std::array<Index, 5>{0, 1, 5, 40, 131}[seed % 5];
+    const Index experts = std::array<Index, 3>{3, 7, 70}[seed / 4 % 3];
+    const Index top_k = 1 + static_cast<Index>(random() % 3);
+    detail::Choices<TestType> all;
+    all.resize(tokens, top_k);
+    for (Index c = 0; c < all.size(); ++c) {
+      all.expert[c] = static_cast<Index>(random() % static_cast<std::uint64_t>(experts));
+      all.weight[c] = draw<TestType>(random, seed);
+      if (random() % 5 == 0) all.keeps[c] = 0;  // dropped before
+    }
+    for (const auto how :
+         {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+      for (const Index capacity :
+           {Index{0}, Index{1}, Index{2}, tokens * top_k / experts, tokens}) {
+        detail::Choices<TestType> expected = all;
+        detail::CapacityScratch<TestType> scratch;
+        detail::drop_over_capacity(how, capacity, experts, expected, scratch);
+        for (const std::vector<Index>& sizes : ways_to_divide(tokens)) {
+          INFO("seed " << seed << ", capacity " << capacity << ", order " << static_cast<int>(how)
+                       << ", " << sizes.size() << " parts");
+          std::vector<detail::Choices<TestType>> parts(sizes.size());
+          test::share_batch(sizes, [&](std::size_t i, const SharedBatch& batch) {
+            detail::Choices<TestType>& own = parts[i];
+            own.resize(sizes[i], top_k);
+            const auto first = batch.first_row() * top_k;
+            std::copy_n(all.expert.begin() + first, own.size(), own.expert.begin());
+            std::copy_n(all.weight.begin() + first, own.size(), own.weight.begin());
+            std::copy_n(all.keeps.begin() + first, own.size(), own.keeps.begin());
+            detail::CapacityScratch<TestType> of_part;
+            detail::drop_over_capacity(how, capacity, experts, &batch, own, of_part);
+          });
+          std::vector<unsigned char> keeps;
+          for (const auto& part : parts) {
+            keeps.insert(keeps.end(), part.keeps.begin(), part.keeps.end());
+          }
+          CHECK(keeps == expected.keeps);
+        }
+      }
+    }
+  }
+}
