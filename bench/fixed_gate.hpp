@@ -27,12 +27,12 @@ class FixedGate {
   explicit FixedGate(const Config& config, std::uint64_t = 0) : config_(config) {}
   Index experts() const { return config_.experts; }
 
-  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape,
-               const moe::Pass& = {.step = 0}) const {
+  void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::Pass& = {.step = 0}) const {
     route(x.rows(), tape.routing);
     tape.trained = true;
   }
-  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::EvaluationPass& = {}) const {
+  void evaluate(const moe::MatrixRef<Scalar>& x, Tape& tape,
+                const moe::EvaluationPass& = {}) const {
     route(x.rows(), tape.routing);
   }
   void backward(const moe::MatrixRef<Scalar>&, std::span<const Scalar> dslot, Tape& tape,

@@ -96,8 +96,8 @@ class ComposedPeer : public Peer {
       products_.up_weight(n, x, dpre_.data(), g.up);
       products_.up_input(n, dpre_.data(), p_.experts[e], rows);  // y's rows are done with
       for (Index i = 0; i < n; ++i) {
-        add_scaled(1.0f, rows + i * p_.width, dx_.data() + p_.sorted_token[size(first + i)] * p_.width,
-                   p_.width);
+        add_scaled(1.0f, rows + i * p_.width,
+                   dx_.data() + p_.sorted_token[size(first + i)] * p_.width, p_.width);
       }
     }
   }

@@ -29,9 +29,9 @@ struct Problem {
   const float* x = nullptr;   ///< T x D
   const float* dy = nullptr;  ///< T x D
   std::vector<ExpertArrays<const float*>> experts;
-  std::vector<std::ptrdiff_t> offsets;    ///< E + 1
+  std::vector<std::ptrdiff_t> offsets;       ///< E + 1
   std::vector<std::ptrdiff_t> sorted_token;  ///< S
-  std::vector<float> row_weight;          ///< S
+  std::vector<float> row_weight;             ///< S
 
   std::ptrdiff_t slots() const { return static_cast<std::ptrdiff_t>(sorted_token.size()); }
 };

@@ -129,7 +129,8 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   const double slots = static_cast<double>(timetable.update()) *
                        static_cast<double>(o.sequences * o.steps / ranks.part().count) *
                        static_cast<double>(o.top_k);
-  print_communication(ranks, meter, model.model().middle().layer().dispatch_policy().placement(), slots);
+  print_communication(ranks, meter, model.model().middle().layer().dispatch_policy().placement(),
+                      slots);
   // A rank draws from its own logarithms, whose last bits may differ; one text is enough.
   const std::string text = language_model::sample(model.model(), corpus.vocabulary, 40, o.seed);
   if (ranks.is_root()) {

@@ -36,13 +36,13 @@ inline const char* name_of(Kind kind) {
 /// One training; the options say the rest. What does not concern its kind stays 0.
 struct Run {
   Kind kind = Kind::noisy_top_k;
-  Index experts = 0;        ///< E, all groups' together
+  Index experts = 0;       ///< E, all groups' together
   Index top_k = 0;         ///< K, all groups' together
-  Index hidden = 0;         ///< of an expert, or of an LSTM in the middle
-  Index groups = 0;         ///< hierarchical
+  Index hidden = 0;        ///< of an expert, or of an LSTM in the middle
+  Index groups = 0;        ///< hierarchical
   Index top_k_groups = 0;  ///< hierarchical
-  Index layers = 0;         ///< recurrent: LSTMs in the middle
-  Index memory = 0;         ///< recurrent: hidden width of the first and the last LSTM
+  Index layers = 0;        ///< recurrent: LSTMs in the middle
+  Index memory = 0;        ///< recurrent: hidden width of the first and the last LSTM
   double importance_weight = 0;
   double load_weight = 0;
   std::uint64_t seed = 1;

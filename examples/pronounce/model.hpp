@@ -49,7 +49,7 @@ class Model {
     Index embedding = 64;
     Index width = 128;          ///< H of the three LSTMs
     Index experts = 16;         ///< E
-    Index top_k = 2;           ///< K
+    Index top_k = 2;            ///< K
     Index expert_hidden = 256;  ///< of an expert
     double dropout = 0.2;
     double balance_weight = 0.01;  ///< of the importance and the load loss

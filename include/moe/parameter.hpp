@@ -242,9 +242,8 @@ void check_same_shapes(const Module& there, const Module& here, std::string_view
     const auto [rows, columns] =
         next < shapes.size() ? shapes[next++] : std::pair<Index, Index>{0, 0};
     if (rows == p.value.rows() && columns == p.value.cols()) return;
-    fail({Part(of), Part(name.string()), Part(" would be "), Part(rows), Part(" x "),
-          Part(columns), Part(", and is "), Part(p.value.rows()), Part(" x "),
-          Part(p.value.cols())});
+    fail({Part(of), Part(name.string()), Part(" would be "), Part(rows), Part(" x "), Part(columns),
+          Part(", and is "), Part(p.value.rows()), Part(" x "), Part(p.value.cols())});
   });
   require(next == shapes.size(), of, ": other parameters");
 }

@@ -33,7 +33,6 @@ TEST_CASE("combine: no rows are no work", "[experts]") {
   Matrix<float> out = Matrix<float>::Ones(2, 3);
   const Matrix<float> rows(0, 3);
   const float* none = nullptr;
-  detail::combine(GatheredRows<float>(rows), none, 0, 3,
-                  ScatteredRows<float>(out.data(), 3, 0, 3));
+  detail::combine(GatheredRows<float>(rows), none, 0, 3, ScatteredRows<float>(out.data(), 3, 0, 3));
   CHECK(out == Matrix<float>::Ones(2, 3));
 }

@@ -1,6 +1,7 @@
 #include "moe/gates/shared_expert_gate.hpp"
 
 #include "moe/gates/balanced_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
 #include "token_choice_checks.hpp"
 
 using namespace moe;
@@ -377,4 +378,19 @@ TEST_CASE("shared expert gate: a wrapped gate that contradicts itself is found o
       CHECK_FALSE(tape.trained);
     }
   }
+}
+
+TEST_CASE("shared expert gate: rows that the wrapped gate refuses leave the tape as good as before",
+          "[gate]") {
+  SharedExpertGate<TopKGate<double>> gate(
+      {.width = 3,
+       .routed = {.experts = 4, .top_k = 2, .sequence_loss_weight = 0.1, .sequences = 2}},
+      1);
+  SharedExpertGate<TopKGate<double>>::Tape tape;
+  const Matrix<double> x = random_matrix(6, 3, 1);
+  gate.forward(x, tape, {.step = 0});
+  CHECK_THROWS_WITH(gate.forward(random_matrix(5, 3, 1), tape, {.step = 0}),
+                    "moe: TopKGate: x has 5 rows, not a multiple of Config.sequences = 2");
+  const std::vector<double> dweight(tape.routing.weight.size(), 1.0);
+  CHECK_NOTHROW(test::gate_dx(gate, x, dweight, tape));
 }

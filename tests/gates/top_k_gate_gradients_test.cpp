@@ -4,11 +4,11 @@
 #include "top_k.hpp"
 
 using namespace moe;
+using test::all_scores;
 using test::dweight_of;
 using test::everything;
 using test::parameter;
 using test::random_matrix;
-using test::all_scores;
 using Config = TopKConfig;
 template <class Scalar>
 using Tape = typename TopKGate<Scalar>::Tape;

@@ -148,8 +148,9 @@ TEST_CASE("safetensors config: another gate is one too", "[io]") {
       {.width = 3, .expert = {.hidden = 2}, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
   save_module(folder.file("a"), noisy);
   Chosen chosen({.width = 3, .expert = {.hidden = 2}, .gate = {.experts = 4}, .seed = 1});
-  CHECK_THROWS_WITH(load_module(folder.file("a"), chosen),
-                    Contains("has metadata \"config.gate.importance_weight\", a field that the module's"));
+  CHECK_THROWS_WITH(
+      load_module(folder.file("a"), chosen),
+      Contains("has metadata \"config.gate.importance_weight\", a field that the module's"));
 }
 
 TEST_CASE("safetensors config: those of the parts of a model", "[io]") {

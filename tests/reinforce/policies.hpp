@@ -162,9 +162,7 @@ class SmallPolicy {
     tape.real.assign(previous);
     if (config_.mixture) {
       tape.real.pack(tape.hidden, tape.packed);
-      const auto pass = [&] {
-        return Pass{.step = key->step, .first_token = key->first_token};
-      };
+      const auto pass = [&] { return Pass{.step = key->step, .first_token = key->first_token}; };
       const Matrix<Scalar>& y = key ? mixture_.forward(tape.packed, tape.mixture, pass())
                                     : mixture_.evaluate(tape.packed, tape.mixture);
       tape.real.unpack(y, tape.hidden.rows(), tape.mixed);

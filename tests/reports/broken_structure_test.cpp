@@ -71,10 +71,12 @@ TEST_CASE("report: an expert of the same shape may take another's place", "[repo
   };
   const Expert<FeedForward> high({.width = 3, .hidden = 9}, 1);
   const Expert<FeedForward> wide({.width = 8, .hidden = 5}, 1);
-  CHECK_THROWS_WITH(replaced(2, high)(),
-                    "moe: MoELayer::replace_expert: experts.2.up.weight would be 3 x 9, and is 3 x 5");
-  CHECK_THROWS_WITH(replaced(2, wide)(),
-                    "moe: MoELayer::replace_expert: experts.2.up.weight would be 8 x 5, and is 3 x 5");
+  CHECK_THROWS_WITH(
+      replaced(2, high)(),
+      "moe: MoELayer::replace_expert: experts.2.up.weight would be 3 x 9, and is 3 x 5");
+  CHECK_THROWS_WITH(
+      replaced(2, wide)(),
+      "moe: MoELayer::replace_expert: experts.2.up.weight would be 8 x 5, and is 3 x 5");
   CHECK_THROWS_WITH(replaced(4, layer.experts()[0])(),
                     "moe: MoELayer::replace_expert: expert 4 of 4");
 }

@@ -91,14 +91,14 @@ TEST_CASE("report: a failed allocation leaves tapes that can be used again", "[r
                             .output = Activation::sigmoid,
                             .seed = 1});
   check_layer<MoELayer<E, TopKGate<>>>({.width = 4,
-                                               .expert = expert,
-                                               .gate = {.experts = 4,
-                                                        .top_k = 2,
-                                                        .jitter = 0.1,
-                                                        .capacity_factor = 1,
-                                                        .switch_loss_weight = 0.1,
-                                                        .z_loss_weight = 0.1},
-                                               .seed = 1});
+                                        .expert = expert,
+                                        .gate = {.experts = 4,
+                                                 .top_k = 2,
+                                                 .jitter = 0.1,
+                                                 .capacity_factor = 1,
+                                                 .switch_loss_weight = 0.1,
+                                                 .z_loss_weight = 0.1},
+                                        .seed = 1});
   check_layer<MoELayer<E, BalancedGate<>>>(
       {.width = 4, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
   check_layer<MoELayer<E, ExpertChoiceGate<>>>(

@@ -59,10 +59,7 @@ TEST_CASE("report: a layer refuses a tape's own output, or gives the right numbe
                               .seed = 1});
   }
   check_layer<MoELayer<E, TopKGate<double>>>(
-      {.width = 4,
-       .expert = expert,
-       .gate = {.experts = 4, .top_k = 2, .jitter = 0.1},
-       .seed = 1});
+      {.width = 4, .expert = expert, .gate = {.experts = 4, .top_k = 2, .jitter = 0.1}, .seed = 1});
   check_layer<MoELayer<E, BalancedGate<double>>>(
       {.width = 4, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
   check_layer<MoELayer<E, ExpertChoiceGate<double>>>(

@@ -52,12 +52,12 @@ namespace {
 template <class Scalar>
 Scalar weight_sum(double epsilon, Scalar logit) {
   TopKGate<Scalar> gate({.width = 1,
-                                .experts = 4,
-                                .top_k = 2,
-                                .score = Score::sigmoid,
-                                .renormalise = true,
-                                .renormalise_epsilon = epsilon},
-                               0);
+                         .experts = 4,
+                         .top_k = 2,
+                         .score = Score::sigmoid,
+                         .renormalise = true,
+                         .renormalise_epsilon = epsilon},
+                        0);
   for_each_parameter(gate, [](const std::string&, auto& p) { p.value.setOnes(); });
   const Routing<Scalar> routing = gate.evaluate(Matrix<Scalar>::Constant(1, 1, logit));
   return routing.weight[0] + routing.weight[1];

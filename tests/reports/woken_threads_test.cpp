@@ -80,13 +80,15 @@ TEST_CASE("report: a small layer of FeedForward experts begins no parallel regio
   using E = Expert<FeedForward>;
   CHECK(regions_of_training<MoELayer<E>>(
             {.width = 8, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1}) == 0);
-  CHECK(
-      regions_of_training<MoELayer<E, TopKGate<>>>(
-          {.width = 8,
-           .expert = expert,
-           .gate = {.experts = 4, .top_k = 2, .jitter = 0.1, .switch_loss_weight = 0.01, .z_loss_weight = 1},
-           .output = Activation::sigmoid,
-           .seed = 1}) == 0);
+  CHECK(regions_of_training<MoELayer<E, TopKGate<>>>({.width = 8,
+                                                      .expert = expert,
+                                                      .gate = {.experts = 4,
+                                                               .top_k = 2,
+                                                               .jitter = 0.1,
+                                                               .switch_loss_weight = 0.01,
+                                                               .z_loss_weight = 1},
+                                                      .output = Activation::sigmoid,
+                                                      .seed = 1}) == 0);
   CHECK(regions_of_training<MoELayer<E, BalancedGate<>>>(
             {.width = 8, .expert = expert, .gate = {.experts = 4, .top_k = 2}, .seed = 1}) == 0);
   CHECK(regions_of_training<MoELayer<E, ExpertChoiceGate<>>>(

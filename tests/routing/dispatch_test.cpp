@@ -51,7 +51,8 @@ TEST_CASE("dispatch: offsets are the running count of slots by expert", "[routin
   CHECK(offsets == Indices{0, 0, 0});
 }
 
-TEST_CASE("dispatch: slots are sorted by expert and keep their order within one", "[routing][dispatch]") {
+TEST_CASE("dispatch: slots are sorted by expert and keep their order within one",
+          "[routing][dispatch]") {
   const Indices expert = {2, 0, 2, 3, 2};
   Indices offsets = {0, 1, 1, 4, 5, 5};
   Indices sorted_slot;
@@ -100,7 +101,7 @@ TEST_CASE("dispatch: every slot is in the rows of its expert exactly once", "[ro
     Routing<double> routing = random_routing(tokens, experts, seed);
     const Routing<double> made = routing;
     Dispatch<double> dispatch;
-  sort_by_expert(routing, dispatch);
+    sort_by_expert(routing, dispatch);
     CHECK(routing.expert == made.expert);
     CHECK(routing.weight == made.weight);
     CHECK(routing.token_offsets == made.token_offsets);
@@ -132,8 +133,7 @@ TEST_CASE("dispatch: every slot is in the rows of its expert exactly once", "[ro
         const Index t = dispatch.token[row];
         at_home = at_home && routing.expert[slot] == e;
         stable = stable && (row == first || dispatch.sorted_slot[row - 1] < slot);
-        token = token && routing.token_offsets[t] <= slot &&
-                slot < routing.token_offsets[t + 1];
+        token = token && routing.token_offsets[t] <= slot && slot < routing.token_offsets[t + 1];
         inverse = inverse && dispatch.sorted_position[slot] == row;
       }
     }
@@ -189,7 +189,8 @@ TEST_CASE("dispatch: no tokens make no rows", "[routing][dispatch]") {
   CHECK(dispatch.sorted_slot.empty());
 }
 
-TEST_CASE("dispatch: a contradiction is refused before anything is grouped", "[routing][dispatch]") {
+TEST_CASE("dispatch: a contradiction is refused before anything is grouped",
+          "[routing][dispatch]") {
   const auto refuse = [](auto&& spoil, const std::string& message) {
     Routing<float> routing = small_routing();
     spoil(routing);

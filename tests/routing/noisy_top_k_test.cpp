@@ -91,7 +91,8 @@ TEMPLATE_TEST_CASE("noisy top-k: many rows go in batches, which leave the same b
       passes.top_k.forward(rows.slice(first, size), token, {.key = {.step = 4}}, first, passes.tape,
                            passes.routing);
       passes.top_k.backward(rows.slice(first, size), first, dweight.data(), dload.data(),
-                            passes.tape, passes.routing, ScatteredRows<S>(rows_of(passes.dx, first, size)));
+                            passes.tape, passes.routing,
+                            ScatteredRows<S>(rows_of(passes.dx, first, size)));
     }
   };
   Passes<S> pieces(count, top_k, noise);
@@ -126,8 +127,8 @@ TEMPLATE_TEST_CASE("noisy top-k: a listed token draws its own noise, wherever it
                          straight.routing);
   const Indices list{6, 2, 2, 0, 5, 1, 3};
   Passes<S> listed;
-  listed.top_k.forward(GatheredRows<S>(x, list.data(), 7), list.data(), {.key = {.step = 4}}, 0, listed.tape,
-                       listed.routing);
+  listed.top_k.forward(GatheredRows<S>(x, list.data(), 7), list.data(), {.key = {.step = 4}}, 0,
+                       listed.tape, listed.routing);
   for (Index row = 0; row < 7; ++row) {
     const Index token = list[detail::to_size(row)];
     CHECK(same_bits(listed.tape.noisy.row(row), straight.tape.noisy.row(token)));

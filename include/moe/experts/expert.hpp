@@ -34,7 +34,7 @@ struct ExpertBlock {
   GatheredRows<Scalar> x;      ///< n x D
   const Index* token;          ///< n, ascending: which rows of y, dy and dx belong to them
   const Scalar* weight;        ///< n, the gate's weights of the slots
-  MatrixView<Scalar> saved;     ///< n x tape_width(), what forward leaves for backward
+  MatrixView<Scalar> saved;    ///< n x tape_width(), what forward leaves for backward
   MatrixView<Scalar> scratch;  ///< n x scratch_width(), what the first half leaves for the second
 
   /// These rows of a matrix with a row a token.
@@ -129,34 +129,47 @@ namespace detail {
 /// What Expert says when a class is no ExpertNetwork: one message for each thing that can be missing.
 template <class N>
 constexpr bool check_network_requirements() {
-  static_assert(requires { typename N::Scalar; }, "a network must have a type Scalar");
-  static_assert(requires { typename N::Config; }, "a network must have a type Config");
+  static_assert(
+      requires { typename N::Scalar; }, "a network must have a type Scalar");
+  static_assert(
+      requires { typename N::Config; }, "a network must have a type Config");
   if constexpr (requires {
                   typename N::Scalar;
                   typename N::Config;
                 }) {
     using S = typename N::Scalar;
-    static_assert(requires(typename N::Config config) {
-      { config.width } -> std::convertible_to<Index>;
-    }, "a network's Config must have a member moe::Index width");
+    static_assert(
+        requires(typename N::Config config) {
+          { config.width } -> std::convertible_to<Index>;
+        },
+        "a network's Config must have a member moe::Index width");
     static_assert(std::constructible_from<N, const typename N::Config&, std::uint64_t>,
                   "a network must have a constructor (const Config&, std::uint64_t seed)");
-    static_assert(requires(N& network) { N::visit_parameters(network, AnyVisitor{}); },
-                  "a network must have a static visit_parameters(self, visit)");
-    static_assert(requires(const N& network) {
-      { network.tape_width() } -> std::same_as<Index>;
-    }, "a network must have moe::Index tape_width() const");
+    static_assert(
+        requires(N & network) { N::visit_parameters(network, AnyVisitor{}); },
+        "a network must have a static visit_parameters(self, visit)");
+    static_assert(
+        requires(const N& network) {
+          { network.tape_width() } -> std::same_as<Index>;
+        },
+        "a network must have moe::Index tape_width() const");
     if constexpr (!FusedNetwork<N>) {
-      static_assert(requires(const N& network, ConstMatrixView<S> in, MatrixView<S> out) {
-        network.forward(in, out, out);
-      }, "a network must have forward(ConstMatrixView x, MatrixView saved, MatrixView y) const");
-      static_assert(requires(const N& network, ConstMatrixView<S> in, MatrixView<S> out) {
-        network.evaluate(in, out);
-      }, "a network must have evaluate(ConstMatrixView x, MatrixView y) const");
-      static_assert(requires(N& network, ConstMatrixView<S> in, MatrixView<S> out) {
-        network.backward(in, in, in, out);
-      }, "a network must have backward(ConstMatrixView x, ConstMatrixView saved, ConstMatrixView "
-         "dy, MatrixView dx)");
+      static_assert(
+          requires(const N& network, ConstMatrixView<S> in, MatrixView<S> out) {
+            network.forward(in, out, out);
+          },
+          "a network must have forward(ConstMatrixView x, MatrixView saved, MatrixView y) const");
+      static_assert(
+          requires(const N& network, ConstMatrixView<S> in, MatrixView<S> out) {
+            network.evaluate(in, out);
+          },
+          "a network must have evaluate(ConstMatrixView x, MatrixView y) const");
+      static_assert(
+          requires(N & network, ConstMatrixView<S> in, MatrixView<S> out) {
+            network.backward(in, in, in, out);
+          },
+          "a network must have backward(ConstMatrixView x, ConstMatrixView saved, ConstMatrixView "
+          "dy, MatrixView dx)");
     }
   }
   return true;
@@ -238,7 +251,7 @@ class Expert {
   /// First half of a pass; fills the block's `saved` if `save`. `next` is the expert whose first half
   /// comes next, if that is known; so in output().
   void hidden(const Block& block, Range columns, bool save, Scratch& scratch,
-           [[maybe_unused]] const Expert* next = nullptr) const {
+              [[maybe_unused]] const Expert* next = nullptr) const {
     if constexpr (requires { network_.hidden(block, columns, save, &network_); }) {
       network_.hidden(block, columns, save, network_of(next));
     } else if constexpr (fused) {
@@ -259,7 +272,7 @@ class Expert {
 
   /// Second half: adds columns of weight·network(x) to the tokens' rows of y (T x D).
   void output(const Block& block, Range columns, MatrixView<Scalar> y,
-               [[maybe_unused]] const Expert* next = nullptr) const {
+              [[maybe_unused]] const Expert* next = nullptr) const {
     if constexpr (requires { network_.output(block, columns, y, &network_); }) {
       network_.output(block, columns, y, network_of(next));
     } else if constexpr (fused) {
@@ -272,7 +285,7 @@ class Expert {
 
   /// First half of the way back, from dy (T x D), the gradient of the weighted sum.
   void hidden_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns,
-                    Scratch& scratch) {
+                       Scratch& scratch) {
     if constexpr (fused) {
       network_.hidden_backward(block, dy, columns);
     } else {

@@ -87,7 +87,8 @@ class FeedForward {
 
   // a = w·act(x·W_1 + b_1) or w·act(x·W_1) ⊙ (x·W_3), then y += a·W_2 + w·b_2.
 
-  void hidden(const Block& block, Range columns, bool save, const FeedForward* next = nullptr) const {
+  void hidden(const Block& block, Range columns, bool save,
+              const FeedForward* next = nullptr) const {
     const MatrixView<Scalar> pre = save && !config_.recompute ? block.saved : pre_of(block);
     const auto epilogue = [&](Index row, Index rows, Index column, Index width) {
       activate(block, pre, {row, rows}, column, width);
@@ -96,7 +97,7 @@ class FeedForward {
   }
 
   void output(const Block& block, Range columns, MatrixView<Scalar> y,
-               const FeedForward* next = nullptr) const {
+              const FeedForward* next = nullptr) const {
     const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
     detail::gemm_serial(detail::GemmNN<Scalar>{
         .a = hidden_of(block),

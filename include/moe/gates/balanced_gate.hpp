@@ -5,10 +5,10 @@
 #include <span>
 #include <vector>
 
+#include "moe/gates/gate.hpp"
 #include "moe/kernels/column_sums.hpp"
 #include "moe/random.hpp"
 #include "moe/routing/choose_tokens.hpp"
-#include "moe/gates/gate.hpp"
 #include "moe/routing/linear_scores.hpp"
 
 /// \file
@@ -63,7 +63,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
-    Index top_k = 0;   ///< K, experts of a token on average, 1 <= K <= E
+    Index top_k = 0;    ///< K, experts of a token on average, 1 <= K <= E
     double threshold_weight = 1e-3;  ///< of L_batchwise, >= 0
 
     template <class Self, class Visitor>
@@ -131,12 +131,11 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
-    detail::require(
-        tape.p.cols() == experts() && tape.difference.rows() == tape.p.rows() &&
-            (tape.tokens.batch_count != tape.tokens.count ||
-             tape.routing.slots() == experts() * taken(tape.p.rows())),
-        "BalancedGate::backward: the tape is another gate's, of ", tape.p.cols(), " experts and ",
-        tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
+    detail::require(tape.p.cols() == experts() && tape.difference.rows() == tape.p.rows() &&
+                        (tape.tokens.batch_count != tape.tokens.count ||
+                         tape.routing.slots() == experts() * taken(tape.p.rows())),
+                    "BalancedGate::backward: the tape is another gate's, of ", tape.p.cols(),
+                    " experts and ", tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
     detail::check_shapes(*this, "BalancedGate");
   }
 
@@ -253,8 +252,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     parallel_for_blocks(tokens, block, element_work(tape.p.size()), [&](Index first, Index count) {
       for (Index t = first; t < first + count; ++t) {
         Index slot = routing.token_offsets[t];
-        for_each_passed(detail::row_data(tape.p, t),
-                        [&](Index i) { routing.expert[slot++] = i; });
+        for_each_passed(detail::row_data(tape.p, t), [&](Index i) { routing.expert[slot++] = i; });
       }
     });
   }
@@ -264,25 +262,25 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
 
   void compute_weights(Tape& tape) const {
     Routing<Scalar>& routing = tape.routing;
-    parallel_for_blocks(
-        tape.p.rows(), block, function_work(routing.slots()), [&](Index first, Index count) {
-          for (Index t = first; t < first + count; ++t) {
-            const Scalar* scores = detail::row_data(tape.scores, t);
-            const Index begin = routing.token_offsets[t];
-            const Index end = routing.token_offsets[t + 1];
-            if (begin == end) continue;
-            Scalar largest = scores[routing.expert[begin]];
-            for (Index s = begin; s < end; ++s) {
-              largest = std::max(largest, scores[routing.expert[s]]);
-            }
-            Scalar total{0};
-            for (Index s = begin; s < end; ++s) {
-              routing.weight[s] = std::exp(scores[routing.expert[s]] - largest);
-              total += routing.weight[s];
-            }
-            for (Index s = begin; s < end; ++s) routing.weight[s] /= total;
-          }
-        });
+    parallel_for_blocks(tape.p.rows(), block, function_work(routing.slots()),
+                        [&](Index first, Index count) {
+                          for (Index t = first; t < first + count; ++t) {
+                            const Scalar* scores = detail::row_data(tape.scores, t);
+                            const Index begin = routing.token_offsets[t];
+                            const Index end = routing.token_offsets[t + 1];
+                            if (begin == end) continue;
+                            Scalar largest = scores[routing.expert[begin]];
+                            for (Index s = begin; s < end; ++s) {
+                              largest = std::max(largest, scores[routing.expert[s]]);
+                            }
+                            Scalar total{0};
+                            for (Index s = begin; s < end; ++s) {
+                              routing.weight[s] = std::exp(scores[routing.expert[s]] - largest);
+                              total += routing.weight[s];
+                            }
+                            for (Index s = begin; s < end; ++s) routing.weight[s] /= total;
+                          }
+                        });
   }
 
   /// dscores += G ⊙ (g − Σ_i G_i·g_i) on the slots, g being dweight.
@@ -318,8 +316,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
         for (Index i = 0; i < experts(); ++i) {
           difference[i] = p[i] > threshold[i] ? Scalar{1} : Scalar{0};
         }
-        for (Index s = tape.routing.token_offsets[t];
-             s < tape.routing.token_offsets[t + 1]; ++s) {
+        for (Index s = tape.routing.token_offsets[t]; s < tape.routing.token_offsets[t + 1]; ++s) {
           difference[tape.routing.expert[s]] -= Scalar{1};
         }
         Scalar loss{0};

@@ -3,9 +3,9 @@
 #include <cmath>
 #include <span>
 
+#include "moe/gates/gate.hpp"
 #include "moe/random.hpp"
 #include "moe/routing/choose_tokens.hpp"
-#include "moe/gates/gate.hpp"
 #include "moe/routing/linear_scores.hpp"
 
 /// \file
@@ -92,12 +92,11 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
-    detail::require(
-        tape.p.cols() == experts() && tape.p.rows() == tape.tokens.count &&
-            (tape.tokens.batch_count != tape.tokens.count ||
-             tape.routing.slots() == experts() * capacity(tape.p.rows())),
-        "ExpertChoiceGate::backward: the tape is another gate's, of ", tape.p.cols(),
-        " experts and ", tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
+    detail::require(tape.p.cols() == experts() && tape.p.rows() == tape.tokens.count &&
+                        (tape.tokens.batch_count != tape.tokens.count ||
+                         tape.routing.slots() == experts() * capacity(tape.p.rows())),
+                    "ExpertChoiceGate::backward: the tape is another gate's, of ", tape.p.cols(),
+                    " experts and ", tape.routing.slots(), " slots of ", tape.p.rows(), " tokens");
     detail::check_shapes(*this, "ExpertChoiceGate");
   }
 
@@ -141,9 +140,11 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
     linear_scores(tape.tokens.rows_of(x), weight_, tape.p);
     softmax_rows(tape.p, tape.p);
     Routing<Scalar>& routing = tape.routing;
-    detail::choose_tokens(tape.p, capacity(tape.tokens.batch_count), pass.batch, tape.choice, routing);
+    detail::choose_tokens(tape.p, capacity(tape.tokens.batch_count), pass.batch, tape.choice,
+                          routing);
     detail::insert_padding(tape.tokens, routing);
-    for_each_slot(tape, [&](Index t, Index s) { routing.weight[s] = tape.p(t, routing.expert[s]); });
+    for_each_slot(tape,
+                  [&](Index t, Index s) { routing.weight[s] = tape.p(t, routing.expert[s]); });
     detail::BatchSum sum(pass.batch);
     detail::measure_balance(routing, routing.expert, sum, tape.balance);
     tape.balance.losses = {};

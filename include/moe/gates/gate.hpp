@@ -111,9 +111,12 @@ struct LossWeightsOf<G> {
 /// What MoELayer says when a class is no Gate: one message for each thing that can be missing.
 template <class G>
 constexpr bool check_gate_requirements() {
-  static_assert(requires { typename G::Scalar; }, "a gate must have a type Scalar");
-  static_assert(requires { typename G::Config; }, "a gate must have a type Config");
-  static_assert(requires { typename G::Tape; }, "a gate must have a type Tape");
+  static_assert(
+      requires { typename G::Scalar; }, "a gate must have a type Scalar");
+  static_assert(
+      requires { typename G::Config; }, "a gate must have a type Config");
+  static_assert(
+      requires { typename G::Tape; }, "a gate must have a type Tape");
   if constexpr (requires {
                   typename G::Scalar;
                   typename G::Config;
@@ -125,25 +128,35 @@ constexpr bool check_gate_requirements() {
                   "a gate's Tape must derive from moe::GateTape<Scalar>");
     static_assert(std::constructible_from<G, const typename G::Config&, std::uint64_t>,
                   "a gate must have a constructor (const Config&, std::uint64_t seed)");
-    static_assert(requires(typename G::Config config) {
-      { config.width } -> std::convertible_to<Index>;
-    }, "a gate's Config must have a member moe::Index width");
-    static_assert(requires(const G& gate) {
-      { gate.experts() } -> std::same_as<Index>;
-    }, "a gate must have moe::Index experts() const");
-    static_assert(requires(const G& gate, const MatrixRef<S>& x, Tape& tape) {
-      gate.forward(x, tape, Pass{.step = 0});
-    }, "a gate must have forward(const MatrixRef<Scalar>& x, Tape&, const moe::Pass&) const");
-    static_assert(requires(const G& gate, const MatrixRef<S>& x, Tape& tape) {
-      gate.evaluate(x, tape, EvaluationPass{});
-    }, "a gate must have evaluate(const MatrixRef<Scalar>& x, Tape&, const moe::EvaluationPass&) "
-       "const");
-    static_assert(requires(G& gate, const MatrixRef<S>& x, std::span<const S> dweight, Tape& tape,
-                           Matrix<S>& dx) { gate.backward(x, dweight, tape, dx); },
-                  "a gate must have backward(const MatrixRef<Scalar>& x, std::span<const Scalar> "
-                  "dweight, Tape&, moe::Matrix<Scalar>& dx), which adds to dx");
-    static_assert(requires(G& gate) { G::visit_parameters(gate, AnyVisitor{}); },
-                  "a gate must have a static visit_parameters(self, visit)");
+    static_assert(
+        requires(typename G::Config config) {
+          { config.width } -> std::convertible_to<Index>;
+        },
+        "a gate's Config must have a member moe::Index width");
+    static_assert(
+        requires(const G& gate) {
+          { gate.experts() } -> std::same_as<Index>;
+        },
+        "a gate must have moe::Index experts() const");
+    static_assert(
+        requires(const G& gate, const MatrixRef<S>& x, Tape& tape) {
+          gate.forward(x, tape, Pass{.step = 0});
+        },
+        "a gate must have forward(const MatrixRef<Scalar>& x, Tape&, const moe::Pass&) const");
+    static_assert(
+        requires(const G& gate, const MatrixRef<S>& x, Tape& tape) {
+          gate.evaluate(x, tape, EvaluationPass{});
+        },
+        "a gate must have evaluate(const MatrixRef<Scalar>& x, Tape&, const moe::EvaluationPass&) "
+        "const");
+    static_assert(
+        requires(G & gate, const MatrixRef<S>& x, std::span<const S> dweight, Tape& tape,
+                 Matrix<S>& dx) { gate.backward(x, dweight, tape, dx); },
+        "a gate must have backward(const MatrixRef<Scalar>& x, std::span<const Scalar> "
+        "dweight, Tape&, moe::Matrix<Scalar>& dx), which adds to dx");
+    static_assert(
+        requires(G & gate) { G::visit_parameters(gate, AnyVisitor{}); },
+        "a gate must have a static visit_parameters(self, visit)");
   }
   return true;
 }
@@ -182,6 +195,9 @@ template <class Derived, class Scalar_>
 class GateBase {
  public:
   using Scalar = Scalar_;
+
+  /// Throws what only this gate's forward() would, besides what every gate checks.
+  void check_forward(const MatrixRef<Scalar>&, const Pass&) const {}
 
   /// Numbers of Pass::noise for a row of x.
   Index noise_columns() const { return 0; }
@@ -231,9 +247,6 @@ class GateBase {
     check_gate_backward(Derived::name, self().config().width, x, dweight, tape, dx);
     self().route_backward(x, dweight, tape, dx);
   }
-
- protected:
-  void check_forward(const MatrixRef<Scalar>&, const Pass&) const {}
 
  private:
   const Derived& self() const { return static_cast<const Derived&>(*this); }

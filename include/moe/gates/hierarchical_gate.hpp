@@ -48,8 +48,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     Index width = 0;          ///< D; 0 inside a layer's configuration stands for the layer's width
     Index groups = 0;         ///< a
     Index group_experts = 0;  ///< b, experts of a group
-    Index top_k_groups = 0;  ///< groups chosen for a token, 1 <= top_k_groups <= groups
-    Index top_k = 0;         ///< experts chosen in each of them, 1 <= top_k <= group_experts
+    Index top_k_groups = 0;   ///< groups chosen for a token, 1 <= top_k_groups <= groups
+    Index top_k = 0;          ///< experts chosen in each of them, 1 <= top_k <= group_experts
     bool noise = true;  ///< false: scores are clean in training too, and the load has no gradient
     double noise_floor = 0.01;       ///< s0 > 0, of all gates
     double importance_weight = 0.1;  ///< w_importance >= 0
@@ -131,8 +131,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   /// experts come and go in whole groups and Config stays in range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
-    const ExpertSources groups = detail::sources_of_groups(
-        "HierarchicalGate::change_experts", sources, config_.group_experts);
+    const ExpertSources groups = detail::sources_of_groups("HierarchicalGate::change_experts",
+                                                           sources, config_.group_experts);
     Config config = config_;
     config.groups = groups.experts();
     checked(config);
@@ -236,8 +236,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     for_each_group(tape, [&](Index i, Range rows) {
       detail::NoiseSource of_group = noise;
       if (noise.given != nullptr) of_group.given += config_.groups + i * config_.group_experts;
-      secondary_[detail::to_size(i)].forward(gathered(x, rows, tape), rows_of_x(rows, tape), of_group, rows.first,
-                            level, level.routing);
+      secondary_[detail::to_size(i)].forward(gathered(x, rows, tape), rows_of_x(rows, tape),
+                                             of_group, rows.first, level, level.routing);
     });
     combine(tape);
     detail::BatchSum sum(batch);

@@ -35,7 +35,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
-    Index top_k = 0;   ///< K, experts chosen for a token, 1 <= K <= E
+    Index top_k = 0;    ///< K, experts chosen for a token, 1 <= K <= E
     bool noise = true;  ///< false: scores are clean in training too, and the load has no gradient
     double noise_floor = 0.01;       ///< s0 > 0
     double importance_weight = 0.1;  ///< w_importance >= 0
@@ -102,11 +102,10 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
-    detail::require(tape.clean.cols() == experts() &&
-                        tape.routing.slots() == tape.tokens.count * config_.top_k,
-                    "NoisyTopKGate::backward: the tape is another gate's, of ", tape.clean.cols(),
-                    " experts and ", tape.routing.slots(), " slots of ", tape.routing.tokens(),
-                    " tokens");
+    detail::require(
+        tape.clean.cols() == experts() && tape.routing.slots() == tape.tokens.count * config_.top_k,
+        "NoisyTopKGate::backward: the tape is another gate's, of ", tape.clean.cols(),
+        " experts and ", tape.routing.slots(), " slots of ", tape.routing.tokens(), " tokens");
     detail::check_shapes(*this, "NoisyTopKGate");
   }
 

@@ -97,6 +97,10 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
     }
   }
 
+  void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
+    if constexpr (requires { routed_.check_forward(x, pass); }) routed_.check_forward(x, pass);
+  }
+
   template <class G = RoutedGate>
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {

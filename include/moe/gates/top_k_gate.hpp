@@ -108,6 +108,15 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return (config_.jitter > 0 ? config_.width : 0) + (config_.random_second ? 1 : 0);
   }
 
+  /// Throws std::invalid_argument when the batch's rows are not a multiple of Config.sequences while
+  /// sequences have a loss.
+  void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
+    const Index rows = pass.batch != nullptr ? pass.batch->rows() : x.rows();
+    detail::require(config_.sequence_loss_weight == 0 || rows % config_.sequences == 0,
+                    "TopKGate: x has ", rows,
+                    " rows, not a multiple of Config.sequences = ", config_.sequences);
+  }
+
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
@@ -205,13 +214,6 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return {config_.switch_loss_weight, config_.sequence_loss_weight, config_.z_loss_weight};
   }
 
-  void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
-    const Index rows = pass.batch != nullptr ? pass.batch->rows() : x.rows();
-    detail::require(config_.sequence_loss_weight == 0 || rows % config_.sequences == 0,
-                    "TopKGate: x has ", rows,
-                    " rows, not a multiple of Config.sequences = ", config_.sequences);
-  }
-
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
     const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
     if (config_.jitter > 0) {
@@ -291,8 +293,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
 
   /// s + b of the experts in the chosen groups, -infinity of the others.
   const Scalar* choice_scores(const Tape& tape, Index t, typename Tape::Scratch& scratch) const {
-    const Scalar* scores =
-        detail::row_data(config_.score == Score::softmax_of_chosen ? tape.router.logits : tape.router.scores, t);
+    const Scalar* scores = detail::row_data(
+        config_.score == Score::softmax_of_chosen ? tape.router.logits : tape.router.scores, t);
     if (!config_.selection_bias && config_.top_k_groups == config_.groups) return scores;
     std::copy_n(scores, experts(), scratch.scores.data());
     if (config_.selection_bias) {
@@ -314,11 +316,10 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     for (Index t = 0; t < tape.tokens.count; ++t) {
       const Index row = tape.tokens.row_of(t);
       const Index second = 2 * t + 1;
-      const auto draw = static_cast<Scalar>(
-          noise.given != nullptr
-              ? noise.given[(row + 1) * noise.stride - 1]
-              : static_cast<double>(
-                    uniform(detail::noise_words(second_seed_, noise.key, row, 0)[0])));
+      const auto draw = static_cast<Scalar>(noise.given != nullptr
+                                                ? noise.given[(row + 1) * noise.stride - 1]
+                                                : static_cast<double>(uniform(detail::noise_words(
+                                                      second_seed_, noise.key, row, 0)[0])));
       if (!(draw < Scalar{2} * tape.choices.weight[second])) tape.choices.keeps[second] = 0;
     }
   }
@@ -352,7 +353,9 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
 
     tape.loss_weights = weights;
     balance.losses = {};
-    const auto scaled = [&](double weight) { return static_cast<Scalar>(weight * tape.loss_scale); };
+    const auto scaled = [&](double weight) {
+      return static_cast<Scalar>(weight * tape.loss_scale);
+    };
     if (weights.switch_loss > 0) {
       balance.losses.switch_loss = scaled(weights.switch_loss) * tape.batch_loss.finish();
     }
@@ -372,15 +375,16 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     const auto sequence = static_cast<Scalar>(tape.loss_weights.sequence * tape.loss_scale);
     if (batch == Scalar{0} && sequence == Scalar{0}) return;
     const Work work = element_work(2 * tape.router.scores.size());
-    parallel_for_blocks(
-        tape.tokens.count, detail::router_block, work, [&](Index first, Index count) {
-          for (Index t = first; t < first + count; ++t) {
-            Scalar* d = detail::row_data(tape.dlogits, t);
-            if (batch > Scalar{0}) tape.batch_loss.add_gradient(batch, t, d);
-            if (sequence > Scalar{0}) tape.sequence_loss.add_gradient(sequence, t, d);
-            detail::probability_backward(config_.score, tape.router, t, d);
-          }
-        });
+    parallel_for_blocks(tape.tokens.count, detail::router_block, work,
+                        [&](Index first, Index count) {
+                          for (Index t = first; t < first + count; ++t) {
+                            Scalar* d = detail::row_data(tape.dlogits, t);
+                            if (batch > Scalar{0}) tape.batch_loss.add_gradient(batch, t, d);
+                            if (sequence > Scalar{0})
+                              tape.sequence_loss.add_gradient(sequence, t, d);
+                            detail::probability_backward(config_.score, tape.router, t, d);
+                          }
+                        });
   }
 
   Config config_;

@@ -70,8 +70,8 @@ void softmax_row_backward(Index classes, const SoftmaxRow<Scalar>& row, Index ta
                           double count, Scalar* terms) {
   const auto scale = broadcast(static_cast<Scalar>(weight / (row.sum * count)));
   map(
-      classes, terms,
-      [scale](const Packet<Scalar>& e) { return Eigen::internal::pmul(e, scale); }, terms);
+      classes, terms, [scale](const Packet<Scalar>& e) { return Eigen::internal::pmul(e, scale); },
+      terms);
   terms[target] -= static_cast<Scalar>(weight / count);
 }
 

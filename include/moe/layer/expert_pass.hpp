@@ -43,14 +43,15 @@ template <class Expert>
 struct ExpertTape {
   using Scalar = typename Expert::Scalar;
 
-  Matrix<Scalar> saved;    ///< S x saved_width or a little more, what the experts save
+  Matrix<Scalar> saved;   ///< S x saved_width or a little more, what the experts save
   Index saved_width = 0;  ///< Expert::tape_width() after a training pass, else 0
 
   /// What the experts that are at work at the moment need, see ExpertPass::for_each_group().
   struct Task {
     enum Kind { hidden, output, add_gradients } kind;
     Index block;  ///< of a hidden task or of gradients
-    Range rows;   ///< of the block in a hidden task, of the tokens in an output task, or of the gradients
+    Range
+        rows;  ///< of the block in a hidden task, of the tokens in an output task, or of the gradients
     Range columns;
   };
   struct Slice {
@@ -105,15 +106,15 @@ class ExpertPass {
     for_each_group([&] {
       plan_hidden(true);
       perform([&](const Task& task, Scratch& scratch) {
-        expert_of(task).hidden(block_of(x, task.block).slice(task.rows), task.columns, save, scratch,
-                            expert_after(task));
+        expert_of(task).hidden(block_of(x, task.block).slice(task.rows), task.columns, save,
+                               scratch, expert_after(task));
       });
       tape_.tasks.clear();
       plan_output(x.cols());
       perform([&](const Task& task, Scratch&) {
         for_each_slice_of(x, task.rows, [&](const Slice& slice, const Block& block) {
           experts_[to_size(slice.expert)].output(block, task.columns, view(sum),
-                                                  expert_after(slice));
+                                                 expert_after(slice));
         });
       });
     });
@@ -152,8 +153,7 @@ class ExpertPass {
       const Work work = element_work(group_rows() * x.cols());
       parallel_for(static_cast<Index>(tape_.slices.size()), work, [&](Index i, Index) {
         const Slice& slice = tape_.slices[i];
-        experts_[to_size(slice.expert)].weight_gradients(block_of(x, i), dy,
-                                                         dweight + slice.first);
+        experts_[to_size(slice.expert)].weight_gradients(block_of(x, i), dy, dweight + slice.first);
       });
     });
   }
@@ -277,10 +277,9 @@ class ExpertPass {
   void plan_gradients() const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
       if (!is_trained(experts_[to_size(tape_.slices[i].expert)])) continue;
-      cut(first_expert().gradient_rows(), pieces_of(tape_.slices[i].count), 64,
-          [&](Range rows) {
-            tape_.tasks.push_back({Task::add_gradients, i, rows, {}});
-          });
+      cut(first_expert().gradient_rows(), pieces_of(tape_.slices[i].count), 64, [&](Range rows) {
+        tape_.tasks.push_back({Task::add_gradients, i, rows, {}});
+      });
     }
   }
 

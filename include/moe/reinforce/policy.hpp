@@ -77,10 +77,14 @@ namespace detail {
 /// What Reinforce says when a class is no Policy: one message for each thing that can be missing.
 template <class P>
 constexpr bool check_policy_requirements() {
-  static_assert(requires { typename P::Scalar; }, "a policy must have a type Scalar");
-  static_assert(requires { typename P::Input; }, "a policy must have a type Input");
-  static_assert(requires { typename P::State; }, "a policy must have a type State");
-  static_assert(requires { typename P::Tape; }, "a policy must have a type Tape");
+  static_assert(
+      requires { typename P::Scalar; }, "a policy must have a type Scalar");
+  static_assert(
+      requires { typename P::Input; }, "a policy must have a type Input");
+  static_assert(
+      requires { typename P::State; }, "a policy must have a type State");
+  static_assert(
+      requires { typename P::Tape; }, "a policy must have a type Tape");
   if constexpr (requires {
                   typename P::Scalar;
                   typename P::Input;
@@ -90,31 +94,39 @@ constexpr bool check_policy_requirements() {
     using Logits = Matrix<typename P::Scalar>;
     using Inputs = std::span<const typename P::Input>;
     using Noise = std::optional<NoiseKey>;
-    static_assert(requires(const P& policy) {
-      { policy.symbols() } -> std::same_as<Index>;
-    }, "a policy must have moe::Index symbols() const");
-    static_assert(requires(const P& policy, Inputs inputs, Index samples, const Noise& noise,
-                           typename P::State& state) {
-      policy.begin(inputs, samples, noise, state);
-    }, "a policy must have begin(std::span<const Input>, moe::Index samples, const "
-       "std::optional<moe::NoiseKey>&, State&) const");
-    static_assert(requires(const P& policy, std::span<const Index> previous,
-                           typename P::State& state) {
-      { policy.step(previous, state) } -> std::same_as<const Logits&>;
-    }, "a policy must have const moe::Matrix<Scalar>& step(std::span<const moe::Index> previous, "
-       "State&) const");
-    static_assert(requires(const P& policy, Inputs inputs, Index samples,
-                           std::span<const Index> previous, const Noise& noise,
-                           typename P::Tape& tape) {
-      { policy.forward(inputs, samples, previous, noise, tape) } -> std::same_as<const Logits&>;
-    }, "a policy must have const moe::Matrix<Scalar>& forward(std::span<const Input>, moe::Index "
-       "samples, std::span<const moe::Index> previous, const std::optional<moe::NoiseKey>&, Tape&) "
-       "const");
-    static_assert(requires(P& policy, const Logits& dlogits, typename P::Tape& tape) {
-      policy.backward(dlogits, tape);
-    }, "a policy must have backward(const moe::Matrix<Scalar>& dlogits, Tape&)");
-    static_assert(requires(P& policy) { P::visit_parameters(policy, AnyVisitor{}); },
-                  "a policy must have a static visit_parameters(self, visit)");
+    static_assert(
+        requires(const P& policy) {
+          { policy.symbols() } -> std::same_as<Index>;
+        },
+        "a policy must have moe::Index symbols() const");
+    static_assert(
+        requires(const P& policy, Inputs inputs, Index samples, const Noise& noise,
+                 typename P::State& state) { policy.begin(inputs, samples, noise, state); },
+        "a policy must have begin(std::span<const Input>, moe::Index samples, const "
+        "std::optional<moe::NoiseKey>&, State&) const");
+    static_assert(
+        requires(const P& policy, std::span<const Index> previous, typename P::State& state) {
+          { policy.step(previous, state) } -> std::same_as<const Logits&>;
+        },
+        "a policy must have const moe::Matrix<Scalar>& step(std::span<const moe::Index> previous, "
+        "State&) const");
+    static_assert(
+        requires(const P& policy, Inputs inputs, Index samples, std::span<const Index> previous,
+                 const Noise& noise, typename P::Tape& tape) {
+          { policy.forward(inputs, samples, previous, noise, tape) } -> std::same_as<const Logits&>;
+        },
+        "a policy must have const moe::Matrix<Scalar>& forward(std::span<const Input>, moe::Index "
+        "samples, std::span<const moe::Index> previous, const std::optional<moe::NoiseKey>&, "
+        "Tape&) "
+        "const");
+    static_assert(
+        requires(P & policy, const Logits& dlogits, typename P::Tape& tape) {
+          policy.backward(dlogits, tape);
+        },
+        "a policy must have backward(const moe::Matrix<Scalar>& dlogits, Tape&)");
+    static_assert(
+        requires(P & policy) { P::visit_parameters(policy, AnyVisitor{}); },
+        "a policy must have a static visit_parameters(self, visit)");
   }
   return true;
 }

@@ -83,12 +83,12 @@ struct BalanceLossWeights {
 /// such loss or its weight is 0.
 template <class Scalar>
 struct GateLosses {
-  Scalar importance{0};  ///< [S17 eq. 7]
-  Scalar load{0};        ///< [S17 eq. 11]
+  Scalar importance{0};   ///< [S17 eq. 7]
+  Scalar load{0};         ///< [S17 eq. 11]
   Scalar switch_loss{0};  ///< of the batch, see TopKGate
-  Scalar sequence{0};    ///< its mean over sequences
-  Scalar z{0};           ///< of the router's logits
-  Scalar threshold{0};   ///< [S17 eq. 20], BalancedGate's
+  Scalar sequence{0};     ///< its mean over sequences
+  Scalar z{0};            ///< of the router's logits
+  Scalar threshold{0};    ///< [S17 eq. 20], BalancedGate's
 
   Scalar sum() const { return importance + load + switch_loss + sequence + z + threshold; }
 };

@@ -50,12 +50,11 @@ class ChoiceWeights {
   void backward(std::span<const Scalar> dweight, const RouterScores<Scalar>& router,
                 const Choices<Scalar>& choices, Matrix<Scalar>& gradient) const {
     const Work work = function_work(choices.size());
-    parallel_for_blocks(
-        router.scores.rows(), router_block, work, [&](Index first, Index count) {
-          for (Index t = first; t < first + count; ++t) {
-            backward(t, dweight, router, choices, gradient);
-          }
-        });
+    parallel_for_blocks(router.scores.rows(), router_block, work, [&](Index first, Index count) {
+      for (Index t = first; t < first + count; ++t) {
+        backward(t, dweight, router, choices, gradient);
+      }
+    });
   }
 
  private:

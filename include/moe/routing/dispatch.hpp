@@ -20,9 +20,7 @@ struct Dispatch {
   IndexedVector<Index> sorted_slot;      ///< S, the slot at each position
   IndexedVector<Index> sorted_position;  ///< S, the position of each slot
 
-  Index experts() const {
-    return offsets.empty() ? 0 : static_cast<Index>(offsets.size()) - 1;
-  }
+  Index experts() const { return offsets.empty() ? 0 : static_cast<Index>(offsets.size()) - 1; }
   Index slots() const { return static_cast<Index>(token.size()); }
   Index slots_of(Index e) const { return offsets[e + 1] - offsets[e]; }
 };

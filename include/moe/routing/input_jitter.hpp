@@ -44,13 +44,12 @@ void jitter_input(double size, std::uint64_t seed, const NoiseSource& noise,
 template <class Scalar>
 void jitter_input_backward(const Matrix<Scalar>& factor, const Matrix<Scalar>& djittered,
                            const ScatteredRows<Scalar>& dx) {
-  parallel_for_blocks(
-      dx.count(), 64, element_work(factor.size()), [&](Index first, Index count) {
-        for (Index t = first; t < first + count; ++t) {
-          Scalar* to = dx.row(t);
-          for (Index i = 0; i < dx.width(); ++i) to[i] += djittered(t, i) * factor(t, i);
-        }
-      });
+  parallel_for_blocks(dx.count(), 64, element_work(factor.size()), [&](Index first, Index count) {
+    for (Index t = first; t < first + count; ++t) {
+      Scalar* to = dx.row(t);
+      for (Index i = 0; i < dx.width(); ++i) to[i] += djittered(t, i) * factor(t, i);
+    }
+  });
 }
 
 }  // namespace moe::detail

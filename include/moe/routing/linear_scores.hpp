@@ -26,10 +26,8 @@ void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
   detail::gemm(detail::GemmNT<Scalar>{
       .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
   if (!weight.trained) return;
-  detail::gemm(detail::GemmTN<Scalar>{.a = x,
-                                      .b = dscores,
-                                      .c = view(weight.gradient()),
-                                      .start = detail::Start::accumulate});
+  detail::gemm(detail::GemmTN<Scalar>{
+      .a = x, .b = dscores, .c = view(weight.gradient()), .start = detail::Start::accumulate});
 }
 
 namespace detail {
@@ -45,9 +43,11 @@ void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
   const Index experts = scores.cols();
   detail::resize(p, scores.rows(), experts);
   parallel_for_blocks(
-      scores.rows(), detail::softmax_block, function_work(scores.size()), [&](Index first, Index count) {
+      scores.rows(), detail::softmax_block, function_work(scores.size()),
+      [&](Index first, Index count) {
         for (Index t = first; t < first + count; ++t) {
-          const auto softmax = detail::softmax_row(experts, detail::row_data(scores, t), detail::row_data(p, t));
+          const auto softmax =
+              detail::softmax_row(experts, detail::row_data(scores, t), detail::row_data(p, t));
           const auto total = detail::broadcast(static_cast<Scalar>(softmax.sum));
           detail::map(
               experts, detail::row_data(p, t),
@@ -61,20 +61,20 @@ void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
 template <class Scalar>
 void softmax_rows_backward(const Matrix<Scalar>& p, Matrix<Scalar>& gradient) {
   const Index experts = p.cols();
-  parallel_for_blocks(p.rows(), detail::softmax_block, element_work(p.size()),
-                      [&](Index first, Index count) {
-                        using namespace Eigen::internal;
-                        for (Index t = first; t < first + count; ++t) {
-                          Scalar* g = detail::row_data(gradient, t);
-                          const auto mean = detail::broadcast(detail::dot(experts, detail::row_data(p, t), g));
-                          detail::map(
-                              experts, g,
-                              [&](const detail::Packet<Scalar>& pi, const detail::Packet<Scalar>& gi) {
-                                return pmul(pi, psub(gi, mean));
-                              },
-                              detail::row_data(p, t), g);
-                        }
-                      });
+  parallel_for_blocks(
+      p.rows(), detail::softmax_block, element_work(p.size()), [&](Index first, Index count) {
+        using namespace Eigen::internal;
+        for (Index t = first; t < first + count; ++t) {
+          Scalar* g = detail::row_data(gradient, t);
+          const auto mean = detail::broadcast(detail::dot(experts, detail::row_data(p, t), g));
+          detail::map(
+              experts, g,
+              [&](const detail::Packet<Scalar>& pi, const detail::Packet<Scalar>& gi) {
+                return pmul(pi, psub(gi, mean));
+              },
+              detail::row_data(p, t), g);
+        }
+      });
 }
 
 }  // namespace moe

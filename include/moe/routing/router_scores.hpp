@@ -3,9 +3,9 @@
 #include <cmath>
 #include <limits>
 
-#include "moe/routing/top_k_config.hpp"
 #include "moe/kernels/activations.hpp"
 #include "moe/routing/linear_scores.hpp"
+#include "moe/routing/top_k_config.hpp"
 
 /// \file
 /// From logits to the scores that a top-k gate chooses by, and back.
@@ -18,7 +18,7 @@ struct RouterScores {
   Matrix<Scalar> logits;             ///< c, N x E
   Matrix<Scalar> scores;             ///< softmax(c) or sigmoid(c), N x E
   Vector<Scalar> probability_scale;  ///< N, by which scores are multiplied to be P
-  Vector<Scalar> log_sum;            ///< N, log Σ_i e^c_i; for sigmoids only if it is needed, else 0
+  Vector<Scalar> log_sum;  ///< N, log Σ_i e^c_i; for sigmoids only if it is needed, else 0
 };
 
 inline constexpr Index router_block = 64;  ///< tokens in a task
@@ -72,17 +72,16 @@ void score_logits_backward(Score score, const RouterScores<Scalar>& router,
   if (score != Score::sigmoid) return softmax_rows_backward(router.scores, gradient);
   const Index experts = router.scores.cols();
   const Work work = element_work(router.scores.size());
-  parallel_for_blocks(
-      router.scores.rows(), router_block, work, [&](Index first, Index count) {
-        using namespace Eigen::internal;
-        const P one = broadcast(Scalar{1});
-        for (Index t = first; t < first + count; ++t) {
-          Scalar* d = row_data(gradient, t);
-          map(
-              experts, d, [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
-              row_data(router.scores, t));
-        }
-      });
+  parallel_for_blocks(router.scores.rows(), router_block, work, [&](Index first, Index count) {
+    using namespace Eigen::internal;
+    const P one = broadcast(Scalar{1});
+    for (Index t = first; t < first + count; ++t) {
+      Scalar* d = row_data(gradient, t);
+      map(
+          experts, d, [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
+          row_data(router.scores, t));
+    }
+  });
 }
 
 /// Turns ∂L/∂P (E) of token t into ∂L/∂s. For sigmoids, with P = s / S, S = Σ s:

@@ -91,8 +91,8 @@ class SwitchLoss {
         share_(s, i) = static_cast<Scalar>(chosen_(s, i)) * one;
         probability_(s, i) = static_cast<Scalar>(total_(s, i) / tokens_[s]);
       }
-      loss += static_cast<double>(
-          dot(share_.cols(), row_data(share_, s), row_data(probability_, s)));
+      loss +=
+          static_cast<double>(dot(share_.cols(), row_data(share_, s), row_data(probability_, s)));
     }
     const double sequences = static_cast<double>(std::max<Index>(1, sequences_with_tokens_));
     return static_cast<Scalar>(loss / sequences);

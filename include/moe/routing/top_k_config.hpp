@@ -28,7 +28,7 @@ constexpr std::array<std::string_view, 3> enumerator_names(Score) {
 struct TopKConfig {
   Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
   Index experts = 0;  ///< E
-  Index top_k = 0;   ///< K, experts chosen for a token, 1 <= K <= E
+  Index top_k = 0;    ///< K, experts chosen for a token, 1 <= K <= E
 
   Score score = Score::softmax;
   bool renormalise = false;  ///< w adds up to 1 over the chosen; softmax_of_chosen does so anyway
@@ -38,7 +38,7 @@ struct TopKConfig {
   double renormalise_epsilon = 0;
   double scale = 1;  ///< of all weights, above 0
 
-  Index groups = 1;         ///< divides E
+  Index groups = 1;        ///< divides E
   Index top_k_groups = 1;  ///< a token's experts are from so many groups, which must hold K
   GroupScore group_score = GroupScore::best;
 
@@ -52,10 +52,10 @@ struct TopKConfig {
   double evaluation_capacity_factor = 0;  ///< of evaluate(); 0: no limit
   PlaceOrder place_order = PlaceOrder::rows;
 
-  double switch_loss_weight = 0;                          ///< of the Switch loss of a batch, >= 0
-  double sequence_loss_weight = 0;                        ///< of its mean over sequences, >= 0
+  double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0
+  double sequence_loss_weight = 0;                   ///< of its mean over sequences, >= 0
   SwitchCount switch_count = SwitchCount::per_slot;  ///< f of both
-  Index sequences = 1;                               ///< of a batch; only sequence_loss_weight needs it
+  Index sequences = 1;  ///< of a batch; only sequence_loss_weight needs it
   RowOrder row_order = RowOrder::time_major;
   double z_loss_weight = 0;  ///< >= 0
 
@@ -98,8 +98,7 @@ inline const TopKConfig& checked(const TopKConfig& config) {
     require(std::isfinite(value) && value >= 0, "TopKGate::Config.", field, " = ", value,
             ", must be finite and at least 0");
   };
-  require(config.width >= 1, "TopKGate::Config.width = ", config.width,
-          ", must be at least 1");
+  require(config.width >= 1, "TopKGate::Config.width = ", config.width, ", must be at least 1");
   require(config.experts >= 1, "TopKGate::Config.experts = ", config.experts,
           ", must be at least 1");
   require(config.top_k >= 1 && config.top_k <= config.experts,
@@ -112,8 +111,7 @@ inline const TopKConfig& checked(const TopKConfig& config) {
           "TopKGate::Config.scale = ", config.scale, ", must be finite and above 0");
   at_least_zero("renormalise_epsilon", config.renormalise_epsilon);
   require(config.groups >= 1 && config.experts % config.groups == 0,
-          "TopKGate::Config.groups = ", config.groups,
-          ", must divide experts = ", config.experts);
+          "TopKGate::Config.groups = ", config.groups, ", must divide experts = ", config.experts);
   require(config.top_k_groups >= 1 && config.top_k_groups <= config.groups,
           "TopKGate::Config.top_k_groups = ", config.top_k_groups,
           ", must be from 1 to groups = ", config.groups);
@@ -124,8 +122,8 @@ inline const TopKConfig& checked(const TopKConfig& config) {
           "TopKGate::Config.group_score = ", static_cast<int>(config.group_score),
           ", must be one of the 2 scores of groups");
   at_least_zero("bias_rate", config.bias_rate);
-  require(config.jitter >= 0 && config.jitter < 1,
-          "TopKGate::Config.jitter = ", config.jitter, ", must be in [0, 1)");
+  require(config.jitter >= 0 && config.jitter < 1, "TopKGate::Config.jitter = ", config.jitter,
+          ", must be in [0, 1)");
   require(!config.random_second || config.top_k == 2,
           "TopKGate::Config.random_second with top_k = ", config.top_k, ", must be 2");
   at_least_zero("capacity_factor", config.capacity_factor);
