@@ -13,7 +13,7 @@ using namespace moe;
 
 namespace {
 
-struct Linear {
+struct Affine {
   Parameter<float> weight{2, 3};
   Parameter<float> bias{1, 3};
 
@@ -37,10 +37,10 @@ struct State {
 };
 
 struct Block {
-  Linear up;
+  Affine up;
   Parameter<double> scale{1, 5};
   std::vector<Parameter<float>> extra{2};
-  Linear down;
+  Affine down;
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
@@ -52,7 +52,7 @@ struct Block {
 };
 
 struct Model {
-  std::vector<std::vector<Linear>> heads{1};
+  std::vector<std::vector<Affine>> heads{1};
   std::vector<Block> blocks;
   Parameter<float> output{4, 1};
 
@@ -145,7 +145,7 @@ TEST_CASE("parameter: a vector counts past nine and may be empty", "[parameter]"
   CHECK(names[9] == "9");
   CHECK(names[11] == "11");
   CHECK(names_of(std::as_const(many)) == names);
-  std::vector<Linear> none;
+  std::vector<Affine> none;
   CHECK(names_of(none).empty());
 }
 
@@ -178,7 +178,7 @@ TEST_CASE("parameter: parameters of a const module are const", "[parameter]") {
 }
 
 TEST_CASE("parameter: count is that of the scalars", "[parameter]") {
-  CHECK(parameter_count(Linear{}) == 6 + 3);
+  CHECK(parameter_count(Affine{}) == 6 + 3);
   Model model = make_model(3);
   CHECK(parameter_count(model) == 9 + 3 * (9 + 5 + 9) + 4);
   model.blocks[1].extra[0] = Parameter<float>(7, 2);

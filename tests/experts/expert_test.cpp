@@ -4,9 +4,7 @@
 #include "passes.hpp"
 
 using namespace moe;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
+using namespace moe::test;
 
 namespace {
 

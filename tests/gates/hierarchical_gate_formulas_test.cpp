@@ -4,11 +4,7 @@
 
 using namespace moe;
 using detail::to_size;
-using test::dweight_of;
-using test::parameter;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
+using namespace moe::test;
 using Indices = std::vector<Index>;
 using Config = HierarchicalGate<double>::Config;
 

@@ -3,10 +3,7 @@
 
 using namespace moe;
 using detail::to_size;
-using test::dweight_of;
-using test::loss_of;
-using test::random_matrix;
-using test::relative_error;
+using namespace moe::test;
 using Config = HierarchicalGate<double>::Config;
 
 namespace {

@@ -8,9 +8,7 @@
 
 using namespace moe;
 using detail::to_size;
-using test::parameter;
-using test::random_matrix;
-using test::same_bits;
+using namespace moe::test;
 using Config = HierarchicalGate<double>::Config;
 
 TEST_CASE("hierarchical gate: every slot is in one expert's list with its weight",

@@ -6,12 +6,7 @@
 #include "gates.hpp"
 
 using namespace moe;
-using test::dweight_of;
-using test::loss_of;
-using test::parameter;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
+using namespace moe::test;
 using Indices = std::vector<Index>;
 
 namespace {

@@ -5,10 +5,7 @@
 #include "token_choice_checks.hpp"
 
 using namespace moe;
-using test::parameter;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
+using namespace moe::test;
 using Indices = std::vector<Index>;
 
 namespace {

@@ -4,11 +4,7 @@
 #include "top_k.hpp"
 
 using namespace moe;
-using test::all_scores;
-using test::dweight_of;
-using test::everything;
-using test::parameter;
-using test::random_matrix;
+using namespace moe::test;
 using Config = TopKConfig;
 template <class Scalar>
 using Tape = typename TopKGate<Scalar>::Tape;

@@ -4,9 +4,7 @@
 #include "top_k.hpp"
 
 using namespace moe;
-using test::all_scores;
-using test::everything;
-using test::random_matrix;
+using namespace moe::test;
 using Config = TopKConfig;
 template <class Scalar>
 using Tape = typename TopKGate<Scalar>::Tape;

@@ -8,11 +8,7 @@
 #include "top_k.hpp"
 
 using namespace moe;
-using test::all_scores;
-using test::everything;
-using test::parameter;
-using test::random_matrix;
-using test::same_bits;
+using namespace moe::test;
 using Indices = std::vector<Index>;
 using Config = TopKConfig;
 template <class Scalar>

@@ -12,9 +12,7 @@
 
 using namespace moe;
 using Catch::Matchers::Contains;
-using test::read_all;
-using test::same_bits;
-using test::write_file;
+using namespace moe::test;
 
 TEST_CASE("safetensors: nothing in a file is believed", "[io]") {
   const test::TemporaryFolder folder;

@@ -14,10 +14,7 @@
 
 using namespace moe;
 using Catch::Matchers::Contains;
-using test::random_matrix;
-using test::read_all;
-using test::same_bits;
-using test::write_file;
+using namespace moe::test;
 
 namespace fs = std::filesystem;
 

@@ -6,16 +6,7 @@
 #include "user_parts.hpp"
 
 using namespace moe;
-using test::collapse;
-using test::Everything;
-using test::gradient_error;
-using test::Layer;
-using test::Named;
-using test::random_matrix;
-using test::same_bits;
-using test::SineMap;
-using test::Threads;
-using test::with_positive_first_entry;
+using namespace moe::test;
 template <class Scalar>
 using Config = test::LayerConfig<Scalar>;
 

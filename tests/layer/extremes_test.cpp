@@ -4,13 +4,7 @@
 #include "layers.hpp"
 
 using namespace moe;
-using test::collapse;
-using test::Layer;
-using test::NaiveLayer;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
-using test::with_positive_first_entry;
+using namespace moe::test;
 using Indices = std::vector<Index>;
 
 TEMPLATE_TEST_CASE("layer: no tokens are no work", "[layer]", float, double) {

@@ -4,15 +4,7 @@
 #include "layers.hpp"
 
 using namespace moe;
-using test::check_against_differences;
-using test::Everything;
-using test::gradient_error;
-using test::Layer;
-using test::NaiveLayer;
-using test::Named;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
+using namespace moe::test;
 template <class Scalar>
 using Config = test::LayerConfig<Scalar>;
 

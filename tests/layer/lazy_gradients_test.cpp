@@ -6,15 +6,7 @@
 #include "user_parts.hpp"
 
 using namespace moe;
-using test::collapse;
-using test::Everything;
-using test::Layer;
-using test::Named;
-using test::random_matrix;
-using test::same_bits;
-using test::SineMap;
-using test::Threads;
-using test::with_positive_first_entry;
+using namespace moe::test;
 
 TEST_CASE("layer: experts without a token are neither run nor trained", "[layer]") {
   MoELayer<Expert<SineMap, double>> layer(

@@ -8,14 +8,7 @@
 #include "user_parts.hpp"
 
 using namespace moe;
-using test::Everything;
-using test::gradient_error;
-using test::HashGate;
-using test::Layer;
-using test::Named;
-using test::random_matrix;
-using test::same_bits;
-using test::SineMap;
+using namespace moe::test;
 template <class Scalar>
 using Config = test::LayerConfig<Scalar>;
 

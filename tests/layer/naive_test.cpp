@@ -5,14 +5,7 @@
 #include "layers.hpp"
 
 using namespace moe;
-using test::gradient_error;
-using test::Layer;
-using test::NaiveLayer;
-using test::Named;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
-using test::Threads;
+using namespace moe::test;
 template <class Scalar>
 using Config = test::LayerConfig<Scalar>;
 using Indices = std::vector<Index>;

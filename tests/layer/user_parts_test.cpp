@@ -5,14 +5,7 @@
 #include "layers.hpp"
 
 using namespace moe;
-using test::check_against_differences;
-using test::HashGate;
-using test::Layer;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
-using test::SineMap;
-using test::Threads;
+using namespace moe::test;
 template <class Scalar>
 using Config = test::LayerConfig<Scalar>;
 

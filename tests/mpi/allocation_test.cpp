@@ -65,9 +65,7 @@ void* malloc(std::size_t size) noexcept {
 
 using namespace moe;
 using mpi::Communicator;
-using test::error_of;
-using test::random_matrix;
-using test::same_bits;
+using namespace moe::test;
 
 namespace {
 

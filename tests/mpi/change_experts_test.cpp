@@ -8,10 +8,7 @@
 #include "whole.hpp"
 
 using namespace moe;
-using test::Beside;
-using test::error_of;
-using test::random_matrix;
-using test::same_bits;
+using namespace moe::test;
 
 namespace {
 

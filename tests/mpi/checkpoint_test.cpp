@@ -9,9 +9,7 @@
 
 using namespace moe;
 using mpi::Communicator;
-using test::error_of;
-using test::random_matrix;
-using test::same_bits;
+using namespace moe::test;
 
 namespace {
 

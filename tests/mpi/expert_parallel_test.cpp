@@ -7,10 +7,7 @@
 
 using namespace moe;
 using mpi::Communicator;
-using test::Beside;
-using test::error_of;
-using test::random_matrix;
-using test::same_bits;
+using namespace moe::test;
 
 namespace {
 

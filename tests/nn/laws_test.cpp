@@ -6,11 +6,7 @@
 #include "../allocation.hpp"
 
 using namespace moe;
-using test::has_dx;
-using test::is_refused;
-using test::random_matrix;
-using test::same_bits;
-using test::Shape;
+using namespace moe::test;
 
 namespace {
 

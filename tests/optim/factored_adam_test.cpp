@@ -11,9 +11,7 @@
 #include "moe/optim/adam.hpp"
 
 using namespace moe;
-using test::random_matrix;
-using test::scattered;
-using test::scattered_parameter;
+using namespace moe::test;
 
 namespace {
 

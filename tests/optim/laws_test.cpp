@@ -6,12 +6,7 @@
 #include "moe/nn/linear.hpp"
 
 using namespace moe;
-using test::Mixture;
-using test::same_bits;
-using test::same_values;
-using test::Several;
-using test::to_all;
-using test::to_some;
+using namespace moe::test;
 
 TEMPLATE_LIST_TEST_CASE("optimizers: no gradient, no move", "[optim][laws]", test::Optimizers) {
   using Scalar = typename TestType::Scalar;

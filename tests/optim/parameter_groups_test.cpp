@@ -9,9 +9,7 @@
 
 using namespace moe;
 using Catch::Matchers::WithinAbs;
-using test::Mixture;
-using test::same_bits;
-using test::same_values;
+using namespace moe::test;
 
 namespace {
 

@@ -12,14 +12,7 @@
 /// Baselines: what each subtracts, what it learns, and one that is not the library's.
 
 using namespace moe;
-using test::AnyBaseline;
-using test::Helper;
-using test::inputs;
-using test::references;
-using test::reward;
-using test::same_bits;
-using test::SmallPolicy;
-using test::update_gradients;
+using namespace moe::test;
 
 namespace {
 

@@ -12,14 +12,7 @@
 
 using namespace moe;
 using Catch::Matchers::Contains;
-using test::gradients_of;
-using test::Helper;
-using test::inputs;
-using test::References;
-using test::references;
-using test::reward;
-using test::same_bits;
-using test::SmallPolicy;
+using namespace moe::test;
 
 namespace {
 

@@ -8,16 +8,7 @@
 /// The gradients that one update adds, case by case.
 
 using namespace moe;
-using test::AnyBaseline;
-using test::Helper;
-using test::inputs;
-using test::no_reward;
-using test::References;
-using test::references;
-using test::reward;
-using test::same_bits;
-using test::SmallPolicy;
-using test::update_gradients;
+using namespace moe::test;
 
 TEMPLATE_TEST_CASE("reinforce: a forced reference with advantage 1 is cross-entropy, to the bit",
                    "[reinforce]", float, double) {

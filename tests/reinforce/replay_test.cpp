@@ -6,15 +6,7 @@
 /// The gradient pass repeats the rollout, noise and all.
 
 using namespace moe;
-using test::gradients_of;
-using test::Helper;
-using test::inputs;
-using test::no_reward;
-using test::references;
-using test::reward;
-using test::same_bits;
-using test::SmallPolicy;
-using test::update_gradients;
+using namespace moe::test;
 
 TEMPLATE_TEST_CASE("reinforce: the gradient pass sees the probabilities of the rollout, to the bit",
                    "[reinforce]", float, double) {

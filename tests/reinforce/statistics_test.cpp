@@ -6,9 +6,7 @@
 /// The figures of an update.
 
 using namespace moe;
-using test::Helper;
-using test::inputs;
-using test::SmallPolicy;
+using namespace moe::test;
 
 TEST_CASE("reinforce: figures by hand", "[reinforce]") {
   SmallPolicy<double> policy({});

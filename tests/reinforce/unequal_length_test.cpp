@@ -11,16 +11,7 @@
 /// Sequences of unequal length in one batch: what pads the shorter ones takes no part in anything.
 
 using namespace moe;
-using test::AnyBaseline;
-using test::gradients_of;
-using test::Helper;
-using test::inputs;
-using test::no_reward;
-using test::references;
-using test::reward;
-using test::same_bits;
-using test::SmallPolicy;
-using test::update_gradients;
+using namespace moe::test;
 
 TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
   const auto baseline =

@@ -3,9 +3,7 @@
 #include "gates/token_choice_checks.hpp"
 
 using namespace moe;
-using test::random_matrix;
-using test::relative_error;
-using test::same_bits;
+using namespace moe::test;
 
 TEMPLATE_TEST_CASE("linear_scores: the softmax of rows", "[routing]", float, double) {
   for (const Index experts : {1, 2, 7, 16, 33}) {
