@@ -152,8 +152,9 @@ void exchange(benchmark::State& state, const Row& row) {
   state.counters["percent_exchange"] = 100 * traffic.seconds / together;
   if (!group || row.ranks == 1) return;
   // What left comes back, and what came goes back, so a rank sends both.
-  const auto ways = static_cast<double>((all->tape().sent.back() + all->tape().received.back()) *
-                                        (row.backward ? 2 : 1));
+  const auto ways = static_cast<double>(
+      (all->tape().exchange.sent.back() + all->tape().exchange.received.back()) *
+      (row.backward ? 2 : 1));
   const double bytes = static_cast<double>(traffic.row_bytes + traffic.other_bytes) / ways;
   state.counters["wire_bytes"] = bytes;
   state.counters["wire_over_rows"] = bytes / static_cast<double>(row.width * Index{sizeof(float)});

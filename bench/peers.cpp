@@ -113,17 +113,15 @@ class Cell {
   }
 
   void describe() {
-    const moe::Routing<float>& routing = tape_.routing();
+    const moe::Dispatch<float>& dispatch = tape_.dispatch;
     problem_.width = shape_.width;
     problem_.hidden = shape_.hidden;
     problem_.tokens = shape_.tokens;
     problem_.x = x_.data();
     problem_.dy = dy_.data();
-    problem_.offsets = routing.expert_offsets;
-    problem_.sorted_token = routing.sorted_token;
-    for (const Index slot : routing.sorted_slot) {
-      problem_.row_weight.push_back(routing.weight[static_cast<std::size_t>(slot)]);
-    }
+    problem_.offsets = dispatch.offsets;
+    problem_.sorted_token = dispatch.token;
+    problem_.row_weight = dispatch.weight;
     problem_.experts.resize(static_cast<std::size_t>(shape_.experts));
     gradients_.resize(problem_.experts.size());
     std::size_t e = 0;
@@ -152,10 +150,7 @@ class Cell {
     };
     constexpr double rounding = 1e-5;
     constexpr double sign = 2e-2;
-    std::vector<float> row_dweight;
-    for (const Index slot : tape_.routing().sorted_slot) {
-      row_dweight.push_back(tape_.gate.dslot[static_cast<std::size_t>(slot)]);
-    }
+    const std::vector<float>& row_dweight = tape_.sorted_dweight;
     const Index rows = shape_.tokens * shape_.width;
     check("y", tape_.y.data(), peer.y(), rows, rounding);
     check("dx", tape_.dx.data(), peer.dx(), rows, sign);
