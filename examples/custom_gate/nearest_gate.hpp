@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 /// \file
-/// A gate of one's own: all that MoELayer asks for, see moe/gates/gate.hpp.
+/// A gate of your own: all that MoELayer needs, see moe/gates/gate.hpp.
 
 namespace custom_gate {
 

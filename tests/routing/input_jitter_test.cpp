@@ -13,7 +13,7 @@ TEMPLATE_TEST_CASE("input jitter: a factor for every number, by its key", "[rout
   Matrix<S> factor;
   Matrix<S> jittered;
   detail::ValidTokens tokens;
-  detail::find_valid_tokens("test", 70, {}, nullptr, tokens);
+  detail::find_valid_tokens(70, {}, nullptr, tokens);
   detail::jitter_input<S>(0.5, 9, {.key = {.step = 4, .first_token = 3}}, tokens, x, factor,
                           jittered);
   CHECK(same_bits(jittered, Matrix<S>(x.cwiseProduct(factor))));

@@ -14,7 +14,7 @@ Scalar measure(detail::SwitchLoss<Scalar>& loss, const Matrix<Scalar>& score,
                std::span<const std::uint8_t> valid = {}) {
   detail::ValidTokens tokens;
   const Index rows = valid.empty() ? score.rows() : static_cast<Index>(valid.size());
-  detail::find_valid_tokens("test", rows, valid, nullptr, tokens);
+  detail::find_valid_tokens(rows, valid, nullptr, tokens);
   const Index top_k =
       score.rows() > 0 ? static_cast<Index>(choices.size()) / score.rows() : Index{1};
   detail::BatchSum sum(nullptr);

@@ -263,9 +263,9 @@ class FeedForward {
   }
 
   // Both work on a tile; m(row, part) is where its columns are in the part-th H columns of m. What
-  // they read and write beside C is far away, so they ask for it. Forward asks for the next tile's
-  // hidden rows, which are only written. Backward, for which that would be too much, asks for the
-  // pre-activations of the next panel, and in its first panel for those of the next tile too.
+  // they read and write beside C is far away, so they prefetch it. Forward prefetches the next tile's
+  // hidden rows, which are only written. Backward, for which that would be too much, prefetches the
+  // pre-activations of the next panel, and in its first panel those of the next tile too.
 
   auto tile_of(MatrixView<Scalar> matrix, Index column) const {
     return [this, matrix, column](Index row, Index part = 0) mutable {

@@ -106,7 +106,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   /// Changes the weight of the loss from the next pass on. Throws std::invalid_argument for one out of
   /// range.
   void set_loss_weights(const LossWeights& weights) {
-    detail::check_loss_weight("BalancedGate::LossWeights.threshold", weights.threshold);
+    detail::check_at_least_zero(name, "LossWeights.threshold", weights.threshold);
     config_.threshold_weight = weights.threshold;
   }
 
@@ -150,17 +150,10 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   static constexpr Index block = 64;  ///< tokens in a task
 
   static const Config& checked(const Config& config) {
-    using detail::require;
-    require(config.width >= 1, "BalancedGate::Config.width = ", config.width,
-            ", must be at least 1");
-    require(config.experts >= 1, "BalancedGate::Config.experts = ", config.experts,
-            ", must be at least 1");
-    require(config.top_k >= 1 && config.top_k <= config.experts,
-            "BalancedGate::Config.top_k = ", config.top_k,
-            ", must be from 1 to experts = ", config.experts);
-    require(std::isfinite(config.threshold_weight) && config.threshold_weight >= 0,
-            "BalancedGate::Config.threshold_weight = ", config.threshold_weight,
-            ", must be finite and at least 0");
+    detail::check_at_least_one(name, "width", config.width);
+    detail::check_at_least_one(name, "experts", config.experts);
+    detail::check_choice(name, "top_k", config.top_k, "experts", config.experts);
+    detail::check_at_least_zero(name, "Config.threshold_weight", config.threshold_weight);
     return config;
   }
 

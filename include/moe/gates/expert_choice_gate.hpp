@@ -109,10 +109,8 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
  private:
   static const Config& checked(const Config& config) {
     using detail::require;
-    require(config.width >= 1, "ExpertChoiceGate::Config.width = ", config.width,
-            ", must be at least 1");
-    require(config.experts >= 1, "ExpertChoiceGate::Config.experts = ", config.experts,
-            ", must be at least 1");
+    detail::check_at_least_one(name, "width", config.width);
+    detail::check_at_least_one(name, "experts", config.experts);
     require(
         config.capacity_factor > 0 && config.capacity_factor <= static_cast<double>(config.experts),
         "ExpertChoiceGate::Config.capacity_factor = ", config.capacity_factor,

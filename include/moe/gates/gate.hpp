@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <span>
@@ -9,6 +8,7 @@
 #include "moe/experts/expert_change.hpp"
 #include "moe/parameter.hpp"
 #include "moe/routing/balance_loss.hpp"
+#include "moe/routing/config_checks.hpp"
 #include "moe/routing/pass.hpp"
 #include "moe/routing/routing.hpp"
 
@@ -24,7 +24,7 @@ struct GateTape {
   Balance<Scalar> balance;  ///< importance, load and their loss
   bool trained = false;     ///< whether the last pass was a forward() that ended well
 
-  // What this library's gates keep of the pass, see detail::begin_forward().
+  // What this library's gates keep of the pass, see detail::GateBase.
   detail::ValidTokens tokens;  ///< the rows of x that are no padding
   double loss_scale = 1;       ///< Pass::loss_scale
 };
@@ -213,7 +213,7 @@ class GateBase {
     self().check_forward(x, pass);
     tape.trained = false;
     tape.loss_scale = pass.loss_scale;
-    find_valid_tokens(Derived::name, x.rows(), pass.valid, pass.batch, tape.tokens);
+    find_valid_tokens(x.rows(), pass.valid, pass.batch, tape.tokens);
     self().route(x, pass, tape);
     tape.trained = true;
     return tape.routing;
@@ -227,7 +227,7 @@ class GateBase {
     check_valid(Derived::name, pass.valid, x.rows());
     tape.trained = false;
     tape.loss_scale = 1;
-    find_valid_tokens(Derived::name, x.rows(), pass.valid, pass.batch, tape.tokens);
+    find_valid_tokens(x.rows(), pass.valid, pass.batch, tape.tokens);
     self().route(x, pass, tape);
     return tape.routing;
   }
@@ -252,12 +252,6 @@ class GateBase {
   const Derived& self() const { return static_cast<const Derived&>(*this); }
   Derived& self() { return static_cast<Derived&>(*this); }
 };
-
-/// A weight of a loss, `field` naming it. Throws std::invalid_argument.
-inline void check_loss_weight(const char* field, double weight) {
-  require(std::isfinite(weight) && weight >= 0, field, " = ", weight,
-          ", must be finite and at least 0");
-}
 
 }  // namespace detail
 }  // namespace moe

@@ -119,8 +119,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
-    detail::check_loss_weight("HierarchicalGate::LossWeights.importance", weights.importance);
-    detail::check_loss_weight("HierarchicalGate::LossWeights.load", weights.load);
+    detail::check_at_least_zero(name, "LossWeights.importance", weights.importance);
+    detail::check_at_least_zero(name, "LossWeights.load", weights.load);
     config_.importance_weight = weights.importance;
     config_.load_weight = weights.load;
   }
@@ -185,22 +185,14 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   using TopK = detail::NoisyTopK<Scalar>;
 
   static const Config& checked(const Config& config) {
-    using detail::require;
-    require(config.width >= 1, "HierarchicalGate::Config.width = ", config.width,
-            ", must be at least 1");
-    require(config.groups >= 1, "HierarchicalGate::Config.groups = ", config.groups,
-            ", must be at least 1");
-    require(config.group_experts >= 1,
-            "HierarchicalGate::Config.group_experts = ", config.group_experts,
-            ", must be at least 1");
-    require(config.top_k_groups >= 1 && config.top_k_groups <= config.groups,
-            "HierarchicalGate::Config.top_k_groups = ", config.top_k_groups,
-            ", must be from 1 to groups = ", config.groups);
-    require(config.top_k >= 1 && config.top_k <= config.group_experts,
-            "HierarchicalGate::Config.top_k = ", config.top_k,
-            ", must be from 1 to group_experts = ", config.group_experts);
-    detail::check_noise_floor("HierarchicalGate", config.noise_floor);
-    detail::check_balance_weights("HierarchicalGate", loss_weights(config));
+    detail::check_at_least_one(name, "width", config.width);
+    detail::check_at_least_one(name, "groups", config.groups);
+    detail::check_at_least_one(name, "group_experts", config.group_experts);
+    detail::check_choice(name, "top_k_groups", config.top_k_groups, "groups", config.groups);
+    detail::check_choice(name, "top_k", config.top_k, "group_experts", config.group_experts);
+    detail::check_noise_floor(name, config.noise_floor);
+    detail::check_at_least_zero(name, "Config.importance_weight", config.importance_weight);
+    detail::check_at_least_zero(name, "Config.load_weight", config.load_weight);
     return config;
   }
 
@@ -286,9 +278,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     Routing<Scalar>& routing = tape.routing;
     routing.experts = experts();
     detail::resize(routing.token_offsets, groups.tokens() + 1);
-    for (Index t = 0; t <= groups.tokens(); ++t) {
-      routing.token_offsets[t] = t * top_k();
-    }
+    for (Index t = 0; t <= groups.tokens(); ++t) routing.token_offsets[t] = t * top_k();
     detail::resize(routing.expert, members.slots());
     detail::resize(routing.weight, members.slots());
     for_each_slot(tape, [&](std::size_t slot, std::size_t group_slot, std::size_t member_slot) {
@@ -298,7 +288,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     });
   }
 
-  /// With g the gradient by the weight of a slot, importance's share included:
+  /// With g the gradient with respect to the weight of a slot, importance's share included:
   /// dGprimary_i = Σ_j g·G_i,j and dG_i,j = g·Gprimary_i.
   void combine_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& groups = tape.primary.routing;

@@ -79,8 +79,8 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
-    detail::check_loss_weight("NoisyTopKGate::LossWeights.importance", weights.importance);
-    detail::check_loss_weight("NoisyTopKGate::LossWeights.load", weights.load);
+    detail::check_at_least_zero(name, "LossWeights.importance", weights.importance);
+    detail::check_at_least_zero(name, "LossWeights.load", weights.load);
     config_.importance_weight = weights.importance;
     config_.load_weight = weights.load;
   }
@@ -116,16 +116,12 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
 
  private:
   static const Config& checked(const Config& config) {
-    using detail::require;
-    require(config.width >= 1, "NoisyTopKGate::Config.width = ", config.width,
-            ", must be at least 1");
-    require(config.experts >= 1, "NoisyTopKGate::Config.experts = ", config.experts,
-            ", must be at least 1");
-    require(config.top_k >= 1 && config.top_k <= config.experts,
-            "NoisyTopKGate::Config.top_k = ", config.top_k,
-            ", must be from 1 to experts = ", config.experts);
-    detail::check_noise_floor("NoisyTopKGate", config.noise_floor);
-    detail::check_balance_weights("NoisyTopKGate", loss_weights(config));
+    detail::check_at_least_one(name, "width", config.width);
+    detail::check_at_least_one(name, "experts", config.experts);
+    detail::check_choice(name, "top_k", config.top_k, "experts", config.experts);
+    detail::check_noise_floor(name, config.noise_floor);
+    detail::check_at_least_zero(name, "Config.importance_weight", config.importance_weight);
+    detail::check_at_least_zero(name, "Config.load_weight", config.load_weight);
     return config;
   }
 

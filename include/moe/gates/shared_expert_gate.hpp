@@ -171,10 +171,8 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
 
  private:
   static Config completed(Config config) {
-    detail::require(config.width >= 1, "SharedExpertGate::Config.width = ", config.width,
-                    ", must be at least 1");
-    detail::require(config.shared >= 1, "SharedExpertGate::Config.shared = ", config.shared,
-                    ", must be at least 1");
+    detail::check_at_least_one(name, "width", config.width);
+    detail::check_at_least_one(name, "shared", config.shared);
     if (config.routed.width == 0) config.routed.width = config.width;
     detail::require(config.routed.width == config.width,
                     "SharedExpertGate::Config.routed.width = ", config.routed.width,

@@ -138,9 +138,9 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
-    detail::check_loss_weight("TopKGate::LossWeights.switch_loss", weights.switch_loss);
-    detail::check_loss_weight("TopKGate::LossWeights.sequence", weights.sequence);
-    detail::check_loss_weight("TopKGate::LossWeights.z", weights.z);
+    detail::check_at_least_zero(name, "LossWeights.switch_loss", weights.switch_loss);
+    detail::check_at_least_zero(name, "LossWeights.sequence", weights.sequence);
+    detail::check_at_least_zero(name, "LossWeights.z", weights.z);
     config_.switch_loss_weight = weights.switch_loss;
     config_.sequence_loss_weight = weights.sequence;
     config_.z_loss_weight = weights.z;

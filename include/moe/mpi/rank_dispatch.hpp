@@ -136,22 +136,21 @@ class RankDispatch {
     Batch(const Communicator& communicator, const RankBatch& batch, const Pass& pass)
         : shared_(communicator, batch), pass_(pass) {
       pass_.first_token += static_cast<std::uint32_t>(batch.first_row);
-    }
-    const Pass& pass() const {
       pass_.batch = &shared_;
-      return pass_;
     }
+    Batch(const Batch&) = delete;  // its pass refers to it
+    Batch& operator=(const Batch&) = delete;
+    const Pass& pass() const { return pass_; }
 
    private:
     SharedOverRanks shared_;
-    mutable Pass pass_;
+    Pass pass_;
   };
 
   /// Finds out how many rows and tokens all ranks have.
   template <class Expert, class F>
   Batch begin(const char* call, const Pass& pass, Index rows, Tape<Expert>& tape, F&& f) const {
-    Index tokens = rows;
-    for (const std::uint8_t flag : pass.valid) tokens -= flag == 0 ? 1 : 0;
+    const Index tokens = moe::detail::count_valid(pass.valid, rows);
     const std::span<const Index> all = communicator_.attempt_gather(
         call,
         {{"Pass.step", static_cast<std::int64_t>(pass.step)},

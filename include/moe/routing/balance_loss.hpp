@@ -215,14 +215,6 @@ void balance_loss_backward(const Balance<Scalar>& balance, const BalanceLossWeig
   cv_squared_backward(balance.load, static_cast<Scalar>(weights.load * scale), dload);
 }
 
-/// `gate` names the class in the messages.
-inline void check_balance_weights(const char* gate, const BalanceLossWeights& weights) {
-  require(std::isfinite(weights.importance) && weights.importance >= 0, gate,
-          "::Config.importance_weight = ", weights.importance, ", must be finite and at least 0");
-  require(std::isfinite(weights.load) && weights.load >= 0, gate,
-          "::Config.load_weight = ", weights.load, ", must be finite and at least 0");
-}
-
 }  // namespace detail
 
 }  // namespace moe

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -89,13 +90,16 @@ inline void check_valid(const char* name, std::span<const std::uint8_t> valid, I
           valid.size(), " entries, x has ", rows, " rows");
 }
 
-/// Throws as check_valid() does, before `tokens` is changed.
-inline void find_valid_tokens(const char* name, Index rows, std::span<const std::uint8_t> valid,
+/// N of `rows` rows.
+inline Index count_valid(std::span<const std::uint8_t> valid, Index rows) {
+  return rows - std::count(valid.begin(), valid.end(), std::uint8_t{0});
+}
+
+/// Of flags that check_valid() found to be one a row.
+inline void find_valid_tokens(Index rows, std::span<const std::uint8_t> valid,
                               const SharedBatch* batch, ValidTokens& tokens) {
-  check_valid(name, valid, rows);
   tokens.rows = rows;
-  tokens.count = rows;
-  for (const std::uint8_t flag : valid) tokens.count -= flag == 0 ? 1 : 0;
+  tokens.count = count_valid(valid, rows);
   tokens.all = tokens.count == rows;
   if (tokens.all) {
     tokens.list.clear();

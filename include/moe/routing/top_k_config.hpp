@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "moe/routing/capacity.hpp"
+#include "moe/routing/config_checks.hpp"
 #include "moe/routing/group_limit.hpp"
 #include "moe/routing/switch_loss.hpp"
 
@@ -39,7 +40,7 @@ struct TopKConfig {
   double scale = 1;  ///< of all weights, above 0
 
   Index groups = 1;        ///< divides E
-  Index top_k_groups = 1;  ///< a token's experts are from so many groups, which must hold K
+  Index top_k_groups = 1;  ///< groups that a token's experts are from, which must hold K
   GroupScore group_score = GroupScore::best;
 
   bool selection_bias = false;
@@ -94,57 +95,48 @@ namespace detail {
 
 /// Throws std::invalid_argument, naming the field and the numbers, unless every option is in range.
 inline const TopKConfig& checked(const TopKConfig& config) {
-  const auto at_least_zero = [](const char* field, double value) {
-    require(std::isfinite(value) && value >= 0, "TopKGate::Config.", field, " = ", value,
-            ", must be finite and at least 0");
-  };
-  require(config.width >= 1, "TopKGate::Config.width = ", config.width, ", must be at least 1");
-  require(config.experts >= 1, "TopKGate::Config.experts = ", config.experts,
-          ", must be at least 1");
-  require(config.top_k >= 1 && config.top_k <= config.experts,
-          "TopKGate::Config.top_k = ", config.top_k,
-          ", must be from 1 to experts = ", config.experts);
+  constexpr const char* gate = "TopKGate";
+  check_at_least_one(gate, "width", config.width);
+  check_at_least_one(gate, "experts", config.experts);
+  check_choice(gate, "top_k", config.top_k, "experts", config.experts);
   require(config.score >= Score::softmax && config.score <= Score::sigmoid,
           "TopKGate::Config.score = ", static_cast<int>(config.score),
           ", must be one of the 3 scores");
   require(std::isfinite(config.scale) && config.scale > 0,
           "TopKGate::Config.scale = ", config.scale, ", must be finite and above 0");
-  at_least_zero("renormalise_epsilon", config.renormalise_epsilon);
+  check_at_least_zero(gate, "Config.renormalise_epsilon", config.renormalise_epsilon);
   require(config.groups >= 1 && config.experts % config.groups == 0,
           "TopKGate::Config.groups = ", config.groups, ", must divide experts = ", config.experts);
-  require(config.top_k_groups >= 1 && config.top_k_groups <= config.groups,
-          "TopKGate::Config.top_k_groups = ", config.top_k_groups,
-          ", must be from 1 to groups = ", config.groups);
+  check_choice(gate, "top_k_groups", config.top_k_groups, "groups", config.groups);
   const Index reachable = config.experts / config.groups * config.top_k_groups;
   require(config.top_k <= reachable, "TopKGate::Config.top_k = ", config.top_k,
           ", but top_k_groups = ", config.top_k_groups, " hold ", reachable, " experts");
   require(config.group_score == GroupScore::best || config.group_score == GroupScore::two_best,
           "TopKGate::Config.group_score = ", static_cast<int>(config.group_score),
           ", must be one of the 2 scores of groups");
-  at_least_zero("bias_rate", config.bias_rate);
+  check_at_least_zero(gate, "Config.bias_rate", config.bias_rate);
   require(config.jitter >= 0 && config.jitter < 1, "TopKGate::Config.jitter = ", config.jitter,
           ", must be in [0, 1)");
   require(!config.random_second || config.top_k == 2,
           "TopKGate::Config.random_second with top_k = ", config.top_k, ", must be 2");
-  at_least_zero("capacity_factor", config.capacity_factor);
-  at_least_zero("evaluation_capacity_factor", config.evaluation_capacity_factor);
+  check_at_least_zero(gate, "Config.capacity_factor", config.capacity_factor);
+  check_at_least_zero(gate, "Config.evaluation_capacity_factor", config.evaluation_capacity_factor);
   require(
       config.place_order >= PlaceOrder::rows && config.place_order <= PlaceOrder::largest_weight,
       "TopKGate::Config.place_order = ", static_cast<int>(config.place_order),
       ", must be one of the 3 orders");
-  at_least_zero("switch_loss_weight", config.switch_loss_weight);
-  at_least_zero("sequence_loss_weight", config.sequence_loss_weight);
+  check_at_least_zero(gate, "Config.switch_loss_weight", config.switch_loss_weight);
+  check_at_least_zero(gate, "Config.sequence_loss_weight", config.sequence_loss_weight);
   require(config.switch_count >= SwitchCount::per_slot &&
               config.switch_count <= SwitchCount::first_choice,
           "TopKGate::Config.switch_count = ", static_cast<int>(config.switch_count),
           ", must be one of the 3 counts");
-  require(config.sequences >= 1, "TopKGate::Config.sequences = ", config.sequences,
-          ", must be at least 1");
+  check_at_least_one(gate, "sequences", config.sequences);
   require(config.row_order == RowOrder::time_major || config.row_order == RowOrder::sequence_major,
           "TopKGate::Config.row_order = ", static_cast<int>(config.row_order),
           ", must be one of the 2 orders");
-  at_least_zero("z_loss_weight", config.z_loss_weight);
-  at_least_zero("init_stddev", config.init_stddev);
+  check_at_least_zero(gate, "Config.z_loss_weight", config.z_loss_weight);
+  check_at_least_zero(gate, "Config.init_stddev", config.init_stddev);
   return config;
 }
 

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cmath>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// What gates check of their configurations, in one wording. All throw std::invalid_argument, `gate`
+/// being the class in the message.
+
+namespace moe::detail {
+
+inline void check_at_least_one(const char* gate, const char* field, Index value) {
+  require(value >= 1, gate, "::Config.", field, " = ", value, ", must be at least 1");
+}
+
+/// `limit_name` names the field that has the limit.
+inline void check_choice(const char* gate, const char* field, Index value, const char* limit_name,
+                         Index limit) {
+  require(value >= 1 && value <= limit, gate, "::Config.", field, " = ", value,
+          ", must be from 1 to ", limit_name, " = ", limit);
+}
+
+/// `field` with the struct that it is in, such as Config.z_loss_weight.
+inline void check_at_least_zero(const char* gate, const char* field, double value) {
+  require(std::isfinite(value) && value >= 0, gate, "::", field, " = ", value,
+          ", must be finite and at least 0");
+}
+
+}  // namespace moe::detail
