@@ -104,6 +104,16 @@ inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sour
   return ExpertSources(of, std::move(groups), sources.before() / size);
 }
 
+/// The memory of a matrix, as it goes from rank to rank.
+template <class Scalar>
+std::span<char> bytes_of(Matrix<Scalar>& matrix) {
+  return {reinterpret_cast<char*>(matrix.data()), to_size(matrix.size()) * sizeof(Scalar)};
+}
+template <class Scalar>
+std::span<const char> bytes_of(const Matrix<Scalar>& matrix) {
+  return {reinterpret_cast<const char*>(matrix.data()), to_size(matrix.size()) * sizeof(Scalar)};
+}
+
 /// to = the columns of `from` in the order of a list, zero where it says fresh_source.
 template <class Scalar>
 void select_columns(const Matrix<Scalar>& from, std::span<const Index> columns,

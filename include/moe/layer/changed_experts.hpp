@@ -153,10 +153,6 @@ class ChangedExperts {
   static bool is_in(Range range, Index e) {
     return e >= range.first && e < range.first + range.count;
   }
-  template <class Scalar>
-  static std::span<char> bytes_of(Matrix<Scalar>& matrix) {
-    return {reinterpret_cast<char*>(matrix.data()), to_size(matrix.size()) * sizeof(Scalar)};
-  }
 
   /// As the layer's constructor seeds its experts.
   std::uint64_t seed_of(Index e) const {
@@ -178,8 +174,8 @@ class ChangedExperts {
     std::vector<char>& bytes = sent[to_size(Index{to})];
     walk_parameters(expert, [&](const ParameterName&, const auto& p) {
       bytes.push_back(p.trained ? 1 : 0);
-      const auto* const value = reinterpret_cast<const char*>(p.value.data());
-      bytes.insert(bytes.end(), value, value + to_size(p.size()) * sizeof(p.value(0, 0)));
+      const std::span<const char> value = bytes_of(p.value);
+      bytes.insert(bytes.end(), value.begin(), value.end());
       change.sent.push_back({to, first++});
     });
   }

@@ -144,10 +144,7 @@ class ParameterState {
     return state;
   }
   /// The memory of what is remembered of a parameter.
-  std::span<char> bytes_of(Index parameter) {
-    Matrix<Scalar>& matrix = (*this)[parameter];
-    return {reinterpret_cast<char*>(matrix.data()), to_size(matrix.size()) * sizeof(Scalar)};
-  }
+  std::span<char> bytes_of(Index parameter) { return detail::bytes_of((*this)[parameter]); }
 
   /// Calls f(name, matrix) for every matrix, named "what.name of the parameter".
   template <class Module, class F>
