@@ -38,7 +38,10 @@ endif()
 if(MOE_SANITIZE)
   # float-cast-overflow is no part of "undefined", and finds a NaN on its way to become an index.
   set(sanitizers -fsanitize=address,undefined,float-cast-overflow)
+  # AddressSanitizer finds what null and object-size look for; there is nothing virtual for vptr. The
+  # three together are a quarter of the time of compiling.
   target_compile_options(moe_developer INTERFACE
-    ${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    ${sanitizers} -fno-sanitize=null,object-size,vptr
+    -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(moe_developer INTERFACE ${sanitizers})
 endif()

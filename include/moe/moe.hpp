@@ -61,3 +61,7 @@
 #include "moe/routing/switch_loss.hpp"
 #include "moe/routing/top_k_config.hpp"
 #include "moe/version.hpp"
+
+#ifdef MOE_EXTERN_TEMPLATES
+#include "moe/instantiations.hpp"
+#endif

@@ -48,7 +48,7 @@ TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile
 TEMPLATE_TEST_CASE("gemm: parts of C, scattered rows and an epilogue on any number of workers",
                    "[kernels][gemm]", float, double) {
   using S = TestType;
-  constexpr Index rows = 130;
+  constexpr Index rows = 146;
   constexpr Index depth = 70;
   constexpr Index first = 2 * panel_columns<S>;
   constexpr Index columns = first + panel_columns<S> + 3;

@@ -1,0 +1,2 @@
+#define MOE_INSTANTIATE
+#include <moe/instantiations.hpp>

@@ -1,0 +1,63 @@
+#pragma once
+
+/// \file
+/// What programs use most, in float and double. With MOE_EXTERN_TEMPLATES, moe.hpp includes this file
+/// and the compiler leaves these out, trusting that some file was compiled with MOE_INSTANTIATE and the
+/// same flags. CMake's moe::compiled is such a library, and defines MOE_EXTERN_TEMPLATES for who links it.
+
+#include "moe/experts/expert.hpp"
+#include "moe/experts/feed_forward.hpp"
+#include "moe/gates/balanced_gate.hpp"
+#include "moe/gates/expert_choice_gate.hpp"
+#include "moe/gates/hierarchical_gate.hpp"
+#include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/gates/shared_expert_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
+#include "moe/kernels/gemm.hpp"
+#include "moe/layer/moe_layer.hpp"
+#include "moe/nn/linear.hpp"
+#include "moe/nn/lstm.hpp"
+#include "moe/nn/softmax_cross_entropy.hpp"
+#include "moe/optim/adam.hpp"
+#include "moe/optim/sgd.hpp"
+
+#ifdef MOE_INSTANTIATE
+#define MOE_EXTERN
+#else
+#define MOE_EXTERN extern
+#endif
+
+// A function that is not inline is neither instantiated nor compiled where it is extern. The members of
+// a class are inline: they are instantiated all the same, so that they can be inlined, and are compiled
+// no further.
+#define MOE_INSTANTIATIONS(Scalar)                                                                 \
+  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNN<Scalar>&);                     \
+  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNT<Scalar>&);                     \
+  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmTN<Scalar>&);                     \
+  MOE_EXTERN template void detail::gemm<Scalar>(const GemmNN<Scalar>&);                            \
+  MOE_EXTERN template void detail::gemm<Scalar>(const GemmNT<Scalar>&);                            \
+  MOE_EXTERN template void detail::gemm<Scalar>(const GemmTN<Scalar>&);                            \
+  MOE_EXTERN template class NoisyTopKGate<Scalar>;                                                 \
+  MOE_EXTERN template class TopKGate<Scalar>;                                                      \
+  MOE_EXTERN template class HierarchicalGate<Scalar>;                                              \
+  MOE_EXTERN template class BalancedGate<Scalar>;                                                  \
+  MOE_EXTERN template class ExpertChoiceGate<Scalar>;                                              \
+  MOE_EXTERN template class SharedExpertGate<NoisyTopKGate<Scalar>>;                               \
+  MOE_EXTERN template class FeedForward<Scalar>;                                                   \
+  MOE_EXTERN template class Expert<FeedForward, Scalar>;                                           \
+  MOE_EXTERN template class detail::ExpertPass<Expert<FeedForward, Scalar>>;                       \
+  MOE_EXTERN template class MoELayer<Expert<FeedForward, Scalar>, NoisyTopKGate<Scalar>>;          \
+  MOE_EXTERN template class MoELayer<Expert<FeedForward, Scalar>, TopKGate<Scalar>>;               \
+  MOE_EXTERN template class Linear<Scalar>;                                                        \
+  MOE_EXTERN template class LSTM<Scalar>;                                                          \
+  MOE_EXTERN template class SoftmaxCrossEntropy<Scalar>;                                           \
+  MOE_EXTERN template class SGD<Scalar>;                                                           \
+  MOE_EXTERN template class Adam<Scalar>;
+
+namespace moe {
+MOE_INSTANTIATIONS(float)
+MOE_INSTANTIATIONS(double)
+}  // namespace moe
+
+#undef MOE_INSTANTIATIONS
+#undef MOE_EXTERN
