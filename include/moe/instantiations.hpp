@@ -30,28 +30,28 @@
 // A function that is not inline is neither instantiated nor compiled where it is extern. The members of
 // a class are inline: they are instantiated all the same, so that they can be inlined, and are compiled
 // no further.
-#define MOE_INSTANTIATIONS(Scalar)                                                                 \
-  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNN<Scalar>&);                     \
-  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNT<Scalar>&);                     \
-  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmTN<Scalar>&);                     \
-  MOE_EXTERN template void detail::gemm<Scalar>(const GemmNN<Scalar>&);                            \
-  MOE_EXTERN template void detail::gemm<Scalar>(const GemmNT<Scalar>&);                            \
-  MOE_EXTERN template void detail::gemm<Scalar>(const GemmTN<Scalar>&);                            \
-  MOE_EXTERN template class NoisyTopKGate<Scalar>;                                                 \
-  MOE_EXTERN template class TopKGate<Scalar>;                                                      \
-  MOE_EXTERN template class HierarchicalGate<Scalar>;                                              \
-  MOE_EXTERN template class BalancedGate<Scalar>;                                                  \
-  MOE_EXTERN template class ExpertChoiceGate<Scalar>;                                              \
-  MOE_EXTERN template class SharedExpertGate<NoisyTopKGate<Scalar>>;                               \
-  MOE_EXTERN template class FeedForward<Scalar>;                                                   \
-  MOE_EXTERN template class Expert<FeedForward, Scalar>;                                           \
-  MOE_EXTERN template class detail::ExpertPass<Expert<FeedForward, Scalar>>;                       \
-  MOE_EXTERN template class MoELayer<Expert<FeedForward, Scalar>, NoisyTopKGate<Scalar>>;          \
-  MOE_EXTERN template class MoELayer<Expert<FeedForward, Scalar>, TopKGate<Scalar>>;               \
-  MOE_EXTERN template class Linear<Scalar>;                                                        \
-  MOE_EXTERN template class LSTM<Scalar>;                                                          \
-  MOE_EXTERN template class SoftmaxCrossEntropy<Scalar>;                                           \
-  MOE_EXTERN template class SGD<Scalar>;                                                           \
+#define MOE_INSTANTIATIONS(Scalar)                                                        \
+  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNN<Scalar>&);            \
+  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNT<Scalar>&);            \
+  MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmTN<Scalar>&);            \
+  MOE_EXTERN template void detail::gemm<Scalar>(const GemmNN<Scalar>&);                   \
+  MOE_EXTERN template void detail::gemm<Scalar>(const GemmNT<Scalar>&);                   \
+  MOE_EXTERN template void detail::gemm<Scalar>(const GemmTN<Scalar>&);                   \
+  MOE_EXTERN template class NoisyTopKGate<Scalar>;                                        \
+  MOE_EXTERN template class TopKGate<Scalar>;                                             \
+  MOE_EXTERN template class HierarchicalGate<Scalar>;                                     \
+  MOE_EXTERN template class BalancedGate<Scalar>;                                         \
+  MOE_EXTERN template class ExpertChoiceGate<Scalar>;                                     \
+  MOE_EXTERN template class SharedExpertGate<NoisyTopKGate<Scalar>>;                      \
+  MOE_EXTERN template class FeedForward<Scalar>;                                          \
+  MOE_EXTERN template class Expert<FeedForward, Scalar>;                                  \
+  MOE_EXTERN template class detail::ExpertPass<Expert<FeedForward, Scalar>>;              \
+  MOE_EXTERN template class MoELayer<Expert<FeedForward, Scalar>, NoisyTopKGate<Scalar>>; \
+  MOE_EXTERN template class MoELayer<Expert<FeedForward, Scalar>, TopKGate<Scalar>>;      \
+  MOE_EXTERN template class Linear<Scalar>;                                               \
+  MOE_EXTERN template class LSTM<Scalar>;                                                 \
+  MOE_EXTERN template class SoftmaxCrossEntropy<Scalar>;                                  \
+  MOE_EXTERN template class SGD<Scalar>;                                                  \
   MOE_EXTERN template class Adam<Scalar>;
 
 namespace moe {
