@@ -65,12 +65,7 @@ void run(benchmark::State& state, bool backward) {
                                     : bench::forward_work<float>(shape, experts);
   // A few matrices are there beside the tape.
   const double needed = bench::step_work<float>(shape, experts).resident * 1.2;
-  if (bench::free_memory() > 0 && bench::free_memory() < needed) {
-    const std::string error =
-        "needs " + std::to_string(std::llround(needed / 1e9)) + " GB of free memory";
-    state.SkipWithError(error.c_str());
-    return;
-  }
+  if (bench::lacks_memory(state, needed)) return;
   bench::read_bandwidth(1);
   Work few(8, backward);
   Work many(experts, backward);

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <string>
 #include <vector>
 
+#include "machine.hpp"
 #include "roofline.hpp"
 
 /// \file
@@ -67,6 +69,16 @@ void report(benchmark::State& state, double seconds, const Work& work, Index thr
   for ([[maybe_unused]] auto _ : state) state.SetIterationTime(seconds);
   state.counters["GFLOPs"] = work.operations / seconds * 1e-9;
   state.counters["roofline_fraction"] = roofline_seconds<Scalar>(work, threads) / seconds;
+}
+
+/// Whether less memory is free than the `needed` bytes, if the system says; then the row is skipped.
+inline bool lacks_memory(benchmark::State& state, double needed) {
+  const double free = free_memory();
+  if (free <= 0 || free >= needed) return false;
+  const std::string error =
+      "needs " + std::to_string(std::llround(needed / 1e9)) + " GB of free memory";
+  state.SkipWithError(error.c_str());
+  return true;
 }
 
 /// The settings of every row. The measuring is done by best_seconds(), once.

@@ -195,12 +195,7 @@ void run(benchmark::State& state, bool training) {
   const double needed = 8 * parameters + 32.0 * static_cast<double>(tokens * shape.experts) + 5e8;
   if (!made().is<Gate>(experts)) {
     made().clear();
-    if (bench::free_memory() > 0 && bench::free_memory() < needed) {
-      const std::string error =
-          "needs " + std::to_string(std::llround(needed / 1e9)) + " GB of free memory";
-      state.SkipWithError(error.c_str());
-      return;
-    }
+    if (bench::lacks_memory(state, needed)) return;
   }
   bench::read_bandwidth(1);
   Trained<Hierarchical>& few = reference();

@@ -177,26 +177,18 @@ class OnednnProducts {
       constexpr Kind forward_relu{.bias = true, .relu = true, .b_is_weight = true};
       constexpr Kind input{.b_transposed = true, .b_is_weight = true};
       constexpr Kind weight{.a_transposed = true};
-      switch (which) {
-        case 0:
-          product.emplace(engine_, rows, h_, d_, forward_relu);
-          break;
-        case 1:
-          product.emplace(engine_, rows, d_, h_, forward);
-          break;
-        case 2:
-          product.emplace(engine_, rows, h_, d_, input);
-          break;
-        case 3:
-          product.emplace(engine_, rows, d_, h_, input);
-          break;
-        case 4:
-          product.emplace(engine_, h_, d_, rows, weight);
-          break;
-        default:
-          product.emplace(engine_, d_, h_, rows, weight);
-          break;
-      }
+      struct Form {
+        Index m, n, k;
+        Kind kind;
+      };
+      const std::array<Form, 6> forms{{{rows, h_, d_, forward_relu},
+                                       {rows, d_, h_, forward},
+                                       {rows, h_, d_, input},
+                                       {rows, d_, h_, input},
+                                       {h_, d_, rows, weight},
+                                       {d_, h_, rows, weight}}};
+      const Form& form = forms[which];
+      product.emplace(engine_, form.m, form.n, form.k, form.kind);
     }
     const double start = seconds_now();
     product->run(way_[which], stream_, a, b, bias, c);

@@ -91,16 +91,7 @@ class AdaptiveSoftmax {
 
   /// The mean over tokens of -log p(target) in nats; x T x D, targets in [0, vocabulary).
   double forward(const Matrix& x, std::span<const Index> targets, Tape& tape) const {
-    assign(targets, tape);
-    double loss = cross_entropy_.forward(head_.forward(x, tape.head), tape.targets, tape.loss);
-    for (std::size_t i = 0; i < tails_.size(); ++i) {
-      TailTape& t = tape.tails[i];
-      gather(x, t);
-      const Matrix& logits =
-          tails_[i].words.forward(tails_[i].projection.forward(t.x, t.projection), t.words);
-      loss += share(t, tape) * cross_entropy_.forward(logits, t.targets, t.loss);
-    }
-    return loss;
+    return run<true>(x, targets, tape);
   }
 
   /// Adds to the gradients and returns dx, those of `factor` times the loss. The tape is that of
@@ -123,15 +114,7 @@ class AdaptiveSoftmax {
 
   /// forward()'s loss without what backward needs.
   double evaluate(const Matrix& x, std::span<const Index> targets, Tape& tape) const {
-    assign(targets, tape);
-    double loss = cross_entropy_.evaluate(head_.evaluate(x, tape.head), tape.targets, tape.loss);
-    for (std::size_t i = 0; i < tails_.size(); ++i) {
-      TailTape& t = tape.tails[i];
-      gather(x, t);
-      loss += share(t, tape) *
-              cross_entropy_.evaluate(tail_logits(tails_[i], t.x, t), t.targets, t.loss);
-    }
-    return loss;
+    return run<false>(x, targets, tape);
   }
 
   /// The logarithm of the probability of every word, T x vocabulary; costs a full softmax.
@@ -142,7 +125,7 @@ class AdaptiveSoftmax {
     Matrix result(x.rows(), vocabulary_);
     result.leftCols(words) = head.leftCols(words);
     for (std::size_t i = 0; i < tails_.size(); ++i) {
-      const Matrix tail = log_softmax(tail_logits(tails_[i], x, tape));
+      const Matrix tail = log_softmax(tail_logits<false>(tails_[i], x, tape));
       result.middleCols(starts_[i + 1], tail.cols()) =
           tail.colwise() + head.col(words + static_cast<Index>(i));
     }
@@ -229,8 +212,33 @@ class AdaptiveSoftmax {
     return static_cast<double>(tail.rows.size()) / static_cast<double>(tape.targets.size());
   }
 
+  // Forward passes, or evaluations where `trains` is false.
+
+  template <bool trains>
+  double run(const Matrix& x, std::span<const Index> targets, Tape& tape) const {
+    assign(targets, tape);
+    double loss = loss_of<trains>(pass<trains>(head_, x, tape.head), tape.targets, tape.loss);
+    for (std::size_t i = 0; i < tails_.size(); ++i) {
+      TailTape& t = tape.tails[i];
+      gather(x, t);
+      loss += share(t, tape) *
+              loss_of<trains>(tail_logits<trains>(tails_[i], t.x, t), t.targets, t.loss);
+    }
+    return loss;
+  }
+  template <bool trains>
   static const Matrix& tail_logits(const Tail& tail, const Matrix& x, TailTape& tape) {
-    return tail.words.evaluate(tail.projection.evaluate(x, tape.projection), tape.words);
+    return pass<trains>(tail.words, pass<trains>(tail.projection, x, tape.projection), tape.words);
+  }
+  template <bool trains>
+  static const Matrix& pass(const Linear& linear, const Matrix& x, typename Linear::Tape& tape) {
+    return trains ? linear.forward(x, tape) : linear.evaluate(x, tape);
+  }
+  template <bool trains>
+  double loss_of(const Matrix& logits, std::span<const Index> targets,
+                 typename CrossEntropy::Tape& tape) const {
+    return trains ? cross_entropy_.forward(logits, targets, tape)
+                  : cross_entropy_.evaluate(logits, targets, tape);
   }
 
   static Matrix log_softmax(const Matrix& logits) {

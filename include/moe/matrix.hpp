@@ -111,14 +111,46 @@ ConstMatrixView<Scalar> columns_of(ConstMatrixView<Scalar> matrix, Index first, 
   return {matrix.data() + first, matrix.rows(), count, Eigen::OuterStride<>(matrix.outerStride())};
 }
 
+namespace detail {
+
+/// What is the same for rows to be read and rows to be written, `Rows` of entries that are const or not.
+template <class Rows, class Entry>
+class ListedRows {
+ public:
+  Index count() const { return count_; }
+  Index width() const { return width_; }
+  Entry* row(Index i) const { return data_ + (list_ ? list_[i] : i) * stride_; }
+
+  Rows slice(Index first, Index count) const {
+    return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,
+            list_ ? list_ + first : nullptr};
+  }
+  Rows columns(Index first, Index count) const {
+    return {data_ + first, stride_, count_, count, list_};
+  }
+
+ protected:
+  ListedRows(Entry* data, Index stride, Index count, Index width, const Index* list)
+      : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
+
+  Entry* data_;
+  Index stride_;
+  Index count_;
+  Index width_;
+  const Index* list_;
+};
+
+}  // namespace detail
+
 /// Chosen rows of a matrix in the order of a list, which may name a row twice; without a list, all
-/// rows in their own order. A view: neither the matrix nor the list is copied.
+/// rows in their own order. A view: neither the matrix nor the list is copied. Has count(), width(),
+/// row(i), slice(first, count) of the rows and columns(first, count).
 template <class Scalar>
-class GatheredRows {
+class GatheredRows : public detail::ListedRows<GatheredRows<Scalar>, const Scalar> {
  public:
   GatheredRows(const Scalar* data, Index stride, Index count, Index width,
                const Index* list = nullptr)
-      : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
+      : detail::ListedRows<GatheredRows, const Scalar>(data, stride, count, width, list) {}
 
   template <class Derived>
   GatheredRows(const Eigen::MatrixBase<Derived>& matrix)  // NOLINT(google-explicit-constructor)
@@ -133,59 +165,22 @@ class GatheredRows {
                      list) {
     static_assert(Derived::IsRowMajor && Derived::InnerStrideAtCompileTime == 1);
   }
-
-  Index count() const { return count_; }
-  Index width() const { return width_; }
-  const Scalar* row(Index i) const { return data_ + (list_ ? list_[i] : i) * stride_; }
-
-  GatheredRows slice(Index first, Index count) const {
-    return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,
-            list_ ? list_ + first : nullptr};
-  }
-  GatheredRows columns(Index first, Index count) const {
-    return {data_ + first, stride_, count_, count, list_};
-  }
-
- private:
-  const Scalar* data_;
-  Index stride_;
-  Index count_;
-  Index width_;
-  const Index* list_;
 };
 
 /// The same to be written: rows of a matrix in the order of a list, which names no row twice.
 template <class Scalar>
-class ScatteredRows {
+class ScatteredRows : public detail::ListedRows<ScatteredRows<Scalar>, Scalar> {
  public:
   ScatteredRows(Scalar* data, Index stride, Index count, Index width, const Index* list = nullptr)
-      : data_(data), stride_(stride), count_(count), width_(width), list_(list) {}
+      : detail::ListedRows<ScatteredRows, Scalar>(data, stride, count, width, list) {}
 
   ScatteredRows(Matrix<Scalar>& matrix)  // NOLINT(google-explicit-constructor)
       : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
   ScatteredRows(MatrixView<Scalar> matrix)  // NOLINT(google-explicit-constructor)
       : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
 
-  Index count() const { return count_; }
-  Index width() const { return width_; }
-  Scalar* row(Index i) const { return data_ + (list_ ? list_[i] : i) * stride_; }
   /// How far apart neighbouring rows are, or 0 where a list says it.
-  Index step() const { return list_ ? 0 : stride_; }
-
-  ScatteredRows slice(Index first, Index count) const {
-    return {list_ ? data_ : data_ + first * stride_, stride_, count, width_,
-            list_ ? list_ + first : nullptr};
-  }
-  ScatteredRows columns(Index first, Index count) const {
-    return {data_ + first, stride_, count_, count, list_};
-  }
-
- private:
-  Scalar* data_;
-  Index stride_;
-  Index count_;
-  Index width_;
-  const Index* list_;
+  Index step() const { return this->list_ ? 0 : this->stride_; }
 };
 
 namespace detail {

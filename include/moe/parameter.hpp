@@ -188,6 +188,16 @@ struct AnyVisitor {
   void operator()(std::string_view, Member&) const {}
 };
 
+// The types that parts of users must have, one by one, for messages about what a class lacks.
+// clang-format off
+template <class T>
+concept HasScalar = requires { typename T::Scalar; };
+template <class T>
+concept HasConfig = requires { typename T::Config; };
+template <class T>
+concept HasTape = requires { typename T::Tape; };
+// clang-format on
+
 template <class T>
 inline constexpr bool is_parameter = false;
 template <class Scalar>

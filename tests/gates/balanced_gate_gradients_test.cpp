@@ -1,15 +1,9 @@
-#include "moe/gates/balanced_gate.hpp"
-#include "token_choice_checks.hpp"
+#include "balanced.hpp"
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
 
 namespace {
-
-Index taken(const BalancedGate<double>::Config& config, Index tokens) {
-  return std::max<Index>(tokens == 0 ? 0 : 1, config.top_k * tokens / config.experts);
-}
 
 /// [S17 eq. 15-20] a scalar at a time.
 struct Naive {

@@ -2,19 +2,10 @@
 
 #include <set>
 
-#include "token_choice_checks.hpp"
+#include "balanced.hpp"
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
-
-namespace {
-
-Index taken(const BalancedGate<double>::Config& config, Index tokens) {
-  return std::max<Index>(tokens == 0 ? 0 : 1, config.top_k * tokens / config.experts);
-}
-
-}  // namespace
 
 TEST_CASE("balanced gate: every expert gets exactly m tokens for any shape", "[routing][gate]") {
   for (std::uint64_t seed = 0; seed < 40; ++seed) {
@@ -200,29 +191,21 @@ TEST_CASE("balanced gate: shapes at the ends", "[routing][gate]") {
 TEMPLATE_TEST_CASE("balanced gate: a token with NaN or infinity comes last and shows",
                    "[routing][gate]", float, double) {
   using S = TestType;
-  for (const S bad : {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(),
-                      -std::numeric_limits<S>::infinity()}) {
+  for_each_spoilt_batch<S>([](const Matrix<S>& x, Index spoilt) {
     for (const Index top_k : {1, 4}) {
       BalancedGate<S> gate({.width = 3, .experts = 4, .top_k = top_k}, 1);
-      Matrix<S> x = random_matrix<S>(8, 3, 2);
-      x(2, 1) = bad;
       typename BalancedGate<S>::Tape tape;
-      const Routing<S>& routing = gate.forward(x, tape, {.step = 0});
-      test::check_routing(routing, 8, 4);
-      test::for_each_slot(routing, [&](Index t, Index, std::size_t s) {
-        CHECK(std::isnan(routing.weight[s]) == (t == 2));
-      });
-      CHECK(routing.token_offsets[3] - routing.token_offsets[2] == (top_k == 4 ? 4 : 0));
+      check_spoilt_token(gate.forward(x, tape, {.step = 0}), 4, spoilt, top_k == 4 ? 4 : 0);
       CHECK(std::isnan(tape.balance.loss));
 
       const Routing<S> served = gate.evaluate(x);
-      test::check_routing(served, 8, 4);
-      REQUIRE(served.token_offsets[3] - served.token_offsets[2] == 1);
-      const auto slot = detail::to_size(served.token_offsets[2]);
+      test::check_routing(served, x.rows(), 4);
+      REQUIRE(served.slots_of_token(spoilt).count == 1);
+      const auto slot = detail::to_size(served.token_offsets[spoilt]);
       CHECK(served.expert[slot] == 0);
       CHECK(std::isnan(served.weight[slot]));
     }
-  }
+  });
 }
 
 TEST_CASE("balanced gate: parameters have their names, shapes and start", "[routing][gate]") {
@@ -269,16 +252,9 @@ TEST_CASE("balanced gate: a bad configuration is refused with its field and numb
 }
 
 TEST_CASE("balanced gate: the tape of a gate of another shape is refused", "[routing][gate]") {
-  BalancedGate<double> gate({.width = 3, .experts = 5, .top_k = 2}, 1);
-  BalancedGate<double>::Tape tape;
-  const Matrix<double> x = random_matrix(10, 3, 2);
-  gate.forward(x, tape, {.step = 0});
-  const std::vector<double> dweight(20, 0.5);
-  const std::string foreign =
+  check_foreign_tape<BalancedGate<double>>(
+      {.width = 3, .experts = 5, .top_k = 2},
+      {{.width = 3, .experts = 4, .top_k = 2}, {.width = 3, .experts = 5, .top_k = 3}},
       "moe: BalancedGate::backward: the tape is another gate's, of 5 experts and 20 slots of 10 "
-      "tokens";
-  BalancedGate<double> few({.width = 3, .experts = 4, .top_k = 2}, 0);
-  CHECK_THROWS_WITH(test::gate_dx(few, x, dweight, tape), foreign);
-  BalancedGate<double> busy({.width = 3, .experts = 5, .top_k = 3}, 0);
-  CHECK_THROWS_WITH(test::gate_dx(busy, x, dweight, tape), foreign);
+      "tokens");
 }

@@ -4,7 +4,6 @@
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
 
 namespace {
 
@@ -203,20 +202,12 @@ TEST_CASE("expert choice gate: shapes at the ends", "[routing][gate]") {
 TEMPLATE_TEST_CASE("expert choice gate: a token with NaN or infinity comes last", "[routing][gate]",
                    float, double) {
   using S = TestType;
-  for (const S bad : {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(),
-                      -std::numeric_limits<S>::infinity()}) {
+  for_each_spoilt_batch<S>([](const Matrix<S>& x, Index spoilt) {
     for (const double factor : {1.0, 4.0}) {
       ExpertChoiceGate<S> gate({.width = 3, .experts = 4, .capacity_factor = factor}, 1);
-      Matrix<S> x = random_matrix<S>(8, 3, 2);
-      x(2, 1) = bad;
-      const Routing<S> routing = gate.evaluate(x);
-      test::check_routing(routing, 8, 4);
-      test::for_each_slot(routing, [&](Index t, Index, std::size_t s) {
-        CHECK(std::isnan(routing.weight[s]) == (t == 2));
-      });
-      CHECK(routing.token_offsets[3] - routing.token_offsets[2] == (factor == 4 ? 4 : 0));
+      check_spoilt_token(gate.evaluate(x), 4, spoilt, factor == 4 ? 4 : 0);
     }
-  }
+  });
 }
 
 TEST_CASE("expert choice gate: its parameter has its name, shape and start", "[routing][gate]") {
@@ -254,16 +245,9 @@ TEST_CASE("expert choice gate: a bad configuration is refused with its field and
 }
 
 TEST_CASE("expert choice gate: the tape of a gate of another shape is refused", "[routing][gate]") {
-  ExpertChoiceGate<double> gate({.width = 3, .experts = 5}, 1);
-  ExpertChoiceGate<double>::Tape tape;
-  const Matrix<double> x = random_matrix(10, 3, 2);
-  gate.forward(x, tape, {.step = 0});
-  const std::vector<double> dweight(20, 0.5);
-  const std::string foreign =
+  check_foreign_tape<ExpertChoiceGate<double>>(
+      {.width = 3, .experts = 5},
+      {{.width = 3, .experts = 4}, {.width = 3, .experts = 5, .capacity_factor = 3}},
       "moe: ExpertChoiceGate::backward: the tape is another gate's, of 5 experts and 20 slots of "
-      "10 tokens";
-  ExpertChoiceGate<double> few({.width = 3, .experts = 4}, 0);
-  CHECK_THROWS_WITH(test::gate_dx(few, x, dweight, tape), foreign);
-  ExpertChoiceGate<double> busy({.width = 3, .experts = 5, .capacity_factor = 3}, 0);
-  CHECK_THROWS_WITH(test::gate_dx(busy, x, dweight, tape), foreign);
+      "10 tokens");
 }

@@ -12,6 +12,8 @@
 
 namespace moe::test {
 
+using Indices = std::vector<Index>;
+
 template <class Module>
 auto& parameter(Module& gate, const std::string& wanted) {
   using Found = Parameter<typename Module::Scalar>;

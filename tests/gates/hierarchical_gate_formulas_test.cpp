@@ -5,7 +5,6 @@
 using namespace moe;
 using detail::to_size;
 using namespace moe::test;
-using Indices = std::vector<Index>;
 using Config = HierarchicalGate<double>::Config;
 
 namespace {

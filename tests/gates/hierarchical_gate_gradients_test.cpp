@@ -23,23 +23,9 @@ void check_gradients(const Config& config, Index tokens, double weights = 0.8, d
             << " groups of " << config.top_k << " top_k, loss weights " << config.importance_weight
             << " and " << config.load_weight << ", noise " << config.noise << ", weights times "
             << weights << ", x times " << inputs);
-  HierarchicalGate<double> gate(config, 77);
-  HierarchicalGate<double>::Tape tape;
-  const Pass key{.step = 3, .first_token = 5};
-  Matrix<double> x;
-  bool clear = false;
-  for (std::uint64_t seed = 1; !clear && seed < 400; ++seed) {
-    test::randomize(gate, seed, weights);
-    x = random_matrix(tokens, config.width, seed, inputs);
-    gate.forward(x, tape, key);
-    clear = choice_margin(gate, tape) > 2e-3;
-  }
-  REQUIRE(clear);
-  const Matrix<double> r = random_matrix(tokens, gate.experts(), 8);
-  const Matrix<double> dx = test::gate_dx(gate, x, dweight_of(tape.routing, r), tape);
-  const double steep = weights * inputs > 5 ? 0.02 : 1;
-  const auto loss = [&] { return loss_of(gate, x, r, key); };
-  test::check_scaled_gradients(gate, dx, x, loss, weights, inputs, steep);
+  check_gate_gradients<HierarchicalGate<double>>(
+      config, tokens, weights, inputs,
+      [](const auto& gate, const auto& tape) { return choice_margin(gate, tape); });
 }
 
 }  // namespace

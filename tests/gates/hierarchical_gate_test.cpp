@@ -2,9 +2,8 @@
 
 #include <set>
 
-#include "../naive_layer.hpp"
-#include "gates.hpp"
 #include "moe/optim/sgd.hpp"
+#include "token_choice_checks.hpp"
 
 using namespace moe;
 using detail::to_size;
@@ -263,22 +262,13 @@ TEST_CASE("hierarchical gate: a bad configuration is refused with its field and 
 }
 
 TEST_CASE("hierarchical gate: the tape of a gate of another shape is refused", "[routing][gate]") {
-  HierarchicalGate<double> gate(
-      {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 2, .top_k = 2}, 1);
-  HierarchicalGate<double>::Tape tape;
-  const Matrix<double> x = random_matrix(6, 3, 2);
-  gate.forward(x, tape, {.step = 0});
-  const std::vector<double> dweight(24, 0.5);
-  for (const Config& other :
-       {Config{.width = 3, .groups = 5, .group_experts = 3, .top_k_groups = 2, .top_k = 2},
-        Config{.width = 3, .groups = 3, .group_experts = 6, .top_k_groups = 2, .top_k = 2},
-        Config{.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 1, .top_k = 2},
-        Config{.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 1, .top_k = 4}}) {
-    HierarchicalGate<double> another(other, 0);
-    CHECK_THROWS_WITH(test::gate_dx(another, x, dweight, tape),
-                      "moe: HierarchicalGate::backward: the tape is another gate's, of 3 groups of "
-                      "5 experts");
-  }
+  check_foreign_tape<HierarchicalGate<double>>(
+      {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 2, .top_k = 2},
+      {{.width = 3, .groups = 5, .group_experts = 3, .top_k_groups = 2, .top_k = 2},
+       {.width = 3, .groups = 3, .group_experts = 6, .top_k_groups = 2, .top_k = 2},
+       {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 1, .top_k = 2},
+       {.width = 3, .groups = 3, .group_experts = 5, .top_k_groups = 1, .top_k = 4}},
+      "moe: HierarchicalGate::backward: the tape is another gate's, of 3 groups of 5 experts");
 }
 
 TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without tokens",

@@ -16,6 +16,7 @@
 #include "moe/gates/noisy_top_k_gate.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
+#include "top_k.hpp"
 
 /// \file
 /// The gates under one interface, for tests of what each of them must do.
@@ -23,7 +24,6 @@
 namespace moe::test {
 
 /// What is the same for most gates; a Law has besides
-///     name             the class in messages
 ///     config()
 ///     choices(tape)    what the gate chose, equal where a step of differences crossed no tie
 /// and, where the gate has noise, drawn_noise(gate, seed, x, pass), the numbers of Pass::noise that the
@@ -37,8 +37,9 @@ struct GateLaw {
   using LossWeights = typename detail::LossWeightsOf<Gate>::type;
   using Weight = double LossWeights::*;
 
+  static constexpr const char* name = Gate::name;  ///< the class in messages
   static constexpr std::uint64_t seed = 7;
-  static constexpr const char* loss_name = "";  ///< the class in messages of loss weights
+  static constexpr const char* loss_name = name;  ///< the class in messages of loss weights
   static constexpr std::array<std::pair<const char*, Weight>, 0> loss_weights{};
   static constexpr bool whole_batch = false;    ///< a token's choice depends on the other tokens
   static constexpr Index sequences = 1;         ///< of a batch whose loss by sequence is on
@@ -64,15 +65,18 @@ inline std::vector<Index> joined(std::vector<Index> a, const std::vector<Index>&
   return a;
 }
 
-template <class Scalar, bool noise = true>
-struct NoisyTopKLaw : GateLaw<NoisyTopKGate<Scalar>> {
-  using Base = GateLaw<NoisyTopKGate<Scalar>>;
-  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
-  static constexpr const char* name = "NoisyTopKGate";
-  static constexpr const char* loss_name = name;
+/// With the losses of importance and load.
+template <class Gate>
+struct BalanceLossLaw : GateLaw<Gate> {
+  using typename GateLaw<Gate>::LossWeights;
   static constexpr std::array loss_weights{std::pair{"importance", &LossWeights::importance},
                                            std::pair{"load", &LossWeights::load}};
-  static Config config() {
+};
+
+template <class Scalar, bool noise = true>
+struct NoisyTopKLaw : BalanceLossLaw<NoisyTopKGate<Scalar>> {
+  using Gate = NoisyTopKGate<Scalar>;
+  static typename Gate::Config config() {
     return {.width = 5,
             .experts = 7,
             .top_k = 2,
@@ -80,25 +84,22 @@ struct NoisyTopKLaw : GateLaw<NoisyTopKGate<Scalar>> {
             .importance_weight = 0.7,
             .load_weight = 1.3};
   }
-  static std::vector<Index> choices(const Tape& tape) { return as_vector(tape.best); }
+  static std::vector<Index> choices(const typename Gate::Tape& tape) {
+    return as_vector(tape.best);
+  }
   static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t, const Matrix<Scalar>& x,
                                          const Pass& pass) {
     if (!noise) return {};
-    Tape tape;
+    typename Gate::Tape tape;
     gate.forward(x, tape, pass);
     return {tape.noise.data(), tape.noise.data() + tape.noise.size()};
   }
 };
 
 template <class Scalar>
-struct HierarchicalLaw : GateLaw<HierarchicalGate<Scalar>> {
-  using Base = GateLaw<HierarchicalGate<Scalar>>;
-  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
-  static constexpr const char* name = "HierarchicalGate";
-  static constexpr const char* loss_name = name;
-  static constexpr std::array loss_weights{std::pair{"importance", &LossWeights::importance},
-                                           std::pair{"load", &LossWeights::load}};
-  static Config config() {
+struct HierarchicalLaw : BalanceLossLaw<HierarchicalGate<Scalar>> {
+  using Gate = HierarchicalGate<Scalar>;
+  static typename Gate::Config config() {
     return {.width = 5,
             .groups = 3,
             .group_experts = 4,
@@ -107,14 +108,14 @@ struct HierarchicalLaw : GateLaw<HierarchicalGate<Scalar>> {
             .importance_weight = 0.7,
             .load_weight = 1.3};
   }
-  static std::vector<Index> choices(const Tape& tape) {
+  static std::vector<Index> choices(const typename Gate::Tape& tape) {
     return joined(as_vector(tape.primary.best), as_vector(tape.secondary.best));
   }
   /// NaN for the groups that are not chosen, whose noise is not used.
   static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t, const Matrix<Scalar>& x,
                                          const Pass& pass) {
-    const Config& c = gate.config();
-    Tape tape;
+    const typename Gate::Config& c = gate.config();
+    typename Gate::Tape tape;
     gate.forward(x, tape, pass);
     Matrix<double> drawn = Matrix<double>::Constant(x.rows(), gate.noise_columns(), std::nan(""));
     drawn.leftCols(c.groups) = tape.primary.noise.template cast<double>();
@@ -131,14 +132,12 @@ struct HierarchicalLaw : GateLaw<HierarchicalGate<Scalar>> {
 /// What is the same for all configurations of TopKGate.
 template <class Scalar>
 struct TopKLaw : GateLaw<TopKGate<Scalar>> {
-  using Base = GateLaw<TopKGate<Scalar>>;
-  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
-  static constexpr const char* name = "TopKGate";
-  static constexpr const char* loss_name = name;
+  using Gate = TopKGate<Scalar>;
+  using typename GateLaw<Gate>::LossWeights;
   static constexpr std::array loss_weights{std::pair{"switch_loss", &LossWeights::switch_loss},
                                            std::pair{"sequence", &LossWeights::sequence},
                                            std::pair{"z", &LossWeights::z}};
-  static std::vector<Index> choices(const Tape& tape) {
+  static std::vector<Index> choices(const typename Gate::Tape& tape) {
     return joined(as_vector(tape.choices.expert), as_vector(tape.choices.keeps));
   }
   static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t seed,
@@ -177,22 +176,15 @@ struct SigmoidLaw : TopKLaw<Scalar> {
   static constexpr bool whole_batch = true;
   static constexpr bool infinity_shows = false;
   static TopKConfig config() {
-    return {.width = 5,
-            .experts = 12,
-            .top_k = 3,
-            .score = Score::sigmoid,
-            .renormalise = true,
-            .scale = 2.5,
-            .groups = 4,
-            .top_k_groups = 2,
-            .group_score = GroupScore::two_best,
-            .selection_bias = true,
-            .capacity_factor = 0.9,
-            .evaluation_capacity_factor = 0.7,
-            .place_order = PlaceOrder::first_choices,
-            .switch_loss_weight = 0.7,
-            .switch_count = SwitchCount::per_token,
-            .z_loss_weight = 0.2};
+    TopKConfig config = in_groups(Score::sigmoid);
+    config.top_k = 3;
+    config.capacity_factor = 0.9;
+    config.evaluation_capacity_factor = 0.7;
+    config.place_order = PlaceOrder::first_choices;
+    config.switch_loss_weight = 0.7;
+    config.switch_count = SwitchCount::per_token;
+    config.z_loss_weight = 0.2;
+    return config;
   }
 };
 template <class Scalar>
@@ -229,19 +221,19 @@ struct JitterLaw : TopKLaw<Scalar> {
 
 template <class Scalar>
 struct BalancedLaw : GateLaw<BalancedGate<Scalar>> {
-  using Base = GateLaw<BalancedGate<Scalar>>;
-  using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::LossWeights;
-  static constexpr const char* name = "BalancedGate";
-  static constexpr const char* loss_name = name;
+  using Gate = BalancedGate<Scalar>;
+  using typename GateLaw<Gate>::LossWeights;
   static constexpr std::array loss_weights{std::pair{"threshold", &LossWeights::threshold}};
   static constexpr bool whole_batch = true;
-  static Config config() { return {.width = 5, .experts = 4, .top_k = 2, .threshold_weight = 0.3}; }
+  static typename Gate::Config config() {
+    return {.width = 5, .experts = 4, .top_k = 2, .threshold_weight = 0.3};
+  }
   /// Thresholds of the size of p, so that the two masks agree in some places only.
   static void prepare(Gate& gate) {
     Matrix<Scalar>& threshold = parameter(gate, "threshold").value;
     threshold = (threshold.array() * Scalar(0.4) + Scalar{1}).abs().matrix() / Scalar{4};
   }
-  static std::vector<Index> choices(const Tape& tape) {
+  static std::vector<Index> choices(const typename Gate::Tape& tape) {
     std::vector<Index> all =
         joined(as_vector(tape.routing.token_offsets), as_vector(tape.routing.expert));
     for (Index i = 0; i < tape.difference.size(); ++i) {
@@ -253,12 +245,12 @@ struct BalancedLaw : GateLaw<BalancedGate<Scalar>> {
 
 template <class Scalar>
 struct ExpertChoiceLaw : GateLaw<ExpertChoiceGate<Scalar>> {
-  using Base = GateLaw<ExpertChoiceGate<Scalar>>;
-  using typename Base::Config, typename Base::Tape, typename Base::Gate;
-  static constexpr const char* name = "ExpertChoiceGate";
+  using Gate = ExpertChoiceGate<Scalar>;
   static constexpr bool whole_batch = true;
-  static Config config() { return {.width = 5, .experts = 6, .capacity_factor = 1.5}; }
-  static std::vector<Index> choices(const Tape& tape) {
+  static typename Gate::Config config() {
+    return {.width = 5, .experts = 6, .capacity_factor = 1.5};
+  }
+  static std::vector<Index> choices(const typename Gate::Tape& tape) {
     return joined(as_vector(tape.routing.token_offsets), as_vector(tape.routing.expert));
   }
 };
@@ -268,7 +260,6 @@ template <class Routed, bool gated>
 struct SharedExpertLaw : GateLaw<SharedExpertGate<typename Routed::Gate>> {
   using Base = GateLaw<SharedExpertGate<typename Routed::Gate>>;
   using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::Scalar;
-  static constexpr const char* name = "SharedExpertGate";
   static constexpr const char* loss_name = Routed::name;
   static constexpr auto loss_weights = Routed::loss_weights;
   static constexpr bool whole_batch = Routed::whole_batch;

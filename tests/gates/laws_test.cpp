@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <limits>
+#include <string_view>
 
 #include "../allocation.hpp"
 #include "law_runs.hpp"
@@ -11,6 +12,15 @@
 
 using namespace moe;
 using namespace moe::test;
+
+// The laws take the class in messages from the gates.
+using namespace std::string_view_literals;
+static_assert(NoisyTopKGate<>::name == "NoisyTopKGate"sv);
+static_assert(HierarchicalGate<>::name == "HierarchicalGate"sv);
+static_assert(TopKGate<>::name == "TopKGate"sv);
+static_assert(BalancedGate<>::name == "BalancedGate"sv);
+static_assert(ExpertChoiceGate<>::name == "ExpertChoiceGate"sv);
+static_assert(SharedExpertGate<TopKGate<>>::name == "SharedExpertGate"sv);
 
 TEMPLATE_LIST_TEST_CASE("gates: are gates", "[gate][laws]", test::GateLaws) {
   static_assert(Gate<typename TestType::Gate>);

@@ -2,12 +2,10 @@
 
 #include <set>
 
-#include "../naive_layer.hpp"
-#include "gates.hpp"
+#include "token_choice_checks.hpp"
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
 
 namespace {
 
@@ -17,25 +15,10 @@ void check_gradients(const NoisyTopKGate<double>::Config& config, Index tokens, 
   INFO("E " << config.experts << ", K " << config.top_k << ", loss weights "
             << config.importance_weight << " and " << config.load_weight << ", noise "
             << config.noise << ", weights times " << weights << ", x times " << inputs);
-  NoisyTopKGate<double> gate(config, 77);
-  NoisyTopKGate<double>::Tape tape;
-  const Pass key{.step = 3, .first_token = 5};
-  Matrix<double> x;
-  bool clear = false;
-  for (std::uint64_t seed = 1; !clear && seed < 200; ++seed) {
-    test::randomize(gate, seed, weights);
-    x = random_matrix(tokens, config.width, seed, inputs);
-    gate.forward(x, tape, key);
-    clear = test::choice_margin(config.noise ? tape.noisy : tape.clean, config.top_k) > 2e-3;
-  }
-  REQUIRE(clear);
-  const Matrix<double> r = random_matrix(tokens, config.experts, 8);
-  const Matrix<double> dx = test::gate_dx(gate, x, dweight_of(tape.routing, r), tape);
-
-  // e^h and Φ are steep where scores are large.
-  const double steep = weights * inputs > 5 ? 0.02 : 1;
-  const auto loss = [&] { return loss_of(gate, x, r, key); };
-  test::check_scaled_gradients(gate, dx, x, loss, weights, inputs, steep);
+  check_gate_gradients<NoisyTopKGate<double>>(
+      config, tokens, weights, inputs, [&](const auto&, const auto& tape) {
+        return test::choice_margin(config.noise ? tape.noisy : tape.clean, config.top_k);
+      });
 }
 
 }  // namespace

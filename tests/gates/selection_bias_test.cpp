@@ -8,17 +8,13 @@
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
-using Config = TopKConfig;
-template <class Scalar>
-using Tape = typename TopKGate<Scalar>::Tape;
 
 TEST_CASE("top-k gate: the bias moves the choice and no weight", "[routing][gate]") {
   for (const Score score : all_scores) {
     TopKGate<double> gate(
         {.width = 1, .experts = 3, .top_k = 1, .score = score, .selection_bias = true}, 0);
     parameter(gate, "weight").value << 1, 0.5, 0;
-    Tape<double> tape;
+    TopKTape<double> tape;
     const Matrix<double> one{{1}};
     CHECK(gate.forward(one, tape, {.step = 0}).expert == Indices{0});
     parameter(gate, "selection_bias").value << 0, 0, 2;
@@ -41,7 +37,7 @@ TEST_CASE("top-k gate: the bias follows the sign of the load error", "[routing][
   CHECK(parameter(gate, "selection_bias").value == Matrix<float>{{0, 0, 0.25f, 0.5f}});
   CHECK_THROWS_WITH(gate.update_selection_bias(Vector<float>(3)),
                     "moe: TopKGate::update_selection_bias: load has 3 entries for 4 experts");
-  Tape<float> tape;
+  TopKTape<float> tape;
   CHECK_THROWS_WITH(gate.update_selection_bias(tape),
                     "moe: TopKGate::update_selection_bias without a forward pass on this tape");
   TopKGate<float> without({.width = 2, .experts = 4, .top_k = 1}, 0);
@@ -60,7 +56,7 @@ TEST_CASE("top-k gate: the bias alone brings a collapsed gate into balance", "[r
   fill_normal(parameter(gate, "weight").value, 1.0f, 1);
   Matrix<float> x = random_matrix<float>(800, 4, 2);
   x.col(0).array() += 2;
-  Tape<float> tape;
+  TopKTape<float> tape;
   gate.forward(x, tape, {.step = 0});
   const float before = tape.balance.max_over_mean_load();
   CHECK(before > 2);
@@ -82,7 +78,7 @@ TEST_CASE("top-k gate: no optimizer moves the bias", "[routing][gate]") {
     Adam<double> adam({.weight_decay = 0.1, .updates = updates});
     SGD<double> sgd({.momentum = 0.9, .weight_decay = 0.1, .updates = updates});
     SGD<double> plain({.weight_decay = 0.1, .updates = updates});
-    Tape<double> tape;
+    TopKTape<double> tape;
     for (std::uint64_t step = 0; step < 3; ++step) {
       zero_gradients(gate, updates);
       gate.forward(random_matrix(6, 5, step), tape, {.step = step});

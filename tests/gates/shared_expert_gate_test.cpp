@@ -6,7 +6,6 @@
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
 
 namespace {
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "../naive_layer.hpp"
@@ -107,6 +108,70 @@ void check_routing(const Routing<Scalar>& routing, Index tokens, Index experts) 
     }
   }
   REQUIRE(std::count(seen.begin(), seen.end(), 1) == routing.slots());
+}
+
+/// Calls f(x, t) for x of 8 tokens of which t has NaN or an infinity in it.
+template <class Scalar, class F>
+void for_each_spoilt_batch(F&& f) {
+  using Limits = std::numeric_limits<Scalar>;
+  constexpr Index spoilt = 2;
+  for (const Scalar bad : {Limits::quiet_NaN(), Limits::infinity(), -Limits::infinity()}) {
+    Matrix<Scalar> x = random_matrix<Scalar>(8, 3, 2);
+    x(spoilt, 1) = bad;
+    f(x, spoilt);
+  }
+}
+
+/// Of the routing of such a batch: token t has `slots` slots, and no other's weights are NaN.
+template <class Scalar>
+void check_spoilt_token(const Routing<Scalar>& routing, Index experts, Index spoilt, Index slots) {
+  check_routing(routing, 8, experts);
+  for_each_slot(routing, [&](Index t, Index, std::size_t s) {
+    CHECK(std::isnan(routing.weight[s]) == (t == spoilt));
+  });
+  CHECK(routing.slots_of_token(spoilt).count == slots);
+}
+
+/// What a gate of this configuration leaves on a tape, of 10 tokens, is refused by others in these words.
+template <class Gate>
+void check_foreign_tape(const typename Gate::Config& own,
+                        const std::vector<typename Gate::Config>& others,
+                        const std::string& message) {
+  using Scalar = typename Gate::Scalar;
+  const Matrix<Scalar> x = random_matrix<Scalar>(10, own.width, 2);
+  typename Gate::Tape tape;
+  Gate(own, 1).forward(x, tape, {.step = 0});
+  const std::vector<Scalar> dweight(tape.routing.weight.size(), Scalar(0.5));
+  for (const auto& config : others) {
+    Gate other(config, 0);
+    CHECK_THROWS_WITH(gate_dx(other, x, std::span<const Scalar>(dweight), tape), message);
+  }
+}
+
+/// Checks every weight of a gate of noisy scores, and x, at a point away from ties: there
+/// `margin(gate, tape)` is no longer small.
+template <class Gate, class Margin>
+void check_gate_gradients(const typename Gate::Config& config, Index tokens, double weights,
+                          double inputs, const Margin& margin) {
+  Gate gate(config, 77);
+  typename Gate::Tape tape;
+  const Pass key{.step = 3, .first_token = 5};
+  Matrix<double> x;
+  bool clear = false;
+  for (std::uint64_t seed = 1; !clear && seed < 400; ++seed) {
+    randomize(gate, seed, weights);
+    x = random_matrix(tokens, config.width, seed, inputs);
+    gate.forward(x, tape, key);
+    clear = margin(gate, tape) > 2e-3;
+  }
+  REQUIRE(clear);
+  const Matrix<double> r = random_matrix(tokens, gate.experts(), 8);
+  const Matrix<double> dx = gate_dx(gate, x, dweight_of(tape.routing, r), tape);
+
+  // e^h and Φ are steep where scores are large.
+  const double steep = weights * inputs > 5 ? 0.02 : 1;
+  const auto loss = [&] { return loss_of(gate, x, r, key); };
+  check_scaled_gradients(gate, dx, x, loss, weights, inputs, steep);
 }
 
 /// Gradients of a whole layer with this gate against differences, away from the gate's ties:

@@ -5,10 +5,6 @@
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
-using Config = TopKConfig;
-template <class Scalar>
-using Tape = typename TopKGate<Scalar>::Tape;
 
 TEMPLATE_TEST_CASE("top-k gate: a token with NaN or infinity spoils no other", "[routing][gate]",
                    float, double) {
@@ -17,13 +13,13 @@ TEMPLATE_TEST_CASE("top-k gate: a token with NaN or infinity spoils no other", "
   for (const Score score : all_scores) {
     for (const bool limited : {false, true}) {
       for (const S bad : {std::numeric_limits<S>::quiet_NaN(), infinity, -infinity}) {
-        Config config = everything(score);
+        TopKConfig config = everything(score);
         config.random_second = limited;
         config.capacity_factor = limited ? 1 : 0;
         TopKGate<S> gate(config, 1);
         Matrix<S> x = random_matrix<S>(6, 5, 2);
-        Tape<S> clean;
-        Tape<S> spoilt;
+        TopKTape<S> clean;
+        TopKTape<S> spoilt;
         gate.forward(x, clean, {.step = 0});
         x(2, 1) = bad;
         gate.forward(x, spoilt, {.step = 0});
@@ -65,7 +61,7 @@ TEMPLATE_TEST_CASE("top-k gate: extreme logits give finite weights and gradients
                        1);
       parameter(gate, "weight").value << -1, -2, -3, -4;
       parameter(gate, "selection_bias").value << 0, 0, 3 * size, 2 * size;
-      Tape<S> tape;
+      TopKTape<S> tape;
       gate.forward(Matrix<S>{{size}, {-size}}, tape, {.step = 0});
       for (const S w : tape.routing.weight) CHECK(std::isfinite(w));
       CHECK(std::isfinite(tape.balance.loss));
@@ -85,7 +81,7 @@ TEMPLATE_TEST_CASE("top-k gate: extreme shapes", "[routing][gate]", float, doubl
   for (const Score score : all_scores) {
     const auto run = [&](Index tokens, Index experts, Index top_k, Index groups) {
       INFO("T " << tokens << ", E " << experts << ", K " << top_k);
-      Config config = everything(score);
+      TopKConfig config = everything(score);
       config.experts = experts;
       config.top_k = top_k;
       config.random_second = top_k == 2;
@@ -93,7 +89,7 @@ TEMPLATE_TEST_CASE("top-k gate: extreme shapes", "[routing][gate]", float, doubl
       config.top_k_groups = (groups + 1) / 2;
       config.sequences = 1;
       TopKGate<S> gate(config, 1);
-      Tape<S> tape;
+      TopKTape<S> tape;
       gate.forward(random_matrix<S>(tokens, 5, 1), tape, {.step = 0});
       detail::check_routing(tape.routing);
       CHECK(tape.routing.tokens() == tokens);
@@ -114,7 +110,7 @@ TEMPLATE_TEST_CASE("top-k gate: extreme shapes", "[routing][gate]", float, doubl
   }
   // Fewer tokens than experts leave one place each, none of which is taken twice.
   TopKGate<S> gate({.width = 5, .experts = 40, .top_k = 2, .capacity_factor = 1}, 1);
-  Tape<S> tape;
+  TopKTape<S> tape;
   gate.forward(Matrix<S>::Ones(3, 5), tape, {.step = 0});
   CHECK(tape.routing.token_offsets == Indices{0, 2, 2, 2});
 }

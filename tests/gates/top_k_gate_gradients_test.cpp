@@ -5,15 +5,13 @@
 
 using namespace moe;
 using namespace moe::test;
-using Config = TopKConfig;
-template <class Scalar>
-using Tape = typename TopKGate<Scalar>::Tape;
 
 namespace {
 
 /// Checks W_g, the bias and x at a point where no step of the differences changes a choice or a
 /// drop. Returns how many choices were dropped.
-Index check_gradients(const Config& config, Index tokens, double weights = 0.8, double inputs = 1) {
+Index check_gradients(const TopKConfig& config, Index tokens, double weights = 0.8,
+                      double inputs = 1) {
   INFO("score " << static_cast<int>(config.score) << ", renormalise " << config.renormalise
                 << ", E " << config.experts << ", K " << config.top_k << ", groups "
                 << config.groups << "/" << config.top_k_groups << ", bias " << config.selection_bias
@@ -32,9 +30,9 @@ Index check_gradients(const Config& config, Index tokens, double weights = 0.8, 
     if (config.selection_bias) fill_normal(parameter(gate, "selection_bias").value, 0.1, seed);
     Matrix<double> x = random_matrix(tokens, config.width, seed, inputs);
     const Matrix<double> r = random_matrix(tokens, config.experts, 8);
-    Tape<double> tape;
+    TopKTape<double> tape;
     gate.forward(x, tape, key);
-    Tape<double> fresh;
+    TopKTape<double> fresh;
     bool same = true;
     const auto loss = [&] {
       const Routing<double>& routing = gate.forward(x, fresh, key);
@@ -166,7 +164,7 @@ TEST_CASE("top-k gate: with everything on inside a layer, gradients are derivati
   using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
   const test::Threads threads(1);
   for (const Score score : all_scores) {
-    Config gate = everything(score);
+    TopKConfig gate = everything(score);
     gate.width = 0;
     Layer layer({.width = 4,
                  .expert = {.hidden = 3, .activation = Activation::gelu},
@@ -206,7 +204,7 @@ TEST_CASE("top-k gate: with everything on inside a layer, gradients are derivati
 TEST_CASE("top-k gate: one active expert learns from its weight", "[routing][gate]") {
   for (const Score score : all_scores) {
     TopKGate<double> gate({.width = 3, .experts = 5, .top_k = 1, .score = score}, 1);
-    Tape<double> tape;
+    TopKTape<double> tape;
     gate.forward(random_matrix(6, 3, 2), tape, {.step = 0});
     test::gate_dx(gate, random_matrix(6, 3, 2), std::vector<double>(6, 2.5), tape);
     const double size = parameter(gate, "weight").gradient().cwiseAbs().maxCoeff();

@@ -6,8 +6,6 @@
 using namespace moe;
 using namespace moe::test;
 using Config = TopKConfig;
-template <class Scalar>
-using Tape = typename TopKGate<Scalar>::Tape;
 
 TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers",
           "[routing][gate]") {
@@ -78,7 +76,7 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
 TEST_CASE("top-k gate: the tape of a gate of another shape or with other losses is refused",
           "[routing][gate]") {
   TopKGate<double> gate(everything(), 1);
-  Tape<double> tape;
+  TopKTape<double> tape;
   const Matrix<double> x = random_matrix(6, 5, 2);
   gate.forward(x, tape, {.step = 0});
   const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
@@ -100,7 +98,7 @@ TEST_CASE("top-k gate: the tape of a gate of another shape or with other losses 
   Config plain = everything();
   plain.jitter = plain.switch_loss_weight = plain.sequence_loss_weight = 0;
   TopKGate<double> other(plain, 1);
-  Tape<double> others;
+  TopKTape<double> others;
   other.forward(random_matrix(6, 5, 2), others, {.step = 0});
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(others.routing.weight.size()), others),
                   std::invalid_argument);
@@ -109,7 +107,7 @@ TEST_CASE("top-k gate: the tape of a gate of another shape or with other losses 
 TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served without their loss",
           "[routing][gate]") {
   const TopKGate<double> gate(everything(), 1);
-  Tape<double> tape;
+  TopKTape<double> tape;
   CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
                     "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
   CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape));

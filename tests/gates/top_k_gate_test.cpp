@@ -9,16 +9,12 @@
 
 using namespace moe;
 using namespace moe::test;
-using Indices = std::vector<Index>;
-using Config = TopKConfig;
-template <class Scalar>
-using Tape = typename TopKGate<Scalar>::Tape;
 
 TEMPLATE_TEST_CASE(
     "top-k gate: the same bits on any number of threads, over more experts than a block",
     "[routing][gate]", float, double) {
   for (const Score score : all_scores) {
-    Config config = everything(score);
+    TopKConfig config = everything(score);
     config.experts = 1200;
     test::check_threads<TopKGate<TestType>>(config, 300);
   }
@@ -35,7 +31,7 @@ TEST_CASE("top-k gate: jitter and second choices replay by their key", "[routing
                            .random_second = true},
                           seed);
     fill_normal(parameter(gate, "weight").value, 0.8, 1);
-    Tape<double> tape;
+    TopKTape<double> tape;
     gate.forward(rows, tape, key);
     return tape;
   };
@@ -65,7 +61,7 @@ TEST_CASE("top-k gate: a second choice is kept as often as twice its weight", "[
   TopKGate<double> gate(
       {.width = 1, .experts = 3, .top_k = 2, .renormalise = true, .random_second = true}, 3);
   parameter(gate, "weight").value << std::log(4.0), 0, -9;  // weights 4/5 and 1/5
-  Tape<double> tape;
+  TopKTape<double> tape;
   gate.forward(Matrix<double>::Ones(20000, 1), tape, {.step = 0});
   Index kept = 0;
   for (Index t = 0; t < 20000; ++t) {
@@ -80,14 +76,14 @@ TEST_CASE("top-k gate: a second choice is kept as often as twice its weight", "[
 TEST_CASE("top-k gate: evaluation sees training without jitter, drops and capacity",
           "[routing][gate]") {
   TopKGate<double> gate(everything(), 1);
-  Config plain_config = everything();
+  TopKConfig plain_config = everything();
   plain_config.jitter = 0;
   plain_config.random_second = false;
   plain_config.capacity_factor = 0;
   TopKGate<double> plain(plain_config, 1);
   const Matrix<double> x = random_matrix(30, 5, 2);
-  Tape<double> served;
-  Tape<double> trained;
+  TopKTape<double> served;
+  TopKTape<double> trained;
   gate.evaluate(x, served);
   plain.forward(x, trained, {.step = 0});
   CHECK(served.routing.expert == trained.routing.expert);
@@ -106,7 +102,7 @@ TEST_CASE("top-k gate: evaluation sees training without jitter, drops and capaci
 
 TEST_CASE("top-k gate: load counts what was chosen, tokens what was kept", "[routing][gate]") {
   TopKGate<double> gate(everything(), 1);
-  Tape<double> tape;
+  TopKTape<double> tape;
   const Routing<double>& routing = gate.forward(random_matrix(60, 5, 2), tape, {.step = 0});
   CHECK(tape.balance.load.sum() == 120);
   Index kept = 0;
@@ -144,7 +140,7 @@ TEST_CASE("top-k gate: W_g starts with small deviates of the seed", "[routing][g
   CHECK(std::abs(w.mean()) < 0.002f);
   CHECK(std::abs(std::sqrt(w.squaredNorm() / 5000) - 0.02f) < 0.001f);
   CHECK_FALSE(same_bits(w, parameter(other, "weight").value));
-  Tape<float> tape;
+  TopKTape<float> tape;
   gate.forward(random_matrix<float>(4000, 100, 1), tape, {.step = 0});
   CHECK(tape.balance.unused_experts() == 0);
   CHECK(tape.balance.cv_load() < 0.4f);
@@ -154,7 +150,7 @@ TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen", "[ro
   for (std::uint64_t seed = 1; seed <= 40; ++seed) {
     const auto words = philox({1, 2, 3, 4}, seed);
     const Index groups = 1 + words[0] % 4;
-    Config config = everything(all_scores[seed % 3]);
+    TopKConfig config = everything(all_scores[seed % 3]);
     config.groups = groups;
     config.top_k_groups = 1 + words[1] % static_cast<std::uint32_t>(groups);
     config.experts = groups * (2 + words[2] % 5);
@@ -162,7 +158,7 @@ TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen", "[ro
     config.capacity_factor = seed % 2 == 0 ? 0.9 : 0;
     const Index tokens = 2 * (words[3] % 20);
     TopKGate<double> gate(config, seed);
-    Tape<double> tape;
+    TopKTape<double> tape;
     gate.forward(random_matrix(tokens, 5, seed), tape, {.step = 0});
     const Routing<double>& routing = tape.routing;
     Dispatch<double> dispatch;
@@ -208,8 +204,8 @@ TEMPLATE_TEST_CASE("top-k gate: takes no memory after its first call",
   for (const int threads : {1, 3}) {
     const test::Threads fixed(threads);
     TopKGate<S> gate(everything(), 1);
-    Tape<S> training;
-    Tape<S> serving;
+    TopKTape<S> training;
+    TopKTape<S> serving;
     const Matrix<S> x = random_matrix<S>(300, 5, 1);
     const Matrix<S> same = random_matrix<S>(1, 5, 1).replicate(300, 1);
     const std::vector<S> dweight(600, S{1});

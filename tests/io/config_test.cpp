@@ -49,15 +49,22 @@ struct Model {
   }
 };
 
+/// A file of a module whose names begin with `prefix`.
+template <class Module>
+SafetensorsFile written(const test::TemporaryFolder& folder, const Module& module,
+                        const std::string& prefix) {
+  SafetensorsWriter writer;
+  writer.add_module(module, prefix);
+  writer.write(folder.file("a"));
+  return SafetensorsFile(folder.file("a"));
+}
+
 }  // namespace
 
 TEST_CASE("safetensors config: a layer's is stored by the names of its fields", "[io]") {
   const test::TemporaryFolder folder;
   const Layer layer(small);
-  SafetensorsWriter writer;
-  writer.add_module(layer, "layer.");
-  writer.write(folder.file("a"));
-  const SafetensorsFile file(folder.file("a"));
+  const SafetensorsFile file = written(folder, layer, "layer.");
   const auto said = [&](const std::string& field) {
     return file.metadata("layer.config." + field);
   };
@@ -85,10 +92,7 @@ TEST_CASE("safetensors config: a layer is made from a file", "[io]") {
   config.gate.routed.renormalise_epsilon = 5e-324;
   config.gate.routed.capacity_factor = 1.7976931348623157e308;
   const Layer layer(config);
-  SafetensorsWriter writer;
-  writer.add_module(layer, "layer.");
-  writer.write(folder.file("a"));
-  const SafetensorsFile file(folder.file("a"));
+  const SafetensorsFile file = written(folder, layer, "layer.");
   const auto read = file.config<Layer>("layer.");
   std::vector<std::pair<std::string, std::int64_t>> fields;
   detail::for_each_field(layer.config(), [&](const std::string& name, const auto& field) {
@@ -156,10 +160,7 @@ TEST_CASE("safetensors config: another gate is one too", "[io]") {
 TEST_CASE("safetensors config: those of the parts of a model", "[io]") {
   const test::TemporaryFolder folder;
   const Model saved(small);
-  SafetensorsWriter writer;
-  writer.add_module(saved, "model.");
-  writer.write(folder.file("a"));
-  const SafetensorsFile file(folder.file("a"));
+  const SafetensorsFile file = written(folder, saved, "model.");
   CHECK(file.metadata("model.input.config.outputs") == "3");
   CHECK(file.metadata("model.layers.0.config.gate.routed.experts") == "4");
   CHECK(file.metadata().count("model.layers.1.config.width") == 1);

@@ -1,6 +1,7 @@
 #include "moe/kernels/activations.hpp"
 
-#include "../naive_layer.hpp"
+#include "../naive_activation.hpp"
+#include "../support.hpp"
 
 using namespace moe;
 using test::naive_activation;

@@ -1,114 +1,18 @@
+#include "change_experts.hpp"
+
 #include <cmath>
-#include <map>
 #include <set>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
-#include "../naive_layer.hpp"
 #include "moe/config_fields.hpp"
-#include "moe/gates/balanced_gate.hpp"
-#include "moe/gates/expert_choice_gate.hpp"
-#include "moe/gates/hierarchical_gate.hpp"
-#include "moe/gates/shared_expert_gate.hpp"
-#include "moe/gates/top_k_gate.hpp"
-#include "moe/layer/moe_layer.hpp"
 
 using namespace moe;
-using test::random_matrix;
-using test::same_bits;
-using Sources = std::vector<Index>;
+using namespace moe::test;
+using namespace moe::test::change;
 
 namespace {
-
-template <class Gate>
-using LayerOf = MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate>;
-using Noisy = NoisyTopKGate<double>;
-using TopK = TopKGate<double>;
-using Shared = SharedExpertGate<Noisy>;
-using Hierarchical = HierarchicalGate<double>;
-using Values = std::map<std::string, Matrix<double>>;
-
-constexpr Index width = 5;
-
-/// A gate's configuration for `experts` in units of Law::unit, after Law::shared that stay.
-template <class Gate_, Index unit_ = 1, Index shared_ = 0>
-struct Law {
-  using Gate = Gate_;
-  static constexpr Index unit = unit_;
-  static constexpr Index shared = shared_;
-};
-struct NoisyLaw : Law<Noisy> {
-  static Noisy::Config config(Index experts) { return {.experts = experts, .top_k = 2}; }
-};
-struct TopKLaw : Law<TopK> {
-  static TopK::Config config(Index experts) {
-    return {.experts = experts,
-            .top_k = 2,
-            .score = Score::sigmoid,
-            .selection_bias = true,
-            .jitter = 0.1};
-  }
-};
-struct BalancedLaw : Law<BalancedGate<double>> {
-  static Gate::Config config(Index experts) { return {.experts = experts, .top_k = 2}; }
-};
-struct ExpertChoiceLaw : Law<ExpertChoiceGate<double>> {
-  static Gate::Config config(Index experts) { return {.experts = experts, .capacity_factor = 2}; }
-};
-struct SharedLaw : Law<Shared, 1, 2> {
-  static Shared::Config config(Index experts) {
-    return {.shared = 2, .gated = true, .routed = {.experts = experts - 2, .top_k = 2}};
-  }
-};
-struct HierarchicalLaw : Law<Hierarchical, 3> {
-  static Hierarchical::Config config(Index experts) {
-    return {.groups = experts / 3, .group_experts = 3, .top_k_groups = 2, .top_k = 2};
-  }
-};
-struct SharedHierarchicalLaw : Law<SharedExpertGate<Hierarchical>, 3, 2> {
-  static Gate::Config config(Index experts) {
-    return {.shared = 2, .routed = HierarchicalLaw::config(experts - 2)};
-  }
-};
-using Laws = std::tuple<NoisyLaw, TopKLaw, BalancedLaw, ExpertChoiceLaw, SharedLaw, HierarchicalLaw,
-                        SharedHierarchicalLaw>;
-
-template <class Law>
-auto make_layer(Index units) {
-  LayerOf<typename Law::Gate> layer({.width = width,
-                                     .expert = {.hidden = 7},
-                                     .gate = Law::config(Law::shared + units * Law::unit),
-                                     .seed = 3});
-  test::randomize(layer, 4, 0.5);
-  return layer;
-}
-
-/// The experts of a unit.
-template <class Law>
-Sources experts_of(std::initializer_list<Index> units) {
-  Sources experts;
-  for (const Index u : units) {
-    for (Index i = 0; i < Law::unit; ++i) experts.push_back(Law::shared + u * Law::unit + i);
-  }
-  return experts;
-}
-
-template <class Layer>
-Values values_of(Layer& layer) {
-  Values values;
-  for_each_parameter(layer, [&](const std::string& name, auto& p) { values[name] = p.value; });
-  return values;
-}
-
-bool same_values(const Values& a, const Values& b) {
-  if (a.size() != b.size()) return false;
-  for (const auto& [name, value] : a) {
-    if (!b.contains(name) || !same_bits(value, b.at(name))) return false;
-  }
-  return true;
-}
 
 /// What a parameter's columns belong to: units and their sources, or nothing that changes.
 template <class Law>
@@ -221,67 +125,6 @@ TEMPLATE_LIST_TEST_CASE("experts come and go: what stays keeps its bits, whateve
                     {0, 1, 2, 3, 4, fresh_source, fresh_source});
   before = values_of(layer);
   check_change<Law>(before, layer, layer.remove_experts(experts_of<Law>({6, 0, 3})), {1, 2, 4, 5});
-}
-
-TEMPLATE_LIST_TEST_CASE("experts come and go: what cannot be changes nothing", "[layer][change]",
-                        Laws) {
-  using Law = TestType;
-  auto layer = make_layer<Law>(3);
-  const Values before = values_of(layer);
-  const Index all = layer.gate().experts();
-  CHECK_THROWS_WITH(layer.remove_experts({all}),
-                    Catch::Matchers::Contains("MoELayer::remove_experts: expert " +
-                                              std::to_string(all) + " of " + std::to_string(all)));
-  CHECK_THROWS_WITH(layer.remove_experts({2, 2}),
-                    Catch::Matchers::Contains("MoELayer::remove_experts: expert 2 is named twice"));
-  CHECK(test::is_refused([&] { layer.remove_experts({}); }));
-  CHECK(test::is_refused([&] { layer.remove_experts(experts_of<Law>({0, 1, 2})); }));
-  CHECK_THROWS_WITH(layer.copy_experts({-1}, {.seed = 1}),
-                    Catch::Matchers::Contains("MoELayer::copy_experts: expert -1 of "));
-  CHECK_THROWS_WITH(layer.copy_experts({0}, {.noise_stddev = -0.5, .seed = 1}),
-                    Catch::Matchers::Contains("noise_stddev = -0.5, must be"));
-  CHECK_THROWS_WITH(layer.add_experts(0, 1), Catch::Matchers::Contains("count = 0"));
-  if constexpr (requires { layer.config().gate.top_k; }) {  // a token needs two of them
-    if (!std::is_same_v<Law, HierarchicalLaw>) {
-      CHECK_THROWS_WITH(layer.remove_experts({0, 1}), Catch::Matchers::Contains("top_k = 2"));
-    }
-  }
-  CHECK(same_values(values_of(layer), before));
-  CHECK(layer.gate().experts() == all);
-  CHECK(layer.experts().size() == detail::to_size(all));
-}
-
-TEST_CASE("experts come and go: only in whole groups of a hierarchical gate", "[layer][change]") {
-  auto layer = make_layer<HierarchicalLaw>(3);
-  const Values before = values_of(layer);
-  const auto whole = Catch::Matchers::Contains("only whole groups");
-  CHECK_THROWS_WITH(layer.add_experts(2, 1), whole);
-  CHECK_THROWS_WITH(layer.remove_experts({3}), whole);
-  CHECK_THROWS_WITH(layer.remove_experts({2, 3, 4}), whole);
-  CHECK_THROWS_WITH(layer.copy_experts({3, 5, 4}, {.seed = 1}), whole);
-  CHECK_THROWS_WITH(layer.copy_experts({1, 2, 3}, {.seed = 1}), whole);
-  CHECK(same_values(values_of(layer), before));
-}
-
-TEST_CASE("experts come and go: shared ones stay", "[layer][change]") {
-  auto layer = make_layer<SharedLaw>(4);
-  const Values before = values_of(layer);
-  const auto shared = Catch::Matchers::Contains("of 2 shared ones");
-  CHECK_THROWS_WITH(layer.remove_experts({1}), shared);
-  CHECK_THROWS_WITH(layer.copy_experts({0}, {.seed = 1}),
-                    Catch::Matchers::Contains("one of 2 shared ones"));
-  CHECK(same_values(values_of(layer), before));
-}
-
-TEST_CASE("experts come and go: groups of a top-k gate must divide them", "[layer][change]") {
-  LayerOf<TopK> layer({.width = width,
-                       .expert = {.hidden = 3},
-                       .gate = {.experts = 6, .top_k = 2, .groups = 3, .top_k_groups = 2},
-                       .seed = 3});
-  CHECK_THROWS_WITH(layer.add_experts(1, 1),
-                    Catch::Matchers::Contains("groups = 3, must divide experts = 7"));
-  layer.add_experts(3, 1);
-  CHECK(layer.config().gate.experts == 9);
 }
 
 TEST_CASE(
@@ -403,25 +246,6 @@ TEST_CASE("experts come and go: frozen parts stay frozen", "[layer][change]") {
   });
 }
 
-TEST_CASE("experts come and go: a tape of before is refused, and can be used again",
-          "[layer][change]") {
-  auto layer = make_layer<NoisyLaw>(4);
-  LayerOf<Noisy>::Tape tape;
-  const auto x = random_matrix(6, width, 8);
-  layer.forward(x, tape, {.step = 1});
-  layer.remove_experts({3});
-  CHECK_THROWS_AS(layer.backward(x, tape), std::invalid_argument);
-  layer.forward(x, tape, {.step = 1});
-  layer.backward(x, tape);
-  layer.forward(x, tape, {.step = 1});
-  layer.add_experts(1, 1);
-  layer.remove_experts({0});  // as many as before
-  CHECK_THROWS_WITH(layer.backward(x, tape),
-                    Catch::Matchers::Contains("the tape is of other experts"));
-  layer.forward(x, tape, {.step = 1});
-  layer.backward(x, tape);
-}
-
 TEST_CASE("experts come and go: an expert that was replaced is part of the layer",
           "[layer][change]") {
   auto layer = make_layer<NoisyLaw>(4);
@@ -431,22 +255,3 @@ TEST_CASE("experts come and go: an expert that was replaced is part of the layer
   for_each_parameter(layer, [&](const std::string&, auto& p) { structures.insert(p.structure); });
   CHECK(structures.size() == 1);
 }
-
-namespace {
-
-/// A user's gate without the verb.
-struct FixedGate : NoisyTopKGate<float> {
-  using NoisyTopKGate<float>::NoisyTopKGate;
-  void change_experts() = delete;
-};
-template <class Layer>
-concept CanChange = requires(Layer& layer) {
-  layer.add_experts(Index{1}, Seed{1});
-}
-|| requires(Layer& layer) { layer.remove_experts(Sources{}); }
-|| requires(Layer& layer) { layer.copy_experts(Sources{}, CopyNoise{.seed = 1}); };
-static_assert(CanChange<MoELayer<Expert<FeedForward>>>);
-static_assert(Gate<FixedGate> && !CanChange<MoELayer<Expert<FeedForward>, FixedGate>>);
-static_assert(!CanChange<MoELayer<Expert<FeedForward>, SharedExpertGate<FixedGate>>>);
-
-}  // namespace

@@ -156,12 +156,7 @@ TEST_CASE("layer: gradients without the threshold's share would be seen to be wr
 }
 
 TEST_CASE("layer: backward adds to the gradients and can be called again", "[layer]") {
-  Layer<double> layer({.width = 3,
-                       .expert = {.hidden = 4},
-                       .gate = {.experts = 5, .top_k = 2},
-                       .output = Activation::sigmoid,
-                       .seed = 6});
-  test::randomize(layer, 4, 0.5);
+  Layer<double> layer = small_layer();
   Layer<double>::Tape tape;
   layer.forward(random_matrix(10, 3, 2), tape, {.step = 0});
   const Matrix<double> r = random_matrix(10, 3, 3);

@@ -12,6 +12,17 @@ using Layer = MoELayer<Expert<FeedForward, Scalar>>;
 template <class Scalar>
 using LayerConfig = typename Layer<Scalar>::Config;
 
+/// Small, with parameters that are not as at the start.
+inline Layer<double> small_layer() {
+  Layer<double> layer({.width = 3,
+                       .expert = {.hidden = 4},
+                       .gate = {.experts = 5, .top_k = 2},
+                       .output = Activation::sigmoid,
+                       .seed = 6});
+  randomize(layer, 4, 0.5);
+  return layer;
+}
+
 /// Largest error over all parameters' gradients, each relative to its largest entry.
 inline double gradient_error(const Named& actual, const Named& expected) {
   REQUIRE(actual.size() == expected.size());

@@ -81,12 +81,7 @@ TEST_CASE("layer: a bad configuration is refused with its field and numbers", "[
 }
 
 TEST_CASE("layer: a bad input is refused and changes nothing", "[layer]") {
-  Layer<double> layer({.width = 3,
-                       .expert = {.hidden = 4},
-                       .gate = {.experts = 5, .top_k = 2},
-                       .output = Activation::sigmoid,
-                       .seed = 6});
-  test::randomize(layer, 4, 0.5);
+  Layer<double> layer = small_layer();
   const Matrix<double> x = random_matrix(10, 3, 2);
   const Everything<double> expected(layer, x, x);
   zero_gradients(layer);

@@ -40,14 +40,22 @@ struct ModuleLaw {
   static Input input(const Shape& shape, std::uint64_t seed, double scale = 1) {
     return random_matrix<Scalar>(shape.rows, shape.inputs, seed, scale);
   }
+  /// x may be of any class that the module takes.
+  template <class X>
+  static const Matrix<Scalar>& forward(const Module& module, const X& x, Tape& tape) {
+    return module.forward(x, tape);
+  }
+  template <class X>
+  static const Matrix<Scalar>& evaluate(const Module& module, const X& x, Tape& tape) {
+    return module.evaluate(x, tape);
+  }
 };
 
 // The name in messages, what is special, a shape that is enough for several tasks, and how a module
-// is made, given something and called.
+// is made, and given something and called where that is special too.
 
-template <class Scalar_, bool bias = true>
-struct LinearLaw : ModuleLaw<Linear<Scalar_>, Scalar_> {
-  using Scalar = Scalar_;
+template <class Scalar, bool bias = true>
+struct LinearLaw : ModuleLaw<Linear<Scalar>, Scalar> {
   using Module = Linear<Scalar>;
   using Tape = typename Module::Tape;
   static constexpr const char* name = "Linear";
@@ -59,19 +67,10 @@ struct LinearLaw : ModuleLaw<Linear<Scalar_>, Scalar_> {
   static Module make(const Shape& shape) {
     return Module({.inputs = shape.inputs, .outputs = shape.outputs, .bias = bias}, 3);
   }
-  static const Matrix<Scalar>& forward(const Module& module, const MatrixRef<Scalar>& x,
-                                       Tape& tape) {
-    return module.forward(x, tape);
-  }
-  static const Matrix<Scalar>& evaluate(const Module& module, const MatrixRef<Scalar>& x,
-                                        Tape& tape) {
-    return module.evaluate(x, tape);
-  }
 };
 
-template <class Scalar_>
-struct LSTMLaw : ModuleLaw<LSTM<Scalar_>, Scalar_> {
-  using Scalar = Scalar_;
+template <class Scalar>
+struct LSTMLaw : ModuleLaw<LSTM<Scalar>, Scalar> {
   using Module = LSTM<Scalar>;
   using Tape = typename Module::Tape;
   static constexpr const char* name = "LSTM";
@@ -103,9 +102,8 @@ struct LSTMLaw : ModuleLaw<LSTM<Scalar_>, Scalar_> {
   }
 };
 
-template <class Scalar_>
-struct DropoutLaw : ModuleLaw<Dropout<Scalar_>, Scalar_> {
-  using Scalar = Scalar_;
+template <class Scalar>
+struct DropoutLaw : ModuleLaw<Dropout<Scalar>, Scalar> {
   using Module = Dropout<Scalar>;
   using Tape = typename Module::Tape;
   static constexpr const char* name = "Dropout";
@@ -124,16 +122,11 @@ struct DropoutLaw : ModuleLaw<Dropout<Scalar_>, Scalar_> {
                                        Tape& tape) {
     return module.forward(x, tape, {.step = 3});
   }
-  static const Matrix<Scalar>& evaluate(const Module& module, const MatrixRef<Scalar>& x,
-                                        Tape& tape) {
-    return module.evaluate(x, tape);
-  }
 };
 
 /// Its x are ids, words of a vocabulary of shape.inputs.
-template <class Scalar_>
-struct EmbeddingLaw : ModuleLaw<Embedding<Scalar_>, Scalar_> {
-  using Scalar = Scalar_;
+template <class Scalar>
+struct EmbeddingLaw : ModuleLaw<Embedding<Scalar>, Scalar> {
   using Module = Embedding<Scalar>;
   using Tape = typename Module::Tape;
   using Input = std::vector<Index>;
@@ -153,12 +146,6 @@ struct EmbeddingLaw : ModuleLaw<Embedding<Scalar_>, Scalar_> {
       ids.push_back((t * t + static_cast<Index>(seed)) % shape.inputs);
     }
     return ids;
-  }
-  static const Matrix<Scalar>& forward(const Module& module, IndexSpan ids, Tape& tape) {
-    return module.forward(ids, tape);
-  }
-  static const Matrix<Scalar>& evaluate(const Module& module, IndexSpan ids, Tape& tape) {
-    return module.evaluate(ids, tape);
   }
 };
 

@@ -129,14 +129,9 @@ namespace detail {
 /// What Expert says when a class is no ExpertNetwork: one message for each thing that can be missing.
 template <class N>
 constexpr bool check_network_requirements() {
-  static_assert(
-      requires { typename N::Scalar; }, "a network must have a type Scalar");
-  static_assert(
-      requires { typename N::Config; }, "a network must have a type Config");
-  if constexpr (requires {
-                  typename N::Scalar;
-                  typename N::Config;
-                }) {
+  static_assert(HasScalar<N>, "a network must have a type Scalar");
+  static_assert(HasConfig<N>, "a network must have a type Config");
+  if constexpr (HasScalar<N> && HasConfig<N>) {
     using S = typename N::Scalar;
     static_assert(
         requires(typename N::Config config) {

@@ -111,17 +111,10 @@ struct LossWeightsOf<G> {
 /// What MoELayer says when a class is no Gate: one message for each thing that can be missing.
 template <class G>
 constexpr bool check_gate_requirements() {
-  static_assert(
-      requires { typename G::Scalar; }, "a gate must have a type Scalar");
-  static_assert(
-      requires { typename G::Config; }, "a gate must have a type Config");
-  static_assert(
-      requires { typename G::Tape; }, "a gate must have a type Tape");
-  if constexpr (requires {
-                  typename G::Scalar;
-                  typename G::Config;
-                  typename G::Tape;
-                }) {
+  static_assert(HasScalar<G>, "a gate must have a type Scalar");
+  static_assert(HasConfig<G>, "a gate must have a type Config");
+  static_assert(HasTape<G>, "a gate must have a type Tape");
+  if constexpr (HasScalar<G> && HasConfig<G> && HasTape<G>) {
     using S = typename G::Scalar;
     using Tape = typename G::Tape;
     static_assert(std::derived_from<Tape, GateTape<S>>,

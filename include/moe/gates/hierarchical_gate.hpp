@@ -119,10 +119,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
-    detail::check_at_least_zero(name, "LossWeights.importance", weights.importance);
-    detail::check_at_least_zero(name, "LossWeights.load", weights.load);
-    config_.importance_weight = weights.importance;
-    config_.load_weight = weights.load;
+    detail::set_balance_weights(name, weights, config_);
   }
 
   /// Gives the gate other groups, see Gate: fresh weights are zero, as at the start; those of W_g in a
@@ -191,13 +188,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::check_choice(name, "top_k_groups", config.top_k_groups, "groups", config.groups);
     detail::check_choice(name, "top_k", config.top_k, "group_experts", config.group_experts);
     detail::check_noise_floor(name, config.noise_floor);
-    detail::check_at_least_zero(name, "Config.importance_weight", config.importance_weight);
-    detail::check_at_least_zero(name, "Config.load_weight", config.load_weight);
+    detail::check_balance_weights(name, config);
     return config;
-  }
-
-  static LossWeights loss_weights(const Config& config) {
-    return {config.importance_weight, config.load_weight};
   }
 
   static TopK make_secondary(const Config& config, std::uint64_t seed, Index group) {
@@ -241,7 +233,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     } else {
       detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
     }
-    tape.loss_weights = loss_weights(config_);
+    tape.loss_weights = detail::balance_weights_of(config_);
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
     detail::insert_padding(tape.tokens, tape.routing);
   }

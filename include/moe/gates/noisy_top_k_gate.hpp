@@ -79,10 +79,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {
-    detail::check_at_least_zero(name, "LossWeights.importance", weights.importance);
-    detail::check_at_least_zero(name, "LossWeights.load", weights.load);
-    config_.importance_weight = weights.importance;
-    config_.load_weight = weights.load;
+    detail::set_balance_weights(name, weights, config_);
   }
 
   /// Gives the gate other experts, see Gate: fresh columns are zero, as at the start. Copies of
@@ -120,13 +117,8 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     detail::check_at_least_one(name, "experts", config.experts);
     detail::check_choice(name, "top_k", config.top_k, "experts", config.experts);
     detail::check_noise_floor(name, config.noise_floor);
-    detail::check_at_least_zero(name, "Config.importance_weight", config.importance_weight);
-    detail::check_at_least_zero(name, "Config.load_weight", config.load_weight);
+    detail::check_balance_weights(name, config);
     return config;
-  }
-
-  static LossWeights loss_weights(const Config& config) {
-    return {config.importance_weight, config.load_weight};
   }
 
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
@@ -150,7 +142,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     } else {
       detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
     }
-    tape.loss_weights = loss_weights(config_);
+    tape.loss_weights = detail::balance_weights_of(config_);
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
   }
 

@@ -121,6 +121,23 @@ inline void for_each_block(Range rows, Range columns, Index depth, Index block_c
   }
 }
 
+/// A block of C = A·B or C = A·Bᵀ on the calling thread; the columns are those of C.
+template <class Product>
+void gemm_block(const Product& product, Range rows, Range columns) {
+  // A copy of the description takes as long as a part of a small product.
+  if (rows.count == product.c.count() && columns.count == product.column_range().count) {
+    return gemm_serial(product);
+  }
+  const PartEpilogue epilogue{product.epilogue, rows.first, 0};
+  Product block = product;
+  block.a = product.a.slice(rows.first, rows.count);
+  block.c = product.c.slice(rows.first, rows.count);
+  block.columns = columns;
+  if constexpr (requires { block.bias; }) block.bias = product.bias.at(rows.first, 0);
+  block.epilogue = epilogue.get();
+  gemm_serial(block);
+}
+
 /// C = A·B on all workers.
 template <class Scalar>
 void gemm(const GemmNN<Scalar>& product) {
@@ -135,18 +152,7 @@ void gemm(const GemmNN<Scalar>& product) {
                      is_small_m<Scalar>(rows, width, product.b.stride);
   for_each_block({0, rows}, columns, product.a.width(), whole ? width : 2 * panel_columns<Scalar>,
                  [&](Range block_rows, Range block_columns) {
-                   // A copy of the description takes as long as a part of a small product.
-                   if (block_rows.count == rows && block_columns.count == columns.count) {
-                     return gemm_serial(product);
-                   }
-                   const PartEpilogue epilogue{product.epilogue, block_rows.first, 0};
-                   GemmNN<Scalar> block = product;
-                   block.a = product.a.slice(block_rows.first, block_rows.count);
-                   block.c = product.c.slice(block_rows.first, block_rows.count);
-                   block.columns = block_columns;
-                   block.bias = product.bias.at(block_rows.first, 0);
-                   block.epilogue = epilogue.get();
-                   gemm_serial(block);
+                   gemm_block(product, block_rows, block_columns);
                  });
 }
 
@@ -155,20 +161,9 @@ template <class Scalar>
 void gemm(const GemmNT<Scalar>& product) {
   MOE_ASSERT(product.a.width() == product.b.columns && product.c.count() == product.a.count() &&
              product.c.width() == product.b.rows);
-  const Index rows = product.c.count();
-  const Range columns = product.column_range();
-  for_each_block({0, rows}, columns, product.a.width(), panel_columns<Scalar>,
-                 [&](Range block_rows, Range block_columns) {
-                   if (block_rows.count == rows && block_columns.count == columns.count) {
-                     return gemm_serial(product);
-                   }
-                   const PartEpilogue epilogue{product.epilogue, block_rows.first, 0};
-                   GemmNT<Scalar> block = product;
-                   block.a = product.a.slice(block_rows.first, block_rows.count);
-                   block.c = product.c.slice(block_rows.first, block_rows.count);
-                   block.columns = block_columns;
-                   block.epilogue = epilogue.get();
-                   gemm_serial(block);
+  for_each_block({0, product.c.count()}, product.column_range(), product.a.width(),
+                 panel_columns<Scalar>, [&](Range block_rows, Range block_columns) {
+                   gemm_block(product, block_rows, block_columns);
                  });
 }
 

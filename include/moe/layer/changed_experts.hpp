@@ -31,22 +31,24 @@ inline std::vector<Index> add_sources(const char* of, Index experts, Index count
   sources.insert(sources.end(), to_size(count), fresh_source);
   return sources;
 }
+inline void check_named(const char* of, Index experts, std::span<const Index> named) {
+  require(!named.empty(), of, ": no expert is named");
+  for (const Index e : named) {
+    require(e >= 0 && e < experts, of, ": expert ", e, " of ", experts);
+  }
+}
 inline std::vector<Index> copy_sources(const char* of, Index experts,
                                        std::span<const Index> copied) {
-  require(!copied.empty(), of, ": no expert is named");
+  check_named(of, experts, copied);
   std::vector<Index> sources = same_sources(experts);
-  for (const Index e : copied) {
-    require(e >= 0 && e < experts, of, ": expert ", e, " of ", experts);
-    sources.push_back(e);
-  }
+  sources.insert(sources.end(), copied.begin(), copied.end());
   return sources;
 }
 inline std::vector<Index> remove_sources(const char* of, Index experts,
                                          std::span<const Index> removed) {
-  require(!removed.empty(), of, ": no expert is named");
+  check_named(of, experts, removed);
   std::vector<Index> sources = same_sources(experts);
   for (const Index e : removed) {
-    require(e >= 0 && e < experts, of, ": expert ", e, " of ", experts);
     require(sources[to_size(e)] == e, of, ": expert ", e, " is named twice");
     sources[to_size(e)] = fresh_source;
   }

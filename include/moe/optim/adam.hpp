@@ -61,11 +61,8 @@ class Adam {
   /// of the first update.
   template <class Module>
   void update(Module& module, double learning_rate) {
-    groups_.match(module, "Adam", config_.weight_decay);
-    groups_.check_learning_rate("Adam", learning_rate);
-    first_moment_.match(module, "Adam");
-    second_moment_.match(module, "Adam");
-    updates_.match(first_moment_.size());
+    groups_.match(module, "Adam", config_.weight_decay, learning_rate);
+    detail::match_states(module, "Adam", first_moment_, second_moment_, updates_);
     const Constants common(config_, updates_.total() + 1);
     detail::for_each_parameter_block(
         module, config_.updates,
@@ -99,9 +96,7 @@ class Adam {
   /// is all zero. Throws std::invalid_argument if the module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
-    first_moment_.match(module, "Adam");
-    second_moment_.match(module, "Adam");
-    updates_.match(first_moment_.size());
+    detail::match_states(module, "Adam", first_moment_, second_moment_, updates_);
     first_moment_.for_each(module, "first_moment", f);
     second_moment_.for_each(module, "second_moment", f);
     updates_.for_each(f);

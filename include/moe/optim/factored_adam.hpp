@@ -94,11 +94,8 @@ class FactoredAdam {
   /// of the first update.
   template <class Module>
   void update(Module& module, double learning_rate) {
-    groups_.match(module, "FactoredAdam", config_.weight_decay);
-    groups_.check_learning_rate("FactoredAdam", learning_rate);
-    row_means_.match(module, "FactoredAdam");
-    column_means_.match(module, "FactoredAdam");
-    updates_.match(row_means_.size());
+    groups_.match(module, "FactoredAdam", config_.weight_decay, learning_rate);
+    detail::match_states(module, "FactoredAdam", row_means_, column_means_, updates_);
     detail::prepare_gradients(module, config_.updates);
     reserve_sums(module);
     const double common = correction(updates_.total() + 1);
@@ -142,9 +139,7 @@ class FactoredAdam {
   /// is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
-    row_means_.match(module, "FactoredAdam");
-    column_means_.match(module, "FactoredAdam");
-    updates_.match(row_means_.size());
+    detail::match_states(module, "FactoredAdam", row_means_, column_means_, updates_);
     row_means_.for_each(module, "row_means", f);
     column_means_.for_each(module, "column_means", f);
     updates_.for_each(f);

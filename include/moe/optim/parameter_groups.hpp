@@ -56,11 +56,36 @@ class ResolvedGroups {
     module_type_ = nullptr;
   }
 
-  /// Resolves the groups unless that was done for these parameters, in which case no name is put
-  /// together and nothing allocated. `weight_decay` is the optimizer's. Throws
-  /// std::invalid_argument, with nothing changed, where a group is out of range.
+  /// What an update of a module begins with; `weight_decay` is the optimizer's. Throws
+  /// std::invalid_argument where a group or a learning rate is out of range.
   template <class Module>
-  void match(const Module& module, std::string_view optimizer, double weight_decay) {
+  void match(const Module& module, std::string_view optimizer, double weight_decay,
+             double learning_rate) {
+    resolve(module, optimizer, weight_decay);
+    check_learning_rate(optimizer, learning_rate);
+  }
+
+  const Group& operator[](Index parameter) const {
+    return used() ? resolved_[to_size(parameter)].group : common_;
+  }
+
+  /// Whether a parameter is left alone.
+  bool is_fixed(Index parameter) const { return (*this)[parameter].rate_factor == 0; }
+
+ private:
+  struct Resolved {
+    Group group;
+    const void* parameter;  ///< only compared
+    std::uint64_t structure;
+  };
+
+  bool used() const { return groups_ != nullptr; }
+
+  /// Resolves the groups unless that was done for these parameters, in which case no name is put
+  /// together and nothing allocated. Throws std::invalid_argument, with nothing changed, where a
+  /// group is out of range.
+  template <class Module>
+  void resolve(const Module& module, std::string_view optimizer, double weight_decay) {
     common_.weight_decay = weight_decay;
     if (!used() || is_resolved(module)) return;
     std::vector<Resolved> resolved;
@@ -93,22 +118,6 @@ class ResolvedGroups {
             "::update: learning_rate = ", learning_rate, " times rate_factor = ", largest_factor_,
             ", must be finite");
   }
-
-  const Group& operator[](Index parameter) const {
-    return used() ? resolved_[to_size(parameter)].group : common_;
-  }
-
-  /// Whether a parameter is left alone.
-  bool is_fixed(Index parameter) const { return (*this)[parameter].rate_factor == 0; }
-
- private:
-  struct Resolved {
-    Group group;
-    const void* parameter;  ///< only compared
-    std::uint64_t structure;
-  };
-
-  bool used() const { return groups_ != nullptr; }
 
   template <class Module>
   static constexpr char type_tag = 0;

@@ -180,4 +180,13 @@ class ParameterState {
   std::vector<Matrix<Scalar>> matrices_;
 };
 
+/// Of an optimizer that remembers two things of a module, and counts its updates.
+template <class Module, class Scalar>
+void match_states(const Module& module, std::string_view optimizer, ParameterState<Scalar>& first,
+                  ParameterState<Scalar>& second, UpdateCounts& updates) {
+  first.match(module, optimizer);
+  second.match(module, optimizer);
+  updates.match(first.size());
+}
+
 }  // namespace moe::detail

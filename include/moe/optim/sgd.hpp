@@ -47,8 +47,7 @@ class SGD {
   /// of the first update.
   template <class Module>
   void update(Module& module, double learning_rate) {
-    groups_.match(module, "SGD", config_.weight_decay);
-    groups_.check_learning_rate("SGD", learning_rate);
+    groups_.match(module, "SGD", config_.weight_decay, learning_rate);
     const bool plain = config_.momentum == 0;
     if (!plain) velocity_.match(module, "SGD");
     detail::for_each_parameter_block(

@@ -70,27 +70,23 @@ template <class P>
 concept PolicyWithHidden = Policy<P> && requires(const P& policy, const typename P::Tape& tape) {
   { policy.hidden(tape) } -> std::same_as<const Matrix<typename P::Scalar>&>;
 };
-// clang-format on
 
 namespace detail {
+
+template <class T>
+concept HasInput = requires { typename T::Input; };
+template <class T>
+concept HasState = requires { typename T::State; };
+// clang-format on
 
 /// What Reinforce says when a class is no Policy: one message for each thing that can be missing.
 template <class P>
 constexpr bool check_policy_requirements() {
-  static_assert(
-      requires { typename P::Scalar; }, "a policy must have a type Scalar");
-  static_assert(
-      requires { typename P::Input; }, "a policy must have a type Input");
-  static_assert(
-      requires { typename P::State; }, "a policy must have a type State");
-  static_assert(
-      requires { typename P::Tape; }, "a policy must have a type Tape");
-  if constexpr (requires {
-                  typename P::Scalar;
-                  typename P::Input;
-                  typename P::State;
-                  typename P::Tape;
-                }) {
+  static_assert(HasScalar<P>, "a policy must have a type Scalar");
+  static_assert(HasInput<P>, "a policy must have a type Input");
+  static_assert(HasState<P>, "a policy must have a type State");
+  static_assert(HasTape<P>, "a policy must have a type Tape");
+  if constexpr (HasScalar<P> && HasInput<P> && HasState<P> && HasTape<P>) {
     using Logits = Matrix<typename P::Scalar>;
     using Inputs = std::span<const typename P::Input>;
     using Noise = std::optional<NoiseKey>;

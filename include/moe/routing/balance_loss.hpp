@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "moe/matrix.hpp"
+#include "moe/routing/config_checks.hpp"
 #include "moe/routing/routing.hpp"
 #include "moe/routing/shared_batch.hpp"
 
@@ -78,6 +79,33 @@ struct BalanceLossWeights {
   double importance = 0;
   double load = 0;
 };
+
+namespace detail {
+
+// The same weights in the configuration of a gate with both losses; `gate` names its class in
+// messages.
+
+template <class Config>
+void check_balance_weights(const char* gate, const Config& config) {
+  check_at_least_zero(gate, "Config.importance_weight", config.importance_weight);
+  check_at_least_zero(gate, "Config.load_weight", config.load_weight);
+}
+
+template <class Config>
+BalanceLossWeights balance_weights_of(const Config& config) {
+  return {config.importance_weight, config.load_weight};
+}
+
+/// Throws std::invalid_argument, with nothing changed, for a weight out of range.
+template <class Config>
+void set_balance_weights(const char* gate, const BalanceLossWeights& weights, Config& config) {
+  check_at_least_zero(gate, "LossWeights.importance", weights.importance);
+  check_at_least_zero(gate, "LossWeights.load", weights.load);
+  config.importance_weight = weights.importance;
+  config.load_weight = weights.load;
+}
+
+}  // namespace detail
 
 /// The losses of a gate one by one, each times its weight and Pass::loss_scale; 0 where a gate has no
 /// such loss or its weight is 0.
