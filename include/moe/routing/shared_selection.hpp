@@ -66,7 +66,7 @@ class SharedSelection {
     std::iota(open_.begin(), open_.end(), Index{0});
     std::iota(row_.begin(), row_.end(), Index{0});
     // Nothing after the first sum takes memory, or could fail otherwise.
-    reserve(shown_, batch.processes() * few_scores);
+    reserve(shown_, batch.processes() * most_scores(first_call(experts).numbers, 1, batch));
     const int most = digit_bits(experts);
     int shift = width;
     for (int digit = 1; shift > 0 && !open_.empty(); ++digit) {
@@ -76,7 +76,9 @@ class SharedSelection {
       const std::span<Index> counts(counts_);
       digit == 1 ? batch.sum(counts) : batch.sum_agreed(counts);
       const Index candidates = narrow(Index{1} << bits, shift);
-      const Index scores = open_.empty() || shift == 0 ? 0 : most_scores(experts, batch);
+      if (open_.empty() || shift == 0) break;
+      const Index open = static_cast<Index>(open_.size());
+      const Index scores = most_scores(first_call(experts).numbers, open, batch);
       if (scores > 0 && (candidates <= scores || digit == 3)) show(scores, batch, for_each);
     }
     if (open_.empty()) return;
@@ -115,10 +117,8 @@ class SharedSelection {
   /// each candidate.
   static constexpr Index few_scores = 64;
   /// How many of these there is room for: in a message, and where the counts of the first digit were.
-  Index most_scores(Index experts, const SharedBatch& batch) const {
-    const Index numbers = std::min(message, first_call(experts).numbers);
-    const Index lists = batch.processes() * static_cast<Index>(open_.size());
-    return std::min(few_scores, numbers / (2 * lists));
+  static Index most_scores(Index counts, Index experts, const SharedBatch& batch) {
+    return std::min(few_scores, std::min(message, counts) / (2 * batch.processes() * experts));
   }
   static constexpr Index all = std::numeric_limits<Index>::max();
 
