@@ -162,6 +162,51 @@ TEMPLATE_TEST_CASE("shared selection: it takes few calls", "[routing]", float, d
   }
 }
 
+namespace {
+
+/// The first of so many processes that they have no room to show each other scores; the others have no
+/// tokens.
+class FirstOfMany : public SharedBatch {
+ public:
+  explicit FirstOfMany(Index rows) : rows_(rows) {}
+  Index processes() const override { return 5000; }
+  Index process() const override { return 0; }
+  Index rows() const override { return rows_; }
+  Index first_row() const override { return 0; }
+  Index tokens() const override { return rows_; }
+  Index first_token() const override { return 0; }
+  void sum(std::span<float>) const override {}
+  void sum(std::span<double>) const override {}
+  void sum(std::span<Index>) const override {}
+  void prefix(std::span<Index> numbers) const override {
+    std::fill(numbers.begin(), numbers.end(), Index{0});
+  }
+  void gather_agreed(std::span<Index>) const override { FAIL("there is no room"); }
+
+ private:
+  Index rows_;
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("shared selection: among very many processes scores are counted only",
+                   "[routing]", float, double) {
+  for (std::uint64_t kind = 0; kind < kinds; ++kind) {
+    std::mt19937_64 random(kind);
+    const Index tokens = 300;
+    Matrix<TestType> scores(tokens, 7);
+    for (Index i = 0; i < scores.size(); ++i) scores.data()[i] = draw<TestType>(random, kind);
+    detail::TokenChoice<TestType> choice;
+    Routing<TestType> expected;
+    detail::choose_tokens(scores, 100, choice, expected);
+    Routing<TestType> actual;
+    const FirstOfMany batch(tokens);
+    detail::choose_tokens(scores, 100, &batch, choice, actual);
+    CHECK(actual.token_offsets == expected.token_offsets);
+    CHECK(actual.expert == expected.expert);
+  }
+}
+
 TEMPLATE_TEST_CASE("shared selection: capacity drops what it drops in one process", "[routing]",
                    float, double) {
   for (std::uint64_t seed = 0; seed < 60; ++seed) {

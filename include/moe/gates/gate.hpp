@@ -99,7 +99,7 @@ concept ChangesExperts = requires(G& gate, const G& constant, const ExpertSource
 template <class Derived, class Scalar_>
 class GateBase;
 /// A gate of this library, which says what it calls of a SharedBatch, see SharedCalls. A class that
-/// derives from one may call more, and is none.
+/// derives from one may call more, so it is not asked.
 template <class G>
 concept NamesSharedCalls = std::derived_from<G, GateBase<G, typename G::Scalar>> &&
     requires(const G& gate) {

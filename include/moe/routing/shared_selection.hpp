@@ -56,8 +56,8 @@ template <class Scalar>
 class SharedSelection {
  public:
   /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order,
-  /// but never two of an expert at once; it is called once a digit and once or twice more. Collective: `experts` and `count`
-  /// are the same in all processes.
+  /// but never two of an expert at once; it is called for each digit and a few times more. Collective:
+  /// `experts` and `count` are the same in all processes.
   template <class ForEach>
   void find(Index experts, Index count, const SharedBatch& batch, ForEach&& for_each) {
     bounds_.assign(to_size(experts), {0, std::numeric_limits<Bits>::max(), count});
