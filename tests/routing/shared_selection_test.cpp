@@ -169,7 +169,7 @@ namespace {
 class FirstOfMany : public SharedBatch {
  public:
   explicit FirstOfMany(Index rows) : rows_(rows) {}
-  Index processes() const override { return 5000; }
+  Index processes() const override { return 20000; }
   Index process() const override { return 0; }
   Index rows() const override { return rows_; }
   Index first_row() const override { return 0; }
