@@ -51,8 +51,8 @@ class SharedBatch {
   /// of the others. After a sum() of at least as many numbers, as the next two.
   virtual void gather_agreed(std::span<Index> numbers) const = 0;
 
-  /// sum() and prefix() after a sum() of at least as many numbers since which no process can have failed: spares
-  /// finding out whether one did.
+  /// sum() and prefix() after a sum() of at least as many numbers since which no process can have
+  /// failed: spares finding out whether one did.
   virtual void sum_agreed(std::span<Index> numbers) const { sum(numbers); }
   virtual void prefix_agreed(std::span<Index> numbers) const { prefix(numbers); }
 };
