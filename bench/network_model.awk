@@ -6,9 +6,9 @@
 #
 #     arithmetic   measured with 1 rank; `cores` times faster where a rank has so many
 #     exchange     4 all-to-alls (x and y, dy and dx), each with (R - 1)/R of the S rows of D floats
-#                  through the rank's own link, and R - 1 messages; 9 small collectives, each
+#                  through the rank's own link, and R - 1 messages; 6 small collectives, each
 #                  up and down a tree: 4·(S·(R - 1)/R·D·4 bytes / bandwidth + (R - 1)·latency)
-#                  + 9·2·log2(R)·latency
+#                  + 6·2·log2(R)·latency
 #
 # Nothing overlaps in it, and links are not shared. The gate's gradients are a column of their own: of a
 # flat gate with 8 experts a rank, 2 matrices of D x 8·R, summed on one rank and sent to all in pieces,
@@ -37,7 +37,7 @@ $1 ~ /^step\/.*ranks:1$/ {
     R = counts[r]
     arithmetic = $2 * 1e-3 / cores[c]
     exchange = 4 * (T * K * (R - 1) / R * D * 4 / bandwidths[n] + (R - 1) * latencies[n]) \
-      + 9 * 2 * log(R) / log(2) * latencies[n]
+      + 6 * 2 * log(R) / log(2) * latencies[n]
     gate = 2 * (2 * D * 8 * R * 4) / bandwidths[n]
     printf "| %d | %d | %d | %s | %d | %.1f | %.1f | %.2f | %.0f | %.1f |\n", D, H, cores[c], networks[n],
       R, arithmetic * 1e3, exchange * 1e3, exchange / (arithmetic + exchange),

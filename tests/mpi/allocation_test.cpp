@@ -146,8 +146,20 @@ TEST_CASE("expert parallel: every allocation that fails on one rank is heard of 
   find_ours();
   check_step<NoisyTopKGate<double>>({.experts = 5, .top_k = 2});
   check_step<BalancedGate<double>>({.experts = 5, .top_k = 2});
-  check_step<TopKGate<double>>(
-      {.experts = 5, .top_k = 2, .capacity_factor = 1, .switch_loss_weight = 0.1});
+  check_step<ExpertChoiceGate<double>>({.experts = 5, .capacity_factor = 2});
+  check_step<SharedExpertGate<HierarchicalGate<double>>>(
+      {.shared = 1,
+       .gated = true,
+       .routed = {.groups = 2, .group_experts = 2, .top_k_groups = 1, .top_k = 1}});
+  for (const PlaceOrder order :
+       {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+    check_step<TopKGate<double>>({.experts = 5,
+                                  .top_k = 2,
+                                  .capacity_factor = 1,
+                                  .evaluation_capacity_factor = 1,
+                                  .place_order = order,
+                                  .switch_loss_weight = 0.1});
+  }
 }
 
 #endif

@@ -111,6 +111,67 @@ TEST_CASE("communicator: what does not fit into one piece arrives whole", "[mpi]
   }
 }
 
+TEMPLATE_TEST_CASE("communicator: a rank that failed says so in a sum", "[mpi]", Index, float,
+                   double) {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int ranks = communicator.size();
+  const bool is_last = communicator.rank() == ranks - 1;
+  // Small ones, whole pieces, and a number less and more.
+  const std::size_t piece = Communicator::most_bytes / sizeof(TestType);
+  for (const std::size_t count : {std::size_t{1}, std::size_t{5}, std::size_t{9000}, piece - 1,
+                                  piece, piece + 1, 2 * piece + 3}) {
+    INFO(count << " numbers");
+    std::vector<TestType> numbers(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      numbers[i] = static_cast<TestType>(static_cast<int>(i % 100) + communicator.rank());
+    }
+    std::vector<TestType> expected = numbers;
+    communicator.sum(std::span<TestType>(expected));
+    communicator.make_room_to_fail<TestType>(count);
+    const std::vector<TestType> own = numbers;
+    CHECK_FALSE(communicator.sum_or_fail(std::span<TestType>(numbers)));
+    CHECK(numbers == expected);
+    numbers = own;
+    if (is_last) {
+      communicator.fail_in_sum<TestType>(count);
+    } else {
+      CHECK(communicator.sum_or_fail(std::span<TestType>(numbers)));
+    }
+    communicator.agree("and goes on");
+  }
+}
+
+TEST_CASE("communicator: sums and prefixes in one call, and ranks that fail there", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int ranks = communicator.size();
+  const Index rank = communicator.rank();
+  for (const std::size_t count : {1u, 3u, 1000u, 2047u, 2730u, 4095u, 8191u, 8192u, 140000u}) {
+    INFO(count << " numbers");
+    std::vector<Index> numbers(count);
+    std::iota(numbers.begin(), numbers.end(), rank);
+    const std::vector<Index> own = numbers;
+    std::vector<Index> sums(count);
+    communicator.make_room_to_fail<Index>(count);
+    communicator.traffic() = {};
+    CHECK_FALSE(communicator.sum_and_prefix_or_fail(std::span(numbers), std::span(sums)));
+    if (count <= 1000) CHECK(communicator.traffic().collectives == 1);
+    bool is_right = true;
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto place = static_cast<Index>(i);
+      is_right = is_right && sums[i] == ranks * place + ranks * (ranks - 1) / 2 &&
+                 numbers[i] == rank * place + rank * (rank - 1) / 2;
+    }
+    CHECK(is_right);
+    numbers = own;
+    if (rank == ranks - 1) {
+      communicator.fail_in_sum_and_prefix(count);
+    } else {
+      CHECK(communicator.sum_and_prefix_or_fail(std::span(numbers), std::span(sums)));
+    }
+    communicator.agree("and goes on");
+  }
+}
+
 TEST_CASE("communicator: ranks that disagree all hear who does on what", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   const int rank = communicator.rank();

@@ -1,5 +1,8 @@
 // What goes wrong on one rank, or differs between them, in a layer over ranks.
 
+#include <type_traits>
+#include <vector>
+
 #include "small_layer.hpp"
 
 using namespace moe;
@@ -140,6 +143,69 @@ TEST_CASE("expert parallel: ranks that disagree throw the same", "[mpi]") {
   check_error(
       communicator, [&] { layer.backward(x, odd ? other : tape); },
       "the step of the tape is 1 on rank 0 and 2 on rank " + std::to_string(last));
+  layer.backward(x, tape);
+}
+
+TEST_CASE("expert parallel: a pass that the gate refuses on one rank", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  const bool odd = communicator.rank() == last;
+  const auto x = random_matrix(5, 6, 1);
+  const std::vector<double> wrong(7);
+  const auto check = [&]<class Gate>(const typename Gate::Config& gate, std::type_identity<Gate>) {
+    mpi::ExpertParallel<Layer<Gate>> layer(
+        {.width = 6, .expert = {.hidden = 4}, .gate = gate, .seed = 1}, communicator);
+    typename decltype(layer)::Tape tape;
+    const Pass pass{.step = 0,
+                    .noise = odd ? std::span<const double>(wrong) : std::span<const double>()};
+    check_error(
+        communicator, [&] { layer.forward(x, tape, pass); },
+        "rank " + std::to_string(last) + ": moe: " + Gate::name + ": Pass.noise has 7 numbers");
+    layer.forward(x, tape, {.step = 0});
+    layer.backward(x, tape);
+  };
+  check({.experts = 4, .top_k = 2}, std::type_identity<NoisyTopKGate<double>>());
+  check({.experts = 4, .top_k = 2}, std::type_identity<BalancedGate<double>>());
+  for (const PlaceOrder order : {PlaceOrder::rows, PlaceOrder::largest_weight}) {
+    check({.experts = 4, .top_k = 2, .capacity_factor = 1, .place_order = order},
+          std::type_identity<TopKGate<double>>());
+  }
+}
+
+TEST_CASE("expert parallel: ranks that sum other losses hear of it", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  if (last == 0) return;
+  using Layer = mpi::ExpertParallel<MoELayer<Expert<FeedForward, double>, TopKGate<double>>>;
+  Layer layer({.width = 6, .expert = {.hidden = 4}, .gate = {.experts = 4, .top_k = 2}, .seed = 1},
+              communicator);
+  if (communicator.rank() == last) layer.set_loss_weights({.switch_loss = 0.1});
+  Layer::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  check_error(
+      communicator, [&] { layer.forward(x, tape, {.step = 0}); },
+      "the count of what the gate sums is 13 on rank 0 and 22 on rank");
+}
+
+TEST_CASE("expert parallel: a gate that is trained on some ranks only", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  Small layer(small, communicator);
+  Small::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  layer.forward(x, tape, {.step = 0});
+  const auto train = [&](bool trained) {
+    for_each_parameter(layer, [&](const std::string& name, auto& p) {
+      if (name.starts_with("gate.")) p.trained = trained;
+    });
+  };
+  train(communicator.rank() == last);
+  if (last > 0) {
+    check_error(
+        communicator, [&] { layer.backward(x, tape); },
+        "the count of numbers in gradients of double is 0 on rank 0 and");
+  }
+  train(false);
   layer.backward(x, tape);
 }
 

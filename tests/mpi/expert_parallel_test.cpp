@@ -343,5 +343,5 @@ TEST_CASE("expert parallel: bytes beside the rows", "[mpi]") {
   layer.forward(x, tape, {.step = 0});
   CHECK(communicator.traffic().other_bytes ==
         8 * tape.exchange.sent.back() + 8 * (4 - static_cast<Index>(layer.experts().size())) +
-            8 * (communicator.size() - 1));  // weights, counts, and flags of failure
+            2 * 8 * (communicator.size() - 1));  // weights, counts, and flags of failure
 }

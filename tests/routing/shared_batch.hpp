@@ -57,6 +57,10 @@ class PartOfBatch : public SharedBatch {
   PartOfBatch(Meeting& meeting, std::size_t number, const Place& place)
       : meeting_(meeting), number_(number), place_(place) {}
 
+  mutable Index calls = 0;  ///< so far, by this thread
+
+  Index processes() const override { return static_cast<Index>(meeting_.count()); }
+  Index process() const override { return static_cast<Index>(number_); }
   Index rows() const override { return place_.rows; }
   Index first_row() const override { return place_.first_row; }
   Index tokens() const override { return place_.tokens; }
@@ -65,6 +69,7 @@ class PartOfBatch : public SharedBatch {
   void sum(std::span<double> numbers) const override { sum_of(numbers); }
   void sum(std::span<Index> numbers) const override { sum_of(numbers); }
   void prefix(std::span<Index> numbers) const override {
+    ++calls;
     std::vector<Index> before(numbers.size(), 0);
     meeting_.share(number_, numbers, [&](auto&& of) {
       for (std::size_t i = 0; i < number_; ++i) {
@@ -73,10 +78,22 @@ class PartOfBatch : public SharedBatch {
     });
     std::copy(before.begin(), before.end(), numbers.begin());
   }
+  void gather_agreed(std::span<Index> numbers) const override {
+    ++calls;
+    const std::size_t block = numbers.size() / meeting_.count();
+    std::vector<Index> all(numbers.size());
+    meeting_.share(number_, numbers, [&](auto&& of) {
+      for (std::size_t i = 0; i < meeting_.count(); ++i) {
+        for (std::size_t j = i * block; j < (i + 1) * block; ++j) all[j] = of(i)[j];
+      }
+    });
+    std::copy(all.begin(), all.end(), numbers.begin());
+  }
 
  private:
   template <class T>
   void sum_of(std::span<T> numbers) const {
+    ++calls;
     std::vector<T> total(numbers.size(), T{0});
     meeting_.share(number_, numbers, [&](auto&& of) {
       for (std::size_t i = 0; i < meeting_.count(); ++i) {

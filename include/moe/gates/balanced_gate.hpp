@@ -103,6 +103,13 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
+  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  detail::SharedCalls shared_calls(bool training, Index) const {
+    const auto choice = detail::SharedSelection<Scalar>::first_call(experts());
+    return detail::shared_calls(training ? choice : detail::SharedCall{},
+                                1 + detail::balance_figures(experts()));
+  }
+
   /// Changes the weight of the loss from the next pass on. Throws std::invalid_argument for one out of
   /// range.
   void set_loss_weights(const LossWeights& weights) {

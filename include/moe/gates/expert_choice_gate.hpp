@@ -73,6 +73,12 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
 
+  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  detail::SharedCalls shared_calls(bool, Index) const {
+    return detail::shared_calls(detail::SharedSelection<Scalar>::first_call(experts()),
+                                detail::balance_figures(experts()));
+  }
+
   /// Gives the gate other experts, see Gate: fresh columns are as at the start. Copies of W_g's
   /// columns get noise of this standard deviation. Returns where its parameters come from. Throws
   /// std::invalid_argument, with nothing changed, where Config would be out of range.

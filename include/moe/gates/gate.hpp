@@ -96,6 +96,21 @@ concept ChangesExperts = requires(G& gate, const G& constant, const ExpertSource
   { gate.change_experts(sources, seed, 0.0) } -> std::convertible_to<std::vector<ParameterSource>>;
 };
 
+template <class Derived, class Scalar_>
+class GateBase;
+/// A gate of this library, which says what it calls of a SharedBatch, see SharedCalls. A class that
+/// derives from one may call more, so it is not asked.
+template <class G>
+concept NamesSharedCalls = std::derived_from<G, GateBase<G, typename G::Scalar>> &&
+    requires(const G& gate) {
+  { gate.shared_calls(true, Index{0}) } -> std::same_as<SharedCalls>;
+};
+template <class G>
+SharedCalls shared_calls_of(const G& gate, bool training, Index rows) {
+  if constexpr (NamesSharedCalls<G>) return gate.shared_calls(training, rows);
+  return {};
+}
+
 /// Of a gate without losses.
 struct NoLossWeights {};
 template <class G>
@@ -184,6 +199,7 @@ void check_gate_backward(const char* name, Index width, const MatrixRef<Scalar>&
 ///     route(x, pass, tape) const                of a Pass and of an EvaluationPass: tape.routing and
 ///                                               tape.balance, of the rows in tape.tokens
 ///     route_backward(x, dweight, tape, dx)      of arguments that fit the tape
+///     shared_calls(training, rows) const        of forward() or evaluate() on a batch of these rows
 template <class Derived, class Scalar_>
 class GateBase {
  public:

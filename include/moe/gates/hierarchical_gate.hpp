@@ -116,6 +116,12 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   /// that are not chosen being unused; none where Config.noise is off.
   Index noise_columns() const { return config_.noise ? config_.groups + experts() : 0; }
 
+  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  detail::SharedCalls shared_calls(bool training, Index) const {
+    const Index loads = training && config_.noise ? 2 * config_.groups : 0;
+    return detail::shared_calls({}, detail::balance_figures(experts()) + loads);
+  }
+
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {

@@ -76,6 +76,11 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   /// Numbers of Pass::noise for a row of x: n of every expert, or none where Config.noise is off.
   Index noise_columns() const { return config_.noise ? config_.experts : 0; }
 
+  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  detail::SharedCalls shared_calls(bool, Index) const {
+    return detail::shared_calls({}, detail::balance_figures(experts()));
+  }
+
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
   /// out of range.
   void set_loss_weights(const LossWeights& weights) {

@@ -97,6 +97,13 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
     }
   }
 
+  /// What a pass calls of a SharedBatch, for mpi::RankDispatch: what the wrapped gate does.
+  detail::SharedCalls shared_calls(bool training, Index rows) const
+  requires detail::NamesSharedCalls<RoutedGate>
+  {
+    return routed_.shared_calls(training, rows);
+  }
+
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
     if constexpr (requires { routed_.check_forward(x, pass); }) routed_.check_forward(x, pass);
   }

@@ -108,6 +108,21 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return (config_.jitter > 0 ? config_.width : 0) + (config_.random_second ? 1 : 0);
   }
 
+  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  detail::SharedCalls shared_calls(bool training, Index rows) const {
+    const LossWeights weights = training ? loss_weights() : evaluation_weights(rows);
+    Index figures = 1 + detail::balance_figures(experts());
+    if (weights.switch_loss > 0) figures += detail::SwitchLoss<Scalar>::figures(experts(), 1);
+    if (weights.sequence > 0) {
+      figures += detail::SwitchLoss<Scalar>::figures(experts(), config_.sequences);
+    }
+    const double factor = training ? config_.capacity_factor : config_.evaluation_capacity_factor;
+    const detail::SharedCall choice =
+        factor > 0 ? detail::capacity_call<Scalar>(config_.place_order, config_.top_k, experts())
+                   : detail::SharedCall{};
+    return detail::shared_calls(choice, figures);
+  }
+
   /// Throws std::invalid_argument when the batch's rows are not a multiple of Config.sequences while
   /// sequences have a loss.
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
@@ -214,6 +229,13 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return {config_.switch_loss_weight, config_.sequence_loss_weight, config_.z_loss_weight};
   }
 
+  /// Of evaluate() on a batch of some rows.
+  LossWeights evaluation_weights(Index rows) const {
+    LossWeights weights = loss_weights();
+    if (rows % config_.sequences != 0) weights.sequence = 0;
+    return weights;
+  }
+
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
     const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
     if (config_.jitter > 0) {
@@ -236,9 +258,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
     choose(tape);
     make_routing(config_.evaluation_capacity_factor, pass.batch, tape);
-    LossWeights weights = loss_weights();
-    if (tape.tokens.batch_rows % config_.sequences != 0) weights.sequence = 0;
-    measure_losses(weights, pass.batch, tape);
+    measure_losses(evaluation_weights(tape.tokens.batch_rows), pass.batch, tape);
   }
 
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,

@@ -71,9 +71,10 @@ class LocalDispatch {
    private:
     Pass pass_;
   };
-  /// Begins a pass over `rows` rows; f() checks the arguments.
-  template <class Expert, class F>
-  Batch begin(const char*, const Pass& pass, Index, Tape<Expert>&, F&& f) const {
+  /// Begins a pass over `rows` rows, the gate's forward() or evaluate(); f() checks the arguments.
+  template <class Expert, class Gate, class F>
+  Batch begin(const char*, const Gate&, bool, const Pass& pass, Index,
+              Dispatch<typename Expert::Scalar>&, Tape<Expert>&, F&& f) const {
     f();
     return Batch(pass);
   }
@@ -97,8 +98,8 @@ class LocalDispatch {
 
   /// f() checks the arguments, makes room and returns the gradient w.r.t. the sum (T x D). Fills
   /// dweight (S, in the order of the dispatch), adds to dx and to the experts' gradients.
-  template <class Expert, class F>
-  void backward(std::span<Expert> experts, const MatrixRef<typename Expert::Scalar>& x,
+  template <class Expert, class Gate, class F>
+  void backward(const Gate&, std::span<Expert> experts, const MatrixRef<typename Expert::Scalar>& x,
                 Dispatch<typename Expert::Scalar>& dispatch, detail::ExpertTape<Expert>& tape,
                 Tape<Expert>&, IndexedVector<typename Expert::Scalar>& dweight,
                 Matrix<typename Expert::Scalar>& dx, F&& f) const {

@@ -140,11 +140,12 @@ class MoELayer {
   /// std::invalid_argument when x is not D wide or another part of tape.x, when the pass does not fit
   /// it, and when a gate contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    const auto batch = policy_.begin("MoELayer::forward", pass, x.rows(), tape.exchange, [&] {
+    const auto check = [&] {
       check_structure();
       detail::check_layer_width<Scalar>(x, "x", config_.width);
       detail::check_pass("MoELayer", pass, x.rows());
-    });
+    };
+    const auto batch = begin("MoELayer::forward", true, pass, x.rows(), tape, check);
     tape.trained = false;
     policy_.route(tape.dispatch, tape.exchange, [&] {
       detail::copy_matrix(x, tape.x);
@@ -166,7 +167,7 @@ class MoELayer {
   /// from this one's. std::bad_alloc, which only a first pass of its shapes can throw, may leave
   /// gradients that are added to in part: zero them before going on.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
-    policy_.backward(std::span<Expert>(experts_), tape.x, tape.dispatch, tape.experts,
+    policy_.backward(gate_, std::span<Expert>(experts_), tape.x, tape.dispatch, tape.experts,
                      tape.exchange, tape.sorted_dweight, tape.dx, [&] {
                        prepare_backward(dy, tape);
                        return detail::activate_output_backward(config_.output, tape.combined, dy,
@@ -187,12 +188,13 @@ class MoELayer {
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                  const EvaluationPass& pass = {}) const {
     const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
-    const auto batch = policy_.begin("MoELayer::evaluate", as_pass, x.rows(), tape.exchange, [&] {
+    const auto check = [&] {
       check_structure();
       detail::check_layer_width<Scalar>(x, "x", config_.width);
       detail::check_pass("MoELayer", as_pass, x.rows());
       detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
-    });
+    };
+    const auto batch = begin("MoELayer::evaluate", false, as_pass, x.rows(), tape, check);
     tape.trained = false;
     policy_.route(tape.dispatch, tape.exchange, [&] {
       gate_.evaluate(x, tape.gate,
@@ -342,6 +344,12 @@ class MoELayer {
   void mark_structure(Module& module) const {
     detail::walk_parameters(module,
                             [&](const ParameterName&, auto& p) { p.structure = structure_; });
+  }
+
+  template <class F>
+  auto begin(const char* verb, bool training, const Pass& pass, Index rows, Tape& tape,
+             F&& check) const {
+    return policy_.begin(verb, gate_, training, pass, rows, tape.dispatch, tape.exchange, check);
   }
 
   void sort_slots(Index rows, std::span<const std::uint8_t> valid, Tape& tape) const {

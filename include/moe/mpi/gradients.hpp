@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <exception>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -154,14 +155,18 @@ class GradientSum {
   /// Local.
   template <class Module>
   void pack(Module& module, const Communicator& communicator) {
+    pack(module);
+    communicator.make_room_for_sum<float>(packed_.floats.size());
+    communicator.make_room_for_sum<double>(packed_.doubles.size());
+  }
+  template <class Module>
+  void pack(Module& module) {
     packed_.clear();
     moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
       if (!p.trained) return;
       packed_.push_back(p.gradient());
       packed_.push_flag(p.gradient(), p.stored.state == State::added_to);
     });
-    communicator.make_room_for_sum<float>(packed_.floats.size());
-    communicator.make_room_for_sum<double>(packed_.doubles.size());
   }
   /// Collective, after a call in which no rank failed.
   template <class Module>
@@ -169,6 +174,50 @@ class GradientSum {
     // A type that the module does not have is missing on all ranks.
     if (!packed_.floats.empty()) communicator.sum_agreed(std::span<float>(packed_.floats));
     if (!packed_.doubles.empty()) communicator.sum_agreed(std::span<double>(packed_.doubles));
+    unpack(module);
+  }
+
+  // The second half after a pack() that may have failed, on a rank that made room before the ranks agreed
+  // on the counts.
+
+  /// Local.
+  static void make_room(const Counts& counts, const Communicator& communicator) {
+    communicator.make_room_to_fail<float>(moe::detail::to_size(counts.floats));
+    communicator.make_room_to_fail<double>(moe::detail::to_size(counts.doubles));
+  }
+  /// Throws Error on all ranks where `failure` is not null on one. Collective.
+  template <class Module>
+  void sum_packed(Module& module, const Counts& counts, const char* call,
+                  const std::exception_ptr& failure, const Communicator& communicator) {
+    bool is_told = sum_or_fail(packed_.floats, counts.floats, call, failure, communicator);
+    if (is_told && counts.doubles > 0) {
+      communicator.sum_agreed(std::span<double>(packed_.doubles));
+    } else if (!is_told) {
+      is_told = sum_or_fail(packed_.doubles, counts.doubles, call, failure, communicator);
+    }
+    if (!is_told) communicator.agree(call, {}, failure);
+    unpack(module);
+  }
+
+ private:
+  using State = moe::detail::GradientState;
+
+  /// Returns whether there are any numbers, with which the ranks told each other that none failed.
+  template <class Scalar>
+  static bool sum_or_fail(std::vector<Scalar>& numbers, std::int64_t count, const char* call,
+                          const std::exception_ptr& failure, const Communicator& communicator) {
+    if (count == 0) return false;
+    if (failure != nullptr) {
+      communicator.fail_in_sum<Scalar>(moe::detail::to_size(count));
+    } else if (!communicator.sum_or_fail(std::span<Scalar>(numbers))) {
+      return true;
+    }
+    communicator.agree(call, {}, failure);
+    return true;
+  }
+
+  template <class Module>
+  void unpack(Module& module) {
     packed_.rewind();
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
@@ -177,9 +226,6 @@ class GradientSum {
           if (*packed_.next<Scalar>(1) > 0) p.stored.state = State::added_to;
         });
   }
-
- private:
-  using State = moe::detail::GradientState;
 
   /// Matrices one behind the other, by type.
   struct Numbers {

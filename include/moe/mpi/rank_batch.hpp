@@ -1,6 +1,8 @@
 #pragma once
 
+#include <exception>
 #include <span>
+#include <stdexcept>
 
 #include "moe/indexed_vector.hpp"
 #include "moe/mpi/communicator.hpp"
@@ -20,6 +22,15 @@ struct RankBatch {
   Index tokens = 0;                  ///< of all ranks: rows that are no padding
   Index first_token = 0;             ///< this rank's first one among them
 
+  detail::SharedCalls calls{};  ///< what the gate calls of the batch; none where it does not say
+  std::size_t called = 0;       ///< how many of them it did
+
+  bool names_calls() const { return calls[0].kind != detail::SharedCall::none; }
+  /// What the other ranks are in or come to next, where this one failed.
+  detail::SharedCall next_call() const {
+    return called < calls.size() ? calls[called] : detail::SharedCall{};
+  }
+
   void resize(int ranks) {
     detail::resize(rank_rows, ranks);
     detail::resize(rank_tokens, ranks);
@@ -38,28 +49,98 @@ struct RankBatch {
   }
 };
 
+/// What ranks say in agree() after they routed.
+inline constexpr const char* gate_call = "the gate";
+
+/// Takes part in the next of the calls that the gate named, to say that this rank failed, and throws the
+/// Error that all ranks throw. Returns where the gate did all.
+inline void fail_in_next_call(const Communicator& communicator, const RankBatch& batch,
+                              const std::exception_ptr& failure) {
+  const detail::SharedCall call = batch.next_call();
+  const std::size_t numbers = detail::to_size(call.numbers);
+  switch (call.kind) {
+    case detail::SharedCall::none:
+      return;
+    case detail::SharedCall::sum_of_counts:
+      communicator.fail_in_sum<Index>(numbers);
+      break;
+    case detail::SharedCall::sum_of_figures:
+      communicator.fail_in_sum<double>(numbers);
+      break;
+    case detail::SharedCall::sum_and_prefix:
+      communicator.fail_in_sum_and_prefix(numbers);
+      break;
+  }
+  communicator.agree(gate_call, {}, failure);
+}
+/// Room for a call and for failing in it.
+inline void make_room(const Communicator& communicator, const detail::SharedCall& call) {
+  const std::size_t numbers = detail::to_size(call.numbers);
+  if (call.kind == detail::SharedCall::none) return;
+  if (call.kind == detail::SharedCall::sum_of_figures) {
+    communicator.make_room_to_fail<double>(numbers);
+  } else {
+    communicator.make_room_to_fail<Index>(numbers);
+  }
+}
+
 /// A SharedBatch over the ranks of a communicator; refers to both.
 class SharedOverRanks final : public SharedBatch {
  public:
-  SharedOverRanks(const Communicator& communicator, const RankBatch& batch)
+  SharedOverRanks(const Communicator& communicator, RankBatch& batch)
       : communicator_(communicator), batch_(batch) {}
+
+  Index processes() const override { return communicator_.size(); }
+  Index process() const override { return communicator_.rank(); }
 
   Index rows() const override { return batch_.rows; }
   Index first_row() const override { return batch_.first_row; }
   Index tokens() const override { return batch_.tokens; }
   Index first_token() const override { return batch_.first_token; }
   void sum(std::span<float> numbers) const override { communicator_.sum(numbers); }
-  void sum(std::span<double> numbers) const override { communicator_.sum(numbers); }
-  void sum(std::span<Index> numbers) const override { communicator_.sum(numbers); }
+  void sum(std::span<double> numbers) const override {
+    sum_as(detail::SharedCall::sum_of_figures, numbers);
+  }
+  void sum(std::span<Index> numbers) const override {
+    sum_as(detail::SharedCall::sum_of_counts, numbers);
+  }
   void prefix(std::span<Index> numbers) const override { communicator_.prefix(numbers); }
+  void sum_and_prefix(std::span<Index> numbers, std::span<Index> sums) const override {
+    if (!is_named(detail::SharedCall::sum_and_prefix, numbers.size())) {
+      return SharedBatch::sum_and_prefix(numbers, sums);
+    }
+    throw_if(communicator_.sum_and_prefix_or_fail(numbers, sums));
+  }
+  void gather_agreed(std::span<Index> numbers) const override {
+    communicator_.gather_agreed(numbers);
+  }
   void sum_agreed(std::span<Index> numbers) const override { communicator_.sum_agreed(numbers); }
   void prefix_agreed(std::span<Index> numbers) const override {
     communicator_.prefix_agreed(numbers);
   }
 
  private:
+  template <class Number>
+  void sum_as(detail::SharedCall::Kind kind, std::span<Number> numbers) const {
+    if (!is_named(kind, numbers.size())) return communicator_.sum(numbers);
+    throw_if(communicator_.sum_or_fail(numbers));
+  }
+
+  /// Whether the gate names its calls, of which this must be the next.
+  bool is_named(detail::SharedCall::Kind kind, std::size_t numbers) const {
+    if (!batch_.names_calls()) return false;
+    const detail::SharedCall call{kind, static_cast<Index>(numbers)};
+    if (batch_.next_call() != call)
+      throw std::logic_error("moe: a gate calls what it did not name");
+    ++batch_.called;
+    return true;
+  }
+  void throw_if(bool failed) const {
+    if (failed) communicator_.agree(gate_call);
+  }
+
   const Communicator& communicator_;
-  const RankBatch& batch_;
+  RankBatch& batch_;
 };
 
 }  // namespace moe::mpi

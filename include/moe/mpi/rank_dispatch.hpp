@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "moe/gates/gate.hpp"
 #include "moe/layer/changed_experts.hpp"
 #include "moe/layer/expert_pass.hpp"
 #include "moe/mpi/communicator.hpp"
@@ -67,8 +68,8 @@ class RankDispatch {
   template <class Config, class Gate>
   void place(const Config& config, const Gate& gate) {
     together("ExpertParallel: the placement", [&] {
-      rank_experts_.resize(moe::detail::to_size(communicator_.size()));
-      here_for_each_rank_.resize(rank_experts_.size());
+      sent_counts_.resize(moe::detail::to_size(communicator_.size()));
+      received_counts_.resize(sent_counts_.size());
       set_placement(placement_for(gate));
     });
     check_same_configuration(config, gate.experts(), communicator_);
@@ -91,9 +92,9 @@ class RankDispatch {
   void set_placement(const Placement& placement) {
     placement_ = placement;
     for (int r = 0; r < ranks(); ++r) {
-      rank_experts_[moe::detail::to_size(Index{r})] = placement_.count(r);
+      sent_counts_[moe::detail::to_size(Index{r})] = placement_.count(r) + 1;
     }
-    std::fill(here_for_each_rank_.begin(), here_for_each_rank_.end(), placement_.count(rank()));
+    std::fill(received_counts_.begin(), received_counts_.end(), placement_.count(rank()) + 1);
   }
   void agree_on_change(const char* verb, std::uint64_t structure,
                        const moe::detail::ChangeDraws& draws) const {
@@ -133,7 +134,7 @@ class RankDispatch {
   /// The pass as the gate sees it: the batch is that of all ranks.
   class Batch {
    public:
-    Batch(const Communicator& communicator, const RankBatch& batch, const Pass& pass)
+    Batch(const Communicator& communicator, RankBatch& batch, const Pass& pass)
         : shared_(communicator, batch), pass_(pass) {
       pass_.first_token += static_cast<std::uint32_t>(batch.first_row);
       pass_.batch = &shared_;
@@ -148,39 +149,50 @@ class RankDispatch {
   };
 
   /// Finds out how many rows and tokens all ranks have.
-  template <class Expert, class F>
-  Batch begin(const char* call, const Pass& pass, Index rows, Tape<Expert>& tape, F&& f) const {
+  template <class Expert, class Gate, class F>
+  Batch begin(const char* call, const Gate& gate, bool training, const Pass& pass, Index rows,
+              Dispatch<typename Expert::Scalar>& dispatch, Tape<Expert>& tape, F&& f) const {
     const Index tokens = moe::detail::count_valid(pass.valid, rows);
+    // No gate calls more in a batch of another number of rows.
+    const moe::detail::SharedCalls most = moe::detail::shared_calls_of(gate, training, 0);
     const std::span<const Index> all = communicator_.attempt_gather(
         call,
         {{"Pass.step", static_cast<std::int64_t>(pass.step)},
          {"Pass.first_token", static_cast<std::int64_t>(pass.first_token)},
          {"the layer", number_},
+         {"the count of what the gate sums", most[0].numbers + most[1].numbers},
          {"Pass.loss_scale, as bits,", std::bit_cast<std::int64_t>(pass.loss_scale)}},
         {rows, tokens}, [&] {
           f();
           moe::detail::require(pass.batch == nullptr,
                                "ExpertParallel: Pass.batch is given, and is that of the ranks");
           tape.batch.resize(communicator_.size());
+          SlotExchange(communicator_, placement_, dispatch, tape).prepare_counts();
+          for (const moe::detail::SharedCall& shared : most) make_room(communicator_, shared);
         });
     tape.batch.set(all, communicator_.rank());
+    tape.batch.calls = moe::detail::shared_calls_of(gate, training, tape.batch.rows);
+    tape.batch.called = 0;
     tape.step = pass.step;
     tape.number = communicator_.next_number();
     return Batch(communicator_, tape.batch, pass);
   }
 
   /// f() routes this rank's tokens; then the ranks tell each other how many slots there are for each
-  /// of their experts.
+  /// of their experts, and whether they failed. Where the gate does not say what it calls of the batch,
+  /// a rank that failed cannot know what the others are in, so all ranks agree first.
   template <class Expert, class F>
   void route(Dispatch<typename Expert::Scalar>& dispatch, Tape<Expert>& tape, F&& f) const {
-    communicator_.attempt("the gate", [&] {
-      f();
-      SlotExchange(communicator_, placement_, dispatch, tape).count_sent();
-      communicator_.make_room_for_exchange(tape.sent_counts.size() + tape.received_counts.size());
-    });
+    const SlotExchange slots(communicator_, placement_, dispatch, tape);
+    const std::exception_ptr failure = communicator_.failure_of(f);
+    if (!tape.batch.names_calls()) communicator_.agree(gate_call, {}, failure);
+    if (failure != nullptr) fail_in_next_call(communicator_, tape.batch, failure);
+    MOE_ASSERT(tape.batch.next_call().kind == moe::detail::SharedCall::none);
+    slots.count_sent(failure != nullptr);
     communicator_.exchange_agreed(
-        std::span<const Index>(tape.sent_counts), std::span<const Index>(rank_experts_),
-        std::span<Index>(tape.received_counts), std::span<const Index>(here_for_each_rank_));
+        std::span<const Index>(tape.sent_counts), std::span<const Index>(sent_counts_),
+        std::span<Index>(tape.received_counts), std::span<const Index>(received_counts_));
+    if (slots.has_any_failed()) communicator_.agree(gate_call, {}, failure);
   }
 
   template <class Expert, class F>
@@ -200,7 +212,7 @@ class RankDispatch {
     });
     slots.send_tokens(x, tape.received_x, *there);
     slots.send_weights(*there);
-    const std::exception_ptr failure = attempt_here([&] {
+    const std::exception_ptr failure = communicator_.failure_of([&] {
       if (experts.empty()) return there->wait();
       pass_of_own(experts, dispatch, x.rows(), own).forward(x, save, sum);
       there->wait();
@@ -215,8 +227,9 @@ class RankDispatch {
     slots.add_answers(sum);
   }
 
-  template <class Expert, class F>
-  void backward(std::span<Expert> experts, const MatrixRef<typename Expert::Scalar>& x,
+  template <class Expert, class Gate, class F>
+  void backward(const Gate& gate, std::span<Expert> experts,
+                const MatrixRef<typename Expert::Scalar>& x,
                 Dispatch<typename Expert::Scalar>& dispatch, moe::detail::ExpertTape<Expert>& own,
                 Tape<Expert>& tape, IndexedVector<typename Expert::Scalar>& dweight,
                 Matrix<typename Expert::Scalar>& dx, F&& f) const {
@@ -226,20 +239,24 @@ class RankDispatch {
     std::optional<MatrixRef<Scalar>> dy;
     std::optional<RowExchange> there;
     std::optional<RowExchange> back;
+    const GradientSum::Counts counts = GradientSum::counts_of(gate);
     communicator_.attempt("MoELayer::backward",
                           {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
                            {"the number of rows", tape.batch.rows},
-                           {"the pass of the tape", tape.number}},
+                           {"the pass of the tape", tape.number},
+                           {counts.float_name, counts.floats},
+                           {counts.double_name, counts.doubles}},
                           [&] {
                             dy.emplace(f());
                             check_tape(dispatch, tape);
                             check_experts(constant, dispatch, x.rows(), own, tape);
                             slots.prepare_backward(x.cols());
+                            GradientSum::make_room(counts, communicator_);
                             there.emplace(communicator_);
                             back.emplace(communicator_);
                           });
     slots.send_tokens(*dy, tape.received_dy, *there);
-    const std::exception_ptr failure = attempt_here([&] {
+    const std::exception_ptr failure = communicator_.failure_of([&] {
       if (experts.empty()) return there->wait();
       Scalar* const own_dweight = dweight.data() + dispatch.offsets[experts_here(0).first];
       pass_of_own(constant, dispatch, x.rows(), own).backward(experts, x, *dy, own_dweight, dx);
@@ -257,21 +274,20 @@ class RankDispatch {
     slots.add_answers(dx);
   }
 
-  /// Adds the gradients of all ranks' tokens to the gate's.
+  /// Adds the gradients of all ranks' tokens to the gate's, after backward(), in which the ranks agreed
+  /// on how many there are.
   template <class Gate, class Expert, class F>
   void gate_backward(Gate& gate, Tape<Expert>& tape, F&& f) const {
     bool aside = false;
     const GradientSum::Counts counts = GradientSum::counts_of(gate);
     try {
-      communicator_.attempt(
-          "the gate's gradients",
-          {{counts.float_name, counts.floats}, {counts.double_name, counts.doubles}}, [&] {
-            tape.gate_gradients.set_aside(gate);
-            aside = true;
-            f();
-            tape.gate_gradients.pack(gate, communicator_);
-          });
-      tape.gate_gradients.sum_packed(gate, communicator_);
+      const std::exception_ptr failure = communicator_.failure_of([&] {
+        tape.gate_gradients.set_aside(gate);
+        aside = true;
+        f();
+        tape.gate_gradients.pack(gate);
+      });
+      tape.gate_gradients.sum_packed(gate, counts, "the gate's gradients", failure, communicator_);
     } catch (...) {
       // On the ranks that did not fail too, whose gradients were set aside as well.
       if (aside) tape.gate_gradients.restore(gate);
@@ -342,23 +358,12 @@ class RankDispatch {
         " ranks and ", dispatch.experts(), " experts");
   }
 
-  /// What f() throws, or null; a communicator that is of no more use throws on.
-  template <class F>
-  std::exception_ptr attempt_here(F&& f) const {
-    try {
-      f();
-    } catch (...) {
-      if (!communicator_.channel().is_usable()) throw;
-      return std::current_exception();
-    }
-    return nullptr;
-  }
-
   Communicator communicator_;
   Placement placement_{1, 1};
-  std::int64_t number_ = 0;                ///< among what the communicator numbers
-  std::vector<Index> rank_experts_;        ///< R, experts of each rank
-  std::vector<Index> here_for_each_rank_;  ///< R times those of this one
+  std::int64_t number_ = 0;  ///< among what the communicator numbers
+  // Of the numbers that ranks exchange before the slots: a count for each expert, and a flag.
+  std::vector<Index> sent_counts_;      ///< R, for each rank
+  std::vector<Index> received_counts_;  ///< R, from each rank
 };
 
 }  // namespace moe::mpi

@@ -31,11 +31,12 @@ struct RankTape {
 
   // A rank's slots that leave it, L of them, are in the order of the dispatch; those that come to
   // it, N of them, are numbered by rank, and by expert and token in each.
-  IndexedVector<Index> sent;             ///< R + 1, which of the L go to which rank
-  IndexedVector<Index> received;         ///< R + 1, which of the N come from which rank
-  IndexedVector<Index> sent_counts;      ///< E, slots of this rank for each expert
-  IndexedVector<Index> received_counts;  ///< R x experts of this rank
-  Matrix<Scalar> returned;               ///< L x D, what leaves, then its y or dx
+  IndexedVector<Index> sent;         ///< R + 1, which of the L go to which rank
+  IndexedVector<Index> received;     ///< R + 1, which of the N come from which rank
+  IndexedVector<Index> sent_counts;  ///< E + R, slots of this rank for each rank's experts, a flag
+  IndexedVector<Index>
+      received_counts;      ///< R x (experts of this rank + 1), the same from each rank
+  Matrix<Scalar> returned;  ///< L x D, what leaves, then its y or dx
 
   // Of the slots of other ranks' tokens, each a row of its own.
   Routing<Scalar> others;
@@ -65,17 +66,38 @@ class SlotExchange {
 
   // These are local, and make room.
 
-  /// How many slots leave for each rank, from the dispatch.
-  void count_sent() const {
-    moe::detail::resize(tape_.sent_counts, dispatch_.experts());
-    for (Index e = 0; e < dispatch_.experts(); ++e) tape_.sent_counts[e] = dispatch_.slots_of(e);
-    tape_.sent.assign(1, 0);
+  /// Before the gate routes, so that a rank that fails there can tell the others.
+  void prepare_counts() const {
+    const Index ranks = communicator_.size();
+    moe::detail::resize(tape_.sent, ranks + 1);
+    moe::detail::resize(tape_.received, ranks + 1);
+    moe::detail::resize(tape_.sent_counts, placement_.experts() + ranks);
+    moe::detail::resize(tape_.received_counts, ranks * received_of_rank());
+    communicator_.make_room_for_exchange(tape_.sent_counts.size() + tape_.received_counts.size());
+  }
+  /// How many slots leave for each rank, from the dispatch, and whether this rank failed.
+  void count_sent(bool has_failed) const {
+    std::fill(tape_.sent_counts.begin(), tape_.sent_counts.end(), Index{0});
+    tape_.sent[0] = 0;
     for (int r = 0; r < communicator_.size(); ++r) {
+      const Index first = placement_.first(r);
+      tape_.sent_counts[first + placement_.count(r) + r] = has_failed ? 1 : 0;
+      if (has_failed) continue;
+      for (Index e = first; e < first + placement_.count(r); ++e) {
+        tape_.sent_counts[e + r] = dispatch_.slots_of(e);
+      }
       const Index slots = r == communicator_.rank() ? 0 : first_slot(r + 1) - first_slot(r);
-      tape_.sent.push_back(tape_.sent.back() + slots);
+      tape_.sent[r + 1] = tape_.sent[r] + slots;
     }
-    moe::detail::resize(tape_.received_counts,
-                        communicator_.size() * placement_.count(communicator_.rank()));
+  }
+
+  /// From received_counts, whether a rank failed.
+  bool has_any_failed() const {
+    bool has_failed = false;
+    for (int r = 0; r < communicator_.size(); ++r) {
+      has_failed = has_failed || tape_.received_counts[(r + 1) * received_of_rank() - 1] != 0;
+    }
+    return has_failed;
   }
 
   /// From received_counts, the dispatch of what comes, a token of one slot for each row, and room for
@@ -85,13 +107,14 @@ class SlotExchange {
     auto& others = tape_.others;
     others.experts = here;
     others.expert.clear();
-    tape_.received.assign(1, 0);
+    tape_.received[0] = 0;
     for (int r = 0; r < communicator_.size(); ++r) {
       for (Index e = 0; e < here && r != communicator_.rank(); ++e) {
-        others.expert.insert(others.expert.end(),
-                             moe::detail::to_size(tape_.received_counts[r * here + e]), e);
+        others.expert.insert(
+            others.expert.end(),
+            moe::detail::to_size(tape_.received_counts[r * received_of_rank() + e]), e);
       }
-      tape_.received.push_back(others.slots());
+      tape_.received[r + 1] = others.slots();
     }
     moe::detail::resize(others.weight, others.slots());
     moe::detail::resize(others.token_offsets, others.slots() + 1);
@@ -176,6 +199,9 @@ class SlotExchange {
   }
 
  private:
+  /// Numbers of each rank in received_counts.
+  Index received_of_rank() const { return placement_.count(communicator_.rank()) + 1; }
+
   void prepare_answers(Index width) const {
     moe::detail::resize(tape_.returned, tape_.sent.back(), width);
     moe::detail::resize_to_zero(tape_.answer, tape_.received.back(), width);

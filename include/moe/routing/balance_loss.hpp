@@ -198,6 +198,10 @@ void copy_numbers(const IndexedVector<Number>& from, Vector<Scalar>& to) {
   for (Index i = 0; i < to.size(); ++i) to[i] = static_cast<Scalar>(from[i]);
 }
 
+/// How many numbers measure_importance() and measure_balance() tell the sum of.
+inline Index importance_figures(Index experts) { return 2 * experts; }
+inline Index balance_figures(Index experts) { return importance_figures(experts) + experts; }
+
 /// Importance and the tokens of every expert over the whole batch.
 template <class Scalar>
 void measure_importance(const Routing<Scalar>& routing, BatchSum& sum, Balance<Scalar>& balance) {

@@ -79,6 +79,14 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   }
 }
 
+/// What drop_over_capacity() calls of a SharedBatch.
+template <class Scalar>
+SharedCall capacity_call(PlaceOrder how, Index top_k, Index experts) {
+  if (how == PlaceOrder::largest_weight) return SharedSelection<Scalar>::first_call(experts);
+  const Index turns = how == PlaceOrder::first_choices ? top_k : 1;
+  return {SharedCall::sum_and_prefix, turns * experts};
+}
+
 /// The same where the choices may be of a part of a batch: places are those of all processes' tokens.
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, const SharedBatch* batch,
@@ -105,13 +113,8 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, const Sha
   for (Index c = 0; c < choices.size(); ++c) {
     if (choices.keeps[c] != 0) ++scratch.taken[place_of(c)];
   }
-  if (turns > 1) {
-    copy_vector(std::span<const Index>(scratch.taken), scratch.of_turn);
-    batch->sum(std::span<Index>(scratch.of_turn));
-    batch->prefix_agreed(std::span<Index>(scratch.taken));
-  } else {
-    batch->prefix(std::span<Index>(scratch.taken));
-  }
+  resize(scratch.of_turn, turns * experts);
+  batch->sum_and_prefix(std::span<Index>(scratch.taken), std::span<Index>(scratch.of_turn));
   for (Index e = 0; e < experts && turns > 1; ++e) {
     Index before = 0;
     for (Index turn = 0; turn < turns; ++turn) {

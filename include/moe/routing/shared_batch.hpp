@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <span>
 #include <vector>
 
@@ -22,6 +24,9 @@ class SharedBatch {
  public:
   virtual ~SharedBatch() = default;
 
+  virtual Index processes() const = 0;  ///< R, how many share the batch
+  virtual Index process() const = 0;    ///< which of them this one is
+
   virtual Index rows() const = 0;         ///< of all processes, padding included
   virtual Index first_row() const = 0;    ///< the place of this process's first one among them
   virtual Index tokens() const = 0;       ///< of all processes: rows that are no padding
@@ -35,13 +40,43 @@ class SharedBatch {
   /// Replaces each number by its sum over the processes before this one, 0 in the first.
   virtual void prefix(std::span<Index> numbers) const = 0;
 
-  /// The same after a sum() of at least as many numbers since which no process can have failed: spares
-  /// finding out whether one did.
+  /// Both: `numbers` become those of prefix() and `sums`, as many, those of sum().
+  virtual void sum_and_prefix(std::span<Index> numbers, std::span<Index> sums) const {
+    std::copy(numbers.begin(), numbers.end(), sums.begin());
+    sum(sums);
+    prefix_agreed(numbers);
+  }
+
+  /// `numbers` are a block for each process, of one length; every process fills its own, and gets those
+  /// of the others. After a sum() of at least as many numbers, as the next two.
+  virtual void gather_agreed(std::span<Index> numbers) const = 0;
+
+  /// sum() and prefix() after a sum() of at least as many numbers since which no process can have
+  /// failed: spares finding out whether one did.
   virtual void sum_agreed(std::span<Index> numbers) const { sum(numbers); }
   virtual void prefix_agreed(std::span<Index> numbers) const { prefix(numbers); }
 };
 
 namespace detail {
+
+/// A call of a SharedBatch that a gate of this library makes in every pass.
+struct SharedCall {
+  enum Kind { none, sum_of_counts, sum_and_prefix, sum_of_figures };
+  Kind kind = none;
+  Index numbers = 0;
+
+  bool operator==(const SharedCall&) const = default;
+};
+/// The calls before which a process can have failed, in their order, `none` at the end. A process that
+/// fails knows from these in which one the others wait, takes part in it and says so there; so that
+/// no process has to ask the others before a call. All else that a gate calls is `_agreed`.
+using SharedCalls = std::array<SharedCall, 2>;
+
+/// Of a gate that makes a choice among the tokens of the batch, or none, and then sums its figures.
+inline SharedCalls shared_calls(const SharedCall& choice, Index figures) {
+  const SharedCall sum{SharedCall::sum_of_figures, figures};
+  return choice.kind == SharedCall::none ? SharedCalls{sum} : SharedCalls{choice, sum};
+}
 
 /// Sums several lists of numbers over the processes of a batch in one collective. They travel as
 /// double, in which counts are exact. Does nothing where the batch is null.

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <span>
 #include <type_traits>
+#include <utility>
 
 #include "moe/indexed_vector.hpp"
 #include "moe/routing/shared_batch.hpp"
@@ -39,14 +40,24 @@ OrderedBits<Scalar> ordered_bits(Scalar score) {
 /// digit the processes count how many of an expert's candidates have which value and sum the counts;
 /// the one that the count-th largest has is known then, and only candidates with that go on. An
 /// expert is finished when all that are left are needed. Candidates that are equal in all digits go
-/// by the processes before this one, and then by token. So what travels and what is kept is O(E·bins),
-/// whatever the number of processes and of their tokens.
+/// by the processes before this one, and then by token.
+///
+/// As soon as few are left the processes show each other these, as different scores and how often
+/// each occurs, which ends the search. They do where all are sure to fit into a message, and once
+/// where they may not, after three digits; an expert of which one process has too many different
+/// scores goes on by digits.
+///
+/// So what travels and what is kept is O(E·bins), whatever the number of processes and of their tokens:
+/// E·bins·8 bytes, the bins being 2048 down to 256, as many as fit into 1 MiB. The calls are, for
+/// scores of 32 bits and up to 64 experts, a sum of counts and at most three more. Else it takes that
+/// only where no process has more than a few different scores (up to 64, see most_scores()) of an
+/// expert that agree with its count-th largest in three digits: otherwise one for each digit and two.
 template <class Scalar>
 class SharedSelection {
  public:
   /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order,
-  /// but never two of an expert at once; it is called once a digit. Collective: `experts` and `count`
-  /// are the same in all processes.
+  /// but never two of an expert at once; it is called for each digit and a few times more. Collective:
+  /// `experts` and `count` are the same in all processes.
   template <class ForEach>
   void find(Index experts, Index count, const SharedBatch& batch, ForEach&& for_each) {
     bounds_.assign(to_size(experts), {0, std::numeric_limits<Bits>::max(), count});
@@ -54,20 +65,31 @@ class SharedSelection {
     resize(row_, experts);
     std::iota(open_.begin(), open_.end(), Index{0});
     std::iota(row_.begin(), row_.end(), Index{0});
-    const int most = experts <= few_experts ? 11 : 8;
-    for (int shift = width; shift > 0 && !open_.empty();) {
-      const int digits = std::min(most, shift);
-      shift -= digits;
-      count_candidates(Index{1} << digits, shift, for_each);
-      // Nothing after the first sum takes memory, or could fail otherwise.
+    // Nothing after the first sum takes memory, or could fail otherwise.
+    reserve(shown_, batch.processes() * most_scores(first_call(experts).numbers, 1, batch));
+    const int most = digit_bits(experts);
+    int shift = width;
+    for (int digit = 1; shift > 0 && !open_.empty(); ++digit) {
+      const int bits = std::min(most, shift);
+      shift -= bits;
+      count_candidates(Index{1} << bits, shift, for_each);
       const std::span<Index> counts(counts_);
-      shift + digits == width ? batch.sum(counts) : batch.sum_agreed(counts);
-      narrow(Index{1} << digits, shift);
+      digit == 1 ? batch.sum(counts) : batch.sum_agreed(counts);
+      const Index candidates = narrow(Index{1} << bits, shift);
+      if (open_.empty() || shift == 0) break;
+      const Index open = static_cast<Index>(open_.size());
+      const Index scores = most_scores(first_call(experts).numbers, open, batch);
+      if (scores > 0 && (candidates <= scores || digit == 3)) show(scores, batch, for_each);
     }
     if (open_.empty()) return;
     count_candidates(1, 0, for_each);
     batch.prefix_agreed(std::span<Index>(counts_));
     for (std::size_t i = 0; i < open_.size(); ++i) bounds_[open_[i]].left -= counts_[i];
+  }
+
+  /// What find() calls first.
+  static SharedCall first_call(Index experts) {
+    return {SharedCall::sum_of_counts, experts << digit_bits(experts)};
   }
 
   /// Whether a candidate is among them. To be called once for each, in the order of the tokens.
@@ -82,8 +104,22 @@ class SharedSelection {
   using Bits = OrderedBits<Scalar>;
   static constexpr int width = 8 * sizeof(Bits);
 
-  /// More bins for fewer sums, as long as the counts fit into one message of a Communicator.
-  static constexpr Index few_experts = 64;
+  /// Numbers of a message: Communicator::most_bytes.
+  static constexpr Index message = Index{1} << 17;
+  /// More bins for fewer sums, as long as the counts fit into one message.
+  static int digit_bits(Index experts) {
+    int bits = 11;
+    while (bits > 8 && experts << bits > message) --bits;
+    return bits;
+  }
+
+  /// Different scores of an expert that a process shows to the others: all that are looked through for
+  /// each candidate.
+  static constexpr Index few_scores = 64;
+  /// How many of these there is room for: in a message, and where the counts of the first digit were.
+  static Index most_scores(Index counts, Index experts, const SharedBatch& batch) {
+    return std::min(few_scores, std::min(message, counts) / (2 * batch.processes() * experts));
+  }
   static constexpr Index all = std::numeric_limits<Index>::max();
 
   /// Candidates above `highest` are taken, and of those from `lowest` on the first `left`.
@@ -108,9 +144,11 @@ class SharedSelection {
     });
   }
 
-  /// Moves the bounds of the open experts to the digit of the last that they take.
-  void narrow(Index bins, int shift) {
+  /// Moves the bounds of the open experts to the digit of the last that they take. Returns how many
+  /// candidates of an expert there are at most within them.
+  Index narrow(Index bins, int shift) {
     std::size_t open = 0;
+    Index most = 0;
     for (std::size_t i = 0; i < open_.size(); ++i) {
       const Index expert = open_[i];
       const Index* const counts = counts_.data() + static_cast<Index>(i) * bins;
@@ -128,16 +166,94 @@ class SharedSelection {
         bound.left = all;
         continue;
       }
+      most = std::max(most, counts[bin]);
       row_[expert] = static_cast<Index>(open);
       open_[open++] = expert;
     }
     open_.resize(open);
+    return most;
   }
+
+  /// The processes show each other the candidates within the bounds. Finishes the experts of which no
+  /// process has more than `scores` different ones.
+  template <class ForEach>
+  void show(Index scores, const SharedBatch& batch, ForEach&& for_each) {
+    // counts: processes x open experts x scores pairs of a score's bits and how often it occurs, which
+    // is 0 behind the last pair, and -1 in the first where there were too many.
+    const Index list = 2 * scores;
+    const Index block = static_cast<Index>(open_.size()) * list;
+    assign(counts_, batch.processes() * block, Index{0});
+    Index* const own = counts_.data() + batch.process() * block;
+    for_each([&](Index expert, Scalar score) {
+      const Index row = row_[expert];
+      if (row < 0) return;
+      const Bits bits = ordered_bits(score);
+      const Bound& bound = bounds_[expert];
+      if (bits < bound.lowest || bits > bound.highest) return;
+      Index* const pairs = own + row * list;
+      if (pairs[1] < 0) return;
+      for (Index i = 0; i < list; i += 2) {
+        if (pairs[i + 1] == 0) pairs[i] = static_cast<Index>(bits);
+        if (pairs[i] != static_cast<Index>(bits)) continue;
+        ++pairs[i + 1];
+        return;
+      }
+      pairs[1] = -1;
+    });
+    batch.gather_agreed(std::span<Index>(counts_));
+    std::size_t open = 0;
+    for (std::size_t row = 0; row < open_.size(); ++row) {
+      const Index expert = open_[row];
+      const Index* const lists = counts_.data() + static_cast<Index>(row) * list;
+      const bool is_finished = take_shown(lists, block, scores, batch, bounds_[expert]);
+      row_[expert] = is_finished ? -1 : static_cast<Index>(open);
+      if (!is_finished) open_[open++] = expert;
+    }
+    open_.resize(open);
+  }
+
+  /// Sets the bound of an expert to the score of the last that it takes; its lists are `block` apart.
+  /// Returns false, with nothing changed, if one is not whole.
+  bool take_shown(const Index* lists, Index block, Index scores, const SharedBatch& batch,
+                  Bound& bound) {
+    shown_.clear();
+    for (Index process = 0; process < batch.processes(); ++process) {
+      const Index* const pairs = lists + process * block;
+      if (pairs[1] < 0) return false;
+      for (Index i = 0; i < scores && pairs[2 * i + 1] > 0; ++i) {
+        shown_.push_back({static_cast<Bits>(pairs[2 * i]), pairs[2 * i + 1], process});
+      }
+    }
+    std::sort(shown_.begin(), shown_.end(),
+              [](const Shown& a, const Shown& b) { return a.bits > b.bits; });
+    Index taken = 0;
+    for (const Shown& shown : shown_) {
+      bound.lowest = shown.bits;
+      taken += shown.count;
+      if (taken >= bound.left) break;
+    }
+    bound.highest = bound.lowest;
+    for (const Shown& shown : shown_) {
+      const bool is_equal = shown.bits == bound.lowest;
+      if (shown.bits > bound.lowest || (is_equal && shown.process < batch.process())) {
+        bound.left -= shown.count;
+      }
+    }
+    return true;
+  }
+
+  /// What a process shows.
+  struct Shown {
+    Bits bits;
+    Index count;
+    Index process;
+  };
 
   IndexedVector<Bound> bounds_;  ///< E
   IndexedVector<Index> open_;    ///< the experts whose last one is not known yet, ascending
   IndexedVector<Index> row_;     ///< E, their places in open_, -1 for the others
   IndexedVector<Index> counts_;
+  IndexedVector<Shown> shown_;
 };
 
 }  // namespace moe::detail

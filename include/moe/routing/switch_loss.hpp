@@ -76,6 +76,9 @@ class SwitchLoss {
     sum.add(total_.data(), total_.size());
   }
 
+  /// How many numbers accumulate() tells the sum of.
+  static Index figures(Index experts, Index sequences) { return sequences * (1 + 2 * experts); }
+
   /// The loss of the batch; 0 without tokens.
   Scalar finish() {
     resize_to_zero(share_, chosen_.rows(), chosen_.cols());
