@@ -176,8 +176,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::check_shapes(*this, "HierarchicalGate");
   }
 
-  /// "primary.weight", "primary.noise_weight", "secondary.0.weight", "secondary.0.noise_weight",
-  /// ...
+  /// "primary.weight", "primary.noise_weight", "secondary.0.weight", "secondary.0.noise_weight", ...
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("primary", self.primary_);

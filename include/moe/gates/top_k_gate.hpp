@@ -11,8 +11,10 @@
 #include "moe/routing/choice_weights.hpp"
 #include "moe/routing/input_jitter.hpp"
 #include "moe/routing/linear_scores.hpp"
+#include "moe/routing/random_second.hpp"
 #include "moe/routing/router_scores.hpp"
 #include "moe/routing/router_z_loss.hpp"
+#include "moe/routing/selection_bias.hpp"
 #include "moe/routing/top_k_config.hpp"
 
 /// \file
@@ -192,15 +194,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
                     "TopKGate::update_selection_bias without Config.selection_bias");
     detail::require(load.size() == experts(), "TopKGate::update_selection_bias: load has ",
                     load.size(), " entries for ", experts(), " experts");
-    double total = 0;
-    for (Index i = 0; i < experts(); ++i) total += static_cast<double>(load[i]);
-    const auto rate = static_cast<Scalar>(config_.bias_rate);
-    for (Index i = 0; i < experts(); ++i) {
-      // Counts times E are exact, a mean would be rounded.
-      const double scaled = static_cast<double>(load[i]) * static_cast<double>(experts());
-      if (scaled < total) selection_bias_.value(0, i) += rate;
-      if (scaled > total) selection_bias_.value(0, i) -= rate;
-    }
+    detail::move_selection_bias(load, static_cast<Scalar>(config_.bias_rate),
+                                selection_bias_.value);
   }
   /// The same by the load of one training pass.
   void update_selection_bias(const Tape& tape) {
@@ -247,7 +242,9 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
       linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
     }
     choose(tape);
-    if (config_.random_second) drop_second_choices(noise, tape);
+    if (config_.random_second) {
+      detail::drop_second_choices(second_seed_, noise, tape.tokens, tape.choices);
+    }
     make_routing(config_.capacity_factor, pass.batch, tape);
     measure_losses(loss_weights(), pass.batch, tape);
   }
@@ -329,20 +326,6 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   }
 
   // The choices that become slots.
-
-  /// Keeps a token's second choice with probability 2·w: an expert of little weight would take a
-  /// place from others.
-  void drop_second_choices(const detail::NoiseSource& noise, Tape& tape) const {
-    for (Index t = 0; t < tape.tokens.count; ++t) {
-      const Index row = tape.tokens.row_of(t);
-      const Index second = 2 * t + 1;
-      const auto draw = static_cast<Scalar>(noise.given != nullptr
-                                                ? noise.given[(row + 1) * noise.stride - 1]
-                                                : static_cast<double>(uniform(detail::noise_words(
-                                                      second_seed_, noise.key, row, 0)[0])));
-      if (!(draw < Scalar{2} * tape.choices.weight[second])) tape.choices.keeps[second] = 0;
-    }
-  }
 
   void make_routing(double capacity_factor, const SharedBatch* batch, Tape& tape) const {
     if (capacity_factor > 0) {
