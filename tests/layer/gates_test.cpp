@@ -70,3 +70,21 @@ TEMPLATE_TEST_CASE("layer: new loss weights are those of the passes after", "[la
   layer.forward(x, tape, {.step = 3});  // the other layer has its own
   CHECK(tape.balance().loss == before);
 }
+
+TEST_CASE("layer: its configuration has the new loss weights, those of a gate within a gate too",
+          "[layer]") {
+  MoELayer<Expert<FeedForward>> plain(
+      {.width = 5, .expert = {.hidden = 4}, .gate = {.experts = 3, .top_k = 1}, .seed = 1});
+  plain.set_loss_weights({.importance = 0.5, .load = 0.25});
+  CHECK(plain.config().gate.importance_weight == 0.5);
+  CHECK(plain.config().gate.load_weight == 0.25);
+
+  MoELayer<Expert<FeedForward>, SharedExpertGate<NoisyTopKGate<>>> shared(
+      {.width = 5,
+       .expert = {.hidden = 4},
+       .gate = {.routed = {.experts = 3, .top_k = 1}},
+       .seed = 1});
+  shared.set_loss_weights({.importance = 0.5, .load = 0.25});
+  CHECK(shared.config().gate.routed.importance_weight == 0.5);
+  CHECK(shared.config().gate.routed.load_weight == 0.25);
+}

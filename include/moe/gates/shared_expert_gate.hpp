@@ -112,6 +112,9 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {
     routed_.set_loss_weights(weights);
+    if constexpr (requires { config_.routed = routed_.config(); }) {
+      config_.routed = routed_.config();
+    }
   }
   /// The wrapped gate's, by its part of the tape or the load.
   template <class G = RoutedGate>

@@ -268,6 +268,8 @@ class MoELayer {
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {
     gate_.set_loss_weights(weights);
+    // A file of the layer has its configuration.
+    if constexpr (requires { config_.gate = gate_.config(); }) config_.gate = gate_.config();
   }
 
   /// What a gate with a selection bias does after each update, see TopKGate::update_selection_bias():
