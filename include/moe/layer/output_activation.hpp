@@ -18,7 +18,8 @@ void activate_output(Activation activation, const Matrix<Scalar>& sum, Matrix<Sc
                       });
 }
 
-/// The gradient with respect to the sum, dy ⊙ act'(sum): dy itself without an activation, else in `dsum`.
+/// The gradient with respect to the sum, dy ⊙ act'(sum): dy itself without an activation, else in
+/// `dsum`.
 template <class Scalar>
 MatrixRef<Scalar> activate_output_backward(Activation activation, const Matrix<Scalar>& sum,
                                            const MatrixRef<Scalar>& dy, Matrix<Scalar>& dsum) {

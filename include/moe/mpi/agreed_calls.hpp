@@ -29,10 +29,6 @@ class AgreedCalls {
     shared_->channel = std::move(channel);
   }
 
-  // Moving copies, so that what was moved from can still tell the other ranks that it is of no use.
-  AgreedCalls(const AgreedCalls&) = default;
-  AgreedCalls& operator=(const AgreedCalls&) = default;
-
   // These are local.
 
   int rank() const { return rank_; }

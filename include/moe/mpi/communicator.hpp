@@ -9,7 +9,6 @@
 #include <memory>
 #include <span>
 #include <stdexcept>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -17,7 +16,6 @@
 #include "moe/mpi/agreed_calls.hpp"
 #include "moe/mpi/agreement.hpp"
 #include "moe/mpi/channel.hpp"
-#include "moe/mpi/claim.hpp"
 
 /// \file
 /// What the ranks of a program say to each other, such that none of them waits for one that failed.

@@ -129,16 +129,23 @@ class SharedSelection {
     Index left;
   };
 
-  /// counts (open experts x bins): how many candidates within the bounds have which digit.
-  template <class ForEach>
-  void count_candidates(Index bins, int shift, ForEach&& for_each) {
-    assign(counts_, static_cast<Index>(open_.size()) * bins, Index{0});
+  /// Calls f(row, bound, bits) for the candidates of the open experts that are within the bounds.
+  template <class ForEach, class F>
+  void for_each_open(ForEach&& for_each, F&& f) const {
     for_each([&](Index expert, Scalar score) {
       const Index row = row_[expert];
       if (row < 0) return;
       const Bits bits = ordered_bits(score);
       const Bound& bound = bounds_[expert];
-      if (bits < bound.lowest || bits > bound.highest) return;
+      if (bits >= bound.lowest && bits <= bound.highest) f(row, bound, bits);
+    });
+  }
+
+  /// counts (open experts x bins): how many candidates within the bounds have which digit.
+  template <class ForEach>
+  void count_candidates(Index bins, int shift, ForEach&& for_each) {
+    assign(counts_, static_cast<Index>(open_.size()) * bins, Index{0});
+    for_each_open(for_each, [&](Index row, const Bound& bound, Bits bits) {
       const Index bin = bins == 1 ? 0 : static_cast<Index>((bits - bound.lowest) >> shift);
       ++counts_[row * bins + bin];
     });
@@ -184,12 +191,7 @@ class SharedSelection {
     const Index block = static_cast<Index>(open_.size()) * list;
     assign(counts_, batch.processes() * block, Index{0});
     Index* const own = counts_.data() + batch.process() * block;
-    for_each([&](Index expert, Scalar score) {
-      const Index row = row_[expert];
-      if (row < 0) return;
-      const Bits bits = ordered_bits(score);
-      const Bound& bound = bounds_[expert];
-      if (bits < bound.lowest || bits > bound.highest) return;
+    for_each_open(for_each, [&](Index row, const Bound&, Bits bits) {
       Index* const pairs = own + row * list;
       if (pairs[1] < 0) return;
       for (Index i = 0; i < list; i += 2) {
