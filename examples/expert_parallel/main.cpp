@@ -73,7 +73,7 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   const Corpus& corpus = data->corpus;
   check_same_text(corpus, ranks);
 
-  // In a vector for draw().
+  // In a vector for progress_text().
   std::vector<Contestant> contestants;
   Contestant& model = contestants.emplace_back(
       language_model::sparse_config<Middle>(
@@ -110,7 +110,9 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
       timetable.next(seconds);
       data->training.get(timetable.batch(), batch);
       meter.measure([&] { model.update(batch, timetable); });
-      language_model::draw(progress, timetable, contestants);
+      if (progress.is_due()) {
+        progress.draw(timetable.fraction(), language_model::progress_text(timetable, contestants));
+      }
       if (timetable.evaluation_is_due()) {
         progress.clear();
         evaluate_now();
@@ -146,7 +148,7 @@ int run(int argc, char** argv, const Ranks& ranks) {
       "    mpirun -n 2 expert_parallel\n"
       "SIGINT, SIGTERM or SIGUSR1 to any of them ends the training early and still shows the\n"
       "results.");
-  Options options;
+  Options options = language_model::word_options();
   options.threads = 0;
   options.csv = "expert_parallel.csv";
   bool progress = false;

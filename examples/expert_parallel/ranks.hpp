@@ -48,9 +48,9 @@ class Ranks {
   }
 
   template <class Module>
-  void finish_gradients(Module& module, double largest_norm) const {
+  void finish_gradients(Module& module, double largest_norm, moe::Updates updates) const {
     moe::mpi::sum_gradients(module, communicator_);
-    moe::mpi::clip_gradients(module, largest_norm, communicator_);
+    moe::mpi::clip_gradients(module, largest_norm, communicator_, updates);
   }
 
   /// What decides about the next update has to be the same everywhere.

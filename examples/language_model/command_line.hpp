@@ -12,11 +12,13 @@ namespace language_model {
 inline CLI::Range at_least(double lowest) { return {lowest, 1e9}; }
 
 inline void add_training_options(CLI::App& app, Options& o) {
-  app.add_option("--data", o.data, "UTF-8 text files, a document a line, instead of WordNet")
+  app.add_option("--data", o.data, "UTF-8 text files, a document a line, instead of the dictionary")
       ->check(CLI::ExistingFile);
+  app.add_option("--gcide", o.gcide, "the dictionary GCIDE, compressed")->capture_default_str();
   app.add_option("--wordnet", o.wordnet, "folder with WordNet's data.noun and its sisters")
       ->capture_default_str();
-  app.add_option("--vocabulary", o.vocabulary, "how many of the most frequent words are known")
+  app.add_option("--vocabulary", o.vocabulary,
+                 "how many of the most frequent characters (words) are known")
       ->check(at_least(3))
       ->capture_default_str();
   app.add_option(
@@ -31,6 +33,19 @@ inline void add_training_options(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--width", o.width, "width D of the model")
       ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--memory", o.memory, "hidden width of the LSTMs")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option(
+         "--pre-norm", o.pre_norm,
+         "1: RMSNorm before each layer, GELU in the experts; 0: the paper's, without norms, "
+         "with ReLU and a sigmoid on the mixture")
+      ->capture_default_str();
+  app.add_option("--factored", o.factored, "1: FactoredAdam, 0: Adam")->capture_default_str();
+  app.add_option("--gate-deviation", o.gate_deviation,
+                 "deviation of the gate's scores at the start; 0: noise alone chooses at first")
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--hidden", o.hidden, "hidden width H of an expert")
       ->check(at_least(1))

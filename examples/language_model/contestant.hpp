@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "../common/terminal.hpp"
@@ -43,8 +44,8 @@ class Alone {
 
   /// Makes of the gradients of a part those of the batch, and clips them.
   template <class Module>
-  void finish_gradients(Module& module, double largest_norm) const {
-    moe::clip_gradients(module, largest_norm);
+  void finish_gradients(Module& module, double largest_norm, moe::Updates updates) const {
+    moe::clip_gradients(module, largest_norm, updates);
   }
 };
 
@@ -65,7 +66,7 @@ Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index se
   for (Index i = 0; i < batches.count(); ++i) {
     batches.get(i, batch);
     loss += model.evaluate(batch.input, batch.target, state, tape);
-    const moe::Balance<float>& balance = tape.middle.balance();
+    const moe::Balance<float>& balance = tape.balance();
     total.importance += balance.importance;
     total.load += balance.load;
     for (std::size_t e = 0; e < total.tokens_per_expert.size(); ++e) {
@@ -80,7 +81,8 @@ template <class Middle>
 struct ContestantConfig {
   std::string name{};
   typename Model<Middle>::Config model{};
-  Index sequences = 0;  ///< in a batch, those of all parts
+  Index sequences = 0;    ///< in a batch, those of all parts
+  bool factored = false;  ///< FactoredAdam instead of Adam
   double clip = 0;
   /// Learning rates of parts of the mixture, as factors of everything else's.
   double gate_rate = 1;
@@ -102,18 +104,22 @@ class Contestant {
         team_(team),
         model_(config_.model, surroundings...),
         parameters_(team_.parameter_count(model_)),
-        adam_({.beta2 = 0.99}) {
+        optimizer_(moe::Adam<float>({.beta2 = 0.99})) {
+    if (config_.factored) {
+      optimizer_ = moe::FactoredAdam<float>({.beta2 = 0.99, .updates = moe::Updates::lazy});
+    }
     start_epoch();
     model_.start_from_frequencies(config_.frequencies);
-    adam_.set_groups([expert = config_.expert_rate, noise = config_.noise_rate,
-                      threshold = config_.threshold_rate,
-                      gate = config_.gate_rate](std::string_view name) -> moe::ParameterGroup {
+    const auto groups = [expert = config_.expert_rate, noise = config_.noise_rate,
+                         threshold = config_.threshold_rate,
+                         gate = config_.gate_rate](std::string_view name) -> moe::ParameterGroup {
       return {.rate_factor = name.starts_with("middle.experts.") ? expert
                              : !name.starts_with("middle.gate.") ? 1.0
                              : name.ends_with("noise_weight")    ? noise
                              : name.ends_with("threshold")       ? threshold
                                                                  : gate};
-    });
+    };
+    std::visit([&](auto& optimizer) { optimizer.set_groups(groups); }, optimizer_);
   }
 
   const std::string& name() const { return config_.name; }
@@ -135,11 +141,14 @@ class Contestant {
   }
   void update(const Batches::Batch& batch, std::uint64_t step, double learning_rate) {
     const double start = seconds_now();
-    moe::zero_gradients(model_);
+    // Of the experts that got no tokens nothing is read or written, except with Adam, whose moments
+    // go on without them.
+    const auto updates = config_.factored ? moe::Updates::lazy : moe::Updates::dense;
+    moe::zero_gradients(model_, updates);
     const double loss = team_.mean(
         model_.train(batch.input, batch.target, state_, tape_, {.step = step}, team_.part()));
-    team_.finish_gradients(model_, config_.clip);
-    adam_.update(model_, learning_rate);
+    team_.finish_gradients(model_, config_.clip, updates);
+    std::visit([&](auto& optimizer) { optimizer.update(model_, learning_rate); }, optimizer_);
     model_.after_update(tape_);
     seconds_ += seconds_now() - start;
     loss_ = tokens_ > 0 ? 0.98 * loss_ + 0.02 * loss : loss;
@@ -151,7 +160,7 @@ class Contestant {
   Team team_;
   Model<Middle> model_;
   Index parameters_;
-  moe::Adam<float> adam_;
+  std::variant<moe::Adam<float>, moe::FactoredAdam<float>> optimizer_;
   typename Model<Middle>::State state_;
   typename Model<Middle>::Tape tape_;
   double seconds_ = 0;
@@ -163,6 +172,7 @@ class Contestant {
 template <class Middle>
 ContestantConfig<Middle> contestant_config(const Options& o, std::vector<double> frequencies) {
   ContestantConfig<Middle> config{.sequences = o.sequences,
+                                  .factored = o.factored,
                                   .clip = o.clip,
                                   .gate_rate = o.gate_rate,
                                   .noise_rate = o.noise_rate,
@@ -171,6 +181,8 @@ ContestantConfig<Middle> contestant_config(const Options& o, std::vector<double>
                                   .frequencies = std::move(frequencies)};
   config.model.vocabulary = static_cast<Index>(config.frequencies.size());
   config.model.width = o.width;
+  config.model.memory = o.memory;
+  config.model.pre_norm = o.pre_norm;
   config.model.cutoffs = o.cutoffs;
   config.model.shrink = o.shrink;
   config.model.embedding_deviation = o.embedding_deviation;
@@ -189,10 +201,11 @@ ContestantConfig<Middle> sparse_config(const Options& o, std::vector<double> fre
                                   .importance_weight = o.importance_weight,
                                   .load_weight = o.load_weight},
                          .hidden = o.hidden};
+  set_style(config.model.middle, o);
   return config;
 }
 
-/// `count` words drawn from the model, one after the other, from the start of a document on.
+/// `count` words or characters drawn from the model, one after the other, from the start of a document on.
 template <class Middle>
 std::string sample(const Model<Middle>& model, const Vocabulary& vocabulary, Index count,
                    std::uint64_t seed) {
@@ -214,8 +227,9 @@ std::string sample(const Model<Middle>& model, const Vocabulary& vocabulary, Ind
     const double dice = static_cast<double>(moe::uniform(bits)) * total;
     word = static_cast<Index>(std::upper_bound(mass.begin(), mass.end(), dice) - mass.begin());
     word = std::min(word, vocabulary.size() - 1);
-    text += (text.empty() ? "" : " ") + (word == Vocabulary::end ? ";" : vocabulary.word(word));
+    text += vocabulary.written(word, vocabulary.unit() == Unit::word ? ";" : "\n");
   }
+  if (vocabulary.unit() == Unit::word) text.erase(0, 1);  // the blank before the first
   return text;
 }
 

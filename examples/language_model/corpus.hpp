@@ -2,126 +2,24 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <moe/moe.hpp>
 #include <stdexcept>
 #include <string>
-#include <string_view>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
+#include "documents.hpp"
+#include "gcide.hpp"
 #include "options.hpp"
+#include "vocabulary.hpp"
 
 /// \file
-/// Text as numbers: documents, the vocabulary, and the three parts of the data.
+/// The three parts of the data as streams of numbers, and the batches that are cut from them.
 ///
-/// A document is a gloss of WordNet, or a line of a text file. A word is a run of letters, made
-/// lower case where it is ASCII; everything else only separates words. Which part a document belongs
-/// to depends on a hash of itself alone, so it is the same on every machine and for every seed.
+/// Which part a document belongs to depends on its hash alone, so it is the same on every machine
+/// and for every seed.
 
 namespace language_model {
 
-struct Document {
-  std::uint64_t hash;
-  std::string text;
-};
-
-/// FNV-1a.
-inline std::uint64_t hash_of(std::string_view text) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : text) {
-    hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  }
-  return hash ^ (hash >> 32);
-}
-
-inline std::ifstream open(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw std::runtime_error("cannot read " + path.string());
-  return file;
-}
-
-/// The definitions of WordNet: on a line of data.noun and its sisters, what follows "| ". The hash
-/// is that of the synset's part of speech and offset.
-inline std::vector<Document> read_wordnet(const std::filesystem::path& folder) {
-  std::vector<Document> documents;
-  for (const char* part : {"noun", "verb", "adj", "adv"}) {
-    std::ifstream file = open(folder / (std::string("data.") + part));
-    for (std::string line; std::getline(file, line);) {
-      const std::size_t bar = line.find("| ");
-      if (line.starts_with("  ") || bar == std::string::npos) continue;  // the licence
-      documents.push_back({hash_of(part + line.substr(0, 8)), line.substr(bar + 2)});
-    }
-  }
-  return documents;
-}
-
-inline std::vector<Document> read_text(const std::vector<std::string>& paths) {
-  std::vector<Document> documents;
-  for (const std::string& path : paths) {
-    std::ifstream file = open(path);
-    for (std::string line; std::getline(file, line);) {
-      const std::uint64_t hash = hash_of(line);
-      documents.push_back({hash, std::move(line)});
-    }
-    if (file.bad()) throw std::runtime_error("reading " + path + " failed half-way");
-  }
-  return documents;
-}
-
-/// Calls f(word) for every word of a text, in lower case. Bytes of UTF-8 beyond ASCII are letters.
-template <class F>
-void for_each_word(std::string_view text, F&& f) {
-  std::string word;
-  for (const char c : text) {
-    const bool upper = c >= 'A' && c <= 'Z';
-    if (upper || (c >= 'a' && c <= 'z') || static_cast<unsigned char>(c) >= 0x80) {
-      word += upper ? static_cast<char>(c - 'A' + 'a') : c;
-    } else if (!word.empty()) {
-      f(word);
-      word.clear();
-    }
-  }
-  if (!word.empty()) f(word);
-}
-
-/// The most frequent words of the training part, behind two that stand for others.
-class Vocabulary {
- public:
-  static constexpr Index end = 0;      ///< of a document
-  static constexpr Index unknown = 1;  ///< any word that is not in the vocabulary
-
-  Vocabulary(const std::vector<const Document*>& documents, Index size) {
-    std::unordered_map<std::string, Index> counts;
-    for (const Document* document : documents) {
-      for_each_word(document->text, [&](const std::string& word) { ++counts[word]; });
-    }
-    std::vector<std::pair<Index, std::string>> ranked;
-    for (auto& [word, count] : counts) ranked.emplace_back(-count, word);
-    std::sort(ranked.begin(), ranked.end());  // ties by the alphabet, so the order is always one
-    words_ = {"<end>", "<unknown>"};
-    for (std::size_t i = 0; i < ranked.size() && static_cast<Index>(words_.size()) < size; ++i) {
-      words_.push_back(ranked[i].second);
-    }
-    for (std::size_t i = 0; i < words_.size(); ++i) ids_[words_[i]] = static_cast<Index>(i);
-  }
-
-  Index size() const { return static_cast<Index>(words_.size()); }
-  const std::string& word(Index id) const { return words_[static_cast<std::size_t>(id)]; }
-  Index id(const std::string& word) const {
-    const auto found = ids_.find(word);
-    return found == ids_.end() ? unknown : found->second;
-  }
-
- private:
-  std::vector<std::string> words_;
-  std::unordered_map<std::string, Index> ids_;
-};
-
-/// Training, validation and test part, each one stream of words with an end after every document.
+/// Training, validation and test part, each one stream of words or characters with an end after every document.
 struct Corpus {
   Vocabulary vocabulary;
   std::vector<Index> train;
@@ -129,7 +27,7 @@ struct Corpus {
   std::vector<Index> test;
 };
 
-/// The share of each word in a stream; a word that never comes counts as if it came once.
+/// The share of each word in a stream; one that never comes counts as if it came once.
 inline std::vector<double> frequencies_of(const std::vector<Index>& stream, Index vocabulary) {
   std::vector<double> frequencies(static_cast<std::size_t>(vocabulary), 0.0);
   for (const Index word : stream) ++frequencies[static_cast<std::size_t>(word)];
@@ -139,20 +37,21 @@ inline std::vector<double> frequencies_of(const std::vector<Index>& stream, Inde
   return frequencies;
 }
 
-inline Corpus make_corpus(const std::vector<Document>& documents, Index vocabulary_size) {
+inline Corpus make_corpus(Unit unit, const std::vector<Document>& documents,
+                          Index vocabulary_size) {
   // Four documents of a hundred for validation, four for the test.
   std::vector<const Document*> parts[3];
   for (const Document& document : documents) {
     const std::uint64_t bucket = document.hash % 25;
     parts[bucket == 0 ? 1 : bucket == 1 ? 2 : 0].push_back(&document);
   }
-  Corpus corpus{Vocabulary(parts[0], vocabulary_size), {}, {}, {}};
+  Corpus corpus{Vocabulary(unit, parts[0], vocabulary_size), {}, {}, {}};
   std::vector<Index>* streams[3] = {&corpus.train, &corpus.validation, &corpus.test};
   for (std::size_t part = 0; part < 3; ++part) {
     for (const Document* document : parts[part]) {
       const std::size_t before = streams[part]->size();
-      for_each_word(document->text, [&](const std::string& word) {
-        streams[part]->push_back(corpus.vocabulary.id(word));
+      for_each_unit(unit, document->text, [&](const std::string& text) {
+        streams[part]->push_back(corpus.vocabulary.id(text));
       });
       if (streams[part]->size() > before) streams[part]->push_back(Vocabulary::end);
     }
@@ -161,7 +60,11 @@ inline Corpus make_corpus(const std::vector<Document>& documents, Index vocabula
 }
 
 inline Corpus read_corpus(const Options& o) {
-  return make_corpus(o.data.empty() ? read_wordnet(o.wordnet) : read_text(o.data), o.vocabulary);
+  return make_corpus(o.unit,
+                     !o.data.empty()        ? read_text(o.data)
+                     : o.unit == Unit::word ? read_wordnet(o.wordnet)
+                                            : read_gcide(o.gcide),
+                     o.vocabulary);
 }
 
 /// Which part of every batch is read here, where several processes share it: they are numbered from 0
@@ -194,7 +97,8 @@ class Batches {
     length_ = (static_cast<Index>(stream.size()) - 1) / sequences;
     if (length_ < steps) {
       throw std::runtime_error("the text is too short: a part of it has " +
-                               std::to_string(stream.size()) + " words, and a batch takes " +
+                               std::to_string(stream.size()) +
+                               " words or characters, and a batch takes " +
                                std::to_string(sequences) + " x " + std::to_string(steps));
     }
   }

@@ -1,22 +1,26 @@
-/// Trains the language model of Shazeer et al. 2017 twice, side by side: with a sparse mixture of
-/// experts, and with a dense one of the same operations a token; or the models of the paper's
-/// tables, with --study. See README.md beside this file.
+/// Trains a language model twice, side by side: with a sparse mixture of experts, and with a dense one
+/// of the same operations a token; or the models of the paper's tables, with --study. See README.md
+/// beside this file.
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <future>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "../common/csv_file.hpp"
+#include "../common/live_plot.hpp"
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
 #include "command_line.hpp"
 #include "contestant.hpp"
+#include "contexts.hpp"
 #include "corpus.hpp"
 #include "mixture.hpp"
 #include "options.hpp"
@@ -37,6 +41,10 @@ void add_options(CLI::App& app, Options& o) {
          "threads, half of them for each model (in a study, models at a time); results do not "
          "depend on it")
       ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  app.add_option("--dense-expert-rate", o.dense_expert_rate,
+                 "learning rate of the dense model's experts, as a factor; each sees every token")
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--threshold-rate", o.threshold_rate,
                  "learning rate of the study's strictly balanced gate's thresholds, as a factor")
@@ -79,6 +87,7 @@ std::vector<Competitor> make_contestants(const Options& o, const Corpus& corpus)
   Competitor::Config dense = sparse;
   dense.name = "dense";
   dense.model.middle.gate.experts = o.top_k;
+  dense.expert_rate = o.dense_expert_rate;
   // The sparse model's larger gate costs operations too; the dense one gets them as hidden units.
   const Index gate = 2 * o.width * (o.experts - o.top_k);
   const Index unit = 2 * o.width * o.top_k;
@@ -87,6 +96,14 @@ std::vector<Competitor> make_contestants(const Options& o, const Corpus& corpus)
   contestants.emplace_back(dense);
   contestants.emplace_back(sparse);
   return contestants;
+}
+
+std::vector<examples::LivePlot::Curve> curves_of(const std::vector<Competitor>& contestants) {
+  std::vector<examples::LivePlot::Curve> curves;
+  for (const Competitor& c : contestants) {
+    curves.push_back({"loss of " + c.name(), curves.empty() ? '.' : '#'});
+  }
+  return curves;
 }
 
 /// Calls f(0), f(1), ... f(count - 1) at the same time, each with its share of the threads, and
@@ -100,6 +117,7 @@ void side_by_side(std::size_t count, int threads, F f) {
     return;
   }
   const auto run = [&](std::size_t i) {
+    const moe::FlushDenormals flush;
     use_threads(share);
     f(i);
   };
@@ -139,16 +157,20 @@ void compare(const Options& o) {
   };
 
   {
-    examples::ProgressBar progress;
+    examples::LivePlot plot(curves_of(contestants));
+    examples::Clock due;
     Batches::Batch batch;
     while (!timetable.is_over() && !examples::interrupted) {
       timetable.next(seconds_now() - start);
       training.get(timetable.batch(), batch);
       side_by_side(contestants.size(), o.threads,
                    [&](std::size_t i) { contestants[i].update(batch, timetable); });
-      draw(progress, timetable, contestants);
+      for (std::size_t i = 0; i < contestants.size(); ++i) {
+        plot.add(i, timetable.fraction(), contestants[i].loss());
+      }
+      if (due.passed(0.3)) plot.draw(progress_text(timetable, contestants));
       if (timetable.evaluation_is_due()) {
-        progress.clear();
+        plot.clear();
         evaluate_all();
       }
     }
@@ -165,10 +187,15 @@ void compare(const Options& o) {
     csv.add(csv_row("test", contestants[i], timetable, o, results[i]));
   }
   std::puts("");
+  const Index length = o.unit == Unit::word ? 40 : 300;
   for (const Competitor& contestant : contestants) {
-    std::printf("%s writes: %s\n", contestant.name().c_str(),
-                sample(contestant.model(), corpus.vocabulary, 40, o.seed).c_str());
+    std::printf("%s writes: %s\n\n", contestant.name().c_str(),
+                sample(contestant.model(), corpus.vocabulary, length, o.seed).c_str());
   }
+  std::printf(
+      "What the six experts of the sparse model with the fewest contexts are asked after:\n");
+  print_contexts(typical_contexts(contestants.back().model(), validation, corpus.vocabulary,
+                                  o.sequences, 200000 / (o.sequences * o.steps) + 1, 6));
   std::printf("\nevery row is in %s\n", o.csv.c_str());
 }
 
@@ -203,12 +230,18 @@ void study(const Options& o) {
 int main(int argc, char** argv) {
   CLI::App app(
       "Trains a language model with a sparse mixture of experts on real text, beside a dense model "
-      "of the same operations a word, and compares them on held-out text.\n"
+      "of the same operations a character, and compares them on held-out text.\n"
       "Ctrl-C ends the training early and still shows the results.");
-  language_model::Options options;
+  // The other options' defaults depend on this one.
+  const bool words = std::find(argv, argv + argc, std::string_view("--words")) != argv + argc;
+  language_model::Options options =
+      words ? language_model::word_options() : language_model::Options();
+  bool asked = false;
+  app.add_flag("--words", asked, "the paper's model of words, by default on WordNet's definitions");
   language_model::add_options(app, options);
   CLI11_PARSE(app, argc, argv);
   examples::catch_interrupts();
+  const moe::FlushDenormals flush;
   try {
     if (options.study.empty()) {
       language_model::compare(options);

@@ -1,7 +1,11 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <moe/moe.hpp>
+#include <string>
+
+#include "options.hpp"
 
 /// \file
 /// The mixture of experts in the middle of the model, with any gate.
@@ -35,7 +39,10 @@ class Mixture {
  public:
   struct Config {
     typename Gate::Config gate{};
-    Index hidden = 0;  ///< H, of an expert
+    Index hidden = 0;                                    ///< H, of an expert
+    moe::Activation activation = moe::Activation::relu;  ///< of an expert
+    moe::Activation output = moe::Activation::sigmoid;   ///< of the mixture
+    double gate_deviation = 0;  ///< of the scores at the start, for inputs of mean square 1
   };
   struct State {};  ///< nothing is carried from one batch to the next
   using Tape = typename Layer::Tape;
@@ -46,11 +53,13 @@ class Mixture {
           const Surroundings&... surroundings)
       : config_(config),
         layer_({.width = width,
-                .expert = {.hidden = config.hidden},
+                .expert = {.hidden = config.hidden, .activation = config.activation},
                 .gate = config.gate,
-                .output = moe::Activation::sigmoid,
+                .output = config.output,
                 .seed = seed},
-               surroundings...) {}
+               surroundings...) {
+    if (config.gate_deviation > 0) scatter_scores(config.gate_deviation, moe::derive_seed(seed, 9));
+  }
 
   const Layer& layer() const { return layer_; }
   Index experts() const { return layer_.gate().experts(); }
@@ -85,8 +94,29 @@ class Mixture {
   }
 
  private:
+  /// The library's gates start with scores of 0, so that at first noise alone chooses. Where scores
+  /// differ from the start, experts get tokens of their own from the start too.
+  void scatter_scores(double deviation, std::uint64_t seed) {
+    const auto scale =
+        static_cast<float>(deviation / std::sqrt(static_cast<double>(layer_.config().width)));
+    std::uint64_t matrix = 0;
+    moe::for_each_parameter(layer_, [&](const std::string& name, auto& parameter) {
+      if (!name.starts_with("gate.") || !name.ends_with("weight")) return;
+      if (name.ends_with("noise_weight")) return;
+      moe::fill_normal(parameter.value, scale, moe::derive_seed(seed, matrix++));
+    });
+  }
+
   Config config_;
   Layer layer_;
 };
+
+/// Makes of a mixture the paper's, or one like those of today's models.
+template <class Config>
+void set_style(Config& config, const Options& o) {
+  config.activation = o.pre_norm ? moe::Activation::gelu : moe::Activation::relu;
+  config.output = o.pre_norm ? moe::Activation::identity : moe::Activation::sigmoid;
+  config.gate_deviation = o.gate_deviation;
+}
 
 }  // namespace language_model

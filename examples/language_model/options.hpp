@@ -12,25 +12,36 @@ namespace language_model {
 
 using moe::Index;
 
+/// What a text is read by.
+enum class Unit { character, word };
+
+/// The defaults are those of the language model of characters.
 struct Options {
+  Unit unit = Unit::character;
   std::vector<std::string> data;
+  std::string gcide = "/usr/share/dictd/gcide.dict.dz";
   std::string wordnet = "/usr/share/wordnet";
-  Index vocabulary = 8000;
-  std::vector<Index> cutoffs{500, 2000};
+  Index vocabulary = 256;
+  std::vector<Index> cutoffs{};
   Index shrink = 2;
-  Index width = 96;
-  Index hidden = 96;
-  Index experts = 64;
+  Index width = 64;
+  Index memory = 64;  ///< hidden width of the LSTMs
+  Index hidden = 192;
+  Index experts = 256;
   Index top_k = 4;
-  Index sequences = 64;
-  Index steps = 16;
-  double epochs = 2.45;
+  bool pre_norm = true;       ///< else the layers of the paper, the mixture with a sigmoid
+  double gate_deviation = 1;  ///< of the gate's first scores; 0: all of them are 0 at first
+  bool factored = true;       ///< FactoredAdam instead of Adam
+  Index sequences = 128;
+  Index steps = 32;
+  double epochs = 0.35;
   double minutes = 0;
-  double learning_rate = 1e-2;
+  double learning_rate = 2e-2;
   Index warm_up = 100;
-  double gate_rate = 3;
+  double gate_rate = 1;
   double noise_rate = 0.03;
   double expert_rate = 0.3;
+  double dense_expert_rate = 1;  ///< of the dense model's experts, which see every token
   double threshold_rate = 0.03;
   double bias_rate = 0.001;
   double embedding_deviation = 0.1;
@@ -38,7 +49,7 @@ struct Options {
   double clip = 1.0;
   double importance_weight = 0.1;
   double load_weight = 0.1;
-  Index evaluations = 2;
+  Index evaluations = 4;
   std::uint64_t seed = 1;
   int threads = static_cast<int>(moe::worker_count());
   std::string csv = "language_model.csv";
@@ -49,5 +60,28 @@ struct Options {
   Index updates = 1425;
   Index seeds = 3;
 };
+
+/// Those of the paper's model of words.
+inline Options word_options() {
+  Options o;
+  o.unit = Unit::word;
+  o.vocabulary = 8000;
+  o.cutoffs = {500, 2000};
+  o.width = 96;
+  o.memory = 96;
+  o.hidden = 96;
+  o.experts = 64;
+  o.pre_norm = false;
+  o.gate_deviation = 0;
+  o.factored = false;
+  o.sequences = 64;
+  o.steps = 16;
+  o.epochs = 2.45;
+  o.learning_rate = 1e-2;
+  o.gate_rate = 3;
+  o.dense_expert_rate = o.expert_rate;
+  o.evaluations = 2;
+  return o;
+}
 
 }  // namespace language_model

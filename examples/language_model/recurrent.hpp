@@ -50,7 +50,8 @@ class Recurrent {
     return (width + hidden) * 4 * hidden + (projection_ ? hidden * width : 0);
   }
 
-  const Matrix& forward(const Matrix& x, State& state, Tape& tape) const {
+  /// The key is of no use: nothing is drawn.
+  const Matrix& forward(const Matrix& x, State& state, Tape& tape, const moe::NoiseKey&) const {
     const Matrix& y = lstm_.forward(x, state, tape.lstm);
     return projection_ ? projection_->forward(y, tape.projection) : y;
   }
@@ -123,9 +124,9 @@ class RecurrentStack {
     return state;
   }
 
-  const Matrix& forward(const Matrix& x, State& state, Tape& tape, const moe::NoiseKey&) const {
+  const Matrix& forward(const Matrix& x, State& state, Tape& tape, const moe::NoiseKey& key) const {
     return run(x, tape, [&](std::size_t i) -> const Matrix& {
-      return layers_[i].forward(tape.x, state[i], tape.layers[i]);
+      return layers_[i].forward(tape.x, state[i], tape.layers[i], key);
     });
   }
 

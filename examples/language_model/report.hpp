@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <string>
@@ -27,16 +28,16 @@ inline std::string in_millions(Index count) {
   return print("%.3f M", static_cast<double>(count) * 1e-6);
 }
 
+/// What a progress bar or plot says of a training under way.
 template <class Middle, class Team>
-void draw(examples::ProgressBar& progress, const Timetable& timetable,
-          const std::vector<Contestant<Middle, Team>>& contestants) {
-  if (!progress.is_due()) return;
+std::string progress_text(const Timetable& timetable,
+                          const std::vector<Contestant<Middle, Team>>& contestants) {
   std::string text = std::to_string(timetable.update()) + "/" + std::to_string(timetable.total());
   for (const auto& c : contestants) {
     text +=
         print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(), c.tokens_per_second());
   }
-  progress.draw(timetable.fraction(), text);
+  return text;
 }
 
 inline const char* const csv_header =
@@ -62,14 +63,16 @@ inline const char* const row_header =
 
 /// `workers`: what computes, in words.
 inline void print_beginning(const Options& o, const Corpus& corpus, const std::string& workers) {
-  std::printf("%zu words to train on, %zu for validation, %zu for the test; vocabulary %td\n",
-              corpus.train.size(), corpus.validation.size(), corpus.test.size(),
+  const char* unit = o.unit == Unit::word ? "word" : "character";
+  std::printf("%zu %ss to train on, %zu for validation, %zu for the test; vocabulary %td\n",
+              corpus.train.size(), unit, corpus.validation.size(), corpus.test.size(),
               corpus.vocabulary.size());
-  std::printf("batches of %td x %td words, %s, seed %ju\n", o.sequences, o.steps, workers.c_str(),
-              static_cast<std::uintmax_t>(o.seed));
-  std::puts(
-      "operations: multiply-adds a word between embedding and softmax; "
-      "perplexity: on the validation part\n");
+  std::printf("batches of %td x %td %ss, %s, seed %ju\n", o.sequences, o.steps, unit,
+              workers.c_str(), static_cast<std::uintmax_t>(o.seed));
+  std::printf(
+      "operations: multiply-adds a %s between embedding and softmax; perplexity a %s, on the "
+      "validation part\n\n",
+      unit, unit);
   std::puts(row_header);
 }
 
@@ -89,10 +92,12 @@ void print_result(const Contestant<Middle, Team>& c, const Evaluation& validatio
                   const Evaluation& test) {
   const Middle& middle = c.model().middle();
   std::printf(
-      "| %-6s | %7td | %6td | %10s | %10s | %10.2f | %6.2f | %8.3f | %8.3f | %8.2f | %8.0f |\n",
+      "| %-6s | %7td | %6td | %10s | %10s | %10.3f | %6.3f | %5.3f | %8.3f | %8.3f | %8.2f | %8.0f "
+      "|\n",
       c.name().c_str(), middle.experts(), middle.top_k(),
       in_millions(c.model().operations()).c_str(), in_millions(c.parameters()).c_str(),
-      validation.perplexity, test.perplexity, static_cast<double>(test.balance.cv_importance()),
+      validation.perplexity, test.perplexity, std::log2(test.perplexity),
+      static_cast<double>(test.balance.cv_importance()),
       static_cast<double>(test.balance.cv_load()),
       static_cast<double>(test.balance.max_over_mean_load()), c.tokens_per_second());
 }
@@ -103,9 +108,11 @@ inline void print_result_header(const Timetable& timetable, double seconds) {
   std::printf("\nPerplexity after %td updates, %.0f s; balance on the test part\n\n",
               timetable.update(), seconds);
   std::puts(
-      "| model  | experts | active | operations | parameters | validation |   test | CV(imp.) | "
+      "| model  | experts | active | operations | parameters | validation |   test |  bits | "
+      "CV(imp.) | "
       "CV(load) | max/mean | tokens/s |\n"
-      "| ------ | ------: | -----: | ---------: | ---------: | ---------: | -----: | -------: | "
+      "| ------ | ------: | -----: | ---------: | ---------: | ---------: | -----: | ----: | "
+      "-------: | "
       "-------: | -------: | -------: |");
 }
 

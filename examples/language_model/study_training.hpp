@@ -71,7 +71,12 @@ typename Contestant<Middle>::Config run_config(const Run& run, const Options& o,
                                                const std::vector<double>& frequencies) {
   auto config = contestant_config<Middle>(o, frequencies);
   configure(config.model.middle, run, o);
-  config.model.memory = run.memory;
+  if constexpr (requires { config.model.middle.gate; }) set_style(config.model.middle, o);
+  // Where all experts see every token.
+  if (run.kind == Kind::noisy_top_k && run.experts == run.top_k) {
+    config.expert_rate = o.dense_expert_rate;
+  }
+  if (run.memory > 0) config.model.memory = run.memory;
   config.model.seed = run.seed;
   return config;
 }

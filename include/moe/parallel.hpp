@@ -2,6 +2,7 @@
 
 #include <exception>
 
+#include "moe/flush_denormals.hpp"
 #include "moe/function_ref.hpp"
 #include "moe/matrix.hpp"
 
@@ -13,7 +14,8 @@
 /// The only place that knows of threads: OpenMP where the user compiles with it, else serial.
 ///
 /// Work is split by what it writes and every sum keeps one order, so the number of threads
-/// (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result. Compile all files of a
+/// (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result; for that, workers also
+/// round and flush denormals as the calling thread does. Compile all files of a
 /// program alike, with OpenMP or without: these are inline functions, of which the linker keeps
 /// one.
 
@@ -37,15 +39,20 @@ inline void parallel_for(Index count, detail::FunctionRef<void(Index, Index)> f)
   if (count > 1 && worker_count() > 1) {
     std::exception_ptr error;
     Index error_index = count;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (Index i = 0; i < count; ++i) {
-      try {
-        f(i, static_cast<Index>(omp_get_thread_num()));
-      } catch (...) {
+    const std::uint64_t float_control = detail::float_control();
+#pragma omp parallel
+    {
+      const detail::FloatControl same(float_control);
+#pragma omp for schedule(dynamic, 1)
+      for (Index i = 0; i < count; ++i) {
+        try {
+          f(i, static_cast<Index>(omp_get_thread_num()));
+        } catch (...) {
 #pragma omp critical(moe_parallel_for)
-        if (i < error_index) {
-          error_index = i;
-          error = std::current_exception();
+          if (i < error_index) {
+            error_index = i;
+            error = std::current_exception();
+          }
         }
       }
     }

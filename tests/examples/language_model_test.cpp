@@ -29,11 +29,12 @@ void append(const std::string& path, const std::string& text) {
 
 /// A study of the table that has three gates, all of whose runs are quick.
 Options small_options() {
-  Options o;
+  Options o = word_options();
   o.tables = {"balance"};
   o.vocabulary = 12;
   o.cutoffs = {6};
   o.width = 8;
+  o.memory = 8;
   o.sequences = 2;
   o.steps = 4;
   o.updates = 3;
@@ -77,7 +78,7 @@ std::vector<std::string> runs_made(const std::string& path, const Options& o, in
 }  // namespace
 
 TEST_CASE("language model: the study's runs", "[examples][language_model]") {
-  const Options o;
+  const Options o = word_options();
   const std::vector<Run> runs = runs_of(tables_of(o), o);
   CHECK(runs.size() == 3 * (6 + 9 + 3 - 2));  // 64 experts with weights of 0.1 are in all tables
   std::set<std::string> configurations;
@@ -87,14 +88,14 @@ TEST_CASE("language model: the study's runs", "[examples][language_model]") {
                        [](const Run& a, const Run& b) { return a.seed < b.seed; }));
   CHECK(runs.front().experts == 1024);
 
-  Options too_narrow;
+  Options too_narrow = o;
   too_narrow.hidden = 32;
   CHECK_THROWS_WITH(tables_of(too_narrow), Contains("--hidden 32"));
 }
 
 TEST_CASE("language model: every setting is part of a run's configuration",
           "[examples][language_model]") {
-  const Options o;
+  const Options o = word_options();
   const Run run{.experts = 64, .top_k = 4, .hidden = 96};
   std::set<std::string> all{configuration_of(run, o)};
   std::size_t changes = 1;
@@ -104,6 +105,11 @@ TEST_CASE("language model: every setting is part of a run's configuration",
     all.insert(configuration_of(run, changed));
     ++changes;
   };
+  option(&Options::unit, Unit::character);
+  option(&Options::memory, Index{7});
+  option(&Options::pre_norm, true);
+  option(&Options::gate_deviation, 0.5);
+  option(&Options::factored, true);
   option(&Options::updates, Index{7});
   option(&Options::vocabulary, Index{7});
   option(&Options::cutoffs, std::vector<Index>{500});
@@ -119,6 +125,7 @@ TEST_CASE("language model: every setting is part of a run's configuration",
   option(&Options::threshold_rate, 0.5);
   option(&Options::bias_rate, 0.5);
   option(&Options::expert_rate, 0.5);
+  option(&Options::dense_expert_rate, 0.5);
   option(&Options::embedding_deviation, 0.5);
   option(&Options::dropout, 0.5);
   option(&Options::clip, 0.5);

@@ -13,6 +13,7 @@
 #include "moe/nn/embedding.hpp"
 #include "moe/nn/linear.hpp"
 #include "moe/nn/lstm.hpp"
+#include "moe/nn/rms_norm.hpp"
 
 /// \file
 /// The modules of nn/ under one interface, for tests of what each of them must do.
@@ -40,6 +41,8 @@ struct ModuleLaw {
   static Input input(const Shape& shape, std::uint64_t seed, double scale = 1) {
     return random_matrix<Scalar>(shape.rows, shape.inputs, seed, scale);
   }
+  /// Of another module.
+  static Shape other(const Shape& shape) { return {shape.rows, shape.inputs + 2, shape.outputs}; }
   /// x may be of any class that the module takes.
   template <class X>
   static const Matrix<Scalar>& forward(const Module& module, const X& x, Tape& tape) {
@@ -124,6 +127,27 @@ struct DropoutLaw : ModuleLaw<Dropout<Scalar>, Scalar> {
   }
 };
 
+template <class Scalar>
+struct RMSNormLaw : ModuleLaw<RMSNorm<Scalar>, Scalar> {
+  using Module = RMSNorm<Scalar>;
+  static constexpr const char* name = "RMSNorm";
+  static constexpr bool copies_x = false;
+  static constexpr Shape large{601, 67, 67};
+  static std::string columns_were(const Shape& shape) {
+    return "the norm is of " + std::to_string(shape.outputs);
+  }
+
+  static Module make(const Shape& shape) {
+    Module module({.width = shape.outputs, .epsilon = 0.01});
+    module.gain.value = random_matrix<Scalar>(1, shape.outputs, 3);
+    return module;
+  }
+  static Matrix<Scalar> input(const Shape& shape, std::uint64_t seed, double scale = 1) {
+    return random_matrix<Scalar>(shape.rows, shape.outputs, seed, scale);
+  }
+  static Shape other(const Shape& shape) { return {shape.rows, shape.inputs, shape.outputs + 2}; }
+};
+
 /// Its x are ids, words of a vocabulary of shape.inputs.
 template <class Scalar>
 struct EmbeddingLaw : ModuleLaw<Embedding<Scalar>, Scalar> {
@@ -152,13 +176,15 @@ struct EmbeddingLaw : ModuleLaw<Embedding<Scalar>, Scalar> {
 template <class Law>
 inline constexpr bool has_dx = std::is_same_v<typename Law::Input, Matrix<typename Law::Scalar>>;
 
-using NNModules = std::tuple<LinearLaw<float>, LinearLaw<double>, LinearLaw<double, false>,
-                             LSTMLaw<float>, LSTMLaw<double>, DropoutLaw<float>, DropoutLaw<double>,
-                             EmbeddingLaw<float>, EmbeddingLaw<double>>;
+using NNModules =
+    std::tuple<LinearLaw<float>, LinearLaw<double>, LinearLaw<double, false>, LSTMLaw<float>,
+               LSTMLaw<double>, DropoutLaw<float>, DropoutLaw<double>, EmbeddingLaw<float>,
+               EmbeddingLaw<double>, RMSNormLaw<float>, RMSNormLaw<double>>;
 using NNModulesInDouble = std::tuple<LinearLaw<double>, LinearLaw<double, false>, LSTMLaw<double>,
-                                     DropoutLaw<double>, EmbeddingLaw<double>>;
-using NNModulesOfMatrices = std::tuple<LinearLaw<double>, LinearLaw<float>, LSTMLaw<double>,
-                                       LSTMLaw<float>, DropoutLaw<double>, DropoutLaw<float>>;
+                                     DropoutLaw<double>, EmbeddingLaw<double>, RMSNormLaw<double>>;
+using NNModulesOfMatrices =
+    std::tuple<LinearLaw<double>, LinearLaw<float>, LSTMLaw<double>, LSTMLaw<float>,
+               DropoutLaw<double>, DropoutLaw<float>, RMSNormLaw<double>, RMSNormLaw<float>>;
 
 /// Gradients by the parameters' names.
 template <class Scalar, class Module>

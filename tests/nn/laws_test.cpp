@@ -256,7 +256,7 @@ TEMPLATE_LIST_TEST_CASE("nn modules: a wrong width is named and changes nothing"
 TEMPLATE_LIST_TEST_CASE("nn modules: a tape that no forward pass of such a module left is refused",
                         "[nn][laws]", test::NNModules) {
   auto module = TestType::make(small);
-  const Shape wide{small.rows, small.inputs + 2, small.outputs};
+  const Shape wide = TestType::other(small);
   const auto dy = random_dy<TestType>(small, 2);
   typename TestType::Tape tape;
   const auto check_refused = [&] {
