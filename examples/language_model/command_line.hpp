@@ -37,10 +37,10 @@ inline void add_training_options(CLI::App& app, Options& o) {
   app.add_option("--memory", o.memory, "hidden width of the LSTMs")
       ->check(at_least(1))
       ->capture_default_str();
-  app.add_option(
-         "--pre-norm", o.pre_norm,
-         "1: RMSNorm before each layer, GELU in the experts; 0: the paper's, without norms, "
-         "with ReLU and a sigmoid on the mixture")
+  app.add_option("--pre-norm", o.pre_norm,
+                 "1: RMSNorm before each layer and the softmax; 0: the paper's model, without "
+                 "norms and with "
+                 "a sigmoid on the mixture")
       ->capture_default_str();
   app.add_option("--factored", o.factored, "1: FactoredAdam, 0: Adam")->capture_default_str();
   app.add_option("--gate-deviation", o.gate_deviation,

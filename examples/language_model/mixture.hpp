@@ -39,9 +39,8 @@ class Mixture {
  public:
   struct Config {
     typename Gate::Config gate{};
-    Index hidden = 0;                                    ///< H, of an expert
-    moe::Activation activation = moe::Activation::relu;  ///< of an expert
-    moe::Activation output = moe::Activation::sigmoid;   ///< of the mixture
+    Index hidden = 0;                                   ///< H, of an expert
+    moe::Activation output = moe::Activation::sigmoid;  ///< of the mixture
     double gate_deviation = 0;  ///< of the scores at the start, for inputs of mean square 1
   };
   struct State {};  ///< nothing is carried from one batch to the next
@@ -53,7 +52,7 @@ class Mixture {
           const Surroundings&... surroundings)
       : config_(config),
         layer_({.width = width,
-                .expert = {.hidden = config.hidden, .activation = config.activation},
+                .expert = {.hidden = config.hidden},
                 .gate = config.gate,
                 .output = config.output,
                 .seed = seed},
@@ -114,7 +113,6 @@ class Mixture {
 /// Makes of a mixture the paper's, or one like those of today's models.
 template <class Config>
 void set_style(Config& config, const Options& o) {
-  config.activation = o.pre_norm ? moe::Activation::gelu : moe::Activation::relu;
   config.output = o.pre_norm ? moe::Activation::identity : moe::Activation::sigmoid;
   config.gate_deviation = o.gate_deviation;
 }

@@ -34,7 +34,7 @@ struct Options {
   bool factored = true;       ///< FactoredAdam instead of Adam
   Index sequences = 128;
   Index steps = 32;
-  double epochs = 0.35;
+  double epochs = 0.3;
   double minutes = 0;
   double learning_rate = 2e-2;
   Index warm_up = 100;
@@ -49,7 +49,7 @@ struct Options {
   double clip = 1.0;
   double importance_weight = 0.1;
   double load_weight = 0.1;
-  Index evaluations = 4;
+  Index evaluations = 2;
   std::uint64_t seed = 1;
   int threads = static_cast<int>(moe::worker_count());
   std::string csv = "language_model.csv";
@@ -80,7 +80,6 @@ inline Options word_options() {
   o.learning_rate = 1e-2;
   o.gate_rate = 3;
   o.dense_expert_rate = o.expert_rate;
-  o.evaluations = 2;
   return o;
 }
 

@@ -145,12 +145,31 @@ inline Table loss_weight_table(const Options& o) {
   return table;
 }
 
+/// The hidden width of `layers` LSTMs with a projection, 4H(D + H) + HD operations each, that come
+/// nearest to `operations`.
+inline Index lstm_width(Index operations, Index layers, Index width) {
+  const auto of = [&](Index h) { return layers * (4 * h * (width + h) + h * width); };
+  Index h = 1;
+  while (of(h + 1) <= operations) ++h;
+  return operations - of(h) <= of(h + 1) - operations ? h : h + 1;
+}
+
+/// Multiply-adds a token of the sparse model that the options describe: of its two LSTMs, and of the
+/// mixture between them.
+inline Index recurrent_operations(const Options& o) {
+  const Index projection = o.memory == o.width ? 0 : o.memory * o.width;
+  return 2 * (4 * o.memory * (o.width + o.memory) + projection);
+}
+inline Index middle_operations(const Options& o) {
+  return 2 * o.experts * o.width + o.top_k * 2 * o.width * o.hidden;
+}
+
 /// [S17 table 7]: ever more experts and the dense models, at the operations of the sparse model that
 /// the options describe. A larger gate is paid for by narrower experts.
 inline Table expert_table(const Options& o) {
   Table table{"experts", "model", {"paper: perplexity"}, {}};
   const Index width = o.width;
-  const Index middle = 2 * o.experts * width + o.top_k * 2 * width * o.hidden;
+  const Index middle = middle_operations(o);
   const auto hidden = [&](Index scores, Index top_k) {
     const Index unit = top_k * 2 * width;
     const Index units = (middle - scores * width + unit / 2) / unit;
@@ -183,24 +202,16 @@ inline Table expert_table(const Options& o) {
                           "hierarchical",
                           {std::move(paper)}});
   };
-  // The hidden width of `layers` LSTMs with a projection, 4H(D + H) + HD operations each, that come
-  // nearest to `operations`.
-  const auto recurrent = [&](Index operations, Index layers) {
-    const auto of = [&](Index h) { return layers * (4 * h * (width + h) + h * width); };
-    Index h = 1;
-    while (of(h + 1) <= operations) ++h;
-    return operations - of(h) <= of(h + 1) - operations ? h : h + 1;
-  };
-  const Index lstm =
-      4 * o.memory * (width + o.memory) + (o.memory == width ? 0 : o.memory * width);
-  table.rows.push_back({"no experts, 4 LSTMs",
-                        {.kind = Kind::recurrent, .hidden = recurrent(middle, 2), .layers = 2},
-                        "4 LSTMs",
-                        {"46.0"}});
-  table.rows.push_back({"no experts, 2 wider LSTMs",
-                        {.kind = Kind::recurrent, .memory = recurrent(middle + 2 * lstm, 2)},
-                        "2 wider LSTMs",
-                        {""}});
+  table.rows.push_back(
+      {"no experts, 4 LSTMs",
+       {.kind = Kind::recurrent, .hidden = lstm_width(middle, 2, width), .layers = 2},
+       "4 LSTMs",
+       {"46.0"}});
+  table.rows.push_back(
+      {"no experts, 2 wider LSTMs",
+       {.kind = Kind::recurrent, .memory = lstm_width(middle + recurrent_operations(o), 2, width)},
+       "2 wider LSTMs",
+       {""}});
   flat("1 wide expert", 1, 1, "1 wide expert", "");
   flat("4 experts, all used", 4, 4, "flat", "45.0");
   flat("16 experts", 16, 4, "flat", "");
@@ -210,6 +221,21 @@ inline Table expert_table(const Options& o) {
   hierarchical(32, "34.6");
   // Of words there are too few for so many.
   if (o.unit == Unit::character) hierarchical(64, "34.1");
+  return table;
+}
+
+/// Models without experts, of LSTMs of one width, at the operations of the sparse model.
+inline Table recurrent_table(const Options& o) {
+  Table table{"recurrent", "model", {}, {}};
+  for (const Index layers : {2, 3, 4}) {
+    const Index hidden =
+        lstm_width(middle_operations(o) + recurrent_operations(o), layers, o.width);
+    table.rows.push_back(
+        {std::to_string(layers) + " LSTMs of " + std::to_string(hidden),
+         {.kind = Kind::recurrent, .hidden = hidden, .layers = layers - 2, .memory = hidden},
+         "no experts",
+         {}});
+  }
   return table;
 }
 
@@ -236,7 +262,8 @@ inline Table balance_table(const Options& o) {
 /// Those that the options name.
 inline std::vector<Table> tables_of(const Options& o) {
   std::vector<Table> tables;
-  for (Table& table : std::vector{loss_weight_table(o), expert_table(o), balance_table(o)}) {
+  for (Table& table :
+       std::vector{loss_weight_table(o), expert_table(o), balance_table(o), recurrent_table(o)}) {
     if (std::find(o.tables.begin(), o.tables.end(), table.name) != o.tables.end()) {
       tables.push_back(std::move(table));
     }

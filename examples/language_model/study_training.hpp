@@ -76,6 +76,8 @@ typename Contestant<Middle>::Config run_config(const Run& run, const Options& o,
   if (run.kind == Kind::noisy_top_k && run.experts == run.top_k) {
     config.expert_rate = o.dense_expert_rate;
   }
+  // LSTMs alone do better with its first moment.
+  if (run.kind == Kind::recurrent) config.factored = false;
   if (run.memory > 0) config.model.memory = run.memory;
   config.model.seed = run.seed;
   return config;

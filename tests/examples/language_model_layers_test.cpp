@@ -77,6 +77,24 @@ TEST_CASE("language model: two stacked LSTMs are each added to their input",
   CHECK(Recurrent<double>({.width = 4, .hidden = 4}, 0).operations() == (4 + 4) * 4 * 4);
 }
 
+TEST_CASE("language model: the study's models of characters cost the same",
+          "[examples][language_model]") {
+  Options o;
+  o.vocabulary = 12;
+  const auto expected = static_cast<double>(recurrent_operations(o) + middle_operations(o));
+  CHECK(expected == 2 * 8 * 64 * 64 + 2 * 256 * 64 + 4 * 2 * 64 * 192);
+  std::vector<Row> rows = expert_table(o).rows;
+  CHECK(rows.back().run.experts == 4096);
+  for (const Row& row : recurrent_table(o).rows) rows.push_back(row);
+  CHECK(rows.size() == 13);
+  for (const Row& row : rows) {
+    INFO(row.label);
+    if (row.run.experts > 64) continue;  // many parameters, same arithmetic
+    const auto operations = static_cast<double>(operations_of(row.run, o));
+    CHECK(std::abs(operations / expected - 1) < 0.01);
+  }
+}
+
 TEST_CASE("language model: the study's models of table 7 cost the same",
           "[examples][language_model]") {
   Options o = word_options();
