@@ -34,8 +34,8 @@ inline void add_training_options(CLI::App& app, Options& o) {
   app.add_option("--width", o.width, "width D of the model")
       ->check(at_least(1))
       ->capture_default_str();
-  app.add_option("--memory", o.memory, "hidden width of the LSTMs")
-      ->check(at_least(1))
+  app.add_option("--memory", o.memory, "hidden width of the LSTMs; 0: that of the model")
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--pre-norm", o.pre_norm,
                  "1: RMSNorm before each layer and the softmax; 0: the paper's model, without "

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,8 +30,9 @@ struct Contexts {
   std::vector<Ending> endings;
 };
 
-/// The contexts of the `count` experts that have the fewest, so that one sees what each is for: those
-/// whose five most frequent endings are the largest share of their tokens. Reads `batches` of a text.
+/// The contexts of up to `count` experts that have the fewest, so that one sees what each is for: those
+/// whose five most frequent endings are the largest share of their tokens, but of experts that are
+/// mostly used after the same only one. Reads `batches` of a text.
 template <class Middle>
 std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches& text,
                                        const Vocabulary& vocabulary, Index sequences, Index batches,
@@ -64,6 +66,7 @@ std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches
 
   std::vector<std::pair<double, Contexts>> ranked;
   for (std::size_t expert = 0; expert < weights.size(); ++expert) {
+    if (weights[expert].empty()) continue;
     Contexts contexts{expert, {}};
     double total = 0;
     for (const auto& [ending, weight] : weights[expert]) {
@@ -80,8 +83,10 @@ std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches
   std::stable_sort(ranked.begin(), ranked.end(),
                    [](const auto& a, const auto& b) { return a.first < b.first; });
   std::vector<Contexts> result;
-  for (std::size_t i = 0; i < std::min(count, ranked.size()); ++i) {
-    result.push_back(std::move(ranked[i].second));
+  std::set<std::string> shown;
+  for (auto& [order, contexts] : ranked) {
+    if (result.size() == count) break;
+    if (shown.insert(contexts.endings.front().text).second) result.push_back(std::move(contexts));
   }
   return result;
 }

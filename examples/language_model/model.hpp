@@ -29,7 +29,7 @@ class Model {
   struct Config {
     Index vocabulary = 0;
     Index width = 0;        ///< D, of the embedding and of what each layer takes and gives
-    Index memory = 0;       ///< hidden width of the first and the last LSTM
+    Index memory = 0;       ///< hidden width of the first and the last LSTM; 0 stands for `width`
     bool pre_norm = false;  ///< whether inputs are normalised
     typename Middle::Config middle{};
     std::vector<Index> cutoffs{};  ///< of AdaptiveSoftmax, as is shrink
@@ -157,7 +157,9 @@ class Model {
   }
 
   ResidualConfig residual() const { return {config_.width, config_.pre_norm, config_.dropout}; }
-  Recurrent<float>::Config lstm() const { return {config_.width, config_.memory}; }
+  Recurrent<float>::Config lstm() const {
+    return {config_.width, config_.memory > 0 ? config_.memory : config_.width};
+  }
   std::uint64_t seed(std::uint64_t part) const { return moe::derive_seed(config_.seed, part); }
 
   Config config_;

@@ -25,7 +25,7 @@ struct Options {
   std::vector<Index> cutoffs{};
   Index shrink = 2;
   Index width = 64;
-  Index memory = 64;  ///< hidden width of the LSTMs
+  Index memory = 0;  ///< hidden width of the LSTMs; 0 stands for `width`
   Index hidden = 192;
   Index experts = 256;
   Index top_k = 4;
@@ -34,11 +34,11 @@ struct Options {
   bool factored = true;       ///< FactoredAdam instead of Adam
   Index sequences = 128;
   Index steps = 32;
-  double epochs = 0.3;
+  double epochs = 0.32;
   double minutes = 0;
-  double learning_rate = 2e-2;
+  double learning_rate = 1e-2;
   Index warm_up = 100;
-  double gate_rate = 1;
+  double gate_rate = 2;
   double noise_rate = 0.03;
   double expert_rate = 0.3;
   double dense_expert_rate = 1;  ///< of the dense model's experts, which see every token
@@ -68,7 +68,6 @@ inline Options word_options() {
   o.vocabulary = 8000;
   o.cutoffs = {500, 2000};
   o.width = 96;
-  o.memory = 96;
   o.hidden = 96;
   o.experts = 64;
   o.pre_norm = false;
@@ -77,7 +76,6 @@ inline Options word_options() {
   o.sequences = 64;
   o.steps = 16;
   o.epochs = 2.45;
-  o.learning_rate = 1e-2;
   o.gate_rate = 3;
   o.dense_expert_rate = o.expert_rate;
   return o;

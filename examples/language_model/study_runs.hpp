@@ -157,8 +157,9 @@ inline Index lstm_width(Index operations, Index layers, Index width) {
 /// Multiply-adds a token of the sparse model that the options describe: of its two LSTMs, and of the
 /// mixture between them.
 inline Index recurrent_operations(const Options& o) {
-  const Index projection = o.memory == o.width ? 0 : o.memory * o.width;
-  return 2 * (4 * o.memory * (o.width + o.memory) + projection);
+  const Index hidden = o.memory > 0 ? o.memory : o.width;
+  const Index projection = hidden == o.width ? 0 : hidden * o.width;
+  return 2 * (4 * hidden * (o.width + hidden) + projection);
 }
 inline Index middle_operations(const Options& o) {
   return 2 * o.experts * o.width + o.top_k * 2 * o.width * o.hidden;

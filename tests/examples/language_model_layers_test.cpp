@@ -98,7 +98,7 @@ TEST_CASE("language model: the study's models of characters cost the same",
 TEST_CASE("language model: the study's models of table 7 cost the same",
           "[examples][language_model]") {
   Options o = word_options();
-  o.width = o.memory = GENERATE(Index{16}, Index{96});
+  o.width = GENERATE(Index{16}, Index{96});
   o.vocabulary = 12;
   const Table table = expert_table(o);
   CHECK(table.rows.size() == 9);

@@ -34,7 +34,6 @@ Options small_options() {
   o.vocabulary = 12;
   o.cutoffs = {6};
   o.width = 8;
-  o.memory = 8;
   o.sequences = 2;
   o.steps = 4;
   o.updates = 3;

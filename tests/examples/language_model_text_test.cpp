@@ -100,20 +100,23 @@ TEST_CASE("language model: contexts are those of the experts that were asked",
   std::vector<Index> stream;
   for (int i = 0; i < 40; ++i) stream.push_back(i % 4 == 3 ? 3 : 2);
   const Batches batches(stream, 1, 4);
+  // Both experts have the same contexts, so one of them is enough to see.
   const std::vector<Contexts> contexts = typical_contexts(model, batches, vocabulary, 1, 9, 2);
-  REQUIRE(contexts.size() == 2);
-  for (const Contexts& of_expert : contexts) {
-    REQUIRE(of_expert.endings.size() == 5);
-    double sum = 0;
-    for (const Ending& ending : of_expert.endings) sum += ending.share;
-    CHECK(sum < 1);
-    CHECK(sum > 0.9);
-    for (const Ending& ending : of_expert.endings) {
-      CHECK(ending.text.size() <= 4);
-    }
+  REQUIRE(contexts.size() == 1);
+  CHECK((contexts[0].expert == 0 || contexts[0].expert == 1));
+  // Of 36 characters read the last four are, by turns, aaab, aaba, abaa and baaa, but for the first
+  // three, which have read less: a, aa and aaa.
+  REQUIRE(contexts[0].endings.size() == 5);
+  double sum = 0;
+  for (std::size_t i = 0; i < 4; ++i) {
+    const Ending& ending = contexts[0].endings[i];
+    CHECK(ending.text.size() == 4);
+    CHECK(std::count(ending.text.begin(), ending.text.end(), 'b') == 1);
+    CHECK(ending.share > 0.15);
+    sum += ending.share;
   }
-  CHECK(contexts[0].expert != contexts[1].expert);
-  CHECK(typical_contexts(model, batches, vocabulary, 1, 9, 1).size() == 1);
+  CHECK(sum < 1);
+  CHECK(typical_contexts(model, batches, vocabulary, 1, 9, 0).empty());
 }
 
 TEST_CASE("examples: a plot has its highest value above and later curves in front", "[examples]") {
