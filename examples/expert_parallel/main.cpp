@@ -172,6 +172,7 @@ int run(int argc, char** argv, const Ranks& ranks) {
   ranks.communicator().agree("the arguments", {{"the exit code", code}});
   if (code >= 0) return code;
 
+  const moe::FlushDenormals flush;
   examples::catch_interrupts();
   for (const int signal : {SIGTERM, SIGUSR1}) std::signal(signal, examples::on_interrupt);
   train(options, progress || isatty(STDERR_FILENO) != 0, ranks);

@@ -42,7 +42,9 @@ inline void add_training_options(CLI::App& app, Options& o) {
                  "norms and with "
                  "a sigmoid on the mixture")
       ->capture_default_str();
-  app.add_option("--factored", o.factored, "1: FactoredAdam, 0: Adam")->capture_default_str();
+  app.add_option("--factored", o.factored,
+                 "1: FactoredAdam for the experts; 0: Adam for everything")
+      ->capture_default_str();
   app.add_option("--gate-deviation", o.gate_deviation,
                  "deviation of the gate's scores at the start; 0: noise alone chooses at first")
       ->check(at_least(0))

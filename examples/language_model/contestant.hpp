@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <string_view>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "../common/terminal.hpp"
@@ -77,12 +78,28 @@ Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index se
   return result;
 }
 
+/// A module's parameters that have certain names, as a module: for an optimizer of their own.
+template <class Module, class Predicate>
+struct ParametersWhere {
+  Module& module;
+  Predicate chosen;
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    moe::for_each_parameter(self.module, [&](const std::string& name, auto& parameter) {
+      if (self.chosen(name)) visit(name.c_str(), parameter);
+    });
+  }
+};
+
+inline bool is_of_expert(std::string_view name) { return name.starts_with("middle.experts."); }
+
 template <class Middle>
 struct ContestantConfig {
   std::string name{};
   typename Model<Middle>::Config model{};
   Index sequences = 0;    ///< in a batch, those of all parts
-  bool factored = false;  ///< FactoredAdam instead of Adam
+  bool factored = false;  ///< FactoredAdam for the experts, which Adam is for otherwise too
   double clip = 0;
   /// Learning rates of parts of the mixture, as factors of everything else's.
   double gate_rate = 1;
@@ -104,22 +121,21 @@ class Contestant {
         team_(team),
         model_(config_.model, surroundings...),
         parameters_(team_.parameter_count(model_)),
-        optimizer_(moe::Adam<float>({.beta2 = 0.99})) {
-    if (config_.factored) {
-      optimizer_ = moe::FactoredAdam<float>({.beta2 = 0.99, .updates = moe::Updates::lazy});
-    }
+        adam_({.beta2 = 0.99}),
+        factored_adam_({.beta2 = 0.99, .updates = moe::Updates::lazy}) {
     start_epoch();
     model_.start_from_frequencies(config_.frequencies);
     const auto groups = [expert = config_.expert_rate, noise = config_.noise_rate,
                          threshold = config_.threshold_rate,
                          gate = config_.gate_rate](std::string_view name) -> moe::ParameterGroup {
-      return {.rate_factor = name.starts_with("middle.experts.") ? expert
+      return {.rate_factor = is_of_expert(name)                  ? expert
                              : !name.starts_with("middle.gate.") ? 1.0
                              : name.ends_with("noise_weight")    ? noise
                              : name.ends_with("threshold")       ? threshold
                                                                  : gate};
     };
-    std::visit([&](auto& optimizer) { optimizer.set_groups(groups); }, optimizer_);
+    adam_.set_groups(groups);
+    factored_adam_.set_groups(groups);
   }
 
   const std::string& name() const { return config_.name; }
@@ -141,14 +157,20 @@ class Contestant {
   }
   void update(const Batches::Batch& batch, std::uint64_t step, double learning_rate) {
     const double start = seconds_now();
-    // Of the experts that got no tokens nothing is read or written, except with Adam, whose moments
-    // go on without them.
+    // FactoredAdam passes by the experts that got no tokens. Adam's moments go on without them.
     const auto updates = config_.factored ? moe::Updates::lazy : moe::Updates::dense;
     moe::zero_gradients(model_, updates);
     const double loss = team_.mean(
         model_.train(batch.input, batch.target, state_, tape_, {.step = step}, team_.part()));
     team_.finish_gradients(model_, config_.clip, updates);
-    std::visit([&](auto& optimizer) { optimizer.update(model_, learning_rate); }, optimizer_);
+    if (config_.factored) {
+      ParametersWhere experts{model_, is_of_expert};
+      ParametersWhere others{model_, std::not_fn(is_of_expert)};
+      factored_adam_.update(experts, learning_rate);
+      adam_.update(others, learning_rate);
+    } else {
+      adam_.update(model_, learning_rate);
+    }
     model_.after_update(tape_);
     seconds_ += seconds_now() - start;
     loss_ = tokens_ > 0 ? 0.98 * loss_ + 0.02 * loss : loss;
@@ -160,7 +182,8 @@ class Contestant {
   Team team_;
   Model<Middle> model_;
   Index parameters_;
-  std::variant<moe::Adam<float>, moe::FactoredAdam<float>> optimizer_;
+  moe::Adam<float> adam_;
+  moe::FactoredAdam<float> factored_adam_;
   typename Model<Middle>::State state_;
   typename Model<Middle>::Tape tape_;
   double seconds_ = 0;

@@ -25,16 +25,16 @@ struct Options {
   std::vector<Index> cutoffs{};
   Index shrink = 2;
   Index width = 64;
-  Index memory = 0;  ///< hidden width of the LSTMs; 0 stands for `width`
-  Index hidden = 192;
+  Index memory = 40;  ///< hidden width of the LSTMs; 0 stands for `width`
+  Index hidden = 240;
   Index experts = 256;
   Index top_k = 4;
   bool pre_norm = true;       ///< else the layers of the paper, the mixture with a sigmoid
   double gate_deviation = 1;  ///< of the gate's first scores; 0: all of them are 0 at first
-  bool factored = true;       ///< FactoredAdam instead of Adam
+  bool factored = true;       ///< FactoredAdam for the experts
   Index sequences = 128;
   Index steps = 32;
-  double epochs = 0.32;
+  double epochs = 0.36;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
@@ -68,6 +68,7 @@ inline Options word_options() {
   o.vocabulary = 8000;
   o.cutoffs = {500, 2000};
   o.width = 96;
+  o.memory = 0;
   o.hidden = 96;
   o.experts = 64;
   o.pre_norm = false;

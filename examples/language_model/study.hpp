@@ -65,6 +65,7 @@ bool train_missing(const std::vector<Run>& runs, const Options& o, const std::st
   std::vector<const Run*> current(progress.size(), nullptr);
   std::atomic<int> at_work = workers;
   const auto work = [&](std::size_t worker) {
+    const moe::FlushDenormals flush;
     examples::use_threads(1);
     for (;;) {
       const Run* run = nullptr;
