@@ -34,7 +34,7 @@ struct Options {
   bool factored = true;       ///< FactoredAdam for the experts
   Index sequences = 128;
   Index steps = 32;
-  double epochs = 0.36;
+  double epochs = 0.31;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
