@@ -155,7 +155,7 @@ int run(int argc, char** argv, const Ranks& ranks) {
   language_model::add_training_options(app, options);
   app.get_option("--sequences")
       ->description("sequences in a batch of all processes together; each gets as many of them");
-  app.get_option("--top-k")->description("experts K used for a word");
+  app.get_option("--top-k")->description("experts K used for a token");
   app.add_option("--threads", options.threads,
                  "threads of each process; results do not depend on it")
       ->check(CLI::Range(1, 4096))

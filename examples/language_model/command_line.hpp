@@ -18,7 +18,7 @@ inline void add_training_options(CLI::App& app, Options& o) {
   app.add_option("--wordnet", o.wordnet, "folder with WordNet's data.noun and its sisters")
       ->capture_default_str();
   app.add_option("--vocabulary", o.vocabulary,
-                 "how many of the most frequent characters (words) are known")
+                 "how many of the most frequent characters or words are known")
       ->check(at_least(3))
       ->capture_default_str();
   app.add_option(
@@ -56,13 +56,13 @@ inline void add_training_options(CLI::App& app, Options& o) {
       ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--top-k", o.top_k,
-                 "experts K used for a word; the dense model has as many and uses them all")
+                 "experts K used for a token; the dense model has as many and uses them all")
       ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--sequences", o.sequences, "sequences in a batch")
       ->check(at_least(1))
       ->capture_default_str();
-  app.add_option("--steps", o.steps, "words of a sequence in a batch")
+  app.add_option("--steps", o.steps, "tokens (characters or words) of a sequence in a batch")
       ->check(at_least(1))
       ->capture_default_str();
   auto* epochs = app.add_option("--epochs", o.epochs, "how often the training text is read")
@@ -82,7 +82,7 @@ inline void add_training_options(CLI::App& app, Options& o) {
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--expert-rate", o.expert_rate,
-                 "learning rate of the experts, as a factor; each sees few of the words")
+                 "learning rate of the experts, as a factor; each sees few of the tokens")
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--warm-up", o.warm_up, "updates during which the learning rate grows")

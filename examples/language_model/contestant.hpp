@@ -80,16 +80,21 @@ Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index se
 
 /// A module's parameters that have certain names, as a module: for an optimizer of their own.
 template <class Module, class Predicate>
-struct ParametersWhere {
-  Module& module;
-  Predicate chosen;
+class ParametersWhere {
+ public:
+  ParametersWhere(Module& module, Predicate chosen)
+      : module_(module), chosen_(std::move(chosen)) {}
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
-    moe::for_each_parameter(self.module, [&](const std::string& name, auto& parameter) {
-      if (self.chosen(name)) visit(name.c_str(), parameter);
+    moe::for_each_parameter(self.module_, [&](const std::string& name, auto& parameter) {
+      if (self.chosen_(name)) visit(name.c_str(), parameter);
     });
   }
+
+ private:
+  Module& module_;
+  Predicate chosen_;
 };
 
 inline bool is_of_expert(std::string_view name) { return name.starts_with("middle.experts."); }
@@ -164,8 +169,8 @@ class Contestant {
         model_.train(batch.input, batch.target, state_, tape_, {.step = step}, team_.part()));
     team_.finish_gradients(model_, config_.clip, updates);
     if (config_.factored) {
-      ParametersWhere experts{model_, is_of_expert};
-      ParametersWhere others{model_, std::not_fn(is_of_expert)};
+      ParametersWhere experts(model_, is_of_expert);
+      ParametersWhere others(model_, std::not_fn(is_of_expert));
       factored_adam_.update(experts, learning_rate);
       adam_.update(others, learning_rate);
     } else {
