@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "terminal.hpp"
+
 namespace examples {
 
 /// Curves in characters, drawn over themselves on a terminal; nothing where standard error is none.
@@ -29,10 +31,14 @@ class LivePlot {
 
   void add(std::size_t curve, double x, double y) { curves_[curve].points.emplace_back(x, y); }
 
+  /// Whether the last plot is old enough for another.
+  bool is_due() const { return visible_ && seconds_now() - drawn_at_ >= 0.3; }
+
   /// The plot, and a line of text under it.
   void draw(const std::string& text) {
     if (!visible_) return;
     clear();
+    drawn_at_ = seconds_now();
     const std::string lines = drawn();
     std::fputs((lines + text).c_str(), stderr);
     lines_ = std::count(lines.begin(), lines.end(), '\n');
@@ -86,7 +92,8 @@ class LivePlot {
  private:
   std::vector<Curve> curves_;
   bool visible_;
-  std::ptrdiff_t lines_ = -1;
+  std::ptrdiff_t lines_ = -1;  ///< of the last plot; negative when none is drawn
+  double drawn_at_ = 0;
 };
 
 }  // namespace examples

@@ -17,21 +17,6 @@ inline double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// For what is done now and then.
-class Clock {
- public:
-  /// Whether so many seconds have passed since this was last true, or never was.
-  bool passed(double seconds) {
-    const double now = seconds_now();
-    if (now - last_ < seconds) return false;
-    last_ = now;
-    return true;
-  }
-
- private:
-  double last_ = -1e9;
-};
-
 /// Set by the first Ctrl-C after catch_interrupts(); the second ends the program.
 inline volatile std::sig_atomic_t interrupted = 0;
 

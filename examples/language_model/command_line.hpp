@@ -37,10 +37,10 @@ inline void add_training_options(CLI::App& app, Options& o) {
   app.add_option("--memory", o.memory, "hidden width of the LSTMs; 0: that of the model")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--pre-norm", o.pre_norm,
-                 "1: RMSNorm before each layer and the softmax; 0: the paper's model, without "
-                 "norms and with "
-                 "a sigmoid on the mixture")
+  app.add_option(
+         "--pre-norm", o.pre_norm,
+         "1: RMSNorm before each layer and the softmax; 0: the paper's model, without norms "
+         "and with a sigmoid on the mixture")
       ->capture_default_str();
   app.add_option("--factored", o.factored,
                  "1: FactoredAdam for the experts; 0: Adam for everything")

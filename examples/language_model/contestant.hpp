@@ -82,8 +82,7 @@ Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index se
 template <class Module, class Predicate>
 class ParametersWhere {
  public:
-  ParametersWhere(Module& module, Predicate chosen)
-      : module_(module), chosen_(std::move(chosen)) {}
+  ParametersWhere(Module& module, Predicate chosen) : module_(module), chosen_(std::move(chosen)) {}
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {

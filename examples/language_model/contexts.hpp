@@ -17,7 +17,7 @@
 
 namespace language_model {
 
-/// What a model has read when an expert is asked for: the last character and three before it, or the
+/// What a model has read when a token is routed to an expert: the last character and three before it, or the
 /// last word.
 struct Ending {
   std::string text;

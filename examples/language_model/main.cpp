@@ -158,7 +158,6 @@ void compare(const Options& o) {
 
   {
     examples::LivePlot plot(curves_of(contestants));
-    examples::Clock due;
     Batches::Batch batch;
     while (!timetable.is_over() && !examples::interrupted) {
       timetable.next(seconds_now() - start);
@@ -168,7 +167,7 @@ void compare(const Options& o) {
       for (std::size_t i = 0; i < contestants.size(); ++i) {
         plot.add(i, timetable.fraction(), contestants[i].loss());
       }
-      if (due.passed(0.3)) plot.draw(progress_text(timetable, contestants));
+      if (plot.is_due()) plot.draw(progress_text(timetable, contestants));
       if (timetable.evaluation_is_due()) {
         plot.clear();
         evaluate_all();
@@ -193,7 +192,7 @@ void compare(const Options& o) {
                 sample(contestant.model(), corpus.vocabulary, length, o.seed).c_str());
   }
   std::printf(
-      "What the six experts of the sparse model with the fewest contexts are asked after:\n");
+      "What is routed to the six experts of the sparse model that have the fewest contexts:\n");
   print_contexts(typical_contexts(contestants.back().model(), validation, corpus.vocabulary,
                                   o.sequences, 200000 / (o.sequences * o.steps) + 1, 6));
   std::printf("\nevery row is in %s\n", o.csv.c_str());

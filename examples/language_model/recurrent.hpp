@@ -13,6 +13,12 @@ namespace language_model {
 
 using moe::Index;
 
+/// Multiply-adds a token of an LSTM whose output is projected back to the width of its input, unless
+/// it has that already.
+inline Index lstm_operations(Index width, Index hidden) {
+  return (width + hidden) * 4 * hidden + (hidden != width ? hidden * width : 0);
+}
+
 /// An LSTM whose output is projected back to the width of its input, unless it has that already.
 template <class Scalar = float>
 class Recurrent {
@@ -45,10 +51,7 @@ class Recurrent {
   State initial_state(Index sequences) const { return lstm_.initial_state(sequences); }
 
   /// Multiply-adds a token.
-  Index operations() const {
-    const auto [width, hidden] = config_;
-    return (width + hidden) * 4 * hidden + (projection_ ? hidden * width : 0);
-  }
+  Index operations() const { return lstm_operations(config_.width, config_.hidden); }
 
   /// The key is of no use: nothing is drawn.
   const Matrix& forward(const Matrix& x, State& state, Tape& tape, const moe::NoiseKey&) const {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "options.hpp"
+#include "recurrent.hpp"
 
 /// \file
 /// What the study trains: the rows of its tables, and the runs that they need.
@@ -157,9 +158,7 @@ inline Index lstm_width(Index operations, Index layers, Index width) {
 /// Multiply-adds a token of the sparse model that the options describe: of its two LSTMs, and of the
 /// mixture between them.
 inline Index recurrent_operations(const Options& o) {
-  const Index hidden = o.memory > 0 ? o.memory : o.width;
-  const Index projection = hidden == o.width ? 0 : hidden * o.width;
-  return 2 * (4 * hidden * (o.width + hidden) + projection);
+  return 2 * lstm_operations(o.width, o.memory > 0 ? o.memory : o.width);
 }
 inline Index middle_operations(const Options& o) {
   return 2 * o.experts * o.width + o.top_k * 2 * o.width * o.hidden;
@@ -220,7 +219,7 @@ inline Table expert_table(const Options& o) {
   flat("256 experts", 256, 4, "flat", "35.7");
   hierarchical(16, "");
   hierarchical(32, "34.6");
-  // Of words there are too few for so many.
+  // There are too few words to train these.
   if (o.unit == Unit::character) hierarchical(64, "34.1");
   return table;
 }

@@ -60,8 +60,7 @@ class RMSNorm {
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::require_apart("RMSNorm::forward", "x", x, {tape.y, tape.normalized});
-    detail::resize(tape.normalized, x.rows(), x.cols());
-    run(x, tape);
+    run(x, tape, true);
     tape.trained = true;
     return tape.y;
   }
@@ -113,8 +112,7 @@ class RMSNorm {
     check_input(x);
     detail::require_apart("RMSNorm::evaluate", "x", x, {tape.y});
     tape.trained = false;
-    tape.normalized.resize(0, 0);
-    run(x, tape);
+    run(x, tape, false);
     return tape.y;
   }
 
@@ -136,21 +134,23 @@ class RMSNorm {
                     " columns, the norm is of ", config_.width);
   }
 
-  /// Fills y, and normalized and scales where they are kept.
-  void run(const MatrixRef<Scalar>& x, Tape& tape) const {
+  /// Fills y and, for a backward pass, normalized and scales.
+  void run(const MatrixRef<Scalar>& x, Tape& tape, bool trained) const {
     using Eigen::internal::pmul;
     using P = detail::Packet<Scalar>;
     const Index D = config_.width;
     detail::resize(tape.y, x.rows(), D);
-    detail::resize(tape.scales, x.rows());
-    const bool kept = tape.normalized.size() > 0;
+    if (trained) {
+      detail::resize(tape.normalized, x.rows(), D);
+      detail::resize(tape.scales, x.rows());
+    }
     for_each_row(x.rows(), [&](Index t) {
       const Scalar* row = x.data() + t * x.outerStride();
       const Scalar mean_square = detail::dot(D, row, row) / static_cast<Scalar>(D);
       const Scalar scale =
           Scalar{1} / std::sqrt(mean_square + static_cast<Scalar>(config_.epsilon));
-      tape.scales[detail::to_size(t)] = scale;
-      Scalar* normalized = kept ? tape.normalized.row(t).data() : tape.y.row(t).data();
+      if (trained) tape.scales[detail::to_size(t)] = scale;
+      Scalar* normalized = trained ? tape.normalized.row(t).data() : tape.y.row(t).data();
       const auto scaled = [factor = detail::broadcast(scale)](const P& a) {
         return pmul(factor, a);
       };
