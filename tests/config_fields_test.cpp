@@ -180,10 +180,11 @@ TEST_CASE("config fields: a visit_fields that misses a field or visits one twice
 }
 
 TEMPLATE_TEST_CASE("config fields: those of every module have names", "", NoisyTopKGate<float>,
-                   HierarchicalGate<float>, TopKGate<float>, BalancedGate<float>,
-                   ExpertChoiceGate<float>, SharedExpertGate<BalancedGate<double>>,
-                   FeedForward<float>, MoELayer<Expert<FeedForward>>, Linear<float>, LSTM<float>,
-                   Dropout<float>, Embedding<float>) {
+                   HierarchicalGate<float>, ProductKeyGate<float>, TopKGate<float>,
+                   BalancedGate<float>, ExpertChoiceGate<float>,
+                   SharedExpertGate<BalancedGate<double>>, FeedForward<float>,
+                   MoELayer<Expert<FeedForward>>, Linear<float>, LSTM<float>, Dropout<float>,
+                   Embedding<float>) {
   STATIC_REQUIRE(detail::visits_every_field<typename TestType::Config>());
   STATIC_REQUIRE(detail::is_all_named<typename TestType::Config>());
 }

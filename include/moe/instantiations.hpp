@@ -11,6 +11,7 @@
 #include "moe/gates/expert_choice_gate.hpp"
 #include "moe/gates/hierarchical_gate.hpp"
 #include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/gates/product_key_gate.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
 #include "moe/kernels/gemm.hpp"
@@ -40,6 +41,7 @@
   MOE_EXTERN template class NoisyTopKGate<Scalar>;                                        \
   MOE_EXTERN template class TopKGate<Scalar>;                                             \
   MOE_EXTERN template class HierarchicalGate<Scalar>;                                     \
+  MOE_EXTERN template class ProductKeyGate<Scalar>;                                       \
   MOE_EXTERN template class BalancedGate<Scalar>;                                         \
   MOE_EXTERN template class ExpertChoiceGate<Scalar>;                                     \
   MOE_EXTERN template class SharedExpertGate<NoisyTopKGate<Scalar>>;                      \

@@ -15,6 +15,7 @@
 #include "moe/gates/gate.hpp"
 #include "moe/gates/hierarchical_gate.hpp"
 #include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/gates/product_key_gate.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
 #include "moe/indexed_vector.hpp"

@@ -1,5 +1,6 @@
 #include "moe/gates/hierarchical_gate.hpp"
 #include "moe/gates/noisy_top_k_gate.hpp"
+#include "naive_scores.hpp"
 #include "token_choice_checks.hpp"
 
 using namespace moe;
@@ -9,67 +10,19 @@ using Config = HierarchicalGate<double>::Config;
 
 namespace {
 
-/// The gate a number at a time from the formulas of [S17]. It shares with the library the names and
-/// values of the parameters and the random numbers.
+/// The gate a number at a time from the formulas of [S17].
 struct Naive {
   Matrix<double> weight;  ///< T x E, 0 where not chosen
   Vector<double> importance, load;
   double loss = 0;
-
-  /// Scores of one token and gate, and what follows from them.
-  struct Row {
-    std::vector<double> clean, scale, h;
-
-    /// The k-th largest h without i.
-    double threshold(Index k, Index i) const {
-      std::vector<double> others = h;
-      others.erase(others.begin() + i);
-      std::sort(others.begin(), others.end(), std::greater<>());
-      return others[to_size(k - 1)];
-    }
-    std::vector<double> softmax(Index k) const {
-      std::vector<double> g(h.size(), 0.0);
-      double total = 0;
-      for (Index i = 0; i < static_cast<Index>(h.size()); ++i) {
-        if (k == static_cast<Index>(h.size()) || h[to_size(i)] > threshold(k, i)) {
-          g[to_size(i)] = std::exp(h[to_size(i)]);
-          total += g[to_size(i)];
-        }
-      }
-      for (double& value : g) value /= total;
-      return g;
-    }
-    double probability(Index k, Index i) const {
-      if (k == static_cast<Index>(h.size())) return 1;
-      return test::naive_cdf((clean[to_size(i)] - threshold(k, i)) / scale[to_size(i)]);
-    }
-  };
 
   Naive(HierarchicalGate<double>& gate, std::uint64_t seed, const Matrix<double>& x,
         const Pass& key) {
     const Config c = gate.config();
     const test::Named p = test::values_of(gate);
     const auto row = [&](const std::string& name, std::uint64_t stream, Index t) {
-      const Matrix<double>& w = p.at(name + ".weight");
-      const Matrix<double>& w_noise = p.at(name + ".noise_weight");
-      Row r;
-      for (Index i = 0; i < w.cols(); ++i) {
-        double clean = 0;
-        double raw = 0;
-        for (Index d = 0; d < x.cols(); ++d) {
-          clean += x(t, d) * w(d, i);
-          raw += x(t, d) * w_noise(d, i);
-        }
-        const auto words = philox(
-            {static_cast<std::uint32_t>(i / 4), key.first_token + static_cast<std::uint32_t>(t),
-             static_cast<std::uint32_t>(key.step), static_cast<std::uint32_t>(key.step >> 32)},
-            derive_seed(seed, stream));
-        const auto n = static_cast<double>(standard_normal(words[to_size(i % 4)]));
-        r.clean.push_back(clean);
-        r.scale.push_back(std::log1p(std::exp(raw)) + c.noise_floor);
-        r.h.push_back(c.noise ? clean + n * r.scale.back() : clean);
-      }
-      return r;
+      return NaiveScores(p.at(name + ".weight"), p.at(name + ".noise_weight"),
+                         derive_seed(seed, stream), c.noise, c.noise_floor, x, t, key);
     };
 
     const Index experts = c.groups * c.group_experts;
@@ -78,14 +31,14 @@ struct Naive {
     Vector<double> group_size = Vector<double>::Zero(c.groups);
     Vector<double> member_load = Vector<double>::Zero(experts);
     for (Index t = 0; t < x.rows(); ++t) {
-      const Row groups = row("primary", 0, t);
+      const NaiveScores groups = row("primary", 0, t);
       const std::vector<double> group_weight = groups.softmax(c.top_k_groups);
       for (Index i = 0; i < c.groups; ++i) {
         if (c.noise) group_load[i] += groups.probability(c.top_k_groups, i);
         if (group_weight[to_size(i)] == 0) continue;
         group_size[i] += 1;
         if (!c.noise) group_load[i] += 1;
-        const Row members =
+        const NaiveScores members =
             row("secondary." + std::to_string(i), static_cast<std::uint64_t>(i) + 1, t);
         const std::vector<double> member_weight = members.softmax(c.top_k);
         for (Index j = 0; j < c.group_experts; ++j) {
@@ -102,14 +55,8 @@ struct Naive {
       const Index i = e / c.group_experts;
       if (group_size[i] > 0) load[e] = group_load[i] * member_load[e] / group_size[i];
     }
-    const auto cv_squared = [](const Vector<double>& v) {
-      if (v.size() < 2) return 0.0;
-      const double mean = v.sum() / static_cast<double>(v.size());
-      double variance = 0;
-      for (Index i = 0; i < v.size(); ++i) variance += (v[i] - mean) * (v[i] - mean);
-      return mean == 0 ? 0 : variance / static_cast<double>(v.size()) / (mean * mean);
-    };
-    loss = c.importance_weight * cv_squared(importance) + c.load_weight * cv_squared(load);
+    loss =
+        c.importance_weight * naive_cv_squared(importance) + c.load_weight * naive_cv_squared(load);
   }
 };
 

@@ -14,6 +14,7 @@
 #include "moe/gates/expert_choice_gate.hpp"
 #include "moe/gates/hierarchical_gate.hpp"
 #include "moe/gates/noisy_top_k_gate.hpp"
+#include "moe/gates/product_key_gate.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
 #include "top_k.hpp"
@@ -125,6 +126,32 @@ struct HierarchicalLaw : BalanceLossLaw<HierarchicalGate<Scalar>> {
             tape.secondary.noise.row(row).template cast<double>();
       }
     }
+    return {drawn.data(), drawn.data() + drawn.size()};
+  }
+};
+
+/// Of all kinds of pairs: a row key that is used once, and several columns of one row.
+template <class Scalar>
+struct ProductKeyLaw : BalanceLossLaw<ProductKeyGate<Scalar>> {
+  using Gate = ProductKeyGate<Scalar>;
+  static typename Gate::Config config() {
+    return {.width = 5,
+            .row_keys = 4,
+            .column_keys = 5,
+            .top_k = 3,
+            .importance_weight = 0.7,
+            .load_weight = 1.3};
+  }
+  static std::vector<Index> choices(const typename Gate::Tape& tape) {
+    return joined(joined(as_vector(tape.rows.best), as_vector(tape.columns.best)),
+                  as_vector(tape.routing.expert));
+  }
+  static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t, const Matrix<Scalar>& x,
+                                         const Pass& pass) {
+    typename Gate::Tape tape;
+    gate.forward(x, tape, pass);
+    Matrix<double> drawn(x.rows(), gate.noise_columns());
+    drawn << tape.rows.noise.template cast<double>(), tape.columns.noise.template cast<double>();
     return {drawn.data(), drawn.data() + drawn.size()};
   }
 };
@@ -278,11 +305,12 @@ struct SharedExpertLaw : GateLaw<SharedExpertGate<typename Routed::Gate>> {
 };
 
 template <class Scalar>
-using GateLawsOf = std::tuple<NoisyTopKLaw<Scalar>, NoisyTopKLaw<Scalar, false>,
-                              HierarchicalLaw<Scalar>, SoftmaxLaw<Scalar>, SigmoidLaw<Scalar>,
-                              SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, BalancedLaw<Scalar>,
-                              ExpertChoiceLaw<Scalar>, SharedExpertLaw<NoisyTopKLaw<Scalar>, true>,
-                              SharedExpertLaw<SigmoidLaw<Scalar>, false>>;
+using GateLawsOf =
+    std::tuple<NoisyTopKLaw<Scalar>, NoisyTopKLaw<Scalar, false>, HierarchicalLaw<Scalar>,
+               ProductKeyLaw<Scalar>, SoftmaxLaw<Scalar>, SigmoidLaw<Scalar>,
+               SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, BalancedLaw<Scalar>,
+               ExpertChoiceLaw<Scalar>, SharedExpertLaw<NoisyTopKLaw<Scalar>, true>,
+               SharedExpertLaw<SigmoidLaw<Scalar>, false>>;
 using GateLawsInDouble = GateLawsOf<double>;
 // In double where the tests are optimised, in float where sanitizers look for faults of memory, so that
 // .ci/run has both: to compile these is what takes longest.

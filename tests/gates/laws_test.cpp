@@ -17,6 +17,7 @@ using namespace moe::test;
 using namespace std::string_view_literals;
 static_assert(NoisyTopKGate<>::name == "NoisyTopKGate"sv);
 static_assert(HierarchicalGate<>::name == "HierarchicalGate"sv);
+static_assert(ProductKeyGate<>::name == "ProductKeyGate"sv);
 static_assert(TopKGate<>::name == "TopKGate"sv);
 static_assert(BalancedGate<>::name == "BalancedGate"sv);
 static_assert(ExpertChoiceGate<>::name == "ExpertChoiceGate"sv);

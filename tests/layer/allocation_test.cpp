@@ -214,7 +214,7 @@ TEMPLATE_TEST_CASE("allocation: a layer takes no memory after its first call", "
   }
 }
 
-TEMPLATE_TEST_CASE("allocation: a layer behind a hierarchical gate takes none either",
+TEMPLATE_TEST_CASE("allocation: a layer behind a hierarchical gate or product keys takes none either",
                    "[allocation]", float, double) {
   for (const int count : {1, 3}) {
     const test::Threads threads(count);
@@ -222,6 +222,11 @@ TEMPLATE_TEST_CASE("allocation: a layer behind a hierarchical gate takes none ei
         {.width = 16,
          .expert = {.hidden = 24},
          .gate = {.groups = 4, .group_experts = 3, .top_k_groups = 1, .top_k = 2},
+         .seed = 3});
+    check<MoELayer<Expert<FeedForward, TestType>, ProductKeyGate<TestType>>>(
+        {.width = 16,
+         .expert = {.hidden = 24},
+         .gate = {.row_keys = 4, .column_keys = 3, .top_k = 2},
          .seed = 3});
   }
 }

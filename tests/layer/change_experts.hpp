@@ -8,6 +8,7 @@
 #include "moe/gates/balanced_gate.hpp"
 #include "moe/gates/expert_choice_gate.hpp"
 #include "moe/gates/hierarchical_gate.hpp"
+#include "moe/gates/product_key_gate.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
 #include "moe/layer/moe_layer.hpp"
@@ -64,13 +65,18 @@ struct HierarchicalLaw : Law<Hierarchical, 3> {
     return {.groups = experts / 3, .group_experts = 3, .top_k_groups = 2, .top_k = 2};
   }
 };
+struct ProductKeyLaw : Law<ProductKeyGate<double>, 3> {
+  static Gate::Config config(Index experts) {
+    return {.row_keys = experts / 3, .column_keys = 3, .top_k = 3};
+  }
+};
 struct SharedHierarchicalLaw : Law<SharedExpertGate<Hierarchical>, 3, 2> {
   static Gate::Config config(Index experts) {
     return {.shared = 2, .routed = HierarchicalLaw::config(experts - 2)};
   }
 };
 using Laws = std::tuple<NoisyLaw, TopKLaw, BalancedLaw, ExpertChoiceLaw, SharedLaw, HierarchicalLaw,
-                        SharedHierarchicalLaw>;
+                        ProductKeyLaw, SharedHierarchicalLaw>;
 
 template <class Law>
 auto make_layer(Index units) {

@@ -70,6 +70,8 @@ TEST_CASE("collectives: a step of a layer takes few", "[mpi]") {
   check(count<HierarchicalGate<>>("HierarchicalGate",
                                   {.groups = 4, .group_experts = 2, .top_k_groups = 2, .top_k = 1}),
         6, 4);
+  check(count<ProductKeyGate<>>("ProductKeyGate", {.row_keys = 4, .column_keys = 2, .top_k = 2}), 6,
+        4);
   check(count<TopKGate<>>("TopKGate", {.experts = 8, .top_k = 2, .switch_loss_weight = 0.1}), 6, 4);
   check(count<SharedExpertGate<NoisyTopKGate<>>>(
             "SharedExpertGate of a NoisyTopKGate",

@@ -56,6 +56,12 @@ TEST_CASE("expert parallel: equals the layer of one process behind a hierarchica
       {.groups = 2, .group_experts = 3, .top_k_groups = 2, .top_k = 2, .noise = false});
 }
 
+TEST_CASE("expert parallel: equals the layer of one process behind product keys", "[mpi]") {
+  check_gate<ProductKeyGate<double>>(
+      {.row_keys = 3, .column_keys = 4, .top_k = 2, .load_weight = 0.5});
+  check_gate<ProductKeyGate<double>>({.row_keys = 2, .column_keys = 3, .top_k = 4, .noise = false});
+}
+
 TEST_CASE("expert parallel: equals the layer of one process behind a balanced gate", "[mpi]") {
   check_gate<BalancedGate<double>>({.experts = 4, .top_k = 2, .threshold_weight = 0.3});
   check_gate<BalancedGate<double>>({.experts = 5, .top_k = 1});

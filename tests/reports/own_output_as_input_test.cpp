@@ -69,6 +69,11 @@ TEST_CASE("report: a layer refuses a tape's own output, or gives the right numbe
        .expert = expert,
        .gate = {.groups = 2, .group_experts = 2, .top_k_groups = 1, .top_k = 1},
        .seed = 1});
+  check_layer<MoELayer<E, ProductKeyGate<double>>>(
+      {.width = 4,
+       .expert = expert,
+       .gate = {.row_keys = 2, .column_keys = 2, .top_k = 2},
+       .seed = 1});
   check_layer<MoELayer<E, SharedExpertGate<NoisyTopKGate<double>>>>(
       {.width = 4,
        .expert = expert,

@@ -74,6 +74,8 @@ TEST_CASE("report: with losses off a NaN in one token stays in its row of dx", "
                                              .top_k = 1,
                                              .importance_weight = 0,
                                              .load_weight = 0});
+  check_nan_stays<ProductKeyGate<double>>(
+      {.row_keys = 2, .column_keys = 3, .top_k = 1, .importance_weight = 0, .load_weight = 0});
   check_nan_stays<TopKGate<double>>({.experts = 4, .top_k = 2});
   check_nan_stays<BalancedGate<double>>({.experts = 4, .top_k = 2, .threshold_weight = 0});
 }

@@ -75,10 +75,10 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   /// What the primary gate leaves, a row a token, or the secondary gates, a row a token and group,
   /// group after group, so R = N·top_k_groups rows.
   struct Level : detail::NoisyTopKTape<Scalar> {
-    Routing<Scalar> routing;        ///< rows to groups, or to the experts inside of a group
-    Vector<Scalar> load;            ///< a: Loadprimary, or E: Load_i(X_i), group after group
-    Vector<Scalar> dload;           ///< the gradient w.r.t. it
-    IndexedVector<Scalar> dchoice;  ///< the gradient w.r.t. routing.weight
+    Routing<Scalar> routing;       ///< rows to groups, or to the experts inside of a group
+    Vector<Scalar> load;           ///< a: Loadprimary, or E: Load_i(X_i), group after group
+    Vector<Scalar> dload;          ///< the gradient w.r.t. it
+    IndexedVector<Scalar> dscore;  ///< that w.r.t. routing.weight, then w.r.t. the chosen scores
   };
 
   struct Tape : GateTape<Scalar> {
@@ -155,7 +155,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
       }
     }
     detail::track_gradients(secondary);
-    primary_.change_experts(groups, derive_seed(seed, 0), noise_stddev);
+    primary_.change_experts(groups, config.top_k_groups, derive_seed(seed, 0), noise_stddev);
     secondary_.swap(secondary);
     config_ = config;
     return from;
@@ -253,13 +253,13 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::resize_to_zero(tape.dx_rows, tape.primary.routing.slots(), config_.width);
     primary_.prepare_backward(tape.primary);
     secondary_.front().prepare_backward(tape.secondary);
-    primary_.backward(tape.tokens.rows_of(x), 0, tape.primary.dchoice.data(),
+    primary_.backward(tape.tokens.rows_of(x), 0, tape.primary.dscore.data(),
                       tape.primary.dload.data(), tape.primary, tape.primary.routing,
                       tape.tokens.rows_of(dx));
     for_each_group(tape, [&](Index i, Range rows) {
       Level& level = tape.secondary;
       secondary_[detail::to_size(i)].backward(
-          gathered(x, rows, tape), rows.first, level.dchoice.data(),
+          gathered(x, rows, tape), rows.first, level.dscore.data(),
           level.dload.data() + i * config_.group_experts, level, level.routing,
           ScatteredRows<Scalar>(rows_of(tape.dx_rows, rows.first, rows.count)));
     });
@@ -290,13 +290,15 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   void combine_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& groups = tape.primary.routing;
     const Routing<Scalar>& members = tape.secondary.routing;
-    detail::assign(tape.primary.dchoice, groups.slots(), Scalar{0});
-    detail::resize(tape.secondary.dchoice, members.slots());
+    detail::assign(tape.primary.dscore, groups.slots(), Scalar{0});
+    detail::resize(tape.secondary.dscore, members.slots());
     for_each_slot(tape, [&](std::size_t slot, std::size_t group_slot, std::size_t member_slot) {
       const Scalar g = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
-      tape.primary.dchoice[group_slot] += g * members.weight[member_slot];
-      tape.secondary.dchoice[member_slot] = g * groups.weight[group_slot];
+      tape.primary.dscore[group_slot] += g * members.weight[member_slot];
+      tape.secondary.dscore[member_slot] = g * groups.weight[group_slot];
     });
+    detail::choice_softmax_backward(groups, config_.top_k_groups, tape.primary.dscore);
+    detail::choice_softmax_backward(tape.secondary.routing, config_.top_k, tape.secondary.dscore);
   }
 
   /// Calls f(slot, slot of the primary gate's routing, slot of the secondary gates') in order.

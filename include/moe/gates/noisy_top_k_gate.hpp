@@ -58,10 +58,10 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
 
   /// Besides a gate's: what the N tokens left, the scores among it.
   struct Tape : GateTape<Scalar>, detail::NoisyTopKTape<Scalar> {
-    LossWeights loss_weights;       ///< of the pass
-    Vector<Scalar> dimportance;     ///< E
-    Vector<Scalar> dload;           ///< E
-    IndexedVector<Scalar> dchoice;  ///< S, the gradient w.r.t. G: dweight and importance's share
+    LossWeights loss_weights;      ///< of the pass
+    Vector<Scalar> dimportance;    ///< E
+    Vector<Scalar> dload;          ///< E
+    IndexedVector<Scalar> dscore;  ///< S, the gradient w.r.t. G, then w.r.t. the chosen h
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
@@ -95,7 +95,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     Config config = config_;
     config.experts = sources.experts();
     checked(config);
-    top_k_.change_experts(sources, seed, noise_stddev);
+    top_k_.change_experts(sources, config.top_k, seed, noise_stddev);
     config_ = config;
     return {{0, sources.list()}, {1, sources.list()}};
   }
@@ -154,15 +154,16 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   /// The derivative of the load through its threshold included.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
-    detail::require_apart(name, "dweight", dweight, {tape.dchoice});
+    detail::require_apart(name, "dweight", dweight, {tape.dscore});
     detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
                                   tape.dimportance, tape.dload);
-    detail::resize(tape.dchoice, tape.routing.slots());
+    detail::resize(tape.dscore, tape.routing.slots());
     for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
-      tape.dchoice[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
+      tape.dscore[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
     }
+    detail::choice_softmax_backward(tape.routing, config_.top_k, tape.dscore);
     top_k_.prepare_backward(tape);
-    top_k_.backward(tape.tokens.rows_of(x), 0, tape.dchoice.data(), tape.dload.data(), tape,
+    top_k_.backward(tape.tokens.rows_of(x), 0, tape.dscore.data(), tape.dload.data(), tape,
                     tape.routing, tape.tokens.rows_of(dx));
   }
 

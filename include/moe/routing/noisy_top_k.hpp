@@ -30,6 +30,20 @@ inline void check_noise_floor(const char* gate, double noise_floor) {
           "::Config.noise_floor = ", noise_floor, ", must be finite and above 0");
 }
 
+/// Turns the gradient with respect to G, a number a slot, into that with respect to the chosen h:
+/// dh = G ⊙ (g − Σ_i G_i·g_i) for the K slots of each token.
+template <class Scalar>
+void choice_softmax_backward(const Routing<Scalar>& routing, Index top_k,
+                             IndexedVector<Scalar>& gradient) {
+  for (Index first = 0; first < routing.slots(); first += top_k) {
+    const Scalar* weight = &routing.weight[first];
+    Scalar* g = &gradient[first];
+    Scalar mean{0};
+    for (Index k = 0; k < top_k; ++k) mean += weight[k] * g[k];
+    for (Index k = 0; k < top_k; ++k) g[k] = weight[k] * (g[k] - mean);
+  }
+}
+
 /// The weights W_g and W_noise, both zero at the start, and the passes of the rows that meet them:
 ///
 ///     c = x·W_g                       clean scores                     N x E
@@ -106,15 +120,15 @@ class NoisyTopK {
     if (tape.has_noise) resize(tape.draw, tape.clean.rows(), experts());
   }
 
-  /// Takes dweight (a number a slot of the whole routing), the gradient with respect to G, and dload
-  /// (E), that with respect to the load of these rows. Adds to the gradients of the weights and to dx
-  /// (rows x D). At fixed noise and choice this is the exact derivative, that of the load through its
-  /// threshold included.
-  void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dweight,
+  /// Takes dscore (a number a slot of the whole routing), the gradient with respect to the chosen h,
+  /// and dload (E), that with respect to the load of these rows. Adds to the gradients of the weights
+  /// and to dx (rows x D). At fixed noise and choice this is the exact derivative, that of the load
+  /// through its threshold included.
+  void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dscore,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                 const ScatteredRows<Scalar>& dx) {
     for_each_batch(x.count(), [&](Index begin, Index count) {
-      backward_batch(x.slice(begin, count), {first + begin, count}, dweight, dload, tape, routing,
+      backward_batch(x.slice(begin, count), {first + begin, count}, dscore, dload, tape, routing,
                      dx.slice(begin, count));
     });
     // They are in use, though their gradient is zero.
@@ -126,11 +140,22 @@ class NoisyTopK {
     return tape.has_noise && config_.top_k < experts();
   }
 
-  /// Columns of other experts; fresh ones are zero, as at the start. Copies of W_g's get noise.
-  void change_experts(const ExpertSources& sources, std::uint64_t seed, double noise_stddev) {
+  /// The scores h of a row, E, and the experts of the K + 1 largest, or of all E, the largest first.
+  const Scalar* scores(const Tape& tape, Index row) const {
+    return row_data(tape.has_noise ? tape.noisy : tape.clean, row);
+  }
+  const Index* largest(const Tape& tape, Index row) const {
+    return tape.best.data() + row * candidates();
+  }
+
+  /// Columns of other experts, of which `top_k` are chosen; fresh ones are zero, as at the start.
+  /// Copies of W_g's get noise.
+  void change_experts(const ExpertSources& sources, Index top_k, std::uint64_t seed,
+                      double noise_stddev) {
     change_columns(sources, weight_, {}, noise_stddev, seed);
     change_columns(sources, noise_weight_);
     config_.experts = sources.experts();
+    config_.top_k = top_k;
   }
   /// Those of another one of its shape. The noise stays: it belongs to a place, whoever is there.
   void take_weights(const NoisyTopK& other) {
@@ -189,7 +214,7 @@ class NoisyTopK {
                             load_probability().forward(rows, routing, tape);
                         });
   }
-  void backward_batch(const GatheredRows<Scalar>& x, Range batch, const Scalar* dweight,
+  void backward_batch(const GatheredRows<Scalar>& x, Range batch, const Scalar* dscore,
                       const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                       const ScatteredRows<Scalar>& dx) {
     parallel_for_blocks(
@@ -203,7 +228,7 @@ class NoisyTopK {
               std::fill_n(row_data(tape.draw, rows.first), scores_of(rows), Scalar{0});
             }
           }
-          for_each_row(rows, [&](Index row) { choose_backward(row, dweight, routing, tape); });
+          for_each_row(rows, [&](Index row) { choice_backward(row, dscore, routing, tape); });
           if (tape.has_noise) scale_backward(rows, tape);
         });
     compute_scores_backward(x, batch, tape, dx);
@@ -279,7 +304,7 @@ class NoisyTopK {
 
   void choose(Index row, Tape& tape, Routing<Scalar>& routing) const {
     const Index top_k = config_.top_k;
-    const Scalar* h = row_data(tape.has_noise ? tape.noisy : tape.clean, row);
+    const Scalar* h = scores(tape, row);
     Index* best = tape.best.data() + row * candidates();
     select_largest(h, experts(), candidates(), best);
 
@@ -295,19 +320,13 @@ class NoisyTopK {
     for (Index k = 0; k < top_k; ++k) weight[k] /= total;
   }
 
-  /// dh = G ⊙ (g − Σ_i G_i·g_i) on the chosen, g being dweight; then dc += dh and ds += n ⊙ dh.
-  void choose_backward(Index row, const Scalar* dweight, const Routing<Scalar>& routing,
+  /// With dh the gradient with respect to the chosen h: dc += dh and ds += n ⊙ dh.
+  void choice_backward(Index row, const Scalar* dscore, const Routing<Scalar>& routing,
                        Tape& tape) const {
-    const Index first = row * config_.top_k;
-    const Scalar* weight = routing.weight.data() + first;
-    const Scalar* g = dweight + first;
-    Scalar mean{0};
-    for (Index k = 0; k < config_.top_k; ++k) mean += weight[k] * g[k];
-    for (Index k = 0; k < config_.top_k; ++k) {
-      const Index i = routing.expert[first + k];
-      const Scalar dh = weight[k] * (g[k] - mean);
-      tape.dclean(row, i) += dh;
-      if (tape.has_noise) tape.draw(row, i) += tape.noise(row, i) * dh;
+    for (Index slot = row * config_.top_k; slot < (row + 1) * config_.top_k; ++slot) {
+      const Index i = routing.expert[slot];
+      tape.dclean(row, i) += dscore[slot];
+      if (tape.has_noise) tape.draw(row, i) += tape.noise(row, i) * dscore[slot];
     }
   }
 

@@ -1,0 +1,384 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "moe/gates/gate.hpp"
+#include "moe/routing/noisy_top_k.hpp"
+#include "moe/routing/product_load.hpp"
+
+/// \file
+/// The gate for very many experts that are pairs of keys: a token scores a row keys and b column keys
+/// and so a·b experts.
+///
+/// [L19] G. Lample, A. Sablayrolles, M. Ranzato, L. Denoyer, H. Jégou, "Large Memory Layers with
+/// Product Keys", NeurIPS 2019 (arXiv 1907.05242).
+/// [H24] X. O. He, "Mixture of A Million Experts", 2024 (arXiv 2407.04153).
+/// [S17] is cited in balance_loss.hpp.
+
+namespace moe {
+
+/// Product keys [L19 sec. 3.1; H24 sec. 2.1] with the noise and the losses of noisy top-k gating
+/// [S17]. Expert (i, j) is number i·b + j of E = a·b:
+///
+///     u = x·W_r + n_r ⊙ (softplus(x·V_r) + s0)   noisy scores of the row keys       T x a
+///     v = x·W_c + n_c ⊙ (softplus(x·V_c) + s0)   noisy scores of the column keys    T x b
+///     h_ij = u_i + v_j                           scores of the experts, T x E, never computed whole
+///     G = softmax of h over its K largest, 0 elsewhere
+///     loss = w_importance·CV²(Importance) + w_load·CV²(Load)
+///     Load_ij = Loadrow_i · Loadcolumn_j · K / (N·Kr·Kc)
+///
+/// The K largest h are found exactly, among the pairs of the Kr = min(K, a) largest u and the
+/// Kc = min(K, b) largest v: the pair of the p-th u and the q-th v is surpassed by p·q − 1 others,
+/// so those with p·q <= K suffice. Ties go to the larger u, then to the larger v, and of equal keys to
+/// the lower one. Loadrow is the load of the row keys by themselves [S17 eq. 8-10]: the sum over the
+/// N tokens of the probability that a key is among the Kr largest when its own noise is drawn again;
+/// Loadcolumn likewise. Their product, scaled to N·K slots, stands for the load of an expert, which
+/// would cost O(T·E); it is exact where rows and columns are chosen independently. Importance
+/// [S17 eq. 6] is exact, and sees what their product cannot: rows and columns in balance whose pairs
+/// are few. Without noise, and in evaluation, the load is the count of the slots and has no gradient.
+/// With K >= a all row keys take part and their load carries no gradient; columns likewise.
+///
+/// Where a HierarchicalGate of a groups of b experts has a weight vector for each expert, experts of
+/// one column share theirs here: (a + b)·D weights for a·b experts. Scores cost O(T·D·(a + b)), the
+/// choice O(T·(a + b + K·log²K)), memory O(T·(a + b)). All weights start at zero, as NoisyTopKGate's
+/// do. A token's noise depends on no other token. With K = 1 the gate learns from the load alone.
+///
+/// A token with NaN or infinity in x gets K experts like any other, and weights that are NaN; then
+/// the losses are NaN too.
+template <class Scalar_ = float>
+class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_> {
+  using Base = detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>;
+  friend Base;
+
+ public:
+  using Scalar = typename Base::Scalar;
+  static constexpr const char* name = "ProductKeyGate";
+
+  struct Config {
+    Index width = 0;        ///< D; 0 inside a layer's configuration stands for the layer's width
+    Index row_keys = 0;     ///< a
+    Index column_keys = 0;  ///< b
+    Index top_k = 0;        ///< K, experts chosen for a token, 1 <= K <= a·b
+    bool noise = true;  ///< false: scores are clean in training too, and the load has no gradient
+    double noise_floor = 0.01;       ///< s0 > 0, of all keys
+    double importance_weight = 0.1;  ///< w_importance >= 0
+    double load_weight = 0.1;        ///< w_load >= 0
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("row_keys", self.row_keys);
+      visit("column_keys", self.column_keys);
+      visit("top_k", self.top_k);
+      visit("noise", self.noise);
+      visit("noise_floor", self.noise_floor);
+      visit("importance_weight", self.importance_weight);
+      visit("load_weight", self.load_weight);
+    }
+  };
+
+  /// Of the gate's losses, see Config.
+  using LossWeights = BalanceLossWeights;
+
+  /// What the scores of one kind of keys leave, a row a token.
+  struct Keys : detail::NoisyTopKTape<Scalar> {
+    Routing<Scalar> routing;       ///< the Kr or Kc largest of each token
+    IndexedVector<Index> place;    ///< S, the key of each slot of the gate, as a slot of `routing`
+    Vector<Scalar> load;           ///< Loadrow (a) or Loadcolumn (b)
+    Vector<Scalar> dload;          ///< the gradient w.r.t. it
+    IndexedVector<Scalar> dscore;  ///< that w.r.t. the noisy score of each slot of `routing`
+  };
+
+  struct Tape : GateTape<Scalar> {
+    LossWeights loss_weights;  ///< of the pass
+    Keys rows;
+    Keys columns;
+    Scalar load_factor{0};         ///< K / (N·Kr·Kc)
+    Vector<Scalar> dimportance;    ///< E
+    Vector<Scalar> dload;          ///< E
+    IndexedVector<Scalar> dscore;  ///< S, the gradient w.r.t. G, then w.r.t. the chosen h
+
+    struct Scratch {
+      std::vector<Scalar> score;  ///< of the pairs of a token among which its K are
+      std::vector<Index> best;    ///< K of them
+    };
+    IndexedVector<Scratch> scratch;  ///< one a worker
+  };
+
+  /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
+  ProductKeyGate(const Config& config, std::uint64_t seed)
+      : config_(checked(config)),
+        rows_(keys_config(config, config.row_keys), derive_seed(seed, 0)),
+        columns_(keys_config(config, config.column_keys), derive_seed(seed, 1)) {
+    list_pairs();
+  }
+
+  const Config& config() const { return config_; }
+  Index experts() const { return config_.row_keys * config_.column_keys; }
+
+  /// Numbers of Pass::noise for a row of x: n of every row key, then of every column key; none where
+  /// Config.noise is off.
+  Index noise_columns() const { return config_.noise ? config_.row_keys + config_.column_keys : 0; }
+
+  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  detail::SharedCalls shared_calls(bool training, Index) const {
+    const bool has_noise = training && config_.noise;
+    return detail::shared_calls({}, has_noise ? detail::importance_figures(experts()) +
+                                                    config_.row_keys + config_.column_keys
+                                              : detail::balance_figures(experts()));
+  }
+
+  /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
+  /// out of range.
+  void set_loss_weights(const LossWeights& weights) {
+    detail::set_balance_weights(name, weights, config_);
+  }
+
+  /// Gives the gate other row keys, see Gate: fresh ones are zero, as at the start; W_r's columns of
+  /// copies get noise of this standard deviation. Returns where its parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, unless the experts come and go in whole rows of
+  /// column_keys experts and Config stays in range.
+  std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
+                                              double noise_stddev) {
+    const ExpertSources rows =
+        detail::sources_of_groups("ProductKeyGate::change_experts", sources, config_.column_keys);
+    Config config = config_;
+    config.row_keys = rows.experts();
+    checked(config);
+    rows_.change_experts(rows, key_choices(config, config.row_keys), seed, noise_stddev);
+    config_ = config;
+    list_pairs();
+    return {{0, rows.list()}, {1, rows.list()}, {2}, {3}};
+  }
+
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
+  /// its parameters have the shapes that it made.
+  void check_tape(const Tape& tape) const {
+    detail::require(tape.trained, "ProductKeyGate::backward without a forward pass on this tape");
+    detail::require(tape.rows.clean.cols() == config_.row_keys &&
+                        tape.columns.clean.cols() == config_.column_keys &&
+                        tape.routing.slots() == tape.tokens.count * config_.top_k,
+                    "ProductKeyGate::backward: the tape is another gate's, of ",
+                    tape.rows.clean.cols(), " x ", tape.columns.clean.cols(), " keys and ",
+                    tape.routing.slots(), " slots of ", tape.routing.tokens(), " tokens");
+    detail::check_shapes(*this, "ProductKeyGate");
+  }
+
+  /// "rows.weight", "rows.noise_weight", "columns.weight", "columns.noise_weight".
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("rows", self.rows_);
+    visit("columns", self.columns_);
+  }
+
+ private:
+  using TopK = detail::NoisyTopK<Scalar>;
+
+  /// Places of a row key and of a column key among the largest of a token.
+  struct Pair {
+    Index row;
+    Index column;
+  };
+
+  static const Config& checked(const Config& config) {
+    detail::check_at_least_one(name, "width", config.width);
+    detail::check_at_least_one(name, "row_keys", config.row_keys);
+    detail::check_at_least_one(name, "column_keys", config.column_keys);
+    // As many as an Index holds when it counts their weights too.
+    detail::require(config.row_keys <= (Index{1} << 60) / config.column_keys, name,
+                    "::Config.row_keys * column_keys is too large: ", config.row_keys, " x ",
+                    config.column_keys);
+    detail::check_choice(name, "top_k", config.top_k, "row_keys * column_keys",
+                         config.row_keys * config.column_keys);
+    detail::check_noise_floor(name, config.noise_floor);
+    detail::check_balance_weights(name, config);
+    return config;
+  }
+
+  /// Kr or Kc.
+  static Index key_choices(const Config& config, Index keys) {
+    return std::min(config.top_k, keys);
+  }
+  static typename TopK::Config keys_config(const Config& config, Index keys) {
+    return {config.width, keys, key_choices(config, keys), config.noise, config.noise_floor};
+  }
+  Index row_choices() const { return key_choices(config_, config_.row_keys); }
+  Index column_choices() const { return key_choices(config_, config_.column_keys); }
+
+  /// By the larger u, then the larger v, so that the first of equal scores is the one to choose.
+  void list_pairs() {
+    pairs_.clear();
+    for (Index p = 0; p < row_choices(); ++p) {
+      for (Index q = 0; q < column_choices() && (p + 1) * (q + 1) <= config_.top_k; ++q) {
+        pairs_.push_back({p, q});
+      }
+    }
+  }
+
+  void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
+    route(x, config_.noise, detail::noise_source(pass, noise_columns()), pass.batch, tape);
+  }
+  void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
+    route(x, false, {.key = {.step = 0}}, pass.batch, tape);
+  }
+  void route(const MatrixRef<Scalar>& x, bool has_noise, const detail::NoiseSource& noise,
+             const SharedBatch* batch, Tape& tape) const {
+    const auto score = [&](const TopK& top_k, const detail::NoiseSource& own, Keys& keys) {
+      top_k.prepare(tape.tokens.count, has_noise, keys, keys.routing);
+      top_k.forward(tape.tokens.rows_of(x), tape.tokens.row_list(), own, 0, keys, keys.routing);
+    };
+    detail::NoiseSource of_columns = noise;
+    if (noise.given != nullptr) of_columns.given += config_.row_keys;
+    score(rows_, noise, tape.rows);
+    score(columns_, of_columns, tape.columns);
+    choose(tape);
+    detail::BatchSum sum(batch);
+    if (has_noise) {
+      measure_loads(sum, tape);
+      detail::measure_importance(tape.routing, sum, tape.balance);
+      detail::product_load(tape.rows.load, tape.columns.load, tape.load_factor, tape.balance.load);
+    } else {
+      detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
+    }
+    tape.loss_weights = detail::balance_weights_of(config_);
+    detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
+    detail::insert_padding(tape.tokens, tape.routing);
+  }
+
+  /// The derivative of the loads through their thresholds included.
+  void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                      Matrix<Scalar>& dx) {
+    detail::require_apart(name, "dweight", dweight, {tape.dscore});
+    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
+                                  tape.dimportance, tape.dload);
+    load_backward(tape);
+    choose_backward(dweight, tape);
+    const auto score_backward = [&](TopK& top_k, Keys& keys) {
+      top_k.prepare_backward(keys);
+      top_k.backward(tape.tokens.rows_of(x), 0, keys.dscore.data(), keys.dload.data(), keys,
+                     keys.routing, tape.tokens.rows_of(dx));
+    };
+    score_backward(rows_, tape.rows);
+    score_backward(columns_, tape.columns);
+  }
+
+  // The K largest pairs of keys, and the softmax over them.
+
+  void choose(Tape& tape) const {
+    const Index tokens = tape.tokens.count;
+    const Index slots = tokens * config_.top_k;
+    Routing<Scalar>& routing = tape.routing;
+    routing.experts = experts();
+    detail::resize(routing.token_offsets, tokens + 1);
+    for (Index t = 0; t <= tokens; ++t) routing.token_offsets[t] = t * config_.top_k;
+    detail::resize(routing.expert, slots);
+    detail::resize(routing.weight, slots);
+    detail::resize(tape.rows.place, slots);
+    detail::resize(tape.columns.place, slots);
+    if (static_cast<Index>(tape.scratch.size()) < worker_count()) {
+      detail::resize(tape.scratch, worker_count());
+    }
+    for (auto& scratch : tape.scratch) {
+      detail::resize(scratch.score, static_cast<Index>(pairs_.size()));
+      detail::resize(scratch.best, config_.top_k);
+    }
+    constexpr Index block = 64;
+    parallel_for((tokens + block - 1) / block,
+                 function_work(tokens * static_cast<Index>(pairs_.size())),
+                 [&](Index task, Index worker) {
+                   for (Index t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
+                     choose(t, tape.scratch[worker], tape);
+                   }
+                 });
+  }
+
+  void choose(Index t, typename Tape::Scratch& scratch, Tape& tape) const {
+    const Scalar* u = rows_.scores(tape.rows, t);
+    const Scalar* v = columns_.scores(tape.columns, t);
+    const Index* best_rows = rows_.largest(tape.rows, t);
+    const Index* best_columns = columns_.largest(tape.columns, t);
+    for (std::size_t m = 0; m < pairs_.size(); ++m) {
+      scratch.score[m] = u[best_rows[pairs_[m].row]] + v[best_columns[pairs_[m].column]];
+    }
+    select_largest(scratch.score.data(), static_cast<Index>(pairs_.size()), config_.top_k,
+                   scratch.best.data());
+    const Index first = t * config_.top_k;
+    Index* expert = &tape.routing.expert[first];
+    for (Index k = 0; k < config_.top_k; ++k) {
+      const Pair& pair = pairs_[detail::to_size(scratch.best[detail::to_size(k)])];
+      expert[k] = best_rows[pair.row] * config_.column_keys + best_columns[pair.column];
+    }
+    detail::sort_indices(expert, config_.top_k);
+
+    const Scalar largest = scratch.score[detail::to_size(scratch.best[0])];
+    Scalar* weight = &tape.routing.weight[first];
+    Scalar total{0};
+    for (Index k = 0; k < config_.top_k; ++k) {
+      const Index row = expert[k] / config_.column_keys;
+      const Index column = expert[k] % config_.column_keys;
+      weight[k] = std::exp(u[row] + v[column] - largest);
+      total += weight[k];
+      tape.rows.place[first + k] = slot_of(row, t * row_choices(), tape.rows.routing);
+      tape.columns.place[first + k] = slot_of(column, t * column_choices(), tape.columns.routing);
+    }
+    for (Index k = 0; k < config_.top_k; ++k) weight[k] /= total;
+  }
+
+  /// Where a key is among those of a token, whose slots begin with `first`.
+  static Index slot_of(Index key, Index first, const Routing<Scalar>& routing) {
+    while (routing.expert[first] != key) ++first;
+    return first;
+  }
+
+  /// du_i = Σ_j dh_ij and dv_j = Σ_i dh_ij over the chosen pairs.
+  void choose_backward(std::span<const Scalar> dweight, Tape& tape) const {
+    detail::resize(tape.dscore, tape.routing.slots());
+    for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
+      tape.dscore[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
+    }
+    detail::choice_softmax_backward(tape.routing, config_.top_k, tape.dscore);
+    for (Keys* keys : {&tape.rows, &tape.columns}) {
+      detail::assign(keys->dscore, keys->routing.slots(), Scalar{0});
+      for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
+        keys->dscore[keys->place[slot]] += tape.dscore[slot];
+      }
+    }
+  }
+
+  /// Loadrow and Loadcolumn, which `sum` is told of.
+  void measure_loads(detail::BatchSum& sum, Tape& tape) const {
+    const auto measure = [&](const TopK& top_k, Index count, Keys& keys) {
+      detail::resize(keys.load, count);
+      top_k.compute_load(0, tape.tokens.count, keys, keys.load.data());
+      sum.add(keys.load.data(), count);
+    };
+    measure(rows_, config_.row_keys, tape.rows);
+    measure(columns_, config_.column_keys, tape.columns);
+    const double choices = static_cast<double>(tape.tokens.batch_count) *
+                           static_cast<double>(row_choices() * column_choices());
+    tape.load_factor =
+        choices > 0 ? static_cast<Scalar>(static_cast<double>(config_.top_k) / choices) : Scalar{0};
+  }
+
+  void load_backward(Tape& tape) const {
+    // 0 times a NaN load is no 0.
+    if (!tape.rows.has_noise || tape.loss_weights.load * tape.loss_scale == 0) {
+      detail::resize_to_zero(tape.rows.dload, config_.row_keys);
+      detail::resize_to_zero(tape.columns.dload, config_.column_keys);
+      return;
+    }
+    detail::product_load_backward(tape.rows.load, tape.columns.load, tape.load_factor, tape.dload,
+                                  tape.rows.dload, tape.columns.dload);
+  }
+
+  Config config_;
+  TopK rows_;
+  TopK columns_;
+  std::vector<Pair> pairs_;  ///< p·q <= K
+};
+
+}  // namespace moe
