@@ -1,9 +1,9 @@
 /// What does an expert that gets no token cost?
 ///
-/// 32,768 slots at D 64, H 128, 4 experts a token, and E from 32 to 131,072 behind a flat gate or a
-/// hierarchical one (2 of a groups, 2 of b experts in each, b² = E or E / 2). `step` clears the
-/// gradients, runs forward and backward, and updates the parameters by SGD, all lazily; `evaluate`
-/// serves the same batch. One core.
+/// 32,768 slots at D 64, H 128, 4 experts a token, and E from 32 to 131,072 behind a flat gate, a
+/// hierarchical one (2 of a groups, 2 of b experts in each, b² = E or E / 2), or product keys (a rows,
+/// b columns). `step` clears the gradients, runs forward and backward, and updates the parameters by
+/// SGD, all lazily; `evaluate` serves the same batch. One core.
 ///
 /// The more experts, the fewer slots an expert, so the same work needs more weights from memory:
 /// `traffic_ms` is what that takes at the measured bandwidth (of the experts and secondary gates in
@@ -29,6 +29,7 @@ namespace {
 using bench::Index;
 using Flat = moe::NoisyTopKGate<float>;
 using Hierarchical = moe::HierarchicalGate<float>;
+using ProductKeys = moe::ProductKeyGate<float>;
 
 constexpr Index width = 64;
 constexpr Index hidden = 128;
@@ -46,10 +47,30 @@ struct Kind<Flat> {
   static Index columns_used(const Flat::Tape&, Index experts) { return experts; }
 };
 
+/// b of a·b experts.
+Index members_of(Index experts) {
+  return Index{1} << ((std::bit_width(static_cast<std::size_t>(experts)) - 1) / 2);
+}
+
+template <>
+struct Kind<ProductKeys> {
+  static ProductKeys::Config config(Index experts) {
+    const Index columns = members_of(experts);
+    return {.row_keys = experts / columns, .column_keys = columns, .top_k = top_k};
+  }
+  static Index scores_per_token(Index experts) {
+    const ProductKeys::Config c = config(experts);
+    return c.row_keys + c.column_keys;
+  }
+  static Index columns_used(const ProductKeys::Tape&, Index experts) {
+    return scores_per_token(experts);
+  }
+};
+
 template <>
 struct Kind<Hierarchical> {
   static Hierarchical::Config config(Index experts) {
-    const Index members = Index{1} << ((std::bit_width(static_cast<std::size_t>(experts)) - 1) / 2);
+    const Index members = members_of(experts);
     return {.groups = experts / members,
             .group_experts = members,
             .top_k_groups = 2,
@@ -243,6 +264,7 @@ void add(const std::string& name, std::initializer_list<Index> sizes) {
 const bool added = [] {
   add<Flat>("flat", {32, 256, 1024, 4096});
   add<Hierarchical>("hierarchical", {256, 1024, 4096, 16384, 65536, 131072});
+  add<ProductKeys>("product_keys", {256, 1024, 4096, 16384, 65536, 131072});
   return true;
 }();
 

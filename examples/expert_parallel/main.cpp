@@ -73,12 +73,9 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   const Corpus& corpus = data->corpus;
   check_same_text(corpus, ranks);
 
-  // In a vector for progress_text().
-  std::vector<Contestant> contestants;
-  Contestant& model = contestants.emplace_back(
-      language_model::sparse_config<Middle>(
-          o, language_model::frequencies_of(corpus.train, corpus.vocabulary.size())),
-      ranks, ranks.communicator());
+  Contestant model(language_model::sparse_config<Middle>(
+                       o, language_model::frequencies_of(corpus.train, corpus.vocabulary.size())),
+                   ranks, ranks.communicator());
   if (ranks.is_root()) {
     language_model::print_beginning(o, corpus,
                                     std::to_string(ranks.communicator().size()) + " ranks x " +
@@ -94,8 +91,8 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
     latest = language_model::evaluate(model.model(), data->validation, o.sequences, ranks);
     evaluated_at = timetable.update();
     if (!ranks.is_root()) return;
-    language_model::print_row(model, timetable.update(), latest);
-    csv->add(language_model::csv_row("validation", model, timetable, o, latest));
+    language_model::print_row(model.figures(), timetable.update(), latest);
+    csv->add(language_model::csv_row("validation", model.figures(), timetable, o, latest));
   };
 
   {
@@ -111,7 +108,8 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
       data->training.get(timetable.batch(), batch);
       meter.measure([&] { model.update(batch, timetable); });
       if (progress.is_due()) {
-        progress.draw(timetable.fraction(), language_model::progress_text(timetable, contestants));
+        progress.draw(timetable.fraction(),
+                      language_model::progress_text(timetable, {model.figures()}));
       }
       if (timetable.evaluation_is_due()) {
         progress.clear();
@@ -125,8 +123,8 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   const Evaluation result = language_model::evaluate(model.model(), data->test, o.sequences, ranks);
   if (ranks.is_root()) {
     language_model::print_result_header(timetable, seconds);
-    language_model::print_result(model, latest, result);
-    csv->add(language_model::csv_row("test", model, timetable, o, result));
+    language_model::print_result(model.figures(), latest, result);
+    csv->add(language_model::csv_row("test", model.figures(), timetable, o, result));
   }
   const double slots = static_cast<double>(timetable.update()) *
                        static_cast<double>(o.sequences * o.steps / ranks.part().count) *
@@ -136,8 +134,8 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   // A rank draws from its own logarithms, whose last bits may differ; one text is enough.
   const std::string text = language_model::sample(model.model(), corpus.vocabulary, 40, o.seed);
   if (ranks.is_root()) {
-    std::printf("\n%s writes: %s\n\nevery row is in %s\n", model.name().c_str(), text.c_str(),
-                o.csv.c_str());
+    std::printf("\n%s writes: %s\n\nevery row is in %s\n", model.figures().name.c_str(),
+                text.c_str(), o.csv.c_str());
   }
 }
 

@@ -29,6 +29,18 @@ struct Evaluation {
   moe::Balance<float> balance;  ///< of all its tokens together
 };
 
+/// What is shown of a model in training.
+struct Figures {
+  std::string name;
+  Index experts = 0;
+  Index active = 0;
+  Index operations = 0;  ///< multiply-adds a token
+  Index parameters = 0;
+  double loss = 0;     ///< recent training loss in nats
+  double seconds = 0;  ///< of all updates so far, in which other models may have been trained too
+  double tokens_per_second = 0;
+};
+
 /// Who trains a model: one process. Several that do it together have a class with the same members
 /// (../expert_parallel/ranks.hpp).
 class Alone {
@@ -142,15 +154,19 @@ class Contestant {
     factored_adam_.set_groups(groups);
   }
 
-  const std::string& name() const { return config_.name; }
   const Model<Middle>& model() const { return model_; }
-  Index parameters() const { return parameters_; }
-
-  /// Seconds of all updates so far, in which other models may have been trained too, and the recent
-  /// training loss in nats.
   double seconds() const { return seconds_; }
-  double tokens_per_second() const { return seconds_ > 0 ? tokens_ / seconds_ : 0; }
-  double loss() const { return loss_; }
+
+  Figures figures() const {
+    return {.name = config_.name,
+            .experts = model_.middle().experts(),
+            .active = model_.middle().top_k(),
+            .operations = model_.operations(),
+            .parameters = parameters_,
+            .loss = loss_,
+            .seconds = seconds_,
+            .tokens_per_second = seconds_ > 0 ? tokens_ / seconds_ : 0};
+  }
 
   void start_epoch() { state_ = model_.initial_state(config_.sequences / team_.part().count); }
 
@@ -225,6 +241,22 @@ ContestantConfig<Middle> sparse_config(const Options& o, std::vector<double> fre
   config.name = "sparse";
   config.model.middle = {.gate = {.experts = o.experts,
                                   .top_k = o.top_k,
+                                  .importance_weight = o.importance_weight,
+                                  .load_weight = o.load_weight},
+                         .hidden = o.hidden};
+  set_style(config.model.middle, o);
+  return config;
+}
+
+/// A sparse model behind a hierarchical gate, which chooses two groups.
+template <class Middle>
+ContestantConfig<Middle> hierarchical_config(const Options& o, std::vector<double> frequencies) {
+  ContestantConfig<Middle> config = contestant_config<Middle>(o, std::move(frequencies));
+  config.name = "hierarchical";
+  config.model.middle = {.gate = {.groups = o.groups,
+                                  .group_experts = o.group_experts,
+                                  .top_k_groups = 2,
+                                  .top_k = o.top_k / 2,
                                   .importance_weight = o.importance_weight,
                                   .load_weight = o.load_weight},
                          .hidden = o.hidden};

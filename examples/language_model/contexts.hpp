@@ -8,9 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "contestant.hpp"
 #include "corpus.hpp"
-#include "report.hpp"
+#include "model.hpp"
 
 /// \file
 /// What the experts have divided among themselves, as in table 9 of the paper.

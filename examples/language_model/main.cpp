@@ -4,11 +4,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <future>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -19,6 +21,7 @@
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
 #include "command_line.hpp"
+#include "competitor.hpp"
 #include "contestant.hpp"
 #include "contexts.hpp"
 #include "corpus.hpp"
@@ -41,6 +44,13 @@ void add_options(CLI::App& app, Options& o) {
          "threads, half of them for each model (in a study, models at a time); results do not "
          "depend on it")
       ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  app.add_option("--groups", o.groups,
+                 "groups of a third model's experts, behind a hierarchical gate; 0: no third model")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--group-experts", o.group_experts, "experts in each of its groups")
+      ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--dense-expert-rate", o.dense_expert_rate,
                  "learning rate of the dense model's experts, as a factor; each sees every token")
@@ -77,55 +87,68 @@ void add_options(CLI::App& app, Options& o) {
       ->capture_default_str();
 }
 
-using SparseMiddle = Mixture<moe::NoisyTopKGate<float>>;
-using Competitor = Contestant<SparseMiddle>;
+using Competitors = std::vector<std::unique_ptr<Competitor>>;
 
-std::vector<Competitor> make_contestants(const Options& o, const Corpus& corpus) {
-  const Index vocabulary = corpus.vocabulary.size();
-  const Competitor::Config sparse =
-      sparse_config<SparseMiddle>(o, frequencies_of(corpus.train, vocabulary));
-  Competitor::Config dense = sparse;
+/// The dense model first, that of the options last.
+Competitors make_competitors(const Options& o, const Corpus& corpus) {
+  using Flat = Mixture<moe::NoisyTopKGate<float>>;
+  using Hierarchical = Mixture<moe::HierarchicalGate<float>>;
+  const auto frequencies = frequencies_of(corpus.train, corpus.vocabulary.size());
+  const ContestantConfig<Flat> sparse = sparse_config<Flat>(o, frequencies);
+  const Index scores = scores_of(sparse.model.middle.gate);
+  // The operations of a gate's scores, as hidden units of the experts that are used.
+  const auto units = [&](Index count) {
+    const Index unit = 2 * o.top_k;
+    return (count + unit - 1) / unit;
+  };
+
+  Competitors competitors;
+  // The sparse model's larger gate costs operations too; the dense one gets them as hidden units.
+  ContestantConfig<Flat> dense = sparse;
   dense.name = "dense";
   dense.model.middle.gate.experts = o.top_k;
   dense.expert_rate = o.dense_expert_rate;
-  // The sparse model's larger gate costs operations too; the dense one gets them as hidden units.
-  const Index gate = 2 * o.width * (o.experts - o.top_k);
-  const Index unit = 2 * o.width * o.top_k;
-  dense.model.middle.hidden += (gate + unit - 1) / unit;
-  std::vector<Competitor> contestants;
-  contestants.emplace_back(dense);
-  contestants.emplace_back(sparse);
-  return contestants;
+  dense.model.middle.hidden += units(scores - scores_of(dense.model.middle.gate));
+  competitors.push_back(make_competitor(dense));
+  if (o.groups > 0) {
+    ContestantConfig<Hierarchical> hierarchical = hierarchical_config<Hierarchical>(o, frequencies);
+    hierarchical.model.middle.hidden += units(scores - scores_of(hierarchical.model.middle.gate));
+    competitors.push_back(make_competitor(hierarchical));
+  }
+  competitors.push_back(make_competitor(sparse));
+  return competitors;
 }
 
-std::vector<examples::LivePlot::Curve> curves_of(const std::vector<Competitor>& contestants) {
+std::vector<Figures> figures_of(const Competitors& competitors) {
+  std::vector<Figures> figures;
+  for (const auto& competitor : competitors) figures.push_back(competitor->figures());
+  return figures;
+}
+
+std::vector<examples::LivePlot::Curve> curves_of(const Competitors& competitors) {
   std::vector<examples::LivePlot::Curve> curves;
-  for (const Competitor& c : contestants) {
-    curves.push_back({"loss of " + c.name(), curves.empty() ? '.' : '#'});
+  for (const Figures& figures : figures_of(competitors)) {
+    const char mark = curves.empty() ? '.' : curves.size() + 1 == competitors.size() ? '#' : 'o';
+    curves.push_back({"loss of " + figures.name, mark});
   }
   return curves;
 }
 
-/// Calls f(0), f(1), ... f(count - 1) at the same time, each with its share of the threads, and
-/// returns when all are done: two small models on a core each are trained faster than one after the
-/// other on two cores. With fewer threads than that, one after the other.
+/// Calls f(count - 1), ... f(1), f(0), as many at the same time as there are threads, each with its
+/// share of these, and returns when all are done: two small models on a core each are trained faster
+/// than one after the other on two cores. The last one, which is the largest, begins.
 template <class F>
 void side_by_side(std::size_t count, int threads, F f) {
-  const int share = threads / static_cast<int>(count);
-  if (share < 1) {
-    for (std::size_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  const auto run = [&](std::size_t i) {
+  const int workers = std::min(threads, static_cast<int>(count));
+  std::atomic<std::size_t> left = count;
+  const auto work = [&] {
     const moe::FlushDenormals flush;
-    use_threads(share);
-    f(i);
+    use_threads(threads / workers);
+    for (std::size_t next = left--; next > 0 && next <= count; next = left--) f(next - 1);
   };
   std::vector<std::future<void>> others;
-  for (std::size_t i = 1; i < count; ++i) {
-    others.push_back(std::async(std::launch::async, run, i));
-  }
-  run(0);
+  for (int i = 1; i < workers; ++i) others.push_back(std::async(std::launch::async, work));
+  work();
   for (std::future<void>& other : others) other.get();
   use_threads(threads);
 }
@@ -137,37 +160,38 @@ void compare(const Options& o) {
   const Batches training(corpus.train, o.sequences, o.steps);
   const Batches validation(corpus.validation, o.sequences, o.steps);
   const Batches test(corpus.test, o.sequences, o.steps);
-  std::vector<Competitor> contestants = make_contestants(o, corpus);
+  Competitors competitors = make_competitors(o, corpus);
 
   print_beginning(o, corpus, std::to_string(o.threads) + " threads");
 
   const double start = seconds_now();
   Timetable timetable(o, training.count());
   Index evaluated_at = 0;
-  std::vector<Evaluation> latest(contestants.size());
+  std::vector<Evaluation> latest(competitors.size());
   const auto evaluate_all = [&] {
-    side_by_side(contestants.size(), o.threads, [&](std::size_t i) {
-      latest[i] = evaluate(contestants[i].model(), validation, o.sequences);
+    side_by_side(competitors.size(), o.threads, [&](std::size_t i) {
+      latest[i] = competitors[i]->evaluate(validation, o.sequences);
     });
-    for (std::size_t i = 0; i < contestants.size(); ++i) {
-      print_row(contestants[i], timetable.update(), latest[i]);
-      csv.add(csv_row("validation", contestants[i], timetable, o, latest[i]));
+    for (std::size_t i = 0; i < competitors.size(); ++i) {
+      print_row(competitors[i]->figures(), timetable.update(), latest[i]);
+      csv.add(csv_row("validation", competitors[i]->figures(), timetable, o, latest[i]));
     }
     evaluated_at = timetable.update();
   };
 
   {
-    examples::LivePlot plot(curves_of(contestants));
+    examples::LivePlot plot(curves_of(competitors));
     Batches::Batch batch;
     while (!timetable.is_over() && !examples::interrupted) {
       timetable.next(seconds_now() - start);
       training.get(timetable.batch(), batch);
-      side_by_side(contestants.size(), o.threads,
-                   [&](std::size_t i) { contestants[i].update(batch, timetable); });
-      for (std::size_t i = 0; i < contestants.size(); ++i) {
-        plot.add(i, timetable.fraction(), contestants[i].loss());
+      side_by_side(competitors.size(), o.threads,
+                   [&](std::size_t i) { competitors[i]->update(batch, timetable); });
+      const std::vector<Figures> figures = figures_of(competitors);
+      for (std::size_t i = 0; i < figures.size(); ++i) {
+        plot.add(i, timetable.fraction(), figures[i].loss);
       }
-      if (plot.is_due()) plot.draw(progress_text(timetable, contestants));
+      if (plot.is_due()) plot.draw(progress_text(timetable, figures));
       if (timetable.evaluation_is_due()) {
         plot.clear();
         evaluate_all();
@@ -177,24 +201,23 @@ void compare(const Options& o) {
   if (evaluated_at != timetable.update()) evaluate_all();
 
   print_result_header(timetable, seconds_now() - start);
-  std::vector<Evaluation> results(contestants.size());
-  side_by_side(contestants.size(), o.threads, [&](std::size_t i) {
-    results[i] = evaluate(contestants[i].model(), test, o.sequences);
-  });
-  for (std::size_t i = 0; i < contestants.size(); ++i) {
-    print_result(contestants[i], latest[i], results[i]);
-    csv.add(csv_row("test", contestants[i], timetable, o, results[i]));
+  std::vector<Evaluation> results(competitors.size());
+  side_by_side(competitors.size(), o.threads,
+               [&](std::size_t i) { results[i] = competitors[i]->evaluate(test, o.sequences); });
+  for (std::size_t i = 0; i < competitors.size(); ++i) {
+    print_result(competitors[i]->figures(), latest[i], results[i]);
+    csv.add(csv_row("test", competitors[i]->figures(), timetable, o, results[i]));
   }
   std::puts("");
   const Index length = o.unit == Unit::word ? 40 : 300;
-  for (const Competitor& contestant : contestants) {
-    std::printf("%s writes: %s\n\n", contestant.name().c_str(),
-                sample(contestant.model(), corpus.vocabulary, length, o.seed).c_str());
+  for (const auto& competitor : competitors) {
+    std::printf("%s writes: %s\n\n", competitor->figures().name.c_str(),
+                competitor->sample(corpus.vocabulary, length, o.seed).c_str());
   }
   std::printf(
       "What is routed to the six experts of the sparse model that have the fewest contexts:\n");
-  print_contexts(typical_contexts(contestants.back().model(), validation, corpus.vocabulary,
-                                  o.sequences, 200000 / (o.sequences * o.steps) + 1, 6));
+  print_contexts(competitors.back()->contexts(validation, corpus.vocabulary, o.sequences,
+                                              200000 / (o.sequences * o.steps) + 1, 6));
   std::printf("\nevery row is in %s\n", o.csv.c_str());
 }
 
@@ -231,12 +254,19 @@ int main(int argc, char** argv) {
       "Trains a language model with a sparse mixture of experts on real text, beside a dense model "
       "of the same operations a character, and compares them on held-out text.\n"
       "Ctrl-C ends the training early and still shows the results.");
-  // The other options' defaults depend on this one.
-  const bool words = std::find(argv, argv + argc, std::string_view("--words")) != argv + argc;
-  language_model::Options options =
-      words ? language_model::word_options() : language_model::Options();
+  // The other options' defaults depend on these.
+  const auto is_given = [&](std::string_view option) {
+    return std::find(argv, argv + argc, option) != argv + argc;
+  };
+  language_model::Options options = is_given("--words")  ? language_model::word_options()
+                                    : is_given("--full") ? language_model::full_options()
+                                                         : language_model::Options();
   bool asked = false;
-  app.add_flag("--words", asked, "the paper's model of words, by default on WordNet's definitions");
+  auto* words = app.add_flag("--words", asked,
+                             "the paper's model of words, by default on WordNet's definitions");
+  app.add_flag("--full", asked,
+               "a longer training of a larger model, and of a third one behind a hierarchical gate")
+      ->excludes(words);
   language_model::add_options(app, options);
   CLI11_PARSE(app, argc, argv);
   examples::catch_interrupts();

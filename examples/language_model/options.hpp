@@ -29,6 +29,8 @@ struct Options {
   Index hidden = 240;
   Index experts = 256;
   Index top_k = 4;
+  Index groups = 0;  ///< of a third model, behind a hierarchical gate; 0: there is none
+  Index group_experts = 64;
   bool pre_norm = true;       ///< else the layers of the paper, the mixture with a sigmoid
   double gate_deviation = 1;  ///< of the gate's first scores; 0: all of them are 0 at first
   bool factored = true;       ///< FactoredAdam for the experts
@@ -60,6 +62,15 @@ struct Options {
   Index updates = 1425;
   Index seeds = 3;
 };
+
+/// Those of --full.
+inline Options full_options() {
+  Options o;
+  o.groups = 16;
+  o.epochs = 1;
+  o.evaluations = 8;
+  return o;
+}
 
 /// Those of the paper's model of words.
 inline Options word_options() {

@@ -29,13 +29,10 @@ inline std::string in_millions(Index count) {
 }
 
 /// What a progress bar or plot says of a training under way.
-template <class Middle, class Team>
-std::string progress_text(const Timetable& timetable,
-                          const std::vector<Contestant<Middle, Team>>& contestants) {
+inline std::string progress_text(const Timetable& timetable, const std::vector<Figures>& models) {
   std::string text = std::to_string(timetable.update()) + "/" + std::to_string(timetable.total());
-  for (const auto& c : contestants) {
-    text +=
-        print("  %s loss %.3f, %.0f tokens/s", c.name().c_str(), c.loss(), c.tokens_per_second());
+  for (const Figures& m : models) {
+    text += print("  %s loss %.3f, %.0f tokens/s", m.name.c_str(), m.loss, m.tokens_per_second);
   }
   return text;
 }
@@ -44,21 +41,20 @@ inline const char* const csv_header =
     "part,model,update,tokens,seconds,training_loss,perplexity,operations,parameters,"
     "cv_importance,cv_load,max_over_mean_load,unused_experts,tokens_per_second";
 
-template <class Middle, class Team>
-std::string csv_row(const char* part, const Contestant<Middle, Team>& c, const Timetable& timetable,
-                    const Options& o, const Evaluation& e) {
-  return print("%s,%s,%td,%td,%.2f,%.5f,%.4f,%td,%td,%.5f,%.5f,%.5f,%td,%.0f", part,
-               c.name().c_str(), timetable.update(), timetable.update() * o.sequences * o.steps,
-               c.seconds(), c.loss(), e.perplexity, c.model().operations(), c.parameters(),
-               static_cast<double>(e.balance.cv_importance()),
-               static_cast<double>(e.balance.cv_load()),
-               static_cast<double>(e.balance.max_over_mean_load()), e.balance.unused_experts(),
-               c.tokens_per_second());
+inline std::string csv_row(const char* part, const Figures& m, const Timetable& timetable,
+                           const Options& o, const Evaluation& e) {
+  return print(
+      "%s,%s,%td,%td,%.2f,%.5f,%.4f,%td,%td,%.5f,%.5f,%.5f,%td,%.0f", part, m.name.c_str(),
+      timetable.update(), timetable.update() * o.sequences * o.steps, m.seconds, m.loss,
+      e.perplexity, m.operations, m.parameters, static_cast<double>(e.balance.cv_importance()),
+      static_cast<double>(e.balance.cv_load()), static_cast<double>(e.balance.max_over_mean_load()),
+      e.balance.unused_experts(), m.tokens_per_second);
 }
 
 /// The columns of the rows and of the final table; both have the same width.
 inline const char* const row_header =
-    "  update  model    loss   perplexity  operations  parameters  CV(imp.)  CV(load)  max/mean  "
+    "  update  model           loss   perplexity  operations  parameters  CV(imp.)  CV(load)  "
+    "max/mean  "
     "tokens/s";
 
 /// `workers`: what computes, in words.
@@ -76,30 +72,26 @@ inline void print_beginning(const Options& o, const Corpus& corpus, const std::s
   std::puts(row_header);
 }
 
-template <class Middle, class Team>
-void print_row(const Contestant<Middle, Team>& c, Index update, const Evaluation& e) {
-  std::printf("%8td  %-6s %6.3f  %11.2f  %10s  %10s  %8.3f  %8.3f  %8.2f  %8.0f\n", update,
-              c.name().c_str(), c.loss(), e.perplexity, in_millions(c.model().operations()).c_str(),
-              in_millions(c.parameters()).c_str(), static_cast<double>(e.balance.cv_importance()),
+inline void print_row(const Figures& m, Index update, const Evaluation& e) {
+  std::printf("%8td  %-12s %6.3f  %11.2f  %10s  %10s  %8.3f  %8.3f  %8.2f  %8.0f\n", update,
+              m.name.c_str(), m.loss, e.perplexity, in_millions(m.operations).c_str(),
+              in_millions(m.parameters).c_str(), static_cast<double>(e.balance.cv_importance()),
               static_cast<double>(e.balance.cv_load()),
-              static_cast<double>(e.balance.max_over_mean_load()), c.tokens_per_second());
+              static_cast<double>(e.balance.max_over_mean_load()), m.tokens_per_second);
   std::fflush(stdout);
 }
 
 /// One line of the final table, in Markdown.
-template <class Middle, class Team>
-void print_result(const Contestant<Middle, Team>& c, const Evaluation& validation,
-                  const Evaluation& test) {
-  const Middle& middle = c.model().middle();
+inline void print_result(const Figures& m, const Evaluation& validation, const Evaluation& test) {
   std::printf(
-      "| %-6s | %7td | %6td | %10s | %10s | %10.3f | %6.3f | %5.3f | %8.3f | %8.3f | %8.2f | %8.0f "
+      "| %-12s | %7td | %6td | %10s | %10s | %10.3f | %6.3f | %5.3f | %8.3f | %8.3f | %8.2f | "
+      "%8.0f "
       "|\n",
-      c.name().c_str(), middle.experts(), middle.top_k(),
-      in_millions(c.model().operations()).c_str(), in_millions(c.parameters()).c_str(),
-      validation.perplexity, test.perplexity, std::log2(test.perplexity),
-      static_cast<double>(test.balance.cv_importance()),
+      m.name.c_str(), m.experts, m.active, in_millions(m.operations).c_str(),
+      in_millions(m.parameters).c_str(), validation.perplexity, test.perplexity,
+      std::log2(test.perplexity), static_cast<double>(test.balance.cv_importance()),
       static_cast<double>(test.balance.cv_load()),
-      static_cast<double>(test.balance.max_over_mean_load()), c.tokens_per_second());
+      static_cast<double>(test.balance.max_over_mean_load()), m.tokens_per_second);
 }
 inline void print_result_header(const Timetable& timetable, double seconds) {
   if (examples::interrupted) {
@@ -108,12 +100,10 @@ inline void print_result_header(const Timetable& timetable, double seconds) {
   std::printf("\nPerplexity after %td updates, %.0f s; balance on the test part\n\n",
               timetable.update(), seconds);
   std::puts(
-      "| model  | experts | active | operations | parameters | validation |   test |  bits | "
-      "CV(imp.) | "
-      "CV(load) | max/mean | tokens/s |\n"
-      "| ------ | ------: | -----: | ---------: | ---------: | ---------: | -----: | ----: | "
-      "-------: | "
-      "-------: | -------: | -------: |");
+      "| model        | experts | active | operations | parameters | validation |   test |  bits | "
+      "CV(imp.) | CV(load) | max/mean | tokens/s |\n"
+      "| ------------ | ------: | -----: | ---------: | ---------: | ---------: | -----: | ----: | "
+      "-------: | -------: | -------: | -------: |");
 }
 
 }  // namespace language_model

@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "../naive_activation.hpp"
 #include "gates.hpp"
 #include "moe/random.hpp"
 

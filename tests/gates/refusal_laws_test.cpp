@@ -16,6 +16,8 @@ Config with_another_expert(Config config) {
     config.routed = with_another_expert(config.routed);
   } else if constexpr (requires { config.group_experts; }) {
     ++config.group_experts;
+  } else if constexpr (requires { config.row_keys; }) {
+    ++config.row_keys;
   } else {
     config.experts *= 2;  // which groups divide
   }

@@ -8,6 +8,7 @@
 
 #include "../naive_layer.hpp"
 #include "moe/gates/hierarchical_gate.hpp"
+#include "moe/gates/product_key_gate.hpp"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define MOE_TEST_COUNTS_BY_SANITIZER
