@@ -21,6 +21,13 @@ void read_bandwidth(benchmark::State& state) {
   state.counters["roofline_fraction"] = 1;
 }
 
+void training_bandwidth(benchmark::State& state) {
+  double rate = 0;
+  for ([[maybe_unused]] auto _ : state) rate = bench::training_bandwidth();
+  state.counters["GBs"] = rate * 1e-9;
+  state.counters["roofline_fraction"] = 1;
+}
+
 void last_level_cache(benchmark::State& state) {
   double bytes = 0;
   for ([[maybe_unused]] auto _ : state) bytes = bench::last_level_cache();
@@ -35,6 +42,7 @@ void threads(benchmark::internal::Benchmark* b) {
 BENCHMARK(multiply_add_peak<float>)->Apply(threads);
 BENCHMARK(multiply_add_peak<double>)->Apply(threads);
 BENCHMARK(read_bandwidth)->Apply(threads);
+BENCHMARK(training_bandwidth)->Iterations(1)->Unit(benchmark::kMillisecond);
 BENCHMARK(last_level_cache)->Iterations(1);
 
 }  // namespace

@@ -117,7 +117,7 @@ template <class Scalar>
   return static_cast<double>(2 * chains * rounds * size) / (seconds_now() - start);
 }
 
-/// Memory that is read to measure the bandwidth: far larger than the cache, written once so that
+/// Memory to measure the bandwidth with: far larger than the cache, written once so that
 /// every page is a page of its own, in large pages where asked for and possible.
 class Buffer {
  public:
@@ -135,6 +135,7 @@ class Buffer {
     std::fill_n(data_.get(), bytes_ / sizeof(float), 1.0f);
   }
   const float* data() const { return data_.get(); }
+  float* data() { return data_.get(); }
   Index size() const { return static_cast<Index>(bytes_ / sizeof(float)); }
 
  private:
@@ -222,6 +223,57 @@ inline double read_bandwidth(Index threads) {
     }
   }
   known[threads] = best;
+  return best;
+}
+
+namespace detail {
+
+/// b = a, or b = b - a, of `count` numbers.
+template <bool subtracts>
+[[gnu::noinline]] void write_pass(const float* a, float* b, Index count, Index ahead) {
+  using namespace Eigen::internal;
+  using P = Packet<float>;
+  constexpr Index line = 16;  // floats
+  constexpr Index size = unpacket_traits<P>::size;
+  for (Index i = 0; i < count / line * line; i += line) {
+    if (ahead != 0) {
+      prefetch(a + i + ahead);
+      prefetch(b + i + ahead);
+    }
+    unroll<line / size>([&](auto p) {
+      const P read = ploadu<P>(a + i + p * size);
+      float* to = b + i + p * size;
+      pstoreu(to, subtracts ? psub(ploadu<P>(to), read) : read);
+    });
+  }
+}
+
+}  // namespace detail
+
+/// Bytes a second that one core moves at most in a training step over weights and gradients beyond the
+/// caches: it reads the weights, reads them and writes the gradients, and reads both and writes the
+/// weights, six times the bytes of the weights in all. Less than read_bandwidth(): a line that is
+/// written is read first.
+inline double training_bandwidth() {
+  static double best = 0;
+  if (best > 0) return best;
+  for (const bool large_pages : {false, true}) {
+    detail::Buffer buffer(large_pages);
+    const Index count = buffer.size() / 2;
+    float* weights = buffer.data();
+    float* gradients = buffer.data() + count;
+    for (int i = 0; i < 4; ++i) {
+      for (const Index ahead : {0, 128, 512}) {
+        const double start = seconds_now();
+        benchmark::DoNotOptimize(detail::sum_streams<4>(weights, count, ahead));
+        detail::write_pass<false>(weights, gradients, count, ahead);
+        detail::write_pass<true>(gradients, weights, count, ahead);
+        benchmark::DoNotOptimize(weights);
+        best = std::max(best,
+                        static_cast<double>(6 * count) * sizeof(float) / (seconds_now() - start));
+      }
+    }
+  }
   return best;
 }
 

@@ -6,9 +6,10 @@
 /// SGD, all lazily; `evaluate` serves the same batch. One core.
 ///
 /// The more experts, the fewer slots an expert, so the same work needs more weights from memory:
-/// `traffic_ms` is what that takes at the measured bandwidth (of the experts and secondary gates in
-/// use and the primary gate: weights read by forward, by backward and by the update and written by
-/// it, gradients written by backward and read by the update; in evaluate the weights once).
+/// `traffic_ms` is what that takes at the bandwidth of plain passes of the same kind (of the experts
+/// and secondary gates in use and the primary gate: weights read by forward, by backward and by the
+/// update and written by it, gradients written by backward and read by the update, see
+/// bench::training_bandwidth(); in evaluate the weights once, at the read bandwidth).
 /// `slot_ratio_accounted` is what remains of a slot's time, over what remains with 256 experts
 /// behind a hierarchical gate, measured in turns with it; the traffic counts as none where it all
 /// stays in the last-level cache. `touched_MiB` is the roofline's count of bytes, traffic included.
@@ -152,9 +153,9 @@ class Trained {
   typename Layer::Tape tape_;
 };
 
-double traffic_seconds(const Traffic& traffic) {
+double traffic_seconds(const Traffic& traffic, bool training) {
   if (traffic.resident <= bench::last_level_cache()) return 0;
-  return traffic.moved / bench::read_bandwidth(1);
+  return traffic.moved / (training ? bench::training_bandwidth() : bench::read_bandwidth(1));
 }
 
 /// The layer of the row that is running; rows of one gate and size come one after the other and
@@ -219,6 +220,7 @@ void run(benchmark::State& state, bool training) {
     if (bench::lacks_memory(state, needed)) return;
   }
   bench::read_bandwidth(1);
+  bench::training_bandwidth();
   Trained<Hierarchical>& few = reference();
   Trained<Gate>& layer = made().of<Gate>(experts);
 
@@ -229,7 +231,7 @@ void run(benchmark::State& state, bool training) {
   pass(few);
   pass(layer);
   const Traffic traffic = layer.traffic(training);
-  const double waited = traffic_seconds(traffic);
+  const double waited = traffic_seconds(traffic, training);
 
   bench::Work work =
       training ? bench::step_work<float>(shape, 0) : bench::evaluate_work<float>(shape, 0);
@@ -242,7 +244,7 @@ void run(benchmark::State& state, bool training) {
   state.counters["touched_MiB"] = work.bytes / 1048576;
   state.counters["traffic_ms"] = waited * 1e3;
   state.counters["slot_ratio_accounted"] =
-      (seconds[1] - waited) / (seconds[0] - traffic_seconds(few.traffic(training)));
+      (seconds[1] - waited) / (seconds[0] - traffic_seconds(few.traffic(training), training));
   if (made().memory().known()) state.counters["peak_MiB"] = made().memory().bytes() / 1048576;
 }
 

@@ -74,7 +74,7 @@ void add_options(CLI::App& app, Options& o) {
     study->excludes(app.get_option(other));
   }
   app.add_option("--study-tables", o.tables, "which of the study's tables")
-      ->check(CLI::IsMember({"loss_weights", "experts", "balance", "recurrent"}))
+      ->check(CLI::IsMember({"loss_weights", "experts", "balance", "recurrent", "scaling"}))
       ->needs(study)
       ->capture_default_str();
   app.add_option("--study-updates", o.updates, "updates of each of the study's models")

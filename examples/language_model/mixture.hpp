@@ -19,6 +19,9 @@ inline Index scores_of(const moe::NoisyTopKGate<float>::Config& gate) { return 2
 inline Index scores_of(const moe::HierarchicalGate<float>::Config& gate) {
   return 2 * (gate.groups + gate.top_k_groups * gate.group_experts);
 }
+inline Index scores_of(const moe::ProductKeyGate<float>::Config& gate) {
+  return 2 * (gate.row_keys + gate.column_keys);
+}
 inline Index scores_of(const moe::BalancedGate<float>::Config& gate) { return gate.experts; }
 inline Index scores_of(const moe::TopKConfig& gate) { return gate.experts; }
 

@@ -37,6 +37,7 @@ inline std::string description_of(const Run& run) {
     text += ", " + std::to_string(run.experts) + (run.experts == 1 ? " expert" : " experts");
     text += ", weights " + digits(run.importance_weight) + " " + digits(run.load_weight);
   }
+  if (run.updates > 0) text += ", " + std::to_string(run.updates) + " updates";
   return text + ", seed " + std::to_string(run.seed);
 }
 
@@ -82,7 +83,7 @@ bool train_missing(const std::vector<Run>& runs, const Options& o, const std::st
         file.add(configuration_of(*run, o) + suffix, *result);
         ++done;
         bar.clear();
-        std::printf("%3zu/%zu  %-52s  validation %8.2f  test %8.2f  %5.0f s\n",
+        std::printf("%3zu/%zu  %-52s  validation %8.3f  test %8.3f  %5.0f s\n",
                     runs.size() - missing.size() + done, runs.size(), description_of(*run).c_str(),
                     result->validation, result->test, result->seconds);
         std::fflush(stdout);
@@ -109,8 +110,9 @@ bool train_missing(const std::vector<Run>& runs, const Options& o, const std::st
     for (std::size_t worker = 0; worker < progress.size(); ++worker) {
       if (current[worker] == nullptr) continue;
       const Index update = progress[worker].update;
-      updates += static_cast<double>(update) / static_cast<double>(o.updates);
-      text += print("  %s %td/%td", description_of(*current[worker]).c_str(), update, o.updates);
+      const Index total = updates_of(*current[worker], o);
+      updates += static_cast<double>(update) / static_cast<double>(total);
+      text += print("  %s %td/%td", description_of(*current[worker]).c_str(), update, total);
     }
     const double fraction = updates / static_cast<double>(missing.size());
     bar.draw(fraction, print("%zu/%zu", runs.size() - missing.size() + done, runs.size()) + text);

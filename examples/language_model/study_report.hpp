@@ -53,6 +53,11 @@ inline std::string spread_of(const std::vector<Result>& results, double Result::
   return print("%.2f (%.2f-%.2f)", mean_of(results, figure), (*lowest).*figure, (*highest).*figure);
 }
 
+/// With a third decimal for characters, whose perplexities are small.
+inline std::string perplexity_text(double perplexity, const Options& o) {
+  return print("%.*f", o.unit == Unit::word ? 2 : 3, perplexity);
+}
+
 /// In Markdown. Cells of rows without a result, and the balance of a model without experts to
 /// choose from, stay empty.
 inline std::string text_of(const Table& table, const Options& o, const std::string& suffix,
@@ -74,13 +79,14 @@ inline std::string text_of(const Table& table, const Options& o, const std::stri
     } else {
       std::string each;
       for (const Result& result : results) {
-        each += (each.empty() ? "" : " / ") + print("%.2f", result.test);
+        each += (each.empty() ? "" : " / ") + perplexity_text(result.test, o);
       }
-      text += print(" %.0f | %s | %.0f | %.2f | %s | %.2f | %.2f |", results.front().operations,
+      text += print(" %.0f | %s | %.0f | ", results.front().operations,
                     in_millions(static_cast<Index>(results.front().parameters)).c_str(),
-                    mean_of(results, &Result::seconds), mean_of(results, &Result::validation),
-                    each.c_str(), mean_of(results, &Result::test),
-                    deviation_of(results, &Result::test));
+                    mean_of(results, &Result::seconds));
+      text += perplexity_text(mean_of(results, &Result::validation), o) + " | " + each + " | ";
+      text += perplexity_text(mean_of(results, &Result::test), o) + " | ";
+      text += perplexity_text(deviation_of(results, &Result::test), o) + " |";
       const bool chooses = row.run.experts > 1;
       for (const auto figure :
            {&Result::cv_importance, &Result::cv_load, &Result::max_over_mean_load}) {

@@ -16,7 +16,7 @@
 
 namespace language_model {
 
-enum class Kind { noisy_top_k, hierarchical, balanced, loss_free, recurrent };
+enum class Kind { noisy_top_k, hierarchical, product_keys, balanced, loss_free, recurrent };
 
 inline const char* name_of(Kind kind) {
   switch (kind) {
@@ -24,6 +24,8 @@ inline const char* name_of(Kind kind) {
       return "noisy_top_k";
     case Kind::hierarchical:
       return "hierarchical";
+    case Kind::product_keys:
+      return "product_keys";
     case Kind::balanced:
       return "balanced";
     case Kind::loss_free:
@@ -40,14 +42,19 @@ struct Run {
   Index experts = 0;       ///< E, all groups' together
   Index top_k = 0;         ///< K, all groups' together
   Index hidden = 0;        ///< of an expert, or of an LSTM in the middle
-  Index groups = 0;        ///< hierarchical
+  Index groups = 0;        ///< hierarchical, or the row keys of product keys
   Index top_k_groups = 0;  ///< hierarchical
   Index layers = 0;        ///< recurrent: LSTMs in the middle
   Index memory = 0;        ///< recurrent: hidden width of the first and the last LSTM, if another
   double importance_weight = 0;
   double load_weight = 0;
   std::uint64_t seed = 1;
+  Index updates = 0;  ///< 0: as many as the options say
 };
+
+inline Index updates_of(const Run& run, const Options& o) {
+  return run.updates > 0 ? run.updates : o.updates;
+}
 
 /// The shortest digits that give the number back.
 inline std::string digits(double value) {
@@ -84,7 +91,7 @@ inline std::string configuration_of(const Run& run, const Options& o) {
   size("pre_norm", o.pre_norm ? 1 : 0);
   add("gate_deviation", o.gate_deviation);
   size("factored", o.factored ? 1 : 0);
-  size("updates", o.updates);
+  size("updates", updates_of(run, o));
   size("vocabulary", o.vocabulary);
   for (const Index cutoff : o.cutoffs) size("cutoff", cutoff);
   size("shrink", o.shrink);
@@ -188,19 +195,32 @@ inline Table expert_table(const Options& o) {
                           std::move(series),
                           {std::move(paper)}});
   };
-  const auto hierarchical = [&](Index groups, std::string paper) {
-    const Index experts = groups * groups;
+  const auto hierarchical = [&](Index groups, Index group_experts, std::string paper) {
+    const Index experts = groups * group_experts;
     table.rows.push_back({std::to_string(experts) + " experts, hierarchical",
                           {.kind = Kind::hierarchical,
                            .experts = experts,
                            .top_k = 4,
-                           .hidden = hidden(2 * (groups + 2 * groups), 4),
+                           .hidden = hidden(2 * (groups + 2 * group_experts), 4),
                            .groups = groups,
                            .top_k_groups = 2,
                            .importance_weight = 0.1,
                            .load_weight = 0.1},
                           "hierarchical",
                           {std::move(paper)}});
+  };
+  const auto product_keys = [&](Index keys) {
+    const Index experts = keys * keys;
+    table.rows.push_back({std::to_string(experts) + " experts, product keys",
+                          {.kind = Kind::product_keys,
+                           .experts = experts,
+                           .top_k = 4,
+                           .hidden = hidden(4 * keys, 4),
+                           .groups = keys,
+                           .importance_weight = 0.1,
+                           .load_weight = 0.1},
+                          "product keys",
+                          {""}});
   };
   table.rows.push_back(
       {"no experts, 4 LSTMs",
@@ -217,10 +237,39 @@ inline Table expert_table(const Options& o) {
   flat("16 experts", 16, 4, "flat", "");
   flat("64 experts", 64, 4, "flat", "");
   flat("256 experts", 256, 4, "flat", "35.7");
-  hierarchical(16, "");
-  hierarchical(32, "34.6");
-  // There are too few words to train these.
-  if (o.unit == Unit::character) hierarchical(64, "34.1");
+  if (o.unit == Unit::word) {
+    hierarchical(16, 16, "");
+    hierarchical(32, 32, "34.6");
+    return table;
+  }
+  // Few large groups leave a token more of a choice than many small ones. There are too few words to
+  // train the last ones of these.
+  hierarchical(4, 64, "");
+  hierarchical(16, 64, "34.6");
+  hierarchical(64, 64, "34.1");
+  product_keys(32);
+  product_keys(64);
+  return table;
+}
+
+/// What more experts bring after a ninth, a third and all of the updates: those of expert_table().
+inline Table scaling_table(const Options& o) {
+  Table table{"scaling", "model", {}, {}};
+  for (const Index share : {9, 3, 1}) {
+    const Index updates = std::max<Index>(1, o.updates / share);
+    for (const Row& row : expert_table(o).rows) {
+      const bool is_flat = row.run.kind == Kind::noisy_top_k && row.run.experts >= row.run.top_k &&
+                           row.run.top_k > 1;
+      const bool is_larger = row.run.kind == Kind::hierarchical && row.run.experts > 256;
+      if (!is_flat && !is_larger) continue;
+      Row scaled = row;
+      scaled.label += ", " + std::to_string(updates) + " updates";
+      scaled.run.updates = share == 1 ? 0 : updates;
+      scaled.series = std::to_string(updates) + " updates";
+      scaled.paper.clear();
+      table.rows.push_back(std::move(scaled));
+    }
+  }
   return table;
 }
 
@@ -262,8 +311,8 @@ inline Table balance_table(const Options& o) {
 /// Those that the options name.
 inline std::vector<Table> tables_of(const Options& o) {
   std::vector<Table> tables;
-  for (Table& table :
-       std::vector{loss_weight_table(o), expert_table(o), balance_table(o), recurrent_table(o)}) {
+  for (Table& table : std::vector{loss_weight_table(o), expert_table(o), balance_table(o),
+                                  recurrent_table(o), scaling_table(o)}) {
     if (std::find(o.tables.begin(), o.tables.end(), table.name) != o.tables.end()) {
       tables.push_back(std::move(table));
     }

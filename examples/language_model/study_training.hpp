@@ -44,6 +44,16 @@ inline void configure(Mixture<moe::HierarchicalGate<float>>::Config& config, con
             .hidden = run.hidden};
 }
 
+inline void configure(Mixture<moe::ProductKeyGate<float>>::Config& config, const Run& run,
+                      const Options&) {
+  config = {.gate = {.row_keys = run.groups,
+                     .column_keys = run.experts / run.groups,
+                     .top_k = run.top_k,
+                     .importance_weight = run.importance_weight,
+                     .load_weight = run.load_weight},
+            .hidden = run.hidden};
+}
+
 inline void configure(Mixture<moe::BalancedGate<float>>::Config& config, const Run& run,
                       const Options&) {
   config = {.gate = {.experts = run.experts, .top_k = run.top_k}, .hidden = run.hidden};
@@ -88,10 +98,11 @@ template <class Middle>
 std::optional<Result> train_as(const Run& run, const Options& o, const Texts& texts,
                                Progress& progress) {
   Contestant<Middle> contestant(run_config<Middle>(run, o, texts.frequencies));
+  const Index updates = updates_of(run, o);
   const moe::WarmUpLinearDecay learning_rate{
-      .peak = o.learning_rate, .warm_up = std::min(o.warm_up, o.updates), .total = o.updates + 1};
+      .peak = o.learning_rate, .warm_up = std::min(o.warm_up, updates), .total = updates + 1};
   Batches::Batch batch;
-  for (Index update = 1; update <= o.updates; ++update) {
+  for (Index update = 1; update <= updates; ++update) {
     if (*progress.stop) return std::nullopt;
     const Index index = (update - 1) % texts.training.count();
     texts.training.get(index, batch);
@@ -116,6 +127,7 @@ std::optional<Result> train_as(const Run& run, const Options& o, const Texts& te
 // Each in the source file of its name.
 std::optional<Result> train_noisy_top_k(const Run&, const Options&, const Texts&, Progress&);
 std::optional<Result> train_hierarchical(const Run&, const Options&, const Texts&, Progress&);
+std::optional<Result> train_product_keys(const Run&, const Options&, const Texts&, Progress&);
 std::optional<Result> train_balanced(const Run&, const Options&, const Texts&, Progress&);
 std::optional<Result> train_loss_free(const Run&, const Options&, const Texts&, Progress&);
 std::optional<Result> train_recurrent(const Run&, const Options&, const Texts&, Progress&);
@@ -128,6 +140,8 @@ inline std::optional<Result> train(const Run& run, const Options& o, const Texts
       return train_noisy_top_k(run, o, texts, progress);
     case Kind::hierarchical:
       return train_hierarchical(run, o, texts, progress);
+    case Kind::product_keys:
+      return train_product_keys(run, o, texts, progress);
     case Kind::balanced:
       return train_balanced(run, o, texts, progress);
     case Kind::loss_free:

@@ -26,6 +26,8 @@ Index operations_of(const Run& run, const Options& o) {
       return operations_of<Mixture<moe::NoisyTopKGate<float>>>(run, o);
     case Kind::hierarchical:
       return operations_of<Mixture<moe::HierarchicalGate<float>>>(run, o);
+    case Kind::product_keys:
+      return operations_of<Mixture<moe::ProductKeyGate<float>>>(run, o);
     case Kind::recurrent:
       return operations_of<RecurrentStack<>>(run, o);
     default:
@@ -86,7 +88,7 @@ TEST_CASE("language model: the study's models of characters cost the same",
   std::vector<Row> rows = expert_table(o).rows;
   CHECK(rows.back().run.experts == 4096);
   for (const Row& row : recurrent_table(o).rows) rows.push_back(row);
-  CHECK(rows.size() == 13);
+  CHECK(rows.size() == 15);
   for (const Row& row : rows) {
     INFO(row.label);
     if (row.run.experts > 64) continue;  // many parameters, same arithmetic

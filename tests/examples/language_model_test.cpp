@@ -87,6 +87,18 @@ TEST_CASE("language model: the study's runs", "[examples][language_model]") {
                        [](const Run& a, const Run& b) { return a.seed < b.seed; }));
   CHECK(runs.front().experts == 1024);
 
+  // Those of characters have larger models; what two tables have in common is trained once.
+  Options characters;
+  characters.tables = {"experts", "scaling"};
+  CHECK(runs_of(tables_of(characters), characters).size() == 3 * (12 + 2 * 5));
+  const Table scaling = scaling_table(characters);
+  REQUIRE(scaling.rows.size() == 15);
+  CHECK(scaling.rows[0].label == "4 experts, all used, 158 updates");
+  CHECK(scaling.rows[8].label == "256 experts, 475 updates");
+  CHECK(scaling.rows[14].label == "1024 experts, hierarchical, 1425 updates");
+  CHECK(updates_of(scaling.rows[8].run, characters) == 475);
+  CHECK(updates_of(scaling.rows[14].run, characters) == 1425);
+
   Options too_narrow = o;
   too_narrow.hidden = 32;
   CHECK_THROWS_WITH(tables_of(too_narrow), Contains("--hidden 32"));
@@ -145,6 +157,7 @@ TEST_CASE("language model: every setting is part of a run's configuration",
   field(&Run::importance_weight, 0.5);
   field(&Run::load_weight, 0.5);
   field(&Run::seed, std::uint64_t{7});
+  field(&Run::updates, Index{9});
   CHECK(all.size() == changes);
 }
 
