@@ -50,9 +50,11 @@
 
 /// Around templates that get packets for arguments, whose attributes GCC says it ignores.
 #if defined(__GNUC__)
+// clang-format off
 #define MOE_PACKETS_BEGIN        \
   _Pragma("GCC diagnostic push") \
   _Pragma("GCC diagnostic ignored \"-Wignored-attributes\"")
+// clang-format on
 #define MOE_PACKETS_END _Pragma("GCC diagnostic pop")
 #else
 #define MOE_PACKETS_BEGIN
@@ -80,10 +82,18 @@ class Part {
   void append_to(std::string& text) const {
     char digits[32] = "";
     switch (kind_) {
-      case Kind::text: text += text_; return;
-      case Kind::whole: std::snprintf(digits, sizeof(digits), "%lld", whole_); break;
-      case Kind::count: std::snprintf(digits, sizeof(digits), "%llu", count_); break;
-      case Kind::number: std::snprintf(digits, sizeof(digits), "%g", number_); break;
+      case Kind::text:
+        text += text_;
+        return;
+      case Kind::whole:
+        std::snprintf(digits, sizeof(digits), "%lld", whole_);
+        break;
+      case Kind::count:
+        std::snprintf(digits, sizeof(digits), "%llu", count_);
+        break;
+      case Kind::number:
+        std::snprintf(digits, sizeof(digits), "%g", number_);
+        break;
     }
     text += digits;
   }
@@ -114,7 +124,8 @@ std::string join(const Parts&... parts) {
 #if defined(__GNUC__)
 [[gnu::noinline, gnu::cold]]
 #endif
-[[noreturn]] inline void fail(std::initializer_list<Part> parts) {
+// clang-format off
+[[noreturn]] inline void fail(std::initializer_list<Part> parts) {  // clang-format on
   throw std::invalid_argument("moe: " + join_parts(parts));
 }
 

@@ -215,8 +215,9 @@ TEMPLATE_TEST_CASE("allocation: a layer takes no memory after its first call", "
   }
 }
 
-TEMPLATE_TEST_CASE("allocation: a layer behind a hierarchical gate or product keys takes none either",
-                   "[allocation]", float, double) {
+TEMPLATE_TEST_CASE(
+    "allocation: a layer behind a hierarchical gate or product keys takes none either",
+    "[allocation]", float, double) {
   for (const int count : {1, 3}) {
     const test::Threads threads(count);
     check<MoELayer<Expert<FeedForward, TestType>, HierarchicalGate<TestType>>>(

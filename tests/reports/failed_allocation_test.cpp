@@ -108,11 +108,10 @@ TEST_CASE("report: a failed allocation leaves tapes that can be used again", "[r
        .expert = expert,
        .gate = {.groups = 2, .group_experts = 2, .top_k_groups = 1, .top_k = 1},
        .seed = 1});
-  check_layer<MoELayer<E, ProductKeyGate<>>>(
-      {.width = 4,
-       .expert = expert,
-       .gate = {.row_keys = 2, .column_keys = 2, .top_k = 2},
-       .seed = 1});
+  check_layer<MoELayer<E, ProductKeyGate<>>>({.width = 4,
+                                              .expert = expert,
+                                              .gate = {.row_keys = 2, .column_keys = 2, .top_k = 2},
+                                              .seed = 1});
   check_layer<MoELayer<E, SharedExpertGate<NoisyTopKGate<>>>>(
       {.width = 4,
        .expert = expert,

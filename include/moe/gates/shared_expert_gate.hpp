@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "moe/kernels/activations.hpp"
 #include "moe/gates/gate.hpp"
+#include "moe/kernels/activations.hpp"
 #include "moe/routing/linear_scores.hpp"
 
 /// \file
@@ -39,7 +39,8 @@ namespace moe {
 /// biases are added up). With `gated` the units of each of the n have a weight of their own.
 template <class RoutedGate>
 requires Gate<RoutedGate>
-class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, typename RoutedGate::Scalar> {
+class SharedExpertGate
+    : public detail::GateBase<SharedExpertGate<RoutedGate>, typename RoutedGate::Scalar> {
   using Base = detail::GateBase<SharedExpertGate<RoutedGate>, typename RoutedGate::Scalar>;
   friend Base;
 
@@ -98,9 +99,8 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
   }
 
   /// What a pass calls of a SharedBatch, for mpi::RankDispatch: what the wrapped gate does.
-  detail::SharedCalls shared_calls(bool training, Index rows) const
-  requires detail::NamesSharedCalls<RoutedGate>
-  {
+  detail::SharedCalls shared_calls(bool training,
+                                   Index rows) const requires detail::NamesSharedCalls<RoutedGate> {
     return routed_.shared_calls(training, rows);
   }
 
@@ -119,19 +119,14 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
   /// The wrapped gate's, by its part of the tape or the load.
   template <class G = RoutedGate>
   requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
-  void update_selection_bias(const Tape& tape) {
-    routed_.update_selection_bias(tape.routed);
-  }
+  void update_selection_bias(const Tape& tape) { routed_.update_selection_bias(tape.routed); }
   template <class G = RoutedGate>
   requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
-  void update_selection_bias(const Vector<Scalar>& load) {
-    routed_.update_selection_bias(load);
-  }
+  void update_selection_bias(const Vector<Scalar>& load) { routed_.update_selection_bias(load); }
 
   /// Gives the wrapped gate other experts, see Gate. The shared experts stay where they are: throws
   /// std::invalid_argument where one would be removed or copied, and as the wrapped gate does.
-  template <class G = RoutedGate>
-  requires detail::ChangesExperts<G>
+  template <detail::ChangesExperts G = RoutedGate>
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     std::vector<Index> routed;
@@ -161,13 +156,12 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
   /// its parameters have the shapes that it made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
-    detail::require(
-        tape.routing.experts == experts() &&
-            tape.routing.slots() ==
-                tape.routed.routing.slots() + config_.shared * tape.tokens.count &&
-            tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
-        "SharedExpertGate::backward: the tape is another gate's, of ", tape.routing.experts,
-        " experts");
+    detail::require(tape.routing.experts == experts() &&
+                        tape.routing.slots() ==
+                            tape.routed.routing.slots() + config_.shared * tape.tokens.count &&
+                        tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
+                    "SharedExpertGate::backward: the tape is another gate's, of ",
+                    tape.routing.experts, " experts");
     if constexpr (requires { routed_.check_tape(tape.routed); }) routed_.check_tape(tape.routed);
     detail::check_shapes(*this, "SharedExpertGate");
   }
@@ -240,8 +234,7 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
         }
         ++token;
       }
-      for (Index s = routed.token_offsets[t];
-           s < routed.token_offsets[t + 1]; ++s, ++slot) {
+      for (Index s = routed.token_offsets[t]; s < routed.token_offsets[t + 1]; ++s, ++slot) {
         routing.expert[slot] = shared + routed.expert[s];
         routing.weight[slot] = routed.weight[s];
       }
@@ -267,8 +260,7 @@ class SharedExpertGate : public detail::GateBase<SharedExpertGate<RoutedGate>, t
         }
         ++token;
       }
-      for (Index s = routed.token_offsets[t];
-           s < routed.token_offsets[t + 1]; ++s, ++slot) {
+      for (Index s = routed.token_offsets[t]; s < routed.token_offsets[t + 1]; ++s, ++slot) {
         tape.routed_dweight[s] = dweight[slot];
       }
     }

@@ -73,14 +73,14 @@ class MoELayer {
     typename DispatchPolicy::template Tape<Expert> exchange;  ///< whatever the policy needs
     Matrix<Scalar> x;                                         ///< T x D, a copy
     Matrix<Scalar> y;                                         ///< T x D, the result
-    Matrix<Scalar> dx;     ///< T x D, the gradient with respect to x
-    bool trained = false;  ///< whether the last pass was a forward() that ended well
+    Matrix<Scalar> dx;            ///< T x D, the gradient with respect to x
+    bool trained = false;         ///< whether the last pass was a forward() that ended well
     std::uint64_t structure = 0;  ///< of the layer in the last pass: which experts it had
 
-    Matrix<Scalar> combined;                ///< T x D, y before the output activation, if there is one
-    Matrix<Scalar> dcombined;               ///< T x D
-    IndexedVector<Scalar> sorted_dweight;   ///< S, the gradients of the weights by expert
-    IndexedVector<Scalar> dweight;          ///< S, by slot
+    Matrix<Scalar> combined;   ///< T x D, y before the output activation, if there is one
+    Matrix<Scalar> dcombined;  ///< T x D
+    IndexedVector<Scalar> sorted_dweight;  ///< S, the gradients of the weights by expert
+    IndexedVector<Scalar> dweight;         ///< S, by slot
 
     /// The slots of the last pass.
     const Routing<Scalar>& routing() const { return gate.routing; }
@@ -216,8 +216,8 @@ class MoELayer {
     detail::require(e >= here.first && e < here.first + here.count,
                     "MoELayer::replace_expert: expert ", e, " of ", gate_.experts());
     Expert& replaced = experts_[detail::to_size(e - here.first)];
-    detail::check_same_shapes(replaced, expert, "MoELayer::replace_expert: experts." +
-                                                    std::to_string(e) + '.');
+    detail::check_same_shapes(replaced, expert,
+                              "MoELayer::replace_expert: experts." + std::to_string(e) + '.');
     replaced = expert;
     detail::track_gradients(replaced);
     mark_structure(replaced);
@@ -232,8 +232,7 @@ class MoELayer {
 
   /// Adds `count` fresh experts behind the others. Equal seeds draw equal numbers: give every layer
   /// and every call one of its own.
-  template <class G = Gate>
-  requires detail::ChangesExperts<G>
+  template <detail::ChangesExperts G = Gate>
   ExpertChange add_experts(Index count, Seed seed) {
     constexpr const char* verb = "MoELayer::add_experts";
     return change_experts(verb, {seed},
@@ -243,8 +242,7 @@ class MoELayer {
   /// Adds a copy of each of these experts behind the others, frozen where they are, with normal noise
   /// of this standard deviation on its parameters and its weights in the gate. One may be named more
   /// than once.
-  template <class G = Gate>
-  requires detail::ChangesExperts<G>
+  template <detail::ChangesExperts G = Gate>
   ExpertChange copy_experts(const std::vector<Index>& experts, const CopyNoise& noise) {
     constexpr const char* verb = "MoELayer::copy_experts";
     return change_experts(verb, {noise.seed, noise.noise_stddev}, [&](Index before) {
@@ -253,13 +251,11 @@ class MoELayer {
   }
 
   /// Removes these experts; the others move up.
-  template <class G = Gate>
-  requires detail::ChangesExperts<G>
+  template <detail::ChangesExperts G = Gate>
   ExpertChange remove_experts(const std::vector<Index>& experts) {
     constexpr const char* verb = "MoELayer::remove_experts";
-    return change_experts(verb, {0}, [&](Index before) {
-      return detail::remove_sources(verb, before, experts);
-    });
+    return change_experts(
+        verb, {0}, [&](Index before) { return detail::remove_sources(verb, before, experts); });
   }
 
   /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws
@@ -276,14 +272,10 @@ class MoELayer {
   /// by one training pass, or by the load (E) of all passes of the update.
   template <class G = Gate>
   requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
-  void update_selection_bias(const Tape& tape) {
-    gate_.update_selection_bias(tape.gate);
-  }
+  void update_selection_bias(const Tape& tape) { gate_.update_selection_bias(tape.gate); }
   template <class G = Gate>
   requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
-  void update_selection_bias(const Vector<Scalar>& load) {
-    gate_.update_selection_bias(load);
-  }
+  void update_selection_bias(const Vector<Scalar>& load) { gate_.update_selection_bias(load); }
 
   /// "gate.weight", "gate.noise_weight", "experts.0.up.weight", ...
   template <class Self, class Visitor>
@@ -295,8 +287,8 @@ class MoELayer {
   /// A layer that was moved from has no experts.
   void check_structure() const {
     const Range here = policy_.experts_here(gate_.experts());
-    detail::require(static_cast<Index>(experts_.size()) == here.count, "MoELayer: ",
-                    experts_.size(), " experts where there should be ", here.count,
+    detail::require(static_cast<Index>(experts_.size()) == here.count,
+                    "MoELayer: ", experts_.size(), " experts where there should be ", here.count,
                     ": the layer was moved from");
   }
 
