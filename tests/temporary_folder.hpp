@@ -34,4 +34,18 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
+/// Makes a folder the current one, for programs that name files without one.
+class CurrentFolder {
+ public:
+  explicit CurrentFolder(const TemporaryFolder& folder) {
+    std::filesystem::current_path(folder.file(""));
+  }
+  ~CurrentFolder() { std::filesystem::current_path(before_); }
+  CurrentFolder(const CurrentFolder&) = delete;
+  CurrentFolder& operator=(const CurrentFolder&) = delete;
+
+ private:
+  std::filesystem::path before_ = std::filesystem::current_path();
+};
+
 }  // namespace moe::test

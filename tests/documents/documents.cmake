@@ -1,0 +1,34 @@
+# The C++ blocks of the README and of docs/, as NAME_N.inc in documents/ of the build tree, which
+# documents_test.cpp, mpi/documents_test.cpp and the README's program include. Stops where none of them
+# includes a block.
+
+set(folder "${CMAKE_CURRENT_BINARY_DIR}/documents")
+file(MAKE_DIRECTORY "${folder}")
+file(GLOB documents CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/README.md" "${PROJECT_SOURCE_DIR}/docs/*.md")
+file(READ "${CMAKE_CURRENT_LIST_DIR}/documents_test.cpp" users)
+file(READ "${CMAKE_CURRENT_LIST_DIR}/../mpi/documents_test.cpp" mpi_users)
+foreach(document IN LISTS documents)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${document}")
+  cmake_path(GET document STEM name)
+  string(TOLOWER "${name}" name)
+  execute_process(
+    COMMAND awk -v "folder=${folder}" -v "name=${name}" -f "${CMAKE_CURRENT_LIST_DIR}/extract.awk" "${document}"
+    OUTPUT_VARIABLE blocks OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  string(REPLACE "\n" ";" blocks "${blocks}")
+  foreach(block IN LISTS blocks)
+    string(FIND "${users}${mpi_users}" "\"${block}\"" place)
+    if(place LESS 0 AND NOT block STREQUAL "readme_1.inc")
+      message(FATAL_ERROR "No test includes ${block}, a block of ${document}")
+    endif()
+  endforeach()
+endforeach()
+
+# The first block of the README is a whole program.
+file(CONFIGURE OUTPUT "${folder}/readme_program.cpp" CONTENT "#include \"readme_1.inc\"\n")
+add_executable(moe_readme_program "${folder}/readme_program.cpp")
+target_link_libraries(moe_readme_program PRIVATE moe_developer moe_tests_compiled)
+if(MOE_TESTS_RUN_HERE)
+  add_test(NAME "documents: the README's program learns" COMMAND moe_readme_program)
+  set_tests_properties("documents: the README's program learns" PROPERTIES
+    PASS_REGULAR_EXPRESSION "^[0-9]\\.[0-9]+\n[0-9]\\.[0-9]+\n[0-9]\\.[0-9]+\n0\\.[0-4][0-9]+\n$")
+endif()

@@ -1,0 +1,163 @@
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../naive_layer.hpp"
+#include "../reinforce/policies.hpp"
+#include "../support.hpp"
+#include "../temporary_folder.hpp"
+#include "moe/config_fields.hpp"
+#include "moe/io/safetensors.hpp"
+#include "moe/moe.hpp"
+
+// The blocks of the README and of docs/, from the documents themselves, compiled and run in what they
+// take for granted. extract.awk makes the files; a block that nobody includes stops CMake.
+
+// They declare what they show, whatever stands around them, and do not use all of it.
+#pragma GCC diagnostic ignored "-Wshadow"
+#pragma GCC diagnostic ignored "-Wunused-variable"
+#pragma GCC diagnostic ignored "-Wunused-but-set-variable"
+
+namespace {
+
+/// What most blocks are about.
+template <class Gate = moe::NoisyTopKGate<float>>
+struct Context {
+  using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, Gate>;
+
+  explicit Context(const typename Gate::Config& gate)
+      : layer({.width = 12, .expert = {.hidden = 16}, .gate = gate, .seed = 1}) {}
+
+  Layer layer;
+  typename Layer::Tape tape;
+  moe::Adam<float> adam;
+  moe::Matrix<float> x = moe::test::random_matrix<float>(64, 12, 2);
+  moe::Matrix<float> dy = moe::test::random_matrix<float>(64, 12, 3);
+  std::vector<std::uint8_t> valid = std::vector<std::uint8_t>(64, 1);
+  std::uint64_t step = 1;
+  double rate = 0.01;
+  double decay = 0.5;
+};
+
+Context<> noisy() { return Context<>({.experts = 8, .top_k = 2}); }
+
+namespace saving {
+using moe::Index;
+#include "saving_4.inc"
+}  // namespace saving
+
+}  // namespace
+
+TEST_CASE("documents: README.md and layer.md", "[documents]") {
+  auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+  {
+#include "readme_2.inc"
+    CHECK(y.rows() == 64);
+    CHECK(dx.cols() == 12);
+    CHECK(y2.rows() == 64);
+  }
+  {
+#include "layer_1.inc"
+  } {
+#include "layer_2.inc"
+    adam.update(layer, rate);
+  }
+  {
+#include "layer_3.inc"
+    adam.update(layer, rate);
+  }
+}
+
+TEST_CASE("documents: training.md", "[documents]") {
+  auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+#include "training_1.inc"
+  layer.forward(x, tape, {.step = step});
+  layer.backward(dy, tape);
+  const auto before = moe::test::values_of(layer);
+  adam.update(layer, rate);
+  // The first update of Adam moves by the rate.
+  const auto after = moe::test::values_of(layer);
+  const auto moved = [&before, &after, full = rate](const std::string& name) {
+    return (after.at(name) - before.at(name)).cwiseAbs().maxCoeff() / full;
+  };
+  CHECK_THAT(moved("experts.0.up.weight"), Catch::Matchers::WithinAbs(0.3, 1e-3));
+  CHECK_THAT(moved("gate.weight"), Catch::Matchers::WithinAbs(2, 1e-2));
+  CHECK_THAT(moved("gate.noise_weight"), Catch::Matchers::WithinAbs(0.03, 1e-3));
+}
+
+TEST_CASE("documents: gates.md", "[documents]") {
+  {
+    auto [layer, tape, adam, x, dy, valid, step, rate, decay] =
+        Context<moe::TopKGate<float>>({.experts = 8, .top_k = 2, .selection_bias = true});
+#include "gates_1.inc"
+  }
+  {
+    auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+#include "gates_2.inc"
+    CHECK(layer.gate().config().load_weight == 0.05);
+#include "gates_3.inc"
+  }
+}
+
+TEST_CASE("documents: experts.md", "[documents]") {
+  auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+  auto& model = layer;
+  layer.forward(x, tape, {.step = step});
+  layer.backward(dy, tape);
+  adam.update(layer, rate);
+#include "experts_1.inc"
+  CHECK(layer.gate().experts() == 8 + 2 - 2 + 4);
+}
+
+TEST_CASE("documents: saving.md and from_pytorch.md", "[documents]") {
+  const moe::test::TemporaryFolder folder;
+  const moe::test::CurrentFolder inside(folder);
+  auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+  using Layer = Context<>::Layer;
+  auto& model = layer;
+  layer.forward(x, tape, {.step = step});
+  layer.backward(dy, tape);
+  adam.update(layer, rate);
+  {
+#include "saving_1.inc"
+  } {
+#include "saving_2.inc"
+  } {
+    moe::SafetensorsWriter writer;
+    writer.add_module(layer, "layer.");
+    writer.write("named.safetensors");
+    const moe::SafetensorsFile file("named.safetensors");
+    const moe::Matrix<float> expected = layer.evaluate(x);
+#include "saving_3.inc"
+    CHECK(moe::test::same_bits(layer.evaluate(x), expected));
+  }
+  STATIC_REQUIRE(moe::detail::visits_every_field<saving::Config>());
+
+  using Published = moe::MoELayer<moe::Expert<moe::FeedForward>, moe::TopKGate<>>;
+  Published saved({.width = 8,
+                   .expert = {.hidden = 16, .activation = moe::Activation::silu, .gated = true},
+                   .gate = {.experts = 4, .top_k = 2, .renormalise = true},
+                   .seed = 2});
+  moe::save_parameters("layer.safetensors", saved);
+  {
+#include "from_pytorch_1.inc"
+    const auto rows = moe::test::random_matrix<float>(5, 8, 1);
+    CHECK(moe::test::same_bits(layer.evaluate(rows), saved.evaluate(rows)));
+  }
+}
+
+TEST_CASE("documents: reinforce.md", "[documents]") {
+  using MyPolicy = moe::test::SmallPolicy<float>;
+  MyPolicy policy({.symbols = 5});
+  moe::Adam<float> adam;
+  const std::vector<moe::Index> inputs{0, 1, 2, 3};
+  const std::vector<std::vector<moe::Index>> references{{1}, {2, 3}, {3}, {1, 2}};
+  const auto score = [](moe::Index input, std::span<const moe::Index> sequence, bool done) {
+    return done && static_cast<moe::Index>(sequence.size()) == input ? 1.0 : 0.0;
+  };
+  // Twenty thousand updates are too many to run here.
+  const auto compiled = [&] {
+#include "reinforce_1.inc"
+  };
+  static_cast<void>(compiled);
+}
