@@ -1,6 +1,6 @@
 /// What does it cost that tokens meet on the machines where their experts are?
 ///
-/// Run by mpirun, a core a rank; a row takes so many of the ranks. Every rank has as many tokens and
+/// Run by mpirun, a core a rank; a row uses the first of these ranks. Every rank has as many tokens and
 /// experts as one alone would have, so without any cost its time would stay the same. In turns:
 /// `alone`, a MoELayer on rank 0, the others asleep; `apart`, one on every rank at once, which shows what
 /// ranks on one machine take from each other's memory; and the row itself, an ExpertParallel over all ranks, of which each slot

@@ -38,7 +38,7 @@ namespace bench {
 
 using moe::Index;
 
-/// Runs the rest of a benchmark on so many threads.
+/// Runs the rest of a benchmark on this number of threads.
 inline void use_threads([[maybe_unused]] Index threads) {
 #ifdef _OPENMP
   omp_set_num_threads(static_cast<int>(threads));
@@ -53,7 +53,7 @@ inline Index all_cores() {
 #endif
 }
 
-/// Bytes of the last-level cache. Where the sources differ, the smallest: in a virtual machine one
+/// Bytes of the L3, or of the last cache there is. Where the sources differ, the smallest: in a virtual machine one
 /// of them may name what is shared with machines that are not ours.
 inline double last_level_cache() {
   static const double bytes = [] {
@@ -147,7 +147,7 @@ class Buffer {
   std::unique_ptr<float, Free> data_;
 };
 
-/// Sums `count` floats as `streams` streams next to each other, asking for cache lines `ahead`
+/// Sums `count` floats as `streams` streams next to each other, prefetching cache lines `ahead`
 /// floats early.
 template <Index streams>
 [[gnu::noinline]] float sum_streams(const float* data, Index count, Index ahead) {
@@ -185,7 +185,7 @@ double try_read(const Buffer& buffer, Index threads, Index ahead) {
 
 }  // namespace detail
 
-/// Floating-point operations a second that so many cores can do at most.
+/// The most floating-point operations a second of this number of cores.
 template <class Scalar>
 double multiply_add_peak(Index threads) {
   static std::map<Index, double> known;
@@ -204,7 +204,7 @@ double multiply_add_peak(Index threads) {
   return best;
 }
 
-/// Bytes a second that so many cores can read from memory at most: the best of several streams
+/// The most bytes a second that this number of cores reads from memory: the best of several streams
 /// next to each other, with and without prefetching, in small pages and large ones.
 inline double read_bandwidth(Index threads) {
   static std::map<Index, double> known;

@@ -22,7 +22,7 @@
 ///     backward    weights, gradients of the weights, x, dx, dy, tape
 ///
 /// where the tape is what the passes hand over beside x: S x H pre-activations, and of each slot an
-/// index and a weight. If all of them together fit into the last-level cache, bytes count nothing.
+/// index and a weight. If all of them together fit into L3, bytes count nothing.
 /// What the library moves beyond that (a copy of x, the rows before they are added up, gradients
 /// that are read before they are added to) is its own fault and lowers its fraction.
 

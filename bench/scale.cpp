@@ -12,7 +12,7 @@
 /// bench::training_bandwidth(); in evaluate the weights once, at the read bandwidth).
 /// `slot_ratio_accounted` is what remains of a slot's time, over what remains with 256 experts
 /// behind a hierarchical gate, measured in turns with it; the traffic counts as none where it all
-/// stays in the last-level cache. `touched_MiB` is the roofline's count of bytes, traffic included.
+/// stays in L3. `touched_MiB` is the roofline's count of bytes, traffic included.
 /// `peak_MiB` is the most memory that the process had above what it had before. With 131,072 experts
 /// weights and gradients take 16.3 GiB; SGD without momentum remembers nothing.
 

@@ -283,7 +283,7 @@ class ExpertPass {
     }
   }
 
-  /// At most so many tasks come from a group: each kind makes one of every slice and for rows of
+  /// The largest number of tasks of a group: each kind makes one of every slice and for rows of
   /// it, and its share of the pieces, rounded up.
   Index most_tasks(Index rows) const { return 4 * rows + 64 * workers_ + 32; }
 

@@ -57,7 +57,8 @@ void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
       });
 }
 
-/// Turns the gradient by p into that by the scores: p ⊙ (g − Σ_i p_i·g_i) in each row.
+/// Turns the gradient with respect to p into that with respect to the scores: p ⊙ (g − Σ_i p_i·g_i)
+/// in each row.
 template <class Scalar>
 void softmax_rows_backward(const Matrix<Scalar>& p, Matrix<Scalar>& gradient) {
   const Index experts = p.cols();

@@ -173,7 +173,7 @@ class NoisyTopK {
 
  private:
   Index experts() const { return config_.experts; }
-  /// Rows in a task: what it needs of the tape stays in the nearest caches.
+  /// Rows in a task: what it needs of the tape stays in L1 and L2.
   Index block_rows() const { return std::clamp<Index>(4096 / experts(), 1, 64); }
   /// Noise and probabilities take several functions of each score.
   Work work_of(Range rows, const Tape& tape) const {

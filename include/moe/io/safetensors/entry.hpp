@@ -13,7 +13,7 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// What the format says of one tensor: its type, its shape and where it lies.
+/// What the format says of one tensor: its type, its shape and its place in the file.
 
 namespace moe::detail {
 
