@@ -63,7 +63,16 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
     adam.update(layer, rate);
   }
   {
+    const auto before = moe::test::values_of(layer);
 #include "layer_3.inc"
+    layer.backward(dy, tape);
+    adam.update(layer, rate);
+    const auto after = moe::test::values_of(layer);
+    CHECK(after.at("experts.0.up.weight") == before.at("experts.0.up.weight"));
+    CHECK(after.at("gate.weight") != before.at("gate.weight"));
+  }
+  {
+#include "layer_4.inc"
     adam.update(layer, rate);
   }
 }
@@ -71,6 +80,7 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
 TEST_CASE("documents: training.md", "[documents]") {
   auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
 #include "training_1.inc"
+#include "training_2.inc"
   layer.forward(x, tape, {.step = step});
   layer.backward(dy, tape);
   const auto before = moe::test::values_of(layer);

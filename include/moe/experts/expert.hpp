@@ -20,7 +20,7 @@
 namespace moe {
 
 /// The largest number of rows that a plain network is ever handed at once: longer slices come in
-/// pieces, so that a piece and its scratch stay in the L2.
+/// pieces, so that a piece and its scratch stay in L2.
 inline constexpr Index expert_block_rows = 128;
 
 /// Ranges of a network's columns begin at multiples of this, so that a column has the same bits however

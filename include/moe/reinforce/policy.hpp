@@ -64,7 +64,7 @@ concept Policy =
       P::visit_parameters(trained, detail::AnyVisitor{});
     };
 
-/// A policy that shows its state, for Baseline::linear: hidden(tape), after forward, is one row for
+/// A policy that shows its state, for LinearBaseline: hidden(tape), after forward, is one row for
 /// each row of the logits, (steps·R) x W; rows of padding may hold anything.
 template <class P>
 concept PolicyWithHidden = Policy<P> && requires(const P& policy, const typename P::Tape& tape) {
