@@ -250,10 +250,10 @@ template <bool subtracts>
 
 }  // namespace detail
 
-/// Bytes a second that one core moves at most in a training step over weights and gradients beyond the
-/// caches: it reads the weights, reads them and writes the gradients, and reads both and writes the
-/// weights, six times the bytes of the weights in all. Less than read_bandwidth(): a line that is
-/// written is read first.
+/// Bytes a second that one core moves in the plain passes of a training step over weights and gradients
+/// beyond the caches, with ordinary stores: it reads the weights, reads them and writes the gradients,
+/// and reads both and writes the weights, six times the bytes of the weights in all. That a line which
+/// is written over is read first is not counted as moved.
 inline double training_bandwidth() {
   static double best = 0;
   if (best > 0) return best;

@@ -6,8 +6,9 @@
 /// SGD, all lazily; `evaluate` serves the same batch. One core.
 ///
 /// The more experts, the fewer slots an expert, so the same work needs more weights from memory:
-/// `traffic_ms` is what that takes at the bandwidth of plain passes of the same kind (of the experts
-/// and secondary gates in use and the primary gate: weights read by forward, by backward and by the
+/// `traffic_ms` is what that takes at the bandwidth of plain passes of the same kind (of the experts in
+/// use and of the gates: all of a flat gate and of product keys, of a hierarchical one the primary gate
+/// and the secondary ones in use; what gates keep by expert is left out: weights read by forward, by backward and by the
 /// update and written by it, gradients written by backward and read by the update, see
 /// bench::training_bandwidth(); in evaluate the weights once, at the read bandwidth).
 /// `slot_ratio_accounted` is what remains of a slot's time, over what remains with 256 experts

@@ -99,7 +99,7 @@ Competitors make_competitors(const Options& o, const Corpus& corpus) {
   // The operations of a gate's scores, as hidden units of the experts that are used.
   const auto units = [&](Index count) {
     const Index unit = 2 * o.top_k;
-    return (count + unit - 1) / unit;
+    return count >= 0 ? (count + unit - 1) / unit : count / unit;
   };
 
   Competitors competitors;
@@ -111,8 +111,13 @@ Competitors make_competitors(const Options& o, const Corpus& corpus) {
   dense.model.middle.hidden += units(scores - scores_of(dense.model.middle.gate));
   competitors.push_back(make_competitor(dense));
   if (o.groups > 0) {
+    moe::detail::require(o.groups >= 2 && o.top_k % 2 == 0, "--groups ", o.groups, " and --top-k ",
+                         o.top_k, ": a token goes to two groups, to --top-k / 2 experts in each");
     ContestantConfig<Hierarchical> hierarchical = hierarchical_config<Hierarchical>(o, frequencies);
-    hierarchical.model.middle.hidden += units(scores - scores_of(hierarchical.model.middle.gate));
+    Index& hidden = hierarchical.model.middle.hidden;
+    hidden += units(scores - scores_of(hierarchical.model.middle.gate));
+    moe::detail::require(hidden >= 1, "the hierarchical gate's scores take all operations of ",
+                         o.experts, " experts; take fewer --group-experts than ", o.group_experts);
     competitors.push_back(make_competitor(hierarchical));
   }
   competitors.push_back(make_competitor(sparse));
@@ -136,7 +141,7 @@ std::vector<examples::LivePlot::Curve> curves_of(const Competitors& competitors)
 
 /// Calls f(count - 1), ... f(1), f(0), as many at the same time as there are threads, each with its
 /// share of these, and returns when all are done: two small models on a core each are trained faster
-/// than one after the other on two cores. The last one, which is the largest, begins.
+/// than one after the other on two cores. The last one is the largest, so it comes first.
 template <class F>
 void side_by_side(std::size_t count, int threads, F f) {
   const int workers = std::min(threads, static_cast<int>(count));

@@ -68,10 +68,10 @@ class Mixture {
   Index top_k() const { return active_of(config_.gate); }
 
   /// Multiply-adds a token: the gate, and the experts that are used.
-  Index operations() const {
-    const Index width = layer_.config().width;
-    return scores_of(config_.gate) * width + top_k() * 2 * width * config_.hidden;
+  static Index operations_of(const Config& config, Index width) {
+    return scores_of(config.gate) * width + active_of(config.gate) * 2 * width * config.hidden;
   }
+  Index operations() const { return operations_of(config_, layer_.config().width); }
 
   State initial_state(Index) const { return {}; }
 

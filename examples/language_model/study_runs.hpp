@@ -242,8 +242,7 @@ inline Table expert_table(const Options& o) {
     hierarchical(32, 32, "34.6");
     return table;
   }
-  // Few large groups leave a token more of a choice than many small ones. There are too few words to
-  // train the last ones of these.
+  // Few large groups leave a token more of a choice than many small ones.
   hierarchical(4, 64, "");
   hierarchical(16, 64, "34.6");
   hierarchical(64, 64, "34.1");
@@ -258,10 +257,9 @@ inline Table scaling_table(const Options& o) {
   for (const Index share : {9, 3, 1}) {
     const Index updates = std::max<Index>(1, o.updates / share);
     for (const Row& row : expert_table(o).rows) {
-      const bool is_flat = row.run.kind == Kind::noisy_top_k && row.run.experts >= row.run.top_k &&
-                           row.run.top_k > 1;
-      const bool is_larger = row.run.kind == Kind::hierarchical && row.run.experts > 256;
-      if (!is_flat && !is_larger) continue;
+      const bool is_flat = row.run.kind == Kind::noisy_top_k && row.run.top_k > 1;
+      const bool is_next = row.run.kind == Kind::hierarchical && row.run.experts == 1024;
+      if (!is_flat && !is_next) continue;
       Row scaled = row;
       scaled.label += ", " + std::to_string(updates) + " updates";
       scaled.run.updates = share == 1 ? 0 : updates;

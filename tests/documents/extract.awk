@@ -8,6 +8,10 @@
   printf "" >(folder "/" block)
   next
 }
+/^[ \t]+```cpp|^```(c\+\+|C\+\+|cxx|hpp)/ {
+  print "extract.awk: line " NR " begins a block that is not looked at" >"/dev/stderr"
+  exit 1
+}
 /^```$/ {
   if (block != "") close(folder "/" block)
   block = ""

@@ -13,23 +13,28 @@ using moe::test::random_matrix;
 namespace {
 
 template <class Middle>
-Index operations_of(const Run& run, const Options& o) {
-  return Model<Middle>(
-             run_config<Middle>(run, o, std::vector<double>(static_cast<std::size_t>(12), 1. / 12))
-                 .model)
-      .operations();
+typename Model<Middle>::Config model_of(const Run& run, const Options& o) {
+  return run_config<Middle>(run, o, std::vector<double>(static_cast<std::size_t>(12), 1. / 12))
+      .model;
+}
+
+/// Of a model that is not made: with thousands of experts it would take gigabytes.
+template <class Gate>
+Index operations_behind(const Run& run, const Options& o) {
+  const auto model = model_of<Mixture<Gate>>(run, o);
+  return recurrent_operations(o) + Mixture<Gate>::operations_of(model.middle, model.width);
 }
 
 Index operations_of(const Run& run, const Options& o) {
   switch (run.kind) {
     case Kind::noisy_top_k:
-      return operations_of<Mixture<moe::NoisyTopKGate<float>>>(run, o);
+      return operations_behind<moe::NoisyTopKGate<float>>(run, o);
     case Kind::hierarchical:
-      return operations_of<Mixture<moe::HierarchicalGate<float>>>(run, o);
+      return operations_behind<moe::HierarchicalGate<float>>(run, o);
     case Kind::product_keys:
-      return operations_of<Mixture<moe::ProductKeyGate<float>>>(run, o);
+      return operations_behind<moe::ProductKeyGate<float>>(run, o);
     case Kind::recurrent:
-      return operations_of<RecurrentStack<>>(run, o);
+      return Model<RecurrentStack<>>(model_of<RecurrentStack<>>(run, o)).operations();
     default:
       FAIL("not in this table");
   }
@@ -91,7 +96,6 @@ TEST_CASE("language model: the study's models of characters cost the same",
   CHECK(rows.size() == 15);
   for (const Row& row : rows) {
     INFO(row.label);
-    if (row.run.experts > 64) continue;  // many parameters, same arithmetic
     const auto operations = static_cast<double>(operations_of(row.run, o));
     CHECK(std::abs(operations / expected - 1) < 0.01);
   }
@@ -109,7 +113,6 @@ TEST_CASE("language model: the study's models of table 7 cost the same",
   if (o.width == 96) CHECK(expected == 233472);
   for (const Row& row : table.rows) {
     INFO(row.label);
-    if (o.width == 96 && row.run.experts > 64) continue;  // many parameters, same arithmetic
     const auto operations = static_cast<double>(operations_of(row.run, o));
     // An LSTM as narrow as those for a width of 16 can only come so near.
     const double tolerance = row.run.kind == Kind::recurrent && o.width < 96 ? 0.03 : 0.01;

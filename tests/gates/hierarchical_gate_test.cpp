@@ -252,6 +252,8 @@ TEST_CASE("hierarchical gate: a bad configuration is refused with its field and 
   refuse([](Config& c) { c.top_k_groups = 4; }, "top_k_groups = 4, must be from 1 to groups = 3");
   refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to group_experts = 6");
   refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to group_experts = 6");
+  refuse([](Config& c) { c.groups = c.group_experts = Index{1} << 40; },
+         "groups = 1099511627776 times group_experts = 1099511627776 are too many experts");
   refuse([](Config& c) { c.noise_floor = 0; }, "noise_floor = 0, must be finite and above 0");
   refuse([](Config& c) { c.noise_floor = std::nan(""); },
          "noise_floor = nan, must be finite and above 0");

@@ -130,7 +130,6 @@ struct HierarchicalLaw : BalanceLossLaw<HierarchicalGate<Scalar>> {
   }
 };
 
-/// Of all kinds of pairs: a row key that is used once, and several columns of one row.
 template <class Scalar>
 struct ProductKeyLaw : BalanceLossLaw<ProductKeyGate<Scalar>> {
   using Gate = ProductKeyGate<Scalar>;

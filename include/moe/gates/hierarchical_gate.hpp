@@ -190,6 +190,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::check_at_least_one(name, "width", config.width);
     detail::check_at_least_one(name, "groups", config.groups);
     detail::check_at_least_one(name, "group_experts", config.group_experts);
+    detail::check_product(name, "groups", config.groups, "group_experts", config.group_experts);
     detail::check_choice(name, "top_k_groups", config.top_k_groups, "groups", config.groups);
     detail::check_choice(name, "top_k", config.top_k, "group_experts", config.group_experts);
     detail::check_noise_floor(name, config.noise_floor);
@@ -297,8 +298,9 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
       tape.primary.dscore[group_slot] += g * members.weight[member_slot];
       tape.secondary.dscore[member_slot] = g * groups.weight[group_slot];
     });
-    detail::choice_softmax_backward(groups, config_.top_k_groups, tape.primary.dscore);
-    detail::choice_softmax_backward(tape.secondary.routing, config_.top_k, tape.secondary.dscore);
+    detail::softmax_of_chosen_backward(groups, config_.top_k_groups, tape.primary.dscore);
+    detail::softmax_of_chosen_backward(tape.secondary.routing, config_.top_k,
+                                       tape.secondary.dscore);
   }
 
   /// Calls f(slot, slot of the primary gate's routing, slot of the secondary gates') in order.

@@ -161,7 +161,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
       tape.dscore[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
     }
-    detail::choice_softmax_backward(tape.routing, config_.top_k, tape.dscore);
+    detail::softmax_of_chosen_backward(tape.routing, config_.top_k, tape.dscore);
     top_k_.prepare_backward(tape);
     top_k_.backward(tape.tokens.rows_of(x), 0, tape.dscore.data(), tape.dload.data(), tape,
                     tape.routing, tape.tokens.rows_of(dx));

@@ -8,7 +8,6 @@
 
 #include "moe/gates/gate.hpp"
 #include "moe/routing/noisy_top_k.hpp"
-#include "moe/routing/product_load.hpp"
 
 /// \file
 /// The gate for very many experts that are pairs of keys: a token scores a row keys and b column keys
@@ -21,34 +20,41 @@
 
 namespace moe {
 
-/// Product keys [L19 sec. 3.1; H24 sec. 2.1] with the noise and the losses of noisy top-k gating
-/// [S17]. Expert (i, j) is number i·b + j of E = a·b:
+/// Product keys [L19; H24] with the noise and the losses of noisy top-k gating [S17]. Expert (i, j) is
+/// number i·b + j of E = a·b:
 ///
 ///     u = x·W_r + n_r ⊙ (softplus(x·V_r) + s0)   noisy scores of the row keys       T x a
 ///     v = x·W_c + n_c ⊙ (softplus(x·V_c) + s0)   noisy scores of the column keys    T x b
 ///     h_ij = u_i + v_j                           scores of the experts, T x E, never computed whole
 ///     G = softmax of h over its K largest, 0 elsewhere
-///     loss = w_importance·CV²(Importance) + w_load·CV²(Load)
-///     Load_ij = Loadrow_i · Loadcolumn_j · K / (N·Kr·Kc)
+///     loss = w_importance·CV²(Importance) + w_load·[(1 + CV²(Loadrow))·(1 + CV²(Loadcolumn)) − 1]
+///
+/// In [L19] and [H24] each kind of keys meets one half of a query that a network makes of x, in several
+/// heads; here both meet all of x, and there is one head.
 ///
 /// The K largest h are found exactly, among the pairs of the Kr = min(K, a) largest u and the
 /// Kc = min(K, b) largest v: the pair of the p-th u and the q-th v is surpassed by p·q − 1 others,
 /// so those with p·q <= K suffice. Ties go to the larger u, then to the larger v, and of equal keys to
-/// the lower one. Loadrow is the load of the row keys by themselves [S17 eq. 8-10]: the sum over the
-/// N tokens of the probability that a key is among the Kr largest when its own noise is drawn again;
-/// Loadcolumn likewise. Their product, scaled to N·K slots, stands for the load of an expert, which
-/// would cost O(T·E); it is exact where rows and columns are chosen independently. Importance
-/// [S17 eq. 6] is exact, and sees what their product cannot: rows and columns in balance whose pairs
-/// are few. Without noise, and in evaluation, the load is the count of the slots and has no gradient.
-/// With K >= a all row keys take part and their load carries no gradient; columns likewise.
+/// the lower one.
 ///
-/// Where a HierarchicalGate of a groups of b experts has a weight vector for each expert, experts of
-/// one column share theirs here: (a + b)·D weights for a·b experts. Scores cost O(T·D·(a + b)), the
-/// choice O(T·(a + b + K·log²K)), memory O(T·(a + b)). All weights start at zero, as NoisyTopKGate's
-/// do. A token's noise depends on no other token. With K = 1 the gate learns from the load alone.
+/// Loadrow is the load of the row keys by themselves [S17 eq. 8-10]: the sum over tokens of the
+/// probability that a key is among the Kr largest when its own noise is drawn again; Loadcolumn
+/// likewise. So the load loss balances the candidates that pairs are chosen from. The bracket is CV² of
+/// Loadrow_i·Loadcolumn_j over all pairs. Where K >= a all row keys are candidates and their load has
+/// no gradient; columns likewise. Importance [S17 eq. 6] is that of the experts themselves: it sees
+/// keys that are candidates and never chosen, and rows and columns in balance whose pairs are few.
+/// tape.balance.load is the count of the slots, with noise and without. Without noise, and in
+/// evaluation, its CV² is the load loss, a constant.
+///
+/// The a experts of a column share its weight vector, the b experts of a row theirs: 2·(a + b)·D
+/// weights, those of the noise included, for a·b experts. Scores cost O(T·D·(a + b)), the choice
+/// O(T·(a + b + K·log²K)). What is by expert (importance, load, tokens) costs O(E) a pass, in time, in
+/// the tape and in what processes with a shared batch send each other. All weights start at zero, as
+/// NoisyTopKGate's do. A token's noise depends on no other token. With K = 1 weights have no gradient,
+/// and the gate learns from the load loss alone.
 ///
 /// A token with NaN or infinity in x gets K experts like any other, and weights that are NaN; then
-/// the losses are NaN too.
+/// losses whose weight is not 0 are NaN too.
 template <class Scalar_ = float>
 class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>;
@@ -97,9 +103,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     LossWeights loss_weights;  ///< of the pass
     Keys rows;
     Keys columns;
-    Scalar load_factor{0};         ///< K / (N·Kr·Kc)
     Vector<Scalar> dimportance;    ///< E
-    Vector<Scalar> dload;          ///< E
     IndexedVector<Scalar> dscore;  ///< S, the gradient w.r.t. G, then w.r.t. the chosen h
 
     struct Scratch {
@@ -113,9 +117,8 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   ProductKeyGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         rows_(keys_config(config, config.row_keys), derive_seed(seed, 0)),
-        columns_(keys_config(config, config.column_keys), derive_seed(seed, 1)) {
-    list_pairs();
-  }
+        columns_(keys_config(config, config.column_keys), derive_seed(seed, 1)),
+        pairs_(candidate_pairs(config)) {}
 
   const Config& config() const { return config_; }
   Index experts() const { return config_.row_keys * config_.column_keys; }
@@ -126,10 +129,8 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
 
   /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
   detail::SharedCalls shared_calls(bool training, Index) const {
-    const bool has_noise = training && config_.noise;
-    return detail::shared_calls({}, has_noise ? detail::importance_figures(experts()) +
-                                                    config_.row_keys + config_.column_keys
-                                              : detail::balance_figures(experts()));
+    const Index keys = training && config_.noise ? config_.row_keys + config_.column_keys : 0;
+    return detail::shared_calls({}, detail::balance_figures(experts()) + keys);
   }
 
   /// Changes the weights of the losses from the next pass on. Throws std::invalid_argument for one
@@ -149,10 +150,12 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     Config config = config_;
     config.row_keys = rows.experts();
     checked(config);
+    std::vector<Pair> pairs = candidate_pairs(config);
+    std::vector<ParameterSource> from{{0, rows.list()}, {1, rows.list()}, {2}, {3}};
     rows_.change_experts(rows, key_choices(config, config.row_keys), seed, noise_stddev);
+    pairs_.swap(pairs);
     config_ = config;
-    list_pairs();
-    return {{0, rows.list()}, {1, rows.list()}, {2}, {3}};
+    return from;
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
@@ -188,10 +191,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     detail::check_at_least_one(name, "width", config.width);
     detail::check_at_least_one(name, "row_keys", config.row_keys);
     detail::check_at_least_one(name, "column_keys", config.column_keys);
-    // As many as an Index holds when it counts their weights too.
-    detail::require(config.row_keys <= (Index{1} << 60) / config.column_keys, name,
-                    "::Config.row_keys * column_keys is too large: ", config.row_keys, " x ",
-                    config.column_keys);
+    detail::check_product(name, "row_keys", config.row_keys, "column_keys", config.column_keys);
     detail::check_choice(name, "top_k", config.top_k, "row_keys * column_keys",
                          config.row_keys * config.column_keys);
     detail::check_noise_floor(name, config.noise_floor);
@@ -209,14 +209,17 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   Index row_choices() const { return key_choices(config_, config_.row_keys); }
   Index column_choices() const { return key_choices(config_, config_.column_keys); }
 
-  /// By the larger u, then the larger v, so that the first of equal scores is the one to choose.
-  void list_pairs() {
-    pairs_.clear();
-    for (Index p = 0; p < row_choices(); ++p) {
-      for (Index q = 0; q < column_choices() && (p + 1) * (q + 1) <= config_.top_k; ++q) {
-        pairs_.push_back({p, q});
+  /// Those with p·q <= K, by the larger u, then the larger v, so that the first of equal scores is the
+  /// one to choose.
+  static std::vector<Pair> candidate_pairs(const Config& config) {
+    std::vector<Pair> pairs;
+    for (Index p = 0; p < key_choices(config, config.row_keys); ++p) {
+      const Index columns = key_choices(config, config.column_keys);
+      for (Index q = 0; q < columns && (p + 1) * (q + 1) <= config.top_k; ++q) {
+        pairs.push_back({p, q});
       }
     }
+    return pairs;
   }
 
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
@@ -237,15 +240,11 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     score(columns_, of_columns, tape.columns);
     choose(tape);
     detail::BatchSum sum(batch);
-    if (has_noise) {
-      measure_loads(sum, tape);
-      detail::measure_importance(tape.routing, sum, tape.balance);
-      detail::product_load(tape.rows.load, tape.columns.load, tape.load_factor, tape.balance.load);
-    } else {
-      detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
-    }
+    if (has_noise) measure_key_loads(sum, tape);
+    detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
     tape.loss_weights = detail::balance_weights_of(config_);
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
+    if (has_noise) replace_load_loss(tape);
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
@@ -253,10 +252,11 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.dscore});
-    detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
-                                  tape.dimportance, tape.dload);
-    load_backward(tape);
-    choose_backward(dweight, tape);
+    cv_squared_backward(tape.balance.importance,
+                        static_cast<Scalar>(tape.loss_weights.importance * tape.loss_scale),
+                        tape.dimportance);
+    load_loss_backward(tape);
+    pairs_backward(dweight, tape);
     const auto score_backward = [&](TopK& top_k, Keys& keys) {
       top_k.prepare_backward(keys);
       top_k.backward(tape.tokens.rows_of(x), 0, keys.dscore.data(), keys.dload.data(), keys,
@@ -322,35 +322,50 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
       const Index column = expert[k] % config_.column_keys;
       weight[k] = std::exp(u[row] + v[column] - largest);
       total += weight[k];
-      tape.rows.place[first + k] = slot_of(row, t * row_choices(), tape.rows.routing);
-      tape.columns.place[first + k] = slot_of(column, t * column_choices(), tape.columns.routing);
+      tape.rows.place[first + k] =
+          slot_of(row, t * row_choices(), row_choices(), tape.rows.routing);
+      tape.columns.place[first + k] =
+          slot_of(column, t * column_choices(), column_choices(), tape.columns.routing);
     }
     for (Index k = 0; k < config_.top_k; ++k) weight[k] /= total;
   }
 
-  /// Where a key is among those of a token, whose slots begin with `first`.
-  static Index slot_of(Index key, Index first, const Routing<Scalar>& routing) {
-    while (routing.expert[first] != key) ++first;
-    return first;
+  /// Where a key is among the `count` of a token, whose slots begin with `first` and ascend.
+  static Index slot_of(Index key, Index first, Index count, const Routing<Scalar>& routing) {
+    const auto begin = routing.expert.begin() + first;
+    return first + (std::lower_bound(begin, begin + count, key) - begin);
   }
 
   /// du_i = Σ_j dh_ij and dv_j = Σ_i dh_ij over the chosen pairs.
-  void choose_backward(std::span<const Scalar> dweight, Tape& tape) const {
-    detail::resize(tape.dscore, tape.routing.slots());
-    for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
-      tape.dscore[slot] = dweight[slot] + tape.dimportance[tape.routing.expert[slot]];
-    }
-    detail::choice_softmax_backward(tape.routing, config_.top_k, tape.dscore);
+  void pairs_backward(std::span<const Scalar> dweight, Tape& tape) const {
+    const Index slots = tape.routing.slots();
+    detail::resize(tape.dscore, slots);
     for (Keys* keys : {&tape.rows, &tape.columns}) {
-      detail::assign(keys->dscore, keys->routing.slots(), Scalar{0});
-      for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
-        keys->dscore[keys->place[slot]] += tape.dscore[slot];
-      }
+      detail::resize(keys->dscore, keys->routing.slots());
     }
+    parallel_for_blocks(
+        tape.tokens.count, 64, element_work(4 * slots), [&](Index first, Index count) {
+          const Index begin = first * config_.top_k;
+          const Index end = (first + count) * config_.top_k;
+          for (Index slot = begin; slot < end; ++slot) {
+            tape.dscore[slot] =
+                dweight[detail::to_size(slot)] + tape.dimportance[tape.routing.expert[slot]];
+          }
+          detail::softmax_of_chosen_backward(tape.routing, config_.top_k, {first, count},
+                                             tape.dscore);
+          const auto add_to_keys = [&](Index choices, Keys& keys) {
+            std::fill_n(&keys.dscore[first * choices], count * choices, Scalar{0});
+            for (Index slot = begin; slot < end; ++slot) {
+              keys.dscore[keys.place[slot]] += tape.dscore[slot];
+            }
+          };
+          add_to_keys(row_choices(), tape.rows);
+          add_to_keys(column_choices(), tape.columns);
+        });
   }
 
   /// Loadrow and Loadcolumn, which `sum` is told of.
-  void measure_loads(detail::BatchSum& sum, Tape& tape) const {
+  void measure_key_loads(detail::BatchSum& sum, Tape& tape) const {
     const auto measure = [&](const TopK& top_k, Index count, Keys& keys) {
       detail::resize(keys.load, count);
       top_k.compute_load(0, tape.tokens.count, keys, keys.load.data());
@@ -358,27 +373,40 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     };
     measure(rows_, config_.row_keys, tape.rows);
     measure(columns_, config_.column_keys, tape.columns);
-    const double choices = static_cast<double>(tape.tokens.batch_count) *
-                           static_cast<double>(row_choices() * column_choices());
-    tape.load_factor =
-        choices > 0 ? static_cast<Scalar>(static_cast<double>(config_.top_k) / choices) : Scalar{0};
   }
 
-  void load_backward(Tape& tape) const {
+  static Scalar load_weight(const Tape& tape) {
+    return static_cast<Scalar>(tape.loss_weights.load * tape.loss_scale);
+  }
+
+  /// w_load·[(1 + CV²(Loadrow))·(1 + CV²(Loadcolumn)) − 1] in the place of w_load·CV² of the counts.
+  void replace_load_loss(Tape& tape) const {
+    GateLosses<Scalar>& losses = tape.balance.losses;
+    if (load_weight(tape) > 0) {
+      const Scalar row = cv_squared(tape.rows.load);
+      const Scalar column = cv_squared(tape.columns.load);
+      losses.load = load_weight(tape) * (row + column + row * column);
+    }
+    tape.balance.loss = losses.sum();
+  }
+  void load_loss_backward(Tape& tape) const {
     // 0 times a NaN load is no 0.
-    if (!tape.rows.has_noise || tape.loss_weights.load * tape.loss_scale == 0) {
+    if (!tape.rows.has_noise || load_weight(tape) == 0) {
       detail::resize_to_zero(tape.rows.dload, config_.row_keys);
       detail::resize_to_zero(tape.columns.dload, config_.column_keys);
       return;
     }
-    detail::product_load_backward(tape.rows.load, tape.columns.load, tape.load_factor, tape.dload,
-                                  tape.rows.dload, tape.columns.dload);
+    const auto backward = [&](const Vector<Scalar>& other, Keys& keys) {
+      cv_squared_backward(keys.load, load_weight(tape) * (1 + cv_squared(other)), keys.dload);
+    };
+    backward(tape.columns.load, tape.rows);
+    backward(tape.rows.load, tape.columns);
   }
 
   Config config_;
   TopK rows_;
   TopK columns_;
-  std::vector<Pair> pairs_;  ///< p·q <= K
+  std::vector<Pair> pairs_;  ///< see candidate_pairs()
 };
 
 }  // namespace moe

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "moe/matrix.hpp"
 
@@ -19,6 +20,14 @@ inline void check_choice(const char* gate, const char* field, Index value, const
                          Index limit) {
   require(value >= 1 && value <= limit, gate, "::Config.", field, " = ", value,
           ", must be from 1 to ", limit_name, " = ", limit);
+}
+
+/// Of two numbers of at least 1, whose product is the number of experts: three numbers for each expert,
+/// which a pass sums over processes, must be counted by an Index.
+inline void check_product(const char* gate, const char* first_name, Index first,
+                          const char* second_name, Index second) {
+  require(first <= std::numeric_limits<Index>::max() / 8 / second, gate, "::Config.", first_name,
+          " = ", first, " times ", second_name, " = ", second, " are too many experts");
 }
 
 /// `field` with the struct that it is in, such as Config.z_loss_weight.

@@ -31,17 +31,26 @@ inline void check_noise_floor(const char* gate, double noise_floor) {
 }
 
 /// Turns the gradient with respect to G, a number a slot, into that with respect to the chosen h:
-/// dh = G ⊙ (g − Σ_i G_i·g_i) for the K slots of each token.
+/// dh = G ⊙ (g − Σ_i G_i·g_i) for the K slots of each of these tokens.
 template <class Scalar>
-void choice_softmax_backward(const Routing<Scalar>& routing, Index top_k,
-                             IndexedVector<Scalar>& gradient) {
-  for (Index first = 0; first < routing.slots(); first += top_k) {
-    const Scalar* weight = &routing.weight[first];
-    Scalar* g = &gradient[first];
+void softmax_of_chosen_backward(const Routing<Scalar>& routing, Index top_k, Range tokens,
+                                IndexedVector<Scalar>& gradient) {
+  for (Index t = tokens.first; t < tokens.first + tokens.count; ++t) {
+    const Scalar* weight = &routing.weight[t * top_k];
+    Scalar* g = &gradient[t * top_k];
     Scalar mean{0};
     for (Index k = 0; k < top_k; ++k) mean += weight[k] * g[k];
     for (Index k = 0; k < top_k; ++k) g[k] = weight[k] * (g[k] - mean);
   }
+}
+/// The same for all tokens.
+template <class Scalar>
+void softmax_of_chosen_backward(const Routing<Scalar>& routing, Index top_k,
+                                IndexedVector<Scalar>& gradient) {
+  parallel_for_blocks(routing.slots() / top_k, 64, element_work(2 * routing.slots()),
+                      [&](Index first, Index count) {
+                        softmax_of_chosen_backward(routing, top_k, {first, count}, gradient);
+                      });
 }
 
 /// The weights W_g and W_noise, both zero at the start, and the passes of the rows that meet them:
@@ -140,10 +149,11 @@ class NoisyTopK {
     return tape.has_noise && config_.top_k < experts();
   }
 
-  /// The scores h of a row, E, and the experts of the K + 1 largest, or of all E, the largest first.
+  /// The E scores h of a row.
   const Scalar* scores(const Tape& tape, Index row) const {
     return row_data(tape.has_noise ? tape.noisy : tape.clean, row);
   }
+  /// The experts with the min(K + 1, E) largest of them, the largest first.
   const Index* largest(const Tape& tape, Index row) const {
     return tape.best.data() + row * candidates();
   }
@@ -228,7 +238,7 @@ class NoisyTopK {
               std::fill_n(row_data(tape.draw, rows.first), scores_of(rows), Scalar{0});
             }
           }
-          for_each_row(rows, [&](Index row) { choice_backward(row, dscore, routing, tape); });
+          for_each_row(rows, [&](Index row) { add_score_gradients(row, dscore, routing, tape); });
           if (tape.has_noise) scale_backward(rows, tape);
         });
     compute_scores_backward(x, batch, tape, dx);
@@ -321,8 +331,8 @@ class NoisyTopK {
   }
 
   /// With dh the gradient with respect to the chosen h: dc += dh and ds += n ⊙ dh.
-  void choice_backward(Index row, const Scalar* dscore, const Routing<Scalar>& routing,
-                       Tape& tape) const {
+  void add_score_gradients(Index row, const Scalar* dscore, const Routing<Scalar>& routing,
+                           Tape& tape) const {
     for (Index slot = row * config_.top_k; slot < (row + 1) * config_.top_k; ++slot) {
       const Index i = routing.expert[slot];
       tape.dclean(row, i) += dscore[slot];
