@@ -1,12 +1,11 @@
 /// Puts a gate of one's own (nearest_gate.hpp) into a layer, checks its gradient and trains it for a
 /// second. See README.md beside this file.
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <moe/moe.hpp>
+#include <moe/testing/check_gradients.hpp>
 
 #include "nearest_gate.hpp"
 
@@ -44,41 +43,20 @@ class Clouds {
   moe::Matrix<float> maps_;
 };
 
-/// The largest error of the layer's gradients, in double, against central differences of
-/// loss = Σ y², relative to the largest gradient of each parameter.
-double gradient_error() {
+/// The largest error of the gradients of a layer with the gate, in double, against differences.
+moe::GradientCheck check_gate() {
   Layer<double> layer({.width = 3,
                        .expert = {.hidden = 4, .activation = moe::Activation::gelu},
                        .gate = {.experts = 4},
                        .seed = 1});
   moe::Matrix<double> x(5, 3);
   moe::fill_normal(x, 1.0, 2);
-  Layer<double>::Tape tape;
-  layer.backward(2 * layer.forward(x, tape, {.step = 0}), tape);
-
-  double worst = 0;
-  moe::for_each_parameter(layer, [&](const auto&, moe::Parameter<double>& parameter) {
-    double error = 0;
-    for (Index i = 0; i < parameter.size(); ++i) {
-      double& value = parameter.value.data()[i];
-      const double saved = value;
-      const double step = 1e-5;
-      value = saved + step;
-      const double above = layer.evaluate(x).squaredNorm();
-      value = saved - step;
-      const double below = layer.evaluate(x).squaredNorm();
-      value = saved;
-      const double difference = (above - below) / (2 * step);
-      error = std::max(error, std::abs(parameter.gradient().data()[i] - difference));
-    }
-    worst = std::max(worst, error / std::max(1e-3, parameter.gradient().cwiseAbs().maxCoeff()));
-  });
-  return worst;
+  return moe::check_layer_gradients(layer, x, {.step = 0});
 }
 
 int run() {
-  const double error = gradient_error();
-  std::printf("gradients differ from differences by %.0e of the largest\n\n", error);
+  const moe::GradientCheck check = check_gate();
+  std::printf("%s\n\n", check.text().c_str());
 
   Layer<float> layer({.width = width, .expert = {.hidden = 32}, .gate = {.experts = 8}, .seed = 3});
   const Clouds clouds;
@@ -106,7 +84,7 @@ int run() {
   clouds.draw(6000, 99, x, y);
   const double left = static_cast<double>((layer.evaluate(x) - y).squaredNorm() / y.squaredNorm());
   std::printf("\non tokens never seen, %.1f %% of y's squares are left unexplained\n", 100 * left);
-  const bool good = error < 1e-6 && left < 0.05;
+  const bool good = check.error < 1e-7 && left < 0.05;
   std::printf("%s\n", good ? "The gate has learned." : "The gate has not learned.");
   return good ? 0 : 1;
 }

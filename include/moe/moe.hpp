@@ -1,7 +1,7 @@
 #pragma once
 
 /// \file
-/// The whole library but io/ and mpi/, which have dependencies of their own.
+/// The whole library but io/ and mpi/, which have dependencies of their own, and testing/.
 
 #include "moe/config.hpp"
 #include "moe/config_fields.hpp"

@@ -1,4 +1,5 @@
 #include <cstdint>
+#include <cstdio>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "moe/config_fields.hpp"
 #include "moe/io/safetensors.hpp"
 #include "moe/moe.hpp"
+#include "moe/testing/check_gradients.hpp"
 
 // The blocks of the README and of docs/, from the documents themselves, compiled and run in what they
 // take for granted. extract.awk makes the files; a block that nobody includes stops CMake.
@@ -114,6 +116,16 @@ TEST_CASE("documents: gates.md", "[documents]") {
 #include "gates_3.inc"
     layer.forward(x, tape, {.step = step, .valid = valid});
     CHECK(tape.routing().slots() == 2 * 63);
+  }
+  {
+    moe::MoELayer<moe::Expert<moe::FeedForward, double>> layer(
+        {.width = 3,
+         .expert = {.hidden = 4, .activation = moe::Activation::gelu},
+         .gate = {.experts = 4, .top_k = 2},
+         .seed = 1});
+    const auto x = moe::test::random_matrix(5, 3, 2);
+#include "gates_4.inc"
+    CHECK(check.error < 1e-7);
   }
 }
 

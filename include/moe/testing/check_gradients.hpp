@@ -1,0 +1,221 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "moe/function_ref.hpp"
+#include "moe/matrix.hpp"
+#include "moe/parameter.hpp"
+#include "moe/random.hpp"
+#include "moe/reinforce/policy.hpp"
+#include "moe/routing/pass.hpp"
+
+/// \file
+/// Whether a backward pass is the derivative of its forward pass: for those who write networks, gates,
+/// policies and models of their own. Not part of moe/moe.hpp. All of it computes in double, by
+/// differences of fourth order, and takes some four forward passes for each number that is checked.
+///
+///     using Layer = moe::MoELayer<moe::Expert<MyNetwork, double>, MyGate<double>>;
+///     Layer layer({...});
+///     const moe::GradientCheck check = moe::check_layer_gradients(layer, x, {.step = 0});
+///     if (check.error > 1e-7) std::puts(check.text().c_str());
+///
+/// Where a function has no derivative (a ReLU at 0, a tie between experts), differences of two widths
+/// disagree; such entries are left out and counted. Few are normal: if many are, take another x.
+
+namespace moe {
+
+/// The entry of a gradient that is farthest from what differences say.
+struct GradientCheck {
+  std::string parameter;  ///< its name, or "x"
+  Index row = 0;
+  Index column = 0;
+  double gradient = 0;    ///< what backward() made of it
+  double difference = 0;  ///< what it should be
+  /// |gradient − difference| over the largest difference in the same parameter, or over a millionth of
+  /// the largest in all parameters where that is more. NaN where the gradient is NaN or infinite.
+  double error = 0;
+  Index checked = 0;  ///< entries in all, those left out included
+  Index kinks = 0;    ///< entries left out
+
+  /// "gate.weight(3, 1) is 0.25, differences say 0.5: an error of 0.5; 2 of 340 entries left out".
+  std::string text() const {
+    return detail::join(parameter, "(", row, ", ", column, ") is ", gradient, ", differences say ",
+                        difference, ": an error of ", error, "; ", kinks, " of ", checked,
+                        " entries left out");
+  }
+};
+
+namespace detail {
+
+/// Differences of a loss by every entry of some matrices, beside the gradients that are checked.
+class GradientComparison {
+ public:
+  explicit GradientComparison(FunctionRef<double()> loss) : loss_(loss) {}
+
+  /// Changes the entries of `value`, which the loss depends on, one by one, and sets them back.
+  void add(const std::string& name, Matrix<double>& value, const Matrix<double>& gradient) {
+    Entry entry{name, gradient, Matrix<double>(value.rows(), value.cols()),
+                Matrix<double>(value.rows(), value.cols())};
+    const double here = loss_();
+    for (Index i = 0; i < value.size(); ++i) {
+      double& number = value.data()[i];
+      const double before = number;
+      const double step = 1e-4 * std::max(1.0, std::abs(before));
+      struct Slopes {
+        double mean;
+        double bend;  // of the slopes on both sides
+      };
+      const auto slopes = [&](double width) {
+        number = before + width;
+        const double above = loss_();
+        number = before - width;
+        const double below = loss_();
+        return Slopes{(above - below) / (2 * width), (above - 2 * here + below) / width};
+      };
+      const Slopes narrow = slopes(step);
+      const Slopes wide = slopes(2 * step);
+      number = before;
+      entry.difference.data()[i] = (4 * narrow.mean - wide.mean) / 3;
+      // A smooth function's bend grows with the width; that of a kink right here does not.
+      entry.disagreement.data()[i] =
+          std::max(std::abs(narrow.mean - wide.mean), std::abs(narrow.bend - wide.bend / 2));
+    }
+    entries_.push_back(std::move(entry));
+  }
+
+  GradientCheck worst() const {
+    double largest = 0;
+    for (const Entry& entry : entries_) largest = std::max(largest, entry.largest());
+    GradientCheck check;
+    bool first = true;
+    for (const Entry& entry : entries_) {
+      // Differences of a loss of size 1 cannot be told from 0 below 1e-11.
+      const double scale = std::max({entry.largest(), 1e-6 * largest, 1e-11});
+      check.checked += entry.gradient.size();
+      for (Index row = 0; row < entry.gradient.rows(); ++row) {
+        for (Index column = 0; column < entry.gradient.cols(); ++column) {
+          if (!(entry.disagreement(row, column) <= 1e-3 * scale)) {
+            ++check.kinks;
+            continue;
+          }
+          const double gradient = entry.gradient(row, column);
+          const double difference = entry.difference(row, column);
+          const double error = std::abs(gradient - difference) / scale;
+          if (!first && error <= check.error) continue;
+          first = false;
+          check.parameter = entry.name;
+          check.row = row;
+          check.column = column;
+          check.gradient = gradient;
+          check.difference = difference;
+          check.error = std::isfinite(error) ? error : std::nan("");
+          if (!std::isfinite(error)) return check;
+        }
+      }
+    }
+    return check;
+  }
+
+ private:
+  struct Entry {
+    std::string name;
+    Matrix<double> gradient;
+    Matrix<double> difference;
+    Matrix<double> disagreement;
+
+    double largest() const { return difference.size() > 0 ? difference.cwiseAbs().maxCoeff() : 0; }
+  };
+  FunctionRef<double()> loss_;
+  std::vector<Entry> entries_;
+};
+
+template <class Module>
+void compare_parameters(Module& module, GradientComparison& comparison) {
+  for_each_parameter(module, [&](const std::string& name, Parameter<double>& parameter) {
+    if (!parameter.trained) return;
+    const Matrix<double> gradient = parameter.gradient();
+    comparison.add(name, parameter.value, gradient);
+  });
+}
+
+/// Weights of the numbers that a pass makes, so that the loss is a sum of them.
+inline Matrix<double> loss_weights_like(const Matrix<double>& y) {
+  Matrix<double> weights(y.rows(), y.cols());
+  fill_normal(weights, 1.0, 0x6C6F7373u);
+  return weights;
+}
+
+}  // namespace detail
+
+/// Checks the gradients of every trained parameter of a module: `loss` computes the loss with the
+/// parameters as they are, `backward` makes forward and backward passes that add its gradients. Both
+/// must draw the same noise each time. The gradients are left as they were checked.
+template <class Module>
+GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss,
+                              detail::FunctionRef<void()> backward) {
+  zero_gradients(module);
+  backward();
+  detail::GradientComparison comparison(loss);
+  detail::compare_parameters(module, comparison);
+  return comparison.worst();
+}
+
+/// Checks a layer in double, and with it its gate and its experts' network: dx and the gradients of all
+/// trained parameters, of a weighted sum of y and the balance losses. x is T x D.
+template <class Layer>
+GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& pass) {
+  typename Layer::Tape tape;
+  const Matrix<double> weights = detail::loss_weights_like(layer.forward(x, tape, pass));
+  const auto loss = [&] {
+    const double sum = layer.forward(x, tape, pass).cwiseProduct(weights).sum();
+    return sum + tape.balance().loss;
+  };
+  zero_gradients(layer);
+  layer.forward(x, tape, pass);
+  const Matrix<double> dx = layer.backward(weights, tape);
+  detail::GradientComparison comparison(loss);
+  comparison.add("x", x, dx);
+  detail::compare_parameters(layer, comparison);
+  return comparison.worst();
+}
+
+/// Checks a policy of doubles: the gradients of all trained parameters, of a weighted sum of the logits.
+/// `previous` is what its rows read, steps·R numbers with R = inputs·samples, negative in padding;
+/// `noise` is the key of what it draws. `balance_loss` returns the losses of mixtures inside, which
+/// their backward passes include, from the tape of a forward pass.
+template <Policy P>
+GradientCheck check_policy_gradients(
+    P& policy, std::span<const typename P::Input> inputs, Index samples,
+    std::span<const Index> previous, const std::optional<NoiseKey>& noise = std::nullopt,
+    detail::FunctionRef<double(const typename P::Tape&)> balance_loss =
+        [](const typename P::Tape&) { return 0.0; }) {
+  typename P::Tape tape;
+  const auto forward = [&]() -> const Matrix<double>& {
+    return policy.forward(inputs, samples, previous, noise, tape);
+  };
+  Matrix<double> weights = detail::loss_weights_like(forward());
+  for (Index row = 0; row < weights.rows(); ++row) {
+    if (previous[detail::to_size(row)] < 0) weights.row(row).setZero();
+  }
+  const auto loss = [&] {
+    const Matrix<double>& logits = forward();
+    double sum = balance_loss(tape);
+    for (Index row = 0; row < logits.rows(); ++row) {
+      // What padding holds is not read, not even times 0.
+      if (previous[detail::to_size(row)] >= 0) sum += logits.row(row).dot(weights.row(row));
+    }
+    return sum;
+  };
+  return check_gradients(policy, loss, [&] {
+    forward();
+    policy.backward(weights, tape);
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,144 @@
+#include "moe/testing/check_gradients.hpp"
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "../naive_layer.hpp"
+#include "../reinforce/policies.hpp"
+#include "../support.hpp"
+#include "moe/layer/moe_layer.hpp"
+
+using namespace moe;
+using moe::test::random_matrix;
+
+namespace {
+
+enum class Fault { none, sign, transposed, lost_term, off_by_one, not_a_number };
+
+/// y = x·W + b with faults to choose from in the gradients of a 3 x 3 matrix and of b.
+struct Faulty {
+  Fault fault = Fault::none;
+  Parameter<double> weight{3, 3};
+  Parameter<double> bias{1, 3};
+
+  Faulty() {
+    weight.value = random_matrix(3, 3, 1);
+    bias.value = random_matrix(1, 3, 2);
+    detail::track_gradients(weight);
+    detail::track_gradients(bias);
+  }
+  Matrix<double> forward(const Matrix<double>& x) const {
+    return (x * weight.value).rowwise() + bias.value.row(0);
+  }
+  void backward(const Matrix<double>& x, const Matrix<double>& dy) {
+    const Matrix<double> dweight = x.transpose() * dy;
+    weight.gradient() += fault == Fault::sign         ? Matrix<double>(-dweight)
+                         : fault == Fault::transposed ? Matrix<double>(dweight.transpose())
+                                                      : dweight;
+    if (fault == Fault::lost_term) weight.gradient()(1, 2) -= x(0, 1) * dy(0, 2);
+    if (fault == Fault::not_a_number) weight.gradient()(2, 1) = std::nan("");
+    for (Index t = 0; t < dy.rows() - (fault == Fault::off_by_one ? 1 : 0); ++t) {
+      bias.gradient() += dy.row(t);
+    }
+  }
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("weight", self.weight);
+    visit("bias", self.bias);
+  }
+};
+
+GradientCheck check(Fault fault) {
+  Faulty module;
+  module.fault = fault;
+  const Matrix<double> x = random_matrix(4, 3, 3);
+  const Matrix<double> r = random_matrix(4, 3, 4);
+  return check_gradients(
+      module, [&] { return module.forward(x).cwiseProduct(r).sum(); },
+      [&] { module.backward(x, r); });
+}
+
+using Layer = MoELayer<Expert<FeedForward, double>>;
+
+Layer make_layer(Activation activation) {
+  Layer layer({.width = 4,
+               .expert = {.hidden = 5, .activation = activation},
+               .gate = {.experts = 5, .top_k = 2},
+               .seed = 1});
+  test::randomize(layer, 2, 0.6);
+  return layer;
+}
+
+}  // namespace
+
+TEST_CASE("check gradients: right ones pass, and each fault is found and named", "[testing]") {
+  const GradientCheck right = check(Fault::none);
+  CHECK(right.error < 1e-9);
+  CHECK(right.checked == 12);
+  CHECK(right.kinks == 0);
+  const auto expect = [](Fault fault, const std::string& parameter) {
+    const GradientCheck wrong = check(fault);
+    CHECK(wrong.error > 1e-2);
+    CHECK(wrong.parameter == parameter);
+    CHECK(std::abs(wrong.gradient - wrong.difference) > 1e-3);
+    return wrong;
+  };
+  expect(Fault::sign, "weight");
+  expect(Fault::transposed, "weight");
+  expect(Fault::off_by_one, "bias");
+  const GradientCheck lost = expect(Fault::lost_term, "weight");
+  CHECK(lost.row == 1);
+  CHECK(lost.column == 2);
+  const GradientCheck nan = check(Fault::not_a_number);
+  CHECK(std::isnan(nan.error));
+  CHECK(nan.row == 2);
+  CHECK(nan.column == 1);
+  CHECK(nan.text().starts_with("weight(2, 1) is nan, differences say "));
+}
+
+TEST_CASE("check gradients: a layer, with its gate, its experts and dx", "[testing]") {
+  Layer layer = make_layer(Activation::gelu);
+  const Matrix<double> x = random_matrix(6, 4, 5);
+  const GradientCheck right = check_layer_gradients(layer, x, {.step = 3});
+  CHECK(right.error < 1e-7);
+  CHECK(right.checked == 6 * 4 + parameter_count(layer));
+  CHECK(right.kinks < right.checked / 10);
+  // What is frozen is not checked.
+  for_each_parameter(layer, [](const std::string& name, Parameter<double>& p) {
+    if (name.starts_with("experts.")) p.trained = false;
+  });
+  CHECK(check_layer_gradients(layer, x, {.step = 3}).checked == 6 * 4 + 2 * 4 * 5);
+}
+
+TEST_CASE("check gradients: kinks are left out and counted", "[testing]") {
+  // A token and a bias that put a hidden unit of a ReLU at 0.
+  Layer layer = make_layer(Activation::relu);
+  for_each_parameter(layer, [](const std::string& name, Parameter<double>& p) {
+    if (name.ends_with("up.bias")) p.value.setZero();
+  });
+  Matrix<double> x = random_matrix(6, 4, 5);
+  x.row(2).setZero();
+  const GradientCheck check = check_layer_gradients(layer, x, {.step = 3});
+  CHECK(check.kinks >= 4);
+  CHECK(check.error < 1e-7);
+}
+
+TEST_CASE("check gradients: a policy with a mixture inside", "[testing]") {
+  using Policy = test::SmallPolicy<double>;
+  Policy policy({.nan_in_padding = true});
+  const std::vector<Index> inputs{0, 2};
+  // Two steps of four rows; the second row has ended after one.
+  const std::vector<Index> previous{0, 0, 0, 0, 1, -1, 2, 1};
+  const NoiseKey noise{.step = 4};
+  const auto losses = [](const Policy::Tape& tape) {
+    return static_cast<double>(tape.mixture.balance().loss);
+  };
+  const GradientCheck right = check_policy_gradients(policy, inputs, 2, previous, noise, losses);
+  CHECK(right.error < 1e-7);
+  CHECK(right.checked == parameter_count(policy));
+  // Without the balance losses the gate's gradients do not fit.
+  const GradientCheck wrong = check_policy_gradients(policy, inputs, 2, previous, noise);
+  CHECK(wrong.error > 1e-3);
+  CHECK(wrong.parameter.find("gate") != std::string::npos);
+}
