@@ -33,4 +33,12 @@ write_basic_package_version_file("${PROJECT_BINARY_DIR}/moe-config-version.cmake
 install(FILES "${PROJECT_BINARY_DIR}/moe-config.cmake"
               "${PROJECT_BINARY_DIR}/moe-config-version.cmake"
         DESTINATION "${package_folder}")
+
+# For builds without CMake. The prefix is where the file is found, so a prefix may be moved.
+set(pkgconfig_folder "${CMAKE_INSTALL_DATADIR}/pkgconfig")
+cmake_path(RELATIVE_PATH CMAKE_INSTALL_PREFIX BASE_DIRECTORY "${CMAKE_INSTALL_PREFIX}/${pkgconfig_folder}"
+           OUTPUT_VARIABLE moe_pc_to_prefix)
+configure_file(cmake/moe.pc.in "${PROJECT_BINARY_DIR}/moe.pc" @ONLY)
+install(FILES "${PROJECT_BINARY_DIR}/moe.pc" DESTINATION "${pkgconfig_folder}")
+
 install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DATADIR}/doc/moe")
