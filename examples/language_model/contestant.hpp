@@ -234,34 +234,38 @@ ContestantConfig<Middle> contestant_config(const Options& o, std::vector<double>
   return config;
 }
 
+/// A model with a mixture behind a gate.
+template <class Middle>
+ContestantConfig<Middle> mixture_config(const Options& o, std::vector<double> frequencies,
+                                        std::string name,
+                                        const decltype(Middle::Config::gate)& gate) {
+  ContestantConfig<Middle> config = contestant_config<Middle>(o, std::move(frequencies));
+  config.name = std::move(name);
+  config.model.middle = {.gate = gate, .hidden = o.hidden};
+  set_style(config.model.middle, o);
+  return config;
+}
+
 /// The sparse model of the options, with the gate of the paper.
 template <class Middle>
 ContestantConfig<Middle> sparse_config(const Options& o, std::vector<double> frequencies) {
-  ContestantConfig<Middle> config = contestant_config<Middle>(o, std::move(frequencies));
-  config.name = "sparse";
-  config.model.middle = {.gate = {.experts = o.experts,
-                                  .top_k = o.top_k,
-                                  .importance_weight = o.importance_weight,
-                                  .load_weight = o.load_weight},
-                         .hidden = o.hidden};
-  set_style(config.model.middle, o);
-  return config;
+  return mixture_config<Middle>(o, std::move(frequencies), "sparse",
+                                {.experts = o.experts,
+                                 .top_k = o.top_k,
+                                 .importance_weight = o.importance_weight,
+                                 .load_weight = o.load_weight});
 }
 
 /// A sparse model behind a hierarchical gate, which chooses two groups.
 template <class Middle>
 ContestantConfig<Middle> hierarchical_config(const Options& o, std::vector<double> frequencies) {
-  ContestantConfig<Middle> config = contestant_config<Middle>(o, std::move(frequencies));
-  config.name = "hierarchical";
-  config.model.middle = {.gate = {.groups = o.groups,
-                                  .group_experts = o.group_experts,
-                                  .top_k_groups = 2,
-                                  .top_k = o.top_k / 2,
-                                  .importance_weight = o.importance_weight,
-                                  .load_weight = o.load_weight},
-                         .hidden = o.hidden};
-  set_style(config.model.middle, o);
-  return config;
+  return mixture_config<Middle>(o, std::move(frequencies), "hierarchical",
+                                {.groups = o.groups,
+                                 .group_experts = o.group_experts,
+                                 .top_k_groups = 2,
+                                 .top_k = o.top_k / 2,
+                                 .importance_weight = o.importance_weight,
+                                 .load_weight = o.load_weight});
 }
 
 /// `count` words or characters drawn from the model, one after the other, from the start of a document on.
