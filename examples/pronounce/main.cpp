@@ -62,6 +62,7 @@ void train(const Options& options, const Surroundings& s) {
   std::printf("%zu words to train on, %zu for validation, %zu for the test; %td parameters\n",
               dictionary.train.size(), dictionary.validation.size(), dictionary.test.size(),
               moe::parameter_count(trainer.network()));
+  print_operations(trainer.network().operations());
   std::printf("%td updates of %td words, %.1f readings; %d threads, seed %s\n%s\n\n",
               options.updates, options.words,
               static_cast<double>(options.updates) / static_cast<double>(trainer.batches()),

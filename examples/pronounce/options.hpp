@@ -24,6 +24,7 @@ struct Options {
   Index top_k = 2;
   Index hidden = 32;
   double dropout = 0;
+  double late_dropout = 0;
   double balance_weight = 0.1;
 
   // the plan
@@ -72,6 +73,8 @@ inline void check_options(const Options& o) {
   check(o.cross_entropy >= 0, "--cross-entropy must be at least 0");
   check(o.words >= 1, "--words must be at least 1");
   check(o.clip > 0, "--clip must be above 0");
+  // The training would only complain when the first phase is over.
+  check(o.late_dropout >= 0 && o.late_dropout < 1, "--late-dropout must be in [0, 1)");
 }
 
 /// Calls f(name, member, what it is) for every option.
@@ -82,7 +85,8 @@ void for_each_option(OptionsType& o, F&& f) {
   f("experts", o.experts, "experts E of the mixture");
   f("top_k", o.top_k, "experts K used for a letter");
   f("hidden", o.hidden, "hidden width of an expert");
-  f("dropout", o.dropout, "probability of dropping an activation");
+  f("dropout", o.dropout, "probability of dropping an activation in the first phase");
+  f("late-dropout", o.late_dropout, "the same once that many updates of --cross-entropy are over");
   f("balance-weight", o.balance_weight, "weight of the importance and of the load loss");
   f("updates", o.updates, "updates in all");
   f("cross-entropy", o.cross_entropy, "the first so many updates know cross-entropy only");

@@ -104,6 +104,12 @@ inline double learning_rate_of(const Options& o, Index update) {
       .peak = o.late_rate, .warm_up = warm_up, .total = late + 1}(update - o.cross_entropy);
 }
 
+/// The dropout of an update. It ends with the first phase by default: the samples that REINFORCE
+/// scores should be the network's own, not those of one with holes.
+inline double dropout_of(const Options& o, Index update) {
+  return update <= o.cross_entropy ? o.dropout : o.late_dropout;
+}
+
 /// What sequences earn; or, to see what that is worth, what they did not earn.
 class Rewards {
  public:
@@ -186,6 +192,7 @@ class Trainer {
   void train() {
     const double start = seconds_now();
     ++update_;
+    network_.set_dropout(dropout_of(options_, update_));
     batches_.get(update_, batch_);
     moe::zero_gradients(network_);
     moe::zero_gradients(helper_);
