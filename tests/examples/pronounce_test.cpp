@@ -49,7 +49,7 @@ Options small_options() {
   o.experts = 4;
   o.hidden = 6;
   o.dropout = 0.3;
-  o.late_dropout = 0.1;
+  o.sampled_dropout = 0.1;
   o.words = 8;
   o.max_length = 12;
   o.updates = 12;
@@ -195,14 +195,21 @@ TEST_CASE("pronounce: steps give the logits of the whole, to the bit", "[pronoun
   }
 }
 
-TEST_CASE("pronounce: the dropout changes when the first phase is over", "[pronounce]") {
-  const Options options = small_options();
+TEST_CASE("pronounce: updates of REINFORCE have a dropout of their own", "[pronounce]") {
+  Options options = small_options();
+  options.updates = 40;
   const std::vector<Entry> entries = made_up_words(50);
   Trainer trainer(options, entries);
-  for (Index update = 1; update <= 6; ++update) {
+  const auto schedule = std::get<moe::Alternation>(schedule_of(options));
+  Index sampled = 0;
+  for (Index update = 1; update <= options.updates; ++update) {
     trainer.train();
-    CHECK(trainer.network().config().dropout == (update <= 4 ? 0.3 : 0.1));
+    const bool is_sampled = schedule(update).reinforce > 0;
+    CHECK(trainer.network().config().dropout == (is_sampled ? 0.1 : 0.3));
+    sampled += is_sampled;
   }
+  CHECK(sampled > 20);
+  CHECK(sampled < options.updates - options.cross_entropy);  // the two kinds alternate
 
   // Each of the three that drop has the new rate: at this one, nothing is left.
   Network network(network_of(options));
@@ -221,10 +228,10 @@ TEST_CASE("pronounce: the dropout changes when the first phase is over", "[prono
   CHECK(is_zero(0) == std::vector<bool>{false, false, false});
 
   Options other = options;
-  other.late_dropout = 1;
-  CHECK_THROWS_WITH(check_options(other), Contains("--late-dropout"));
-  other.late_dropout = -0.1;
-  CHECK_THROWS_WITH(check_options(other), Contains("--late-dropout"));
+  other.sampled_dropout = 1;
+  CHECK_THROWS_WITH(check_options(other), Contains("--sampled-dropout"));
+  other.sampled_dropout = -0.1;
+  CHECK_THROWS_WITH(check_options(other), Contains("--sampled-dropout"));
 }
 
 TEST_CASE("pronounce: operations are the weights that a letter or phoneme meets", "[pronounce]") {
