@@ -130,23 +130,24 @@ full() {
 for way in $ways; do
   for seed in $seeds; do
     awk -v way="$way" -v seed="$seed" '
-      /^\| (validation|test)/ { per[$2] = $6; wer[$2] = $8; first[$2] = $10 }
+      /^\| (training|validation|test)/ { per[$2] = $6; wer[$2] = $8; first[$2] = $10 }
       /^Error rates in percent after/ { updates = $6; seconds = $8 }
-      END { print way, seed, updates, seconds, wer["validation"], wer["test"], first["test"],
-                  per["test"] }' "$folder/$way-$seed.log"
+      END { print way, seed, updates, seconds, wer["training"] + 0, wer["validation"], wer["test"],
+                  first["test"], per["test"] }' "$folder/$way-$seed.log"
   done
 done | awk '
   { n[$1]++; if (n[$1] == 1) order[++ways] = $1
-    updates[$1] += $3; seconds[$1] += $4; validation[$1] += $5; test[$1] += $6; squares[$1] += $6 * $6
-    first[$1] += $7; per[$1] += $8; each[$1] = each[$1] (n[$1] > 1 ? " / " : "") $6 }
+    updates[$1] += $3; seconds[$1] += $4; training[$1] += $5; validation[$1] += $6
+    test[$1] += $7; squares[$1] += $7 * $7; first[$1] += $8; per[$1] += $9
+    each[$1] = each[$1] (n[$1] > 1 ? " / " : "") $7 }
   END {
-    print "| way | updates | seconds | validation WER | test WER, each seed | mean | deviation | first listed | PER |"
-    print "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |"
+    print "| way | updates | seconds | training WER | validation WER | test WER, each seed | mean | deviation | first listed | PER |"
+    print "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |"
     for (i = 1; i <= ways; ++i) {
       w = order[i]; k = n[w]; mean = test[w] / k
       variance = k > 1 ? (squares[w] - k * mean * mean) / (k - 1) : 0
-      printf "| %s | %d | %d | %.2f | %s | %.2f | %.2f | %.2f | %.2f |\n", w, updates[w] / k,
-        seconds[w] / k, validation[w] / k, each[w], mean, sqrt(variance > 0 ? variance : 0),
-        first[w] / k, per[w] / k
+      printf "| %s | %d | %d | %.2f | %.2f | %s | %.2f | %.2f | %.2f | %.2f |\n", w, updates[w] / k,
+        seconds[w] / k, training[w] / k, validation[w] / k, each[w], mean,
+        sqrt(variance > 0 ? variance : 0), first[w] / k, per[w] / k
     }
   }' | tee "$folder/table.md"
