@@ -2,6 +2,8 @@
 /// well; and pronounces words. See README.md beside this file.
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -51,6 +53,13 @@ void check_sizes(const moe::SafetensorsFile& file, const Options& o) {
   check("mixture.experts.0.up.weight", 2 * o.width, o.hidden);
 }
 
+/// Every n-th of them.
+std::vector<Entry> every(std::size_t n, const std::vector<Entry>& entries) {
+  std::vector<Entry> some;
+  for (std::size_t i = 0; i < entries.size(); i += n) some.push_back(entries[i]);
+  return some;
+}
+
 void train(const Options& options, const Surroundings& s) {
   const Dictionary dictionary = read_dictionary(s.dictionary);
   std::optional<moe::SafetensorsFile> file;
@@ -62,6 +71,7 @@ void train(const Options& options, const Surroundings& s) {
   std::printf("%zu words to train on, %zu for validation, %zu for the test; %td parameters\n",
               dictionary.train.size(), dictionary.validation.size(), dictionary.test.size(),
               moe::parameter_count(trainer.network()));
+  print_operations(trainer.network().operations());
   std::printf("%td updates of %td words, %.1f readings; %d threads, seed %s\n%s\n\n",
               options.updates, options.words,
               static_cast<double>(options.updates) / static_cast<double>(trainer.batches()),
@@ -94,6 +104,11 @@ void train(const Options& options, const Surroundings& s) {
   std::printf("\nError rates in percent after %td updates, %.0f s of training\n\n",
               trainer.update(), trainer.seconds());
   print_result_header();
+  // Words of the training part, as many as there are for validation, show how far it overfits.
+  const std::size_t n =
+      std::max<std::size_t>(1, dictionary.train.size() / dictionary.validation.size());
+  print_result("training",
+               evaluate(trainer.network(), trainer.helper(), every(n, dictionary.train)));
   print_result("validation", validation);
   if (!s.no_test) {
     print_result("test", evaluate(trainer.network(), trainer.helper(), dictionary.test));

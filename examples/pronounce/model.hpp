@@ -47,11 +47,11 @@ class Model {
     Index letters = 0;   ///< symbols of a spelling
     Index phonemes = 0;  ///< symbols of a pronunciation, the end among them
     Index embedding = 64;
-    Index width = 128;          ///< H of the three LSTMs
-    Index experts = 16;         ///< E
-    Index top_k = 2;            ///< K
-    Index expert_hidden = 256;  ///< of an expert
-    double dropout = 0.2;
+    Index width = 128;             ///< H of the three LSTMs
+    Index experts = 16;            ///< E
+    Index top_k = 2;               ///< K
+    Index expert_hidden = 256;     ///< of an expert
+    double dropout = 0.2;          ///< at first, see set_dropout()
     double balance_weight = 0.01;  ///< of the importance and the load loss
     std::uint64_t seed = 1;
   };
@@ -112,7 +112,6 @@ class Model {
                  seed(0)),
         rightwards_({.inputs = config.embedding, .hidden = config.width}, seed(1)),
         leftwards_({.inputs = config.embedding, .hidden = config.width}, seed(2)),
-        dropout_both_({.rate = config.dropout}, seed(3)),
         mixture_({.width = 2 * config.width,
                   .expert = {.hidden = config.expert_hidden},
                   .gate = {.experts = config.experts,
@@ -127,12 +126,40 @@ class Model {
         decoder_({.inputs = config.embedding, .hidden = config.width}, seed(8)),
         query_({.inputs = config.width, .outputs = config.width, .bias = false}, seed(9)),
         output_({.inputs = 3 * config.width, .outputs = config.width}, seed(10)),
-        logits_({.inputs = config.width, .outputs = config.phonemes}, seed(11)),
-        dropout_embedding_({.rate = config.dropout}, seed(12)),
-        dropout_output_({.rate = config.dropout}, seed(13)) {}
+        logits_({.inputs = config.width, .outputs = config.phonemes}, seed(11)) {
+    set_dropout(config.dropout);
+  }
 
   const Config& config() const { return config_; }
   Index symbols() const { return config_.phonemes; }
+
+  /// Of all that is trained from now on.
+  void set_dropout(double rate) {
+    config_.dropout = rate;
+    dropout_both_ = Dropout({.rate = rate}, seed(3));
+    dropout_embedding_ = Dropout({.rate = rate}, seed(12));
+    dropout_output_ = Dropout({.rate = rate}, seed(13));
+  }
+
+  /// Multiply-adds of a forward pass in the products with weights: not those of the attention, which
+  /// grow with the word, nor those of the bridge, which there is one of a word.
+  struct Operations {
+    Index letter = 0;
+    Index mixture =
+        0;  ///< of `letter`: the gate, with the scores of the noise, and the experts used
+    Index phoneme = 0;
+  };
+  Operations operations() const {
+    const Index H = config_.width;
+    const Index lstm = 4 * H * (config_.embedding + H);
+    const Index mixture = 2 * H * (2 * config_.experts + 2 * config_.top_k * config_.expert_hidden);
+    const Index keys = 2 * H * H;
+    const Index query = H * H;
+    const Index output = 3 * H * H;
+    return {.letter = 2 * lstm + mixture + keys,
+            .mixture = mixture,
+            .phoneme = lstm + query + output + H * config_.phonemes};
+  }
 
   void begin(std::span<const Word> words, Index samples, const Noise& noise, State& state) const {
     state.samples = samples;
@@ -375,13 +402,12 @@ class Model {
   Config config_;
   Embedding letters_;
   LSTM rightwards_, leftwards_;
-  Dropout dropout_both_;
   Mixture mixture_;
   Linear keys_, bridge_;
   Embedding phonemes_;
   LSTM decoder_;
   Linear query_, output_, logits_;
-  Dropout dropout_embedding_, dropout_output_;
+  Dropout dropout_both_{{}, 0}, dropout_embedding_{{}, 0}, dropout_output_{{}, 0};
 };
 
 static_assert(moe::PolicyWithHidden<Model<float>>);

@@ -36,6 +36,7 @@ struct Options {
 
   // REINFORCE
   std::string schedule = "alternation";
+  double sampled_dropout = 0;
   double share = 0.9;
   Index rise = 500;
   std::string baseline = "leave_one_out";
@@ -50,15 +51,17 @@ struct Options {
   std::uint64_t seed = 1;
 };
 
-/// --full: a larger network, trained to convergence.
+/// --full: a larger network, trained to convergence. It overfits without dropout, so most updates of
+/// its second phase are of cross-entropy, which has it.
 inline Options full_options() {
   Options o;
   o.embedding = 32;
   o.width = 64;
   o.hidden = 64;
   o.dropout = 0.1;
-  o.updates = 27000;
+  o.updates = 32500;
   o.cross_entropy = 24000;
+  o.share = 0.2;
   o.learning_rate = 3e-3;
   return o;
 }
@@ -72,6 +75,8 @@ inline void check_options(const Options& o) {
   check(o.cross_entropy >= 0, "--cross-entropy must be at least 0");
   check(o.words >= 1, "--words must be at least 1");
   check(o.clip > 0, "--clip must be above 0");
+  // The training would only complain when the first phase is over.
+  check(o.sampled_dropout >= 0 && o.sampled_dropout < 1, "--sampled-dropout must be in [0, 1)");
 }
 
 /// Calls f(name, member, what it is) for every option.
@@ -82,7 +87,8 @@ void for_each_option(OptionsType& o, F&& f) {
   f("experts", o.experts, "experts E of the mixture");
   f("top_k", o.top_k, "experts K used for a letter");
   f("hidden", o.hidden, "hidden width of an expert");
-  f("dropout", o.dropout, "probability of dropping an activation");
+  f("dropout", o.dropout,
+    "probability of dropping an activation in updates of cross-entropy alone");
   f("balance-weight", o.balance_weight, "weight of the importance and of the load loss");
   f("updates", o.updates, "updates in all");
   f("cross-entropy", o.cross_entropy, "the first so many updates know cross-entropy only");
@@ -92,6 +98,7 @@ void for_each_option(OptionsType& o, F&& f) {
   f("late-rate", o.late_rate, "highest rate of Adam after that; it falls linearly to 0");
   f("clip", o.clip, "largest norm of the gradient of an update");
   f("schedule", o.schedule, "how REINFORCE comes in: alternation, prefix, blend or none");
+  f("sampled-dropout", o.sampled_dropout, "probability of dropping one in updates of REINFORCE");
   f("share", o.share, "share or weight that REINFORCE rises to");
   f("rise", o.rise, "updates in which it rises; updates of a stage for prefix");
   f("baseline", o.baseline, "none, running_mean, linear, greedy or leave_one_out");

@@ -18,6 +18,12 @@ namespace pronounce {
 inline const char* const row_header =
     "  update  share  xentropy  reward    PER    WER  WER(first)  CV(imp.)  seconds";
 
+/// How much a forward pass computes, and how much of it is the mixture.
+inline void print_operations(const Network::Operations& operations) {
+  std::printf("multiply-adds: %td a letter, %td of them the mixture's, and %td a phoneme\n",
+              operations.letter, operations.mixture, operations.phoneme);
+}
+
 inline void print_row(const Trainer& trainer, const ErrorRates& rates) {
   std::printf("%8td  %5.2f  %8.4f  %6.3f  %5.2f  %5.2f  %10.2f  %8.3f  %7.0f\n", trainer.update(),
               trainer.share(), trainer.cross_entropy(), trainer.reward(),

@@ -104,6 +104,12 @@ inline double learning_rate_of(const Options& o, Index update) {
       .peak = o.late_rate, .warm_up = warm_up, .total = late + 1}(update - o.cross_entropy);
 }
 
+/// The dropout of an update. By default REINFORCE has none: the samples that it scores should be the
+/// network's own, not those of one with holes.
+inline double dropout_of(const Options& o, const moe::Objective& objective) {
+  return objective.reinforce > 0 ? o.sampled_dropout : o.dropout;
+}
+
 /// What sequences earn; or, to see what that is worth, what they did not earn.
 class Rewards {
  public:
@@ -191,6 +197,7 @@ class Trainer {
     moe::zero_gradients(helper_);
     const auto objective =
         std::visit([&](const auto& schedule) { return schedule(update_); }, schedule_);
+    network_.set_dropout(dropout_of(options_, objective));
     const moe::NoiseKey key{.step = static_cast<std::uint64_t>(update_)};
     const auto statistics = helper_.add_gradients(network_, batch_.words, batch_.references,
                                                   rewards_, objective, key, tape_);

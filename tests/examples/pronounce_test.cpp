@@ -4,6 +4,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../../examples/pronounce/trainer.hpp"
@@ -48,6 +49,7 @@ Options small_options() {
   o.experts = 4;
   o.hidden = 6;
   o.dropout = 0.3;
+  o.sampled_dropout = 0.1;
   o.words = 8;
   o.max_length = 12;
   o.updates = 12;
@@ -193,6 +195,68 @@ TEST_CASE("pronounce: steps give the logits of the whole, to the bit", "[pronoun
   }
 }
 
+TEST_CASE("pronounce: updates of REINFORCE have a dropout of their own", "[pronounce]") {
+  Options options = small_options();
+  options.updates = 40;
+  const std::vector<Entry> entries = made_up_words(50);
+  Trainer trainer(options, entries);
+  const auto schedule = std::get<moe::Alternation>(schedule_of(options));
+  Index sampled = 0;
+  for (Index update = 1; update <= options.updates; ++update) {
+    trainer.train();
+    const bool is_sampled = schedule(update).reinforce > 0;
+    CHECK(trainer.network().config().dropout == (is_sampled ? 0.1 : 0.3));
+    sampled += is_sampled;
+  }
+  CHECK(sampled > 20);
+  CHECK(sampled < options.updates - options.cross_entropy);  // the two kinds alternate
+
+  // Each of the three that drop has the new rate: at this one, nothing is left.
+  Network network(network_of(options));
+  const std::vector<std::vector<Index>> letters{{4, 5, 6, 7}, {8, 9}};
+  const std::vector<Word> words{{letters[0], {}}, {letters[1], {}}};
+  const std::vector<Index> previous{0, 0, 3, 4, 5, -1};
+  Network::Tape tape;
+  const auto is_zero = [&](double rate) {
+    network.set_dropout(rate);
+    network.forward(words, 1, previous, moe::NoiseKey{5, 0}, tape);
+    return std::vector<bool>{tape.encoder.dropout.y.isZero(0),
+                             tape.decoder.dropout_embedding.y.isZero(0),
+                             tape.decoder.dropout_output.y.isZero(0)};
+  };
+  CHECK(is_zero(0.999999) == std::vector<bool>{true, true, true});
+  CHECK(is_zero(0) == std::vector<bool>{false, false, false});
+
+  Options other = options;
+  other.sampled_dropout = 1;
+  CHECK_THROWS_WITH(check_options(other), Contains("--sampled-dropout"));
+  other.sampled_dropout = -0.1;
+  CHECK_THROWS_WITH(check_options(other), Contains("--sampled-dropout"));
+}
+
+TEST_CASE("pronounce: operations are the weights that a letter or phoneme meets", "[pronounce]") {
+  Options options = small_options();
+  options.top_k = 3;
+  const Network network(network_of(options));
+  Network::Operations expected;
+  moe::for_each_parameter(network, [&](const std::string& name, const auto& parameter) {
+    if (parameter.value.rows() == 1) return;  // added, not multiplied by
+    const auto is_of = [&](std::string_view part) { return name.starts_with(part); };
+    const Index size = parameter.value.size();
+    if (is_of("rightwards.") || is_of("leftwards.") || is_of("keys.")) expected.letter += size;
+    if (is_of("mixture.gate.")) expected.mixture += size;
+    for (const char* used : {"mixture.experts.0.", "mixture.experts.1.", "mixture.experts.2."}) {
+      if (is_of(used)) expected.mixture += size;
+    }
+    if (is_of("decoder.") || is_of("query.") || is_of("output.") || is_of("logits.")) {
+      expected.phoneme += size;
+    }
+  });
+  CHECK(network.operations().mixture == expected.mixture);
+  CHECK(network.operations().letter == expected.letter + expected.mixture);
+  CHECK(network.operations().phoneme == expected.phoneme);
+}
+
 TEST_CASE("pronounce: every pronunciation once an epoch, in an order of its own", "[pronounce]") {
   const std::vector<Entry> entries = made_up_words(200);
   Batches batches(entries, 8, 1);
@@ -234,12 +298,13 @@ TEST_CASE("pronounce: training stops and resumes with the same bits", "[pronounc
       GENERATE(as<std::string>(), "leave_one_out", "running_mean", "linear", "greedy");
   options.reward = GENERATE(as<std::string>(), "score", "shuffled");
   if (options.reward == "shuffled" && options.baseline != "leave_one_out") return;
+  const Index stop = GENERATE(3, 7);  // in either phase
   Trainer whole(options, entries);
-  for (Index i = 0; i < 7; ++i) whole.train();
+  for (Index i = 0; i < stop; ++i) whole.train();
   whole.save(path);
   Trainer resumed(options, entries);
   resumed.load(moe::SafetensorsFile(path));
-  CHECK(resumed.update() == 7);
+  CHECK(resumed.update() == stop);
   while (whole.update() < options.updates) whole.train();
   while (resumed.update() < options.updates) resumed.train();
   const auto expected = values_of(whole.network());
