@@ -6,6 +6,8 @@
 #include "../../examples/common/live_plot.hpp"
 #include "../../examples/language_model/contexts.hpp"
 #include "../../examples/language_model/corpus.hpp"
+#include "../../examples/language_model/mixture.hpp"
+#include "../../examples/language_model/model.hpp"
 #include "../catch.hpp"
 #include "../temporary_folder.hpp"
 
