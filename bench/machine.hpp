@@ -53,8 +53,8 @@ inline Index all_cores() {
 #endif
 }
 
-/// Bytes of the L3, or of the last cache there is. Where the sources differ, the smallest: in a virtual machine one
-/// of them may name what is shared with machines that are not ours.
+/// Bytes of the L3, or of the last cache there is. Where the sources differ, the smallest: in a virtual
+/// machine one of them may name what is shared with machines that are not ours.
 inline double last_level_cache() {
   static const double bytes = [] {
     double smallest = 0;

@@ -6,11 +6,11 @@
 /// SGD, all lazily; `evaluate` serves the same batch. One core.
 ///
 /// The more experts, the fewer slots an expert, so the same work needs more weights from memory:
-/// `traffic_ms` is what that takes at the bandwidth of plain passes of the same kind (of the experts in
-/// use and of the gates: all of a flat gate and of product keys, of a hierarchical one the primary gate
-/// and the secondary ones in use; what gates keep by expert is left out: weights read by forward, by backward and by the
-/// update and written by it, gradients written by backward and read by the update, see
-/// bench::training_bandwidth(); in evaluate the weights once, at the read bandwidth).
+/// `traffic_ms` is what that takes at the bandwidth of plain passes of the same kind: weights read by
+/// forward, by backward and by the update and written by it, gradients written by backward and read by
+/// the update, see bench::training_bandwidth(); in evaluate the weights once, at the read bandwidth. It
+/// is of the experts in use and of the gates: all of a flat gate and of product keys, of a hierarchical
+/// one the primary gate and the secondary ones in use. What gates keep by expert is left out.
 /// `slot_ratio_accounted` is what remains of a slot's time, over what remains with 256 experts
 /// behind a hierarchical gate, measured in turns with it; the traffic counts as none where it all
 /// stays in L3. `touched_MiB` is the roofline's count of bytes, traffic included.
@@ -221,7 +221,7 @@ void run(benchmark::State& state, bool training) {
     if (bench::lacks_memory(state, needed)) return;
   }
   bench::read_bandwidth(1);
-  bench::training_bandwidth();
+  if (training) bench::training_bandwidth();
   Trained<Hierarchical>& few = reference();
   Trained<Gate>& layer = made().of<Gate>(experts);
 

@@ -270,7 +270,8 @@ int main(int argc, char** argv) {
   auto* words = app.add_flag("--words", asked,
                              "the paper's model of words, by default on WordNet's definitions");
   app.add_flag("--full", asked,
-               "a longer training of a larger model, and of a third one behind a hierarchical gate")
+               "a whole reading of the text, and a third model of 1024 experts behind a "
+               "hierarchical gate")
       ->excludes(words);
   language_model::add_options(app, options);
   CLI11_PARSE(app, argc, argv);

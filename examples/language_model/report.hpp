@@ -54,8 +54,7 @@ inline std::string csv_row(const char* part, const Figures& m, const Timetable& 
 /// The columns of the rows and of the final table; both have the same width.
 inline const char* const row_header =
     "  update  model           loss   perplexity  operations  parameters  CV(imp.)  CV(load)  "
-    "max/mean  "
-    "tokens/s";
+    "max/mean  tokens/s";
 
 /// `workers`: what computes, in words.
 inline void print_beginning(const Options& o, const Corpus& corpus, const std::string& workers) {
@@ -85,8 +84,7 @@ inline void print_row(const Figures& m, Index update, const Evaluation& e) {
 inline void print_result(const Figures& m, const Evaluation& validation, const Evaluation& test) {
   std::printf(
       "| %-12s | %7td | %6td | %10s | %10s | %10.3f | %6.3f | %5.3f | %8.3f | %8.3f | %8.2f | "
-      "%8.0f "
-      "|\n",
+      "%8.0f |\n",
       m.name.c_str(), m.experts, m.active, in_millions(m.operations).c_str(),
       in_millions(m.parameters).c_str(), validation.perplexity, test.perplexity,
       std::log2(test.perplexity), static_cast<double>(test.balance.cv_importance()),

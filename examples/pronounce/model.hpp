@@ -145,8 +145,7 @@ class Model {
   /// grow with the word, nor those of the bridge, which there is one of a word.
   struct Operations {
     Index letter = 0;
-    Index mixture =
-        0;  ///< of `letter`: the gate, with the scores of the noise, and the experts used
+    Index mixture = 0;  ///< of `letter`: the gate, its noise too, and the experts used
     Index phoneme = 0;
   };
   Operations operations() const {

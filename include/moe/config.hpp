@@ -125,9 +125,10 @@ std::string join(const Parts&... parts) {
 [[gnu::noinline, gnu::cold]]
 #endif
 // clang-format off
-[[noreturn]] inline void fail(std::initializer_list<Part> parts) {  // clang-format on
+[[noreturn]] inline void fail(std::initializer_list<Part> parts) {
   throw std::invalid_argument("moe: " + join_parts(parts));
 }
+// clang-format on
 
 /// Throws std::invalid_argument with the concatenated parts unless the condition holds. Every
 /// message names the field and the numbers, since it may be all that reaches a log.

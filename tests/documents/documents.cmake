@@ -2,9 +2,12 @@
 # documents_test.cpp, mpi/documents_test.cpp and the README's program include. CMake stops at a block that
 # none of them includes.
 
+# A block that did not change keeps its file, so that who includes it is not compiled again.
 set(folder "${CMAKE_CURRENT_BINARY_DIR}/documents")
-file(REMOVE_RECURSE "${folder}")
-file(MAKE_DIRECTORY "${folder}")
+set(fresh "${CMAKE_CURRENT_BINARY_DIR}/documents.fresh")
+file(REMOVE_RECURSE "${fresh}")
+file(MAKE_DIRECTORY "${folder}" "${fresh}")
+file(GLOB stale RELATIVE "${folder}" "${folder}/*.inc")
 file(GLOB documents CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/README.md" "${PROJECT_SOURCE_DIR}/docs/*.md")
 set(users)
 foreach(test documents_test.cpp ../mpi/documents_test.cpp)
@@ -17,7 +20,7 @@ foreach(document IN LISTS documents)
   cmake_path(GET document STEM name)
   string(TOLOWER "${name}" name)
   execute_process(
-    COMMAND awk -v "folder=${folder}" -v "name=${name}" -f "${CMAKE_CURRENT_LIST_DIR}/extract.awk" "${document}"
+    COMMAND awk -v "folder=${fresh}" -v "name=${name}" -f "${CMAKE_CURRENT_LIST_DIR}/extract.awk" "${document}"
     OUTPUT_VARIABLE blocks OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   string(REPLACE "\n" ";" blocks "${blocks}")
   foreach(block IN LISTS blocks)
@@ -25,8 +28,14 @@ foreach(document IN LISTS documents)
     if(place LESS 0 AND NOT block STREQUAL "readme_1.inc")
       message(FATAL_ERROR "No test includes ${block}, a block of ${document}")
     endif()
+    file(COPY_FILE "${fresh}/${block}" "${folder}/${block}" ONLY_IF_DIFFERENT)
+    list(REMOVE_ITEM stale "${block}")
   endforeach()
 endforeach()
+foreach(block IN LISTS stale)
+  file(REMOVE "${folder}/${block}")
+endforeach()
+file(REMOVE_RECURSE "${fresh}")
 
 # The first block of the README is a whole program.
 file(CONFIGURE OUTPUT "${folder}/readme_program.cpp" CONTENT "#include \"readme_1.inc\"\n")

@@ -243,8 +243,11 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     if (has_noise) measure_key_loads(sum, tape);
     detail::measure_balance(tape.routing, tape.routing.expert, sum, tape.balance);
     tape.loss_weights = detail::balance_weights_of(config_);
-    detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
-    if (has_noise) replace_load_loss(tape);
+    // With noise the load loss is that of the keys.
+    const LossWeights of_experts{tape.loss_weights.importance,
+                                 has_noise ? 0 : tape.loss_weights.load};
+    detail::measure_balance_loss(of_experts, tape.loss_scale, tape.balance);
+    if (has_noise) add_key_load_loss(tape);
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
@@ -379,8 +382,8 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     return static_cast<Scalar>(tape.loss_weights.load * tape.loss_scale);
   }
 
-  /// w_load·[(1 + CV²(Loadrow))·(1 + CV²(Loadcolumn)) − 1] in the place of w_load·CV² of the counts.
-  void replace_load_loss(Tape& tape) const {
+  /// w_load·[(1 + CV²(Loadrow))·(1 + CV²(Loadcolumn)) − 1].
+  void add_key_load_loss(Tape& tape) const {
     GateLosses<Scalar>& losses = tape.balance.losses;
     if (load_weight(tape) > 0) {
       const Scalar row = cv_squared(tape.rows.load);
