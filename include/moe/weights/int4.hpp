@@ -1,0 +1,78 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "moe/weights/format.hpp"
+
+MOE_PACKETS_BEGIN
+
+namespace moe {
+
+/// Weights of 4 bits: each column in blocks of 32 along K, a weight being q·scale with q a whole number
+/// from -8 to 7 and the scale, in float16, the value of largest magnitude over -8, as ggml's q4_0.
+/// 0.5625 bytes a weight.
+struct Int4 {
+  static constexpr const char* name = "int4";
+  using Code = std::int8_t;
+  static constexpr Index group = 8;
+  static constexpr Index group_bytes = 4;
+  static constexpr Index block = detail::scaled_steps;
+  static constexpr bool scaled = true;
+
+  static float scale(const float* values, Index count) {
+    float largest = 0;
+    for (Index i = 0; i < count; ++i) {
+      if (std::abs(values[i]) > std::abs(largest)) largest = values[i];
+    }
+    return detail::round_to_half(largest / -8);
+  }
+  static Code encode(float value, float scale) {
+    if (scale == 0) return 0;
+    return static_cast<Code>(std::clamp(std::round(value / scale), -8.0f, 7.0f));
+  }
+  /// Exact: 4 bits times the 11 of a scale fit into a float.
+  static float decode(Code code, float scale) { return static_cast<float>(code) * scale; }
+
+  // Stored as q + 8. Steps 0 to 3 are the low halves of a lane's bytes, steps 4 to 7 the high ones, so
+  // that a mask leaves four neighbouring steps as bytes.
+  static constexpr Index zero = 8;
+
+  static Code get(const std::byte* lane, Index step) {
+    return static_cast<Code>((std::to_integer<Index>(lane[step % 4]) >> (4 * (step / 4)) & 15) -
+                             zero);
+  }
+  static void set(std::byte* lane, Index step, Code code) {
+    const int shift = static_cast<int>(4 * (step / 4));
+    lane[step % 4] = (lane[step % 4] & static_cast<std::byte>(0xF0 >> shift)) |
+                     static_cast<std::byte>((code + zero) << shift);
+  }
+  /// Four steps of k as unsigned bytes, `zero` more than the codes: the lower four, or the upper.
+  template <Index part>
+  EIGEN_ALWAYS_INLINE static detail::Lanes bytes(const std::byte* lane) {
+    return Eigen::internal::pand(detail::shift_right<4 * part>(detail::load_lanes(lane)),
+                                 detail::broadcast_lanes(0x0F0F0F0F));
+  }
+
+#if defined(EIGEN_VECTORIZE_AVX512)
+  // A table looked up by the lowest 4 bits of a lane.
+  static constexpr float offset = 0;
+  template <Index step>
+  EIGEN_ALWAYS_INLINE static detail::Packet<float> widen(const std::byte* lane) {
+    const detail::Lanes bits =
+        detail::shift_right<8 * (step % 4) + 4 * (step / 4)>(detail::load_lanes(lane));
+    return _mm512_permutexvar_ps(
+        bits, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+  }
+#else
+  static constexpr float offset = detail::byte_base + zero;
+  template <Index step>
+  EIGEN_ALWAYS_INLINE static detail::Packet<float> widen(const std::byte* lane) {
+    return detail::byte_to_float<step % 4>(bytes<step / 4>(lane));
+  }
+#endif
+};
+
+}  // namespace moe
+
+MOE_PACKETS_END

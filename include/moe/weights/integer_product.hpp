@@ -1,0 +1,116 @@
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "moe/weights/narrow_product.hpp"
+#include "moe/weights/rounded_rows.hpp"
+
+/// \file
+/// Products with narrow weights and activations rounded to 8 bits:
+///
+///     C[r, j] = start + Σ over blocks of (scale of weights · scale of activations) · Σ_k q[k, j]·a[r, k]
+///
+/// The inner sums are whole numbers, exact on every processor; the outer one adds block after block in
+/// ascending order, so a row has the same bits whatever rows are multiplied with it.
+
+MOE_PACKETS_BEGIN
+
+namespace moe::detail {
+
+/// R rows of C += `blocks` blocks of the rounded rows, from row `first` on, times V packets of a panel that
+/// is `packets` wide, from packet `v0` on.
+template <class Format, class Dot, Index R, Index V>
+MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const std::byte* panel,
+                               Index packets, Index v0, Index blocks, float* const* c) {
+  using namespace Eigen::internal;
+  using Layout = NarrowLayout<Format>;
+  constexpr Index size = lane_count;
+  const std::byte* a[to_size(R)];
+  float* to[to_size(R)];
+  for (Index r = 0; r < R; ++r) {
+    a[r] = rows.row(first + r);
+    to[r] = c[r] + v0 * size;
+  }
+  for (Index block = 0; block < blocks; ++block) {
+    const std::byte* scales = panel + v0 * Layout::scale_bytes;
+    const std::byte* lanes = panel + packets * Layout::scale_bytes + v0 * Layout::group_bytes;
+    Lanes sum[to_size(R)][to_size(V)];
+    MOE_UNROLL
+    for (Index r = 0; r < R; ++r) {
+      // What the weights' codes are stored with is taken off once.
+      const auto shift = static_cast<std::int32_t>(-Format::zero * rows.sum[first + r][block]);
+      MOE_UNROLL
+      for (Index v = 0; v < V; ++v) sum[r][v] = broadcast_lanes(shift);
+    }
+    for (Index group = 0; group < Format::block / Format::group; ++group) {
+      for_each_constant<Format::group / 4>([&](auto part) {
+        MOE_UNROLL
+        for (Index v = 0; v < V; ++v) {
+          const Lanes weights = Format::template bytes<part>(lanes + v * Layout::group_bytes);
+          MOE_UNROLL
+          for (Index r = 0; r < R; ++r) {
+            sum[r][v] = Dot::add(sum[r][v], weights, a[r] + part * Dot::bytes);
+          }
+        }
+      });
+      lanes += packets * Layout::group_bytes;
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) a[r] += Format::group / 4 * Dot::bytes;
+    }
+    MOE_UNROLL
+    for (Index v = 0; v < V; ++v) {
+      const Packet<float> scale = load_halves(scales + v * Layout::scale_bytes);
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) {
+        const Packet<float> both = pmul(scale, broadcast(rows.scale[first + r][block]));
+        store(to[r] + v * size, pmadd(to_float(sum[r][v]), both, load(to[r] + v * size)));
+      }
+    }
+    panel += packets * Layout::block_bytes;
+  }
+}
+
+/// C = A·B on the calling thread, the rows of A rounded to 8 bits: some rows after the other, for each
+/// all panels of B.
+template <class Format>
+requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Format>>& product) {
+  using Layout = NarrowLayout<Format>;
+  using Dot = IntegerDot<Format::zero <= 8>;
+  using Rows = RoundedRows<Dot>;
+  constexpr Index highest = narrow_tile_rows<Format>;
+  const NarrowOperand<Format>& b = product.b;
+  const Range columns = product.column_range();
+  const Index end = columns.first + columns.count;
+  Rows rounded;
+  for_each_tile(product.a.count(), Rows::most_rows, [&](Index top, Index height) {
+    for (Index k = 0; k == 0 || k < b.rows; k += Rows::most_steps) {
+      const Index depth = std::min(Rows::most_steps, b.rows - k);
+      rounded.round(product.a.slice(top, height).columns(k, depth));
+      for (Index column = columns.first; column < end; column += Layout::panel_columns) {
+        const Index packets = Layout::packets(b.columns, column);
+        const Index width = std::min(packets * lane_count, end - column);
+        const std::byte* panel = b.panel(column, k / Format::block);
+        for_each_tile(height, highest, [&](Index first, Index count) {
+          const auto multiply = [&](float* const* to) {
+            with_constant<highest>(count, [&](auto R) {
+              constexpr Index widest = narrow_tile_packets<Format>(R);
+              for (Index v = 0; v < packets; v += widest) {
+                with_constant<widest>(std::min(widest, packets - v), [&](auto V) {
+                  integer_tile<Format, Dot, R, V>(rounded, first, panel, packets, v,
+                                                  Layout::blocks(depth), to);
+                });
+              }
+            });
+          };
+          with_panel_of_c(product, {top + first, count}, column, packets, width, k == 0, multiply);
+        });
+      }
+    }
+  });
+  call_epilogue<float>(product.epilogue, product.a.count(), columns);
+}
+
+}  // namespace moe::detail
+
+MOE_PACKETS_END

@@ -1,0 +1,170 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "moe/kernels/simd.hpp"
+
+/// \file
+/// Registers of 32-bit lanes, from which narrow weights are widened: one lane for each float of a
+/// packet.
+
+MOE_PACKETS_BEGIN
+
+namespace moe::detail {
+
+/// The integers beside a packet of floats; one integer where packets are off.
+template <class P>
+struct LanesOf {
+  using type = typename Eigen::internal::unpacket_traits<P>::integer_packet;
+};
+template <>
+struct LanesOf<float> {
+  using type = std::int32_t;
+};
+using Lanes = typename LanesOf<Packet<float>>::type;
+
+/// Floats in a packet, and 32-bit integers beside them.
+inline constexpr Index lane_count = packet_size<float>;
+
+// Templates over the type of the lanes, since only the branch that fits it must compile.
+
+template <class L = Lanes>
+EIGEN_ALWAYS_INLINE L load_lanes(const std::byte* from) {
+  if constexpr (std::is_integral_v<L>) {
+    L lane = 0;
+    std::memcpy(&lane, from, sizeof(lane));
+    return lane;
+  } else {
+    return Eigen::internal::ploadu<L>(reinterpret_cast<const std::int32_t*>(from));
+  }
+}
+
+EIGEN_ALWAYS_INLINE Lanes broadcast_lanes(std::int32_t value) {
+  return Eigen::internal::pset1<Lanes>(value);
+}
+
+template <int bits, class L>
+EIGEN_ALWAYS_INLINE L shift_left(const L& lanes) {
+  if constexpr (bits == 0) {
+    return lanes;
+  } else if constexpr (std::is_integral_v<L>) {
+    return static_cast<L>(static_cast<std::make_unsigned_t<L>>(lanes) << bits);
+  } else {
+    return Eigen::internal::plogical_shift_left<bits>(lanes);
+  }
+}
+/// Fills up with the sign.
+template <int bits, class L>
+EIGEN_ALWAYS_INLINE L shift_right(const L& lanes) {
+  if constexpr (bits == 0) {
+    return lanes;
+  } else if constexpr (std::is_integral_v<L>) {
+    return lanes >> bits;
+  } else {
+    return Eigen::internal::parithmetic_shift_right<bits>(lanes);
+  }
+}
+
+template <class L>
+EIGEN_ALWAYS_INLINE Packet<float> to_float(const L& lanes) {
+  if constexpr (std::is_integral_v<L>) {
+    return broadcast(static_cast<float>(lanes));
+  } else {
+    return Eigen::internal::pcast<L, Packet<float>>(lanes);
+  }
+}
+
+/// The floats that have these bits.
+template <class L>
+EIGEN_ALWAYS_INLINE Packet<float> as_float(const L& lanes) {
+  static_assert(sizeof(L) == sizeof(Packet<float>));
+  if constexpr (std::is_integral_v<L>) {
+    Packet<float> value = broadcast(0.0f);
+    std::memcpy(&value, &lanes, sizeof(lanes));
+    return value;
+  } else {
+    return Eigen::internal::preinterpret<Packet<float>>(lanes);
+  }
+}
+
+/// The number of `bits` bits of each lane, from bit `first` on.
+template <int first, int bits, class L>
+EIGEN_ALWAYS_INLINE L field(const L& lanes) {
+  return Eigen::internal::pand(shift_right<first>(lanes), broadcast_lanes((1 << bits) - 1));
+}
+
+// Bytes become floats by being put into the fraction of 32768, where each counts as its number: that
+// is two instructions, where a shift, a mask and a conversion are three. It takes a fused multiply-add,
+// which subtracts the 32768 without rounding.
+#if defined(EIGEN_VECTORIZE_FMA) && \
+    (defined(EIGEN_VECTORIZE_AVX512) ? defined(__AVX512BW__) : defined(EIGEN_VECTORIZE_AVX2))
+#define MOE_SHUFFLES_BYTES
+#endif
+
+#ifdef MOE_SHUFFLES_BYTES
+inline constexpr float byte_base = 32768;
+
+/// Which byte goes into each byte of a lane: the byte `step` of the lane into the second, none into the
+/// others. A shuffle counts in four lanes.
+template <int step>
+inline constexpr auto byte_index = [] {
+  std::array<std::uint8_t, sizeof(Lanes)> bytes{};
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    bytes[i] = static_cast<std::uint8_t>(i % 4 == 1 ? i % 16 - 1 + step : 0x80);
+  }
+  return bytes;
+}();
+
+/// byte_base + the number, from 0 to 255, in byte `step` of each lane.
+template <int step>
+EIGEN_ALWAYS_INLINE Packet<float> byte_to_float(const Lanes& lanes) {
+  const Lanes index = load_lanes(reinterpret_cast<const std::byte*>(byte_index<step>.data()));
+#if defined(EIGEN_VECTORIZE_AVX512)
+  const Lanes byte = _mm512_shuffle_epi8(lanes, index);
+#else
+  const Lanes byte = _mm256_shuffle_epi8(lanes, index);
+#endif
+  return as_float(Eigen::internal::por(byte, broadcast_lanes(0x47000000)));
+}
+#else
+inline constexpr float byte_base = 0;
+
+template <int step>
+EIGEN_ALWAYS_INLINE Packet<float> byte_to_float(const Lanes& lanes) {
+  return to_float(field<8 * step, 8>(lanes));
+}
+#endif
+
+/// lane_count numbers of IEEE binary16, widened.
+EIGEN_ALWAYS_INLINE Packet<float> load_halves(const std::byte* from) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(EIGEN_VECTORIZE_AVX) && defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__ARM_NEON) && EIGEN_ARCH_ARM64
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(from))));
+#else
+  // Not by one multiplication, which a processor that flushes denormals would get wrong.
+  using namespace Eigen::internal;
+  alignas(64) std::int32_t halves[to_size(lane_count)];
+  for (Index i = 0; i < lane_count; ++i) {
+    std::uint16_t half = 0;
+    std::memcpy(&half, from + 2 * i, sizeof(half));
+    halves[i] = half;
+  }
+  const Lanes lanes = load_lanes(reinterpret_cast<const std::byte*>(halves));
+  const Packet<float> tiny = pmul(to_float(field<0, 10>(lanes)), broadcast(0x1p-24f));
+  const Packet<float> other =
+      as_float(padd(shift_left<13>(field<0, 15>(lanes)), broadcast_lanes(112 << 23)));
+  const Packet<float> magnitude = pselect(pcmp_lt(other, broadcast(0x1p-14f)), tiny, other);
+  return por(magnitude, as_float(shift_left<31>(shift_right<15>(lanes))));
+#endif
+}
+
+}  // namespace moe::detail
+
+MOE_PACKETS_END

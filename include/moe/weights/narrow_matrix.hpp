@@ -1,0 +1,208 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string_view>
+#include <utility>
+
+#include "moe/parallel.hpp"
+#include "moe/weights/format.hpp"
+
+/// \file
+/// A matrix of narrow weights, packed for the product that reads it.
+
+namespace moe {
+
+namespace detail {
+
+/// Where things are in a packed matrix: see format.hpp.
+template <class Format>
+struct NarrowLayout {
+  static constexpr Index panel_columns = panel_packets * lane_count;
+
+  /// Packets of the panel that a column is in, which has the first column `first`.
+  static constexpr Index packets(Index columns, Index first) {
+    return std::min(panel_packets, (columns - first + lane_count - 1) / lane_count);
+  }
+  /// Bytes of a block, for each packet of columns.
+  static constexpr Index scale_bytes = Format::scaled ? 2 * lane_count : 0;
+  static constexpr Index group_bytes = Format::group_bytes * lane_count;
+  static constexpr Index block_bytes = scale_bytes + Format::block / Format::group * group_bytes;
+
+  static constexpr Index blocks(Index rows) { return (rows + Format::block - 1) / Format::block; }
+  static constexpr Index bytes(Index rows, Index columns) {
+    return blocks(rows) * block_bytes * ((columns + lane_count - 1) / lane_count);
+  }
+};
+
+/// A packed matrix in somebody else's memory, the operand B of a product.
+template <class Format>
+struct NarrowOperand {
+  using Layout = NarrowLayout<Format>;
+  const std::byte* data;
+  Index rows;     ///< K
+  Index columns;  ///< N
+
+  /// The panel that begins with a column, from a block of k on.
+  const std::byte* panel(Index column, Index block = 0) const {
+    MOE_ASSERT(column % Layout::panel_columns == 0);
+    return data + Layout::blocks(rows) * Layout::block_bytes * (column / lane_count) +
+           block * Layout::block_bytes * Layout::packets(columns, column);
+  }
+
+  /// Where the lane of weight (k, column) is, and where its scale.
+  struct Place {
+    Index lane;
+    Index step;  ///< in the lane
+    Index scale;
+  };
+  Place place(Index k, Index column) const {
+    const Index first = column / Layout::panel_columns * Layout::panel_columns;
+    const Index packets = Layout::packets(columns, first);
+    const Index block = k / Format::block;
+    const Index in_block = k % Format::block;
+    const Index scale = panel(first, block) - data;
+    const Index group =
+        scale + packets * (Layout::scale_bytes + in_block / Format::group * Layout::group_bytes);
+    return {group + (column - first) * Format::group_bytes, in_block % Format::group,
+            scale + 2 * (column - first)};
+  }
+};
+
+}  // namespace detail
+
+/// K x N weights in a narrow format, const once it is made. Copies share their memory. A product with
+/// it computes exactly what it would with decoded(), to the last bit, if activations are not rounded.
+template <detail::NarrowFormat Format>
+class NarrowMatrix {
+  using Operand = detail::NarrowOperand<Format>;
+  using Layout = detail::NarrowLayout<Format>;
+
+ public:
+  NarrowMatrix() = default;
+
+  /// Rounds weights (K x N). Throws std::invalid_argument, which says `name`, the place and the value,
+  /// where one is not finite, is too large for the format, or is so small that the scale of its block
+  /// would be 0. O(K·N).
+  explicit NarrowMatrix(const MatrixRef<float>& weights, std::string_view name = "a weight")
+      : NarrowMatrix(weights.rows(), weights.cols()) {
+    std::byte* data = allocate();
+    parallel_for_blocks(columns_, Layout::panel_columns, element_work(rows_ * columns_),
+                        [&](Index first, Index count) {
+                          pack(weights, {first, count}, name, data);
+                        });
+  }
+
+  /// Codes and scales that are there already: code(k, column) and, if the format has scales,
+  /// scale(block, column), each of which must be finite, and one that float16 holds.
+  template <class CodeAt, class ScaleAt>
+  NarrowMatrix(Index rows, Index columns, CodeAt&& code, ScaleAt&& scale)
+      : NarrowMatrix(rows, columns) {
+    std::byte* data = allocate();
+    for (Index j = 0; j < columns_; ++j) {
+      for (Index k = 0; k < rows_; ++k) {
+        if constexpr (Format::scaled) {
+          if (k % Format::block == 0) set_scale(data, k, j, scale(k / Format::block, j));
+        }
+        set(data, k, j, code(k, j));
+      }
+    }
+  }
+
+  /// Packed memory that is there already, bytes_of(rows, columns) of it, kept by `owner`.
+  NarrowMatrix(Index rows, Index columns, std::shared_ptr<const std::byte> packed)
+      : rows_(rows), columns_(columns), data_(std::move(packed)) {}
+
+  Index rows() const { return rows_; }
+  Index cols() const { return columns_; }
+  static Index bytes_of(Index rows, Index columns) { return Layout::bytes(rows, columns); }
+  Index bytes() const { return bytes_of(rows_, columns_); }
+  const std::byte* data() const { return data_.get(); }
+  Operand operand() const { return {data_.get(), rows_, columns_}; }
+
+  typename Format::Code code(Index k, Index column) const {
+    const auto place = operand().place(k, column);
+    return Format::get(data() + place.lane, place.step);
+  }
+  /// The scale of a weight, 1 where the format has none.
+  float scale(Index k, Index column) const {
+    if constexpr (!Format::scaled) return 1;
+    Eigen::half half;
+    std::memcpy(&half.x, data() + operand().place(k, column).scale, sizeof(half.x));
+    return static_cast<float>(half);
+  }
+  /// The weights that the codes stand for (K x N).
+  Matrix<float> decoded() const {
+    Matrix<float> weights(rows_, columns_);
+    for (Index k = 0; k < rows_; ++k) {
+      for (Index j = 0; j < columns_; ++j) weights(k, j) = Format::decode(code(k, j), scale(k, j));
+    }
+    return weights;
+  }
+
+ private:
+  NarrowMatrix(Index rows, Index columns) : rows_(rows), columns_(columns) {}
+
+  std::byte* allocate() {
+    constexpr std::align_val_t line{64};
+    const std::size_t size = detail::to_size(bytes());
+    auto* memory = static_cast<std::byte*>(::operator new(size, line));
+    data_ = std::shared_ptr<const std::byte>(
+        memory, [](const std::byte* p) { ::operator delete(const_cast<std::byte*>(p), line); });
+    std::fill_n(memory, size, std::byte{0});
+    return memory;
+  }
+
+  void set(std::byte* data, Index k, Index column, typename Format::Code code) const {
+    const auto place = operand().place(k, column);
+    Format::set(data + place.lane, place.step, code);
+  }
+  void set_scale(std::byte* data, Index k, Index column, float scale) const {
+    const auto half = static_cast<Eigen::half>(scale);
+    std::memcpy(data + operand().place(k, column).scale, &half.x, sizeof(half.x));
+  }
+
+  void pack(const MatrixRef<float>& weights, Range columns, std::string_view name,
+            std::byte* data) const {
+    const auto fail = [&](Index k, Index column, const char* why) {
+      detail::fail({detail::Part(name), detail::Part("("), detail::Part(k), detail::Part(", "),
+                    detail::Part(column), detail::Part(") = "), detail::Part(weights(k, column)),
+                    detail::Part(why), detail::Part(Format::name)});
+    };
+    float block[detail::to_size(Format::block)];
+    for (Index j = columns.first; j < columns.first + columns.count; ++j) {
+      for (Index first = 0; first < rows_; first += Format::block) {
+        const Index count = std::min(Format::block, rows_ - first);
+        Index largest = 0;
+        for (Index i = 0; i < count; ++i) {
+          block[i] = weights(first + i, j);
+          if (!std::isfinite(block[i])) fail(first + i, j, " cannot be narrowed to ");
+          if (std::abs(block[i]) > std::abs(block[largest])) largest = i;
+        }
+        float scale = 1;
+        if constexpr (Format::scaled) {
+          scale = Format::scale(block, count);
+          if (!std::isfinite(scale)) fail(first + largest, j, " is too large for ");
+          if (scale == 0 && block[largest] != 0) {
+            fail(first + largest, j, ", the largest of its block, is too small for ");
+          }
+          set_scale(data, first, j, scale);
+        }
+        for (Index i = 0; i < count; ++i) {
+          const auto code = Format::encode(block[i], scale);
+          if (!std::isfinite(Format::decode(code, scale))) fail(first + i, j, " is too large for ");
+          set(data, first + i, j, code);
+        }
+      }
+    }
+  }
+
+  Index rows_ = 0;
+  Index columns_ = 0;
+  std::shared_ptr<const std::byte> data_;
+};
+
+}  // namespace moe

@@ -1,0 +1,306 @@
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "moe/kernels/gemm.hpp"
+#include "moe/weights/narrow_matrix.hpp"
+
+/// \file
+/// Products with narrow weights, whose results have the bits of the same products with the decoded
+/// weights: with few rows a packet is widened in a register, for each tile of rows anew; with many a
+/// strip is widened once for all rows, into L1.
+
+MOE_PACKETS_BEGIN
+
+namespace moe::detail {
+
+/// A tile that widens in registers: its sums, the scales and what is widened fill them. One row takes
+/// all packets of a panel, since each is a chain of multiply-adds; with 16 registers and scales more rows
+/// take two.
+template <class Format>
+inline constexpr Index narrow_tile_rows = l2_feeds_tiles   ? 6
+                                          : Format::scaled ? 4
+                                                           : 2;
+template <class Format>
+constexpr Index narrow_tile_packets(Index rows) {
+  return l2_feeds_tiles || rows == 1 || !Format::scaled ? panel_packets : 2;
+}
+/// Rows up to which that is faster than widening into L1: any, if it is one instruction.
+template <class Format>
+inline constexpr Index few_narrow_rows = !Format::scaled  ? std::numeric_limits<Index>::max()
+                                         : l2_feeds_tiles ? 24
+                                                          : 8;
+
+/// Calls f(std::integral_constant<Index, i>) for i from 0 to count - 1.
+template <Index count, class F>
+EIGEN_ALWAYS_INLINE void for_each_constant(F&& f) {
+  [&]<std::size_t... i>(std::index_sequence<i...>) {
+    (f(std::integral_constant<Index, static_cast<Index>(i)>{}), ...);
+  }
+  (std::make_index_sequence<to_size(count)>{});
+}
+
+/// The scales of a packet of columns in a block, which make weights of what is widened.
+template <class Format>
+struct Scales {
+  Scales() = default;
+  explicit Scales(const std::byte*) {}
+  EIGEN_ALWAYS_INLINE Packet<float> apply(const Packet<float>& widened) const { return widened; }
+};
+template <class Format>
+requires Format::scaled struct Scales<Format> {
+  Packet<float> scale;
+  Packet<float> shift;
+
+  Scales() = default;
+  EIGEN_ALWAYS_INLINE explicit Scales(const std::byte* halves)
+      : scale(load_halves(halves)),
+        shift(Eigen::internal::pmul(scale, broadcast(-Format::offset))) {}
+  EIGEN_ALWAYS_INLINE Packet<float> apply(const Packet<float>& widened) const {
+    if constexpr (Format::offset == 0) return Eigen::internal::pmul(widened, scale);
+    return Eigen::internal::pmadd(widened, scale, shift);
+  }
+};
+
+/// R rows of C += the rows of A times V packets of a panel that is `packets` wide, `blocks` whole
+/// blocks of it. The hardware prefetcher follows a panel by itself.
+template <class Format, Index R, Index V>
+MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Index packets,
+                              Index first, Index blocks, float* const* c) {
+  using namespace Eigen::internal;
+  using Layout = NarrowLayout<Format>;
+  constexpr Index size = lane_count;
+  const Index stride = packets * Layout::group_bytes;
+  const float* row[to_size(R)];
+  Packet<float> sum[to_size(R)][to_size(V)];
+  MOE_UNROLL
+  for (Index r = 0; r < R; ++r) row[r] = a[r];
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + (first + i % V) * size);
+  for (Index block = 0; block < blocks; ++block) {
+    Scales<Format> scale[to_size(V)];
+    if constexpr (Format::scaled) {
+      MOE_UNROLL
+      for (Index v = 0; v < V; ++v)
+        scale[v] = Scales<Format>(panel + (first + v) * Layout::scale_bytes);
+      panel += packets * Layout::scale_bytes;
+    }
+    for (Index group = 0; group < Format::block / Format::group; ++group) {
+      const std::byte* lanes = panel + first * Layout::group_bytes;
+      for_each_constant<Format::group>([&](auto step) {
+        MOE_UNROLL
+        for (Index v = 0; v < V; ++v) {
+          const Packet<float> weight =
+              scale[v].apply(Format::template widen<step>(lanes + v * Layout::group_bytes));
+          MOE_UNROLL
+          for (Index r = 0; r < R; ++r) {
+            sum[r][v] = pmadd(pset1<Packet<float>>(row[r][step]), weight, sum[r][v]);
+          }
+        }
+      });
+      panel += stride;
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) row[r] += Format::group;
+    }
+  }
+  MOE_UNROLL
+  for (Index i = 0; i < R * V; ++i) store(c[i / V] + (first + i % V) * size, sum[i / V][i % V]);
+}
+
+/// A narrow matrix as a source of packets, widened when they are packed.
+template <class Format>
+struct NarrowPackets {
+  using Layout = NarrowLayout<Format>;
+  NarrowOperand<Format> b;
+
+  static_assert(panel_depth % Format::block == 0, "a strip begins with a block");
+
+  Panel<float> pack(const Strip& strip, float* buffer) const {
+    const Index stride = strip.packets * lane_count;
+    for (Index v = 0; v < strip.packets; ++v) {
+      const Index column = strip.column + v * lane_count;
+      widen({strip.k, strip.depth}, column, buffer + v * lane_count, stride);
+    }
+    return {buffer, stride};
+  }
+  Panel<float> in_place(const Strip&) const { return {nullptr, 0}; }
+  /// The whole width of the panel that the strip begins in: the strips after it need the rest.
+  Prefetch<float> prefetch(const Strip& strip, Index first, Index count) const {
+    constexpr Index at_once = strip_lines * 64;
+    const Index column = strip.column / Layout::panel_columns * Layout::panel_columns;
+    const Index bytes =
+        Layout::packets(b.columns, column) * Layout::block_bytes / Format::block * count;
+    const std::byte* place = b.panel(column, (strip.k + first) / Format::block);
+    return {reinterpret_cast<const float*>(place), at_once / 4, (bytes + at_once - 1) / at_once};
+  }
+
+  /// The steps [k, k + depth), k being the first of a block, of the packet of columns from `column` on:
+  /// rows of `stride` floats.
+  void widen(Range steps, Index column, float* to, Index stride) const {
+    const Index first = column / Layout::panel_columns * Layout::panel_columns;
+    const Index packets = Layout::packets(b.columns, first);
+    const Index v = (column - first) / lane_count;
+    const std::byte* block = b.panel(first, steps.first / Format::block);
+    MOE_ASSERT(steps.first % Format::block == 0);
+    for (Index k = 0; k < steps.count; k += Format::block) {
+      const Scales<Format> scale(block + v * Layout::scale_bytes);
+      const std::byte* group = block + packets * Layout::scale_bytes + v * Layout::group_bytes;
+      for (Index g = 0; g < Format::block && k + g < steps.count; g += Format::group) {
+        const auto one = [&](auto step) {
+          store(to, scale.apply(Format::template widen<step>(group)));
+          to += stride;
+        };
+        const Index left = steps.count - k - g;
+        for_each_constant<Format::group>([&](auto step) {
+          if (step < left) one(step);
+        });
+        group += packets * Layout::group_bytes;
+      }
+      block += packets * Layout::block_bytes;
+    }
+  }
+};
+
+/// What is left of K beyond whole blocks: R rows of C += the rows of A times `steps` of a panel.
+template <class Format>
+void narrow_rest(const float* const* a, Index rows, const NarrowOperand<Format>& b, Range steps,
+                 Index column, Index packets, float* const* c) {
+  alignas(64) float wide[to_size(Format::block * lane_count)];
+  for (Index v = 0; v < packets; ++v) {
+    NarrowPackets<Format>{b}.widen(steps, column + v * lane_count, wide, lane_count);
+    for (Index r = 0; r < rows; ++r) {
+      float* to = c[r] + v * lane_count;
+      Packet<float> sum = load(to);
+      for (Index k = 0; k < steps.count; ++k) {
+        sum = Eigen::internal::pmadd(broadcast(a[r][steps.first + k]), load(wide + k * lane_count),
+                                     sum);
+      }
+      store(to, sum);
+    }
+  }
+}
+
+/// Calls f(to) for some rows of C and the `width` columns of a panel: `to` are pointers to rows of
+/// `packets` whole packets, C itself or copies of it. Where the product `begins`, they hold the initial
+/// values of C.
+template <class Format, class F>
+void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range rows, Index column,
+                     Index packets, Index width, bool begins, F&& f) {
+  constexpr Index highest = narrow_tile_rows<Format>;
+  constexpr Index stride = NarrowLayout<Format>::panel_columns;
+  alignas(64) float beside[to_size(highest * stride)];
+  float* to[to_size(highest)];
+  const bool is_whole = width == packets * lane_count;
+  const Bias<float> bias = product.bias.at(rows.first, column);
+  for (Index r = 0; r < rows.count; ++r) {
+    float* row = product.c.row(rows.first + r) + column;
+    if (begins) {
+      if (product.start == Start::zero) std::fill_n(row, width, 0.0f);
+      if (bias.values != nullptr) add_scaled(width, *bias.factors.at(r), bias.values, row);
+    }
+    to[r] = is_whole ? row : beside + r * stride;
+    if (is_whole) continue;
+    std::fill_n(to[r], stride, 0.0f);
+    std::copy_n(row, width, to[r]);
+  }
+  f(to);
+  if (is_whole) return;
+  for (Index r = 0; r < rows.count; ++r) {
+    std::copy_n(to[r], width, product.c.row(rows.first + r) + column);
+  }
+}
+
+/// C = A·B for few rows: a panel after the other, each for all rows.
+template <class Format>
+void gemm_narrow(const GemmNN<float, NarrowOperand<Format>>& product) {
+  using Layout = NarrowLayout<Format>;
+  constexpr Index highest = narrow_tile_rows<Format>;
+  const NarrowOperand<Format>& b = product.b;
+  const Range columns = product.column_range();
+  const Index rows = product.a.count();
+  const Index whole = b.rows / Format::block;  // blocks
+  const Range rest{whole * Format::block, b.rows - whole * Format::block};
+  const Index end = columns.first + columns.count;
+  for (Index column = columns.first; column < end; column += Layout::panel_columns) {
+    const Index packets = Layout::packets(b.columns, column);
+    const Index width = std::min(packets * lane_count, end - column);
+    const std::byte* panel = b.panel(column);
+    for_each_tile(rows, highest, [&](Index first, Index count) {
+      const float* from[to_size(highest)];
+      for (Index r = 0; r < count; ++r) from[r] = product.a.row(first + r);
+      const auto multiply = [&](float* const* to) {
+        with_constant<highest>(count, [&](auto R) {
+          constexpr Index widest = narrow_tile_packets<Format>(R);
+          for (Index v = 0; v < packets; v += widest) {
+            with_constant<widest>(std::min(widest, packets - v), [&](auto V) {
+              narrow_tile<Format, R, V>(from, panel, packets, v, whole, to);
+            });
+          }
+        });
+        if (rest.count > 0) narrow_rest(from, count, b, rest, column, packets, to);
+      };
+      with_panel_of_c(product, {first, count}, column, packets, width, true, multiply);
+    });
+    call_epilogue<float>(product.epilogue, rows, {column, width});
+  }
+}
+
+/// C = A·B on the calling thread.
+template <class Format>
+void gemm_serial(const GemmNN<float, NarrowOperand<Format>>& product) {
+  if (product.a.count() == 0 || product.column_range().count == 0) return;
+  if (product.a.count() <= few_narrow_rows<Format>) return gemm_narrow(product);
+  gemm_packed(GemmNN<float, NarrowPackets<Format>>{.a = product.a,
+                                                   .b = {product.b},
+                                                   .c = product.c,
+                                                   .columns = product.columns,
+                                                   .start = product.start,
+                                                   .bias = product.bias,
+                                                   .epilogue = product.epilogue});
+}
+
+/// C = A·Bᵀ with a narrow B (N x K, as GemmNT has it).
+template <class Format>
+struct NarrowGemmNT {
+  GatheredRows<float> a;        ///< M x K
+  NarrowOperand<Format> b;      ///< N x K
+  ScatteredRows<float> c;       ///< M x N
+  Range columns = whole_range;  ///< of C, from a multiple of panel_columns on
+  Start start = Start::zero;
+  Epilogue epilogue{};
+};
+
+/// C = A·Bᵀ on the calling thread: B is widened, some rows and a panel of its columns at a time.
+template <class Format>
+void gemm_serial(const NarrowGemmNT<Format>& product) {
+  using Layout = NarrowLayout<Format>;
+  constexpr Index height = 64;  // rows of B at a time: 16 KiB of floats
+  static_assert(height % Format::block == 0);
+  alignas(64) float wide[to_size(height * Layout::panel_columns)];
+  const NarrowOperand<Format>& b = product.b;
+  const Range columns = range_within(product.columns, b.rows);
+  const Index end = columns.first + columns.count;
+  for (Index first = columns.first; first < end; first += height) {
+    const Range steps{first, std::min(height, end - first)};
+    for (Index k = 0; k < b.columns; k += Layout::panel_columns) {
+      const Index packets = Layout::packets(b.columns, k);
+      const Index width = std::min(packets * lane_count, b.columns - k);
+      for (Index v = 0; v < packets; ++v) {
+        NarrowPackets<Format>{b}.widen(steps, k + v * lane_count, wide + v * lane_count,
+                                       Layout::panel_columns);
+      }
+      gemm_serial(
+          GemmNT<float>{.a = product.a.columns(k, width),
+                        .b = MatrixOperand<float>(wide, steps.count, width, Layout::panel_columns),
+                        .c = product.c.columns(first, steps.count),
+                        .start = k == 0 ? product.start : Start::accumulate});
+    }
+    call_epilogue<float>(product.epilogue, product.a.count(), steps);
+  }
+}
+
+}  // namespace moe::detail
+
+MOE_PACKETS_END

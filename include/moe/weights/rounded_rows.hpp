@@ -1,0 +1,80 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "moe/weights/integer_dot.hpp"
+
+/// \file
+/// Activations rounded to 8 bits for products with integers.
+
+MOE_PACKETS_BEGIN
+
+namespace moe::detail {
+
+/// Some steps of some rows as codes from -127 to 127, each block of 32 steps with a scale, its largest
+/// magnitude over 127 (0 for a block of zeros). A block with a number that is not finite has a scale
+/// that is NaN. Steps beyond the last are filled up with 0.
+template <class Dot>
+struct RoundedRows {
+  static constexpr Index most_rows = 32;
+  static constexpr Index most_steps = 4096;
+  static constexpr Index most_blocks = most_steps / scaled_steps;
+  static constexpr Index block_bytes = scaled_steps / 4 * Dot::bytes;
+
+  alignas(64) std::byte codes[to_size(most_rows * most_blocks * block_bytes)];
+  float scale[to_size(most_rows)][to_size(most_blocks)];
+  std::int32_t sum[to_size(most_rows)][to_size(most_blocks)];  ///< of the codes of a block
+
+  const std::byte* row(Index r) const { return codes + r * most_blocks * block_bytes; }
+
+  void round(const GatheredRows<float>& rows) {
+    for (Index r = 0; r < rows.count(); ++r) {
+      std::byte* to = codes + r * most_blocks * block_bytes;
+      for (Index k = 0; k < rows.width(); k += scaled_steps, to += block_bytes) {
+        const Index count = std::min(scaled_steps, rows.width() - k);
+        round_block(rows.row(r) + k, count, scale[r][k / scaled_steps], sum[r][k / scaled_steps],
+                    to);
+      }
+    }
+  }
+
+ private:
+  static void round_block(const float* x, Index count, float& scale, std::int32_t& sum,
+                          std::byte* to) {
+    using namespace Eigen::internal;
+    // x - x is 0, or NaN where x is not finite, which a maximum may lose.
+    Packet<float> largest = broadcast(0.0f);
+    Packet<float> nothing = broadcast(0.0f);
+    float values[to_size(scaled_steps)] = {};
+    std::copy_n(x, count, values);
+    for (Index i = 0; i < scaled_steps; i += lane_count) {
+      const Packet<float> v = load(values + i);
+      largest = pmax(largest, pabs(v));
+      nothing = padd(nothing, psub(v, v));
+    }
+    const float bound = predux_max(largest);
+    scale = bound / 127 + predux(nothing);
+    std::int8_t code[to_size(scaled_steps)] = {};
+    sum = 0;
+    if (bound > 0 && std::isfinite(scale)) {
+      // Adding and subtracting 1.5·2^23 rounds to the nearest whole number, ties to even. Of numbers
+      // near the smallest, 127 / bound may be infinite; they are scaled up by exact powers of 2 first.
+      const float up = bound < 0x1p-100f ? 0x1p100f : 1.0f;
+      const float inverse = 127 / (bound * up);
+      constexpr float whole = 0x1.8p23f;
+      for (Index i = 0; i < scaled_steps; ++i) {
+        const float rounded = values[i] * up * inverse + whole;
+        code[i] = static_cast<std::int8_t>(rounded - whole);
+      }
+      for (const std::int8_t c : code) sum += c;
+    }
+    for (Index i = 0; i < scaled_steps; i += 4) Dot::store(code + i, to + i / 4 * Dot::bytes);
+  }
+};
+
+}  // namespace moe::detail
+
+MOE_PACKETS_END
