@@ -76,7 +76,8 @@ constexpr Range range_within(Range range, Index count) {
   return range.count < 0 ? Range{0, count} : range;
 }
 
-/// C = A·B, or some of its columns. B is a matrix, or in gemm_packed() any source of packets.
+/// C = A·B, or some of its columns. B is a matrix, one of narrow weights, or in gemm_packed() any source of
+/// packets.
 template <class Scalar, class B = MatrixOperand<Scalar>>
 struct GemmNN {
   GatheredRows<Scalar> a;       ///< M x K
@@ -92,10 +93,10 @@ struct GemmNN {
 };
 
 /// C = A·Bᵀ, or some of its columns.
-template <class Scalar>
+template <class Scalar, class B = MatrixOperand<Scalar>>
 struct GemmNT {
   GatheredRows<Scalar> a;       ///< M x K
-  MatrixOperand<Scalar> b;      ///< N x K
+  B b;                          ///< N x K
   ScatteredRows<Scalar> c;      ///< M x N
   Range columns = whole_range;  ///< of C, from a multiple of panel_columns on
   Start start = Start::zero;

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <utility>
 
+#include "moe/kernels/gemm_descriptor.hpp"
 #include "moe/parallel.hpp"
 #include "moe/weights/format.hpp"
 
@@ -45,6 +46,7 @@ struct NarrowOperand {
   const std::byte* data;
   Index rows;     ///< K
   Index columns;  ///< N
+  Activations activations = Activations::float32;
 
   /// The panel that begins with a column, from a block of k on.
   const std::byte* panel(Index column, Index block = 0) const {
@@ -121,7 +123,9 @@ class NarrowMatrix {
   static Index bytes_of(Index rows, Index columns) { return Layout::bytes(rows, columns); }
   Index bytes() const { return bytes_of(rows_, columns_); }
   const std::byte* data() const { return data_.get(); }
-  Operand operand() const { return {data_.get(), rows_, columns_}; }
+  Operand operand(Activations activations = Activations::float32) const {
+    return {data_.get(), rows_, columns_, activations};
+  }
 
   typename Format::Code code(Index k, Index column) const {
     const auto place = operand().place(k, column);

@@ -247,10 +247,9 @@ void gemm_narrow(const GemmNN<float, NarrowOperand<Format>>& product) {
   }
 }
 
-/// C = A·B on the calling thread.
+/// C = A·B on the calling thread with the activations as they are.
 template <class Format>
-void gemm_serial(const GemmNN<float, NarrowOperand<Format>>& product) {
-  if (product.a.count() == 0 || product.column_range().count == 0) return;
+void gemm_widening(const GemmNN<float, NarrowOperand<Format>>& product) {
   if (product.a.count() <= few_narrow_rows<Format>) return gemm_narrow(product);
   gemm_packed(GemmNN<float, NarrowPackets<Format>>{.a = product.a,
                                                    .b = {product.b},
@@ -261,20 +260,9 @@ void gemm_serial(const GemmNN<float, NarrowOperand<Format>>& product) {
                                                    .epilogue = product.epilogue});
 }
 
-/// C = A·Bᵀ with a narrow B (N x K, as GemmNT has it).
-template <class Format>
-struct NarrowGemmNT {
-  GatheredRows<float> a;        ///< M x K
-  NarrowOperand<Format> b;      ///< N x K
-  ScatteredRows<float> c;       ///< M x N
-  Range columns = whole_range;  ///< of C, from a multiple of panel_columns on
-  Start start = Start::zero;
-  Epilogue epilogue{};
-};
-
 /// C = A·Bᵀ on the calling thread: B is widened, some rows and a panel of its columns at a time.
 template <class Format>
-void gemm_serial(const NarrowGemmNT<Format>& product) {
+void gemm_serial(const GemmNT<float, NarrowOperand<Format>>& product) {
   using Layout = NarrowLayout<Format>;
   constexpr Index height = 64;  // rows of B at a time: 16 KiB of floats
   static_assert(height % Format::block == 0);

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <string_view>
+#include <utility>
+
+#include "moe/parameter.hpp"
+#include "moe/weights/narrow_matrix.hpp"
+
+namespace moe {
+
+/// How narrow weights are used.
+struct NarrowOptions {
+  Activations activations = Activations::float32;
+};
+
+namespace detail {
+
+inline void check_activations(bool scaled, const char* format, Activations activations) {
+  require(activations == Activations::float32 || (activations == Activations::int8 && scaled),
+          "NarrowOptions.activations = ", static_cast<int>(activations), ", ", format,
+          scaled ? " has float32 and int8" : " has float32 only");
+}
+
+/// A weight in the place of a Parameter: narrow, and never trained.
+template <class Format>
+struct NarrowWeight {
+  NarrowMatrix<Format> matrix;
+  Activations activations = Activations::float32;
+
+  NarrowWeight() = default;
+  NarrowWeight(const MatrixRef<float>& weights, std::string_view name, const NarrowOptions& options)
+      : NarrowWeight((check_activations(Format::scaled, Format::name, options.activations),
+                      NarrowMatrix<Format>(weights, name)),
+                     options) {}
+  NarrowWeight(NarrowMatrix<Format> packed, const NarrowOptions& options)
+      : matrix(std::move(packed)), activations(options.activations) {
+    check_activations(Format::scaled, Format::name, activations);
+  }
+};
+
+/// A weight as the operand B of a product.
+template <class Scalar>
+MatrixOperand<Scalar> operand(const Parameter<Scalar>& parameter) {
+  return parameter.value;
+}
+template <class Format>
+NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
+  return weight.matrix.operand(weight.activations);
+}
+
+}  // namespace detail
+}  // namespace moe
