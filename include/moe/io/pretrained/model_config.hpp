@@ -85,7 +85,10 @@ class ModelConfig {
     refuse(key, get(key), "silu, relu, gelu, gelu_new or gelu_pytorch_tanh");
   }
   /// The settings inside of one.
-  ModelConfig part(const std::string& key) const { return {path_, get(key), place_ + key + "."}; }
+  ModelConfig part(const std::string& key) const {
+    if (!get(key).is_object()) refuse(key, get(key), "an object");
+    return {path_, get(key), place_ + key + "."};
+  }
 
   /// Throws std::runtime_error: the file has a value that cannot be served.
   [[noreturn]] void refuse(const std::string& key, std::string_view needed) const {
@@ -95,7 +98,7 @@ class ModelConfig {
  private:
   ModelConfig(std::string path, nlohmann::json settings, std::string place)
       : path_(std::move(path)), settings_(std::move(settings)), place_(std::move(place)) {
-    if (!settings_.is_object()) detail::fail_file(path_, named(""), " is no object");
+    if (!settings_.is_object()) detail::fail_file(path_, "is no object");
   }
 
   const nlohmann::json* find(const std::string& key) const {
