@@ -13,8 +13,8 @@ namespace moe::test {
 
 inline const std::vector<Activation>& all_activations() {
   static const std::vector<Activation> all = {
-      Activation::identity, Activation::relu,    Activation::gelu, Activation::gelu_tanh,
-      Activation::silu,     Activation::sigmoid, Activation::tanh};
+      Activation::identity,     Activation::relu, Activation::gelu,    Activation::gelu_tanh,
+      Activation::gelu_sigmoid, Activation::silu, Activation::sigmoid, Activation::tanh};
   return all;
 }
 
@@ -34,6 +34,8 @@ inline double naive_activation(Activation activation, double x) {
     case Activation::gelu_tanh:
       return 0.5 * x *
              (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x)));
+    case Activation::gelu_sigmoid:
+      return x / (1 + std::exp(-1.702 * x));
     case Activation::silu:
       return x / (1 + std::exp(-x));
     case Activation::sigmoid:
@@ -57,6 +59,10 @@ inline double naive_derivative(Activation activation, double x) {
       const double slope = std::sqrt(2 / std::numbers::pi);
       const double t = std::tanh(slope * (x + 0.044715 * x * x * x));
       return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope * (1 + 3 * 0.044715 * x * x);
+    }
+    case Activation::gelu_sigmoid: {
+      const double s = 1 / (1 + std::exp(-1.702 * x));
+      return s + 1.702 * x * s * (1 - s);
     }
     case Activation::silu:
       return sigmoid + x * sigmoid * (1 - sigmoid);

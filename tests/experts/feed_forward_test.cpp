@@ -25,12 +25,49 @@ Matrix<Scalar> evaluate(const FeedForward<Scalar>& network, const Matrix<Scalar>
   return test::Passes<Scalar>(network, GatheredRows<Scalar>(x)).evaluate(network);
 }
 
+/// Plain and gated, with and without biases, limits that are often reached, and offsets.
+template <class Scalar>
+std::vector<typename FeedForward<Scalar>::Config> forms(Index width, Index hidden,
+                                                        Activation activation) {
+  std::vector<typename FeedForward<Scalar>::Config> all;
+  for (const bool gated : {false, true}) {
+    for (const bool bias : {false, true}) {
+      for (const double limit : {0.0, 0.5}) {
+        all.push_back({.width = width,
+                       .hidden = hidden,
+                       .activation = activation,
+                       .gated = gated,
+                       .bias = bias,
+                       .limit = limit,
+                       .linear_offset = gated && bias ? 1.0 : 0.0});
+      }
+    }
+  }
+  return all;
+}
+
+/// Whether no pre-activation (n x H, gated 2·H) is near a kink, which a step of differences would cross.
+bool is_smooth(const FeedForward<double>::Config& config, const Matrix<double>& pre) {
+  const double reach = 2e-3 * pre.cwiseAbs().maxCoeff();
+  const auto first = pre.leftCols(config.hidden).array();
+  const auto second = pre.rightCols(pre.cols() - config.hidden).array();
+  const bool has_kink = config.activation == Activation::relu;
+  if (has_kink && first.abs().minCoeff() <= reach) return false;
+  if (config.limit == 0) return true;
+  return (first - config.limit).abs().minCoeff() > reach &&
+         (second.size() == 0 || (second.abs() - config.limit).abs().minCoeff() > reach);
+}
+
 void check_gradients(const FeedForward<double>::Config& config, Index n, double weights,
                      double inputs) {
   INFO("D " << config.width << ", H " << config.hidden << ", activation "
-            << static_cast<int>(config.activation) << ", gated " << config.gated << ", n " << n
-            << ", weights times " << weights << ", x times " << inputs);
+            << static_cast<int>(config.activation) << ", gated " << config.gated << ", bias "
+            << config.bias << ", limit " << config.limit << ", offset " << config.linear_offset
+            << ", n " << n << ", weights times " << weights << ", x times " << inputs);
   FeedForward<double> network(config, 0);
+  FeedForward<double>::Config saving_config = config;
+  saving_config.recompute = false;
+  FeedForward<double> saving(saving_config, 0);
   Matrix<double> x;
   const Matrix<double> dy = random_matrix(n, config.width, 41);
   Matrix<double> weight = random_matrix(1, n, 42);
@@ -38,12 +75,12 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
   bool smooth = false;
   for (std::uint64_t seed = 1; !smooth && seed < 50; ++seed) {
     test::randomize(network, seed, weights);
+    test::randomize(saving, seed, weights);
     zero_gradients(network);
     x = random_matrix(n, config.width, seed, inputs);
-    test::Passes<double> passes(network, GatheredRows<double>(x));
-    passes.forward(network);
-    const auto pre = passes.saved.leftCols(config.recompute ? 0 : config.hidden).cwiseAbs();
-    smooth = config.activation != Activation::relu || pre.minCoeff() > 2e-3 * pre.maxCoeff();
+    test::Passes<double> passes(saving, GatheredRows<double>(x));
+    passes.forward(saving);
+    smooth = is_smooth(config, passes.saved);
   }
   REQUIRE(smooth);
   const test::Passes<double> result = pass(network, x, dy, weight);
@@ -66,14 +103,10 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
 
 TEST_CASE("feed forward: gradients are derivatives for every activation and form", "[experts]") {
   for (const Activation activation : test::all_activations()) {
-    for (const bool gated : {false, true}) {
-      for (const bool recompute : {false, activation != Activation::relu}) {
-        check_gradients({.width = 5,
-                         .hidden = 7,
-                         .activation = activation,
-                         .gated = gated,
-                         .recompute = recompute},
-                        4, 1, 1);
+    for (auto config : forms<double>(5, 7, activation)) {
+      for (const bool recompute : {false, true}) {
+        config.recompute = recompute;
+        check_gradients(config, 4, 1, 1);
       }
     }
   }
@@ -94,10 +127,10 @@ TEST_CASE("feed forward: gradients are derivatives at every scale", "[experts]")
 
 TEST_CASE("feed forward: a weight's gradient is output times dy, over several panels of H",
           "[experts]") {
-  for (const bool gated : {false, true}) {
-    for (const Index hidden : {40, 70, 300}) {
-      INFO("H " << hidden << ", gated " << gated);
-      FeedForward<double> network({.width = 3, .hidden = hidden, .gated = gated}, 1);
+  for (const Index hidden : {40, 70, 300}) {
+    for (const auto& config : forms<double>(3, hidden, Activation::relu)) {
+      INFO("H " << hidden << ", gated " << config.gated << ", limit " << config.limit);
+      FeedForward<double> network(config, 1);
       const Matrix<double> x = random_matrix(6, 3, 2);
       const Matrix<double> dy = random_matrix(6, 3, 3);
       const test::Passes<double> passes = pass(network, x, dy, Matrix<double>::Ones(1, 6).eval());
@@ -197,6 +230,11 @@ TEST_CASE("feed forward: parameters have their names and shapes in order", "[exp
       std::vector<std::string>{"up.weight 3x5", "up.bias 1x5", "down.weight 5x3", "down.bias 1x3"});
   CHECK(shapes(FeedForward<float>({.width = 3, .hidden = 5, .gated = true}, 0)) ==
         std::vector<std::string>{"gate.weight 3x5", "up.weight 3x5", "down.weight 5x3"});
+  CHECK(shapes(FeedForward<float>({.width = 3, .hidden = 5, .bias = false}, 0)) ==
+        std::vector<std::string>{"up.weight 3x5", "down.weight 5x3"});
+  CHECK(shapes(FeedForward<float>({.width = 3, .hidden = 5, .gated = true, .bias = true}, 0)) ==
+        std::vector<std::string>{"gate.weight 3x5", "gate.bias 1x5", "up.weight 3x5", "up.bias 1x5",
+                                 "down.weight 5x3", "down.bias 1x3"});
   CHECK(FeedForward<float>({.width = 3, .hidden = 5}, 0).tape_width() == 5);
   CHECK(FeedForward<float>({.width = 3, .hidden = 5, .gated = true}, 0).tape_width() == 10);
 }
@@ -204,7 +242,8 @@ TEST_CASE("feed forward: parameters have their names and shapes in order", "[exp
 TEMPLATE_TEST_CASE("feed forward: weights start uniform within one over the root of the inputs",
                    "[experts]", float, double) {
   for (const bool gated : {false, true}) {
-    const FeedForward<TestType> network({.width = 64, .hidden = 100, .gated = gated}, 7);
+    const FeedForward<TestType> network({.width = 64, .hidden = 100, .gated = gated, .bias = true},
+                                        7);
     std::vector<Matrix<double>> seen;
     for_each_parameter(network, [&](const std::string& name, const Parameter<TestType>& p) {
       INFO(name);
@@ -236,9 +275,8 @@ TEST_CASE("feed forward: the seed decides the start", "[experts]") {
 
 TEMPLATE_TEST_CASE("feed forward: evaluate gives the bits of forward and a row those of the batch",
                    "[experts]", float, double) {
-  for (const bool gated : {false, true}) {
-    FeedForward<TestType> network(
-        {.width = 19, .hidden = 37, .activation = Activation::gelu, .gated = gated}, 3);
+  for (const auto& config : forms<TestType>(19, 37, Activation::gelu)) {
+    FeedForward<TestType> network(config, 3);
     const Matrix<TestType> x = random_matrix<TestType>(expert_block_rows, 19, 5);
     const Matrix<TestType> weight = random_matrix<TestType>(1, expert_block_rows, 6);
     const test::Passes<TestType> whole = pass(network, x, x, weight);
@@ -258,10 +296,9 @@ TEMPLATE_TEST_CASE(
     "feed forward: computing the pre-activations again gives the same bits and keeps "
     "nothing",
     "[experts]", float, double) {
-  for (const bool gated : {false, true}) {
+  for (auto config : forms<TestType>(19, 210, Activation::gelu)) {
     for (const Index rows : {3, 70}) {
-      typename FeedForward<TestType>::Config config{
-          .width = 19, .hidden = 210, .activation = Activation::gelu, .gated = gated};
+      config.recompute = false;
       FeedForward<TestType> keeping(config, 3);
       config.recompute = true;
       FeedForward<TestType> recomputing(config, 3);
@@ -285,13 +322,11 @@ TEMPLATE_TEST_CASE(
 
 TEMPLATE_TEST_CASE("feed forward: the halves give the same bits in any split", "[experts]", float,
                    double) {
-  for (const bool gated : {false, true}) {
-    const Index panel = detail::panel_columns<TestType>;
-    const Index rows = 45;
-    const Index width = 3 * detail::tile_columns<TestType> + 2;
-    FeedForward<TestType> network(
-        {.width = width, .hidden = 2 * panel + 5, .activation = Activation::silu, .gated = gated},
-        3);
+  const Index panel = detail::panel_columns<TestType>;
+  const Index rows = 45;
+  const Index width = 3 * detail::tile_columns<TestType> + 2;
+  for (const auto& config : forms<TestType>(width, 2 * panel + 5, Activation::silu)) {
+    FeedForward<TestType> network(config, 3);
     const Matrix<TestType> x = random_matrix<TestType>(rows, width, 5);
     const Matrix<TestType> dy = random_matrix<TestType>(rows, width, 6);
     const Matrix<TestType> weight = random_matrix<TestType>(1, rows, 7);
@@ -346,4 +381,59 @@ TEST_CASE("feed forward: a bad configuration is refused with its field and numbe
   CHECK_THROWS_WITH(FeedForward<double>({.width = 1, .hidden = -1}, 0),
                     "moe: FeedForward::Config.hidden = -1, must be at least 1");
   CHECK_NOTHROW(FeedForward<float>({.width = 1, .hidden = 1}, 0));
+  const auto refuse = [](auto&& change, const std::string& message) {
+    FeedForward<float>::Config config{.width = 1, .hidden = 1, .gated = true};
+    change(config);
+    CHECK_THROWS_WITH(FeedForward<float>(config, 0), "moe: FeedForward::Config." + message);
+  };
+  using Config = FeedForward<float>::Config;
+  const std::string limit = ", must be 0, or finite and above 0 as a Scalar";
+  refuse([](Config& c) { c.limit = -1; }, "limit = -1" + limit);
+  refuse([](Config& c) { c.limit = std::nan(""); }, "limit = nan" + limit);
+  refuse([](Config& c) { c.limit = 1e300; }, "limit = 1e+300" + limit);   // infinite in float
+  refuse([](Config& c) { c.limit = 1e-300; }, "limit = 1e-300" + limit);  // 0 in float
+  refuse([](Config& c) { c.linear_offset = std::numeric_limits<double>::infinity(); },
+         "linear_offset = inf, must be finite as a Scalar");
+  refuse(
+      [](Config& c) {
+        c.gated = false;
+        c.linear_offset = 1;
+      },
+      "linear_offset = 1, must be 0 without gated");
+  refuse([](Config& c) { c.activation = static_cast<Activation>(99); },
+         "activation = 99, must be one of the 8 activations");
+}
+
+TEST_CASE("feed forward: beyond a limit there is no gradient, at it there is", "[experts]") {
+  // W_1 = (1), W_3 = (1), W_2 = (1): y = min(x, 2)·(clamp(x, -2, 2) + 1).
+  FeedForward<double> network({.width = 1,
+                               .hidden = 1,
+                               .activation = Activation::identity,
+                               .gated = true,
+                               .limit = 2,
+                               .linear_offset = 1},
+                              0);
+  for_each_parameter(network,
+                     [](const ParameterName&, Parameter<double>& p) { p.value.setOnes(); });
+  const Matrix<double> x{{1}, {2}, {3}, {-2}, {-3}};
+  const Matrix<double> ones = Matrix<double>::Ones(5, 1);
+  const test::Passes<double> r = pass<double>(network, x, ones, ones.transpose());
+  CHECK(r.y == Matrix<double>{{2}, {6}, {6}, {2}, {3}});
+  // dy/dx of x² + x is 2·x + 1; above 2 nothing is left, below -2 that of -x.
+  CHECK(r.dx == Matrix<double>{{3}, {5}, {0}, {-3}, {-1}});
+  const test::Named gradients = test::gradients_of(network);
+  CHECK(gradients.at("gate.weight")(0, 0) == 1 * 2 + 2 * 3 - 2 * -1 - 3 * -1);
+  CHECK(gradients.at("up.weight")(0, 0) == 1 * 1 + 2 * 2 - 2 * -2);
+  CHECK(gradients.at("down.weight")(0, 0) == 2 + 6 + 6 + 2 + 3);
+}
+
+TEST_CASE("feed forward: a limit keeps NaN", "[experts]") {
+  for (const auto& config : forms<double>(3, 9, Activation::silu)) {
+    const FeedForward<double> network(config, 0);
+    Matrix<double> x = random_matrix(2, 3, 1);
+    x(0, 1) = std::nan("");
+    const Matrix<double> y = evaluate(network, x);
+    CHECK(y.row(0).hasNaN());
+    CHECK(y.row(1).allFinite());
+  }
 }

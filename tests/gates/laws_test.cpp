@@ -48,7 +48,7 @@ TEMPLATE_LIST_TEST_CASE("gates: backward adds the same again", "[gate][laws]", t
     for (const auto& [name, gradient] : test::gradients_of(run.gate)) {
       INFO(name);
       CHECK((once.at(name).cwiseAbs().maxCoeff() > 0) ==
-            (name.find("bias") == std::string::npos &&
+            (name.find("selection_bias") == std::string::npos &&
              !(name.find("noise_weight") != std::string::npos &&
                std::is_same_v<TestType, test::NoisyTopKLaw<Scalar, false>>)));
       CHECK(test::relative_error(gradient, Matrix<double>(times * once.at(name))) <

@@ -109,4 +109,31 @@ inline double count_times_mean(const std::vector<std::vector<Index>>& choices,
   return sum;
 }
 
+/// What OLMoE, the Qwen models and others share: softmax, the K largest, renormalised or not.
+inline void check_softmax(const TopKConfig& config, double loss_per_choice, double z_loss_weight) {
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    const Index tokens = 12;
+    Case c(config, tokens, seed);
+    const auto& routing = c.gate.forward(c.x, c.tape, c.key);
+    Slots slots;
+    std::vector<Row> p;
+    std::vector<std::vector<Index>> choices;
+    double z = 0;
+    for (const Row& row : c.logits(c.x)) {
+      p.push_back(softmax(row));
+      choices.push_back(top(p.back(), config.top_k));
+      double sum = 0;
+      for (const Index e : choices.back()) sum += p.back()[at(e)];
+      for (const Index e : choices.back()) {
+        slots[{static_cast<Index>(p.size()) - 1, e}] =
+            config.renormalise ? p.back()[at(e)] / sum : p.back()[at(e)];
+      }
+      double exponentials = 0;
+      for (const double v : row) exponentials += std::exp(v);
+      z += std::log(exponentials) * std::log(exponentials) / static_cast<double>(tokens);
+    }
+    c.check(routing, slots, loss_per_choice * count_times_mean(choices, p) + z_loss_weight * z);
+  }
+}
+
 }  // namespace moe::test::published

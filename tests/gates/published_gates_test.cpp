@@ -157,64 +157,33 @@ TEST_CASE("published gates: Mixtral", "[routing][gate]") {
   }
 }
 
-namespace {
-
-/// What OLMoE and the Qwen models share: softmax, the K largest, renormalised or not.
-void check_plain(const TopKConfig& config, double loss_per_choice, double z_loss_weight) {
-  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
-    const Index tokens = 12;
-    Case c(config, tokens, seed);
-    const auto& routing = c.gate.forward(c.x, c.tape, c.key);
-    Slots slots;
-    std::vector<Row> p;
-    std::vector<std::vector<Index>> choices;
-    double z = 0;
-    for (const Row& row : c.logits(c.x)) {
-      p.push_back(softmax(row));
-      choices.push_back(top(p.back(), config.top_k));
-      double sum = 0;
-      for (const Index e : choices.back()) sum += p.back()[at(e)];
-      for (const Index e : choices.back()) {
-        slots[{static_cast<Index>(p.size()) - 1, e}] =
-            config.renormalise ? p.back()[at(e)] / sum : p.back()[at(e)];
-      }
-      double exponentials = 0;
-      for (const double v : row) exponentials += std::exp(v);
-      z += std::log(exponentials) * std::log(exponentials) / static_cast<double>(tokens);
-    }
-    c.check(routing, slots, loss_per_choice * count_times_mean(choices, p) + z_loss_weight * z);
-  }
-}
-
-}  // namespace
-
 TEST_CASE("published gates: OLMoE", "[routing][gate]") {
-  check_plain({.width = 5,
-               .experts = 64,
-               .top_k = 8,
-               .switch_loss_weight = 0.01,
-               .switch_count = SwitchCount::per_slot,
-               .z_loss_weight = 0.001},
-              0.01 * 64 / (12 * 8), 0.001);  // N_E·Σ f·P, f the share of the 12·8 choices
+  check_softmax({.width = 5,
+                 .experts = 64,
+                 .top_k = 8,
+                 .switch_loss_weight = 0.01,
+                 .switch_count = SwitchCount::per_slot,
+                 .z_loss_weight = 0.001},
+                0.01 * 64 / (12 * 8), 0.001);  // N_E·Σ f·P, f the share of the 12·8 choices
 }
 
 TEST_CASE("published gates: Qwen1.5-MoE and Qwen2-MoE", "[routing][gate]") {
-  check_plain({.width = 5,
-               .experts = 60,
-               .top_k = 4,
-               .switch_loss_weight = 0.001,
-               .switch_count = SwitchCount::per_token},
-              0.001 * 60 / 12, 0);
+  check_softmax({.width = 5,
+                 .experts = 60,
+                 .top_k = 4,
+                 .switch_loss_weight = 0.001,
+                 .switch_count = SwitchCount::per_token},
+                0.001 * 60 / 12, 0);
 }
 
 TEST_CASE("published gates: Qwen3-MoE", "[routing][gate]") {
-  check_plain({.width = 5,
-               .experts = 128,
-               .top_k = 8,
-               .renormalise = true,
-               .switch_loss_weight = 0.001,
-               .switch_count = SwitchCount::per_token},
-              0.001 * 128 / 12, 0);
+  check_softmax({.width = 5,
+                 .experts = 128,
+                 .top_k = 8,
+                 .renormalise = true,
+                 .switch_loss_weight = 0.001,
+                 .switch_count = SwitchCount::per_token},
+                0.001 * 128 / 12, 0);
 }
 
 TEST_CASE("published gates: two tokens of each score worked by hand", "[routing][gate]") {

@@ -72,7 +72,7 @@ TEST_CASE("top-k gate: no optimizer moves the bias", "[routing][gate]") {
   Matrix<double>& bias = parameter(gate, "selection_bias").value;
   fill_normal(bias, 0.3, 5);
   const Matrix<double> before = bias;
-  CHECK(parameter_count(gate) == 5 * 12);
+  CHECK(parameter_count(gate) == 5 * 12 + 12);  // W_g and b_g
   const Matrix<double> weight = parameter(gate, "weight").value;
   for (const Updates updates : {Updates::dense, Updates::lazy}) {
     Adam<double> adam({.weight_decay = 0.1, .updates = updates});

@@ -29,6 +29,7 @@ inline TopKConfig in_groups(Score score) {
 /// Everything at once.
 inline TopKConfig everything(Score score = Score::sigmoid) {
   TopKConfig config = in_groups(score);
+  config.bias = true;
   config.jitter = 0.1;
   config.random_second = true;
   config.capacity_factor = 1;

@@ -14,11 +14,12 @@ Index check_gradients(const TopKConfig& config, Index tokens, double weights = 0
                       double inputs = 1) {
   INFO("score " << static_cast<int>(config.score) << ", renormalise " << config.renormalise
                 << ", E " << config.experts << ", K " << config.top_k << ", groups "
-                << config.groups << "/" << config.top_k_groups << ", bias " << config.selection_bias
-                << ", jitter " << config.jitter << ", random second " << config.random_second
-                << ", capacity " << config.capacity_factor << ", order "
-                << static_cast<int>(config.place_order) << ", losses " << config.switch_loss_weight
-                << " " << config.sequence_loss_weight << " " << config.z_loss_weight << ", count "
+                << config.groups << "/" << config.top_k_groups << ", bias " << config.bias
+                << ", selection bias " << config.selection_bias << ", jitter " << config.jitter
+                << ", random second " << config.random_second << ", capacity "
+                << config.capacity_factor << ", order " << static_cast<int>(config.place_order)
+                << ", losses " << config.switch_loss_weight << " " << config.sequence_loss_weight
+                << " " << config.z_loss_weight << ", count "
                 << static_cast<int>(config.switch_count) << ", weights times " << weights
                 << ", x times " << inputs);
   const Pass key{.step = 3, .first_token = 5};
@@ -27,6 +28,7 @@ Index check_gradients(const TopKConfig& config, Index tokens, double weights = 0
   for (std::uint64_t seed = 1; seed < 60; ++seed) {
     TopKGate<double> gate(config, seed);
     fill_normal(parameter(gate, "weight").value, weights, seed);
+    if (config.bias) fill_normal(parameter(gate, "bias").value, weights, seed + 1);
     if (config.selection_bias) fill_normal(parameter(gate, "selection_bias").value, 0.1, seed);
     Matrix<double> x = random_matrix(tokens, config.width, seed, inputs);
     const Matrix<double> r = random_matrix(tokens, config.experts, 8);
@@ -45,6 +47,9 @@ Index check_gradients(const TopKConfig& config, Index tokens, double weights = 0
     };
     test::difference_gradient(x, loss, 1e-4 * steep * inputs);
     test::difference_gradient(parameter(gate, "weight").value, loss, 1e-4 * steep * weights);
+    if (config.bias) {
+      test::difference_gradient(parameter(gate, "bias").value, loss, 1e-4 * steep * weights);
+    }
     if (config.selection_bias) {
       test::difference_gradient(parameter(gate, "selection_bias").value, loss,
                                 1e-4 * steep * weights);
@@ -68,6 +73,7 @@ TEST_CASE("top-k gate: gradients are derivatives for every number of experts", "
           check_gradients({.width = 3,
                            .experts = experts,
                            .top_k = top_k,
+                           .bias = renormalise,
                            .score = score,
                            .renormalise = renormalise,
                            .scale = 1.7,
@@ -146,6 +152,7 @@ TEST_CASE("top-k gate: gradients are derivatives at every scale", "[routing][gat
         check_gradients({.width = 3,
                          .experts = 6,
                          .top_k = 2,
+                         .bias = inputs < 5,
                          .score = score,
                          .renormalise = weights < 5,
                          .jitter = 0.2,

@@ -18,9 +18,15 @@ namespace {
 using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<float>>>;
 const Layer::Config small{
     .width = 3,
-    .expert = {.hidden = 2, .activation = Activation::silu, .gated = true},
-    .gate = {.shared = 1,
-             .routed = {.experts = 4, .top_k = 2, .score = Score::sigmoid, .scale = 0.1}},
+    .expert = {.hidden = 2,
+               .activation = Activation::silu,
+               .gated = true,
+               .bias = true,
+               .limit = 7,
+               .linear_offset = 1},
+    .gate =
+        {.shared = 1,
+         .routed = {.experts = 4, .top_k = 2, .bias = true, .score = Score::sigmoid, .scale = 0.1}},
     .seed = 18446744073709551615u};
 
 void check_same(const Layer& layer, const Layer& other) {
@@ -73,7 +79,11 @@ TEST_CASE("safetensors config: a layer's is stored by the names of its fields", 
   CHECK(said("expert.hidden") == "2");
   CHECK(said("expert.activation") == "silu");
   CHECK(said("expert.gated") == "true");
+  CHECK(said("expert.bias") == "true");
+  CHECK(said("expert.limit") == "7");
+  CHECK(said("expert.linear_offset") == "1");
   CHECK(said("gate.shared") == "1");
+  CHECK(said("gate.routed.bias") == "true");
   CHECK(said("gate.routed.score") == "sigmoid");
   CHECK(said("gate.routed.scale") == "0.1");
   CHECK(said("output") == "identity");
@@ -104,6 +114,7 @@ TEST_CASE("safetensors config: a layer is made from a file", "[io]") {
   });
   Layer back(read);
   file.read_module(back, "layer.");
+  check_same(back, layer);
   CHECK_THROWS_WITH(file.config<Layer>("model."),
                     Contains("has no metadata \"model.config.width\""));
 }

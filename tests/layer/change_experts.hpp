@@ -44,6 +44,7 @@ struct TopKLaw : Law<TopK> {
   static TopK::Config config(Index experts) {
     return {.experts = experts,
             .top_k = 2,
+            .bias = true,
             .score = Score::sigmoid,
             .selection_bias = true,
             .jitter = 0.1};

@@ -218,6 +218,7 @@ TEST_CASE("experts come and go: fresh columns are as a gate starts with", "[laye
   };
   CHECK(fresh_of(make_layer<NoisyLaw>(4), "weight").isZero(0));
   CHECK(fresh_of(make_layer<NoisyLaw>(4), "noise_weight").isZero(0));
+  CHECK(fresh_of(make_layer<TopKLaw>(4), "bias").isZero(0));
   CHECK(fresh_of(make_layer<TopKLaw>(4), "selection_bias").isZero(0));
   const Matrix<double> normal = fresh_of(make_layer<TopKLaw>(4), "weight");
   CHECK(std::abs(normal.norm() / std::sqrt(5.0 * 40) - 0.02) < 0.003);

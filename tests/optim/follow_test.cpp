@@ -197,7 +197,7 @@ TEMPLATE_LIST_TEST_CASE("follow: an optimizer goes on as if the layer had always
     check_follows<Law, Noisy>({.experts = 4, .top_k = 2}, updates,
                               [](auto& layer) { return layer.add_experts(3, 9); });
     check_follows<Law, TopK>(
-        {.experts = 4, .top_k = 2, .selection_bias = true}, updates, [](auto& layer) {
+        {.experts = 4, .top_k = 2, .bias = true, .selection_bias = true}, updates, [](auto& layer) {
           return layer.copy_experts({2, 0, 2}, {.noise_stddev = 0.1, .seed = 9});
         });
   }

@@ -48,24 +48,33 @@ TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
     Matrix<double> x = random_matrix(5, 4, 1);
     Parameter<double> weight(4, experts);
     weight.value = random_matrix(4, experts, 2);
+    Parameter<double> bias(1, experts);
+    bias.value = random_matrix(1, experts, 5);
     const Matrix<double> before = random_matrix(4, experts, 3);
     weight.gradient() = before;
+    const Matrix<double> before_bias = random_matrix(1, experts, 6);
+    bias.gradient() = before_bias;
     const Matrix<double> r = random_matrix(5, experts, 4);
     const auto loss = [&] {
       Matrix<double> p;
-      linear_scores(x, weight, p);
+      linear_scores(x, weight, bias, p);
       softmax_rows(p, p);
       return p.cwiseProduct(r).sum();
     };
     Matrix<double> p;
     linear_scores(x, weight, p);
     CHECK(relative_error(p, test::naive_scores(x, weight.value)) < 1e-13);
+    const Matrix<double> without = p;
+    linear_scores(x, weight, bias, p);
+    for (Index t = 0; t < 5; ++t) {
+      CHECK(relative_error(p.row(t), without.row(t) + bias.value) < 1e-13);
+    }
     softmax_rows(p, p);
     Matrix<double> dscores = r;
     const Matrix<double> before_dx = random_matrix(x.rows(), x.cols(), 9);
     Matrix<double> dx = before_dx;
     softmax_rows_backward(p, dscores);
-    linear_scores_backward(x, dscores, weight, dx);
+    linear_scores_backward(x, dscores, weight, bias, dx);
     // One expert: no gradient at all, and differences that are rounding.
     const double floor = experts == 1 ? 1e-10 : 0;
     const auto check = [&](const Matrix<double>& actual, Matrix<double>& value) {
@@ -75,5 +84,10 @@ TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
     };
     check(dx - before_dx, x);
     check(weight.gradient() - before, weight.value);
+    check(bias.gradient() - before_bias, bias.value);
+    bias.trained = false;
+    const Matrix<double> frozen = bias.gradient();
+    linear_scores_backward(x, dscores, weight, bias, dx);
+    CHECK(same_bits(bias.gradient(), frozen));
   }
 }

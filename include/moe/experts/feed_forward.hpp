@@ -9,6 +9,7 @@
 #include "moe/kernels/activations.hpp"
 #include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/kernels/limits.hpp"
 #include "moe/random.hpp"
 
 /// \file
@@ -16,12 +17,22 @@
 
 namespace moe {
 
-/// y = act(x·W_1 + b_1)·W_2 + b_2, or the gated form y = (act(x·W_1) ⊙ (x·W_3))·W_2, which has no
-/// biases (N. Shazeer, "GLU Variants Improve Transformer", 2020; SwiGLU with Activation::silu).
+/// The plain form is y = a·W_2 + b_2 with
 ///
-/// Parameters and their names: plain, up.weight (W_1, D x H), up.bias, down.weight (W_2, H x D),
-/// down.bias; gated, gate.weight (W_1), up.weight (W_3), down.weight (W_2). A map of n inputs
-/// starts uniform in ±1/sqrt(n), as PyTorch's Linear does.
+///     a = act(min(x·W_1 + b_1, limit))
+///
+/// and the gated form (N. Shazeer, "GLU Variants Improve Transformer", 2020; SwiGLU with
+/// Activation::silu) the same y with
+///
+///     a = act(min(x·W_1 + b_1, limit)) ⊙ (clamp(x·W_3 + b_3, -limit, limit) + linear_offset).
+///
+/// Config says whether there are biases and a limit; by default the plain form has biases and the
+/// gated one none, there is no limit, and the offset is 0. Beyond a limit the gradient is 0.
+///
+/// Parameters and their names: plain, up.weight (W_1, D x H), up.bias (b_1, 1 x H), down.weight (W_2,
+/// H x D), down.bias (b_2, 1 x D); gated, gate.weight (W_1), gate.bias (b_1), up.weight (W_3),
+/// up.bias (b_3), down.weight (W_2), down.bias (b_2); the biases with Config.bias only. A map of n
+/// inputs starts uniform in ±1/sqrt(n), its bias too, as PyTorch's Linear does.
 ///
 /// It is a FusedNetwork: its first half makes the hidden row a, weighted already, its second half
 /// multiplies that by W_2 and adds it to the tokens. For backward it saves a slot's pre-activations
@@ -38,6 +49,10 @@ class FeedForward {
     Index hidden = 0;  ///< H
     Activation activation = Activation::relu;
     bool gated = false;
+    bool bias = !gated;  ///< b_1, b_2 and, gated, b_3
+    /// Of act's input from above, and of the gated form's other factor on both sides, >= 0; 0: none.
+    double limit = 0;
+    double linear_offset = 0;  ///< of the gated form, finite: gpt-oss has 1 and a limit of 7
     /// Keep no pre-activations for backward and compute them again there: a quarter more arithmetic
     /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App.
     /// D]. All results keep their bits.
@@ -49,6 +64,9 @@ class FeedForward {
       visit("hidden", self.hidden);
       visit("activation", self.activation);
       visit("gated", self.gated);
+      visit("bias", self.bias);
+      visit("limit", self.limit);
+      visit("linear_offset", self.linear_offset);
       visit("recompute", self.recompute);
     }
   };
@@ -57,10 +75,11 @@ class FeedForward {
   FeedForward(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         gate_(config.gated ? config.width : 0, config.gated ? config.hidden : 0),
+        gate_bias_(1, config.gated && config.bias ? config.hidden : 0),
         up_(config.width, config.hidden),
-        up_bias_(1, config.gated ? 0 : config.hidden),
+        up_bias_(1, config.bias ? config.hidden : 0),
         down_(config.hidden, config.width),
-        down_bias_(1, config.gated ? 0 : config.width) {
+        down_bias_(1, config.bias ? config.width : 0) {
     const Scalar up_bound = Scalar{1} / std::sqrt(static_cast<Scalar>(config.width));
     const Scalar down_bound = Scalar{1} / std::sqrt(static_cast<Scalar>(config.hidden));
     fill_uniform(gate_.value, up_bound, derive_seed(seed, 0));
@@ -68,6 +87,7 @@ class FeedForward {
     fill_uniform(up_bias_.value, up_bound, derive_seed(seed, 2));
     fill_uniform(down_.value, down_bound, derive_seed(seed, 3));
     fill_uniform(down_bias_.value, down_bound, derive_seed(seed, 4));
+    fill_uniform(gate_bias_.value, up_bound, derive_seed(seed, 5));
   }
 
   const Config& config() const { return config_; }
@@ -85,7 +105,7 @@ class FeedForward {
   Index columns() const { return config_.hidden; }
   Index gradient_rows() const { return (config_.gated ? 2 : 1) * config_.width + config_.hidden; }
 
-  // a = w·act(x·W_1 + b_1) or w·act(x·W_1) ⊙ (x·W_3), then y += a·W_2 + w·b_2.
+  // w·a, then y += (w·a)·W_2 + w·b_2.
 
   void hidden(const Block& block, Range columns, bool save,
               const FeedForward* next = nullptr) const {
@@ -98,19 +118,18 @@ class FeedForward {
 
   void output(const Block& block, Range columns, MatrixView<Scalar> y,
               const FeedForward* next = nullptr) const {
-    const Scalar* bias = config_.gated ? nullptr : down_bias_.value.data();
     detail::gemm_serial(detail::GemmNN<Scalar>{
         .a = hidden_of(block),
         .b = down_.value,
         .c = block.rows_of(y),
         .columns = columns,
         .start = detail::Start::accumulate,
-        .bias = {.values = bias, .factors = {block.weight, 1}},
+        .bias = {.values = values_of(down_bias_), .factors = {block.weight, 1}},
         .prefetch_next = next != nullptr ? next->down_.value.data() : nullptr});
   }
 
-  // With u = dy·W_2ᵀ: ⟨u, act(pre)⟩ is the weight's gradient but for the bias's share, and
-  // w·u ⊙ act'(pre) that of the pre-activations; then dx += dpre·W_1ᵀ.
+  // With u = dy·W_2ᵀ: ⟨u, a⟩ is the weight's gradient but for the bias's share, and w·u that of a, from
+  // which comes that of the pre-activations; then dx += dpre·W_1ᵀ.
 
   void hidden_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
     const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.saved;
@@ -160,15 +179,13 @@ class FeedForward {
       }
       first += weight.value.rows();
     };
-    if (config_.gated) {
-      add(block.x, dfirst, gate_);
-      add(block.x, GatheredRows<Scalar>(columns_of(dpre, config_.hidden, config_.hidden)), up_);
-    } else {
-      add(block.x, dfirst, up_);
-    }
+    const GatheredRows<Scalar> dup(
+        columns_of(dpre, config_.gated ? config_.hidden : 0, config_.hidden));
+    if (config_.gated) add(block.x, dfirst, gate_);
+    add(block.x, dup, up_);
     const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
     add(GatheredRows<Scalar>(hidden_of(block)), dy_rows, down_);
-    if (config_.gated || rows.first > 0) return;
+    if (!config_.bias || rows.first > 0) return;
     const auto add_bias = [&](const GatheredRows<Scalar>& from,
                               const detail::RowFactors<Scalar>& factors, Parameter<Scalar>& bias) {
       if (!bias.trained) return;
@@ -176,7 +193,8 @@ class FeedForward {
       if (replace) detail::resize_to_zero(gradient, 1, bias.size());
       detail::add_scaled_rows(from, factors, gradient.data());
     };
-    add_bias(dfirst, {}, up_bias_);
+    if (config_.gated) add_bias(dfirst, {}, gate_bias_);
+    add_bias(dup, {}, up_bias_);
     add_bias(dy_rows, {block.weight, 1}, down_bias_);
   }
 
@@ -185,23 +203,20 @@ class FeedForward {
     const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
     for (Index i = 0; i < parts.rows(); ++i) {
       dweight[i] = detail::sum(panels(), detail::row_data(parts, i));
-      if (config_.gated) continue;
+      if (!config_.bias) continue;
       dweight[i] += detail::dot(config_.width, down_bias_.value.data(), dy_rows.row(i));
     }
   }
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
-    if (self.config_.gated) {
-      visit("gate.weight", self.gate_);
-      visit("up.weight", self.up_);
-      visit("down.weight", self.down_);
-    } else {
-      visit("up.weight", self.up_);
-      visit("up.bias", self.up_bias_);
-      visit("down.weight", self.down_);
-      visit("down.bias", self.down_bias_);
-    }
+    const Config& config = self.config_;
+    if (config.gated) visit("gate.weight", self.gate_);
+    if (config.gated && config.bias) visit("gate.bias", self.gate_bias_);
+    visit("up.weight", self.up_);
+    if (config.bias) visit("up.bias", self.up_bias_);
+    visit("down.weight", self.down_);
+    if (config.bias) visit("down.bias", self.down_bias_);
   }
 
  private:
@@ -213,6 +228,16 @@ class FeedForward {
     detail::require(config.hidden >= 1, "FeedForward::Config.hidden = ", config.hidden,
                     ", must be at least 1");
     detail::require_activation("FeedForward::Config.activation", config.activation);
+    const auto limit = static_cast<Scalar>(config.limit);
+    detail::require(config.limit == 0 || (std::isfinite(limit) && limit > 0),
+                    "FeedForward::Config.limit = ", config.limit,
+                    ", must be 0, or finite and above 0 as a Scalar");
+    detail::require(std::isfinite(static_cast<Scalar>(config.linear_offset)),
+                    "FeedForward::Config.linear_offset = ", config.linear_offset,
+                    ", must be finite as a Scalar");
+    detail::require(config.gated || config.linear_offset == 0,
+                    "FeedForward::Config.linear_offset = ", config.linear_offset,
+                    ", must be 0 without gated");
     return config;
   }
 
@@ -232,6 +257,11 @@ class FeedForward {
     return columns_of(block.scratch, config_.hidden + pre_width(), pre_width());
   }
 
+  /// A bias as the products take it.
+  const Scalar* values_of(const Parameter<Scalar>& bias) const {
+    return config_.bias ? bias.value.data() : nullptr;
+  }
+
   /// Columns of the pre-activations (n x pre_width()).
   void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre,
                    detail::Epilogue epilogue, const FeedForward* next = nullptr) const {
@@ -242,12 +272,14 @@ class FeedForward {
                                                  .b = gate_.value,
                                                  .c = first,
                                                  .columns = columns,
+                                                 .bias = {.values = values_of(gate_bias_)},
                                                  .prefetch_next = up_.value.data()});
       detail::gemm_serial(detail::GemmNN<Scalar>{
           .a = block.x,
           .b = up_.value,
           .c = linear,
           .columns = columns,
+          .bias = {.values = values_of(up_bias_)},
           .epilogue = epilogue,
           .prefetch_next = next != nullptr ? next->gate_.value.data() : nullptr});
     } else {
@@ -256,7 +288,7 @@ class FeedForward {
           .b = up_.value,
           .c = first,
           .columns = columns,
-          .bias = {.values = up_bias_.value.data()},
+          .bias = {.values = values_of(up_bias_)},
           .epilogue = epilogue,
           .prefetch_next = next != nullptr ? next->up_.value.data() : nullptr});
     }
@@ -279,6 +311,21 @@ class FeedForward {
     for (Index i = first; i < std::min(first + rows.count, block.x.count()); ++i) f(i);
   }
 
+  /// What act is applied to: x, or with a limit what it leaves of x, in y.
+  GatheredRows<Scalar> limited(const GatheredRows<Scalar>& x,
+                               const ScatteredRows<Scalar>& y) const {
+    if (config_.limit == 0) return x;
+    detail::limit_above(static_cast<Scalar>(config_.limit), x, y);
+    return {y.row(0), y.step(), y.count(), y.width()};
+  }
+  /// Calls f with what the second pre-activations of the gated form go through.
+  template <class F>
+  void with_linear_factor(F&& f) const {
+    if (config_.limit == 0 && config_.linear_offset == 0) return f(detail::PlainFactor<Scalar>());
+    f(detail::LinearFactor<Scalar>(static_cast<Scalar>(config_.limit),
+                                   static_cast<Scalar>(config_.linear_offset)));
+  }
+
   /// hidden = w·act(pre), gated w·act(pre) ⊙ linear.
   void activate(const Block& block, MatrixView<Scalar> pre, Range rows, Index column,
                 Index width) const {
@@ -289,16 +336,20 @@ class FeedForward {
     const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
     const ScatteredRows<Scalar> y(hidden(rows.first), block.scratch.outerStride(), rows.count,
                                   width);
+    const GatheredRows<Scalar> input = limited(x, y);
     if (!config_.gated) {
-      return detail::activate(config_.activation, x, y, {block.weight + rows.first, 1});
+      return detail::activate(config_.activation, input, y, {block.weight + rows.first, 1});
     }
-    detail::activate(config_.activation, x, y);
-    for (Index i = rows.first; i < rows.first + rows.count; ++i) {
-      const P w = detail::broadcast(block.weight[i]);
-      detail::map(
-          width, hidden(i), [=](const P& v, const P& l) { return pmul(w, pmul(v, l)); }, hidden(i),
-          from(i, 1));
-    }
+    detail::activate(config_.activation, input, y);
+    with_linear_factor([&](const auto& factor) {
+      for (Index i = rows.first; i < rows.first + rows.count; ++i) {
+        const P w = detail::broadcast(block.weight[i]);
+        detail::map(
+            width, hidden(i),
+            [&](const P& v, const P& l) { return pmul(w, pmul(v, factor.value(l))); }, hidden(i),
+            from(i, 1));
+      }
+    });
   }
 
   /// In: dpre holds u, gated in its second part. Out: dpre = w·u ⊙ act'(pre), gated
@@ -326,33 +377,40 @@ class FeedForward {
     const Index stride = block.scratch.outerStride();
     const ScatteredRows<Scalar> y(hidden(rows.first), stride, rows.count, width);
     const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
+    const GatheredRows<Scalar> input = limited(x, y);
     Scalar parts[detail::to_size(detail::direct_rows)];
     if (!config_.gated) {
-      detail::activate_backward(config_.activation, x, y, dx, parts,
+      detail::activate_backward(config_.activation, input, y, dx, parts,
                                 {block.weight + rows.first, 1});
     } else {
       // From 1 dpre becomes act'(pre); what is multiplied with that, and u's part, comes after.
       for (Index r = 0; r < rows.count; ++r) std::fill_n(dx.row(r), width, Scalar{1});
-      detail::activate_backward(config_.activation, x, y, dx, parts);
-      for (Index r = 0; r < rows.count; ++r) {
-        const Index i = rows.first + r;
-        const P w = detail::broadcast(block.weight[i]);
-        P part = detail::broadcast(Scalar{0});
-        const Scalar* linear = from(i, 1);
-        Scalar* a = y.row(r);
-        Scalar* dpre = dx.row(r);
-        Scalar* dlinear = gradient(i, 1);
-        detail::for_each_packet<Scalar>(width, [&](const detail::PacketSpan& at) {
-          const P value = at.load(a);
-          const P l = at.load(linear);
-          const P u = at.load(dlinear);
-          part = pmadd(u, pmul(value, l), part);
-          at.store(a, pmul(w, pmul(value, l)));
-          at.store(dpre, pmul(pmul(pmul(w, u), l), at.load(dpre)));
-          at.store(dlinear, pmul(pmul(w, u), value));
-        });
-        parts[r] = predux(part);
-      }
+      detail::activate_backward(config_.activation, input, y, dx, parts);
+      with_linear_factor([&](const auto& factor) {
+        for (Index r = 0; r < rows.count; ++r) {
+          const Index i = rows.first + r;
+          const P w = detail::broadcast(block.weight[i]);
+          P part = detail::broadcast(Scalar{0});
+          const Scalar* linear = from(i, 1);
+          Scalar* a = y.row(r);
+          Scalar* dpre = dx.row(r);
+          Scalar* dlinear = gradient(i, 1);
+          detail::for_each_packet<Scalar>(width, [&](const detail::PacketSpan& at) {
+            const P value = at.load(a);
+            const P before = at.load(linear);
+            const P l = factor.value(before);
+            const P u = at.load(dlinear);
+            part = pmadd(u, pmul(value, l), part);
+            at.store(a, pmul(w, pmul(value, l)));
+            at.store(dpre, pmul(pmul(pmul(w, u), l), at.load(dpre)));
+            at.store(dlinear, factor.backward(before, pmul(pmul(w, u), value)));
+          });
+          parts[r] = predux(part);
+        }
+      });
+    }
+    if (config_.limit > 0) {
+      detail::limit_above_backward(static_cast<Scalar>(config_.limit), x, dx);
     }
     for (Index r = 0; r < rows.count; ++r) add_part(block, rows.first + r, column, parts[r]);
   }
@@ -368,8 +426,9 @@ class FeedForward {
 
   Config config_;
   Parameter<Scalar> gate_;       ///< W_1 of the gated form, D x H
+  Parameter<Scalar> gate_bias_;  ///< its b_1, 1 x H
   Parameter<Scalar> up_;         ///< W_1 of the plain form, W_3 of the gated one, D x H
-  Parameter<Scalar> up_bias_;    ///< b_1, 1 x H
+  Parameter<Scalar> up_bias_;    ///< b_1 of the plain form, b_3 of the gated one, 1 x H
   Parameter<Scalar> down_;       ///< W_2, H x D
   Parameter<Scalar> down_bias_;  ///< b_2, 1 x D
 };

@@ -31,7 +31,7 @@ namespace moe {
 
 /// The K largest scores of a token.
 ///
-///     c = (x ⊙ j)·W_g                    logits, j the jitter of training          T x E
+///     c = (x ⊙ j)·W_g + b_g              logits, j the jitter of training          T x E
 ///     s = softmax(c), c, or sigmoid(c)   by Config.score                           T x E
 ///     top = the K largest of s + b in the chosen groups; ties go to the lower expert
 ///     w = s, s / (Σ_top s + ε) if renormalised, or the softmax of c over top
@@ -47,7 +47,8 @@ namespace moe {
 /// The selection bias b [W24; D3] takes part in the choice, that of groups too, and in no weight.
 /// It is moved by update_selection_bias() alone: it is a Parameter that is not trained, so
 /// checkpoints have it, as "selection_bias", and optimizers pass it by. It starts at zero, and W_g
-/// with normal deviates, since zeros would tie all experts.
+/// with normal deviates, since zeros would tie all experts. b_g is another bias, of the logits: it takes
+/// part in the weights and is trained like W_g. It is there with Config.bias and starts at zero.
 ///
 /// tape.balance.load is how many tokens chose each expert, tokens_per_expert how many it got. With
 /// a capacity a token's slots depend on the other tokens of its batch. NaN in a token's x makes its
@@ -97,6 +98,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
         jitter_seed_(derive_seed(seed, 1)),
         second_seed_(derive_seed(seed, 2)),
         weight_(config.width, config.experts),
+        bias_(1, config.bias ? config.experts : 0),
         selection_bias_(1, config.selection_bias ? config.experts : 0) {
     fill_normal(weight_.value, static_cast<Scalar>(config.init_stddev), derive_seed(seed, 0));
     selection_bias_.trained = false;
@@ -165,7 +167,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
 
   /// Gives the gate other experts, see Gate: fresh columns are as at the start, the selection bias
   /// of fresh experts is 0. The number of groups stays, and groups are of neighbours, so an
-  /// expert's group may change. Copies of W_g's columns get noise of this standard deviation.
+  /// expert's group may change. Copies of W_g's columns and of b_g's entries get noise of this
+  /// standard deviation.
   /// Returns where its parameters come from. Throws std::invalid_argument, with nothing changed,
   /// where Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
@@ -177,9 +180,14 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     fill_normal(start, static_cast<Scalar>(config.init_stddev), derive_seed(seed, 0));
     detail::change_columns(sources, weight_, start, noise_stddev, derive_seed(seed, 1));
     std::vector<ParameterSource> from{{0, sources.list()}};
+    const auto push = [&] { from.push_back({static_cast<Index>(from.size()), sources.list()}); };
+    if (config.bias) {
+      detail::change_columns(sources, bias_, {}, noise_stddev, derive_seed(seed, 2));
+      push();
+    }
     if (config.selection_bias) {
       detail::change_columns(sources, selection_bias_);
-      from.push_back({1, sources.list()});
+      push();
     }
     config_ = config;
     return from;
@@ -204,10 +212,11 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     update_selection_bias(tape.balance.load);
   }
 
-  /// "weight", and "selection_bias" where there is one.
+  /// "weight", and "bias" and "selection_bias" where there are such.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("weight", self.weight_);
+    if (self.config_.bias) visit("bias", self.bias_);
     if (self.config_.selection_bias) visit("selection_bias", self.selection_bias_);
   }
 
@@ -236,10 +245,10 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     if (config_.jitter > 0) {
       detail::jitter_input(config_.jitter, jitter_seed_, noise, tape.tokens, x, tape.jitter,
                            tape.jittered);
-      linear_scores(tape.jittered, weight_, tape.router.logits);
+      linear_scores(tape.jittered, weight_, bias_, tape.router.logits);
     } else {
       detail::resize(tape.jitter, 0, 0);
-      linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
+      linear_scores(tape.tokens.rows_of(x), weight_, bias_, tape.router.logits);
     }
     choose(tape);
     if (config_.random_second) {
@@ -252,7 +261,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   /// With the capacity of evaluation; the loss by sequence is left out where T is not a multiple of
   /// Config.sequences.
   void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
-    linear_scores(tape.tokens.rows_of(x), weight_, tape.router.logits);
+    linear_scores(tape.tokens.rows_of(x), weight_, bias_, tape.router.logits);
     choose(tape);
     make_routing(config_.evaluation_capacity_factor, pass.batch, tape);
     measure_losses(evaluation_weights(tape.tokens.batch_rows), pass.batch, tape);
@@ -274,10 +283,10 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     const ScatteredRows<Scalar> dx_rows = tape.tokens.rows_of(dx);
     if (config_.jitter > 0) {
       detail::resize_to_zero(tape.djittered, tape.tokens.count, config_.width);
-      linear_scores_backward(tape.jittered, tape.dlogits, weight_, tape.djittered);
+      linear_scores_backward(tape.jittered, tape.dlogits, weight_, bias_, tape.djittered);
       detail::jitter_input_backward(tape.jitter, tape.djittered, dx_rows);
     } else {
-      linear_scores_backward(tape.tokens.rows_of(x), tape.dlogits, weight_, dx_rows);
+      linear_scores_backward(tape.tokens.rows_of(x), tape.dlogits, weight_, bias_, dx_rows);
     }
   }
 
@@ -394,6 +403,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   std::uint64_t jitter_seed_;
   std::uint64_t second_seed_;
   Parameter<Scalar> weight_;          ///< W_g, D x E
+  Parameter<Scalar> bias_;            ///< b_g, 1 x E; empty without one
   Parameter<Scalar> selection_bias_;  ///< b, 1 x E; empty without one
 };
 

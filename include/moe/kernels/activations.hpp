@@ -12,11 +12,12 @@
 
 namespace moe {
 
-/// Where an activation can be chosen. `gelu` is x·Φ(x) by the error function, `gelu_tanh` its usual
-/// approximation (Hendrycks & Gimpel 2016); `silu` is x·sigmoid(x).
-enum class Activation { identity, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
-constexpr std::array<std::string_view, 7> enumerator_names(Activation) {
-  return {"identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+/// Where an activation can be chosen. `gelu` is x·Φ(x) by the error function, `gelu_tanh` and
+/// `gelu_sigmoid`, x·sigmoid(1.702·x), are its usual approximations (Hendrycks & Gimpel 2016); `silu`
+/// is x·sigmoid(x).
+enum class Activation { identity, relu, gelu, gelu_tanh, gelu_sigmoid, silu, sigmoid, tanh };
+constexpr std::array<std::string_view, 8> enumerator_names(Activation) {
+  return {"identity", "relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu", "sigmoid", "tanh"};
 }
 
 namespace detail {
@@ -31,6 +32,7 @@ struct ActivationFunction {
   /// gelu_tanh(x) = x·sigmoid(2·sqrt(2/π)·(x + c·x³)): the sigmoid's argument.
   static constexpr double c = 0.044715;
   static constexpr double slope = 2.0 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi;
+  static constexpr double sigmoid_slope = 1.702;  ///< of gelu_sigmoid
   /// Beyond 30 the sigmoid is 0 or 1 to the last bit, and x³ would overflow.
   static P bounded(const P& x) {
     using namespace Eigen::internal;
@@ -49,6 +51,8 @@ struct ActivationFunction {
       return pmul(x, detail::normal_cdf<Scalar>(x));
     } else if constexpr (activation == Activation::gelu_tanh) {
       return pmul(x, detail::sigmoid<Scalar>(gelu_argument(bounded(x))));
+    } else if constexpr (activation == Activation::gelu_sigmoid) {
+      return pmul(x, detail::sigmoid<Scalar>(pmul(constant(sigmoid_slope), x)));
     } else if constexpr (activation == Activation::silu) {
       return pmul(x, detail::sigmoid<Scalar>(x));
     } else if constexpr (activation == Activation::sigmoid) {
@@ -72,6 +76,10 @@ struct ActivationFunction {
       const P s = detail::sigmoid<Scalar>(gelu_argument(b));
       const P argument_slope = pmul(constant(slope), pmadd(constant(3.0 * c), pmul(b, b), one));
       return pmul(s, pmadd(pmul(b, psub(one, s)), argument_slope, one));
+    } else if constexpr (activation == Activation::gelu_sigmoid) {
+      const P argument = pmul(constant(sigmoid_slope), x);
+      const P s = detail::sigmoid<Scalar>(argument);
+      return pmul(s, pmadd(argument, psub(one, s), one));
     } else if constexpr (activation == Activation::silu) {
       const P s = detail::sigmoid<Scalar>(x);
       return pmul(s, pmadd(x, psub(one, s), one));
@@ -99,6 +107,8 @@ void with_activation(Activation activation, F&& f) {
       return f(ActivationFunction<Activation::gelu, Scalar>{});
     case Activation::gelu_tanh:
       return f(ActivationFunction<Activation::gelu_tanh, Scalar>{});
+    case Activation::gelu_sigmoid:
+      return f(ActivationFunction<Activation::gelu_sigmoid, Scalar>{});
     case Activation::silu:
       return f(ActivationFunction<Activation::silu, Scalar>{});
     case Activation::sigmoid:
@@ -111,9 +121,10 @@ void with_activation(Activation activation, F&& f) {
 
 /// For the check of a configuration that came from a file.
 inline void require_activation(const char* field, Activation activation) {
-  require(activation >= Activation::identity && activation <= Activation::tanh, field, " = ",
-          static_cast<int>(activation), ", must be one of the ",
-          static_cast<int>(Activation::tanh) + 1, " activations");
+  const auto count = static_cast<int>(enumerator_names(activation).size());
+  const auto number = static_cast<int>(activation);
+  require(number >= 0 && number < count, field, " = ", number, ", must be one of the ", count,
+          " activations");
 }
 
 /// y[r][i] = factor[r]·activation(x[r][i]); y may be x.

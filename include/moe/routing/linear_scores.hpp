@@ -1,5 +1,6 @@
 #pragma once
 
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/kernels/softmax.hpp"
 #include "moe/parameter.hpp"
@@ -9,25 +10,49 @@
 
 namespace moe {
 
-/// scores = x·W, x being N x D, a matrix or rows gathered from one, and W D x E. O(N·D·E).
+/// scores = x·W + b, x being N x D, a matrix or rows gathered from one, W D x E and b 1 x E, or empty
+/// where there is none. O(N·D·E).
+template <class Scalar>
+void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
+                   const Parameter<Scalar>& weight, const Parameter<Scalar>& bias,
+                   Matrix<Scalar>& scores) {
+  detail::resize(scores, x.count(), weight.value.cols());
+  detail::gemm(
+      detail::GemmNN<Scalar>{.a = x,
+                             .b = weight.value,
+                             .c = scores,
+                             .bias = {.values = bias.size() > 0 ? bias.value.data() : nullptr}});
+}
+/// The same without a bias.
 template <class Scalar>
 void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
                    const Parameter<Scalar>& weight, Matrix<Scalar>& scores) {
-  detail::resize(scores, x.count(), weight.value.cols());
-  detail::gemm(detail::GemmNN<Scalar>{.a = x, .b = weight.value, .c = scores});
+  linear_scores(x, weight, Parameter<Scalar>(), scores);
 }
 
-/// Adds xᵀ·dscores to W's gradient, if W is trained, and dscores·Wᵀ to dx (N x D, a matrix or rows
-/// scattered in one).
+/// Adds xᵀ·dscores to W's gradient and the sums of dscores' columns to b's, where they are trained,
+/// and dscores·Wᵀ to dx (N x D, a matrix or rows scattered in one).
+template <class Scalar>
+void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
+                            const Matrix<Scalar>& dscores, Parameter<Scalar>& weight,
+                            Parameter<Scalar>& bias,
+                            const std::type_identity_t<ScatteredRows<Scalar>>& dx) {
+  detail::gemm(detail::GemmNT<Scalar>{
+      .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
+  if (bias.size() > 0 && bias.trained) {
+    detail::add_column_sums(GatheredRows<Scalar>(dscores), bias.gradient());
+  }
+  if (!weight.trained) return;
+  detail::gemm(detail::GemmTN<Scalar>{
+      .a = x, .b = dscores, .c = view(weight.gradient()), .start = detail::Start::accumulate});
+}
+/// The same without a bias.
 template <class Scalar>
 void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
                             const Matrix<Scalar>& dscores, Parameter<Scalar>& weight,
                             const std::type_identity_t<ScatteredRows<Scalar>>& dx) {
-  detail::gemm(detail::GemmNT<Scalar>{
-      .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
-  if (!weight.trained) return;
-  detail::gemm(detail::GemmTN<Scalar>{
-      .a = x, .b = dscores, .c = view(weight.gradient()), .start = detail::Start::accumulate});
+  Parameter<Scalar> none;
+  linear_scores_backward(x, dscores, weight, none, dx);
 }
 
 namespace detail {

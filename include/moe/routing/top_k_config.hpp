@@ -31,6 +31,7 @@ struct TopKConfig {
   Index experts = 0;  ///< E
   Index top_k = 0;    ///< K, experts chosen for a token, 1 <= K <= E
 
+  bool bias = false;  ///< of the logits, a parameter that starts at zero
   Score score = Score::softmax;
   bool renormalise = false;  ///< w adds up to 1 over the chosen; softmax_of_chosen does so anyway
   /// Added to the sum that weights are divided by where they are renormalised, >= 0: 1e-20 in
@@ -67,6 +68,7 @@ struct TopKConfig {
     visit("width", self.width);
     visit("experts", self.experts);
     visit("top_k", self.top_k);
+    visit("bias", self.bias);
     visit("score", self.score);
     visit("renormalise", self.renormalise);
     visit("renormalise_epsilon", self.renormalise_epsilon);
