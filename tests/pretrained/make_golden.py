@@ -90,7 +90,7 @@ MODELS = {
     ),
     "gpt_oss": (
         "GptOssConfig",
-        dict(hidden_size=32, intermediate_size=64, num_local_experts=3, num_experts_per_tok=2, head_dim=2,
+        dict(hidden_size=32, intermediate_size=32, num_local_experts=3, num_experts_per_tok=2, head_dim=2,
              num_hidden_layers=1),
         0, dict(mxfp4=True),
     ),

@@ -74,8 +74,7 @@ class Pretrained {
     return detail::layer_config<Layer>(config_.path(), mixture(layer));
   }
 
-  /// Reads a layer's parameters, widened or rounded to its Scalar; a network that has no biases is one whose
-  /// biases are zero and not trained. Throws, with nothing changed, std::runtime_error, which names the file,
+  /// Reads a layer's parameters, widened or rounded to its Scalar. Throws, with nothing changed, std::runtime_error, which names the file,
   /// the tensor and the shapes, unless every parameter has its tensor, of the shape that config.json says and
   /// of a type that is known, and none is left over under the mixture's names; and std::invalid_argument if
   /// the layer has other shapes. If reading itself fails, the layer may be new in part. Of a layer over
@@ -115,7 +114,7 @@ inline Pretrained open_pretrained(const std::string& folder, std::span<const Fam
 /// Adds the parameters of a layer to a file under the names and in the layout of a mixture's family, so that
 /// transformers reads them; the configuration is not stored. Only with all its experts, not over several
 /// processes. Throws std::invalid_argument, with nothing added, if the layer has other shapes than the
-/// mixture or biases that the family has not, and like SafetensorsWriter::add().
+/// mixture, and like SafetensorsWriter::add().
 ///
 ///     moe::SafetensorsWriter writer;
 ///     moe::io::add_layer(writer, model.mixture(0), layer);

@@ -42,6 +42,9 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
   config.expert.hidden = mixture.hidden;
   config.expert.activation = mixture.activation;
   config.expert.gated = mixture.gated;
+  config.expert.bias = mixture.bias;
+  config.expert.limit = mixture.limit;
+  config.expert.linear_offset = mixture.linear_offset;
   if constexpr (has_shared_gate<Layer>) {
     if (mixture.shared == 0) {
       fail_file(path, "layer ", mixture.layer,

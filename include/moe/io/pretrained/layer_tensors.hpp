@@ -66,7 +66,7 @@ class MixtureSource {
     };
     std::set<std::string> used;
     for (const Place& place : places_.all()) {
-      if (place.tensor.empty() || tensors_.count(place.tensor) > 0) continue;
+      if (tensors_.count(place.tensor) > 0) continue;
       const StoredTensor& tensor = tensors_.emplace(place.tensor, stored(place)).first->second;
       used.insert(tensor.tensors().begin(), tensor.tensors().end());
     }
@@ -84,11 +84,6 @@ class MixtureSource {
   void read(Layer& layer) const {
     places_.for_each(layer, [](const Place&, const auto&) {});
     places_.for_each(layer, [&](const Place& place, auto& parameter) {
-      if (place.tensor.empty()) {
-        parameter.value.setZero();
-        parameter.trained = false;
-        return;
-      }
       const StoredTensor& tensor = tensors_.at(place.tensor);
       const auto read_rows = [&](Index first, Index count, auto* to) {
         tensor.read_rows(first, count, to);
@@ -139,11 +134,6 @@ void add_mixture(SafetensorsWriter& writer, const io::Mixture& mixture, const La
   std::size_t parameters = 0;
   places.for_each(layer, [&](const Place& place, const auto& parameter) {
     ++parameters;
-    if (place.tensor.empty()) {
-      require(parameter.value.isZero(0), "parameter ", place.parameter,
-              " of the layer is not zero, and the family has none");
-      return;
-    }
     Tensor& tensor = tensors[place.tensor];
     tensor.shape = place.shape;
     tensor.parts.emplace_back(place.slice, &parameter.value);

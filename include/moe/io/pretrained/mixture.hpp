@@ -18,12 +18,17 @@ namespace moe::io {
 /// The tensors of an expert, as names after a mixture's prefix. A name with "{}" in it, which stands for the
 /// number of the expert, is one tensor an expert, [out, in] as PyTorch's Linear has it; a name without
 /// is one tensor for all, [E, out, in]. Where gate and up are one name, that tensor has the H rows of
-/// gate and then those of up.
+/// gate and then those of up, and so has that of their biases. A name that ends in "_blocks" is one of
+/// MXFP4, whose scales are beside it under "_scales".
 struct ExpertTensors {
   std::string gate{};  ///< W_1 of a gated network; else empty
   std::string up{};
   std::string down{};
-  bool in_out = false;       ///< they are [in, out] instead
+  /// The biases of a network that has some, [out] or [E, out].
+  std::string gate_bias{};
+  std::string up_bias{};
+  std::string down_bias{};
+  bool in_out = false;       ///< the maps are [in, out] instead
   bool interleaved = false;  ///< gate and up in one tensor take turns: g_0, u_0, g_1, u_1, ...
 };
 
@@ -31,6 +36,7 @@ struct ExpertTensors {
 struct MixtureTensors {
   std::string prefix{};                ///< "model.layers.{}.mlp.", with "{}" for the layer
   std::string router = "gate.weight";  ///< [E, D]
+  std::string router_bias{};           ///< [E]
   std::string selection_bias{};        ///< [E]
   ExpertTensors experts{};
   /// Of one network that is all shared experts side by side: gate and up are [shared·H, D], down is
@@ -46,6 +52,9 @@ struct Mixture {
   Index hidden = 0;  ///< H
   Activation activation = Activation::silu;
   bool gated = true;          ///< two maps before the activation, as SwiGLU; else one
+  bool bias = false;          ///< of the maps
+  double limit = 0;           ///< as in FeedForward::Config
+  double linear_offset = 0;   ///< likewise
   TopKConfig gate{};          ///< E, K and how experts are chosen; no losses, no noise
   Index shared = 0;           ///< experts of width H that every token uses
   bool shared_gated = false;  ///< they have the weight sigmoid(x·W_shared)

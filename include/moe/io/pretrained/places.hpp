@@ -13,8 +13,7 @@
 
 namespace moe::detail {
 
-/// A parameter and the part of a tensor that it is. Without a name of a tensor the family has none: the
-/// parameter is then zero and stays so.
+/// A parameter and the part of a tensor that it is.
 struct Place {
   std::string parameter;
   Index rows = 0;  ///< of the parameter
@@ -54,6 +53,19 @@ inline Place place_of_map(std::string parameter, std::string tensor, Index exper
   return place;
 }
 
+/// A bias of a linear map, likewise.
+inline Place place_of_bias(std::string parameter, std::string tensor, Index experts, Index expert,
+                           const Axis& out) {
+  Place place{.parameter = std::move(parameter),
+              .rows = 1,
+              .columns = out.count,
+              .tensor = std::move(tensor),
+              .slice = {.first_row = expert, .first_column = out.first, .column_step = out.step}};
+  if (experts > 0) place.shape.push_back(static_cast<std::uint64_t>(experts));
+  place.shape.push_back(static_cast<std::uint64_t>(out.size));
+  return place;
+}
+
 /// The places of one mixture in one of its layouts.
 class MixturePlaces {
  public:
@@ -75,13 +87,11 @@ class MixturePlaces {
   std::vector<Place> all() const {
     std::vector<Place> places{router()};
     const Index experts = mixture_.gate.experts;
-    if (mixture_.gate.selection_bias) {
-      places.push_back({.parameter = gate_ + "selection_bias",
-                        .rows = 1,
-                        .columns = experts,
-                        .tensor = prefix_ + tensors_.selection_bias,
-                        .shape = {static_cast<std::uint64_t>(experts)}});
-    }
+    const auto add_bias = [&](const char* name, const std::string& tensor) {
+      places.push_back(place_of_bias(gate_ + name, prefix_ + tensor, 0, 0, whole_axis(experts)));
+    };
+    if (mixture_.gate.bias) add_bias("bias", tensors_.router_bias);
+    if (mixture_.gate.selection_bias) add_bias("selection_bias", tensors_.selection_bias);
     if (mixture_.shared_gated) {
       places.push_back(place_of_map("gate.shared_weight", prefix_ + tensors_.shared_gate, 0, 0,
                                     whole_axis(mixture_.width), whole_axis(1), false));
@@ -107,25 +117,23 @@ class MixturePlaces {
   void add_expert(const io::ExpertTensors& names, Index number, Index expert, Index experts,
                   const Hidden& hidden, std::vector<Place>& places) const {
     const std::string parameter = "experts." + std::to_string(number) + '.';
-    const auto add = [&](const char* map, const std::string& name, const Axis& in,
-                         const Axis& out) {
-      const bool is_one = name.find("{}") != std::string::npos;
+    const auto add = [&](const std::string& map, const std::string& name, const std::string& bias,
+                         const Axis& in, const Axis& out) {
+      const auto matrices = [&](const std::string& tensor) {
+        return tensor.find("{}") == std::string::npos ? experts : 0;
+      };
+      const auto matrix = [&](const std::string& tensor) {
+        return matrices(tensor) > 0 ? expert : 0;
+      };
       places.push_back(place_of_map(parameter + map + ".weight", prefix_ + numbered(name, expert),
-                                    is_one ? 0 : experts, is_one ? 0 : expert, in, out,
-                                    names.in_out));
-    };
-    const auto add_zero = [&](const char* bias, Index columns) {
-      places.push_back({.parameter = parameter + bias, .rows = 1, .columns = columns});
+                                    matrices(name), matrix(name), in, out, names.in_out));
+      if (mixture_.bias) {
+        places.push_back(place_of_bias(parameter + map + ".bias", prefix_ + numbered(bias, expert),
+                                       matrices(bias), matrix(bias), out));
+      }
     };
     const Axis width = whole_axis(mixture_.width);
     const Axis units{hidden.size, hidden.first, mixture_.hidden, 1};
-    if (!mixture_.gated) {
-      add("up", names.up, width, units);
-      add_zero("up.bias", mixture_.hidden);
-      add("down", names.down, units, width);
-      add_zero("down.bias", mixture_.width);
-      return;
-    }
     Axis gate = units;
     Axis up = units;
     if (names.gate == names.up) {
@@ -134,9 +142,9 @@ class MixturePlaces {
       up = gate;
       up.first += names.interleaved ? 1 : hidden.size;
     }
-    add("gate", names.gate, width, gate);
-    add("up", names.up, width, up);
-    add("down", names.down, units, width);
+    if (mixture_.gated) add("gate", names.gate, names.gate_bias, width, gate);
+    add("up", names.up, names.up_bias, width, up);
+    add("down", names.down, names.down_bias, units, width);
   }
 
   const io::Mixture& mixture_;
