@@ -17,7 +17,7 @@ inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& conf
                   .gated = false};
   mixture.gate.experts = config.count("num_experts");
   mixture.gate.top_k = 1;
-  if (config.flag("router_bias", false)) config.refuse("router_bias", "false");
+  mixture.gate.bias = config.flag("router_bias", false);
   std::vector<Mixture> mixtures;
   const auto add_stack = [&](const std::string& stack, Index blocks, Index sparse,
                              const std::string& part) {
