@@ -26,6 +26,7 @@ inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& conf
     mixture.layouts = {
         {.prefix = stack + ".block.{}.layer." + part + ".mlp.",
          .router = "router.classifier.weight",
+         .router_bias = "router.classifier.bias",
          .experts = {.up = "experts.expert_{}.wi.weight", .down = "experts.expert_{}.wo.weight"}}};
     for (Mixture& found : in_layers(mixture, blocks, [&](Index block) {
            return step == 1 || (step > 1 && block % step == 1);
