@@ -73,10 +73,33 @@ inline std::string to_string(const std::vector<std::uint64_t>& numbers) {
   return text + "]";
 }
 
-/// The shape of a parameter in a file: that of its matrix, 1 x N for a bias.
+/// The shape of a matrix in a file. One of a single row is a vector there, [N], as PyTorch's biases are.
 template <class Scalar>
 std::vector<std::uint64_t> shape_of(const Matrix<Scalar>& matrix) {
-  return {static_cast<std::uint64_t>(matrix.rows()), static_cast<std::uint64_t>(matrix.cols())};
+  const auto columns = static_cast<std::uint64_t>(matrix.cols());
+  if (matrix.rows() == 1) return {columns};
+  return {static_cast<std::uint64_t>(matrix.rows()), columns};
+}
+
+/// Whether a tensor of shape `found` can be read where `needed` is: a vector may be [1,N] as well.
+inline bool is_shape(const std::vector<std::uint64_t>& found,
+                     const std::vector<std::uint64_t>& needed) {
+  if (found.size() == 2 && needed.size() == 1) return found[0] == 1 && found[1] == needed[0];
+  return found == needed;
+}
+
+/// Rows and columns of a tensor as a matrix: the last dimension, and all others together. What cannot
+/// be counted is below 0.
+inline std::pair<Index, Index> as_matrix(std::vector<std::uint64_t> shape) {
+  const auto counted = [](std::uint64_t size) {
+    return size > static_cast<std::uint64_t>(INT64_MAX) ? Index{-1} : static_cast<Index>(size);
+  };
+  std::uint64_t columns = 1;
+  if (!shape.empty()) {
+    columns = shape.back();
+    shape.pop_back();
+  }
+  return {counted(tensor_bits(shape, 1).value_or(UINT64_MAX)), counted(columns)};
 }
 
 }  // namespace moe::detail

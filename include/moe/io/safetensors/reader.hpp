@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -16,6 +17,7 @@
 #include "moe/io/safetensors/entry.hpp"
 #include "moe/io/safetensors/header.hpp"
 #include "moe/io/safetensors/input_file.hpp"
+#include "moe/io/safetensors/widen.hpp"
 #include "moe/parameter.hpp"
 
 namespace moe {
@@ -78,7 +80,70 @@ class SafetensorsFile {
     return found->second;
   }
 
-  /// Throws std::runtime_error naming the tensor unless it is there, with this type and shape.
+  /// Throws std::runtime_error if there is none of that name.
+  const Tensor& tensor(const std::string& name) const {
+    const auto found = tensors_.find(name);
+    require(found != tensors_.end(), "has no ", detail::tensor_named(name));
+    return found->second;
+  }
+
+  // Any tensor of type F64, F32, F16, BF16 or F8_E4M3, as float or double, whatever its shape. These
+  // throw std::runtime_error if there is none of that name or it is of another type.
+
+  /// All of it: the last dimension becomes the columns, the others together the rows, [a,b,c] a·b x c. A
+  /// vector is one row, a number 1 x 1.
+  template <class Scalar>
+  Matrix<Scalar> matrix(const std::string& name) const {
+    const auto [rows, columns] = detail::as_matrix(tensor(name).shape);
+    require(rows >= 0 && columns >= 0, detail::tensor_named(name), " has shape ",
+            detail::to_string(tensor(name).shape), ", whose sizes cannot be counted");
+    Matrix<Scalar> matrix(rows, columns);
+    read_range(name, 0, std::span<Scalar>(matrix.data(), detail::to_size(matrix.size())));
+    return matrix;
+  }
+
+  /// Calls f(first, numbers) for one block of it after the other, row-major: `numbers` is a
+  /// std::span<const Scalar> of at most 16384 numbers, the first of which is number `first` of the tensor.
+  template <class Scalar, class F>
+  void for_each_block(const std::string& name, F&& f) const {
+    const std::uint64_t size = numbers_of(tensor(name), name);
+    std::vector<Scalar> numbers(std::min<std::uint64_t>(size, 16384));
+    for (std::uint64_t first = 0; first < size; first += numbers.size()) {
+      const std::span<Scalar> block(numbers.data(),
+                                    std::min<std::uint64_t>(numbers.size(), size - first));
+      read_range(name, first, block);
+      f(first, std::span<const Scalar>(block));
+    }
+  }
+
+  /// The numbers from `first` on, row-major, as many as `numbers` has room for. Throws
+  /// std::invalid_argument if the tensor has not as many.
+  template <class Scalar>
+  void read_range(const std::string& name, std::uint64_t first, std::span<Scalar> numbers) const {
+    const Tensor& entry = tensor(name);
+    const std::uint64_t size = numbers_of(entry, name);
+    detail::require(first <= size && numbers.size() <= size - first,
+                    "SafetensorsFile::read_range: numbers ", first, " to ", first + numbers.size(),
+                    " of ", detail::tensor_named(name), ", which has ", size);
+    const std::uint64_t bytes = detail::element_bits(entry.type) / 8;
+    std::vector<std::byte> stored(numbers.size() * bytes);
+    read_bytes(name, first * bytes, stored);
+    detail::widen(entry.type, stored.data(), numbers.size(), numbers.data());
+  }
+
+  /// The bytes from `first` on of a tensor of any type, as many as `bytes` has room for. Throws
+  /// likewise.
+  void read_bytes(const std::string& name, std::uint64_t first, std::span<std::byte> bytes) const {
+    const Tensor& entry = tensor(name);
+    const std::uint64_t size = entry.end - entry.begin;
+    detail::require(first <= size && bytes.size() <= size - first,
+                    "SafetensorsFile::read_bytes: bytes ", first, " to ", first + bytes.size(),
+                    " of ", detail::tensor_named(name), ", which has ", size);
+    file_->read(data_begin_ + entry.begin + first, bytes.data(), bytes.size());
+  }
+
+  /// Throws std::runtime_error naming the tensor unless it is there, with this type and shape. A matrix of
+  /// one row is a vector in the file, [N], and may be [1,N] too.
   template <class Scalar>
   void check(const std::string& name, const Matrix<Scalar>& matrix) const {
     find(name, detail::element_type<Scalar>(), detail::shape_of(matrix));
@@ -212,14 +277,19 @@ class SafetensorsFile {
 
   const Tensor& find(const std::string& name, std::string_view type,
                      const std::vector<std::uint64_t>& shape) const {
-    const auto found = tensors_.find(name);
-    require(found != tensors_.end(), "has no ", detail::tensor_named(name));
-    const Tensor& tensor = found->second;
-    require(tensor.type == type, detail::tensor_named(name), " is ", detail::plain(tensor.type),
+    const Tensor& found = tensor(name);
+    require(found.type == type, detail::tensor_named(name), " is ", detail::plain(found.type),
             ", needed is ", type);
-    require(tensor.shape == shape, detail::tensor_named(name), " has shape ",
-            detail::to_string(tensor.shape), ", needed is ", detail::to_string(shape));
-    return tensor;
+    require(detail::is_shape(found.shape, shape), detail::tensor_named(name), " has shape ",
+            detail::to_string(found.shape), ", needed is ", detail::to_string(shape));
+    return found;
+  }
+
+  /// How many numbers a tensor has, which must be of a type that can be widened.
+  std::uint64_t numbers_of(const Tensor& entry, const std::string& name) const {
+    require(detail::is_widened(entry.type), detail::tensor_named(name), " is ",
+            detail::plain(entry.type), ", needed is ", detail::widened_types);
+    return (entry.end - entry.begin) * 8 / detail::element_bits(entry.type);
   }
 
   void copy(const Tensor& tensor, void* to) const {

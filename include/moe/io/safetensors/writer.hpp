@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <span>
@@ -30,23 +31,49 @@ namespace moe {
 /// larger elements come first, so that each is aligned.
 class SafetensorsWriter {
  public:
-  /// A matrix of float (F32) or double (F64). Throws std::invalid_argument if the name is taken or
+  /// A matrix of float (F32) or double (F64); one of a single row is a vector, [N]. Throws std::invalid_argument if the name is taken or
   /// is "__metadata__", which the format keeps for itself.
   template <class Scalar>
   void add(const std::string& name, const Matrix<Scalar>& matrix) {
-    add(name, detail::element_type<Scalar>(), detail::shape_of(matrix), matrix.data(),
-        static_cast<std::size_t>(matrix.size()) * sizeof(Scalar));
+    add({name,
+         detail::element_type<Scalar>(),
+         detail::shape_of(matrix),
+         matrix.data(),
+         static_cast<std::size_t>(matrix.size()) * sizeof(Scalar),
+         {}});
   }
   template <class Scalar>
   void add(const std::string& name, Matrix<Scalar>&& matrix) = delete;  // would be gone by write()
 
   /// Whole numbers (I64), in one dimension.
   void add(const std::string& name, IndexSpan numbers) {
-    add(name, detail::element_type<Index>(), {numbers.size()}, numbers.data(),
-        numbers.size_bytes());
+    add({name,
+         detail::element_type<Index>(),
+         {numbers.size()},
+         numbers.data(),
+         numbers.size_bytes(),
+         {}});
   }
 
   void add(const std::string& name, std::vector<Index>&& numbers) = delete;
+
+  /// A tensor of any shape that make() returns, a Matrix<Scalar> with its numbers row-major. It is called
+  /// by write(), so that of the tensors that are made one at a time is in memory. Throws like add() of a
+  /// matrix, and write() throws std::invalid_argument if make() returns another number of numbers.
+  template <class Scalar>
+  void add_made(const std::string& name, std::vector<std::uint64_t> shape,
+                std::function<Matrix<Scalar>()> make) {
+    const auto [rows, columns] = detail::as_matrix(shape);
+    const Index count = rows * columns;
+    const std::size_t size = detail::to_size(count) * sizeof(Scalar);
+    add({name, detail::element_type<Scalar>(), std::move(shape), nullptr, size,
+         [name, count, make = std::move(make)](detail::AtomicFile& file) {
+           const Matrix<Scalar> made = make();
+           detail::require(made.size() == count, "SafetensorsWriter: ", detail::tensor_named(name),
+                           " has ", count, " numbers, ", made.size(), " were made");
+           file.write(made.data(), detail::to_size(count) * sizeof(Scalar));
+         }});
+  }
 
   /// Every parameter of a module by its name, after `prefix`, and as metadata the configuration that it
   /// was made with, or those of its parts if it has none itself: a text for each field that has a name
@@ -112,7 +139,13 @@ class SafetensorsWriter {
     detail::AtomicFile file(path);
     file.write(&length, sizeof(length));
     file.write(header.data(), header.size());
-    for (const Entry* entry : order) file.write(entry->data, entry->size);
+    for (const Entry* entry : order) {
+      if (entry->write_made) {
+        entry->write_made(file);
+      } else {
+        file.write(entry->data, entry->size);
+      }
+    }
     file.commit();
   }
 
@@ -123,15 +156,15 @@ class SafetensorsWriter {
     std::vector<std::uint64_t> shape;
     const void* data;
     std::size_t size;
+    std::function<void(detail::AtomicFile&)> write_made;  ///< in place of data
   };
 
-  void add(const std::string& name, std::string_view type, std::vector<std::uint64_t> shape,
-           const void* data, std::size_t size) {
-    detail::require(name != "__metadata__" && names_.count(name) == 0,
-                    "SafetensorsWriter: ", detail::tensor_named(name), " is there already");
-    entries_.push_back({name, type, std::move(shape), data, size});
+  void add(Entry entry) {
+    detail::require(entry.name != "__metadata__" && names_.count(entry.name) == 0,
+                    "SafetensorsWriter: ", detail::tensor_named(entry.name), " is there already");
+    entries_.push_back(std::move(entry));
     try {
-      names_.insert(name);
+      names_.insert(entries_.back().name);
     } catch (...) {
       entries_.pop_back();
       throw;

@@ -1,0 +1,100 @@
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moe/io/pretrained/model_config.hpp"
+#include "moe/io/safetensors/messages.hpp"
+#include "moe/io/safetensors/reader.hpp"
+
+namespace moe::io {
+
+/// The tensors of a folder as transformers saves a model: all in model.safetensors, or in several files
+/// (shards) that model.safetensors.index.json lists.
+///
+/// Every file is opened and its header checked at once. Throws std::runtime_error, which names the file and
+/// the tensor, if the folder has neither, a shard is missing or not in order, a name in the index leads out
+/// of the folder, or a tensor is not in the file that the index says. Of a shard's tensors only those in the
+/// index are there. const members may be called by several threads at once.
+class Checkpoint {
+ public:
+  explicit Checkpoint(const std::string& folder) : folder_(folder) {
+    const std::string whole = inside("model.safetensors");
+    const std::string index = inside("model.safetensors.index.json");
+    if (std::filesystem::exists(index)) {
+      read_index(index);
+    } else if (std::filesystem::exists(whole)) {
+      files_.emplace_back(whole);
+      for (const auto& [name, tensor] : files_[0].tensors()) file_of_[name] = 0;
+    } else {
+      detail::fail_file(folder, "has neither model.safetensors nor model.safetensors.index.json");
+    }
+  }
+
+  const std::string& folder() const { return folder_; }
+  bool has(const std::string& name) const { return file_of_.count(name) > 0; }
+
+  /// The file that a tensor is in. Throws std::runtime_error if there is none of that name.
+  const SafetensorsFile& file_of(const std::string& name) const {
+    const auto found = file_of_.find(name);
+    if (found == file_of_.end()) {
+      detail::fail_file(folder_, "has no ", detail::tensor_named(name));
+    }
+    return files_[found->second];
+  }
+
+  /// All names that begin with `prefix`, ascending.
+  std::vector<std::string> names(const std::string& prefix = {}) const {
+    std::vector<std::string> names;
+    for (auto named = file_of_.lower_bound(prefix);
+         named != file_of_.end() && named->first.starts_with(prefix); ++named) {
+      names.push_back(named->first);
+    }
+    return names;
+  }
+
+ private:
+  std::string inside(const std::string& name) const {
+    return (std::filesystem::path(folder_) / name).string();
+  }
+
+  void read_index(const std::string& path) {
+    const nlohmann::json index = detail::read_json(path);
+    const auto map = index.is_object() ? index.find("weight_map") : index.end();
+    if (map == index.end() || !map->is_object()) {
+      detail::fail_file(path, "has no object \"weight_map\"");
+    }
+    std::map<std::string, std::size_t> opened;
+    for (const auto& [name, value] : map->items()) {
+      if (!value.is_string()) {
+        detail::fail_file(path, detail::tensor_named(name), " is in no file: it has no text");
+      }
+      const std::string file = value.get<std::string>();
+      // Only a plain name cannot lead out of the folder.
+      if (file.empty() || file == "." || file == ".." ||
+          file.find_first_of(std::string("/\\:\0", 4)) != std::string::npos) {
+        detail::fail_file(path, detail::tensor_named(name), " is in file \"", detail::plain(file),
+                          "\", which must be the name of a file in the same folder");
+      }
+      const auto [place, is_new] = opened.try_emplace(file, files_.size());
+      if (is_new) files_.emplace_back(inside(file));
+      const SafetensorsFile& shard = files_[place->second];
+      if (shard.tensors().count(name) == 0) {
+        detail::fail_file(path, detail::tensor_named(name), " is said to be in ", shard.path(),
+                          ", which has none of that name");
+      }
+      file_of_[name] = place->second;
+    }
+  }
+
+  std::string folder_;
+  std::vector<SafetensorsFile> files_;
+  std::map<std::string, std::size_t> file_of_;
+};
+
+}  // namespace moe::io

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <type_traits>
+
+#include "moe/experts/feed_forward.hpp"
+#include "moe/gates/shared_expert_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
+#include "moe/io/pretrained/mixture.hpp"
+#include "moe/io/safetensors/messages.hpp"
+#include "moe/layer/moe_layer.hpp"
+
+/// \file
+/// The layer that computes what a mixture does.
+
+namespace moe::io {
+
+/// The types of layer that open_pretrained() reads: the second one where a model has shared experts.
+template <class Scalar = float>
+using RoutedLayer = MoELayer<Expert<FeedForward, Scalar>, TopKGate<Scalar>>;
+template <class Scalar = float>
+using SharedLayer = MoELayer<Expert<FeedForward, Scalar>, SharedExpertGate<TopKGate<Scalar>>>;
+
+}  // namespace moe::io
+
+namespace moe::detail {
+
+template <class Layer>
+inline constexpr bool has_shared_gate = requires(typename Layer::Config& config) {
+  config.gate.routed;
+};
+
+/// Throws std::runtime_error, naming the type to ask for, if Layer cannot compute the mixture.
+template <class Layer>
+typename Layer::Config layer_config(const std::string& path, const io::Mixture& mixture) {
+  typename Layer::Config config{.seed = 0};
+  static_assert(
+      std::is_same_v<std::remove_cvref_t<decltype(config.expert)>,
+                     typename FeedForward<typename Layer::Scalar>::Config>,
+      "a layer of a published model has FeedForward experts: take moe::io::RoutedLayer or "
+      "moe::io::SharedLayer");
+  config.width = mixture.width;
+  config.expert.hidden = mixture.hidden;
+  config.expert.activation = mixture.activation;
+  config.expert.gated = mixture.gated;
+  config.expert.bias = mixture.bias;
+  config.expert.limit = mixture.limit;
+  config.expert.linear_offset = mixture.linear_offset;
+  if constexpr (has_shared_gate<Layer>) {
+    if (mixture.shared == 0) {
+      fail_file(path, "layer ", mixture.layer,
+                " has no shared experts: ask for moe::io::RoutedLayer, "
+                "MoELayer<Expert<FeedForward>, TopKGate<>>");
+    }
+    config.gate.shared = mixture.shared;
+    config.gate.gated = mixture.shared_gated;
+    config.gate.routed = mixture.gate;
+  } else {
+    static_assert(
+        std::is_same_v<std::remove_cvref_t<decltype(config.gate)>, TopKConfig>,
+        "a layer of a published model has a TopKGate, or a SharedExpertGate around one: take "
+        "moe::io::RoutedLayer or moe::io::SharedLayer");
+    if (mixture.shared > 0) {
+      fail_file(path, "layer ", mixture.layer, " has shared experts, ", mixture.shared,
+                " of them: ask for moe::io::SharedLayer, "
+                "MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<>>>");
+    }
+    config.gate = mixture.gate;
+  }
+  return config;
+}
+
+}  // namespace moe::detail

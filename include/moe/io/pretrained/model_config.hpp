@@ -1,0 +1,136 @@
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moe/io/safetensors/input_file.hpp"
+#include "moe/io/safetensors/messages.hpp"
+#include "moe/kernels/activations.hpp"
+
+/// \file
+/// The config.json of a model, of which nothing is believed.
+
+namespace moe::detail {
+
+/// A whole file as JSON; throws std::runtime_error, which says why, where it cannot be.
+inline nlohmann::json read_json(const std::string& path) {
+  const InputFile file(path);
+  std::string text(file.size(), '\0');
+  file.read(0, text.data(), text.size());
+  try {
+    return nlohmann::json::parse(text);
+  } catch (const nlohmann::json::exception& error) {
+    fail_file(path, "is no JSON: ", plain(error.what()));
+  }
+}
+
+}  // namespace moe::detail
+
+namespace moe::io {
+
+/// The settings of a model. A value that is null counts as one that is not there. What is read and is of
+/// another kind, out of range, or missing without a default throws std::runtime_error, which names the file,
+/// the key and the value.
+class ModelConfig {
+ public:
+  explicit ModelConfig(const std::string& path) : ModelConfig(path, detail::read_json(path), {}) {}
+
+  const std::string& path() const { return path_; }
+  bool has(const std::string& key) const { return find(key) != nullptr; }
+
+  /// A whole number from 0 to 1,000,000: a width, a number of things.
+  Index count(const std::string& key) const { return to_count(key, get(key)); }
+  Index count(const std::string& key, Index otherwise) const {
+    return has(key) ? count(key) : otherwise;
+  }
+  /// Of experts: transformers 5 writes num_local_experts where older files have num_experts.
+  Index experts() const {
+    return count(has("num_local_experts") ? "num_local_experts" : "num_experts");
+  }
+  std::vector<Index> counts(const std::string& key) const {
+    std::vector<Index> numbers;
+    if (!has(key)) return numbers;
+    if (!get(key).is_array()) refuse(key, get(key), "a list");
+    for (const nlohmann::json& number : get(key)) numbers.push_back(to_count(key, number));
+    return numbers;
+  }
+  double number(const std::string& key, double otherwise) const {
+    if (!has(key)) return otherwise;
+    if (!get(key).is_number()) refuse(key, get(key), "a number");
+    return get(key).get<double>();
+  }
+  bool flag(const std::string& key, bool otherwise) const {
+    if (!has(key)) return otherwise;
+    if (!get(key).is_boolean()) refuse(key, get(key), "true or false");
+    return get(key).get<bool>();
+  }
+  std::string text(const std::string& key) const {
+    if (!get(key).is_string()) refuse(key, get(key), "a text");
+    return get(key).get<std::string>();
+  }
+  std::string text(const std::string& key, const std::string& otherwise) const {
+    return has(key) ? text(key) : otherwise;
+  }
+  /// The name of an activation function in Hugging Face's models.
+  Activation activation(const std::string& key) const {
+    const std::string name = text(key);
+    if (name == "silu" || name == "swish") return Activation::silu;
+    if (name == "relu") return Activation::relu;
+    if (name == "gelu") return Activation::gelu;
+    if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
+    refuse(key, get(key), "silu, relu, gelu, gelu_new or gelu_pytorch_tanh");
+  }
+  /// The settings inside of one.
+  ModelConfig part(const std::string& key) const {
+    if (!get(key).is_object()) refuse(key, get(key), "an object");
+    return {path_, get(key), place_ + key + "."};
+  }
+
+  /// Throws std::runtime_error: the file has a value that cannot be served.
+  [[noreturn]] void refuse(const std::string& key, std::string_view needed) const {
+    refuse(key, get(key), needed);
+  }
+
+ private:
+  ModelConfig(std::string path, nlohmann::json settings, std::string place)
+      : path_(std::move(path)), settings_(std::move(settings)), place_(std::move(place)) {
+    if (!settings_.is_object()) detail::fail_file(path_, "is no object");
+  }
+
+  const nlohmann::json* find(const std::string& key) const {
+    const auto found = settings_.find(key);
+    return found == settings_.end() || found->is_null() ? nullptr : &*found;
+  }
+  const nlohmann::json& get(const std::string& key) const {
+    const nlohmann::json* const found = find(key);
+    if (found == nullptr) detail::fail_file(path_, "has no ", named(key));
+    return *found;
+  }
+  Index to_count(const std::string& key, const nlohmann::json& number) const {
+    constexpr std::uint64_t largest = 1'000'000;
+    if (!number.is_number_unsigned() || number.get<std::uint64_t>() > largest) {
+      refuse(key, number, "a whole number from 0 to 1000000");
+    }
+    return static_cast<Index>(number.get<std::uint64_t>());
+  }
+  [[noreturn]] void refuse(const std::string& key, const nlohmann::json& value,
+                           std::string_view needed) const {
+    using Handler = nlohmann::json::error_handler_t;
+    detail::fail_file(path_, named(key), " is ",
+                      detail::plain(value.dump(-1, ' ', true, Handler::replace)), ", must be ",
+                      needed);
+  }
+  std::string named(const std::string& key) const {
+    return '"' + detail::plain(place_ + key) + '"';
+  }
+
+  std::string path_;
+  nlohmann::json settings_;
+  std::string place_;  ///< of the settings in the file: "text_config."
+};
+
+}  // namespace moe::io

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// Which part of a tensor a parameter is, and the way there and back.
+
+namespace moe::detail {
+
+/// Of a tensor as a matrix t (its last dimension being the columns) the parameter is
+///
+///     p(i, j) = t(first_row + i·row_step, first_column + j·column_step), or, transposed,
+///     p(i, j) = t(first_row + j·row_step, first_column + i·column_step)
+struct Slice {
+  Index first_row = 0;
+  Index row_step = 1;
+  Index first_column = 0;
+  Index column_step = 1;
+  bool transposed = false;
+
+  friend bool operator==(const Slice&, const Slice&) = default;
+};
+
+/// Fills p. Reads the tensor's rows in blocks, read_rows(first, count, Scalar* to), so that beside p no
+/// more than 2^16 numbers are in memory, or one row's where a row is longer.
+template <class Scalar, class ReadRows>
+void read_slice(const Slice& slice, Index tensor_columns, ReadRows&& read_rows, Matrix<Scalar>& p) {
+  constexpr Index most = Index{1} << 16;
+  const Index rows = slice.transposed ? p.cols() : p.rows();
+  const Index columns = slice.transposed ? p.rows() : p.cols();
+  if (p.size() == 0) return;
+  const Index block = std::clamp<Index>(most / (tensor_columns * slice.row_step), 1, rows);
+  std::vector<Scalar> numbers;
+  for (Index first = 0; first < rows; first += block) {
+    const Index count = std::min(block, rows - first);
+    const Index read = (count - 1) * slice.row_step + 1;
+    numbers.resize(to_size(read * tensor_columns));
+    read_rows(slice.first_row + first * slice.row_step, read, numbers.data());
+    const Index row_stride = slice.row_step * tensor_columns;
+    const Scalar* const from = numbers.data() + slice.first_column;
+    if (slice.transposed) {
+      for (Index c = 0; c < columns; ++c) {
+        Scalar* const to = row_data(p, c) + first;
+        for (Index r = 0; r < count; ++r) to[r] = from[r * row_stride + c * slice.column_step];
+      }
+    } else {
+      for (Index r = 0; r < count; ++r) {
+        Scalar* const to = row_data(p, first + r);
+        for (Index c = 0; c < columns; ++c) to[c] = from[r * row_stride + c * slice.column_step];
+      }
+    }
+  }
+}
+
+/// Writes p to where read_slice() reads it.
+template <class Scalar>
+void write_slice(const Slice& slice, const Matrix<Scalar>& p, Matrix<Scalar>& tensor) {
+  for (Index i = 0; i < p.rows(); ++i) {
+    for (Index j = 0; j < p.cols(); ++j) {
+      const Index row = slice.first_row + (slice.transposed ? j : i) * slice.row_step;
+      const Index column = slice.first_column + (slice.transposed ? i : j) * slice.column_step;
+      tensor(row, column) = p(i, j);
+    }
+  }
+}
+
+}  // namespace moe::detail

@@ -1,0 +1,151 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moe/io/pretrained/checkpoint.hpp"
+#include "moe/io/safetensors/entry.hpp"
+#include "moe/io/safetensors/widen.hpp"
+
+/// \file
+/// A tensor of a checkpoint in the numbers that it stands for, however it is stored.
+
+namespace moe::detail {
+
+/// As a matrix, whose columns are the last dimension, in one of three ways:
+///
+/// - numbers of 16 to 64 bits,
+/// - F8_E4M3, NAME_scale_inv having a factor for each block of scale_rows x scale_columns of each matrix,
+///   the last blocks smaller where they do not divide it (DeepSeek-AI 2024, arXiv 2412.19437, sec. 3.3),
+/// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits, the even ones
+///   in the low halves, and U8 NAME_scales [..., n/32] their factors, 2^(s - 127).
+///
+/// The checkpoint must outlive it.
+class StoredTensor {
+ public:
+  /// Throws std::runtime_error, which names the file, the tensor and both shapes, if there is none of
+  /// that name and shape, it is of another type, or its scales are missing or do not fit it.
+  StoredTensor(const io::Checkpoint& checkpoint, const std::string& name,
+               const std::vector<std::uint64_t>& shape, Index scale_rows, Index scale_columns)
+      : file_(&checkpoint.file_of(name)), name_(name), tensors_{name} {
+    const SafetensorsEntry& tensor = file_->tensor(name);
+    if (name.ends_with("_blocks")) {
+      kind_ = Kind::mxfp4;
+      check(*file_, name, "U8", with(shape, {shape.back() / 32, 16}));
+      scale_name_ = name.substr(0, name.size() - 6) + "scales";
+      scale_file_ = &checkpoint.file_of(scale_name_);
+      check(*scale_file_, scale_name_, "U8", with(shape, {shape.back() / 32}));
+      require_file(shape.back() % 32 == 0, file_->path(), tensor_named(name), " is rows of ",
+                   shape.back(), " numbers, which are no whole blocks of 32");
+      tensors_.push_back(scale_name_);
+    } else {
+      check(*file_, name, tensor.type, shape);
+      require_file(is_widened(tensor.type), file_->path(), tensor_named(name), " is ",
+                   plain(tensor.type), ", needed is ", widened_types);
+      if (tensor.type == "F8_E4M3") read_scales(checkpoint, shape, scale_rows, scale_columns);
+    }
+    const auto [rows, columns] = as_matrix(shape);
+    rows_ = rows;
+    columns_ = columns;
+  }
+
+  Index rows() const { return rows_; }
+  Index columns() const { return columns_; }
+  /// The names of the tensors that it is made of.
+  const std::vector<std::string>& tensors() const { return tensors_; }
+
+  /// Rows from `first` on, `count` of them.
+  template <class Scalar>
+  void read_rows(Index first, Index count, Scalar* to) const {
+    if (kind_ == Kind::mxfp4) return read_mxfp4(first, count, to);
+    file_->read_range(name_, static_cast<std::uint64_t>(first * columns_),
+                      std::span<Scalar>(to, to_size(count * columns_)));
+    if (kind_ != Kind::scaled) return;
+    for (Index r = first; r < first + count; ++r, to += columns_) {
+      const Index scale_row = r / matrix_rows_ * scales_down_ + r % matrix_rows_ / scale_rows_;
+      const float* const scale = scales_.data() + scale_row * scales_.cols();
+      for (Index c = 0; c < columns_; ++c) to[c] *= static_cast<Scalar>(scale[c / scale_columns_]);
+    }
+  }
+
+ private:
+  enum class Kind { numbers, scaled, mxfp4 };
+  using Shape = std::vector<std::uint64_t>;
+
+  /// A shape with other dimensions in the place of its last one.
+  static Shape with(Shape shape, const Shape& last) {
+    shape.pop_back();
+    shape.insert(shape.end(), last.begin(), last.end());
+    return shape;
+  }
+
+  static void check(const SafetensorsFile& file, const std::string& name, std::string_view type,
+                    const Shape& shape) {
+    const SafetensorsEntry& tensor = file.tensor(name);
+    require_file(tensor.type == type, file.path(), tensor_named(name), " is ", plain(tensor.type),
+                 ", needed is ", type);
+    require_file(tensor.shape == shape, file.path(), tensor_named(name), " has shape ",
+                 to_string(tensor.shape), ", needed is ", to_string(shape));
+  }
+
+  void read_scales(const io::Checkpoint& checkpoint, const Shape& shape, Index scale_rows,
+                   Index scale_columns) {
+    kind_ = Kind::scaled;
+    scale_rows_ = scale_rows;
+    scale_columns_ = scale_columns;
+    scale_name_ = name_ + "_scale_inv";
+    scale_file_ = &checkpoint.file_of(scale_name_);
+    const auto blocks = [](std::uint64_t size, Index block) {
+      return (size + static_cast<std::uint64_t>(block) - 1) / static_cast<std::uint64_t>(block);
+    };
+    Shape scales = shape;
+    require_file(shape.size() >= 2, file_->path(), tensor_named(name_), " is F8_E4M3 of shape ",
+                 to_string(shape), ", which has no blocks");
+    matrix_rows_ = static_cast<Index>(shape[shape.size() - 2]);
+    scales[shape.size() - 2] = blocks(shape[shape.size() - 2], scale_rows);
+    scales.back() = blocks(shape.back(), scale_columns);
+    check(*scale_file_, scale_name_, scale_file_->tensor(scale_name_).type, scales);
+    scales_down_ = static_cast<Index>(scales[shape.size() - 2]);
+    scales_ = scale_file_->matrix<float>(scale_name_);
+    tensors_.push_back(scale_name_);
+  }
+
+  template <class Scalar>
+  void read_mxfp4(Index first, Index count, Scalar* to) const {
+    constexpr Index block = 32;
+    const Index blocks = count * columns_ / block;
+    const Index before = first * columns_ / block;
+    std::vector<std::byte> codes(to_size(blocks * block / 2));
+    std::vector<std::byte> scales(to_size(blocks));
+    file_->read_bytes(name_, static_cast<std::uint64_t>(before * block / 2), codes);
+    scale_file_->read_bytes(scale_name_, static_cast<std::uint64_t>(before), scales);
+    for (std::size_t i = 0; i < codes.size(); ++i) {
+      const auto code = std::to_integer<unsigned>(codes[i]);
+      const auto scale = static_cast<Scalar>(
+          e8m0_values[std::to_integer<unsigned>(scales[i / to_size(block / 2)])]);
+      to[2 * i] = static_cast<Scalar>(e2m1_values[code & 15]) * scale;
+      to[2 * i + 1] = static_cast<Scalar>(e2m1_values[code >> 4]) * scale;
+    }
+  }
+
+  const SafetensorsFile* file_;
+  std::string name_;
+  std::vector<std::string> tensors_;
+  Index rows_ = 0;
+  Index columns_ = 0;
+  Kind kind_ = Kind::numbers;
+  std::string scale_name_;
+  const SafetensorsFile* scale_file_ = nullptr;
+  Index matrix_rows_ = 0;  ///< of one matrix, where the tensor has several
+  Index scale_rows_ = 1;
+  Index scale_columns_ = 1;
+  Index scales_down_ = 0;  ///< rows of scales of one matrix
+  Matrix<float> scales_;
+};
+
+}  // namespace moe::detail

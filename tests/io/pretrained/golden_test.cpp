@@ -1,0 +1,60 @@
+#include "golden.hpp"
+
+#include <string>
+#include <vector>
+
+#include "../../naive_layer.hpp"
+
+using namespace moe;
+using namespace moe::test;
+
+namespace {
+
+/// One layer of a golden model computes what transformers did, forward and backward.
+template <class Layer>
+void check_golden(const std::string& model, Index number) {
+  INFO(model << ", layer " << number);
+  Layer layer = io::open_pretrained(golden(model)).load_layer<Layer>(number);
+  const Matrix<double> x = golden_rows(model, "x");
+  const Matrix<double> y = golden_rows(model, "y");
+  CHECK(y.cwiseAbs().maxCoeff() > 0.1);
+  CHECK(largest_difference(layer.evaluate(x), y) < 1e-10);
+  typename Layer::Tape tape;
+  CHECK(largest_difference(layer.forward(x, tape, {.step = 1}), y) < 1e-10);
+  CHECK(largest_difference(layer.backward(golden_rows(model, "dy"), tape),
+                           golden_rows(model, "dx")) < 1e-10);
+
+  // The gradients are stored as a model of the same names.
+  const Layer expected =
+      io::open_pretrained(golden(model) + "/gradients").load_layer<Layer>(number);
+  const Named gradients = values_of(expected);
+  Index compared = 0;
+  for_each_parameter(layer, [&](const std::string& name, auto& parameter) {
+    INFO(name);
+    const Matrix<double>& gradient = gradients.at(name);
+    if (!parameter.trained) return;
+    CHECK(largest_difference(parameter.gradient(), gradient) < 1e-10);
+    if (gradient.cwiseAbs().maxCoeff() > 1e-3) ++compared;
+  });
+  CHECK(compared > 4);
+}
+
+}  // namespace
+
+TEST_CASE("pretrained: golden models of routed experts", "[io][pretrained]") {
+  using Layer = io::RoutedLayer<double>;
+  check_golden<Layer>("mixtral", 1);
+  check_golden<Layer>("olmoe", 0);
+  check_golden<Layer>("qwen3_moe", 0);
+  check_golden<Layer>("granitemoe", 0);
+  check_golden<Layer>("switch_transformers", 3);
+  check_golden<Layer>("gpt_oss", 0);
+}
+
+TEST_CASE("pretrained: golden models with shared experts", "[io][pretrained]") {
+  using Layer = io::SharedLayer<double>;
+  check_golden<Layer>("qwen2_moe", 1);
+  check_golden<Layer>("deepseek_v2", 1);
+  check_golden<Layer>("deepseek_v3", 1);
+  check_golden<Layer>("glm4_moe", 1);
+}
