@@ -1,7 +1,8 @@
 #pragma once
 
 /// \file
-/// The whole library but io/ and mpi/, which have dependencies of their own, and testing/.
+/// The whole library but io/ and mpi/, which have dependencies of their own, weights/, which those who
+/// serve include (moe/weights/serving_layer.hpp), and testing/.
 
 #include "moe/config.hpp"
 #include "moe/config_fields.hpp"

@@ -85,8 +85,10 @@ TEMPLATE_TEST_CASE("narrow product: gathered and scattered rows, and nothing bes
 TEMPLATE_TEST_CASE("narrow product: some columns, and every element to the epilogue once",
                    "[weights]", MOE_TEST_FORMATS) {
   const Index rows = GENERATE(1, 9, 30);
-  constexpr Index first = panel_columns<float>;
-  const Index columns = first + 70;
+  // A layer cuts columns at cache lines, which may be inside of a panel.
+  const Index first =
+      GENERATE(Index{0}, cache_line<float>, panel_columns<float>, 5 * cache_line<float>);
+  const Index columns = first + 70 + GENERATE(0, 3, 48);
   const Both<TestType> both(40, columns);
   const auto a = random_matrix<float>(rows, 40, 2);
   Matrix<float> seen = Matrix<float>::Zero(rows, columns);
@@ -100,10 +102,13 @@ TEMPLATE_TEST_CASE("narrow product: some columns, and every element to the epilo
   gemm_serial(GemmNN<float, NarrowOperand<TestType>>{
       .a = a, .b = both.weights.operand(), .c = c, .columns = {first, 70}, .epilogue = epilogue});
   CHECK((seen.leftCols(first).array() == 0).all());
-  CHECK((seen.rightCols(70).array() == 1).all());
-  CHECK(c.leftCols(first).hasNaN());
-  const Matrix<float> whole = both.wide(a, c, [](auto&) {});
-  CHECK(same_bits(Matrix<float>(c.rightCols(70)), Matrix<float>(whole.rightCols(70))));
+  CHECK((seen.middleCols(first, 70).array() == 1).all());
+  CHECK((seen.rightCols(columns - first - 70).array() == 0).all());
+  CHECK(c.leftCols(first).array().isNaN().all());
+  CHECK(c.rightCols(columns - first - 70).array().isNaN().all());
+  const Matrix<float> whole = both.wide(a, Matrix<float>(rows, columns), [](auto&) {});
+  CHECK(same_bits(Matrix<float>(c.middleCols(first, 70)),
+                  Matrix<float>(whole.middleCols(first, 70))));
 }
 
 TEMPLATE_TEST_CASE("narrow product: the same bits on any number of threads", "[weights]",
@@ -161,6 +166,16 @@ TEMPLATE_TEST_CASE("narrow product: the transposed one against double", "[weight
   gemm(GemmNT<float, NarrowOperand<TestType>>{
       .a = dy, .b = both.weights.operand(), .c = dx, .start = Start::accumulate});
   CHECK(relative_error(dx.cast<double>(), expected) < 1e-5);
+  // A part of the columns is the same.
+  if (inputs > 48) {
+    Matrix<float> part(rows, inputs);
+    gemm_serial(GemmNT<float, NarrowOperand<TestType>>{
+        .a = dy, .b = both.weights.operand(), .c = part, .columns = {48, inputs - 48}});
+    const Matrix<double> product =
+        dy.cast<double>() * both.decoded.template cast<double>().transpose();
+    CHECK(relative_error(part.rightCols(inputs - 48).cast<double>(),
+                         product.rightCols(inputs - 48)) < 1e-5);
+  }
   // A row does not depend on the others.
   Matrix<float> alone(1, inputs);
   const Matrix<float> last = dy.row(rows - 1);

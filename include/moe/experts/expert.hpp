@@ -4,6 +4,7 @@
 #include <concepts>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "moe/experts/combine.hpp"
 #include "moe/kernels/blocking.hpp"
@@ -173,18 +174,17 @@ constexpr bool check_network_requirements() {
 
 }  // namespace detail
 
-/// A network over its slice of the slots. `Expert<FeedForward>` is float,
-/// `Expert<FeedForward, double>` double; a user's network is a class template over its scalar too.
+namespace detail {
+
+/// A network over its slice of the slots, as a layer sees it.
 ///
 /// It has the verbs of a FusedNetwork, whatever the network; a plain one cannot be split into
 /// columns, and the blocks of one expert must go through its hidden_backward one after the other.
-template <template <class> class Network, class Scalar_ = float>
-class Expert {
-  using Net = Network<Scalar_>;
-  static_assert(detail::check_network_requirements<Net>());
-
+template <class Net>
+class ExpertOf {
  public:
-  using Scalar = Scalar_;
+  using Network = Net;
+  using Scalar = typename Net::Scalar;
   using Config = typename Net::Config;
   using Block = ExpertBlock<Scalar>;
 
@@ -197,8 +197,10 @@ class Expert {
     Matrix<Scalar> dy;
   };
 
-  Expert(const Config& config, std::uint64_t seed) : width_(config.width), network_(config, seed) {
-    detail::track_gradients(network_);
+  ExpertOf(const Config& config, std::uint64_t seed) : ExpertOf(Net(config, seed), config.width) {}
+  /// A network of a width.
+  ExpertOf(Net network, Index width) : width_(width), network_(std::move(network)) {
+    track_gradients(network_);
   }
 
   const Net& network() const { return network_; }
@@ -218,6 +220,18 @@ class Expert {
   }
 
   Index width() const { return width_; }  ///< D
+
+  /// Multiply-adds of a row: each of a network's weights is multiplied once with each row, if it does
+  /// not say otherwise.
+  Index row_work() const {
+    if constexpr (requires { network_.row_work(); }) {
+      return network_.row_work();
+    } else {
+      Index work = 0;
+      walk_parameters(network_, [&](const ParameterName&, const auto& p) { work += p.size(); });
+      return work;
+    }
+  }
 
   /// How many columns the first half has: the smallest part of it is expert_block_columns.
   Index columns() const {
@@ -239,15 +253,15 @@ class Expert {
   /// Readies the memory of a worker that may get its first rows in a later pass only.
   void reserve(Scratch& scratch) const {
     if constexpr (!fused) {
-      detail::resize(scratch.x, expert_block_rows, width_);
-      detail::resize(scratch.dy, expert_block_rows, width_);
+      resize(scratch.x, expert_block_rows, width_);
+      resize(scratch.dy, expert_block_rows, width_);
     }
   }
 
   /// First half of a pass; fills the block's `saved` if `save`. `next` is the expert whose first half
   /// comes next, if that is known; so in output().
   void hidden(const Block& block, Range columns, bool save, Scratch& scratch,
-              [[maybe_unused]] const Expert* next = nullptr) const {
+              [[maybe_unused]] const ExpertOf* next = nullptr) const {
     if constexpr (requires { network_.hidden(block, columns, save, &network_); }) {
       network_.hidden(block, columns, save, network_of(next));
     } else if constexpr (fused) {
@@ -268,14 +282,14 @@ class Expert {
 
   /// Second half: adds columns of weight·network(x) to the tokens' rows of y (T x D).
   void output(const Block& block, Range columns, MatrixView<Scalar> y,
-              [[maybe_unused]] const Expert* next = nullptr) const {
+              [[maybe_unused]] const ExpertOf* next = nullptr) const {
     if constexpr (requires { network_.output(block, columns, y, &network_); }) {
       network_.output(block, columns, y, network_of(next));
     } else if constexpr (fused) {
       network_.output(block, columns, y);
     } else {
-      detail::combine(GatheredRows<Scalar>(block.scratch), block.weight, columns.first,
-                      columns.count, block.rows_of(y));
+      combine(GatheredRows<Scalar>(block.scratch), block.weight, columns.first, columns.count,
+              block.rows_of(y));
     }
   }
 
@@ -300,8 +314,8 @@ class Expert {
     if constexpr (fused) {
       network_.output_backward(block, columns, dx);
     } else {
-      detail::combine<Scalar>(GatheredRows<Scalar>(block.scratch), nullptr, columns.first,
-                              columns.count, block.rows_of(dx));
+      combine<Scalar>(GatheredRows<Scalar>(block.scratch), nullptr, columns.first, columns.count,
+                      block.rows_of(dx));
     }
   }
 
@@ -319,7 +333,7 @@ class Expert {
       const MatrixView<Scalar> output = columns_of(block.saved, network_.tape_width(), width_);
       const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
       for (Index i = 0; i < dy_rows.count(); ++i) {
-        dweight[i] = detail::dot(width_, detail::row_data(output, i), dy_rows.row(i));
+        dweight[i] = dot(width_, row_data(output, i), dy_rows.row(i));
       }
     }
   }
@@ -330,7 +344,7 @@ class Expert {
   }
 
  private:
-  static const Net* network_of(const Expert* expert) {
+  static const Net* network_of(const ExpertOf* expert) {
     return expert != nullptr ? &expert->network_ : nullptr;
   }
 
@@ -347,13 +361,25 @@ class Expert {
 
   static MatrixView<Scalar> gather(const GatheredRows<Scalar>& rows, Matrix<Scalar>& scratch) {
     for (Index i = 0; i < rows.count(); ++i) {
-      std::copy_n(rows.row(i), rows.width(), detail::row_data(scratch, i));
+      std::copy_n(rows.row(i), rows.width(), row_data(scratch, i));
     }
     return moe::rows_of(scratch, 0, rows.count());
   }
 
   Index width_;
   Net network_;
+};
+
+}  // namespace detail
+
+/// A network over its slice of the slots. `Expert<FeedForward>` is float,
+/// `Expert<FeedForward, double>` double; a user's network is a class template over its scalar too.
+template <template <class> class Network, class Scalar = float>
+class Expert : public detail::ExpertOf<Network<Scalar>> {
+  static_assert(detail::check_network_requirements<Network<Scalar>>());
+
+ public:
+  using detail::ExpertOf<Network<Scalar>>::ExpertOf;
 };
 
 }  // namespace moe

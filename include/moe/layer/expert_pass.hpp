@@ -82,9 +82,7 @@ class ExpertPass {
   ExpertPass(std::span<const Expert> experts, const DispatchSlice<Scalar>& slots, Tape& tape)
       : experts_(experts), slots_(slots), tape_(tape) {
     MOE_ASSERT(static_cast<Index>(experts.size()) == slots.experts);
-    // Each of an expert's weights is multiplied once with each of its rows.
-    walk_parameters(first_expert(),
-                    [&](const ParameterName&, const auto& p) { row_work_ += p.size(); });
+    row_work_ = first_expert().row_work();
     workers_ = Expert::fused ? worker_count(Work{row_work_ * slots.slots()}) : worker_count();
   }
 

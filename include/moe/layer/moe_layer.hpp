@@ -111,6 +111,27 @@ class MoELayer {
     });
   }
 
+  /// A layer of a gate and of experts that are there already, as many as the dispatch policy has here.
+  /// Throws std::invalid_argument where they do not fit the configuration.
+  MoELayer(const Config& config, Gate gate, std::vector<Expert> experts,
+           DispatchPolicy policy = DispatchPolicy())
+      : policy_(std::move(policy)),
+        config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
+        gate_(std::move(gate)),
+        experts_(std::move(experts)) {
+    policy_.place(config_, gate_);
+    policy_.together("MoELayer: the experts", [&] {
+      const Range here = policy_.experts_here(gate_.experts());
+      detail::require(static_cast<Index>(experts_.size()) == here.count,
+                      "MoELayer: ", experts_.size(), " experts, the gate has ", here.count,
+                      " here");
+      for (const Expert& expert : experts_) {
+        detail::require(expert.width() == config_.width, "MoELayer: an expert of width ",
+                        expert.width(), ", Config.width = ", config_.width);
+      }
+    });
+  }
+
   /// The configuration with the widths that were left 0. Throws std::invalid_argument for one out
   /// of range.
   static Config completed(Config config) {

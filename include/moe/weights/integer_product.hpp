@@ -22,7 +22,8 @@ namespace moe::detail {
 /// is `packets` wide, from packet `v0` on.
 template <class Format, class Dot, Index R, Index V>
 MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const std::byte* panel,
-                               Index packets, Index v0, Index blocks, float* const* c) {
+                               Index packets, Index v0, Index blocks, float* const* c,
+                               Index column) {
   using namespace Eigen::internal;
   using Layout = NarrowLayout<Format>;
   constexpr Index size = lane_count;
@@ -30,7 +31,7 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
   float* to[to_size(R)];
   for (Index r = 0; r < R; ++r) {
     a[r] = rows.row(first + r);
-    to[r] = c[r] + v0 * size;
+    to[r] = c[r] + column;
   }
   for (Index block = 0; block < blocks; ++block) {
     const std::byte* scales = panel + v0 * Layout::scale_bytes;
@@ -80,35 +81,26 @@ requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Form
   using Rows = RoundedRows<Dot>;
   constexpr Index highest = narrow_tile_rows<Format>;
   const NarrowOperand<Format>& b = product.b;
-  const Range columns = product.column_range();
-  const Index end = columns.first + columns.count;
   Rows rounded;
   for_each_tile(product.a.count(), Rows::most_rows, [&](Index top, Index height) {
     for (Index k = 0; k == 0 || k < b.rows; k += Rows::most_steps) {
       const Index depth = std::min(Rows::most_steps, b.rows - k);
       rounded.round(product.a.slice(top, height).columns(k, depth));
-      for (Index column = columns.first; column < end; column += Layout::panel_columns) {
-        const Index packets = Layout::packets(b.columns, column);
-        const Index width = std::min(packets * lane_count, end - column);
-        const std::byte* panel = b.panel(column, k / Format::block);
+      for_each_panel(b, product.column_range(), [&](const PanelPart& part, Index begin) {
+        const std::byte* panel = b.panel(begin, k / Format::block);
         for_each_tile(height, highest, [&](Index first, Index count) {
-          const auto multiply = [&](float* const* to) {
-            with_constant<highest>(count, [&](auto R) {
-              constexpr Index widest = narrow_tile_packets<Format>(R);
-              for (Index v = 0; v < packets; v += widest) {
-                with_constant<widest>(std::min(widest, packets - v), [&](auto V) {
-                  integer_tile<Format, Dot, R, V>(rounded, first, panel, packets, v,
-                                                  Layout::blocks(depth), to);
-                });
-              }
+          with_panel_of_c(product, {top + first, count}, part, k == 0, [&](float* const* to) {
+            for_each_narrow_tile<Format>(count, part, [&](auto R, auto V, Index v) {
+              integer_tile<Format, Dot, R, V>(rounded, first, panel, part.packets, v,
+                                              Layout::blocks(depth), to,
+                                              (v - part.first) * lane_count);
             });
-          };
-          with_panel_of_c(product, {top + first, count}, column, packets, width, k == 0, multiply);
+          });
         });
-      }
+      });
     }
   });
-  call_epilogue<float>(product.epilogue, product.a.count(), columns);
+  call_epilogue<float>(product.epilogue, product.a.count(), product.column_range());
 }
 
 }  // namespace moe::detail

@@ -64,11 +64,11 @@ requires Format::scaled struct Scales<Format> {
   }
 };
 
-/// R rows of C += the rows of A times V packets of a panel that is `packets` wide, `blocks` whole
-/// blocks of it. The hardware prefetcher follows a panel by itself.
+/// R rows of C, from a column on, += the rows of A times V packets, from packet `first` on, of a panel
+/// that is `packets` wide, `blocks` whole blocks of it. The hardware prefetcher follows a panel by itself.
 template <class Format, Index R, Index V>
 MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Index packets,
-                              Index first, Index blocks, float* const* c) {
+                              Index first, Index blocks, float* const* c, Index column) {
   using namespace Eigen::internal;
   using Layout = NarrowLayout<Format>;
   constexpr Index size = lane_count;
@@ -78,7 +78,7 @@ MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Ind
   MOE_UNROLL
   for (Index r = 0; r < R; ++r) row[r] = a[r];
   MOE_UNROLL
-  for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + (first + i % V) * size);
+  for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
   for (Index block = 0; block < blocks; ++block) {
     Scales<Format> scale[to_size(V)];
     if constexpr (Format::scaled) {
@@ -106,7 +106,7 @@ MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Ind
     }
   }
   MOE_UNROLL
-  for (Index i = 0; i < R * V; ++i) store(c[i / V] + (first + i % V) * size, sum[i / V][i % V]);
+  for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
 /// A narrow matrix as a source of packets, widened when they are packed.
@@ -136,29 +136,27 @@ struct NarrowPackets {
     return {reinterpret_cast<const float*>(place), at_once / 4, (bytes + at_once - 1) / at_once};
   }
 
-  /// The steps [k, k + depth), k being the first of a block, of the packet of columns from `column` on:
-  /// rows of `stride` floats.
+  /// Some steps, the first a multiple of `group`, of the packet of columns from `column` on: rows of
+  /// `stride` floats.
   void widen(Range steps, Index column, float* to, Index stride) const {
     const Index first = column / Layout::panel_columns * Layout::panel_columns;
     const Index packets = Layout::packets(b.columns, first);
     const Index v = (column - first) / lane_count;
-    const std::byte* block = b.panel(first, steps.first / Format::block);
-    MOE_ASSERT(steps.first % Format::block == 0);
-    for (Index k = 0; k < steps.count; k += Format::block) {
+    MOE_ASSERT(steps.first % Format::group == 0 && column % lane_count == 0);
+    const Index end = steps.first + steps.count;
+    for (Index k = steps.first; k < end;) {
+      const std::byte* block = b.panel(first, k / Format::block);
       const Scales<Format> scale(block + v * Layout::scale_bytes);
-      const std::byte* group = block + packets * Layout::scale_bytes + v * Layout::group_bytes;
-      for (Index g = 0; g < Format::block && k + g < steps.count; g += Format::group) {
-        const auto one = [&](auto step) {
+      const Index last = std::min(end, (k / Format::block + 1) * Format::block);
+      const std::byte* group = block + packets * Layout::scale_bytes + v * Layout::group_bytes +
+                               k % Format::block / Format::group * packets * Layout::group_bytes;
+      for (; k < last; k += Format::group, group += packets * Layout::group_bytes) {
+        for_each_constant<Format::group>([&](auto step) {
+          if (k + step >= last) return;
           store(to, scale.apply(Format::template widen<step>(group)));
           to += stride;
-        };
-        const Index left = steps.count - k - g;
-        for_each_constant<Format::group>([&](auto step) {
-          if (step < left) one(step);
         });
-        group += packets * Layout::group_bytes;
       }
-      block += packets * Layout::block_bytes;
     }
   }
 };
@@ -182,69 +180,99 @@ void narrow_rest(const float* const* a, Index rows, const NarrowOperand<Format>&
   }
 }
 
-/// Calls f(to) for some rows of C and the `width` columns of a panel: `to` are pointers to rows of
-/// `packets` whole packets, C itself or copies of it. Where the product `begins`, they hold the initial
-/// values of C.
+/// The columns of a panel that a product computes: packets [first, last) of `packets`, or a part of the
+/// last one.
+struct PanelPart {
+  Index column;  ///< of C, where the first packet begins
+  Index width;
+  Index packets;
+  Index first;
+  Index last;
+};
+
+/// Calls f(part, panel) for the panels that some columns are in. The first of them begins a packet.
 template <class Format, class F>
-void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range rows, Index column,
-                     Index packets, Index width, bool begins, F&& f) {
+void for_each_panel(const NarrowOperand<Format>& b, Range columns, F&& f) {
+  using Layout = NarrowLayout<Format>;
+  MOE_ASSERT(columns.first % lane_count == 0);
+  const Index end = columns.first + columns.count;
+  for (Index column = columns.first; column < end;) {
+    const Index begin = column / Layout::panel_columns * Layout::panel_columns;
+    const Index width = std::min(begin + Layout::panel_columns, end) - column;
+    const Index first = (column - begin) / lane_count;
+    f(PanelPart{column, width, Layout::packets(b.columns, begin), first,
+                first + (width + lane_count - 1) / lane_count},
+      begin);
+    column += width;
+  }
+}
+
+/// Calls f(to) for some rows of C and a part of a panel: `to` are pointers to rows of whole packets, C
+/// itself or copies of it. Where the product `begins`, they hold the initial values of C.
+template <class Format, class F>
+void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range rows,
+                     const PanelPart& part, bool begins, F&& f) {
   constexpr Index highest = narrow_tile_rows<Format>;
   constexpr Index stride = NarrowLayout<Format>::panel_columns;
   alignas(64) float beside[to_size(highest * stride)];
   float* to[to_size(highest)];
-  const bool is_whole = width == packets * lane_count;
-  const Bias<float> bias = product.bias.at(rows.first, column);
+  const bool is_whole = part.width % lane_count == 0;
+  const Bias<float> bias = product.bias.at(rows.first, part.column);
   for (Index r = 0; r < rows.count; ++r) {
-    float* row = product.c.row(rows.first + r) + column;
+    float* row = product.c.row(rows.first + r) + part.column;
     if (begins) {
-      if (product.start == Start::zero) std::fill_n(row, width, 0.0f);
-      if (bias.values != nullptr) add_scaled(width, *bias.factors.at(r), bias.values, row);
+      if (product.start == Start::zero) std::fill_n(row, part.width, 0.0f);
+      if (bias.values != nullptr) add_scaled(part.width, *bias.factors.at(r), bias.values, row);
     }
     to[r] = is_whole ? row : beside + r * stride;
     if (is_whole) continue;
     std::fill_n(to[r], stride, 0.0f);
-    std::copy_n(row, width, to[r]);
+    std::copy_n(row, part.width, to[r]);
   }
   f(to);
   if (is_whole) return;
   for (Index r = 0; r < rows.count; ++r) {
-    std::copy_n(to[r], width, product.c.row(rows.first + r) + column);
+    std::copy_n(to[r], part.width, product.c.row(rows.first + r) + part.column);
   }
+}
+
+/// Calls f(R, V, v) with constants R and V for tiles of `rows` rows that cover the packets of a part, v
+/// being the first packet of a tile, counted in the panel.
+template <class Format, class F>
+void for_each_narrow_tile(Index rows, const PanelPart& part, F&& f) {
+  with_constant<narrow_tile_rows<Format>>(rows, [&](auto R) {
+    constexpr Index widest = narrow_tile_packets<Format>(R);
+    for (Index v = part.first; v < part.last; v += widest) {
+      with_constant<widest>(std::min(widest, part.last - v), [&](auto V) { f(R, V, v); });
+    }
+  });
 }
 
 /// C = A·B for few rows: a panel after the other, each for all rows.
 template <class Format>
 void gemm_narrow(const GemmNN<float, NarrowOperand<Format>>& product) {
-  using Layout = NarrowLayout<Format>;
   constexpr Index highest = narrow_tile_rows<Format>;
   const NarrowOperand<Format>& b = product.b;
-  const Range columns = product.column_range();
   const Index rows = product.a.count();
   const Index whole = b.rows / Format::block;  // blocks
   const Range rest{whole * Format::block, b.rows - whole * Format::block};
-  const Index end = columns.first + columns.count;
-  for (Index column = columns.first; column < end; column += Layout::panel_columns) {
-    const Index packets = Layout::packets(b.columns, column);
-    const Index width = std::min(packets * lane_count, end - column);
-    const std::byte* panel = b.panel(column);
+  for_each_panel(b, product.column_range(), [&](const PanelPart& part, Index begin) {
+    const std::byte* panel = b.panel(begin);
     for_each_tile(rows, highest, [&](Index first, Index count) {
       const float* from[to_size(highest)];
       for (Index r = 0; r < count; ++r) from[r] = product.a.row(first + r);
-      const auto multiply = [&](float* const* to) {
-        with_constant<highest>(count, [&](auto R) {
-          constexpr Index widest = narrow_tile_packets<Format>(R);
-          for (Index v = 0; v < packets; v += widest) {
-            with_constant<widest>(std::min(widest, packets - v), [&](auto V) {
-              narrow_tile<Format, R, V>(from, panel, packets, v, whole, to);
-            });
-          }
+      with_panel_of_c(product, {first, count}, part, true, [&](float* const* to) {
+        for_each_narrow_tile<Format>(count, part, [&](auto R, auto V, Index v) {
+          narrow_tile<Format, R, V>(from, panel, part.packets, v, whole, to,
+                                    (v - part.first) * lane_count);
         });
-        if (rest.count > 0) narrow_rest(from, count, b, rest, column, packets, to);
-      };
-      with_panel_of_c(product, {first, count}, column, packets, width, true, multiply);
+        if (rest.count > 0) {
+          narrow_rest(from, count, b, rest, part.column, part.last - part.first, to);
+        }
+      });
     });
-    call_epilogue<float>(product.epilogue, rows, {column, width});
-  }
+    call_epilogue<float>(product.epilogue, rows, {part.column, part.width});
+  });
 }
 
 /// C = A·B on the calling thread with the activations as they are.

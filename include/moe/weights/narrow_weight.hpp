@@ -3,7 +3,6 @@
 #include <string_view>
 #include <utility>
 
-#include "moe/parameter.hpp"
 #include "moe/weights/narrow_matrix.hpp"
 
 namespace moe {
@@ -38,14 +37,14 @@ struct NarrowWeight {
   }
 };
 
-/// A weight as the operand B of a product.
-template <class Scalar>
-MatrixOperand<Scalar> operand(const Parameter<Scalar>& parameter) {
-  return parameter.value;
-}
 template <class Format>
 NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
   return weight.matrix.operand(weight.activations);
+}
+/// Nothing: the hardware prefetcher follows a packed matrix.
+template <class Format>
+const float* first_number(const NarrowWeight<Format>&) {
+  return nullptr;
 }
 
 }  // namespace detail

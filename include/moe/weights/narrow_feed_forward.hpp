@@ -1,0 +1,96 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "moe/experts/feed_forward.hpp"
+#include "moe/weights/narrow_gemm.hpp"
+#include "moe/weights/narrow_weight.hpp"
+
+namespace moe {
+
+/// A FeedForward whose weights are narrow; its biases stay float. It computes what a FeedForward with the
+/// decoded weights does, with float activations to the last bit. It has nothing to train, but gradients
+/// with respect to x and to the slots' weights go through it.
+template <detail::NarrowFormat Format>
+class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::NarrowWeight<Format>> {
+  using Base = detail::FeedForwardPasses<float, detail::NarrowWeight<Format>>;
+
+ public:
+  using typename Base::Block;
+  using typename Base::Config;
+  using typename Base::Scalar;
+
+  /// Rounds the weights of a network. Throws std::invalid_argument, with the name of the weight after
+  /// `prefix`, where one cannot be narrowed.
+  explicit NarrowFeedForward(const FeedForward<float>& network, const NarrowOptions& options = {},
+                             const std::string& prefix = {})
+      : Base(network.config()) {
+    FeedForward<float>::visit_parameters(
+        network, [&](std::string_view name, const Parameter<float>& from) {
+          visit_weights(*this, [&](std::string_view weight, auto& to) {
+            if (weight == name) to = {from.value, prefix + std::string(name), options};
+          });
+          visit_parameters(*this, [&](std::string_view bias, Parameter<float>& to) {
+            if (bias == name) to.value = from.value;
+          });
+        });
+    freeze();
+  }
+
+  /// Weights from elsewhere: weight(name, rows, columns) is a NarrowMatrix and bias(name, size) a Matrix
+  /// of one row, of these sizes.
+  template <class WeightOf, class BiasOf>
+  NarrowFeedForward(const Config& config, const NarrowOptions& options, WeightOf&& weight,
+                    BiasOf&& bias)
+      : Base(config) {
+    visit_weights(*this, [&](std::string_view name, auto& to) {
+      const bool is_down = name == "down.weight";
+      to = {weight(name, is_down ? config.hidden : config.width,
+                   is_down ? config.width : config.hidden),
+            options};
+    });
+    visit_parameters(*this, [&](std::string_view name, Parameter<float>& to) {
+      to.value = bias(name, to.size());
+    });
+    freeze();
+  }
+
+  /// Weights of a row's products.
+  Index row_work() const {
+    Index work = 0;
+    visit_weights(*this, [&](std::string_view, const auto& weight) {
+      work += weight.matrix.rows() * weight.matrix.cols();
+    });
+    return work;
+  }
+
+  // Nothing is trained.
+
+  Index gradient_rows() const { return 0; }
+  void add_gradients(const Block&, const MatrixRef<float>&, Range, bool = false) {}
+
+  /// The biases.
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    Base::visit_parts(self, [&](std::string_view name, auto& part) {
+      if constexpr (detail::is_parameter<std::remove_cvref_t<decltype(part)>>) visit(name, part);
+    });
+  }
+  /// visit(name, weight), a NarrowWeight with its `matrix`.
+  template <class Self, class Visitor>
+  static void visit_weights(Self& self, Visitor visit) {
+    Base::visit_parts(self, [&](std::string_view name, auto& part) {
+      if constexpr (!detail::is_parameter<std::remove_cvref_t<decltype(part)>>) visit(name, part);
+    });
+  }
+
+ private:
+  void freeze() {
+    visit_parameters(*this, [](std::string_view, Parameter<float>& bias) { bias.trained = false; });
+  }
+};
+
+}  // namespace moe

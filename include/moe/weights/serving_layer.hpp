@@ -1,0 +1,129 @@
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "moe/layer/moe_layer.hpp"
+#include "moe/weights/bfloat16.hpp"
+#include "moe/weights/float16.hpp"
+#include "moe/weights/int4.hpp"
+#include "moe/weights/int8.hpp"
+#include "moe/weights/narrow_feed_forward.hpp"
+
+namespace moe {
+
+/// A trained layer with its experts' weights rounded to a narrow format (BFloat16, Float16, Int8, Int4), to
+/// serve at the speed at which narrow weights are read. Gate and biases stay float.
+///
+///     const moe::ServingLayer<decltype(layer), moe::Int8> served(layer);
+///     const auto& y = served.evaluate(x, tape);
+///
+/// With float activations, the default, y has the bits of the layer whose weights were rounded:
+/// MoELayer::evaluate() with decoded() in its experts' place. With NarrowOptions.activations = int8 the
+/// rows of x and the hidden rows are rounded too, in the products only, which is faster. In either case a
+/// token's y does not depend on the other tokens of the batch, unless the gate's choice does, nor on the
+/// number of threads. A const one may be used from several threads at once, each with its own tape.
+///
+/// `Layer` is a MoELayer of Expert<FeedForward>, in float and with its experts here, with any gate.
+template <class Layer_, detail::NarrowFormat Format_>
+class ServingLayer {
+ public:
+  using Layer = Layer_;
+  using Format = Format_;
+  using Gate = typename Layer::Gate;
+  using Scalar = float;
+  using Expert = detail::ExpertOf<NarrowFeedForward<Format>>;
+
+ private:
+  static_assert(std::is_same_v<Layer, MoELayer<moe::Expert<FeedForward>, Gate>>,
+                "a ServingLayer is made of a MoELayer of Expert<FeedForward> in float, with "
+                "LocalDispatch");
+  using Narrow = MoELayer<Expert, Gate>;
+
+ public:
+  using Config = typename Narrow::Config;
+  using Tape = typename Narrow::Tape;
+
+  /// Rounds the weights of a layer; its experts need not stay. Throws std::invalid_argument, which names
+  /// the expert, the weight and the value, where one cannot be narrowed.
+  explicit ServingLayer(const Layer& layer, const NarrowOptions& options = {})
+      : ServingLayer(config_of(layer), layer.gate(), narrowed(layer, options), options) {}
+
+  /// From experts that are narrow already. Throws std::invalid_argument where they do not fit the
+  /// configuration or the gate.
+  ServingLayer(const Config& config, Gate gate, std::vector<Expert> experts,
+               const NarrowOptions& options = {})
+      : options_(options), layer_(config, std::move(gate), std::move(experts)) {}
+
+  const Config& config() const { return layer_.config(); }
+  const NarrowOptions& options() const { return options_; }
+  const Gate& gate() const { return layer_.gate(); }
+  std::span<const Expert> experts() const { return layer_.experts(); }
+
+  /// y (T x D), as MoELayer::evaluate().
+  const Matrix<float>& evaluate(const MatrixRef<float>& x, Tape& tape,
+                                const EvaluationPass& pass = {}) const {
+    return layer_.evaluate(x, tape, pass);
+  }
+  Matrix<float> evaluate(const MatrixRef<float>& x) const { return layer_.evaluate(x); }
+
+  // To train what is before it, and the gate if its parameters are `trained`; the experts are frozen.
+  // Rounded activations count as if they were not.
+
+  /// As MoELayer::forward().
+  const Matrix<float>& forward(const MatrixRef<float>& x, Tape& tape, const Pass& pass) const {
+    return layer_.forward(x, tape, pass);
+  }
+  /// As MoELayer::backward(): returns the gradient with respect to x (T x D) and adds to the gate's.
+  const Matrix<float>& backward(const MatrixRef<float>& dy, Tape& tape) {
+    return layer_.backward(dy, tape);
+  }
+
+  /// Bytes of the experts' weights.
+  Index weight_bytes() const {
+    Index bytes = 0;
+    for (const Expert& expert : experts()) {
+      NarrowFeedForward<Format>::visit_weights(
+          expert.network(),
+          [&](std::string_view, const auto& weight) { bytes += weight.matrix.bytes(); });
+    }
+    return bytes;
+  }
+
+  /// The gate's parameters and the experts' biases, by the names they have in the layer.
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    Narrow::visit_parameters(self.layer_, visit);
+  }
+
+ private:
+  static Config config_of(const Layer& layer) {
+    const auto& config = layer.config();
+    return {.width = config.width,
+            .expert = config.expert,
+            .gate = config.gate,
+            .output = config.output,
+            .seed = config.seed};
+  }
+
+  static std::vector<Expert> narrowed(const Layer& layer, const NarrowOptions& options) {
+    std::vector<Expert> experts;
+    experts.reserve(layer.experts().size());
+    for (const auto& expert : layer.experts()) {
+      detail::check_shapes(expert, "ServingLayer: an expert");
+      const std::string prefix = "experts." + std::to_string(experts.size()) + ".";
+      experts.emplace_back(NarrowFeedForward<Format>(expert.network(), options, prefix),
+                           layer.config().width);
+    }
+    return experts;
+  }
+
+  NarrowOptions options_;
+  Narrow layer_;
+};
+
+}  // namespace moe
