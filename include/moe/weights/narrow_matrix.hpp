@@ -39,6 +39,29 @@ struct NarrowLayout {
   }
 };
 
+/// Where in a packed matrix the lane of a weight is, and its scale. `lanes` are the floats of a packet
+/// of the machine that packed it.
+struct NarrowPlace {
+  Index lane;   ///< byte
+  Index step;   ///< in the lane
+  Index scale;  ///< byte
+};
+template <class Format>
+NarrowPlace narrow_place(Index rows, Index columns, Index k, Index column,
+                         Index lanes = lane_count) {
+  const Index first = column / (panel_packets * lanes) * (panel_packets * lanes);
+  const Index packets = std::min(panel_packets, (columns - first + lanes - 1) / lanes);
+  const Index groups = Format::block / Format::group;
+  const Index scales = Format::scaled ? 2 * lanes : 0;
+  const Index packet_bytes = scales + groups * Format::group_bytes * lanes;  // of a block
+  const Index blocks = (rows + Format::block - 1) / Format::block;
+  const Index block = packet_bytes * (blocks * (first / lanes) + k / Format::block * packets);
+  const Index group = k % Format::block / Format::group;
+  return {block + packets * (scales + group * Format::group_bytes * lanes) +
+              (column - first) * Format::group_bytes,
+          k % Format::group, block + 2 * (column - first)};
+}
+
 /// A packed matrix in somebody else's memory, the operand B of a product.
 template <class Format>
 struct NarrowOperand {
@@ -53,24 +76,6 @@ struct NarrowOperand {
     MOE_ASSERT(column % Layout::panel_columns == 0);
     return data + Layout::blocks(rows) * Layout::block_bytes * (column / lane_count) +
            block * Layout::block_bytes * Layout::packets(columns, column);
-  }
-
-  /// Where the lane of weight (k, column) is, and where its scale.
-  struct Place {
-    Index lane;
-    Index step;  ///< in the lane
-    Index scale;
-  };
-  Place place(Index k, Index column) const {
-    const Index first = column / Layout::panel_columns * Layout::panel_columns;
-    const Index packets = Layout::packets(columns, first);
-    const Index block = k / Format::block;
-    const Index in_block = k % Format::block;
-    const Index scale = panel(first, block) - data;
-    const Index group =
-        scale + packets * (Layout::scale_bytes + in_block / Format::group * Layout::group_bytes);
-    return {group + (column - first) * Format::group_bytes, in_block % Format::group,
-            scale + 2 * (column - first)};
   }
 };
 
@@ -114,7 +119,7 @@ class NarrowMatrix {
     }
   }
 
-  /// Packed memory that is there already, bytes_of(rows, columns) of it, kept by `owner`.
+  /// Packed memory that is there already, bytes_of(rows, columns) of it.
   NarrowMatrix(Index rows, Index columns, std::shared_ptr<const std::byte> packed)
       : rows_(rows), columns_(columns), data_(std::move(packed)) {}
 
@@ -128,14 +133,15 @@ class NarrowMatrix {
   }
 
   typename Format::Code code(Index k, Index column) const {
-    const auto place = operand().place(k, column);
+    const auto place = detail::narrow_place<Format>(rows_, columns_, k, column);
     return Format::get(data() + place.lane, place.step);
   }
   /// The scale of a weight, 1 where the format has none.
   float scale(Index k, Index column) const {
     if constexpr (!Format::scaled) return 1;
     Eigen::half half;
-    std::memcpy(&half.x, data() + operand().place(k, column).scale, sizeof(half.x));
+    std::memcpy(&half.x, data() + detail::narrow_place<Format>(rows_, columns_, k, column).scale,
+                sizeof(half.x));
     return static_cast<float>(half);
   }
   /// The weights that the codes stand for (K x N).
@@ -161,12 +167,13 @@ class NarrowMatrix {
   }
 
   void set(std::byte* data, Index k, Index column, typename Format::Code code) const {
-    const auto place = operand().place(k, column);
+    const auto place = detail::narrow_place<Format>(rows_, columns_, k, column);
     Format::set(data + place.lane, place.step, code);
   }
   void set_scale(std::byte* data, Index k, Index column, float scale) const {
     const auto half = static_cast<Eigen::half>(scale);
-    std::memcpy(data + operand().place(k, column).scale, &half.x, sizeof(half.x));
+    std::memcpy(data + detail::narrow_place<Format>(rows_, columns_, k, column).scale, &half.x,
+                sizeof(half.x));
   }
 
   void pack(const MatrixRef<float>& weights, Range columns, std::string_view name,

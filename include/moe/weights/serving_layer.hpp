@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -53,11 +54,14 @@ class ServingLayer {
   explicit ServingLayer(const Layer& layer, const NarrowOptions& options = {})
       : ServingLayer(config_of(layer), layer.gate(), narrowed(layer, options), options) {}
 
-  /// From experts that are narrow already. Throws std::invalid_argument where they do not fit the
-  /// configuration or the gate.
+  /// From experts that are narrow already. Where their memory can change behind their back, as that of a
+  /// mapped file, `check` throws if it did; it is called before each pass. Throws std::invalid_argument
+  /// where the experts do not fit the configuration or the gate.
   ServingLayer(const Config& config, Gate gate, std::vector<Expert> experts,
-               const NarrowOptions& options = {})
-      : options_(options), layer_(config, std::move(gate), std::move(experts)) {}
+               const NarrowOptions& options = {}, std::function<void()> check = {})
+      : options_(options),
+        layer_(config, std::move(gate), std::move(experts)),
+        check_(std::move(check)) {}
 
   const Config& config() const { return layer_.config(); }
   const NarrowOptions& options() const { return options_; }
@@ -67,19 +71,25 @@ class ServingLayer {
   /// y (T x D), as MoELayer::evaluate().
   const Matrix<float>& evaluate(const MatrixRef<float>& x, Tape& tape,
                                 const EvaluationPass& pass = {}) const {
+    if (check_) check_();
     return layer_.evaluate(x, tape, pass);
   }
-  Matrix<float> evaluate(const MatrixRef<float>& x) const { return layer_.evaluate(x); }
+  Matrix<float> evaluate(const MatrixRef<float>& x) const {
+    Tape tape;
+    return evaluate(x, tape);
+  }
 
   // To train what is before it, and the gate if its parameters are `trained`; the experts are frozen.
   // Rounded activations count as if they were not.
 
   /// As MoELayer::forward().
   const Matrix<float>& forward(const MatrixRef<float>& x, Tape& tape, const Pass& pass) const {
+    if (check_) check_();
     return layer_.forward(x, tape, pass);
   }
   /// As MoELayer::backward(): returns the gradient with respect to x (T x D) and adds to the gate's.
   const Matrix<float>& backward(const MatrixRef<float>& dy, Tape& tape) {
+    if (check_) check_();
     return layer_.backward(dy, tape);
   }
 
@@ -124,6 +134,7 @@ class ServingLayer {
 
   NarrowOptions options_;
   Narrow layer_;
+  std::function<void()> check_;
 };
 
 }  // namespace moe

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <system_error>
@@ -15,6 +16,7 @@
 
 #if MOE_HAS_POSIX_FILES
 #include <fcntl.h>
+#include <sys/mman.h>
 #endif
 
 /// \file
@@ -46,6 +48,10 @@ class PortableInputFile {
     require_file(file_.good(), path_, "cannot be read any more: it ends too early");
   }
 
+  /// Files are not mapped here.
+  std::shared_ptr<const std::byte> map() const { return nullptr; }
+  void check_unchanged() const {}
+
  private:
   std::string path_;
   mutable std::mutex mutex_;
@@ -69,10 +75,33 @@ class PosixInputFile {
     }
     if (!file_.is_open() || found != 0) fail_errno(path, "cannot be read", error);
     size_ = static_cast<std::uint64_t>(status.st_size);
+    changed_ = time_of_change(status);
   }
 
   /// Bytes that it had when it was opened.
   std::uint64_t size() const { return size_; }
+
+  /// The whole file as memory that is only read; null where the system cannot map it. What is written
+  /// to the file shows there, and where it was cut reading is a fault that ends the program: call
+  /// check_unchanged() before.
+  std::shared_ptr<const std::byte> map() const {
+    const std::size_t size = size_;
+    void* const memory = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, file_.number(), 0);
+    if (memory == MAP_FAILED) return nullptr;
+    return {static_cast<const std::byte*>(memory),
+            [size](const std::byte* mapped) { ::munmap(const_cast<std::byte*>(mapped), size); }};
+  }
+
+  /// Throws std::runtime_error if the file has another size, or was written to, since it was opened.
+  void check_unchanged() const {
+    struct stat status {};
+    if (::fstat(file_.number(), &status) != 0) fail_errno(path_, "cannot be read any more", errno);
+    require_file(static_cast<std::uint64_t>(status.st_size) == size_, path_,
+                 "was changed while it is in use: it had ", size_, " bytes and has ",
+                 static_cast<std::uint64_t>(status.st_size));
+    require_file(time_of_change(status) == changed_, path_,
+                 "was changed while it is in use: it was written to");
+  }
 
   void read(std::uint64_t offset, void* to, std::size_t size) const {
     auto* next = static_cast<std::byte*>(to);
@@ -88,9 +117,20 @@ class PosixInputFile {
   }
 
  private:
+  /// When something was written to the file, in nanoseconds.
+  static std::int64_t time_of_change(const struct stat& status) {
+#if defined(__APPLE__)
+    const auto& time = status.st_mtimespec;
+#else
+    const auto& time = status.st_mtim;
+#endif
+    return std::int64_t{1'000'000'000} * time.tv_sec + time.tv_nsec;
+  }
+
   std::string path_;
   Descriptor file_;
   std::uint64_t size_ = 0;
+  std::int64_t changed_ = 0;
 };
 using InputFile = PosixInputFile;
 

@@ -142,6 +142,16 @@ class SafetensorsFile {
     file_->read(data_begin_ + entry.begin + first, bytes.data(), bytes.size());
   }
 
+  /// The whole file mapped into memory, as long as the pointer or a copy of it lives; null where the
+  /// system cannot. Nothing is read until it is looked at. What is written to the file shows there, and
+  /// looking where it was cut is a fault that ends the program: call check_unchanged() before.
+  std::shared_ptr<const std::byte> map() const { return file_->map(); }
+  /// Where in the file a tensor begins. Throws std::runtime_error if there is none of that name.
+  std::uint64_t place_of(const std::string& name) const { return data_begin_ + tensor(name).begin; }
+  /// Throws std::runtime_error if the file has another size, or was written to, since it was opened. Where
+  /// files are not mapped it does nothing.
+  void check_unchanged() const { file_->check_unchanged(); }
+
   /// Throws std::runtime_error naming the tensor unless it is there, with this type and shape. A matrix of
   /// one row is a vector in the file, [N], and may be [1,N] too.
   template <class Scalar>

@@ -75,6 +75,39 @@ class SafetensorsWriter {
          }});
   }
 
+  /// A tensor of a type of the format, "BF16" for example, whose bytes make() returns. It is called by
+  /// write(), which throws std::invalid_argument if they are not as many as the shape takes. Throws like
+  /// add() of a matrix, and for a type that is not known.
+  void add_made_bytes(const std::string& name, std::string_view type,
+                      std::vector<std::uint64_t> shape,
+                      std::function<std::vector<std::byte>()> make) {
+    const std::size_t size = bytes_of(name, type, shape);
+    add({name, type, std::move(shape), nullptr, size,
+         [name, size, make = std::move(make)](detail::AtomicFile& file) {
+           const std::vector<std::byte> made = make();
+           detail::require(made.size() == size, "SafetensorsWriter: ", detail::tensor_named(name),
+                           " takes ", size, " bytes, ", made.size(), " were made");
+           file.write(made.data(), size);
+         }});
+  }
+
+  /// Bytes that are in memory (U8, in one dimension), with zeros behind them to a multiple of 64. They
+  /// begin at a multiple of 64 in the file, so that they can be used where the file is mapped.
+  void add_aligned_bytes(const std::string& name, std::span<const std::byte> bytes) {
+    const std::size_t size = (bytes.size() + 63) / 64 * 64;
+    add({name,
+         "U8",
+         {size},
+         nullptr,
+         size,
+         [bytes, size](detail::AtomicFile& file) {
+           constexpr std::byte zeros[64] = {};
+           file.write(bytes.data(), bytes.size());
+           file.write(zeros, size - bytes.size());
+         },
+         true});
+  }
+
   /// Every parameter of a module by its name, after `prefix`, and as metadata the configuration that it
   /// was made with, or those of its parts if it has none itself: a text for each field that has a name
   /// (moe/config_fields.hpp), "layer.config.gate.experts" = "64". What has no name is not stored. Throws
@@ -130,7 +163,8 @@ class SafetensorsWriter {
     std::vector<const Entry*> order;
     for (const Entry& entry : entries_) order.push_back(&entry);
     std::stable_sort(order.begin(), order.end(), [](const Entry* a, const Entry* b) {
-      return detail::element_bits(a->type) > detail::element_bits(b->type);
+      return std::pair(a->aligned, detail::element_bits(a->type)) >
+             std::pair(b->aligned, detail::element_bits(b->type));
     });
     const std::string header = make_header(order);
     detail::require(header.size() <= detail::longest_header, "SafetensorsWriter: a header of ",
@@ -156,8 +190,21 @@ class SafetensorsWriter {
     std::vector<std::uint64_t> shape;
     const void* data;
     std::size_t size;
-    std::function<void(detail::AtomicFile&)> write_made;  ///< in place of data
+    std::function<void(detail::AtomicFile&)> write_made{};  ///< in place of data
+    bool aligned = false;                                   ///< to 64 bytes, as all before it are
   };
+
+  static std::size_t bytes_of(const std::string& name, std::string_view type,
+                              const std::vector<std::uint64_t>& shape) {
+    const std::uint64_t element = detail::element_bits(type);
+    detail::require(element > 0, "SafetensorsWriter: ", detail::tensor_named(name), ": type ",
+                    detail::plain(type), " is not known");
+    const auto bits = detail::tensor_bits(shape, element);
+    detail::require(bits.has_value() && *bits % 8 == 0,
+                    "SafetensorsWriter: ", detail::tensor_named(name), ": shape ",
+                    detail::to_string(shape), " of ", type, " takes no whole bytes");
+    return *bits / 8;
+  }
 
   void add(Entry entry) {
     detail::require(entry.name != "__metadata__" && names_.count(entry.name) == 0,
@@ -190,8 +237,10 @@ class SafetensorsWriter {
       offset += entry->size;
     }
     text += '}';
-    // Spaces, so that the tensors start where a file mapped into memory may be read as numbers.
-    text.append((8 - text.size() % 8) % 8, ' ');
+    // Spaces, so that the tensors start where a file mapped into memory may be read as numbers. The
+    // header's length is ahead of it.
+    const std::size_t alignment = !order.empty() && order.front()->aligned ? 64 : 8;
+    text.append((alignment - (sizeof(std::uint64_t) + text.size()) % alignment) % alignment, ' ');
     return text;
   }
 

@@ -1,0 +1,309 @@
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moe/io/safetensors.hpp"
+#include "moe/weights/serving_layer.hpp"
+
+/// \file
+/// Files of layers that are served with narrow weights. A plain one is read by other programs too: by the
+/// names of the layer,
+///
+///     bfloat16   experts.0.up.weight BF16 [K,N]
+///     float16    experts.0.up.weight F16 [K,N]
+///     int8       experts.0.up.weight I8 [K,N], experts.0.up.weight.scale F16 [ceil(K/32),N]
+///     int4       experts.0.up.weight U8 [ceil(K/2),N], two steps of k in a byte, the lower one in its low
+///                half, stored as q + 8; the scale as that of int8
+///
+/// A packed file has the weights as they lie in memory (U8 in one dimension); where its layout is this
+/// machine's it is mapped, so that opening it reads nothing but the header and the gate.
+///
+/// The metadata has the configuration, "serving.format", and in a packed file "serving.layout".
+
+namespace moe {
+
+/// How weights are in a file: plain for other programs, packed to be mapped.
+enum class Packing { plain, packed };
+
+namespace detail {
+
+inline constexpr std::string_view packed_version = "version 1, lanes ";
+/// What a packed file says of a machine with packets of so many floats.
+inline std::string packed_layout(Index lanes) {
+  return std::string(packed_version) + std::to_string(lanes);
+}
+
+/// The element type of plain codes.
+template <class Format>
+constexpr std::string_view code_type() {
+  if constexpr (std::is_same_v<Format, BFloat16>) return "BF16";
+  if constexpr (std::is_same_v<Format, Float16>) return "F16";
+  if constexpr (std::is_same_v<Format, Int8>) return "I8";
+  if constexpr (std::is_same_v<Format, Int4>) return "U8";
+}
+/// Steps of k in one element of plain codes.
+template <class Format>
+inline constexpr Index codes_in_element = std::is_same_v<Format, Int4> ? 2 : 1;
+
+inline std::vector<std::uint64_t> shape_of(Index rows, Index columns) {
+  return {static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(columns)};
+}
+template <class Format>
+std::vector<std::uint64_t> code_shape(Index rows, Index columns) {
+  constexpr Index together = codes_in_element<Format>;
+  return shape_of((rows + together - 1) / together, columns);
+}
+template <class Format>
+std::vector<std::uint64_t> scale_shape(Index rows, Index columns) {
+  return shape_of((rows + Format::block - 1) / Format::block, columns);
+}
+
+template <class Format>
+std::vector<std::byte> plain_codes(const NarrowMatrix<Format>& weights) {
+  using Code = typename Format::Code;
+  constexpr Index together = codes_in_element<Format>;
+  const Index elements = (weights.rows() + together - 1) / together;
+  std::vector<std::byte> bytes(to_size(elements * weights.cols()) * sizeof(Code));
+  for (Index i = 0; i < elements; ++i) {
+    for (Index j = 0; j < weights.cols(); ++j) {
+      std::byte* to = bytes.data() + to_size(i * weights.cols() + j) * sizeof(Code);
+      if constexpr (together == 2) {
+        const int low = weights.code(2 * i, j) + 8;
+        const int high = 2 * i + 1 < weights.rows() ? weights.code(2 * i + 1, j) + 8 : 8;
+        *to = static_cast<std::byte>(low | high << 4);
+      } else {
+        const Code code = weights.code(i, j);
+        std::memcpy(to, &code, sizeof(code));
+      }
+    }
+  }
+  return bytes;
+}
+
+template <class Format>
+std::vector<std::byte> plain_scales(const NarrowMatrix<Format>& weights) {
+  std::vector<std::byte> bytes;
+  for (Index k = 0; k < weights.rows(); k += Format::block) {
+    for (Index j = 0; j < weights.cols(); ++j) {
+      const auto half = static_cast<Eigen::half>(weights.scale(k, j));
+      std::byte two[2];
+      std::memcpy(two, &half.x, sizeof(two));
+      bytes.insert(bytes.end(), two, two + 2);
+    }
+  }
+  return bytes;
+}
+
+/// Bytes of a tensor that must be of that type and shape.
+inline std::vector<std::byte> checked_bytes(const SafetensorsFile& file, const std::string& name,
+                                            std::string_view type,
+                                            const std::vector<std::uint64_t>& shape) {
+  const auto& tensor = file.tensor(name);
+  if (tensor.type != type || tensor.shape != shape) {
+    fail_file(file.path(), tensor_named(name), " is ", plain(tensor.type), " ",
+              detail::to_string(tensor.shape), ", needed is ", type, " ", detail::to_string(shape));
+  }
+  std::vector<std::byte> bytes(tensor.end - tensor.begin);
+  file.read_bytes(name, 0, bytes);
+  return bytes;
+}
+
+/// Throws std::runtime_error where a code or a scale stands for no finite weight, or a code is none of
+/// the format's.
+template <class Format>
+NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& name, Index rows,
+                                Index columns) {
+  using Code = typename Format::Code;
+  const std::vector<std::byte> codes =
+      checked_bytes(file, name, code_type<Format>(), code_shape<Format>(rows, columns));
+  std::vector<std::byte> scales;
+  const std::string scale_name = name + ".scale";
+  if constexpr (Format::scaled) {
+    scales = checked_bytes(file, scale_name, "F16", scale_shape<Format>(rows, columns));
+  }
+  const auto refuse = [&](const std::string& tensor, Index row, Index column, auto value) {
+    fail_file(file.path(), tensor_named(tensor), " has ", value, " at [", row, ",", column,
+              "], which is no weight of ", Format::name);
+  };
+  return NarrowMatrix<Format>(
+      rows, columns,
+      [&](Index k, Index j) {
+        if constexpr (codes_in_element<Format> == 2) {
+          const int both = std::to_integer<int>(codes[to_size(k / 2 * columns + j)]);
+          return static_cast<Code>((both >> (k % 2 * 4) & 15) - 8);
+        } else {
+          Code code = 0;
+          std::memcpy(&code, codes.data() + to_size(k * columns + j) * sizeof(Code), sizeof(code));
+          if constexpr (Format::scaled) {
+            if (code == -128) refuse(name, k, j, int{code});
+          } else {
+            const float weight = Format::decode(code);
+            if (!std::isfinite(weight)) refuse(name, k, j, weight);
+          }
+          return code;
+        }
+      },
+      [&](Index block, Index j) {
+        Eigen::half half;
+        std::memcpy(&half.x, scales.data() + 2 * to_size(block * columns + j), sizeof(half.x));
+        const auto scale = static_cast<float>(half);
+        if (!std::isfinite(scale)) refuse(scale_name, block, j, scale);
+        return scale;
+      });
+}
+
+/// A packed tensor, in place in `mapped` if that is not null and the layout is this machine's.
+template <class Format>
+NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string& name, Index rows,
+                                 Index columns, Index lanes,
+                                 const std::shared_ptr<const std::byte>& mapped) {
+  const Index packets = (columns + lanes - 1) / lanes;
+  const Index block = (Format::scaled ? 2 * lanes : 0) +
+                      Format::block / Format::group * Format::group_bytes * lanes;
+  const auto size =
+      static_cast<std::uint64_t>((rows + Format::block - 1) / Format::block * block * packets);
+  const std::vector<std::uint64_t> shape{(size + 63) / 64 * 64};
+  if (mapped && lanes == lane_count) {
+    const auto& tensor = file.tensor(name);
+    if (tensor.type == "U8" && tensor.shape == shape) {
+      return {rows, columns, {mapped, mapped.get() + file.place_of(name)}};
+    }
+  }
+  const std::vector<std::byte> bytes = checked_bytes(file, name, "U8", shape);
+  const auto place = [&](Index k, Index j) {
+    return narrow_place<Format>(rows, columns, k, j, lanes);
+  };
+  return NarrowMatrix<Format>(
+      rows, columns,
+      [&](Index k, Index j) {
+        const NarrowPlace at = place(k, j);
+        return Format::get(bytes.data() + at.lane, at.step);
+      },
+      [&](Index b, Index j) {
+        Eigen::half half;
+        std::memcpy(&half.x, bytes.data() + place(b * Format::block, j).scale, sizeof(half.x));
+        return static_cast<float>(half);
+      });
+}
+
+/// The lanes of the machine that packed a file; 0 if it is plain.
+inline Index packed_lanes(const SafetensorsFile& file) {
+  const auto found = file.metadata().find("serving.layout");
+  if (found == file.metadata().end()) return 0;
+  for (const Index lanes : {1, 2, 4, 8, 16, 32}) {
+    if (found->second == packed_layout(lanes)) return lanes;
+  }
+  fail_file(file.path(), "has the layout \"", plain(found->second), "\", known is \"",
+            packed_layout(lane_count), '"');
+}
+
+}  // namespace detail
+
+/// Saves a served layer. Throws like SafetensorsWriter::write().
+template <class Layer, class Format>
+void save_serving(const std::string& path, const ServingLayer<Layer, Format>& layer,
+                  Packing packing = Packing::plain) {
+  SafetensorsWriter writer;
+  detail::SafetensorsMetadata config;
+  detail::write_config(layer.config(), "config.", config);
+  for (const auto& [key, text] : config) writer.set_metadata(key, text);
+  writer.set_metadata("serving.format", Format::name);
+  if (packing == Packing::packed) {
+    writer.set_metadata("serving.layout", detail::packed_layout(detail::lane_count));
+  }
+  writer.add_parameters(layer);
+  Index e = 0;
+  for (const auto& expert : layer.experts()) {
+    const std::string prefix = "experts." + std::to_string(e++) + ".";
+    NarrowFeedForward<Format>::visit_weights(
+        expert.network(), [&](std::string_view part, const auto& weight) {
+          const NarrowMatrix<Format>& matrix = weight.matrix;
+          const std::string name = prefix + std::string(part);
+          if (packing == Packing::packed) {
+            writer.add_aligned_bytes(name, {matrix.data(), detail::to_size(matrix.bytes())});
+            return;
+          }
+          writer.add_made_bytes(name, detail::code_type<Format>(),
+                                detail::code_shape<Format>(matrix.rows(), matrix.cols()),
+                                [&matrix] { return detail::plain_codes(matrix); });
+          if constexpr (Format::scaled) {
+            writer.add_made_bytes(name + ".scale", "F16",
+                                  detail::scale_shape<Format>(matrix.rows(), matrix.cols()),
+                                  [&matrix] { return detail::plain_scales(matrix); });
+          }
+        });
+  }
+  writer.write(path);
+}
+
+/// A served layer from its file, or from that of a wide layer (save_module()), whose experts are rounded
+/// one after the other, so that never more than one is in memory:
+///
+///     using Served = moe::ServingLayer<Layer, moe::Int8>;
+///     const auto served = moe::load_serving<Served>("layer.safetensors");
+///
+/// A packed file is mapped where the system can: what lies in it is used in place, experts that get no
+/// tokens stay on disk, and its weights are believed. If such a file is written to or cut while it is in
+/// use, the next pass throws std::runtime_error; one that is running meanwhile may end by a signal, so
+/// replace a file (as the library's writer does) instead of writing over it.
+///
+/// Throws std::runtime_error, which names file and tensor, where something is missing, of another type
+/// or shape, no weight of the format, or of another format; std::invalid_argument where a wide weight
+/// cannot be rounded or the configuration is out of range.
+template <class Serving>
+Serving load_serving(const std::string& path, const NarrowOptions& options = {}) {
+  using Format = typename Serving::Format;
+  using Config = typename Serving::Config;
+  using Gate = typename Serving::Gate;
+  using Expert = typename Serving::Expert;
+  using Network = typename Expert::Network;
+  auto file = std::make_shared<const SafetensorsFile>(path);
+  auto config = detail::config_to_fill<Config>();
+  const std::string config_prefix = "config.";
+  detail::SavedConfig(path, file->metadata(), config_prefix).read(config);
+  const auto said = file->metadata().find("serving.format");
+  const bool is_wide = said == file->metadata().end();
+  if (!is_wide && said->second != Format::name) {
+    detail::fail_file(path, "has weights in ", detail::plain(said->second), ", needed is ",
+                      Format::name);
+  }
+  const Index lanes = detail::packed_lanes(*file);
+  const std::shared_ptr<const std::byte> mapped = lanes > 0 ? file->map() : nullptr;
+
+  Gate gate(config.gate, derive_seed(config.seed, 0));
+  file->read_parameters(gate, "gate.");
+  std::vector<Expert> experts;
+  for (Index e = 0; e < gate.experts(); ++e) {
+    const std::string prefix = "experts." + std::to_string(e) + ".";
+    if (is_wide) {
+      FeedForward<float> wide(config.expert, 0);
+      file->read_parameters(wide, prefix);
+      experts.emplace_back(Network(wide, options, prefix), config.width);
+      continue;
+    }
+    const auto weight = [&](std::string_view part, Index rows, Index columns) {
+      const std::string name = prefix + std::string(part);
+      return lanes > 0 ? detail::read_packed<Format>(*file, name, rows, columns, lanes, mapped)
+                       : detail::read_plain<Format>(*file, name, rows, columns);
+    };
+    const auto bias = [&](std::string_view part, Index size) {
+      Matrix<float> values(1, size);
+      file->read(prefix + std::string(part), values);
+      return values;
+    };
+    experts.emplace_back(Network(config.expert, options, weight, bias), config.width);
+  }
+  std::function<void()> check;
+  if (mapped) check = [file] { file->check_unchanged(); };
+  return Serving(config, std::move(gate), std::move(experts), options, std::move(check));
+}
+
+}  // namespace moe
