@@ -3,7 +3,7 @@ function number(text, precision) { return sprintf("%." precision "f", text) }
 function format(key, text) {
   if (text == "") return ""
   if (key ~ /^(GFLOPs|GBs|ns_per|us_per|percent|layer_ms)/) return number(text, 1)
-  if (key ~ /MiB$|^used/) return number(text, 0)
+  if (key ~ /MiB$|^used|^float$/) return number(text, 0)
   return number(text, 2)
 }
 function header(key) {

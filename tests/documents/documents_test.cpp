@@ -10,8 +10,10 @@
 #include "../temporary_folder.hpp"
 #include "moe/config_fields.hpp"
 #include "moe/io/safetensors.hpp"
+#include "moe/io/serving.hpp"
 #include "moe/moe.hpp"
 #include "moe/testing/check_gradients.hpp"
+#include "moe/weights/narrow_linear.hpp"
 
 // The blocks of the README and of docs/, from the documents themselves, compiled and run in what they
 // take for granted. extract.awk makes the files; a block that nobody includes stops CMake.
@@ -137,6 +139,20 @@ TEST_CASE("documents: experts.md", "[documents]") {
   adam.update(layer, rate);
 #include "experts_1.inc"
   CHECK(layer.gate().experts() == 8 + 2 - 2 + 4);
+}
+
+TEST_CASE("documents: serving.md", "[documents]") {
+  const moe::test::TemporaryFolder folder;
+  const moe::test::CurrentFolder inside(folder);
+  auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+  using Layer = Context<>::Layer;
+  const moe::Linear<float> linear({.inputs = 12, .outputs = 7}, 1);
+  moe::ServingLayer<Layer, moe::Int8>::Tape served_tape;
+#include "serving_1.inc"
+#include "serving_2.inc"
+#include "serving_3.inc"
+  CHECK(logits.cols() == 7);
+  CHECK(moe::test::same_bits(again.evaluate(x), y8));
 }
 
 TEST_CASE("documents: saving.md and from_pytorch.md", "[documents]") {
