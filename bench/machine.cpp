@@ -14,6 +14,27 @@ void multiply_add_peak(benchmark::State& state) {
   state.counters["roofline_fraction"] = 1;
 }
 
+#ifdef __AVX512BF16__
+void bfloat16_dot_peak(benchmark::State& state) {
+  double rate = 0;
+  for ([[maybe_unused]] auto _ : state) {
+    rate = bench::best_rate(state.range(0), bench::detail::try_bfloat16_dots, 0.5);
+  }
+  state.counters["GFLOPs"] = rate * 1e-9;
+  state.counters["roofline_fraction"] = 1;
+}
+#endif
+#ifdef __AVX512VNNI__
+void byte_dot_peak(benchmark::State& state) {
+  double rate = 0;
+  for ([[maybe_unused]] auto _ : state) {
+    rate = bench::best_rate(state.range(0), bench::detail::try_byte_dots, 0.5);
+  }
+  state.counters["GFLOPs"] = rate * 1e-9;
+  state.counters["roofline_fraction"] = 1;
+}
+#endif
+
 void read_bandwidth(benchmark::State& state) {
   double rate = 0;
   for ([[maybe_unused]] auto _ : state) rate = bench::read_bandwidth(state.range(0));
@@ -41,6 +62,12 @@ void threads(benchmark::internal::Benchmark* b) {
 }
 BENCHMARK(multiply_add_peak<float>)->Apply(threads);
 BENCHMARK(multiply_add_peak<double>)->Apply(threads);
+#ifdef __AVX512BF16__
+BENCHMARK(bfloat16_dot_peak)->Apply(threads);
+#endif
+#ifdef __AVX512VNNI__
+BENCHMARK(byte_dot_peak)->Apply(threads);
+#endif
 BENCHMARK(read_bandwidth)->Apply(threads);
 BENCHMARK(training_bandwidth)->Iterations(1)->Unit(benchmark::kMillisecond);
 BENCHMARK(last_level_cache)->Iterations(1);

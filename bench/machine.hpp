@@ -117,6 +117,53 @@ template <class Scalar>
   return static_cast<double>(2 * chains * rounds * size) / (seconds_now() - start);
 }
 
+// Operations a second of the dot products that some processors have, in registers: each adds to a lane the
+// products of two pairs of bfloat16, or of four pairs of bytes.
+
+#ifdef __AVX512BF16__
+[[gnu::noinline]] inline double try_bfloat16_dots() {
+  constexpr Index chains = 12;
+  constexpr Index rounds = 400000;
+  __m512 sum[chains];
+  unroll<chains>([&](auto i) { sum[i] = _mm512_set1_ps(static_cast<float>(i)); });
+  const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F003F00));  // 0.5
+  const double start = seconds_now();
+  for (Index round = 0; round < rounds; ++round) {
+    unroll<chains>([&](auto i) {
+      sum[i] = _mm512_dpbf16_ps(sum[i], a, a);
+      asm("" : "+v"(sum[i]));  // else GCC moves sums to memory and back
+    });
+  }
+  __m512 total = sum[0];
+  unroll<chains>([&](auto i) { total = _mm512_add_ps(total, sum[i]); });
+  float result = _mm512_cvtss_f32(total);
+  benchmark::DoNotOptimize(result);
+  return static_cast<double>(2 * 2 * 16 * chains * rounds) / (seconds_now() - start);
+}
+#endif
+
+#ifdef __AVX512VNNI__
+[[gnu::noinline]] inline double try_byte_dots() {
+  constexpr Index chains = 12;
+  constexpr Index rounds = 400000;
+  __m512i sum[chains];
+  unroll<chains>([&](auto i) { sum[i] = _mm512_set1_epi32(static_cast<int>(i)); });
+  const __m512i a = _mm512_set1_epi8(1);
+  const double start = seconds_now();
+  for (Index round = 0; round < rounds; ++round) {
+    unroll<chains>([&](auto i) {
+      sum[i] = _mm512_dpbusd_epi32(sum[i], a, a);
+      asm("" : "+v"(sum[i]));  // else GCC moves sums to memory and back
+    });
+  }
+  __m512i total = sum[0];
+  unroll<chains>([&](auto i) { total = _mm512_add_epi32(total, sum[i]); });
+  int result = _mm512_cvtsi512_si32(total);
+  benchmark::DoNotOptimize(result);
+  return static_cast<double>(2 * 4 * 16 * chains * rounds) / (seconds_now() - start);
+}
+#endif
+
 /// Memory to measure the bandwidth with: far larger than the cache, written once so that
 /// every page is a page of its own, in large pages where asked for and possible.
 class Buffer {
@@ -185,6 +232,21 @@ double try_read(const Buffer& buffer, Index threads, Index ahead) {
 
 }  // namespace detail
 
+/// What this number of cores reaches together where each calls `rate`: the best of several tries.
+template <class Rate>
+double best_rate(Index threads, Rate rate, double seconds) {
+  double best = 0;
+  const double end = seconds_now() + seconds;
+  while (seconds_now() < end) {
+    std::vector<double> rates(static_cast<std::size_t>(threads));
+    use_threads(threads);
+    moe::parallel_for(threads,
+                      [&](Index t, Index) { rates[static_cast<std::size_t>(t)] = rate(); });
+    best = std::max(best, std::accumulate(rates.begin(), rates.end(), 0.0));
+  }
+  return best;
+}
+
 /// The most floating-point operations a second of this number of cores.
 template <class Scalar>
 double multiply_add_peak(Index threads) {
@@ -192,15 +254,8 @@ double multiply_add_peak(Index threads) {
   const bool first = known.find(threads) == known.end();
   double& best = known[threads];
   // A few more tries whenever it is asked for, in case the first fell into a busy moment.
-  const double end = seconds_now() + (first ? 0.5 : 0.02);
-  while (seconds_now() < end) {
-    std::vector<double> rates(static_cast<std::size_t>(threads));
-    use_threads(threads);
-    moe::parallel_for(threads, [&](Index t, Index) {
-      rates[static_cast<std::size_t>(t)] = detail::try_multiply_adds(static_cast<Scalar>(0.5));
-    });
-    best = std::max(best, std::accumulate(rates.begin(), rates.end(), 0.0));
-  }
+  const auto rate = [] { return detail::try_multiply_adds(static_cast<Scalar>(0.5)); };
+  best = std::max(best, best_rate(threads, rate, first ? 0.5 : 0.02));
   return best;
 }
 

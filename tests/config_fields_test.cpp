@@ -139,7 +139,7 @@ TEST_CASE("config fields: texts of fields that have names") {
   CHECK(detail::field_text(1e-20) == "1e-20");
   CHECK(detail::field_text(false) == "false");
   CHECK(detail::field_text(Activation::gelu_tanh) == "gelu_tanh");
-  CHECK(detail::field_text(static_cast<Activation>(7)) == "7");
+  CHECK(detail::field_text(static_cast<Activation>(8)) == "8");
   CHECK(detail::field_text(static_cast<Activation>(-1)) == "-1");
 }
 
@@ -162,6 +162,8 @@ TEST_CASE("config fields: the last enumerator's name is the last name") {
   CHECK(detail::field_text(GroupScore::two_best) == "two_best");
   CHECK(detail::field_text(PlaceOrder::largest_weight) == "largest_weight");
   CHECK(detail::field_text(SwitchCount::first_choice) == "first_choice");
+  CHECK(detail::field_text(Precision::bfloat16) == "bfloat16");
+  CHECK(enumerator_names(Precision{}).back() == "bfloat16");
   CHECK(detail::field_text(RowOrder::sequence_major) == "sequence_major");
 }
 
@@ -192,18 +194,21 @@ TEMPLATE_TEST_CASE("config fields: those of every module have names", "", NoisyT
 TEST_CASE("config fields: every field of every gate and layer counts") {
   using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<float>>>;
   const Layer::Config config{.seed = 1};
-  // Width; the expert's five; the gate's three and its routed one's 24; output and seed.
-  CHECK(fields_of(config).size() == 1 + 5 + 3 + detail::field_count<TopKConfig>() + 2);
+  // Width; the expert's ten; the gate's three and its routed one's 24; output and seed.
+  CHECK(fields_of(config).size() == 1 + 10 + 3 + detail::field_count<TopKConfig>() + 2);
   const std::vector<std::string> names = names_of(config);
   CHECK(names[1] == "expert.width");
-  CHECK(names[6] == "gate.width");
-  CHECK(names[10] == "gate.routed.experts");
+  CHECK(names[11] == "gate.width");
+  CHECK(names[15] == "gate.routed.experts");
   CHECK(names.back() == "seed");
   Layer::Config other{.seed = 1};
   other.gate.routed.init_stddev = 0.03;  // the last one
   CHECK(fields_of(config) != fields_of(other));
   other = {.seed = 1};
   other.expert.recompute = true;
+  CHECK(fields_of(config) != fields_of(other));
+  other = {.seed = 1};
+  other.expert.saved = Precision::bfloat16;
   CHECK(fields_of(config) != fields_of(other));
   other = {.seed = 1};
   other.gate.routed.place_order = PlaceOrder::first_choices;

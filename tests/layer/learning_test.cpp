@@ -104,6 +104,38 @@ TEST_CASE("learning: a layer splits a problem that its experts can only solve ap
   CHECK(tape.balance().unused_experts() == 0);
 }
 
+TEST_CASE("learning: pre-activations saved in bfloat16 teach as well", "[layer][learning]") {
+  using Layer = MoELayer<Expert<FeedForward, double>>;
+  const test::Threads threads(1);
+  const Problem held_out(2);
+  double total[2] = {};
+  for (std::uint64_t seed = 3; seed < 6; ++seed) {
+    const Problem training(10 * seed);
+    double end[2] = {};
+    for (const Precision saved : {Precision::full, Precision::bfloat16}) {
+      Layer layer({.width = 4,
+                   .expert = {.hidden = 16, .activation = Activation::silu, .saved = saved},
+                   .gate = {.experts = 4, .top_k = 2},
+                   .seed = seed});
+      PlainAdam<Layer> adam;
+      Layer::Tape tape;
+      for (std::uint64_t step = 0; step < 300; ++step) {
+        const Matrix<double>& y = layer.forward(training.x, tape, {.step = step});
+        layer.backward(2 * (y - training.y) / static_cast<double>(training.x.rows()), tape);
+        adam.update(layer, 0.02);
+      }
+      end[static_cast<int>(saved)] = held_out.error(layer.evaluate(held_out.x, tape));
+      total[static_cast<int>(saved)] += end[static_cast<int>(saved)];
+    }
+    INFO("seed " << seed << ": full " << end[0] << ", bfloat16 " << end[1]);
+    CHECK(end[0] < 0.01);
+    CHECK(end[1] < 0.01);
+    CHECK(end[0] != end[1]);
+  }
+  INFO("over all seeds: full " << total[0] << ", bfloat16 " << total[1]);
+  CHECK(std::abs(total[1] / total[0] - 1) < 0.05);
+}
+
 TEST_CASE("learning: the balance losses pull a collapsed gate back", "[layer][learning]") {
   using Layer = MoELayer<Expert<FeedForward, double>>;
   const test::Threads threads(1);

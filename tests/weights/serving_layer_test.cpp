@@ -69,11 +69,18 @@ FeedForward<float>::Config form(int number) {
               .linear_offset = 1};
     case 4:
       return {.hidden = 40, .activation = Activation::tanh, .gated = true, .weighted_input = true};
+    case 5:
+      return {.hidden = 70,
+              .activation = Activation::silu,
+              .gated = true,
+              .bias = true,
+              .weighted_input = true,
+              .saved = Precision::bfloat16};
     default:
       return {.hidden = 200, .activation = Activation::sigmoid, .recompute = true};
   }
 }
-constexpr int forms = 6;
+constexpr int forms = 7;
 
 }  // namespace
 

@@ -33,10 +33,10 @@ namespace moe {
 ///
 /// It is a FusedNetwork: its first half makes the hidden row a, weighted already, its second half
 /// multiplies that by W_2 and adds it to the tokens. For backward it saves a slot's pre-activations
-/// only (H numbers, 2·H gated), or nothing with Config::recompute: the gradient of the slot's
-/// weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway. With the weight on the input it
-/// saves z = x·W_1, gated x·W_3 too, of which w·z + b is the pre-activation and ⟨z, dpre⟩ the weight's
-/// gradient.
+/// only (H numbers, 2·H gated), in the precision of Config::saved, or nothing with Config::recompute:
+/// the gradient of the slot's weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway. With the
+/// weight on the input it saves z = x·W_1, gated x·W_3 too, of which w·z + b is the pre-activation and
+/// ⟨z, dpre⟩ the weight's gradient.
 template <class Scalar_ = float>
 class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>> {
   using Base = detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>>;

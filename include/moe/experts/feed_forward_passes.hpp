@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <type_traits>
 #include <utility>
 
 #include "moe/experts/expert.hpp"
 #include "moe/kernels/activations.hpp"
+#include "moe/kernels/bfloat16_rows.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/kernels/limits.hpp"
 #include "moe/kernels/weighted_rows.hpp"
@@ -32,6 +34,10 @@ struct FeedForwardConfig {
   /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App.
   /// D]. All results keep their bits.
   bool recompute = false;
+  /// What the pre-activations of the tape are stored in. With bfloat16 they take half the memory of
+  /// float, a quarter of double, and backward reads them rounded to 8 bits of precision; y keeps its
+  /// bits. Must be `full` with recompute, which saves nothing.
+  Precision saved = Precision::full;
 
   template <class Self, class Visitor>
   static constexpr void visit_fields(Self& self, Visitor visit) {
@@ -44,6 +50,7 @@ struct FeedForwardConfig {
     visit("linear_offset", self.linear_offset);
     visit("weighted_input", self.weighted_input);
     visit("recompute", self.recompute);
+    visit("saved", self.saved);
   }
 };
 
@@ -70,7 +77,12 @@ class FeedForwardPasses {
   using Config = FeedForwardConfig;
 
   const Config& config() const { return config_; }
-  Index tape_width() const { return config_.recompute ? 0 : pre_width(); }
+  Index tape_width() const {
+    if (config_.recompute) return 0;
+    if (config_.saved == Precision::full) return pre_width();
+    constexpr auto bytes = static_cast<Index>(sizeof(Scalar));
+    return (pre_width() * bfloat16_bytes + bytes - 1) / bytes;
+  }
 
   /// The hidden row, the pre-activations or their gradient, the pre-activations once more where
   /// they are computed again, and the parts of ⟨dy·W_2ᵀ, a⟩: an odd number of cache lines, since at
@@ -87,9 +99,12 @@ class FeedForwardPasses {
 
   void hidden(const Block& block, Range columns, bool save,
               const FeedForwardPasses* next = nullptr) const {
-    const MatrixView<Scalar> pre = save && !config_.recompute ? block.saved : pre_of(block);
+    const bool saves = save && !config_.recompute;
+    const bool rounds = saves && config_.saved == Precision::bfloat16;
+    const MatrixView<Scalar> pre = saves && !rounds ? block.saved : pre_of(block);
     const auto epilogue = [&](Index row, Index rows, Index column, Index width) {
       activate(block, pre, {row, rows}, column, width);
+      if (rounds) save_rounded(block, pre, {row, rows}, column, width);
     };
     compute_pre(block, columns, pre, epilogue, next);
   }
@@ -126,7 +141,7 @@ class FeedForwardPasses {
 
   void output_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
     const MatrixView<Scalar> dpre = pre_of(block);
-    for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
+    for (Index part = 0; part < pre_parts(); ++part) {
       gemm_serial(
           GemmNT<Scalar, Operand>{.a = columns_of(dpre, part * config_.hidden, config_.hidden),
                                   .b = operand(config_.gated && part == 0 ? gate_ : up_),
@@ -192,10 +207,19 @@ class FeedForwardPasses {
     require(config.gated || config.linear_offset == 0,
             "FeedForward::Config.linear_offset = ", config.linear_offset,
             ", must be 0 without gated");
+    const auto saved = static_cast<int>(config.saved);
+    const auto precisions = static_cast<int>(enumerator_names(config.saved).size());
+    require(saved >= 0 && saved < precisions, "FeedForward::Config.saved = ", saved,
+            ", must be one of the ", precisions, " precisions");
+    require(!config.recompute || config.saved == Precision::full,
+            "FeedForward::Config.saved = ", enumerator_names(config.saved)[to_size(saved)],
+            ", must be full with recompute, which saves nothing");
     return config;
   }
 
-  Index pre_width() const { return (config_.gated ? 2 : 1) * config_.hidden; }
+  /// Pre-activations of a hidden number.
+  Index pre_parts() const { return config_.gated ? 2 : 1; }
+  Index pre_width() const { return pre_parts() * config_.hidden; }
   bool keeps_unweighted() const { return config_.weighted_input && config_.bias; }
   Index parts_column() const {
     const Index matrices = 1 + (config_.recompute ? 1 : 0) + (keeps_unweighted() ? 1 : 0);
@@ -316,6 +340,33 @@ class FeedForwardPasses {
                            static_cast<Scalar>(config_.linear_offset)));
   }
 
+  // In a tape of bfloat16 the codes of a row begin at the first byte of its Scalars.
+
+  static std::byte* code_of(MatrixView<Scalar> saved, Index row, Index column) {
+    return reinterpret_cast<std::byte*>(row_data(saved, row)) + column * bfloat16_bytes;
+  }
+  /// Saves a tile of pre-activations.
+  void save_rounded(const Block& block, MatrixView<Scalar> pre, Range rows, Index column,
+                    Index width) const {
+    auto from = tile_of(pre, column);
+    for (Index part = 0; part < pre_parts(); ++part) {
+      for (Index row = rows.first; row < rows.first + rows.count; ++row) {
+        round_to_bfloat16(width, from(row, part),
+                          code_of(block.saved, row, part * config_.hidden + column));
+      }
+    }
+  }
+  /// A tile of what save_rounded() saved.
+  GatheredRows<Scalar> widened(MatrixView<Scalar> saved, Range rows, Index part, Index column,
+                               Index width, Tile& made) const {
+    constexpr Index stride = tile_columns<Scalar>;
+    for (Index r = 0; r < rows.count; ++r) {
+      widen_bfloat16(width, code_of(saved, rows.first + r, part * config_.hidden + column),
+                     made.data + r * stride);
+    }
+    return {made.data, stride, rows.count, width};
+  }
+
   /// hidden = w·act(pre), gated w·act(pre) ⊙ linear.
   void activate(const Block& block, MatrixView<Scalar> pre, Range rows, Index column,
                 Index width) const {
@@ -358,9 +409,15 @@ class FeedForwardPasses {
     auto hidden = tile_of(hidden_of(block), column);
     auto gradient = tile_of(pre_of(block), column);
     auto from = tile_of(pre, column);
+    const bool rounded = config_.saved == Precision::bfloat16;
     const auto ask = [&](Index row, Index further) {
-      for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
-        prefetch_far<strip_lines>(from(row, part), further);
+      for (Index part = 0; part < pre_parts(); ++part) {
+        if (rounded) {
+          prefetch_far<(strip_lines + 1) / 2>(code_of(pre, row, part * config_.hidden + column),
+                                              further * bfloat16_bytes);
+        } else {
+          prefetch_far<strip_lines>(from(row, part), further);
+        }
       }
     };
     constexpr Index panel = expert_block_columns<Scalar>;
@@ -372,11 +429,14 @@ class FeedForwardPasses {
     }
     Tile first;
     Tile second;
-    const auto saved_part = [&](Index part) {
-      return GatheredRows<Scalar>(from(rows.first, part), pre.outerStride(), rows.count, width);
+    Tile wide[2];
+    const auto saved_part = [&](Index part) -> GatheredRows<Scalar> {
+      if (rounded) return widened(pre, rows, part, column, width, wide[part]);
+      return {from(rows.first, part), pre.outerStride(), rows.count, width};
     };
-    const GatheredRows<Scalar> x =
-        weighted(block, rows, first_bias(), column, saved_part(0), first);
+    const GatheredRows<Scalar> saved_first = saved_part(0);
+    const GatheredRows<Scalar> saved_second = config_.gated ? saved_part(1) : saved_first;
+    const GatheredRows<Scalar> x = weighted(block, rows, first_bias(), column, saved_first, first);
     const Index stride = block.scratch.outerStride();
     const ScatteredRows<Scalar> y(hidden(rows.first), stride, rows.count, width);
     const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
@@ -390,7 +450,7 @@ class FeedForwardPasses {
       for (Index r = 0; r < rows.count; ++r) std::fill_n(dx.row(r), width, Scalar{1});
       detail::activate_backward(config_.activation, input, y, dx, parts);
       const GatheredRows<Scalar> pre_linear =
-          weighted(block, rows, up_bias_, column, saved_part(1), second);
+          weighted(block, rows, up_bias_, column, saved_second, second);
       with_linear_factor([&](const auto& factor) {
         for (Index r = 0; r < rows.count; ++r) {
           const P w = broadcast(*factors.at(r));
@@ -419,12 +479,13 @@ class FeedForwardPasses {
     if (config_.weighted_input) {
       std::fill_n(parts, rows.count, Scalar{0});
       auto unweighted = tile_of(unweighted_of(block), column);
-      for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
+      for (Index part = 0; part < pre_parts(); ++part) {
         const ScatteredRows<Scalar> d(gradient(rows.first, part), stride, rows.count, width);
         for (Index r = 0; r < rows.count && keeps_unweighted(); ++r) {
           std::copy_n(d.row(r), width, unweighted(rows.first + r, part));
         }
-        weigh_rows_backward(saved_part(part), {block.weight + rows.first, 1}, d, parts);
+        weigh_rows_backward(part == 0 ? saved_first : saved_second, {block.weight + rows.first, 1},
+                            d, parts);
       }
     }
     for (Index r = 0; r < rows.count; ++r) add_part(block, rows.first + r, column, parts[r]);

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "moe/weights/lanes.hpp"
+#include "moe/kernels/lanes.hpp"
 
 /// \file
 /// What a narrow format says, and how a matrix of it lies in memory.

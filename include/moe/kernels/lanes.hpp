@@ -9,8 +9,8 @@
 #include "moe/kernels/simd.hpp"
 
 /// \file
-/// Registers of 32-bit lanes, from which narrow weights are widened: one lane for each float of a
-/// packet.
+/// Registers of 32-bit lanes, one for each float of a packet, with which narrow numbers are widened and
+/// made.
 
 MOE_PACKETS_BEGIN
 
@@ -91,6 +91,19 @@ EIGEN_ALWAYS_INLINE Packet<float> as_float(const L& lanes) {
   }
 }
 
+/// The bits of floats.
+template <class L = Lanes>
+EIGEN_ALWAYS_INLINE L as_lanes(const Packet<float>& value) {
+  static_assert(sizeof(L) == sizeof(Packet<float>));
+  if constexpr (std::is_integral_v<L>) {
+    L lanes = 0;
+    std::memcpy(&lanes, &value, sizeof(lanes));
+    return lanes;
+  } else {
+    return Eigen::internal::preinterpret<L>(value);
+  }
+}
+
 /// The number of `bits` bits of each lane, from bit `first` on.
 template <int first, int bits, class L>
 EIGEN_ALWAYS_INLINE L field(const L& lanes) {
@@ -139,6 +152,42 @@ EIGEN_ALWAYS_INLINE Packet<float> byte_to_float(const Lanes& lanes) {
 }
 #endif
 
+/// lane_count numbers of 16 bits, each in the lower half of its lane.
+template <class L = Lanes>
+EIGEN_ALWAYS_INLINE L load_lower_halves(const std::byte* from) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(EIGEN_VECTORIZE_AVX2)
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  alignas(64) std::int32_t lanes[to_size(lane_count)];
+  for (Index i = 0; i < lane_count; ++i) {
+    std::uint16_t half = 0;
+    std::memcpy(&half, from + 2 * i, sizeof(half));
+    lanes[i] = half;
+  }
+  return load_lanes(reinterpret_cast<const std::byte*>(lanes));
+#endif
+}
+/// Stores the upper halves of the lanes.
+template <class L>
+EIGEN_ALWAYS_INLINE void store_upper_halves(std::byte* to, const L& lanes) {
+  const L halves = field<16, 16>(lanes);
+#if defined(EIGEN_VECTORIZE_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(halves));
+#elif defined(EIGEN_VECTORIZE_AVX2)
+  const __m256i twice = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(twice));
+#else
+  alignas(64) std::int32_t numbers[to_size(lane_count)];
+  Eigen::internal::pstoreu(numbers, halves);
+  for (Index i = 0; i < lane_count; ++i) {
+    const auto half = static_cast<std::uint16_t>(numbers[i]);
+    std::memcpy(to + 2 * i, &half, sizeof(half));
+  }
+#endif
+}
+
 /// lane_count numbers of IEEE binary16, widened.
 EIGEN_ALWAYS_INLINE Packet<float> load_halves(const std::byte* from) {
 #if defined(EIGEN_VECTORIZE_AVX512)
@@ -150,13 +199,7 @@ EIGEN_ALWAYS_INLINE Packet<float> load_halves(const std::byte* from) {
 #else
   // Not by one multiplication, which a processor that flushes denormals would get wrong.
   using namespace Eigen::internal;
-  alignas(64) std::int32_t halves[to_size(lane_count)];
-  for (Index i = 0; i < lane_count; ++i) {
-    std::uint16_t half = 0;
-    std::memcpy(&half, from + 2 * i, sizeof(half));
-    halves[i] = half;
-  }
-  const Lanes lanes = load_lanes(reinterpret_cast<const std::byte*>(halves));
+  const Lanes lanes = load_lower_halves(from);
   const Packet<float> tiny = pmul(to_float(field<0, 10>(lanes)), broadcast(0x1p-24f));
   const Packet<float> other =
       as_float(padd(shift_left<13>(field<0, 15>(lanes)), broadcast_lanes(112 << 23)));
