@@ -99,13 +99,13 @@ Served serve(const Model<Middle>& trained, const Serving& serving, const Batches
 
 /// The lines of a table in Markdown.
 inline const char* const served_header =
-    "| weights  | activations | bytes of experts | validation |   ratio |   test |   ratio | "
+    "| weights  | activations | bytes of experts | validation |   ratio |    test |   ratio | "
     "tokens/s |\n"
-    "| -------- | ----------- | ---------------: | ---------: | ------: | -----: | ------: | "
+    "| -------- | ----------- | ---------------: | ---------: | ------: | ------: | ------: | "
     "-------: |";
 /// Ratios are to the perplexities of `trained`, the first row.
 inline std::string served_row(const Served& served, const Served& trained) {
-  return print("| %-8s | %-11s | %16td | %10.4f | %7.5f | %6.4f | %7.5f | %8.0f |",
+  return print("| %-8s | %-11s | %16td | %10.4f | %7.5f | %7.4f | %7.5f | %8.0f |",
                served.serving.format.c_str(), name_of(served.serving.activations).c_str(),
                served.weight_bytes, served.validation.perplexity,
                served.validation.perplexity / trained.validation.perplexity, served.test.perplexity,

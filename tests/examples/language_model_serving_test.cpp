@@ -162,6 +162,6 @@ TEST_CASE("language model: a row of the table of served models", "[examples][lan
   served.test.perplexity = 4.999;
   CHECK(
       served_row(served, trained) ==
-      "| int8     | int8        |          1234567 |     4.0100 | 1.00250 | 4.9990 | 0.99980 |    "
+      "| int8     | int8        |          1234567 |     4.0100 | 1.00250 |  4.9990 | 0.99980 |    "
       "54321 |");
 }
