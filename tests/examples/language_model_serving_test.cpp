@@ -62,6 +62,8 @@ TEMPLATE_TEST_CASE(
   const Model<Middle> model = small_model();
   const std::vector<Index> first = made_up_stream(161, 1), second = made_up_stream(97, 2);
   const Batches validation(first, 4, 8), test(second, 4, 8);
+  CHECK(validation.tokens() == 5 * 4 * 8);
+  CHECK(test.tokens() == 3 * 4 * 8);
   const Served served = serve(model, {TestType::name}, validation, test, 4);
   const Model<Middle> expected = rounded<TestType>(model);
   CHECK(served.validation.perplexity == evaluate(expected, validation, 4).perplexity);
@@ -100,6 +102,44 @@ TEST_CASE(
     CHECK(rounded != wide);
     CHECK(std::abs(rounded / wide - 1) < 0.01);
     CHECK(std::abs(wide / trained - 1) < 0.05);
+  }
+}
+
+TEST_CASE("language model: the activations of every part are rounded",
+          "[examples][language_model]") {
+  using Linear = moe::NarrowLinear<moe::Int8>;
+  const moe::NarrowOptions wide{}, rounded{.activations = moe::Activations::int8};
+  Matrix x(8, 40);
+  moe::fill_normal(x, 1.0f, 1);
+
+  const Recurrent<> recurrent({.width = 40, .hidden = 36}, 1);
+  const auto after_lstm = [&](const moe::NarrowOptions& options) -> Matrix {
+    const Recurrent<float, Linear> served(recurrent, options);
+    auto state = served.initial_state(4);
+    Recurrent<float, Linear>::Tape tape;
+    return served.evaluate(x, state, tape);
+  };
+  CHECK(after_lstm(rounded) != after_lstm(wide));
+
+  const Middle mixture({.gate = {.experts = 3, .top_k = 2}, .hidden = 33}, 40, 2);
+  const auto after_mixture = [&](const moe::NarrowOptions& options) -> Matrix {
+    const Middle::Served<moe::Int8> served(mixture, options);
+    Middle::Served<moe::Int8>::State state;
+    Middle::Served<moe::Int8>::Tape tape;
+    return served.evaluate(x, state, tape);
+  };
+  CHECK(after_mixture(rounded) != after_mixture(wide));
+
+  // Differences within a range of words are those of its own linear maps.
+  const AdaptiveSoftmax<> softmax({.vocabulary = vocabulary, .width = 40, .cutoffs = {8, 14}}, 3);
+  const auto differences = [&](const moe::NarrowOptions& options, Index first) -> Matrix {
+    const AdaptiveSoftmax<float, Linear> served(softmax, options);
+    const Matrix all = served.log_probabilities(x);
+    return all.col(first) - all.col(first + 1);
+  };
+  for (const Index first : {0, 8, 14}) {
+    const Matrix expected = differences(wide, first);
+    CHECK((differences(rounded, first) - expected).norm() > 1e-4f * expected.norm());
   }
 }
 
