@@ -36,7 +36,8 @@ struct ModelConfig {
 };
 
 /// `Middle` is the layer between the LSTMs: a Mixture, or the RecurrentStack that it is compared
-/// with. `Linear` are the linear maps beside it: to train they are moe::Linear.
+/// with. `Linear` are the linear maps beside it: moe::Linear, or
+/// moe::NarrowLinear to serve.
 template <class Middle, class Linear = moe::Linear<float>>
 class Model {
   using Recurrent = language_model::Recurrent<float, Linear>;
@@ -44,9 +45,6 @@ class Model {
 
  public:
   using Config = ModelConfig<typename Middle::Config>;
-  /// With experts and linear maps in a narrow format. Embedding, gate, norms and LSTMs stay as they are.
-  template <class Format>
-  using Served = Model<typename Middle::template Served<Format>, moe::NarrowLinear<Format>>;
 
   /// What is carried from one batch to the next.
   struct State {

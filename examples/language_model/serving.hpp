@@ -18,6 +18,11 @@
 
 namespace language_model {
 
+/// A model with its experts and linear maps in a narrow format. Embedding, gate, norms and LSTMs stay
+/// as they are.
+template <class Middle, class Format>
+using ServedModel = Model<typename Middle::template Served<Format>, moe::NarrowLinear<Format>>;
+
 /// A way to serve: the format of the weights, and what their products round activations to.
 struct Serving {
   std::string format;
@@ -89,8 +94,8 @@ Served serve(const Model<Middle>& trained, const Serving& serving, const Batches
   }
   for_each_format([&](auto format) {
     if (serving.format != format.name) return;
-    using Narrow = typename Model<Middle>::template Served<decltype(format)>;
-    const Narrow model(trained, {.activations = serving.activations});
+    const ServedModel<Middle, decltype(format)> model(trained,
+                                                      {.activations = serving.activations});
     served.weight_bytes = model.middle().layer().weight_bytes();
     evaluate_both(model);
   });

@@ -74,8 +74,8 @@ TEMPLATE_TEST_CASE(
   CHECK(served.tokens_per_second > 0);
 
   // Everywhere: a word's probabilities are those of the whole softmax.
-  const typename Model<Middle>::Served<TestType> narrow(model, {});
-  typename Model<Middle>::Served<TestType>::Tape narrow_tape;
+  const ServedModel<Middle, TestType> narrow(model, {});
+  typename ServedModel<Middle, TestType>::Tape narrow_tape;
   Model<Middle>::Tape tape;
   auto narrow_state = narrow.initial_state(1);
   auto state = expected.initial_state(1);
