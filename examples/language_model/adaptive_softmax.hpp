@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <moe/moe.hpp>
+#include <moe/weights/narrow_linear.hpp>
 #include <span>
 #include <utility>
 #include <vector>
@@ -28,10 +29,11 @@ using moe::Index;
 /// A tail is a projection D -> d, d < D, and a softmax over its own words. Training and perplexity
 /// need it only for the tokens whose target lies in it, which are few. The probabilities of all
 /// words add up to one, so the perplexity is exact. Without a cutoff it is the full softmax.
-template <class Scalar = float>
+///
+/// `Linear` is a moe::Linear, or a moe::NarrowLinear to serve.
+template <class Scalar = float, class Linear = moe::Linear<Scalar>>
 class AdaptiveSoftmax {
   using Matrix = moe::Matrix<Scalar>;
-  using Linear = moe::Linear<Scalar>;
   using CrossEntropy = moe::SoftmaxCrossEntropy<Scalar>;
 
  public:
@@ -69,6 +71,14 @@ class AdaptiveSoftmax {
           {Linear({.inputs = config.width, .outputs = width, .bias = false}, tail_seed),
            Linear({.inputs = width, .outputs = starts_[i + 2] - starts_[i + 1]},
                   moe::derive_seed(tail_seed, 1))});
+    }
+  }
+
+  /// One that was trained, its weights rounded.
+  AdaptiveSoftmax(const AdaptiveSoftmax<Scalar>& trained, const moe::NarrowOptions& options)
+      : vocabulary_(trained.vocabulary_), starts_(trained.starts_), head_(trained.head_, options) {
+    for (const auto& tail : trained.tails_) {
+      tails_.push_back({Linear(tail.projection, options), Linear(tail.words, options)});
     }
   }
 
@@ -139,6 +149,9 @@ class AdaptiveSoftmax {
   }
 
  private:
+  template <class, class>
+  friend class AdaptiveSoftmax;
+
   struct Tail {
     Linear projection;
     Linear words;
@@ -232,7 +245,11 @@ class AdaptiveSoftmax {
   }
   template <bool trains>
   static const Matrix& pass(const Linear& linear, const Matrix& x, typename Linear::Tape& tape) {
-    return trains ? linear.forward(x, tape) : linear.evaluate(x, tape);
+    if constexpr (trains) {
+      return linear.forward(x, tape);
+    } else {
+      return linear.evaluate(x, tape);
+    }
   }
   template <bool trains>
   double loss_of(const Matrix& logits, std::span<const Index> targets,

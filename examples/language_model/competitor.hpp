@@ -10,6 +10,7 @@
 #include "contestant.hpp"
 #include "contexts.hpp"
 #include "corpus.hpp"
+#include "serving.hpp"
 #include "timetable.hpp"
 
 /// \file
@@ -24,6 +25,9 @@ class Competitor {
   virtual Figures figures() const = 0;
   virtual void update(const Batches::Batch& batch, const Timetable& timetable) = 0;
   virtual Evaluation evaluate(const Batches& text, Index sequences) const = 0;
+  /// See serve() in serving.hpp.
+  virtual Served serve(const Serving& serving, const Batches& validation, const Batches& test,
+                       Index sequences) const = 0;
   virtual std::string sample(const Vocabulary& vocabulary, Index count,
                              std::uint64_t seed) const = 0;
   /// See typical_contexts().
@@ -43,6 +47,10 @@ class CompetitorOf final : public Competitor {
   }
   Evaluation evaluate(const Batches& text, Index sequences) const override {
     return language_model::evaluate(contestant_.model(), text, sequences);
+  }
+  Served serve(const Serving& serving, const Batches& validation, const Batches& test,
+               Index sequences) const override {
+    return language_model::serve(contestant_.model(), serving, validation, test, sequences);
   }
   std::string sample(const Vocabulary& vocabulary, Index count, std::uint64_t seed) const override {
     return language_model::sample(contestant_.model(), vocabulary, count, seed);

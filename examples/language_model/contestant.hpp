@@ -63,11 +63,11 @@ class Alone {
 };
 
 /// `sequences` are those of all parts.
-template <class Middle, class Team = Alone>
-Evaluation evaluate(const Model<Middle>& model, const Batches& batches, Index sequences,
+template <class Middle, class Linear, class Team = Alone>
+Evaluation evaluate(const Model<Middle, Linear>& model, const Batches& batches, Index sequences,
                     const Team& team = {}) {
-  typename Model<Middle>::Tape tape;
-  typename Model<Middle>::State state = model.initial_state(sequences / team.part().count);
+  typename Model<Middle, Linear>::Tape tape;
+  typename Model<Middle, Linear>::State state = model.initial_state(sequences / team.part().count);
   Batches::Batch batch;
   Evaluation result;
   moe::Balance<float>& total = result.balance;

@@ -104,6 +104,8 @@ class Batches {
   }
 
   Index count() const { return length_ / steps_; }
+  /// Of all batches together.
+  Index tokens() const { return count() * sequences_ * steps_; }
 
   void get(Index index, Batch& batch) const {
     const auto size = static_cast<std::size_t>(sequences_ * steps_);

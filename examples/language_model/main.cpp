@@ -28,6 +28,7 @@
 #include "mixture.hpp"
 #include "options.hpp"
 #include "report.hpp"
+#include "serving.hpp"
 #include "study.hpp"
 #include "study_report.hpp"
 #include "study_training.hpp"
@@ -64,13 +65,17 @@ void add_options(CLI::App& app, Options& o) {
                  "what an update moves the selection biases of the study's loss-free gate by")
       ->check(at_least(0))
       ->capture_default_str();
+  app.add_option("--serve", o.serve,
+                 "evaluate the sparse model once more at the end, with weights rounded to this "
+                 "format; all: to each of them")
+      ->check(CLI::IsMember(serving_choices()));
 
   auto* study =
       app.add_option("--study", o.study,
                      "folder: train every model of the tables in README.md instead, as many at a "
                      "time as there are threads; what is in the folder is not trained again");
   for (const char* other : {"--experts", "--top-k", "--epochs", "--minutes", "--importance-weight",
-                            "--load-weight", "--evaluations", "--seed", "--csv"}) {
+                            "--load-weight", "--evaluations", "--seed", "--csv", "--serve"}) {
     study->excludes(app.get_option(other));
   }
   app.add_option("--study-tables", o.tables, "which of the study's tables")
@@ -212,6 +217,20 @@ void compare(const Options& o) {
   for (std::size_t i = 0; i < competitors.size(); ++i) {
     print_result(competitors[i]->figures(), latest[i], results[i]);
     csv.add(csv_row("test", competitors[i]->figures(), timetable, o, results[i]));
+  }
+  if (!o.serve.empty()) {
+    std::printf("\nThe sparse model with narrow weights; ratios to float32\n\n%s\n", served_header);
+    std::vector<Served> rows;
+    for (const Serving& serving : servings_of(o.serve)) {
+      rows.push_back(competitors.back()->serve(serving, validation, test, o.sequences));
+      const Served& served = rows.back();
+      std::puts(served_row(served, rows.front()).c_str());
+      std::fflush(stdout);
+      Figures figures = competitors.back()->figures();
+      figures.name += print(" %s %s", serving.format.c_str(), name_of(serving.activations).c_str());
+      csv.add(csv_row("validation", figures, timetable, o, served.validation));
+      csv.add(csv_row("test", figures, timetable, o, served.test));
+    }
   }
   std::puts("");
   const Index length = o.unit == Unit::word ? 40 : 300;

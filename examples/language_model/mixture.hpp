@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <moe/moe.hpp>
+#include <moe/weights/serving_layer.hpp>
 #include <string>
 
 #include "options.hpp"
@@ -34,20 +35,26 @@ inline Index active_of(const moe::HierarchicalGate<float>::Config& gate) {
   return gate.top_k_groups * gate.top_k;
 }
 
-/// `Layer` is a MoELayer, or has its verbs and its configuration.
+template <class GateConfig>
+struct MixtureConfig {
+  GateConfig gate{};
+  Index hidden = 0;                                   ///< H, of an expert
+  moe::Activation output = moe::Activation::sigmoid;  ///< of the mixture
+  double gate_deviation = 0;  ///< of the scores at the start, for inputs of mean square 1
+};
+
+/// `Layer` is a MoELayer, or has its verbs and its configuration, or is a ServingLayer, to serve.
 template <class Gate, class Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, Gate>>
 class Mixture {
   using Matrix = moe::Matrix<float>;
 
  public:
-  struct Config {
-    typename Gate::Config gate{};
-    Index hidden = 0;                                   ///< H, of an expert
-    moe::Activation output = moe::Activation::sigmoid;  ///< of the mixture
-    double gate_deviation = 0;  ///< of the scores at the start, for inputs of mean square 1
-  };
+  using Config = MixtureConfig<typename Gate::Config>;
   struct State {};  ///< nothing is carried from one batch to the next
   using Tape = typename Layer::Tape;
+  /// With its experts in a narrow format.
+  template <class Format>
+  using Served = Mixture<Gate, moe::ServingLayer<Layer, Format>>;
 
   /// `surroundings`: what else the layer's constructor takes.
   template <class... Surroundings>
@@ -62,6 +69,11 @@ class Mixture {
                surroundings...) {
     if (config.gate_deviation > 0) scatter_scores(config.gate_deviation, moe::derive_seed(seed, 9));
   }
+
+  /// One that was trained, its experts' weights rounded.
+  template <class Trained>
+  Mixture(const Mixture<Gate, Trained>& trained, const moe::NarrowOptions& options)
+      : config_(trained.config_), layer_(trained.layer_, options) {}
 
   const Layer& layer() const { return layer_; }
   Index experts() const { return layer_.gate().experts(); }
@@ -96,6 +108,9 @@ class Mixture {
   }
 
  private:
+  template <class, class>
+  friend class Mixture;
+
   /// The library's gates start with scores of 0, so that at first noise alone chooses. Where scores
   /// differ from the start, experts get tokens of their own from the start too.
   void scatter_scores(double deviation, std::uint64_t seed) {

@@ -21,38 +21,45 @@ namespace language_model {
 
 using Matrix = moe::Matrix<float>;
 
+template <class MiddleConfig>
+struct ModelConfig {
+  Index vocabulary = 0;
+  Index width = 0;        ///< D, of the embedding and of what each layer takes and gives
+  Index memory = 0;       ///< hidden width of the first and the last LSTM; 0 stands for `width`
+  bool pre_norm = false;  ///< whether inputs are normalised
+  MiddleConfig middle{};
+  std::vector<Index> cutoffs{};  ///< of AdaptiveSoftmax, as is shrink
+  Index shrink = 2;
+  double embedding_deviation = 0;  ///< of the normal distribution that embeddings start from
+  double dropout = 0;
+  std::uint64_t seed = 0;
+};
+
 /// `Middle` is the layer between the LSTMs: a Mixture, or the RecurrentStack that it is compared
-/// with.
-template <class Middle>
+/// with. `Linear` are the linear maps beside it: moe::Linear, or
+/// moe::NarrowLinear to serve.
+template <class Middle, class Linear = moe::Linear<float>>
 class Model {
+  using Recurrent = language_model::Recurrent<float, Linear>;
+  using Softmax = AdaptiveSoftmax<float, Linear>;
+
  public:
-  struct Config {
-    Index vocabulary = 0;
-    Index width = 0;        ///< D, of the embedding and of what each layer takes and gives
-    Index memory = 0;       ///< hidden width of the first and the last LSTM; 0 stands for `width`
-    bool pre_norm = false;  ///< whether inputs are normalised
-    typename Middle::Config middle{};
-    std::vector<Index> cutoffs{};  ///< of AdaptiveSoftmax, as is shrink
-    Index shrink = 2;
-    double embedding_deviation = 0;  ///< of the normal distribution that embeddings start from
-    double dropout = 0;
-    std::uint64_t seed = 0;
-  };
+  using Config = ModelConfig<typename Middle::Config>;
 
   /// What is carried from one batch to the next.
   struct State {
-    Recurrent<float>::State first;
+    typename Recurrent::State first;
     typename Middle::State middle;
-    Recurrent<float>::State second;
+    typename Recurrent::State second;
   };
 
   struct Tape {
     moe::Embedding<float>::Tape embedding;
     moe::Dropout<float>::Tape drop_embedding;
-    Residual<Recurrent<float>>::Tape first, second;
+    typename Residual<Recurrent>::Tape first, second;
     typename Residual<Middle>::Tape middle;
     OptionalNorm<float>::Tape norm;
-    AdaptiveSoftmax<float>::Tape softmax;
+    typename Softmax::Tape softmax;
 
     const auto& balance() const { return middle.layer.balance(); }
   };
@@ -75,6 +82,19 @@ class Model {
                   .cutoffs = config.cutoffs,
                   .shrink = config.shrink},
                  seed(4)) {}
+
+  /// One that was trained, its weights rounded, to evaluate. Throws std::invalid_argument, which names
+  /// the weight, where one cannot be rounded.
+  template <class Trained>
+  Model(const Model<Trained>& trained, const moe::NarrowOptions& options)
+      : config_(trained.config_),
+        embedding_(trained.embedding_),
+        drop_embedding_(trained.drop_embedding_),
+        first_(trained.first_, options),
+        middle_(trained.middle_, options),
+        second_(trained.second_, options),
+        norm_(trained.norm_),
+        softmax_(trained.softmax_, options) {}
 
   const Config& config() const { return config_; }
   const Middle& middle() const { return middle_.layer(); }
@@ -148,6 +168,9 @@ class Model {
   }
 
  private:
+  template <class, class>
+  friend class Model;
+
   /// What the softmax reads.
   const Matrix& evaluate_layers(std::span<const Index> input, State& state, Tape& tape) const {
     const Matrix& x = embedding_.evaluate(input, tape.embedding);
@@ -157,7 +180,7 @@ class Model {
   }
 
   ResidualConfig residual() const { return {config_.width, config_.pre_norm, config_.dropout}; }
-  Recurrent<float>::Config lstm() const {
+  RecurrentConfig lstm() const {
     return {config_.width, config_.memory > 0 ? config_.memory : config_.width};
   }
   std::uint64_t seed(std::uint64_t part) const { return moe::derive_seed(config_.seed, part); }
@@ -165,11 +188,11 @@ class Model {
   Config config_;
   moe::Embedding<float> embedding_;
   moe::Dropout<float> drop_embedding_;
-  Residual<Recurrent<float>> first_;
+  Residual<Recurrent> first_;
   Residual<Middle> middle_;
-  Residual<Recurrent<float>> second_;
+  Residual<Recurrent> second_;
   OptionalNorm<float> norm_;
-  AdaptiveSoftmax<float> softmax_;
+  Softmax softmax_;
 };
 
 }  // namespace language_model

@@ -55,6 +55,7 @@ struct Options {
   std::uint64_t seed = 1;
   int threads = static_cast<int>(moe::worker_count());
   std::string csv = "language_model.csv";
+  std::string serve;  ///< format to serve the trained sparse model in, or "all"; empty: it is not
 
   // the study
   std::string study;

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <moe/moe.hpp>
+#include <moe/weights/narrow_linear.hpp>
 #include <optional>
 #include <vector>
 
@@ -19,20 +20,21 @@ inline Index lstm_operations(Index width, Index hidden) {
   return (width + hidden) * 4 * hidden + (hidden != width ? hidden * width : 0);
 }
 
+struct RecurrentConfig {
+  Index width = 0;   ///< D, of input and output
+  Index hidden = 0;  ///< H, of the LSTM
+};
+
 /// An LSTM whose output is projected back to the width of its input, unless it has that already.
-template <class Scalar = float>
+/// `Linear` is a moe::Linear, or a moe::NarrowLinear to serve.
+template <class Scalar = float, class Linear = moe::Linear<Scalar>>
 class Recurrent {
   using Matrix = moe::Matrix<Scalar>;
   using LSTM = moe::LSTM<Scalar>;
-  using Linear = moe::Linear<Scalar>;
 
  public:
+  using Config = RecurrentConfig;
   using State = typename LSTM::State;
-
-  struct Config {
-    Index width = 0;   ///< D, of input and output
-    Index hidden = 0;  ///< H, of the LSTM
-  };
 
   struct Tape {
     typename LSTM::Tape lstm;
@@ -46,6 +48,12 @@ class Recurrent {
           typename Linear::Config{.inputs = config.hidden, .outputs = config.width, .bias = false},
           moe::derive_seed(seed, 2));
     }
+  }
+
+  /// One that was trained, its projection rounded; the LSTM stays as it is.
+  Recurrent(const Recurrent<Scalar>& trained, const moe::NarrowOptions& options)
+      : config_(trained.config_), lstm_(trained.lstm_) {
+    if (trained.projection_) projection_.emplace(*trained.projection_, options);
   }
 
   State initial_state(Index sequences) const { return lstm_.initial_state(sequences); }
@@ -75,6 +83,9 @@ class Recurrent {
   }
 
  private:
+  template <class, class>
+  friend class Recurrent;
+
   Config config_;
   LSTM lstm_;
   std::optional<Linear> projection_;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <moe/moe.hpp>
+#include <moe/weights/narrow_weight.hpp>
 #include <optional>
 #include <utility>
 
@@ -73,6 +74,11 @@ class Residual {
         layer_(std::forward<Arguments>(layer)...),
         dropout_({.rate = config.dropout}, seed) {}
 
+  /// One around a trained layer, with the layer that is served in its place.
+  template <class Trained>
+  Residual(const Residual<Trained, Scalar>& trained, const moe::NarrowOptions& options)
+      : norm_(trained.norm_), layer_(trained.layer_, options), dropout_(trained.dropout_) {}
+
   const Layer& layer() const { return layer_; }
   Layer& layer() { return layer_; }
 
@@ -102,6 +108,9 @@ class Residual {
   }
 
  private:
+  template <class, class>
+  friend class Residual;
+
   OptionalNorm<Scalar> norm_;
   Layer layer_;
   moe::Dropout<Scalar> dropout_;
