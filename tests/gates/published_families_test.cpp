@@ -140,6 +140,10 @@ TEST_CASE("published gates: Kimi-Linear", "[routing][gate]") {
   check_grouped(corrected(256, 8, 2.446));
 }
 
+TEST_CASE("published gates: Nemotron-H", "[routing][gate]") {
+  check_grouped(corrected(128, 6, 2.5));
+}
+
 TEST_CASE("published gates: DeepSeek-V3.2", "[routing][gate]") {
   TopKConfig config = corrected(256, 8, 2.5);
   config.groups = 8;

@@ -229,4 +229,7 @@ TEST_CASE("published gates: two tokens of each score worked by hand", "[routing]
         0.75 * (1 + 43.0 / 123));
   check({.score = Score::sigmoid, .renormalise = true}, {4.0 / 9, 5.0 / 9, 16.0 / 31, 15.0 / 31},
         0);
+  // Roots of softplus(ln v) = ln(1 + v).
+  const auto root = [](double v) { return std::sqrt(std::log(1 + v)); };
+  check({.score = Score::sqrt_softplus}, {root(2), root(5), root(4), root(3)}, 0);
 }

@@ -21,8 +21,8 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
   refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to experts = 6");
   refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to experts = 6");
   refuse([](Config& c) { c.top_k = 5; }, "top_k = 5, but top_k_groups = 2 hold 4 experts");
-  refuse([](Config& c) { c.score = static_cast<Score>(3); },
-         "score = 3, must be one of the 3 scores");
+  refuse([](Config& c) { c.score = static_cast<Score>(4); },
+         "score = 4, must be one of the 4 scores");
   refuse([](Config& c) { c.scale = 0; }, "scale = 0, must be finite and above 0");
   refuse([](Config& c) { c.scale = std::nan(""); }, "scale = nan, must be finite and above 0");
   for (const double scale : {1e300, 1e-300}) {  // infinite or zero in float

@@ -32,13 +32,13 @@ namespace moe {
 /// The K largest scores of a token.
 ///
 ///     c = (x ⊙ j)·W_g + b_g              logits, j the jitter of training          T x E
-///     s = softmax(c), c, or sigmoid(c)   by Config.score                           T x E
+///     s = softmax(c), c, sigmoid(c), or sqrt(softplus(c))   by Config.score        T x E
 ///     top = the K largest of s + b in the chosen groups; ties go to the lower expert
 ///     w = s, s / (Σ_top s + ε) if renormalised, or the softmax of c over top
 ///     G = scale·w                        the weights of the slots
 ///     loss = switch_loss_weight·E·Σ_i f_i·P_i + sequence_loss_weight·(its mean over sequences) + z_loss_weight·z
 ///
-/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids; f counts all choices as they were
+/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids and roots; f counts all choices as they were
 /// made, those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq.
 /// 5]. backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1 a
 /// softmax over all experts learns from its weight, while renormalised weights are the constant 1.

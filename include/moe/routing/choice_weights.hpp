@@ -39,7 +39,7 @@ class ChoiceWeights {
     }
     if (!adds_up_to_one_) return;
     const Scalar total = std::accumulate(w, w + top_k_, epsilon_);
-    if (total == Scalar{0}) return;  // all sigmoids are 0 to the last bit
+    if (total == Scalar{0}) return;  // all scores are 0 to the last bit
     for (Index k = 0; k < top_k_; ++k) w[k] /= total;
   }
 

@@ -19,9 +19,10 @@ enum class Score {
   softmax,            ///< s = softmax(c) over all experts, before the choice
   softmax_of_chosen,  ///< chosen by c, weighed by the softmax of the chosen c, after the choice
   sigmoid,            ///< s = 1 / (1 + e^-c), each expert by itself
+  sqrt_softplus,      ///< s = sqrt(log(1 + e^c)), each expert by itself (DeepSeek-V4)
 };
-constexpr std::array<std::string_view, 3> enumerator_names(Score) {
-  return {"softmax", "softmax_of_chosen", "sigmoid"};
+constexpr std::array<std::string_view, 4> enumerator_names(Score) {
+  return {"softmax", "softmax_of_chosen", "sigmoid", "sqrt_softplus"};
 }
 
 /// TopKGate says what the letters stand for; by default it is the plainest gate: softmax,
@@ -101,9 +102,9 @@ inline const TopKConfig& checked(const TopKConfig& config) {
   check_at_least_one(gate, "width", config.width);
   check_at_least_one(gate, "experts", config.experts);
   check_choice(gate, "top_k", config.top_k, "experts", config.experts);
-  require(config.score >= Score::softmax && config.score <= Score::sigmoid,
+  require(config.score >= Score::softmax && config.score <= Score::sqrt_softplus,
           "TopKGate::Config.score = ", static_cast<int>(config.score),
-          ", must be one of the 3 scores");
+          ", must be one of the 4 scores");
   require(std::isfinite(config.scale) && config.scale > 0,
           "TopKGate::Config.scale = ", config.scale, ", must be finite and above 0");
   check_at_least_zero(gate, "Config.renormalise_epsilon", config.renormalise_epsilon);
