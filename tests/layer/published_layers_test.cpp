@@ -157,9 +157,9 @@ TEST_CASE("published layers: Cohere2-MoE, the average of shared and routed exper
 }
 
 TEST_CASE("published layers: LongCat-Flash, with experts that compute nothing", "[layer]") {
-  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
+  using Plain = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
   Index identities = 0;
-  check_published<Layer>({.width = 4,
+  check_published<Plain>({.width = 4,
                           .expert = {.hidden = 3, .activation = Activation::silu, .gated = true},
                           .gate = {.experts = 8, .top_k = 4, .scale = 6, .selection_bias = true},
                           .identity_experts = 4,
