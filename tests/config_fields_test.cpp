@@ -139,7 +139,7 @@ TEST_CASE("config fields: texts of fields that have names") {
   CHECK(detail::field_text(1e-20) == "1e-20");
   CHECK(detail::field_text(false) == "false");
   CHECK(detail::field_text(Activation::gelu_tanh) == "gelu_tanh");
-  CHECK(detail::field_text(static_cast<Activation>(8)) == "8");
+  CHECK(detail::field_text(static_cast<Activation>(9)) == "9");
   CHECK(detail::field_text(static_cast<Activation>(-1)) == "-1");
 }
 
@@ -157,10 +157,11 @@ TEST_CASE("config fields: 64 bits are the field again") {
 TEST_CASE("config fields: the last enumerator's name is the last name") {
   CHECK(detail::field_text(Activation::tanh) == "tanh");
   CHECK(enumerator_names(Activation{}).back() == "tanh");
-  CHECK(detail::field_text(Score::sigmoid) == "sigmoid");
-  CHECK(enumerator_names(Score{}).back() == "sigmoid");
+  CHECK(detail::field_text(Score::sqrt_softplus) == "sqrt_softplus");
+  CHECK(enumerator_names(Score{}).back() == "sqrt_softplus");
   CHECK(detail::field_text(GroupScore::two_best) == "two_best");
-  CHECK(detail::field_text(PlaceOrder::largest_weight) == "largest_weight");
+  CHECK(detail::field_text(PlaceOrder::best_tokens) == "best_tokens");
+  CHECK(enumerator_names(PlaceOrder{}).back() == "best_tokens");
   CHECK(detail::field_text(SwitchCount::first_choice) == "first_choice");
   CHECK(detail::field_text(Precision::bfloat16) == "bfloat16");
   CHECK(enumerator_names(Precision{}).back() == "bfloat16");
@@ -194,12 +195,12 @@ TEMPLATE_TEST_CASE("config fields: those of every module have names", "", NoisyT
 TEST_CASE("config fields: every field of every gate and layer counts") {
   using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<float>>>;
   const Layer::Config config{.seed = 1};
-  // Width; the expert's ten; the gate's three and its routed one's 24; output and seed.
-  CHECK(fields_of(config).size() == 1 + 10 + 3 + detail::field_count<TopKConfig>() + 2);
+  // Width; the expert's ten; the gate's five and its routed one's 27; identity_experts, output and seed.
+  CHECK(fields_of(config).size() == 1 + 10 + 5 + 27 + 3);
   const std::vector<std::string> names = names_of(config);
   CHECK(names[1] == "expert.width");
   CHECK(names[11] == "gate.width");
-  CHECK(names[15] == "gate.routed.experts");
+  CHECK(names[17] == "gate.routed.experts");
   CHECK(names.back() == "seed");
   Layer::Config other{.seed = 1};
   other.gate.routed.init_stddev = 0.03;  // the last one

@@ -248,6 +248,25 @@ struct JitterLaw : TopKLaw<Scalar> {
 };
 
 template <class Scalar>
+struct RootLaw : TopKLaw<Scalar> {
+  static constexpr bool whole_batch = true;
+  static constexpr bool infinity_shows = false;
+  static TopKConfig config() {
+    return {.width = 5,
+            .experts = 6,
+            .top_k = 3,
+            .score = Score::sqrt_softplus,
+            .renormalise = true,
+            .renormalise_epsilon = 0.1,
+            .renormalise_norm = 2,
+            .renormalise_after_drops = true,
+            .capacity_factor = 0.8,
+            .switch_loss_weight = 0.5,
+            .z_loss_weight = 0.2};
+  }
+};
+
+template <class Scalar>
 struct BalancedLaw : GateLaw<BalancedGate<Scalar>> {
   using Gate = BalancedGate<Scalar>;
   using typename GateLaw<Gate>::LossWeights;
@@ -284,7 +303,7 @@ struct ExpertChoiceLaw : GateLaw<ExpertChoiceGate<Scalar>> {
 };
 
 /// A gate of shared experts around that of another law.
-template <class Routed, bool gated>
+template <class Routed, bool gated, bool tied = false>
 struct SharedExpertLaw : GateLaw<SharedExpertGate<typename Routed::Gate>> {
   using Base = GateLaw<SharedExpertGate<typename Routed::Gate>>;
   using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::Scalar;
@@ -296,7 +315,12 @@ struct SharedExpertLaw : GateLaw<SharedExpertGate<typename Routed::Gate>> {
   static constexpr Index sequences = Routed::sequences;
   static Index flag_of_row(Index row, Index rows) { return Routed::flag_of_row(row, rows); }
   static Config config() {
-    return {.width = 5, .shared = shared_experts, .gated = gated, .routed = Routed::config()};
+    return {.width = 5,
+            .shared = shared_experts,
+            .gated = gated,
+            .tied = tied,
+            .scale = tied ? 0.7 : 1,
+            .routed = Routed::config()};
   }
   static std::vector<Index> choices(const Tape& tape) { return Routed::choices(tape.routed); }
   static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t seed,
@@ -309,9 +333,10 @@ template <class Scalar>
 using GateLawsOf =
     std::tuple<NoisyTopKLaw<Scalar>, NoisyTopKLaw<Scalar, false>, HierarchicalLaw<Scalar>,
                ProductKeyLaw<Scalar>, SoftmaxLaw<Scalar>, SigmoidLaw<Scalar>,
-               SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, BalancedLaw<Scalar>,
+               SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, RootLaw<Scalar>, BalancedLaw<Scalar>,
                ExpertChoiceLaw<Scalar>, SharedExpertLaw<NoisyTopKLaw<Scalar>, true>,
-               SharedExpertLaw<SigmoidLaw<Scalar>, false>>;
+               SharedExpertLaw<SigmoidLaw<Scalar>, false>,
+               SharedExpertLaw<SoftmaxLaw<Scalar>, true, true>>;
 using GateLawsInDouble = GateLawsOf<double>;
 // In double where the tests are optimised, in float where sanitizers look for faults of memory, so that
 // .ci/run has both: to compile these is what takes longest.

@@ -27,6 +27,7 @@ const Layer::Config small{
     .gate =
         {.shared = 1,
          .routed = {.experts = 4, .top_k = 2, .bias = true, .score = Score::sigmoid, .scale = 0.1}},
+    .identity_experts = 1,
     .seed = 18446744073709551615u};
 
 void check_same(const Layer& layer, const Layer& other) {
@@ -82,6 +83,7 @@ TEST_CASE("safetensors config: a layer's is stored by the names of its fields", 
   CHECK(said("expert.bias") == "true");
   CHECK(said("expert.limit") == "7");
   CHECK(said("expert.linear_offset") == "1");
+  CHECK(said("identity_experts") == "1");
   CHECK(said("gate.shared") == "1");
   CHECK(said("gate.routed.bias") == "true");
   CHECK(said("gate.routed.score") == "sigmoid");

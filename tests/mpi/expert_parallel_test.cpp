@@ -113,6 +113,11 @@ TEST_CASE("expert parallel: equals the layer of one process behind expert choice
 TEST_CASE("expert parallel: equals the layer of one process with shared experts", "[mpi]") {
   check_gate<SharedExpertGate<NoisyTopKGate<double>>>(
       {.shared = 2, .gated = true, .routed = {.experts = 4, .top_k = 2}});
+  check_gate<SharedExpertGate<NoisyTopKGate<double>>>({.shared = 2,
+                                                       .gated = true,
+                                                       .tied = true,
+                                                       .scale = 0.5,
+                                                       .routed = {.experts = 4, .top_k = 2}});
   check_gate<SharedExpertGate<HierarchicalGate<double>>>(
       {.shared = 1, .routed = {.groups = 3, .group_experts = 2, .top_k_groups = 2, .top_k = 1}});
   check_gate<SharedExpertGate<BalancedGate<double>>>(
@@ -174,6 +179,25 @@ TEST_CASE("expert parallel: one expert can get every token of every rank", "[mpi
     beside.whole.backward(x, expected);
     beside.parallel.backward(x.middleRows(first, count), tape);
     CHECK(test::relative_error(tape.dx, expected.dx.middleRows(first, count)) < 1e-12);
+  }
+}
+
+TEST_CASE("expert parallel: experts that are the identity stay where their tokens are", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  for (const Activation output : {Activation::identity, Activation::sigmoid}) {
+    Beside<Layer<NoisyTopKGate<double>>> beside({.width = 6,
+                                                 .expert = {.hidden = 10},
+                                                 .gate = {.experts = 6, .top_k = 3},
+                                                 .identity_experts = 3,
+                                                 .output = output,
+                                                 .seed = 4},
+                                                communicator);
+    for (const auto& share : test::ways_to_share(20, communicator.size())) {
+      beside.check(share, 1e-12, {.step = 9});
+      for (const auto& valid : test::ways_to_pad(share)) {
+        beside.check(share, 1e-12, {.step = 3, .valid = valid});
+      }
+    }
   }
 }
 

@@ -393,7 +393,7 @@ class FeedForwardPasses {
         const P w = broadcast(*factors.at(r));
         map(
             width, y.row(r),
-            [&](const P& v, const P& l) { return pmul(w, pmul(v, factor.value(l))); }, y.row(r),
+            [=](const P& v, const P& l) { return pmul(w, pmul(v, factor.value(l))); }, y.row(r),
             linear.row(r));
       }
     });
