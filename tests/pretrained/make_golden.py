@@ -97,6 +97,13 @@ MODELS = {
              num_hidden_layers=1),
         0, dict(mxfp4=True),
     ),
+    # For docs/pretrained.md, which shows how a family is added.
+    "jamba": (
+        "JambaConfig",
+        dict(intermediate_size=HIDDEN, num_experts=4, num_experts_per_tok=2, attn_layer_period=2,
+             attn_layer_offset=1, mamba_d_state=2, mamba_d_conv=2, mamba_expand=1, mamba_dt_rank=1),
+        1, {},
+    ),
     "llama4": (
         "Llama4TextConfig",
         dict(intermediate_size=HIDDEN, intermediate_size_mlp=4, num_local_experts=3, head_dim=2,
