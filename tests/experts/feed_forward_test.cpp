@@ -25,7 +25,8 @@ Matrix<Scalar> evaluate(const FeedForward<Scalar>& network, const Matrix<Scalar>
   return test::Passes<Scalar>(network, GatheredRows<Scalar>(x)).evaluate(network);
 }
 
-/// Plain and gated, with and without biases, limits that are often reached, and offsets.
+/// Plain and gated, with and without biases, limits that are often reached, offsets, and weights on
+/// the input.
 template <class Scalar>
 std::vector<typename FeedForward<Scalar>::Config> forms(Index width, Index hidden,
                                                         Activation activation) {
@@ -33,17 +34,34 @@ std::vector<typename FeedForward<Scalar>::Config> forms(Index width, Index hidde
   for (const bool gated : {false, true}) {
     for (const bool bias : {false, true}) {
       for (const double limit : {0.0, 0.5}) {
-        all.push_back({.width = width,
-                       .hidden = hidden,
-                       .activation = activation,
-                       .gated = gated,
-                       .bias = bias,
-                       .limit = limit,
-                       .linear_offset = gated && bias ? 1.0 : 0.0});
+        for (const bool weighted_input : {false, true}) {
+          all.push_back({.width = width,
+                         .hidden = hidden,
+                         .activation = activation,
+                         .gated = gated,
+                         .bias = bias,
+                         .limit = limit,
+                         .linear_offset = gated && bias ? 1.0 : 0.0,
+                         .weighted_input = weighted_input});
+        }
       }
     }
   }
   return all;
+}
+
+/// What a network of the form has saved of x, turned into its pre-activations.
+Matrix<double> pre_activations(const FeedForward<double>& network, const Matrix<double>& saved,
+                               const Matrix<double>& weight) {
+  if (!network.config().weighted_input) return saved;
+  Matrix<double> pre = weight.row(0).transpose().asDiagonal() * saved;
+  for_each_parameter(network, [&](const std::string& name, const Parameter<double>& p) {
+    const bool is_second = network.config().gated && name == "up.bias";
+    if (name == "gate.bias" || name == "up.bias") {
+      pre.middleCols(is_second ? network.config().hidden : 0, p.size()).rowwise() += p.value.row(0);
+    }
+  });
+  return pre;
 }
 
 /// Whether no pre-activation (n x H, gated 2·H) is near a kink, which a step of differences would cross.
@@ -63,7 +81,8 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
   INFO("D " << config.width << ", H " << config.hidden << ", activation "
             << static_cast<int>(config.activation) << ", gated " << config.gated << ", bias "
             << config.bias << ", limit " << config.limit << ", offset " << config.linear_offset
-            << ", n " << n << ", weights times " << weights << ", x times " << inputs);
+            << ", weighted input " << config.weighted_input << ", n " << n << ", weights times "
+            << weights << ", x times " << inputs);
   FeedForward<double> network(config, 0);
   FeedForward<double>::Config saving_config = config;
   saving_config.recompute = false;
@@ -80,12 +99,15 @@ void check_gradients(const FeedForward<double>::Config& config, Index n, double 
     x = random_matrix(n, config.width, seed, inputs);
     test::Passes<double> passes(saving, GatheredRows<double>(x));
     passes.forward(saving);
-    smooth = is_smooth(config, passes.saved);
+    smooth = is_smooth(config, pre_activations(saving, passes.saved, weight));
   }
   REQUIRE(smooth);
   const test::Passes<double> result = pass(network, x, dy, weight);
 
-  const auto loss = [&] { return (weight * evaluate(network, x).cwiseProduct(dy)).sum(); };
+  const auto loss = [&] {
+    test::Passes<double> passes(network, GatheredRows<double>(x));
+    return passes.forward(network, weight, false).cwiseProduct(dy).sum();
+  };
   // Steps in proportion to what they change: 1e-4 of it, or less where functions are steep.
   const double relative_step = weights * inputs > 5 ? 2e-6 : 1e-4;
   for_each_parameter(network, [&](const std::string& name, Parameter<double>& parameter) {
@@ -125,19 +147,22 @@ TEST_CASE("feed forward: gradients are derivatives at every scale", "[experts]")
   }
 }
 
-TEST_CASE("feed forward: a weight's gradient is output times dy, over several panels of H",
-          "[experts]") {
+TEST_CASE(
+    "feed forward: a weight's gradient is output times dy, or x times dx, over several panels of H",
+    "[experts]") {
   for (const Index hidden : {40, 70, 300}) {
     for (const auto& config : forms<double>(3, hidden, Activation::relu)) {
-      INFO("H " << hidden << ", gated " << config.gated << ", limit " << config.limit);
+      INFO("H " << hidden << ", gated " << config.gated << ", limit " << config.limit
+                << ", weighted input " << config.weighted_input);
       FeedForward<double> network(config, 1);
       const Matrix<double> x = random_matrix(6, 3, 2);
       const Matrix<double> dy = random_matrix(6, 3, 3);
       const test::Passes<double> passes = pass(network, x, dy, Matrix<double>::Ones(1, 6).eval());
       const Matrix<double> y = evaluate(network, x);
       for (Index i = 0; i < 6; ++i) {
-        CHECK_THAT(passes.dweight(0, i),
-                   Catch::Matchers::WithinAbs(y.row(i).dot(dy.row(i)), 1e-12));
+        const double expected =
+            config.weighted_input ? x.row(i).dot(passes.dx.row(i)) : y.row(i).dot(dy.row(i));
+        CHECK_THAT(passes.dweight(0, i), Catch::Matchers::WithinAbs(expected, 1e-12));
       }
     }
   }
@@ -402,6 +427,62 @@ TEST_CASE("feed forward: a bad configuration is refused with its field and numbe
       "linear_offset = 1, must be 0 without gated");
   refuse([](Config& c) { c.activation = static_cast<Activation>(99); },
          "activation = 99, must be one of the 8 activations");
+}
+
+TEST_CASE("feed forward: a weight on the input is a weight on x, 0 included", "[experts]") {
+  for (const Index hidden : {5, 150}) {
+    for (const auto& config : forms<double>(3, hidden, Activation::silu)) {
+      if (!config.weighted_input) continue;
+      auto plain_config = config;
+      plain_config.weighted_input = false;
+      FeedForward<double> network(config, 2);
+      FeedForward<double> plain(plain_config, 2);
+      const Matrix<double> x = random_matrix(40, 3, 1);
+      const Matrix<double> dy = random_matrix(40, 3, 3);
+      Matrix<double> weight = random_matrix(1, 40, 4);
+      weight(0, 7) = 0;
+      const Matrix<double> weighted = weight.row(0).asDiagonal() * x;
+      test::Passes<double> passes(network, GatheredRows<double>(x));
+      const Matrix<double> y = passes.forward(network, weight);
+      passes.backward(network, dy, weight);
+      const test::Passes<double> expected =
+          pass(plain, weighted, dy, Matrix<double>::Ones(1, 40).eval());
+      CHECK(relative_error(y, expected.y) < 1e-13);
+      CHECK(relative_error(passes.dx, weight.row(0).asDiagonal() * expected.dx) < 1e-13);
+      CHECK(relative_error(passes.dweight.transpose(),
+                           x.cwiseProduct(expected.dx).rowwise().sum()) < 1e-12);
+      const test::Named gradients = test::gradients_of(network);
+      for (const auto& [name, gradient] : test::gradients_of(plain)) {
+        INFO(name << ", H " << hidden);
+        CHECK(relative_error(gradients.at(name), gradient) < 1e-12);
+      }
+    }
+  }
+}
+
+TEST_CASE("feed forward: a small network with weights on its input worked by hand", "[experts]") {
+  // x = (2), weight 3, W_1 = (5), b_1 = (-1), W_2 = (7), b_2 = (4): pre = 3·10 - 1 = 29, the identity,
+  // y = 203 + 4. dy = 1: u = 7, dw = 7·10, dx = 3·7·5, dW_1 = 3·7·2, db_1 = 7, dW_2 = 29, db_2 = 1.
+  FeedForward<double> network(
+      {.width = 1, .hidden = 1, .activation = Activation::identity, .weighted_input = true}, 0);
+  std::map<std::string, double> values{
+      {"up.weight", 5}, {"up.bias", -1}, {"down.weight", 7}, {"down.bias", 4}};
+  for_each_parameter(network, [&](const std::string& name, Parameter<double>& p) {
+    p.value(0, 0) = values.at(name);
+  });
+  const Matrix<double> x{{2}};
+  const Matrix<double> weight{{3}};
+  test::Passes<double> r(network, GatheredRows<double>(x));
+  CHECK(r.forward(network, weight)(0, 0) == 207);
+  CHECK(r.saved(0, 0) == 10);
+  r.backward(network, Matrix<double>{{1}}, weight);
+  CHECK(r.dweight(0, 0) == 70);
+  CHECK(r.dx(0, 0) == 105);
+  const test::Named gradients = test::gradients_of(network);
+  CHECK(gradients.at("up.weight")(0, 0) == 42);
+  CHECK(gradients.at("up.bias")(0, 0) == 7);
+  CHECK(gradients.at("down.weight")(0, 0) == 29);
+  CHECK(gradients.at("down.bias")(0, 0) == 1);
 }
 
 TEST_CASE("feed forward: beyond a limit there is no gradient, at it there is", "[experts]") {

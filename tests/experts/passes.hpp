@@ -35,7 +35,13 @@ class Passes {
   /// The network's outputs, not weighted.
   template <class Module>
   const Matrix<Scalar>& forward(const Module& module, bool save = true) {
-    const ExpertBlock<Scalar> rows = block(ones_);
+    return forward(module, ones_, save);
+  }
+  /// What the slots add to their tokens.
+  template <class Module>
+  const Matrix<Scalar>& forward(const Module& module, const Matrix<Scalar>& weight,
+                                bool save = true) {
+    const ExpertBlock<Scalar> rows = block(weight);
     with_scratch(module, [&](auto&... scratch) {
       module.hidden(rows, {0, module.columns()}, save, scratch...);
     });

@@ -37,12 +37,15 @@ TEMPLATE_TEST_CASE("layer: has the same bits on any number of threads", "[layer]
     for (const bool gated : {false, true}) {
       // Hidden rows of several panels, so that every way of splitting the work happens.
       const Index hidden = overloaded ? 2 * detail::panel_columns<S> + 5 : Index{70};
-      Layer<S> layer(
-          {.width = 40,
-           .expert = {.hidden = hidden, .gated = gated, .recompute = gated && overloaded},
-           .gate = {.experts = 6, .top_k = 2},
-           .output = gated ? Activation::sigmoid : Activation::identity,
-           .seed = 5});
+      Layer<S> layer({.width = 40,
+                      .expert = {.hidden = hidden,
+                                 .gated = gated,
+                                 .bias = !gated || overloaded,
+                                 .weighted_input = overloaded,
+                                 .recompute = gated && overloaded},
+                      .gate = {.experts = 6, .top_k = 2},
+                      .output = gated ? Activation::sigmoid : Activation::identity,
+                      .seed = 5});
       test::randomize(layer, 7, 0.1);
       if (overloaded) collapse(layer, 3);
       const Matrix<S> x = with_positive_first_entry(random_matrix<S>(700, 40, 1));

@@ -89,7 +89,11 @@ TEMPLATE_TEST_CASE("layer: gradients cleared lazily are written over", "[layer]"
   for (const bool gated : {false, true}) {
     // The hidden rows are so long that one worker takes a slice in two groups.
     Layer<S> layer({.width = 8,
-                    .expert = {.hidden = gated ? 520 : 1040, .gated = gated, .recompute = gated},
+                    .expert = {.hidden = gated ? 520 : 1040,
+                               .gated = gated,
+                               .bias = true,
+                               .weighted_input = gated,
+                               .recompute = gated},
                     .gate = {.experts = 3, .top_k = 2},
                     .seed = 5});
     test::randomize(layer, 7, 0.1);
@@ -110,6 +114,8 @@ TEMPLATE_TEST_CASE(
                       .expert = {.hidden = 70,
                                  .activation = gated ? Activation::silu : Activation::relu,
                                  .gated = gated,
+                                 .bias = true,
+                                 .weighted_input = gated,
                                  .recompute = recomputes},
                       .gate = {.experts = 3, .top_k = 2},
                       .seed = 5});

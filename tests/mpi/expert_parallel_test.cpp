@@ -89,6 +89,7 @@ TEST_CASE("expert parallel: equals the layer of one process behind a softmax gat
        {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
     check_gate<Gate>({.experts = 4,
                       .top_k = 2,
+                      .bias = true,
                       .random_second = true,
                       .capacity_factor = 0.75,
                       .evaluation_capacity_factor = 1,
@@ -180,15 +181,20 @@ TEST_CASE("expert parallel: every kind of expert and output", "[mpi]") {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   for (const bool gated : {false, true}) {
     for (const bool recompute : {false, true}) {
-      Beside<Layer<NoisyTopKGate<double>>> beside(
-          {.width = 6,
-           .expert = {.hidden = 10, .gated = gated, .recompute = recompute},
-           .gate = {.experts = 5, .top_k = 2},
-           .output = Activation::sigmoid,
-           .seed = 4},
-          communicator);
-      for (const auto& share : test::ways_to_share(20, communicator.size())) {
-        beside.check(share, 1e-12, {.step = 9, .first_token = 7});
+      for (const bool weighted_input : {false, true}) {
+        Beside<Layer<NoisyTopKGate<double>>> beside({.width = 6,
+                                                     .expert = {.hidden = 10,
+                                                                .gated = gated,
+                                                                .bias = !gated || weighted_input,
+                                                                .weighted_input = weighted_input,
+                                                                .recompute = recompute},
+                                                     .gate = {.experts = 5, .top_k = 2},
+                                                     .output = Activation::sigmoid,
+                                                     .seed = 4},
+                                                    communicator);
+        for (const auto& share : test::ways_to_share(20, communicator.size())) {
+          beside.check(share, 1e-12, {.step = 9, .first_token = 7});
+        }
       }
     }
   }

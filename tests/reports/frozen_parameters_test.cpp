@@ -16,7 +16,7 @@ using Layer = MoELayer<Expert<FeedForward>>;
 
 Layer make_layer(bool gated = false) {
   return Layer({.width = 8,
-                .expert = {.hidden = 12, .gated = gated},
+                .expert = {.hidden = 12, .gated = gated, .bias = true, .weighted_input = gated},
                 .gate = {.experts = 4, .top_k = 2},
                 .seed = 1});
 }

@@ -80,15 +80,16 @@ concept PlainNetwork = requires(const N& network, N& trained,
 /// neither outputs nor gathered inputs are ever stored. FeedForward is one.
 ///
 ///     hidden(block, columns, save) const     first half: columns of scratch, out of columns()
-///     output(block, columns, y) const        second half: adds columns of weight·network(x) to the
-///                                            block's rows of y
+///     output(block, columns, y) const        second half: adds columns of weight·network(x), or of
+///                                            network(weight·x), to the block's rows of y
 ///     hidden_backward(block, dy, columns)    the same for the gradient: dy is that of the weighted
 ///     output_backward(block, columns, dx)    sum, and dx comes with the weight in it
 ///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, out
 ///                                            of gradient_rows(), all stacked on each other, or
 ///                                            writes over what they hold: then every gradient, those
 ///                                            that are in no row too, must be written by some call
-///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩
+///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩, or that of a weight on
+///                                            x
 ///
 /// The second half, add_gradients and weight_gradients come when all columns of the first half are
 /// there. Ranges begin at multiples of expert_block_columns. hidden and output may take one argument

@@ -10,6 +10,7 @@
 #include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/kernels/limits.hpp"
+#include "moe/kernels/weighted_rows.hpp"
 #include "moe/random.hpp"
 
 /// \file
@@ -27,7 +28,8 @@ namespace moe {
 ///     a = act(min(x·W_1 + b_1, limit)) ⊙ (clamp(x·W_3 + b_3, -limit, limit) + linear_offset).
 ///
 /// Config says whether there are biases and a limit; by default the plain form has biases and the
-/// gated one none, there is no limit, and the offset is 0. Beyond a limit the gradient is 0.
+/// gated one none, there is no limit, and the offset is 0. Beyond a limit the gradient is 0. A slot of
+/// weight w adds w·y(x) to its token, or with Config.weighted_input y(w·x).
 ///
 /// Parameters and their names: plain, up.weight (W_1, D x H), up.bias (b_1, 1 x H), down.weight (W_2,
 /// H x D), down.bias (b_2, 1 x D); gated, gate.weight (W_1), gate.bias (b_1), up.weight (W_3),
@@ -37,7 +39,9 @@ namespace moe {
 /// It is a FusedNetwork: its first half makes the hidden row a, weighted already, its second half
 /// multiplies that by W_2 and adds it to the tokens. For backward it saves a slot's pre-activations
 /// only (H numbers, 2·H gated), or nothing with Config::recompute: the gradient of the slot's
-/// weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway.
+/// weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway. With the weight on the input it
+/// saves z = x·W_1, gated x·W_3 too, of which w·z + b is the pre-activation and ⟨z, dpre⟩ the weight's
+/// gradient.
 template <class Scalar_ = float>
 class FeedForward {
  public:
@@ -52,7 +56,8 @@ class FeedForward {
     bool bias = !gated;  ///< b_1, b_2 and, gated, b_3
     /// Of act's input from above, and of the gated form's other factor on both sides, >= 0; 0: none.
     double limit = 0;
-    double linear_offset = 0;  ///< of the gated form, finite: gpt-oss has 1 and a limit of 7
+    double linear_offset = 0;     ///< of the gated form, finite: gpt-oss has 1 and a limit of 7
+    bool weighted_input = false;  ///< the slot's weight multiplies x and not y, as in Llama 4
     /// Keep no pre-activations for backward and compute them again there: a quarter more arithmetic
     /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App.
     /// D]. All results keep their bits.
@@ -67,6 +72,7 @@ class FeedForward {
       visit("bias", self.bias);
       visit("limit", self.limit);
       visit("linear_offset", self.linear_offset);
+      visit("weighted_input", self.weighted_input);
       visit("recompute", self.recompute);
     }
   };
@@ -105,7 +111,7 @@ class FeedForward {
   Index columns() const { return config_.hidden; }
   Index gradient_rows() const { return (config_.gated ? 2 : 1) * config_.width + config_.hidden; }
 
-  // w·a, then y += (w·a)·W_2 + w·b_2.
+  // w·a, then y += (w·a)·W_2 + w·b_2; with the weight on the input a and b_2 have none.
 
   void hidden(const Block& block, Range columns, bool save,
               const FeedForward* next = nullptr) const {
@@ -124,7 +130,7 @@ class FeedForward {
         .c = block.rows_of(y),
         .columns = columns,
         .start = detail::Start::accumulate,
-        .bias = {.values = values_of(down_bias_), .factors = {block.weight, 1}},
+        .bias = {.values = values_of(down_bias_), .factors = output_factors(block)},
         .prefetch_next = next != nullptr ? next->down_.value.data() : nullptr});
   }
 
@@ -158,7 +164,8 @@ class FeedForward {
     }
   }
 
-  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, of those that are trained.
+  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, of those that are trained. With
+  // the weight on the input dW_1 += xᵀ·dz, dz = w·dpre, and the others as without one.
 
   void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
                      bool replace = false) {
@@ -193,9 +200,12 @@ class FeedForward {
       if (replace) detail::resize_to_zero(gradient, 1, bias.size());
       detail::add_scaled_rows(from, factors, gradient.data());
     };
-    if (config_.gated) add_bias(dfirst, {}, gate_bias_);
-    add_bias(dup, {}, up_bias_);
-    add_bias(dy_rows, {block.weight, 1}, down_bias_);
+    const MatrixView<Scalar> unweighted = config_.weighted_input ? unweighted_of(block) : dpre;
+    add_bias(columns_of(unweighted, 0, config_.hidden), {}, config_.gated ? gate_bias_ : up_bias_);
+    if (config_.gated) {
+      add_bias(columns_of(unweighted, config_.hidden, config_.hidden), {}, up_bias_);
+    }
+    add_bias(dy_rows, output_factors(block), down_bias_);
   }
 
   void weight_gradients(const Block& block, const MatrixRef<Scalar>& dy, Scalar* dweight) const {
@@ -203,7 +213,7 @@ class FeedForward {
     const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
     for (Index i = 0; i < parts.rows(); ++i) {
       dweight[i] = detail::sum(panels(), detail::row_data(parts, i));
-      if (!config_.bias) continue;
+      if (!config_.bias || config_.weighted_input) continue;
       dweight[i] += detail::dot(config_.width, down_bias_.value.data(), dy_rows.row(i));
     }
   }
@@ -242,7 +252,11 @@ class FeedForward {
   }
 
   Index pre_width() const { return (config_.gated ? 2 : 1) * config_.hidden; }
-  Index parts_column() const { return config_.hidden + (config_.recompute ? 2 : 1) * pre_width(); }
+  bool keeps_unweighted() const { return config_.weighted_input && config_.bias; }
+  Index parts_column() const {
+    const Index matrices = 1 + (config_.recompute ? 1 : 0) + (keeps_unweighted() ? 1 : 0);
+    return config_.hidden + matrices * pre_width();
+  }
   Index panels() const {
     return (config_.hidden + expert_block_columns<Scalar> - 1) / expert_block_columns<Scalar>;
   }
@@ -257,9 +271,25 @@ class FeedForward {
     return columns_of(block.scratch, config_.hidden + pre_width(), pre_width());
   }
 
+  /// dpre before it is weighted, for the biases of weighted inputs.
+  MatrixView<Scalar> unweighted_of(const Block& block) const {
+    return columns_of(block.scratch, parts_column() - pre_width(), pre_width());
+  }
+
   /// A bias as the products take it.
   const Scalar* values_of(const Parameter<Scalar>& bias) const {
     return config_.bias ? bias.value.data() : nullptr;
+  }
+  /// b_1.
+  const Parameter<Scalar>& first_bias() const { return config_.gated ? gate_bias_ : up_bias_; }
+  /// One of the first products, after which the weights come where they are of the input.
+  const Scalar* first_values_of(const Parameter<Scalar>& bias) const {
+    return config_.weighted_input ? nullptr : values_of(bias);
+  }
+  /// Of what the slots add to the tokens, of the block's rows from one on.
+  detail::RowFactors<Scalar> output_factors(const Block& block, Index row = 0) const {
+    if (config_.weighted_input) return {};
+    return {block.weight + row, 1};
   }
 
   /// Columns of the pre-activations (n x pre_width()).
@@ -272,14 +302,14 @@ class FeedForward {
                                                  .b = gate_.value,
                                                  .c = first,
                                                  .columns = columns,
-                                                 .bias = {.values = values_of(gate_bias_)},
+                                                 .bias = {.values = first_values_of(gate_bias_)},
                                                  .prefetch_next = up_.value.data()});
       detail::gemm_serial(detail::GemmNN<Scalar>{
           .a = block.x,
           .b = up_.value,
           .c = linear,
           .columns = columns,
-          .bias = {.values = values_of(up_bias_)},
+          .bias = {.values = first_values_of(up_bias_)},
           .epilogue = epilogue,
           .prefetch_next = next != nullptr ? next->gate_.value.data() : nullptr});
     } else {
@@ -288,7 +318,7 @@ class FeedForward {
           .b = up_.value,
           .c = first,
           .columns = columns,
-          .bias = {.values = values_of(up_bias_)},
+          .bias = {.values = first_values_of(up_bias_)},
           .epilogue = epilogue,
           .prefetch_next = next != nullptr ? next->up_.value.data() : nullptr});
     }
@@ -309,6 +339,22 @@ class FeedForward {
   static void for_each_next(const Block& block, Range rows, F&& f) {
     const Index first = rows.first + rows.count;
     for (Index i = first; i < std::min(first + rows.count, block.x.count()); ++i) f(i);
+  }
+
+  /// Memory for a tile's pre-activations where what is saved is something else.
+  struct Tile {
+    Scalar data[detail::to_size(detail::direct_rows * detail::tile_columns<Scalar>)];
+  };
+  /// The pre-activations of a tile: x itself, or with weighted inputs w·x + b, in `made`. The tile has
+  /// columns of the bias from `column` on.
+  GatheredRows<Scalar> weighted(const Block& block, Range rows, const Parameter<Scalar>& bias,
+                                Index column, const GatheredRows<Scalar>& x, Tile& made) const {
+    if (!config_.weighted_input) return x;
+    constexpr Index stride = detail::tile_columns<Scalar>;
+    detail::weigh_rows(x, {block.weight + rows.first, 1},
+                       config_.bias ? bias.value.data() + column : nullptr,
+                       {made.data, stride, rows.count, x.width()});
+    return {made.data, stride, rows.count, x.width()};
   }
 
   /// What act is applied to: x, or with a limit what it leaves of x, in y.
@@ -333,28 +379,35 @@ class FeedForward {
     auto hidden = tile_of(hidden_of(block), column);
     auto from = tile_of(pre, column);
     for_each_next(block, rows, [&](Index row) { detail::prefetch_strip(hidden(row)); });
-    const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
+    Tile first;
+    Tile second;
+    const auto pre_of_part = [&](Index part, const Parameter<Scalar>& bias, Tile& made) {
+      return weighted(block, rows, bias, column,
+                      {from(rows.first, part), pre.outerStride(), rows.count, width}, made);
+    };
+    const GatheredRows<Scalar> x = pre_of_part(0, first_bias(), first);
     const ScatteredRows<Scalar> y(hidden(rows.first), block.scratch.outerStride(), rows.count,
                                   width);
     const GatheredRows<Scalar> input = limited(x, y);
-    if (!config_.gated) {
-      return detail::activate(config_.activation, input, y, {block.weight + rows.first, 1});
-    }
+    const detail::RowFactors<Scalar> factors = output_factors(block, rows.first);
+    if (!config_.gated) return detail::activate(config_.activation, input, y, factors);
     detail::activate(config_.activation, input, y);
+    const GatheredRows<Scalar> linear = pre_of_part(1, up_bias_, second);
     with_linear_factor([&](const auto& factor) {
-      for (Index i = rows.first; i < rows.first + rows.count; ++i) {
-        const P w = detail::broadcast(block.weight[i]);
+      for (Index r = 0; r < rows.count; ++r) {
+        const P w = detail::broadcast(*factors.at(r));
         detail::map(
-            width, hidden(i),
-            [&](const P& v, const P& l) { return pmul(w, pmul(v, factor.value(l))); }, hidden(i),
-            from(i, 1));
+            width, y.row(r),
+            [&](const P& v, const P& l) { return pmul(w, pmul(v, factor.value(l))); }, y.row(r),
+            linear.row(r));
       }
     });
   }
 
   /// In: dpre holds u, gated in its second part. Out: dpre = w·u ⊙ act'(pre), gated
   /// w·u ⊙ linear ⊙ act'(pre) and w·u ⊙ act(pre); hidden as activate() makes it; and its product
-  /// with u, without the weight, is added to this panel's part.
+  /// with u, without the weight, is added to this panel's part. With weighted inputs dpre is w times
+  /// that without a weight, which the biases get, and its product with z is added.
   void activate_backward(const Block& block, MatrixView<Scalar> pre, Range columns, Range rows,
                          Index column, Index width) const {
     using namespace Eigen::internal;
@@ -373,28 +426,35 @@ class FeedForward {
     if (column + panel < columns.first + columns.count) {
       for (Index row = rows.first; row < rows.first + rows.count; ++row) ask(row, panel);
     }
-    const GatheredRows<Scalar> x(from(rows.first), pre.outerStride(), rows.count, width);
+    Tile first;
+    Tile second;
+    const auto saved_part = [&](Index part) {
+      return GatheredRows<Scalar>(from(rows.first, part), pre.outerStride(), rows.count, width);
+    };
+    const GatheredRows<Scalar> x =
+        weighted(block, rows, first_bias(), column, saved_part(0), first);
     const Index stride = block.scratch.outerStride();
     const ScatteredRows<Scalar> y(hidden(rows.first), stride, rows.count, width);
     const ScatteredRows<Scalar> dx(gradient(rows.first), stride, rows.count, width);
     const GatheredRows<Scalar> input = limited(x, y);
+    const detail::RowFactors<Scalar> factors = output_factors(block, rows.first);
     Scalar parts[detail::to_size(detail::direct_rows)];
     if (!config_.gated) {
-      detail::activate_backward(config_.activation, input, y, dx, parts,
-                                {block.weight + rows.first, 1});
+      detail::activate_backward(config_.activation, input, y, dx, parts, factors);
     } else {
       // From 1 dpre becomes act'(pre); what is multiplied with that, and u's part, comes after.
       for (Index r = 0; r < rows.count; ++r) std::fill_n(dx.row(r), width, Scalar{1});
       detail::activate_backward(config_.activation, input, y, dx, parts);
+      const GatheredRows<Scalar> pre_linear =
+          weighted(block, rows, up_bias_, column, saved_part(1), second);
       with_linear_factor([&](const auto& factor) {
         for (Index r = 0; r < rows.count; ++r) {
-          const Index i = rows.first + r;
-          const P w = detail::broadcast(block.weight[i]);
+          const P w = detail::broadcast(*factors.at(r));
           P part = detail::broadcast(Scalar{0});
-          const Scalar* linear = from(i, 1);
+          const Scalar* linear = pre_linear.row(r);
           Scalar* a = y.row(r);
           Scalar* dpre = dx.row(r);
-          Scalar* dlinear = gradient(i, 1);
+          Scalar* dlinear = gradient(rows.first + r, 1);
           detail::for_each_packet<Scalar>(width, [&](const detail::PacketSpan& at) {
             const P value = at.load(a);
             const P before = at.load(linear);
@@ -412,10 +472,21 @@ class FeedForward {
     if (config_.limit > 0) {
       detail::limit_above_backward(static_cast<Scalar>(config_.limit), x, dx);
     }
+    if (config_.weighted_input) {
+      std::fill_n(parts, rows.count, Scalar{0});
+      auto unweighted = tile_of(unweighted_of(block), column);
+      for (Index part = 0; part < (config_.gated ? 2 : 1); ++part) {
+        const ScatteredRows<Scalar> d(gradient(rows.first, part), stride, rows.count, width);
+        for (Index r = 0; r < rows.count && keeps_unweighted(); ++r) {
+          std::copy_n(d.row(r), width, unweighted(rows.first + r, part));
+        }
+        detail::weigh_rows_backward(saved_part(part), {block.weight + rows.first, 1}, d, parts);
+      }
+    }
     for (Index r = 0; r < rows.count; ++r) add_part(block, rows.first + r, column, parts[r]);
   }
 
-  /// The parts of a row's ⟨u, a⟩, one a panel of columns: each is added up by one task, strip by
+  /// The parts of a weight's gradient, one a panel of columns: each is added up by one task, strip by
   /// strip, so the whole has the same bits however the columns are split.
   void add_part(const Block& block, Index row, Index column, Scalar value) const {
     const Index panel = column / expert_block_columns<Scalar>;

@@ -25,7 +25,8 @@
 namespace moe {
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few
-/// experts, each expert runs over the rows it got, and the results are added up by weight. The
+/// experts, each expert runs over the rows it got, and the results are added up by weight (or are those
+/// of weighted rows, see FeedForward::Config.weighted_input). The
 /// layer drops no token, and computes and back-propagates nothing for an expert that got none. A
 /// token that a gate gave no slot (some do, see docs/gates.md) has a y of act(0).
 ///
