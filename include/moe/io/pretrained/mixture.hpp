@@ -51,13 +51,14 @@ struct Mixture {
   Index width = 0;   ///< D
   Index hidden = 0;  ///< H
   Activation activation = Activation::silu;
-  bool gated = true;          ///< two maps before the activation, as SwiGLU; else one
-  bool bias = false;          ///< of the maps
-  double limit = 0;           ///< as in FeedForward::Config
-  double linear_offset = 0;   ///< likewise
-  TopKConfig gate{};          ///< E, K and how experts are chosen; no losses, no noise
-  Index shared = 0;           ///< experts of width H that every token uses
-  bool shared_gated = false;  ///< they have the weight sigmoid(x·W_shared)
+  bool gated = true;            ///< two maps before the activation, as SwiGLU; else one
+  bool bias = false;            ///< of the maps
+  double limit = 0;             ///< as in FeedForward::Config
+  double linear_offset = 0;     ///< likewise
+  bool weighted_input = false;  ///< likewise
+  TopKConfig gate{};            ///< E, K and how experts are chosen; no losses, no noise
+  Index shared = 0;             ///< experts of width H that every token uses
+  bool shared_gated = false;    ///< they have the weight sigmoid(x·W_shared)
   /// A tensor of type F8_E4M3 has a scale for each block of so many rows and columns.
   Index scale_rows = 128;
   Index scale_columns = 128;
