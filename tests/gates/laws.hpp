@@ -284,7 +284,7 @@ struct ExpertChoiceLaw : GateLaw<ExpertChoiceGate<Scalar>> {
 };
 
 /// A gate of shared experts around that of another law.
-template <class Routed, bool gated>
+template <class Routed, bool gated, bool tied = false>
 struct SharedExpertLaw : GateLaw<SharedExpertGate<typename Routed::Gate>> {
   using Base = GateLaw<SharedExpertGate<typename Routed::Gate>>;
   using typename Base::Config, typename Base::Tape, typename Base::Gate, typename Base::Scalar;
@@ -296,7 +296,12 @@ struct SharedExpertLaw : GateLaw<SharedExpertGate<typename Routed::Gate>> {
   static constexpr Index sequences = Routed::sequences;
   static Index flag_of_row(Index row, Index rows) { return Routed::flag_of_row(row, rows); }
   static Config config() {
-    return {.width = 5, .shared = shared_experts, .gated = gated, .routed = Routed::config()};
+    return {.width = 5,
+            .shared = shared_experts,
+            .gated = gated,
+            .tied = tied,
+            .scale = tied ? 0.7 : 1,
+            .routed = Routed::config()};
   }
   static std::vector<Index> choices(const Tape& tape) { return Routed::choices(tape.routed); }
   static std::vector<double> drawn_noise(const Gate& gate, std::uint64_t seed,
@@ -311,7 +316,8 @@ using GateLawsOf =
                ProductKeyLaw<Scalar>, SoftmaxLaw<Scalar>, SigmoidLaw<Scalar>,
                SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, BalancedLaw<Scalar>,
                ExpertChoiceLaw<Scalar>, SharedExpertLaw<NoisyTopKLaw<Scalar>, true>,
-               SharedExpertLaw<SigmoidLaw<Scalar>, false>>;
+               SharedExpertLaw<SigmoidLaw<Scalar>, false>,
+               SharedExpertLaw<SoftmaxLaw<Scalar>, true, true>>;
 using GateLawsInDouble = GateLawsOf<double>;
 // In double where the tests are optimised, in float where sanitizers look for faults of memory, so that
 // .ci/run has both: to compile these is what takes longest.

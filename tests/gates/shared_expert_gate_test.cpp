@@ -134,6 +134,10 @@ const auto gated = [](const test::Named& values, const auto& x, Index i) {
   return 1 / (1 + std::exp(-score));
 };
 
+const auto tied = [](const test::Named& values, const auto& x, Index) {
+  return gated(values, x, 0);
+};
+
 }  // namespace
 
 TEST_CASE("shared expert gate: a layer is the sum of the shared networks and the routed layer",
@@ -144,6 +148,16 @@ TEST_CASE("shared expert gate: a layer is the sum of the shared networks and the
         {.shared = shared, .gated = true, .routed = {.experts = 5, .top_k = 2}}, gated);
     check_sum<Dropping<double>>({.shared = shared}, one);
     check_sum<Dropping<double>>({.shared = shared, .gated = true}, gated);
+    check_sum<Dropping<double>>({.shared = shared, .gated = true, .tied = true}, tied);
+    check_sum<Dropping<double>>({.shared = shared, .scale = 0.25},
+                                [](const test::Named&, const auto&, Index) { return 0.25; });
+    check_sum<NoisyTopKGate<double>>(
+        {.shared = shared,
+         .gated = true,
+         .tied = true,
+         .scale = 1.5,
+         .routed = {.experts = 5, .top_k = 2}},
+        [](const test::Named& values, const auto& x, Index i) { return 1.5 * tied(values, x, i); });
   }
 }
 
@@ -183,9 +197,10 @@ TEMPLATE_TEST_CASE("shared expert gate: shared slots come first, routed ones are
 TEST_CASE("shared expert gate: gradients are derivatives at every scale", "[routing][gate]") {
   for (const double weights : {1e-2, 1.0, 10.0}) {
     for (const double inputs : {1e-2, 1.0, 10.0}) {
-      for (const bool is_gated : {false, true}) {
-        INFO("weights times " << weights << ", x times " << inputs << ", gated " << is_gated);
-        Holed<double> gate({.width = 3, .shared = 2, .gated = is_gated}, 1);
+      for (const int kind : {0, 1, 2}) {
+        INFO("weights times " << weights << ", x times " << inputs << ", kind " << kind);
+        Holed<double> gate(
+            {.width = 3, .shared = 2, .gated = kind > 0, .tied = kind > 1, .scale = 1.7}, 1);
         test::randomize(gate, 4, weights);
         Matrix<double> x = random_matrix(7, 3, 2, inputs);
         const Matrix<double> r = random_matrix(7, 5, 3);
@@ -245,6 +260,21 @@ TEST_CASE("shared expert gate: two shared experts are one of twice the width", "
       of(narrow, "experts.0.down.bias") + of(narrow, "experts.1.down.bias");
   const Matrix<double> x = random_matrix(9, 3, 2);
   CHECK(relative_error(narrow.evaluate(x), wide.evaluate(x)) < 1e-14);
+}
+
+TEST_CASE("shared expert gate: tied weights worked by hand", "[routing][gate]") {
+  // x = 1, W_shared = ln 3: sigmoid 3/4, times 2. The gradient w.r.t. x·W_shared is the sum of dweight
+  // over the two shared slots, (1 + 10), times 2·3/16.
+  Holed<double> gate({.width = 1, .shared = 2, .gated = true, .tied = true, .scale = 2}, 0);
+  parameter(gate, "shared_weight").value = Matrix<double>{{std::log(3.0)}};
+  Holed<double>::Tape tape;
+  const Routing<double>& routing = gate.forward(Matrix<double>::Ones(1, 1), tape, {.step = 0});
+  CHECK(routing.expert == Indices{0, 1});
+  for (const double w : routing.weight) CHECK_THAT(w, Catch::Matchers::WithinAbs(1.5, 1e-15));
+  const std::vector<double> dweight{1, 10};
+  test::gate_dx(gate, Matrix<double>::Ones(1, 1), dweight, tape);
+  CHECK_THAT(parameter(gate, "shared_weight").gradient()(0, 0),
+             Catch::Matchers::WithinAbs(11 * 2 * 3.0 / 16, 1e-14));
 }
 
 TEST_CASE("shared expert gate: any shape makes a routing", "[routing][gate]") {
@@ -339,6 +369,12 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
          "SharedExpertGate::Config.routed.width = 5, must be 0 or Config.width = 4");
   refuse([](Config& c) { c.routed.top_k = 7; },
          "NoisyTopKGate::Config.top_k = 7, must be from 1 to experts = 6");
+  refuse([](Config& c) { c.tied = true; },
+         "SharedExpertGate::Config.tied = true without gated, whose weights it ties");
+  const std::string scale = ", must be finite and above 0 as a Scalar";
+  refuse([](Config& c) { c.scale = 0; }, "SharedExpertGate::Config.scale = 0" + scale);
+  refuse([](Config& c) { c.scale = std::nan(""); }, "SharedExpertGate::Config.scale = nan" + scale);
+  refuse([](Config& c) { c.scale = 1e-300; }, "SharedExpertGate::Config.scale = 1e-300" + scale);
 }
 
 TEST_CASE("shared expert gate: the tape of a gate of another shape is refused", "[routing][gate]") {
@@ -355,6 +391,16 @@ TEST_CASE("shared expert gate: the tape of a gate of another shape is refused", 
   CHECK_THROWS_WITH(test::gate_dx(plus, x, dweight, tape), foreign);
   Noisy<double> weighted({.width = 3, .gated = true, .routed = {.experts = 5, .top_k = 2}}, 0);
   CHECK_THROWS_WITH(test::gate_dx(weighted, x, dweight, tape), foreign);
+  const std::string foreign_tied =
+      "moe: SharedExpertGate::backward: the tape is another gate's, of 7 experts";
+  Noisy<double> two({.width = 3, .shared = 2, .gated = true, .routed = {.experts = 5, .top_k = 2}},
+                    0);
+  Noisy<double>::Tape of_two;
+  two.forward(x, of_two, {.step = 0});
+  Noisy<double> tied_two(
+      {.width = 3, .shared = 2, .gated = true, .tied = true, .routed = {.experts = 5, .top_k = 2}},
+      0);
+  CHECK_THROWS_WITH(test::gate_dx(tied_two, x, std::vector<double>(24, 0.5), of_two), foreign_tied);
   Noisy<double> busy({.width = 3, .routed = {.experts = 5, .top_k = 1}},
                      0);  // the inner one's check
   CHECK_THROWS_AS(test::gate_dx(busy, x, dweight, tape), std::invalid_argument);

@@ -52,6 +52,18 @@ Row swiglu(const Named& w, Index e, const Row& x) {
   return times(hidden, w.at(expert + "down.weight"));
 }
 
+/// One of width n·H, of which experts 0, 1, ..., n - 1 have the columns.
+Row wide_swiglu(const Named& w, Index n, const Row& x) {
+  Row y(x.size(), 0.0);
+  for (Index e = 0; e < n; ++e) add(swiglu(w, e, x), y);
+  return y;
+}
+Row softmax(Row c) {
+  double sum = 0;
+  for (double& v : c) sum += v = std::exp(v);
+  return scaled(1 / sum, c);
+}
+
 /// The experts of the k largest logits.
 std::vector<Index> top(const Row& logits, Index k) {
   std::vector<Index> order(logits.size());
@@ -105,5 +117,41 @@ TEST_CASE("published layers: Llama 4", "[layer]") {
         Row y = swiglu(w, 0, x);
         add(swiglu(w, 1 + e, scaled(sigmoid(logits[at(e)]), x)), y);
         return y;
+      });
+}
+
+TEST_CASE("published layers: Qwen2-MoE, whose shared expert is 3 times as wide", "[layer]") {
+  check_published<Layer>(
+      {.width = 4,
+       .expert = {.hidden = 2, .activation = Activation::silu, .gated = true},
+       .gate = {.shared = 3, .gated = true, .tied = true, .routed = {.experts = 5, .top_k = 2}},
+       .seed = 1},
+      [](const Named& w, const Row& x) {
+        const double gate = sigmoid(times(x, w.at("gate.shared_weight"))[0]);
+        Row y = scaled(gate, wide_swiglu(w, 3, x));
+        const Row p = softmax(times(x, w.at("gate.routed.weight")));
+        for (const Index e : top(p, 2)) add(scaled(p[at(e)], swiglu(w, 3 + e, x)), y);
+        return y;
+      });
+}
+
+TEST_CASE("published layers: Cohere2-MoE, the average of shared and routed experts", "[layer]") {
+  check_published<Layer>(
+      {.width = 4,
+       .expert = {.hidden = 2, .activation = Activation::silu, .gated = true},
+       .gate =
+           {.shared = 2,
+            .scale = 0.5,
+            .routed = {.experts = 5, .top_k = 2, .score = Score::softmax_of_chosen, .scale = 0.5}},
+       .seed = 1},
+      [](const Named& w, const Row& x) {
+        Row y = wide_swiglu(w, 2, x);
+        const Row c = times(x, w.at("gate.routed.weight"));
+        const auto chosen = top(c, 2);
+        const Row weight = softmax({c[at(chosen[0])], c[at(chosen[1])]});
+        for (std::size_t k = 0; k < 2; ++k) {
+          add(scaled(weight[k], swiglu(w, 2 + chosen[k], x)), y);
+        }
+        return scaled(0.5, y);
       });
 }

@@ -113,6 +113,11 @@ TEST_CASE("expert parallel: equals the layer of one process behind expert choice
 TEST_CASE("expert parallel: equals the layer of one process with shared experts", "[mpi]") {
   check_gate<SharedExpertGate<NoisyTopKGate<double>>>(
       {.shared = 2, .gated = true, .routed = {.experts = 4, .top_k = 2}});
+  check_gate<SharedExpertGate<NoisyTopKGate<double>>>({.shared = 2,
+                                                       .gated = true,
+                                                       .tied = true,
+                                                       .scale = 0.5,
+                                                       .routed = {.experts = 4, .top_k = 2}});
   check_gate<SharedExpertGate<HierarchicalGate<double>>>(
       {.shared = 1, .routed = {.groups = 3, .group_experts = 2, .top_k_groups = 2, .top_k = 1}});
   check_gate<SharedExpertGate<BalancedGate<double>>>(

@@ -398,7 +398,7 @@ class FeedForward {
         const P w = detail::broadcast(*factors.at(r));
         detail::map(
             width, y.row(r),
-            [&](const P& v, const P& l) { return pmul(w, pmul(v, factor.value(l))); }, y.row(r),
+            [=](const P& v, const P& l) { return pmul(w, pmul(v, factor.value(l))); }, y.row(r),
             linear.row(r));
       }
     });

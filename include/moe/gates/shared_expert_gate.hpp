@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -24,19 +25,19 @@ namespace moe {
 ///                .expert = {.hidden = 256},
 ///                .gate = {.shared = 2, .routed = {.experts = 64, .top_k = 6}}});
 ///
-/// Experts 0 up to `shared` are every token's, with weight 1, or, if `gated`, with the weight
-/// sigmoid(x·W_shared), one column of W_shared an expert; the published code of Qwen1.5-MoE and
-/// Qwen2-MoE has one wide shared expert with this weight. W_shared starts at zero, so these weights
-/// start at 1/2. The slots of the wrapped gate follow, its expert e being
+/// Experts 0 up to `shared` are every token's, with the weight `scale`, or, if `gated`, with
+/// scale·sigmoid(x·W_shared), one column of W_shared an expert, or one for all if `tied`. W_shared starts
+/// at zero, so these weights start at scale/2. The slots of the wrapped gate follow, its expert e being
 /// expert shared + e here; a token that it gives none still has its shared ones.
 ///
 /// tape.balance is the wrapped gate's own and speaks of the routed experts only, so its vectors
 /// have routed.experts() entries: a shared expert's load is always T, and nothing could balance it.
 ///
 /// All experts of a layer are equally wide. That is no limit: n shared feed-forward experts of
-/// hidden width H and weight 1 are one of hidden width n·H, the hidden units of a feed-forward
+/// hidden width H and one weight are one of hidden width n·H, the hidden units of a feed-forward
 /// network being a sum already, of which it does not matter how the terms are grouped (the second
-/// biases are added up). With `gated` the units of each of the n have a weight of their own.
+/// biases are added up). So n that are `gated` and `tied` are the one wide shared expert of Qwen1.5-MoE
+/// and Qwen2-MoE; without `tied` the units of each of the n have a weight of their own.
 template <class RoutedGate>
 requires Gate<RoutedGate>
 class SharedExpertGate
@@ -51,7 +52,9 @@ class SharedExpertGate
   struct Config {
     Index width = 0;     ///< D; 0 inside a layer's configuration stands for the layer's width
     Index shared = 1;    ///< experts that every token uses, at least 1
-    bool gated = false;  ///< their weights are sigmoid(x·W_shared) instead of 1
+    bool gated = false;  ///< their weights are sigmoid(x·W_shared) instead of 1, times `scale`
+    bool tied = false;   ///< if gated: W_shared has one column, and all of them one weight
+    double scale = 1;    ///< of their weights, above 0
     typename RoutedGate::Config routed{};  ///< the wrapped gate's; width 0 stands for D
 
     template <class Self, class Visitor>
@@ -59,6 +62,8 @@ class SharedExpertGate
       visit("width", self.width);
       visit("shared", self.shared);
       visit("gated", self.gated);
+      visit("tied", self.tied);
+      visit("scale", self.scale);
       visit("routed", self.routed);
     }
   };
@@ -68,14 +73,14 @@ class SharedExpertGate
   struct Tape : GateTape<Scalar> {
     typename RoutedGate::Tape routed;
     IndexedVector<Scalar> routed_dweight;
-    Matrix<Scalar> shared_weight;  ///< sigmoid(x·W_shared), N x shared
-    Matrix<Scalar> dscores;        ///< the gradient w.r.t. x·W_shared, N x shared
+    Matrix<Scalar> shared_weight;  ///< sigmoid(x·W_shared), N x columns of W_shared
+    Matrix<Scalar> dscores;        ///< the gradient w.r.t. x·W_shared, as large
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The wrapped gate gets the seed.
   SharedExpertGate(const Config& config, std::uint64_t seed)
       : config_(completed(config)), routed_(config_.routed, seed) {
-    if (config.gated) weight_ = Parameter<Scalar>(config.width, config.shared);
+    if (config.gated) weight_ = Parameter<Scalar>(config.width, weight_columns());
   }
 
   const Config& config() const { return config_; }
@@ -159,7 +164,7 @@ class SharedExpertGate
     detail::require(tape.routing.experts == experts() &&
                         tape.routing.slots() ==
                             tape.routed.routing.slots() + config_.shared * tape.tokens.count &&
-                        tape.shared_weight.cols() == (config_.gated ? config_.shared : 0),
+                        tape.shared_weight.cols() == weight_columns(),
                     "SharedExpertGate::backward: the tape is another gate's, of ",
                     tape.routing.experts, " experts");
     if constexpr (requires { routed_.check_tape(tape.routed); }) routed_.check_tape(tape.routed);
@@ -181,6 +186,12 @@ class SharedExpertGate
     detail::require(config.routed.width == config.width,
                     "SharedExpertGate::Config.routed.width = ", config.routed.width,
                     ", must be 0 or Config.width = ", config.width);
+    detail::require(config.gated || !config.tied,
+                    "SharedExpertGate::Config.tied = true without gated, whose weights it ties");
+    const auto scale = static_cast<Scalar>(config.scale);
+    detail::require(std::isfinite(scale) && scale > 0,
+                    "SharedExpertGate::Config.scale = ", config.scale,
+                    ", must be finite and above 0 as a Scalar");
     return config;
   }
 
@@ -218,6 +229,7 @@ class SharedExpertGate
                     "SharedExpertGate: the wrapped gate's token_offsets must ascend from 0 to its ",
                     routed.slots(), " slots, of which ", routed.weight.size(), " have a weight");
     compute_shared_weight(x, tape);
+    const auto scale = static_cast<Scalar>(config_.scale);
     Routing<Scalar>& routing = tape.routing;
     routing.experts = experts();
     detail::resize(routing.token_offsets, x.rows() + 1);
@@ -230,7 +242,8 @@ class SharedExpertGate
       if (token < tape.tokens.count && tape.tokens.row_of(token) == t) {
         for (Index i = 0; i < shared; ++i, ++slot) {
           routing.expert[slot] = i;
-          routing.weight[slot] = config_.gated ? tape.shared_weight(token, i) : Scalar{1};
+          routing.weight[slot] =
+              config_.gated ? scale * tape.shared_weight(token, weight_column(i)) : scale;
         }
         ++token;
       }
@@ -244,19 +257,22 @@ class SharedExpertGate
   }
 
   /// Hands the gradients of the routed slots to tape.routed_dweight and, if gated, turns those of
-  /// the shared ones into tape.dscores: by x·W_shared the derivative is dweight·w·(1 − w).
+  /// the shared ones into tape.dscores: with s = sigmoid(x·W_shared) the derivative is
+  /// dweight·scale·s·(1 − s), of tied ones the sum.
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());
-    if (config_.gated) detail::resize(tape.dscores, tape.tokens.count, config_.shared);
+    if (config_.gated) detail::resize_to_zero(tape.dscores, tape.tokens.count, weight_columns());
+    const auto scale = static_cast<Scalar>(config_.scale);
     std::size_t slot = 0;
     Index token = 0;
     for (Index t = 0; t < tape.routing.tokens(); ++t) {
       if (token < tape.tokens.count && tape.tokens.row_of(token) == t) {
         for (Index i = 0; i < config_.shared; ++i, ++slot) {
           if (!config_.gated) continue;
-          const Scalar w = tape.shared_weight(token, i);
-          tape.dscores(token, i) = dweight[slot] * w * (Scalar{1} - w);
+          const Index column = weight_column(i);
+          const Scalar s = tape.shared_weight(token, column);
+          tape.dscores(token, column) += dweight[slot] * scale * s * (Scalar{1} - s);
         }
         ++token;
       }
@@ -265,6 +281,13 @@ class SharedExpertGate
       }
     }
   }
+
+  Index weight_columns() const {
+    if (!config_.gated) return 0;
+    return config_.tied ? 1 : config_.shared;
+  }
+  /// That of a shared expert.
+  Index weight_column(Index expert) const { return config_.tied ? 0 : expert; }
 
   void compute_shared_weight(const MatrixRef<Scalar>& x, Tape& tape) const {
     if (!config_.gated) {
@@ -278,7 +301,7 @@ class SharedExpertGate
 
   Config config_;
   RoutedGate routed_;
-  Parameter<Scalar> weight_;  ///< W_shared, D x shared; empty if not gated
+  Parameter<Scalar> weight_;  ///< W_shared, D x shared, or D x 1 if tied; empty if not gated
 };
 
 }  // namespace moe
