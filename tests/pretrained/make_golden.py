@@ -49,7 +49,7 @@ MODELS = {
     ),
     "qwen2_moe": (
         "Qwen2MoeConfig",
-        dict(moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=HIDDEN, num_experts=4,
+        dict(moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=3 * HIDDEN, num_experts=4,
              num_experts_per_tok=2, intermediate_size=4, decoder_sparse_step=2),
         1, {},
     ),

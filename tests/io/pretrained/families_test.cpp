@@ -105,8 +105,8 @@ TEST_CASE("families: Qwen's layers by step and by list", "[io][pretrained]") {
         "\"decoder_sparse_step\" is 0, must be at least 1");
 
   const auto shared =
-      mixtures_of("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 768)"));
-  CHECK(shared[0].shared == 1);
+      mixtures_of("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 3072)"));
+  CHECK(shared[0].shared == 4);
   CHECK(shared[0].shared_gated);
 }
 
@@ -217,6 +217,8 @@ TEST_CASE("families: settings that are missing are named", "[io][pretrained]") {
         "has no \"num_experts\"");
   fails("qwen2_moe", qwen3, "has no \"shared_expert_intermediate_size\"");
   fails("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 800)"),
-        "\"shared_expert_intermediate_size\" is 800, must be ");
+        "\"shared_expert_intermediate_size\" is 800, must be a multiple of moe_intermediate_size = "
+        "768");
+  fails("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 0)"), "is 0, must be a");
   fails("mixtral", with(mixtral, R"("hidden_act": "mish")"), "\"hidden_act\" is \"mish\"");
 }

@@ -54,6 +54,7 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
     }
     config.gate.shared = mixture.shared;
     config.gate.gated = mixture.shared_gated;
+    config.gate.tied = mixture.shared_gated;
     config.gate.routed = mixture.gate;
   } else {
     static_assert(

@@ -58,7 +58,7 @@ struct Mixture {
   bool weighted_input = false;  ///< likewise
   TopKConfig gate{};            ///< E, K and how experts are chosen; no losses, no noise
   Index shared = 0;             ///< experts of width H that every token uses
-  bool shared_gated = false;    ///< they have the weight sigmoid(x·W_shared)
+  bool shared_gated = false;    ///< they have the weight sigmoid(x·w), w one vector for all
   /// A tensor of type F8_E4M3 has a scale for each block of so many rows and columns.
   Index scale_rows = 128;
   Index scale_columns = 128;
