@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -85,18 +86,29 @@ class Pretrained {
     detail::MixtureSource(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>).read(into);
   }
 
-  /// A new layer with these parameters; throws like layer_config() and read_layer().
+  /// A new layer with these parameters. Throws std::runtime_error, which names the file, like layer_config()
+  /// and read_layer(), and where config.json has numbers that a layer cannot have.
   template <class Layer>
   Layer load_layer(Index layer) const {
     const auto config = layer_config<Layer>(layer);
     // Before the memory is taken that config.json asks for.
     const detail::MixtureSource source(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>);
-    Layer loaded(config);
+    Layer loaded = made<Layer>(config, layer);
     source.read(loaded);
     return loaded;
   }
 
  private:
+  /// What is out of range here was so in config.json.
+  template <class Layer>
+  Layer made(const typename Layer::Config& config, Index layer) const {
+    try {
+      return Layer(config);
+    } catch (const std::invalid_argument& error) {
+      detail::fail_file(config_.path(), "layer ", layer, ": ", error.what());
+    }
+  }
+
   ModelConfig config_;
   Checkpoint checkpoint_;
   std::string model_type_;

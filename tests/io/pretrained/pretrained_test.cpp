@@ -147,7 +147,12 @@ TEST_CASE("pretrained: a configuration that contradicts the tensors", "[io][pret
        "tensor \"model.layers.1.block_sparse_moe.experts.0.w1.weight\" has shape [5,6], needed is "
        "[7,6]");
   with("num_hidden_layers", 1, "layer 1 is no mixture, those are 0");
-  with("num_experts_per_tok", 5, "TopKGate::Config.top_k = 5, must be from 1 to experts = 4");
+  with("num_experts_per_tok", 5,
+       "config.json: layer 1: moe: TopKGate::Config.top_k = 5, must be from 1 to experts = 4");
+  with("num_experts_per_tok", 0, "config.json: layer 1: moe: TopKGate::Config.top_k = 0, must be");
+  with("hidden_size", 0, "has shape [4,6], needed is [4,0]");
+  with("intermediate_size", 0, "has shape [5,6], needed is [0,6]");
+  with("num_local_experts", 0, "has shape [4,6], needed is [0,6]");
 
   const ChangedModel deeper("mixtral");
   deeper.set("num_hidden_layers", 3);
