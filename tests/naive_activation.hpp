@@ -13,9 +13,14 @@ namespace moe::test {
 
 inline const std::vector<Activation>& all_activations() {
   static const std::vector<Activation> all = {
-      Activation::identity,     Activation::relu, Activation::gelu,    Activation::gelu_tanh,
-      Activation::gelu_sigmoid, Activation::silu, Activation::sigmoid, Activation::tanh};
+      Activation::identity, Activation::relu,      Activation::squared_relu,
+      Activation::gelu,     Activation::gelu_tanh, Activation::gelu_sigmoid,
+      Activation::silu,     Activation::sigmoid,   Activation::tanh};
   return all;
+}
+/// At 0, over which no difference may step.
+inline bool has_kink(Activation activation) {
+  return activation == Activation::relu || activation == Activation::squared_relu;
 }
 
 inline double naive_cdf(double z) { return 0.5 * std::erfc(-z / std::numbers::sqrt2); }
@@ -29,6 +34,8 @@ inline double naive_activation(Activation activation, double x) {
       return x;
     case Activation::relu:
       return x > 0 ? x : 0;
+    case Activation::squared_relu:
+      return x > 0 ? x * x : 0;
     case Activation::gelu:
       return x * naive_cdf(x);
     case Activation::gelu_tanh:
@@ -53,6 +60,8 @@ inline double naive_derivative(Activation activation, double x) {
       return 1;
     case Activation::relu:
       return x > 0 ? 1 : 0;
+    case Activation::squared_relu:
+      return x > 0 ? 2 * x : 0;
     case Activation::gelu:
       return naive_cdf(x) + x * naive_density(x);
     case Activation::gelu_tanh: {

@@ -69,8 +69,7 @@ bool is_smooth(const FeedForward<double>::Config& config, const Matrix<double>& 
   const double reach = 2e-3 * pre.cwiseAbs().maxCoeff();
   const auto first = pre.leftCols(config.hidden).array();
   const auto second = pre.rightCols(pre.cols() - config.hidden).array();
-  const bool has_kink = config.activation == Activation::relu;
-  if (has_kink && first.abs().minCoeff() <= reach) return false;
+  if (has_kink(config.activation) && first.abs().minCoeff() <= reach) return false;
   if (config.limit == 0) return true;
   return (first - config.limit).abs().minCoeff() > reach &&
          (second.size() == 0 || (second.abs() - config.limit).abs().minCoeff() > reach);
@@ -426,7 +425,7 @@ TEST_CASE("feed forward: a bad configuration is refused with its field and numbe
       },
       "linear_offset = 1, must be 0 without gated");
   refuse([](Config& c) { c.activation = static_cast<Activation>(99); },
-         "activation = 99, must be one of the 8 activations");
+         "activation = 99, must be one of the 9 activations");
 }
 
 TEST_CASE("feed forward: a weight on the input is a weight on x, 0 included", "[experts]") {

@@ -85,6 +85,11 @@ TEST_CASE("published experts: DeepSeek-V4", "[experts]") {
       });
 }
 
+TEST_CASE("published experts: Nemotron-H", "[experts]") {
+  check_published({.width = 5, .hidden = 9, .activation = Activation::squared_relu, .bias = false},
+                  1, [](double up, double) { return up > 0 ? up * up : 0; });
+}
+
 TEST_CASE("published experts: SwiGLU of Mixtral, Qwen and DeepSeek-V3", "[experts]") {
   check_published({.width = 5, .hidden = 9, .activation = Activation::silu, .gated = true}, 1,
                   [](double gate, double up) { return gate / (1 + std::exp(-gate)) * up; });

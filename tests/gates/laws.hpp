@@ -248,6 +248,25 @@ struct JitterLaw : TopKLaw<Scalar> {
 };
 
 template <class Scalar>
+struct RootLaw : TopKLaw<Scalar> {
+  static constexpr bool whole_batch = true;
+  static constexpr bool infinity_shows = false;
+  static TopKConfig config() {
+    return {.width = 5,
+            .experts = 6,
+            .top_k = 3,
+            .score = Score::sqrt_softplus,
+            .renormalise = true,
+            .renormalise_epsilon = 0.1,
+            .renormalise_norm = 2,
+            .renormalise_after_drops = true,
+            .capacity_factor = 0.8,
+            .switch_loss_weight = 0.5,
+            .z_loss_weight = 0.2};
+  }
+};
+
+template <class Scalar>
 struct BalancedLaw : GateLaw<BalancedGate<Scalar>> {
   using Gate = BalancedGate<Scalar>;
   using typename GateLaw<Gate>::LossWeights;
@@ -314,7 +333,7 @@ template <class Scalar>
 using GateLawsOf =
     std::tuple<NoisyTopKLaw<Scalar>, NoisyTopKLaw<Scalar, false>, HierarchicalLaw<Scalar>,
                ProductKeyLaw<Scalar>, SoftmaxLaw<Scalar>, SigmoidLaw<Scalar>,
-               SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, BalancedLaw<Scalar>,
+               SoftmaxOfChosenLaw<Scalar>, JitterLaw<Scalar>, RootLaw<Scalar>, BalancedLaw<Scalar>,
                ExpertChoiceLaw<Scalar>, SharedExpertLaw<NoisyTopKLaw<Scalar>, true>,
                SharedExpertLaw<SigmoidLaw<Scalar>, false>,
                SharedExpertLaw<SoftmaxLaw<Scalar>, true, true>>;

@@ -128,3 +128,38 @@ TEST_CASE("published gates: DeepSeek-V3", "[routing][gate]") {
   CHECK(limited > 10);
   CHECK(biased > 10);
 }
+
+TEST_CASE("published gates: DeepSeek-V4", "[routing][gate]") {
+  Index biased = 0;
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    Case c({.width = 5,
+            .experts = 256,
+            .top_k = 6,
+            .score = Score::sqrt_softplus,
+            .renormalise = true,
+            .renormalise_epsilon = 1e-20,
+            .scale = 1.5,
+            .selection_bias = true},
+           12, seed);
+    fill_normal(parameter(c.gate, "selection_bias"), 0.05, seed);
+    const auto& routing = c.gate.forward(c.x, c.tape, c.key);
+    Slots slots;
+    Index t = 0;
+    for (const Row& row : c.logits(c.x)) {
+      Row s;
+      Row for_choice;
+      for (std::size_t i = 0; i < 256; ++i) {
+        s.push_back(std::sqrt(std::log1p(std::exp(row[i]))));
+        for_choice.push_back(s[i] + parameter(c.gate, "selection_bias")(0, static_cast<Index>(i)));
+      }
+      const auto chosen = top(for_choice, 6);
+      biased += chosen != top(s, 6);
+      double sum = 1e-20;
+      for (const Index e : chosen) sum += s[at(e)];
+      for (const Index e : chosen) slots[{t, e}] = s[at(e)] / sum * 1.5;
+      ++t;
+    }
+    c.check(routing, slots, 0);
+  }
+  CHECK(biased > 10);
+}

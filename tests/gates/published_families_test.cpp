@@ -35,7 +35,7 @@ void check_softmax_of_chosen(const TopKConfig& config) {
 }
 
 /// Each expert's sigmoid, or the softmax of all: the groups by their two best and the experts in
-/// them by s + b, b being the correction bias; weights s / (Σ s + 1e-20) times a factor.
+/// them by s + b, b being the correction bias; weights s / (Σ s + ε) times a factor.
 void check_grouped(const TopKConfig& config) {
   for (std::uint64_t seed = 1; seed <= 4; ++seed) {
     Case c(config, 12, seed);
@@ -68,7 +68,7 @@ void check_grouped(const TopKConfig& config) {
         std::copy_n(choice.begin() + size * g, size, masked.begin() + size * g);
       }
       const auto chosen = top(masked, config.top_k);
-      double sum = 1e-20;
+      double sum = config.renormalise_epsilon;
       for (const Index e : chosen) sum += s[at(e)];
       for (const Index e : chosen) slots[{t, e}] = s[at(e)] / sum * config.scale;
       ++t;
@@ -140,6 +140,10 @@ TEST_CASE("published gates: Kimi-Linear", "[routing][gate]") {
   check_grouped(corrected(256, 8, 2.446));
 }
 
+TEST_CASE("published gates: Nemotron-H", "[routing][gate]") {
+  check_grouped(corrected(128, 6, 2.5));
+}
+
 TEST_CASE("published gates: DeepSeek-V3.2", "[routing][gate]") {
   TopKConfig config = corrected(256, 8, 2.5);
   config.groups = 8;
@@ -152,6 +156,99 @@ TEST_CASE("published gates: MiniMax-M3", "[routing][gate]") {
   TopKConfig config = corrected(128, 4, 2);
   config.renormalise_epsilon = 0;
   check_grouped(config);
+}
+
+TEST_CASE("published gates: LFM2", "[routing][gate]") {
+  TopKConfig config = corrected(32, 4, 1);
+  config.renormalise_epsilon = 1e-6;
+  check_grouped(config);
+}
+
+TEST_CASE("published gates: DBRX with a norm of 2", "[routing][gate]") {
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    Case c({.width = 5, .experts = 16, .top_k = 4, .renormalise = true, .renormalise_norm = 2}, 12,
+           seed);
+    const auto& routing = c.gate.forward(c.x, c.tape, c.key);
+    Slots slots;
+    Index t = 0;
+    for (const Row& row : c.logits(c.x)) {
+      const Row p = softmax(row);
+      double squares = 0;
+      for (const Index e : top(p, 4)) squares += p[at(e)] * p[at(e)];
+      for (const Index e : top(p, 4)) slots[{t, e}] = p[at(e)] / std::sqrt(squares);
+      ++t;
+    }
+    c.check(routing, slots, 0);
+  }
+}
+
+namespace {
+
+/// The two largest probabilities of each token, whose first choices take places before all second
+/// ones, in the order of their rows or of their largest probability; what is left of a token's two is
+/// divided by its sum, or not.
+Index check_two(const TopKConfig& config, Index places, bool prioritised, bool normalises) {
+  Index dropped = 0;
+  for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+    Case c(config, 16, seed);
+    const auto& routing = c.gate.forward(c.x, c.tape, c.key);
+    std::vector<Row> p;
+    for (const Row& row : c.logits(c.x)) p.push_back(softmax(row));
+    std::vector<Index> order;
+    for (Index t = 0; t < 16; ++t) order.push_back(t);
+    if (prioritised) {
+      std::sort(order.begin(), order.end(), [&](Index a, Index b) {
+        return p[at(a)][at(top(p[at(a)], 1)[0])] > p[at(b)][at(top(p[at(b)], 1)[0])];
+      });
+    }
+    std::vector<Index> filled(at(config.experts), 0);
+    Slots slots;
+    for (std::size_t k = 0; k < 2; ++k) {
+      for (const Index t : order) {
+        const Index e = top(p[at(t)], 2)[k];
+        if (filled[at(e)]++ < places) {
+          slots[{t, e}] = p[at(t)][at(e)];
+        } else {
+          ++dropped;
+        }
+      }
+    }
+    const Slots raw = slots;
+    for (auto& [slot, weight] : slots) {
+      double sum = 0;
+      for (const auto& [other, w] : raw) sum += other.first == slot.first ? w : 0;
+      if (normalises) weight /= sum;
+    }
+    c.check(routing, slots, 0);
+  }
+  return dropped;
+}
+
+}  // namespace
+
+TEST_CASE("published gates: NLLB-MoE", "[routing][gate]") {
+  for (const bool prioritised : {false, true}) {
+    const Index dropped = check_two(
+        {.width = 5,
+         .experts = 4,
+         .top_k = 2,
+         .renormalise = true,
+         .renormalise_after_drops = true,
+         .capacity_factor = 1,
+         .place_order = prioritised ? PlaceOrder::best_tokens : PlaceOrder::first_choices},
+        8, prioritised, true);  // 2·⌈16 / 4⌉
+    CHECK(dropped > 10);
+  }
+}
+
+TEST_CASE("published gates: V-MoE", "[routing][gate]") {
+  const Index dropped = check_two({.width = 5,
+                                   .experts = 4,
+                                   .top_k = 2,
+                                   .capacity_factor = 0.5,
+                                   .place_order = PlaceOrder::best_tokens},
+                                  4, true, false);  // 0.5·2·16 / 4
+  CHECK(dropped > 40);
 }
 
 TEST_CASE("published gates: Mistral 4", "[routing][gate]") {

@@ -211,6 +211,10 @@ TEST_CASE("published gates: two tokens of each score worked by hand", "[routing]
   // p = (1, 2, 5)/8 and (4, 3, 1)/8; P = (5, 5, 6)/16. Counts (1, 2, 1), first choices (1, 0, 1).
   check({}, {2.0 / 8, 5.0 / 8, 4.0 / 8, 3.0 / 8}, 0);
   check({.renormalise = true, .scale = 7}, {2, 5, 4, 3}, 0);
+  check({.renormalise = true, .renormalise_norm = 2},
+        {2 / std::sqrt(29.0), 5 / std::sqrt(29.0), 4.0 / 5, 3.0 / 5}, 0);
+  check({.renormalise = true, .renormalise_epsilon = 0.125, .renormalise_norm = 2},
+        {2 / (std::sqrt(29.0) + 1), 5 / (std::sqrt(29.0) + 1), 4.0 / 6, 3.0 / 6}, 0);
   check({.score = Score::softmax_of_chosen}, {2.0 / 7, 5.0 / 7, 4.0 / 7, 3.0 / 7}, 0);
   // 3·Σ f·P with f = (1, 2, 1)/4: 3·(5 + 10 + 6)/64; with f = (1, 2, 1)/2 twice that; with
   // f = (1, 0, 1)/2: 3·(5 + 6)/32.
@@ -229,4 +233,7 @@ TEST_CASE("published gates: two tokens of each score worked by hand", "[routing]
         0.75 * (1 + 43.0 / 123));
   check({.score = Score::sigmoid, .renormalise = true}, {4.0 / 9, 5.0 / 9, 16.0 / 31, 15.0 / 31},
         0);
+  // Roots of softplus(ln v) = ln(1 + v).
+  const auto root = [](double v) { return std::sqrt(std::log(1 + v)); };
+  check({.score = Score::sqrt_softplus}, {root(2), root(5), root(4), root(3)}, 0);
 }

@@ -20,7 +20,10 @@ TEST_CASE("top-k gate: the bias moves the choice and no weight", "[routing][gate
     parameter(gate, "selection_bias").value << 0, 0, 2;
     CHECK(gate.forward(one, tape, {.step = 0}).expert == Indices{2});
     const double all = std::exp(1.0) + std::exp(0.5) + 1;
-    const double expected = score == Score::softmax ? 1 / all : score == Score::sigmoid ? 0.5 : 1;
+    const double expected = score == Score::softmax         ? 1 / all
+                            : score == Score::sigmoid       ? 0.5
+                            : score == Score::sqrt_softplus ? std::sqrt(std::log(2.0))
+                                                            : 1;
     CHECK_THAT(tape.routing.weight[0], Catch::Matchers::WithinAbs(expected, 1e-14));
   }
 }

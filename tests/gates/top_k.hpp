@@ -10,7 +10,8 @@ namespace moe::test {
 template <class Scalar>
 using TopKTape = typename TopKGate<Scalar>::Tape;
 
-inline constexpr Score all_scores[] = {Score::softmax, Score::softmax_of_chosen, Score::sigmoid};
+inline constexpr Score all_scores[] = {Score::softmax, Score::softmax_of_chosen, Score::sigmoid,
+                                       Score::sqrt_softplus};
 
 /// Groups are chosen by biased scores, then experts in them, whose scores are normalised and scaled.
 inline TopKConfig in_groups(Score score) {

@@ -13,13 +13,14 @@ namespace {
 Index check_gradients(const TopKConfig& config, Index tokens, double weights = 0.8,
                       double inputs = 1) {
   INFO("score " << static_cast<int>(config.score) << ", renormalise " << config.renormalise
-                << ", E " << config.experts << ", K " << config.top_k << ", groups "
-                << config.groups << "/" << config.top_k_groups << ", bias " << config.bias
-                << ", selection bias " << config.selection_bias << ", jitter " << config.jitter
-                << ", random second " << config.random_second << ", capacity "
-                << config.capacity_factor << ", order " << static_cast<int>(config.place_order)
-                << ", losses " << config.switch_loss_weight << " " << config.sequence_loss_weight
-                << " " << config.z_loss_weight << ", count "
+                << ", norm " << config.renormalise_norm << ", after drops "
+                << config.renormalise_after_drops << ", E " << config.experts << ", K "
+                << config.top_k << ", groups " << config.groups << "/" << config.top_k_groups
+                << ", bias " << config.bias << ", selection bias " << config.selection_bias
+                << ", jitter " << config.jitter << ", random second " << config.random_second
+                << ", capacity " << config.capacity_factor << ", order "
+                << static_cast<int>(config.place_order) << ", losses " << config.switch_loss_weight
+                << " " << config.sequence_loss_weight << " " << config.z_loss_weight << ", count "
                 << static_cast<int>(config.switch_count) << ", weights times " << weights
                 << ", x times " << inputs);
   const Pass key{.step = 3, .first_token = 5};
@@ -68,6 +69,7 @@ Index check_gradients(const TopKConfig& config, Index tokens, double weights = 0
 TEST_CASE("top-k gate: gradients are derivatives for every number of experts", "[routing][gate]") {
   for (const Score score : all_scores) {
     for (const bool renormalise : {false, true}) {
+      const bool has_norm = renormalise && score != Score::softmax_of_chosen;
       for (Index experts = 1; experts <= 9; experts += experts > 3 ? 2 : 1) {
         for (Index top_k = 1; top_k <= experts; top_k += experts > 5 ? 3 : 1) {
           check_gradients({.width = 3,
@@ -76,6 +78,10 @@ TEST_CASE("top-k gate: gradients are derivatives for every number of experts", "
                            .bias = renormalise,
                            .score = score,
                            .renormalise = renormalise,
+                           .renormalise_epsilon = has_norm && top_k % 2 == 1 ? 0.1 : 0,
+                           .renormalise_norm = !has_norm || experts % 3 == 0 ? 1
+                                               : experts % 3 == 1            ? 2
+                                                                             : 3.5,
                            .scale = 1.7,
                            .switch_loss_weight = 0.7,
                            .z_loss_weight = 0.3},
@@ -119,23 +125,27 @@ TEST_CASE("top-k gate: gradients are derivatives for every choice and drop", "[r
     for (const bool renormalise : {false, true}) {
       for (const Index top_k_groups : {1, 2, 3}) {
         for (const bool bias : {false, true}) {
-          for (const int drops : {0, 1, 2, 3}) {
-            dropped +=
-                check_gradients({.width = 3,
-                                 .experts = 6,
-                                 .top_k = 2,
-                                 .score = score,
-                                 .renormalise = renormalise,
-                                 .groups = 3,
-                                 .top_k_groups = top_k_groups,
-                                 .group_score = bias ? GroupScore::two_best : GroupScore::best,
-                                 .selection_bias = bias,
-                                 .jitter = drops % 2 == 0 ? 0.3 : 0,
-                                 .random_second = drops >= 2,
-                                 .capacity_factor = drops == 0 ? 0 : 0.8,
-                                 .place_order = static_cast<PlaceOrder>(std::max(0, drops - 1)),
-                                 .switch_loss_weight = bias ? 0.4 : 0.0},
-                                6);
+          for (const int drops : {0, 1, 2, 3, 4}) {
+            dropped += check_gradients(
+                {.width = 3,
+                 .experts = 6,
+                 .top_k = 2,
+                 .score = score,
+                 .renormalise = renormalise,
+                 .renormalise_norm =
+                     renormalise && drops == 4 && score != Score::softmax_of_chosen ? 2.0 : 1.0,
+                 .renormalise_after_drops =
+                     top_k_groups != 2 && (renormalise || score == Score::softmax_of_chosen),
+                 .groups = 3,
+                 .top_k_groups = top_k_groups,
+                 .group_score = bias ? GroupScore::two_best : GroupScore::best,
+                 .selection_bias = bias,
+                 .jitter = drops % 2 == 0 ? 0.3 : 0,
+                 .random_second = drops >= 2,
+                 .capacity_factor = drops == 0 ? 0 : 0.8,
+                 .place_order = static_cast<PlaceOrder>(std::max(0, drops - 1)),
+                 .switch_loss_weight = bias ? 0.4 : 0.0},
+                6);
           }
         }
       }

@@ -21,8 +21,8 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
   refuse([](Config& c) { c.top_k = 0; }, "top_k = 0, must be from 1 to experts = 6");
   refuse([](Config& c) { c.top_k = 7; }, "top_k = 7, must be from 1 to experts = 6");
   refuse([](Config& c) { c.top_k = 5; }, "top_k = 5, but top_k_groups = 2 hold 4 experts");
-  refuse([](Config& c) { c.score = static_cast<Score>(3); },
-         "score = 3, must be one of the 3 scores");
+  refuse([](Config& c) { c.score = static_cast<Score>(4); },
+         "score = 4, must be one of the 4 scores");
   refuse([](Config& c) { c.scale = 0; }, "scale = 0, must be finite and above 0");
   refuse([](Config& c) { c.scale = std::nan(""); }, "scale = nan, must be finite and above 0");
   for (const double scale : {1e300, 1e-300}) {  // infinite or zero in float
@@ -47,14 +47,34 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
         c.top_k = 3;
       },
       "random_second with top_k = 3, must be 2");
-  refuse([](Config& c) { c.place_order = static_cast<PlaceOrder>(3); },
-         "place_order = 3, must be one of the 3 orders");
+  refuse([](Config& c) { c.place_order = static_cast<PlaceOrder>(4); },
+         "place_order = 4, must be one of the 4 orders");
   refuse([](Config& c) { c.switch_count = static_cast<SwitchCount>(3); },
          "switch_count = 3, must be one of the 3 counts");
+  for (const double norm : {0.5, std::nan(""), std::numeric_limits<double>::infinity()}) {
+    refuse([=](Config& c) { c.renormalise_norm = norm; }, "renormalise_norm = " +
+                                                              std::string(norm < 1   ? "0.5"
+                                                                          : norm > 1 ? "inf"
+                                                                                     : "nan") +
+                                                              ", must be finite and at least 1");
+  }
+  const std::string plain_norm =
+      "renormalise_norm = 2, must be 1 without renormalise, and with softmax_of_chosen";
+  refuse([](Config& c) { c.renormalise_norm = 2; }, plain_norm);
+  refuse(
+      [](Config& c) {
+        c.score = Score::softmax_of_chosen;
+        c.renormalise = true;
+        c.renormalise_norm = 2;
+      },
+      plain_norm);
+  refuse([](Config& c) { c.renormalise_after_drops = true; },
+         "renormalise_after_drops = true without renormalise");
   refuse([](Config& c) { c.sequences = 0; }, "sequences = 0, must be at least 1");
   refuse([](Config& c) { c.row_order = static_cast<RowOrder>(2); },
          "row_order = 2, must be one of the 2 orders");
   const std::pair<const char*, double Config::*> weights[] = {
+      {"renormalise_epsilon", &Config::renormalise_epsilon},
       {"bias_rate", &Config::bias_rate},
       {"capacity_factor", &Config::capacity_factor},
       {"evaluation_capacity_factor", &Config::evaluation_capacity_factor},

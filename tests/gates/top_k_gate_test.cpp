@@ -150,7 +150,7 @@ TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen", "[ro
   for (std::uint64_t seed = 1; seed <= 40; ++seed) {
     const auto words = philox({1, 2, 3, 4}, seed);
     const Index groups = 1 + words[0] % 4;
-    TopKConfig config = everything(all_scores[seed % 3]);
+    TopKConfig config = everything(all_scores[seed / 2 % std::size(all_scores)]);
     config.groups = groups;
     config.top_k_groups = 1 + words[1] % static_cast<std::uint32_t>(groups);
     config.experts = groups * (2 + words[2] % 5);
@@ -240,4 +240,57 @@ TEST_CASE("top-k gate: parameters have their names and shapes", "[routing][gate]
         std::vector<std::string>{"weight"});
   CHECK(names_of(TopKGate<float>({.width = 3, .experts = 5, .top_k = 2, .selection_bias = true},
                                  0)) == std::vector<std::string>{"weight", "selection_bias"});
+}
+
+TEST_CASE("top-k gate: a weight that is left of a softmax of the chosen is 1, whatever was dropped",
+          "[routing][gate]") {
+  // Both tokens choose expert 0 by a logit of 2000, beside which nothing is left of the second choice.
+  // The second token finds no place there.
+  TopKGate<double> gate({.width = 2,
+                         .experts = 3,
+                         .top_k = 2,
+                         .score = Score::softmax_of_chosen,
+                         .renormalise_after_drops = true,
+                         .capacity_factor = 0.75,
+                         .place_order = PlaceOrder::first_choices},
+                        0);
+  parameter(gate, "weight").value << 2000, 0, -1, 0, 0, 2;
+  TopKTape<double> tape;
+  const Routing<double>& routing = gate.forward(Matrix<double>{{1, 0}, {1, 1}}, tape, {.step = 0});
+  CHECK(routing.token_offsets == Indices{0, 2, 3});
+  CHECK(routing.expert == Indices{0, 1, 2});
+  CHECK(routing.weight == std::vector<double>{1, 0, 1});
+}
+
+TEST_CASE("top-k gate: the best tokens' places are refused in a shared batch", "[routing][gate]") {
+  const TopKConfig config{.width = 1,
+                          .experts = 2,
+                          .top_k = 1,
+                          .capacity_factor = 1,
+                          .place_order = PlaceOrder::best_tokens};
+  const TopKGate<double> gate(config, 0);
+  const std::string message =
+      "moe: PlaceOrder::best_tokens: a batch that several processes share has no such order; take"
+      " first_choices or largest_weight";
+  CHECK_THROWS_WITH(gate.shared_calls(true, 4), message);
+  struct Alone final : SharedBatch {
+    Index processes() const override { return 1; }
+    Index process() const override { return 0; }
+    Index rows() const override { return 4; }
+    Index first_row() const override { return 0; }
+    Index tokens() const override { return 4; }
+    Index first_token() const override { return 0; }
+    void sum(std::span<float>) const override {}
+    void sum(std::span<double>) const override {}
+    void sum(std::span<Index>) const override {}
+    void prefix(std::span<Index> numbers) const override {
+      std::fill(numbers.begin(), numbers.end(), Index{0});
+    }
+    void gather_agreed(std::span<Index>) const override {}
+  };
+  const Alone batch;
+  TopKTape<double> tape;
+  CHECK_THROWS_WITH(gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0, .batch = &batch}),
+                    message);
+  CHECK_NOTHROW(gate.evaluate(Matrix<double>::Ones(4, 1), tape, {.batch = &batch}));  // no limit
 }

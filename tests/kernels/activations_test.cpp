@@ -38,7 +38,7 @@ TEMPLATE_TEST_CASE("activations: values and derivatives equal the formulas", "[k
       const auto at = static_cast<double>(x(0, i));
       const double value = naive_activation(activation, at);
       const double derivative = static_cast<double>(dy(0, i)) * naive_derivative(activation, at);
-      const double scale = std::max(1.0, std::abs(at));
+      const double scale = std::max({1.0, std::abs(at), std::abs(value)});
       value_error = std::max(value_error, std::abs(static_cast<double>(y(0, i)) - value) / scale);
       derivative_error =
           std::max(derivative_error, std::abs(static_cast<double>(dx(0, i)) - derivative) / scale);
@@ -148,6 +148,8 @@ TEMPLATE_TEST_CASE("activations: saturate at infinity", "[kernels]", float, doub
   };
   CHECK(at(Activation::relu, infinity) == static_cast<double>(infinity));
   CHECK(at(Activation::relu, -infinity) == 0);
+  CHECK(at(Activation::squared_relu, infinity) == static_cast<double>(infinity));
+  CHECK(at(Activation::squared_relu, -infinity) == 0);
   CHECK(at(Activation::sigmoid, infinity) == 1);
   CHECK_THAT(at(Activation::sigmoid, -infinity), Catch::Matchers::WithinAbs(0, 1e-37));
   CHECK(at(Activation::tanh, infinity) == 1);

@@ -172,6 +172,27 @@ TEST_CASE("expert parallel: a pass that the gate refuses on one rank", "[mpi]") 
   }
 }
 
+TEST_CASE("expert parallel: a gate that cannot share a batch is refused", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  using Layer = mpi::ExpertParallel<MoELayer<Expert<FeedForward, double>, TopKGate<double>>>;
+  for (const bool training : {true, false}) {
+    check_error(
+        communicator,
+        [&] {
+          Layer({.width = 6,
+                 .expert = {.hidden = 4},
+                 .gate = {.experts = 4,
+                          .top_k = 2,
+                          .capacity_factor = training ? 1.0 : 0.0,
+                          .evaluation_capacity_factor = training ? 0.0 : 1.0,
+                          .place_order = PlaceOrder::best_tokens},
+                 .seed = 1},
+                communicator);
+        },
+        "PlaceOrder::best_tokens: a batch that several processes share has no such order");
+  }
+}
+
 TEST_CASE("expert parallel: ranks that sum other losses hear of it", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   const int last = communicator.size() - 1;

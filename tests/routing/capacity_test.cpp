@@ -8,6 +8,9 @@ using Flags = std::vector<unsigned char>;
 
 namespace {
 
+constexpr PlaceOrder all_orders[] = {PlaceOrder::rows, PlaceOrder::first_choices,
+                                     PlaceOrder::largest_weight, PlaceOrder::best_tokens};
+
 template <class Scalar>
 Flags kept(PlaceOrder how, Index capacity, Index experts, Index top_k, const Indices& expert,
            const std::vector<Scalar>& weight, const Flags& before = {}) {
@@ -46,11 +49,27 @@ TEMPLATE_TEST_CASE("capacity: who finds a place, in each order", "[routing]", fl
   CHECK(kept(PlaceOrder::rows, 2, 3, 2, expert, weight) == Flags{1, 1, 1, 1, 0, 1, 0, 0});
   CHECK(kept(PlaceOrder::first_choices, 2, 3, 2, expert, weight) == Flags{1, 0, 1, 0, 1, 1, 1, 0});
   CHECK(kept(PlaceOrder::largest_weight, 2, 3, 2, expert, weight) == Flags{1, 0, 1, 0, 0, 1, 1, 1});
-  for (const auto how : {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+  for (const auto how : all_orders) {
     CHECK(kept(how, 4, 3, 2, expert, weight) == Flags(8, 1));
     CHECK(kept(how, 0, 3, 2, expert, weight) == Flags(8, 0));
     CHECK(kept<S>(how, 1, 3, 2, {}, {}).empty());
   }
+}
+
+TEMPLATE_TEST_CASE("capacity: first choices come first, the best tokens' before others",
+                   "[routing]", float, double) {
+  using S = TestType;
+  // The tokens by the weight of their first choice: 2, 0, 3, 1. Expert 0 is the first choice of 0, 1, 2
+  // and the second one of 3; expert 1 the second one of 0 and 2 and the first one of 3.
+  const Indices expert = {0, 1, 0, 2, 0, 1, 1, 0};
+  const std::vector<S> weight = {S(0.7), S(0.2), S(0.3), S(0.3), S(0.9), S(0.05), S(0.6), S(0.4)};
+  CHECK(kept(PlaceOrder::best_tokens, 1, 3, 2, expert, weight) == Flags{0, 0, 0, 1, 1, 0, 1, 0});
+  CHECK(kept(PlaceOrder::best_tokens, 2, 3, 2, expert, weight) == Flags{1, 0, 0, 1, 1, 1, 1, 0});
+  CHECK(kept(PlaceOrder::best_tokens, 3, 3, 2, expert, weight) == Flags{1, 1, 1, 1, 1, 1, 1, 0});
+  // Ties go by row, NaN comes last.
+  const S nan = std::numeric_limits<S>::quiet_NaN();
+  CHECK(kept<S>(PlaceOrder::best_tokens, 2, 1, 1, {0, 0, 0, 0}, {1, nan, 1, 2}) ==
+        Flags{1, 0, 0, 1});
 }
 
 TEMPLATE_TEST_CASE("capacity: what was dropped before takes no place", "[routing]", float, double) {
@@ -58,7 +77,7 @@ TEMPLATE_TEST_CASE("capacity: what was dropped before takes no place", "[routing
   const Indices expert = {0, 1, 0, 1, 0, 1};
   const std::vector<S> weight = {3, 3, 2, 2, 1, 1};
   const Flags before = {1, 0, 1, 1, 1, 1};
-  for (const auto how : {PlaceOrder::rows, PlaceOrder::first_choices, PlaceOrder::largest_weight}) {
+  for (const auto how : all_orders) {
     CHECK(kept(how, 2, 2, 2, expert, weight, before) == Flags{1, 0, 1, 1, 0, 1});
   }
 }

@@ -32,17 +32,20 @@ namespace moe {
 /// The K largest scores of a token.
 ///
 ///     c = (x ⊙ j)·W_g + b_g              logits, j the jitter of training          T x E
-///     s = softmax(c), c, or sigmoid(c)   by Config.score                           T x E
+///     s = softmax(c), c, sigmoid(c), or sqrt(softplus(c))   by Config.score        T x E
 ///     top = the K largest of s + b in the chosen groups; ties go to the lower expert
-///     w = s, s / (Σ_top s + ε) if renormalised, or the softmax of c over top
+///     w = s, s / (N + ε) if renormalised, or the softmax of c over top
 ///     G = scale·w                        the weights of the slots
 ///     loss = switch_loss_weight·E·Σ_i f_i·P_i + sequence_loss_weight·(its mean over sequences) + z_loss_weight·z
 ///
-/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids; f counts all choices as they were
+/// N is the p-norm of s over top, Σ_top s by default, p being Config.renormalise_norm.
+/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids and roots; f counts all choices as they were
 /// made, those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq.
 /// 5]. backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1 a
 /// softmax over all experts learns from its weight, while renormalised weights are the constant 1.
-/// A dropped choice has no slot, and the weights that are left are not renormalised.
+/// A dropped choice has no slot. The weights that are left stay what they are, unless
+/// Config.renormalise_after_drops renormalises these and no others: then the order of places and a random
+/// second choice go by s, or for softmax_of_chosen by its softmax.
 ///
 /// The selection bias b [W24; D3] takes part in the choice, that of groups too, and in no weight.
 /// It is moved by update_selection_bias() alone: it is a Parameter that is not trained, so
@@ -343,6 +346,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
       detail::drop_over_capacity(config_.place_order, capacity, experts(), batch, tape.choices,
                                  tape.capacity);
     }
+    detail::ChoiceWeights<Scalar>(config_).renormalise(tape.router, tape.choices);
     detail::make_slots(tape.choices, static_cast<Scalar>(config_.scale), experts(), tape.routing);
     detail::insert_padding(tape.tokens, tape.routing);
   }

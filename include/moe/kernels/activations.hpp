@@ -12,12 +12,24 @@
 
 namespace moe {
 
-/// Where an activation can be chosen. `gelu` is x·Φ(x) by the error function, `gelu_tanh` and
+/// Where an activation can be chosen. `squared_relu` is relu(x)² (So et al. 2021, "Primer", arXiv
+/// 2109.08668). `gelu` is x·Φ(x) by the error function, `gelu_tanh` and
 /// `gelu_sigmoid`, x·sigmoid(1.702·x), are its usual approximations (Hendrycks & Gimpel 2016); `silu`
 /// is x·sigmoid(x).
-enum class Activation { identity, relu, gelu, gelu_tanh, gelu_sigmoid, silu, sigmoid, tanh };
-constexpr std::array<std::string_view, 8> enumerator_names(Activation) {
-  return {"identity", "relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu", "sigmoid", "tanh"};
+enum class Activation {
+  identity,
+  relu,
+  squared_relu,
+  gelu,
+  gelu_tanh,
+  gelu_sigmoid,
+  silu,
+  sigmoid,
+  tanh
+};
+constexpr std::array<std::string_view, 9> enumerator_names(Activation) {
+  return {"identity",     "relu", "squared_relu", "gelu", "gelu_tanh",
+          "gelu_sigmoid", "silu", "sigmoid",      "tanh"};
 }
 
 namespace detail {
@@ -47,6 +59,8 @@ struct ActivationFunction {
     using namespace Eigen::internal;
     if constexpr (activation == Activation::relu) {
       return pselect(pcmp_lt(x, constant(0.0)), constant(0.0), x);  // keeps NaN, unlike a maximum
+    } else if constexpr (activation == Activation::squared_relu) {
+      return pselect(pcmp_lt(x, constant(0.0)), constant(0.0), pmul(x, x));
     } else if constexpr (activation == Activation::gelu) {
       return pmul(x, detail::normal_cdf<Scalar>(x));
     } else if constexpr (activation == Activation::gelu_tanh) {
@@ -69,6 +83,8 @@ struct ActivationFunction {
     const P one = constant(1.0);
     if constexpr (activation == Activation::relu) {
       return pselect(pcmp_lt(constant(0.0), x), one, constant(0.0));
+    } else if constexpr (activation == Activation::squared_relu) {
+      return pselect(pcmp_lt(x, constant(0.0)), constant(0.0), padd(x, x));
     } else if constexpr (activation == Activation::gelu) {
       return pmadd(x, detail::normal_density<Scalar>(x), detail::normal_cdf<Scalar>(x));
     } else if constexpr (activation == Activation::gelu_tanh) {
@@ -103,6 +119,8 @@ void with_activation(Activation activation, F&& f) {
       return f(ActivationFunction<Activation::identity, Scalar>{});
     case Activation::relu:
       return f(ActivationFunction<Activation::relu, Scalar>{});
+    case Activation::squared_relu:
+      return f(ActivationFunction<Activation::squared_relu, Scalar>{});
     case Activation::gelu:
       return f(ActivationFunction<Activation::gelu, Scalar>{});
     case Activation::gelu_tanh:

@@ -64,13 +64,16 @@ class RankDispatch {
   template <class Expert>
   using Tape = RankTape<Expert>;
 
-  /// Throws Error on all ranks where they have different configurations.
+  /// Throws Error on all ranks where they have different configurations, or the gate cannot share a
+  /// batch.
   template <class Config, class Gate>
   void place(const Config& config, const Gate& gate) {
     together("ExpertParallel: the placement", [&] {
       sent_counts_.resize(moe::detail::to_size(communicator_.size()));
       received_counts_.resize(sent_counts_.size());
       set_placement(placement_for(gate));
+      // What a gate cannot do in a shared batch, it says here.
+      for (const bool training : {true, false}) moe::detail::shared_calls_of(gate, training, 0);
     });
     check_same_configuration(config, gate.experts(), communicator_);
     number_ = communicator_.next_number();

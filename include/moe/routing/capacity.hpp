@@ -20,6 +20,9 @@
 /// (arXiv 2006.16668), algorithm 1.
 /// [F22] W. Fedus, B. Zoph, N. Shazeer, "Switch Transformers: Scaling to Trillion Parameter Models
 /// with Simple and Efficient Sparsity", JMLR 2022 (arXiv 2101.03961), section 2.2.
+/// [R21] C. Riquelme, J. Puigcerver, B. Mustafa, M. Neumann, R. Jenatton, A. Susano Pinto, D. Keysers, N.
+/// Houlsby, "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021 (arXiv 2106.05974), section
+/// 4.1, Batch Prioritized Routing.
 
 namespace moe {
 
@@ -29,9 +32,11 @@ enum class PlaceOrder {
   rows,            ///< token by token [F22]
   first_choices,   ///< all tokens' first choices, then all second ones, and so on [G21]
   largest_weight,  ///< by the gate's weight, so that those of lowest weight are dropped
+  best_tokens,  ///< as first_choices, the tokens by the weight of their first choice [R21]; not where
+                ///< processes share a batch
 };
-constexpr std::array<std::string_view, 3> enumerator_names(PlaceOrder) {
-  return {"rows", "first_choices", "largest_weight"};
+constexpr std::array<std::string_view, 4> enumerator_names(PlaceOrder) {
+  return {"rows", "first_choices", "largest_weight", "best_tokens"};
 }
 
 namespace detail {
@@ -48,8 +53,10 @@ inline Index expert_capacity(double factor, Index tokens, Index top_k, Index exp
 /// What drop_over_capacity() needs of memory.
 template <class Scalar>
 struct CapacityScratch {
-  IndexedVector<Index> order;  ///< choices
-  IndexedVector<Index> taken;  ///< E, or turns x E
+  IndexedVector<Index> order;      ///< choices
+  IndexedVector<Scalar> priority;  ///< T, of tokens
+  IndexedVector<Index> tokens;     ///< T, by priority
+  IndexedVector<Index> taken;      ///< E, or turns x E
 
   // Where processes share a batch.
   IndexedVector<Index> of_turn;    ///< turns x E, how many choices of all processes
@@ -57,16 +64,24 @@ struct CapacityScratch {
 };
 
 /// Drops the choices that find no place; one that was dropped before takes none. Ties of weights go
-/// to the lower token, and NaN comes last. O(T·K + E), and O(T·K·log(T·K)) by weight.
+/// to the lower token, and NaN comes last. O(T·K + E), and O(T·K·log(T·K)) by weight or token.
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<Scalar>& choices,
                         CapacityScratch<Scalar>& scratch) {
   resize(scratch.order, choices.size());
   std::iota(scratch.order.begin(), scratch.order.end(), Index{0});
-  if (how == PlaceOrder::first_choices) {
+  if (how == PlaceOrder::first_choices || how == PlaceOrder::best_tokens) {
     const Index tokens = choices.tokens();
+    resize(scratch.tokens, tokens);
+    std::iota(scratch.tokens.begin(), scratch.tokens.end(), Index{0});
+    if (how == PlaceOrder::best_tokens) {
+      resize(scratch.priority, tokens);
+      for (Index t = 0; t < tokens; ++t) scratch.priority[t] = choices.weight[t * choices.top_k];
+      std::sort(scratch.tokens.begin(), scratch.tokens.end(),
+                ByScore<Scalar>(scratch.priority.data()));
+    }
     for (Index i = 0; i < choices.size(); ++i) {
-      scratch.order[i] = i % tokens * choices.top_k + i / tokens;
+      scratch.order[i] = scratch.tokens[i % tokens] * choices.top_k + i / tokens;
     }
   } else if (how == PlaceOrder::largest_weight) {
     std::sort(scratch.order.begin(), scratch.order.end(), ByScore<Scalar>(choices.weight.data()));
@@ -79,19 +94,29 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   }
 }
 
-/// What drop_over_capacity() calls of a SharedBatch.
+/// Throws std::invalid_argument for an order that is not known where processes share a batch.
+inline void check_shared_order(PlaceOrder how) {
+  require(how != PlaceOrder::best_tokens,
+          "PlaceOrder::best_tokens: a batch that several processes share has no such order; take"
+          " first_choices or largest_weight");
+}
+
+/// What drop_over_capacity() calls of a SharedBatch. Throws as check_shared_order() does.
 template <class Scalar>
 SharedCall capacity_call(PlaceOrder how, Index top_k, Index experts) {
+  check_shared_order(how);
   if (how == PlaceOrder::largest_weight) return SharedSelection<Scalar>::first_call(experts);
   const Index turns = how == PlaceOrder::first_choices ? top_k : 1;
   return {SharedCall::sum_and_prefix, turns * experts};
 }
 
 /// The same where the choices may be of a part of a batch: places are those of all processes' tokens.
+/// Throws as check_shared_order() does.
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, const SharedBatch* batch,
                         Choices<Scalar>& choices, CapacityScratch<Scalar>& scratch) {
   if (batch == nullptr) return drop_over_capacity(how, capacity, experts, choices, scratch);
+  check_shared_order(how);
   if (how == PlaceOrder::largest_weight) {
     scratch.shared.find(experts, capacity, *batch, [&](auto&& visit) {
       for (std::size_t c = 0; c < choices.keeps.size(); ++c) {

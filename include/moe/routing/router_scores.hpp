@@ -16,10 +16,15 @@ namespace moe::detail {
 template <class Scalar>
 struct RouterScores {
   Matrix<Scalar> logits;             ///< c, N x E
-  Matrix<Scalar> scores;             ///< softmax(c) or sigmoid(c), N x E
+  Matrix<Scalar> scores;             ///< softmax(c), sigmoid(c) or sqrt(softplus(c)), N x E
   Vector<Scalar> probability_scale;  ///< N, by which scores are multiplied to be P
-  Vector<Scalar> log_sum;  ///< N, log Σ_i e^c_i; for sigmoids only if it is needed, else 0
+  Vector<Scalar> log_sum;  ///< N, log Σ_i e^c_i; without a softmax only if it is needed, else 0
 };
+
+/// Whether an expert's score depends on its own logit alone.
+inline bool is_elementwise(Score score) {
+  return score == Score::sigmoid || score == Score::sqrt_softplus;
+}
 
 inline constexpr Index router_block = 64;  ///< tokens in a task
 
@@ -46,11 +51,17 @@ void score_logits(Score score, bool needs_log_sum, RouterScores<Scalar>& router)
     for (Index t = first; t < first + count; ++t) {
       const Scalar* c = row_data(router.logits, t);
       Scalar* s = row_data(router.scores, t);
-      if (score == Score::sigmoid) {
+      if (is_elementwise(score)) {
         router.log_sum[t] =
             needs_log_sum ? log_sum(softmax_row<Scalar>(experts, c, nullptr)) : Scalar{0};
-        map(
-            experts, s, [](const P& v) { return sigmoid<Scalar>(v); }, c);
+        if (score == Score::sigmoid) {
+          map(
+              experts, s, [](const P& v) { return sigmoid<Scalar>(v); }, c);
+        } else {
+          map(
+              experts, s, [](const P& v) { return moe::detail::sqrt<Scalar>(softplus<Scalar>(v)); },
+              c);
+        }
         router.probability_scale[t] = finite_inverse(sum(experts, s));
       } else {
         const auto softmax = softmax_row(experts, c, s);
@@ -64,33 +75,45 @@ void score_logits(Score score, bool needs_log_sum, RouterScores<Scalar>& router)
   });
 }
 
-/// Turns ∂L/∂s (N x E) into ∂L/∂c.
+/// Turns ∂L/∂s (N x E) into ∂L/∂c: ds/dc is s·(1 − s) for sigmoids, sigmoid(c) / (2·s) for roots.
 template <class Scalar>
 void score_logits_backward(Score score, const RouterScores<Scalar>& router,
                            Matrix<Scalar>& gradient) {
   using P = Packet<Scalar>;
-  if (score != Score::sigmoid) return softmax_rows_backward(router.scores, gradient);
+  if (!is_elementwise(score)) return softmax_rows_backward(router.scores, gradient);
   const Index experts = router.scores.cols();
   const Work work = element_work(router.scores.size());
   parallel_for_blocks(router.scores.rows(), router_block, work, [&](Index first, Index count) {
     using namespace Eigen::internal;
     const P one = broadcast(Scalar{1});
+    // A root that is 0 to the last bit has no slope that could be told.
+    const P least = broadcast(std::numeric_limits<Scalar>::min());
     for (Index t = first; t < first + count; ++t) {
       Scalar* d = row_data(gradient, t);
-      map(
-          experts, d, [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
-          row_data(router.scores, t));
+      if (score == Score::sigmoid) {
+        map(
+            experts, d, [&](const P& g, const P& s) { return pmul(g, pmul(s, psub(one, s))); }, d,
+            row_data(router.scores, t));
+      } else {
+        map(
+            experts, d,
+            [&](const P& g, const P& s, const P& c) {
+              const P slope = pdiv(sigmoid<Scalar>(c), padd(s, s));
+              return pmul(g, pselect(pcmp_lt(s, least), pzero(s), slope));
+            },
+            d, row_data(router.scores, t), row_data(router.logits, t));
+      }
     }
   });
 }
 
-/// Turns ∂L/∂P (E) of token t into ∂L/∂s. For sigmoids, with P = s / S, S = Σ s:
+/// Turns ∂L/∂P (E) of token t into ∂L/∂s. For scores that are no softmax, with P = s / S, S = Σ s:
 /// ds = (dP − Σ dP·P) / S; a softmax is P itself.
 template <class Scalar>
 void probability_backward(Score score, const RouterScores<Scalar>& router, Index t, Scalar* d) {
   using P = Packet<Scalar>;
   using namespace Eigen::internal;
-  if (score != Score::sigmoid) return;
+  if (!is_elementwise(score)) return;
   const Index experts = router.scores.cols();
   const Scalar scale = router.probability_scale[t];
   const P factor = broadcast(scale);

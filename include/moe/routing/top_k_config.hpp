@@ -19,9 +19,10 @@ enum class Score {
   softmax,            ///< s = softmax(c) over all experts, before the choice
   softmax_of_chosen,  ///< chosen by c, weighed by the softmax of the chosen c, after the choice
   sigmoid,            ///< s = 1 / (1 + e^-c), each expert by itself
+  sqrt_softplus,      ///< s = sqrt(log(1 + e^c)), each expert by itself (DeepSeek-V4)
 };
-constexpr std::array<std::string_view, 3> enumerator_names(Score) {
-  return {"softmax", "softmax_of_chosen", "sigmoid"};
+constexpr std::array<std::string_view, 4> enumerator_names(Score) {
+  return {"softmax", "softmax_of_chosen", "sigmoid", "sqrt_softplus"};
 }
 
 /// TopKGate says what the letters stand for; by default it is the plainest gate: softmax,
@@ -38,7 +39,9 @@ struct TopKConfig {
   /// DeepSeek's and Hugging Face's code for sigmoids, 0 in most other models. It makes weights of
   /// tiny scores add up to less than 1. With 0, scores that are all 0 get weights of 0.
   double renormalise_epsilon = 0;
-  double scale = 1;  ///< of all weights, above 0
+  double renormalise_norm = 1;  ///< p of the sum (Σ s^p)^(1/p) that weights are divided by, >= 1
+  bool renormalise_after_drops = false;  ///< over the choices that are left, and not before
+  double scale = 1;                      ///< of all weights, above 0
 
   Index groups = 1;        ///< divides E
   Index top_k_groups = 1;  ///< groups that a token's experts are from, which must hold K
@@ -72,6 +75,8 @@ struct TopKConfig {
     visit("score", self.score);
     visit("renormalise", self.renormalise);
     visit("renormalise_epsilon", self.renormalise_epsilon);
+    visit("renormalise_norm", self.renormalise_norm);
+    visit("renormalise_after_drops", self.renormalise_after_drops);
     visit("scale", self.scale);
     visit("groups", self.groups);
     visit("top_k_groups", self.top_k_groups);
@@ -101,12 +106,21 @@ inline const TopKConfig& checked(const TopKConfig& config) {
   check_at_least_one(gate, "width", config.width);
   check_at_least_one(gate, "experts", config.experts);
   check_choice(gate, "top_k", config.top_k, "experts", config.experts);
-  require(config.score >= Score::softmax && config.score <= Score::sigmoid,
+  require(config.score >= Score::softmax && config.score <= Score::sqrt_softplus,
           "TopKGate::Config.score = ", static_cast<int>(config.score),
-          ", must be one of the 3 scores");
+          ", must be one of the 4 scores");
   require(std::isfinite(config.scale) && config.scale > 0,
           "TopKGate::Config.scale = ", config.scale, ", must be finite and above 0");
   check_at_least_zero(gate, "Config.renormalise_epsilon", config.renormalise_epsilon);
+  require(std::isfinite(config.renormalise_norm) && config.renormalise_norm >= 1,
+          "TopKGate::Config.renormalise_norm = ", config.renormalise_norm,
+          ", must be finite and at least 1");
+  const bool of_chosen = config.score == Score::softmax_of_chosen;
+  require(config.renormalise_norm == 1 || (config.renormalise && !of_chosen),
+          "TopKGate::Config.renormalise_norm = ", config.renormalise_norm,
+          ", must be 1 without renormalise, and with softmax_of_chosen");
+  require(!config.renormalise_after_drops || config.renormalise || of_chosen,
+          "TopKGate::Config.renormalise_after_drops = true without renormalise");
   require(config.groups >= 1 && config.experts % config.groups == 0,
           "TopKGate::Config.groups = ", config.groups, ", must divide experts = ", config.experts);
   check_choice(gate, "top_k_groups", config.top_k_groups, "groups", config.groups);
@@ -123,10 +137,9 @@ inline const TopKConfig& checked(const TopKConfig& config) {
           "TopKGate::Config.random_second with top_k = ", config.top_k, ", must be 2");
   check_at_least_zero(gate, "Config.capacity_factor", config.capacity_factor);
   check_at_least_zero(gate, "Config.evaluation_capacity_factor", config.evaluation_capacity_factor);
-  require(
-      config.place_order >= PlaceOrder::rows && config.place_order <= PlaceOrder::largest_weight,
-      "TopKGate::Config.place_order = ", static_cast<int>(config.place_order),
-      ", must be one of the 3 orders");
+  require(config.place_order >= PlaceOrder::rows && config.place_order <= PlaceOrder::best_tokens,
+          "TopKGate::Config.place_order = ", static_cast<int>(config.place_order),
+          ", must be one of the 4 orders");
   check_at_least_zero(gate, "Config.switch_loss_weight", config.switch_loss_weight);
   check_at_least_zero(gate, "Config.sequence_loss_weight", config.sequence_loss_weight);
   require(config.switch_count >= SwitchCount::per_slot &&
