@@ -48,6 +48,7 @@ class Pretrained {
       config_.refuse("model_type", "one of " + known);
     }
     mixtures_ = family->mixtures(config_);
+    for (const Mixture& mixture : mixtures_) detail::check_family(model_type_, mixture);
   }
 
   const std::string& model_type() const { return model_type_; }
@@ -118,7 +119,8 @@ class Pretrained {
 /// Opens a folder with config.json and model.safetensors, or the shards that model.safetensors.index.json
 /// lists. `more` are families beside those in known_families(), looked at first. Throws std::runtime_error,
 /// which names the file and what is wrong with it, if a file is missing or not in order, a setting is
-/// missing or out of range, or the family is not known.
+/// missing or out of range, or the family is not known; and std::invalid_argument if a family in `more` does
+/// not name what it must.
 inline Pretrained open_pretrained(const std::string& folder, std::span<const Family> more = {}) {
   return {folder, more};
 }

@@ -251,3 +251,42 @@ TEST_CASE("pretrained: a family of one's own goes before those that are known",
   CHECK(none.mixtures().empty());
   CHECK_THROWS_WITH(none.mixture(0), Contains("layer 0 is no mixture, those are none"));
 }
+
+TEST_CASE("pretrained: a family that does not say all is told what", "[io][pretrained]") {
+  const auto with = [](const auto& change, const std::string& message) {
+    const std::vector<io::Family> wrong{{"deepseek_v3", [&](const io::ModelConfig& config) {
+                                           auto mixtures = io::deepseek_v3_mixtures(config);
+                                           for (io::Mixture& mixture : mixtures) change(mixture);
+                                           return mixtures;
+                                         }}};
+    CHECK_THROWS_WITH(io::open_pretrained(golden("deepseek_v3"), wrong),
+                      Contains("family deepseek_v3: " + message));
+  };
+  const auto with_name = [&](auto member, const std::string& message) {
+    with([&](io::Mixture& m) { member(m.layouts[1]).clear(); }, message);
+  };
+  using Mixture = io::Mixture;
+  using Tensors = io::MixtureTensors;
+  with([](Mixture& m) { m.layouts.clear(); }, "Mixture.layouts is empty");
+  with([](Mixture& m) { m.scale_rows = 0; }, "Mixture.scale_rows and scale_columns must be at");
+  with([](Mixture& m) { m.scale_columns = 0; }, "Mixture.scale_rows and scale_columns must be at");
+  with([](Mixture& m) { m.gate.bias = true; }, "MixtureTensors.router_bias is empty");
+  with([](Mixture& m) { m.shared_gated = true; }, "MixtureTensors.shared_gate is empty");
+  with([](Mixture& m) { m.bias = true; }, "the mixture has biases, MixtureTensors has no names");
+  with([](Mixture& m) { m.bias = true, m.shared = 2; }, "of several shared experts side by side");
+  with_name(
+      [](Tensors & t) -> auto& { return t.router; }, "MixtureTensors.router is empty");
+  with_name(
+      [](Tensors & t) -> auto& { return t.selection_bias; },
+      "MixtureTensors.selection_bias is empty");
+  const std::string experts = "MixtureTensors.experts has no name for a map";
+  with_name(
+      [](Tensors & t) -> auto& { return t.experts.gate; }, experts);
+  with_name(
+      [](Tensors & t) -> auto& { return t.experts.up; }, experts);
+  with_name(
+      [](Tensors & t) -> auto& { return t.experts.down; }, experts);
+  with_name(
+      [](Tensors & t) -> auto& { return t.shared.down; },
+      "MixtureTensors.shared has no name for a map");
+}

@@ -123,4 +123,7 @@ TEST_CASE("pretrained: a layer that is not of the mixture's shape is not saved",
   const Routed unbiased(config);
   CHECK_THROWS_WITH(io::add_layer(writer, more, unbiased),
                     Contains("the layer has 13 parameters, the mixture 25"));
+  more.layouts.clear();
+  CHECK_THROWS_WITH(io::add_layer(writer, more, unbiased),
+                    Contains("add_layer: Mixture.layouts is empty"));
 }
