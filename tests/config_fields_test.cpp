@@ -139,7 +139,7 @@ TEST_CASE("config fields: texts of fields that have names") {
   CHECK(detail::field_text(1e-20) == "1e-20");
   CHECK(detail::field_text(false) == "false");
   CHECK(detail::field_text(Activation::gelu_tanh) == "gelu_tanh");
-  CHECK(detail::field_text(static_cast<Activation>(7)) == "7");
+  CHECK(detail::field_text(static_cast<Activation>(9)) == "9");
   CHECK(detail::field_text(static_cast<Activation>(-1)) == "-1");
 }
 
@@ -157,10 +157,11 @@ TEST_CASE("config fields: 64 bits are the field again") {
 TEST_CASE("config fields: the last enumerator's name is the last name") {
   CHECK(detail::field_text(Activation::tanh) == "tanh");
   CHECK(enumerator_names(Activation{}).back() == "tanh");
-  CHECK(detail::field_text(Score::sigmoid) == "sigmoid");
-  CHECK(enumerator_names(Score{}).back() == "sigmoid");
+  CHECK(detail::field_text(Score::sqrt_softplus) == "sqrt_softplus");
+  CHECK(enumerator_names(Score{}).back() == "sqrt_softplus");
   CHECK(detail::field_text(GroupScore::two_best) == "two_best");
-  CHECK(detail::field_text(PlaceOrder::largest_weight) == "largest_weight");
+  CHECK(detail::field_text(PlaceOrder::best_tokens) == "best_tokens");
+  CHECK(enumerator_names(PlaceOrder{}).back() == "best_tokens");
   CHECK(detail::field_text(SwitchCount::first_choice) == "first_choice");
   CHECK(detail::field_text(RowOrder::sequence_major) == "sequence_major");
 }
@@ -192,12 +193,12 @@ TEMPLATE_TEST_CASE("config fields: those of every module have names", "", NoisyT
 TEST_CASE("config fields: every field of every gate and layer counts") {
   using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<float>>>;
   const Layer::Config config{.seed = 1};
-  // Width; the expert's five; the gate's three and its routed one's 24; output and seed.
-  CHECK(fields_of(config).size() == 1 + 5 + 3 + detail::field_count<TopKConfig>() + 2);
+  // Width; the expert's nine; the gate's five and its routed one's 27; identity_experts, output and seed.
+  CHECK(fields_of(config).size() == 1 + 9 + 5 + 27 + 3);
   const std::vector<std::string> names = names_of(config);
   CHECK(names[1] == "expert.width");
-  CHECK(names[6] == "gate.width");
-  CHECK(names[10] == "gate.routed.experts");
+  CHECK(names[10] == "gate.width");
+  CHECK(names[16] == "gate.routed.experts");
   CHECK(names.back() == "seed");
   Layer::Config other{.seed = 1};
   other.gate.routed.init_stddev = 0.03;  // the last one

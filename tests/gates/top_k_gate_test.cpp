@@ -154,7 +154,7 @@ TEST_CASE("top-k gate: slots are grouped, ascending and weighed as chosen", "[ro
     config.groups = groups;
     config.top_k_groups = 1 + words[1] % static_cast<std::uint32_t>(groups);
     config.experts = groups * (2 + words[2] % 5);
-    config.place_order = static_cast<PlaceOrder>(seed % 3);
+    config.place_order = static_cast<PlaceOrder>(seed % 4);
     config.capacity_factor = seed % 2 == 0 ? 0.9 : 0;
     const Index tokens = 2 * (words[3] % 20);
     TopKGate<double> gate(config, seed);

@@ -69,6 +69,11 @@ TEST_CASE("layer: a bad configuration is refused with its field and numbers", "[
          "moe: FeedForward::Config.hidden = 0, must be at least 1");
   refuse([](auto& c) { c.gate.experts = 0; },
          "moe: NoisyTopKGate::Config.experts = 0, must be at least 1");
+  for (const Index bad : {-1, 6, 7}) {
+    refuse([=](auto& c) { c.identity_experts = bad; },
+           "moe: MoELayer::Config.identity_experts = " + std::to_string(bad) +
+               ", must be at least 0 and below the gate's 6 experts");
+  }
   refuse([](auto& c) { c.gate.top_k = 7; },
          "moe: NoisyTopKGate::Config.top_k = 7, must be from 1 to experts = 6");
   CHECK_NOTHROW(Layer<float>({.width = 4,
@@ -190,7 +195,7 @@ TEST_CASE("layer: the tape of a layer with another gate is refused with nothing 
 
 TEST_CASE("layer: an activation outside its enumeration is refused", "[layer]") {
   const auto unknown = static_cast<Activation>(99);
-  const std::string is = " = 99, must be one of the 7 activations";
+  const std::string is = " = 99, must be one of the 9 activations";
   Config<float> config{.width = 3,
                        .expert = {.hidden = 4},
                        .gate = {.experts = 2, .top_k = 1},

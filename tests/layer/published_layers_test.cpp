@@ -155,3 +155,25 @@ TEST_CASE("published layers: Cohere2-MoE, the average of shared and routed exper
         return scaled(0.5, y);
       });
 }
+
+TEST_CASE("published layers: LongCat-Flash, with experts that compute nothing", "[layer]") {
+  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
+  Index identities = 0;
+  check_published<Layer>({.width = 4,
+                          .expert = {.hidden = 3, .activation = Activation::silu, .gated = true},
+                          .gate = {.experts = 8, .top_k = 4, .scale = 6, .selection_bias = true},
+                          .identity_experts = 4,
+                          .seed = 1},
+                         [&](const Named& w, const Row& x) {
+                           const Row p = softmax(times(x, w.at("gate.weight")));
+                           Row choice = p;
+                           add(row_of(w.at("gate.selection_bias"), 0), choice);
+                           Row y(x.size(), 0.0);
+                           for (const Index e : top(choice, 4)) {
+                             identities += e >= 4;
+                             add(scaled(6 * p[at(e)], e < 4 ? swiglu(w, e, x) : x), y);
+                           }
+                           return y;
+                         });
+  CHECK(identities > 5);
+}

@@ -182,6 +182,25 @@ TEST_CASE("expert parallel: one expert can get every token of every rank", "[mpi
   }
 }
 
+TEST_CASE("expert parallel: experts that are the identity stay where their tokens are", "[mpi]") {
+  const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
+  for (const Activation output : {Activation::identity, Activation::sigmoid}) {
+    Beside<Layer<NoisyTopKGate<double>>> beside({.width = 6,
+                                                 .expert = {.hidden = 10},
+                                                 .gate = {.experts = 6, .top_k = 3},
+                                                 .identity_experts = 3,
+                                                 .output = output,
+                                                 .seed = 4},
+                                                communicator);
+    for (const auto& share : test::ways_to_share(20, communicator.size())) {
+      beside.check(share, 1e-12, {.step = 9});
+      for (const auto& valid : test::ways_to_pad(share)) {
+        beside.check(share, 1e-12, {.step = 3, .valid = valid});
+      }
+    }
+  }
+}
+
 TEST_CASE("expert parallel: every kind of expert and output", "[mpi]") {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   for (const bool gated : {false, true}) {

@@ -12,9 +12,12 @@ namespace moe {
 /// What a layer is made of, wherever its experts are.
 template <class Expert, class Gate>
 struct MoELayerConfig {
-  Index width = 0;                           ///< D
-  typename Expert::Config expert{};          ///< of every expert
-  typename Gate::Config gate{};              ///< says how many experts there are
+  Index width = 0;                   ///< D
+  typename Expert::Config expert{};  ///< of every expert
+  typename Gate::Config gate{};      ///< says how many experts there are
+  /// How many of the gate's experts, the last ones, are the identity instead of a network: >= 0, and
+  /// fewer than there are.
+  Index identity_experts = 0;
   Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
   Seed seed;                                 ///< of the experts' start and the gate's noise
 
@@ -23,6 +26,7 @@ struct MoELayerConfig {
     visit("width", self.width);
     visit("expert", self.expert);
     visit("gate", self.gate);
+    visit("identity_experts", self.identity_experts);
     visit("output", self.output);
     visit("seed", self.seed);
   }

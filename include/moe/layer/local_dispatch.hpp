@@ -25,9 +25,9 @@ class LocalDispatch {
   template <class Expert>
   struct Tape {};
 
-  /// Called once by the layer's constructor.
+  /// Called once by the layer's constructor, with the number of its experts.
   template <class Config, class Gate>
-  void place(const Config&, const Gate&) {}
+  void place(const Config&, const Gate&, Index) {}
   /// Those of the layer's experts that are here.
   Range experts_here(Index experts) const { return {0, experts}; }
 
@@ -51,8 +51,8 @@ class LocalDispatch {
   int ranks() const { return 1; }
   Placement placement(Index experts) const { return Placement(experts); }
   template <class Gate>
-  Placement placement_for(const Gate& gate) const {
-    return Placement(gate.experts());
+  Placement placement_for(const Gate&, Index experts) const {
+    return Placement(experts);
   }
   void set_placement(const Placement&) {}
   /// Throws on all ranks where they differ in what is to be done.
@@ -89,8 +89,8 @@ class LocalDispatch {
                bool save, Dispatch<typename Expert::Scalar>& dispatch,
                detail::ExpertTape<Expert>& tape, Tape<Expert>&,
                Matrix<typename Expert::Scalar>& sum, F&& f) const {
-    const detail::ExpertPass<Expert> pass(experts, {dispatch, x.rows(), {0, dispatch.experts()}},
-                                          tape);
+    const detail::ExpertPass<Expert> pass(
+        experts, {dispatch, x.rows(), {0, static_cast<Index>(experts.size())}}, tape);
     pass.check_experts();
     f();
     pass.forward(x, save, sum);
@@ -104,8 +104,8 @@ class LocalDispatch {
                 Tape<Expert>&, IndexedVector<typename Expert::Scalar>& dweight,
                 Matrix<typename Expert::Scalar>& dx, F&& f) const {
     const MatrixRef<typename Expert::Scalar> dsum = f();
-    const detail::ExpertPass<Expert> pass(experts, {dispatch, x.rows(), {0, dispatch.experts()}},
-                                          tape);
+    const detail::ExpertPass<Expert> pass(
+        experts, {dispatch, x.rows(), {0, static_cast<Index>(experts.size())}}, tape);
     pass.check_experts();
     pass.backward(experts, x, dsum, dweight.data(), dx);
   }

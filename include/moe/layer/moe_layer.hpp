@@ -13,6 +13,7 @@
 #include "moe/gates/noisy_top_k_gate.hpp"
 #include "moe/layer/changed_experts.hpp"
 #include "moe/layer/expert_pass.hpp"
+#include "moe/layer/identity_experts.hpp"
 #include "moe/layer/layer_checks.hpp"
 #include "moe/layer/layer_config.hpp"
 #include "moe/layer/local_dispatch.hpp"
@@ -28,7 +29,8 @@ namespace moe {
 /// experts, each expert runs over the rows it got, and the results are added up by weight (or are those
 /// of weighted rows, see FeedForward::Config.weighted_input). The
 /// layer drops no token, and computes and back-propagates nothing for an expert that got none. A
-/// token that a gate gave no slot (some do, see docs/gates.md) has a y of act(0).
+/// token that a gate gave no slot (some do, see docs/gates.md) has a y of act(0). With
+/// Config.identity_experts the last experts of the gate have no network and cost next to nothing: E_i(x) = x.
 ///
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>> layer({.width = 128,
 ///                                                         .expert = {.hidden = 256},
@@ -77,6 +79,7 @@ class MoELayer {
     Matrix<Scalar> dx;            ///< T x D, the gradient with respect to x
     bool trained = false;         ///< whether the last pass was a forward() that ended well
     std::uint64_t structure = 0;  ///< of the layer in the last pass: which experts it had
+    Index networks = 0;           ///< how many of them were no identity
 
     Matrix<Scalar> combined;   ///< T x D, y before the output activation, if there is one
     Matrix<Scalar> dcombined;  ///< T x D
@@ -97,12 +100,16 @@ class MoELayer {
           Gate gate(config_.gate, derive_seed(config.seed, 0));
           detail::require(gate.experts() >= 1, "MoELayer: the gate has ", gate.experts(),
                           " experts, must be at least 1");
+          detail::require(
+              config_.identity_experts >= 0 && config_.identity_experts < gate.experts(),
+              "MoELayer::Config.identity_experts = ", config_.identity_experts,
+              ", must be at least 0 and below the gate's ", gate.experts(), " experts");
           return gate;
         })) {
     if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
-    policy_.place(config_, gate_);
+    policy_.place(config_, gate_, networks());
     policy_.together("MoELayer: the experts", [&] {
-      const Range here = policy_.experts_here(gate_.experts());
+      const Range here = policy_.experts_here(networks());
       experts_.reserve(detail::to_size(here.count));
       for (Index e = here.first; e < here.first + here.count; ++e) {
         experts_.emplace_back(config_.expert,
@@ -155,6 +162,7 @@ class MoELayer {
     });
     run_experts(tape.x, tape, true);
     tape.structure = structure_;
+    tape.networks = networks();
     tape.trained = true;
     return tape.y;
   }
@@ -175,6 +183,7 @@ class MoELayer {
                                                                tape.dcombined);
                      });
     policy_.gate_backward(gate_, tape.exchange, [&] {
+      identity_backward(dy, tape);
       sort_by_expert_backward(tape.dispatch, std::span<const Scalar>(tape.sorted_dweight),
                               tape.dweight);
       gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
@@ -213,9 +222,9 @@ class MoELayer {
   /// Puts an expert with the same shapes in the place of expert `e`, which must be one of those here.
   /// Throws std::invalid_argument where it is not, or a parameter has another shape.
   void replace_expert(Index e, const Expert& expert) {
-    const Range here = policy_.experts_here(gate_.experts());
+    const Range here = policy_.experts_here(networks());
     detail::require(e >= here.first && e < here.first + here.count,
-                    "MoELayer::replace_expert: expert ", e, " of ", gate_.experts());
+                    "MoELayer::replace_expert: expert ", e, " of ", networks());
     Expert& replaced = experts_[detail::to_size(e - here.first)];
     detail::check_same_shapes(replaced, expert,
                               "MoELayer::replace_expert: experts." + std::to_string(e) + '.');
@@ -285,9 +294,12 @@ class MoELayer {
   }
 
  private:
+  /// Experts that are no identity.
+  Index networks() const { return gate_.experts() - config_.identity_experts; }
+
   /// A layer that was moved from has no experts.
   void check_structure() const {
-    const Range here = policy_.experts_here(gate_.experts());
+    const Range here = policy_.experts_here(networks());
     detail::require(static_cast<Index>(experts_.size()) == here.count,
                     "MoELayer: ", experts_.size(), " experts where there should be ", here.count,
                     ": the layer was moved from");
@@ -306,13 +318,14 @@ class MoELayer {
     policy_.together(verb, [&] {
       check_structure();
       draws.check(verb);
-      sources.emplace(verb, make_sources(gate_.experts()), gate_.experts());
+      sources.emplace(verb, make_sources(networks()), networks());
+      const ExpertSources gate_sources = with_identity_experts(verb, *sources);
       gate.emplace(gate_);
       change.parameters =
-          gate->change_experts(*sources, derive_seed(draws.seed, 0), draws.noise_stddev);
-      detail::require(gate->experts() == sources->experts(), verb, ": the gate has ",
-                      gate->experts(), " experts afterwards, not ", sources->experts());
-      placement.emplace(policy_.placement_for(*gate));
+          gate->change_experts(gate_sources, derive_seed(draws.seed, 0), draws.noise_stddev);
+      detail::require(gate->experts() == gate_sources.experts(), verb, ": the gate has ",
+                      gate->experts(), " experts afterwards, not ", gate_sources.experts());
+      placement.emplace(policy_.placement_for(*gate, sources->experts()));
       change.structure_before = structure_;
       change.structure = detail::next_structure(structure_, *sources);
       change.sources = sources->list();
@@ -334,6 +347,12 @@ class MoELayer {
     mark_structure(gate_);
     zero_gradients(*this, Updates::lazy);
     return change;
+  }
+  /// The sources of the gate's experts: the identity stays behind the networks.
+  ExpertSources with_identity_experts(const char* verb, const ExpertSources& sources) const {
+    std::vector<Index> list = sources.list();
+    for (Index e = networks(); e < gate_.experts(); ++e) list.push_back(e);
+    return ExpertSources(verb, std::move(list), gate_.experts());
   }
   template <class Module>
   void mark_structure(Module& module) const {
@@ -360,7 +379,20 @@ class MoELayer {
       detail::resize_to_zero(sum, x.rows(), config_.width);
       if (has_activation) detail::resize(tape.y, x.rows(), config_.width);
     });
+    if (config_.identity_experts > 0) {
+      detail::add_identity_experts<Scalar>(tape.dispatch, networks(), x, sum);
+    }
     if (has_activation) detail::activate_output(config_.output, sum, tape.y);
+  }
+
+  /// The share of the identity in dx and in the gradients of the slots' weights.
+  void identity_backward(const MatrixRef<Scalar>& dy, Tape& tape) const {
+    if (config_.identity_experts == 0) return;
+    const bool has_activation = config_.output != Activation::identity;
+    const MatrixRef<Scalar> dsum = has_activation ? MatrixRef<Scalar>(tape.dcombined) : dy;
+    detail::identity_weight_gradients<Scalar>(tape.dispatch, networks(), tape.x, dsum,
+                                              tape.sorted_dweight);
+    detail::add_identity_experts<Scalar>(tape.dispatch, networks(), dsum, tape.dx);
   }
 
   /// Throws before anything is changed, and makes room.
@@ -375,6 +407,9 @@ class MoELayer {
             (experts_.empty() || tape.experts.saved_width == experts_.front().tape_width()),
         "MoELayer::backward: the tape is another layer's, of ", tape.routing().experts,
         " experts and width ", tape.x.cols());
+    detail::require(tape.networks == networks(),
+                    "MoELayer::backward: the tape is another layer's, of ", tape.networks,
+                    " experts that are no identity");
     detail::require(tape.structure == structure_,
                     "MoELayer::backward: the tape is of other experts: some were added, copied or"
                     " removed after its forward pass");

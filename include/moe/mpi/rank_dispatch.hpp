@@ -50,7 +50,8 @@ struct Shard {
 ///
 /// A slot that leaves its rank costs D numbers each way, forward and backward, and one more for its
 /// weight. Rows are packed where they leave, and computed with as they arrive: they are not sorted
-/// by expert first. While they travel a rank computes its own share.
+/// by expert first. While they travel a rank computes its own share. Experts of the dispatch behind those
+/// that are placed are not its concern.
 class RankDispatch {
  public:
   RankDispatch(const Communicator& communicator)  // NOLINT(google-explicit-constructor)
@@ -67,11 +68,11 @@ class RankDispatch {
   /// Throws Error on all ranks where they have different configurations, or the gate cannot share a
   /// batch.
   template <class Config, class Gate>
-  void place(const Config& config, const Gate& gate) {
+  void place(const Config& config, const Gate& gate, Index experts) {
     together("ExpertParallel: the placement", [&] {
       sent_counts_.resize(moe::detail::to_size(communicator_.size()));
       received_counts_.resize(sent_counts_.size());
-      set_placement(placement_for(gate));
+      set_placement(placement_for(gate, experts));
       // What a gate cannot do in a shared batch, it says here.
       for (const bool training : {true, false}) moe::detail::shared_calls_of(gate, training, 0);
     });
@@ -88,9 +89,8 @@ class RankDispatch {
   int ranks() const { return communicator_.size(); }
   Placement placement(Index) const { return placement_; }
   template <class Gate>
-  Placement placement_for(const Gate& gate) const {
-    return Placement(gate.experts(), communicator_.size(), experts_together(gate),
-                     shared_experts(gate));
+  Placement placement_for(const Gate& gate, Index experts) const {
+    return Placement(experts, communicator_.size(), experts_together(gate), shared_experts(gate));
   }
   void set_placement(const Placement& placement) {
     placement_ = placement;
@@ -356,7 +356,7 @@ class RankDispatch {
                   const Tape<Expert>& tape) const {
     moe::detail::require(
         tape.batch.rank_rows.size() == moe::detail::to_size(communicator_.size()) &&
-            dispatch.experts() == placement_.experts(),
+            dispatch.experts() >= placement_.experts(),
         "MoELayer::backward: the tape is another layer's, of ", tape.batch.rank_rows.size(),
         " ranks and ", dispatch.experts(), " experts");
   }
