@@ -41,9 +41,12 @@ struct Surroundings {
 void check_sizes(const moe::SafetensorsFile& file, const Options& o) {
   const auto check = [&](const char* name, Index rows, Index columns) {
     const auto found = file.tensors().find(name);
-    const std::vector<std::uint64_t> shape{static_cast<std::uint64_t>(rows),
-                                           static_cast<std::uint64_t>(columns)};
-    if (found == file.tensors().end() || found->second.shape != shape) {
+    // A single row is a vector there.
+    const bool fits = found != file.tensors().end() && !found->second.shape.empty() &&
+                      found->second.shape.back() == static_cast<std::uint64_t>(columns) &&
+                      found->second.end - found->second.begin ==
+                          static_cast<std::uint64_t>(rows * columns) * sizeof(float);
+    if (!fits) {
       throw std::runtime_error(file.path() + ": " + name + " is not as large as the options say");
     }
   };

@@ -1,5 +1,7 @@
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -9,6 +11,7 @@
 #include "../support.hpp"
 #include "../temporary_folder.hpp"
 #include "moe/config_fields.hpp"
+#include "moe/io/pretrained.hpp"
 #include "moe/io/safetensors.hpp"
 #include "moe/io/serving.hpp"
 #include "moe/moe.hpp"
@@ -50,6 +53,8 @@ namespace saving {
 using moe::Index;
 #include "saving_4.inc"
 }  // namespace saving
+
+#include "pretrained_5.inc"
 
 }  // namespace
 
@@ -189,6 +194,41 @@ TEST_CASE("documents: saving.md and from_pytorch.md", "[documents]") {
 #include "from_pytorch_1.inc"
     const auto rows = moe::test::random_matrix<float>(5, 8, 1);
     CHECK(moe::test::same_bits(layer.evaluate(rows), saved.evaluate(rows)));
+  }
+}
+
+TEST_CASE("documents: pretrained.md", "[documents]") {
+  namespace fs = std::filesystem;
+  const moe::test::TemporaryFolder folder;
+  const moe::test::CurrentFolder inside(folder);
+  const std::string golden = MOE_TEST_PRETRAINED;
+  fs::copy(golden + "/olmoe", "OLMoE-1B-7B-0924");
+  fs::copy(golden + "/olmoe/passes.safetensors", "rows.safetensors");
+  fs::copy(golden + "/jamba", "Jamba-v0.1");
+  {
+#include "pretrained_1.inc"
+#include "pretrained_2.inc"
+#include "pretrained_3.inc"
+    CHECK(difference.cwiseAbs().maxCoeff() < 1e-5f * y.cwiseAbs().maxCoeff());
+#include "pretrained_4.inc"
+    CHECK(moe::SafetensorsFile("layer.safetensors").tensors().size() == 16);
+  }
+  {
+#include "pretrained_6.inc"
+    REQUIRE(jamba.mixtures().size() == 1);
+    const auto layer = jamba.load_layer<moe::io::RoutedLayer<double>>(1);
+    const moe::SafetensorsFile passes("Jamba-v0.1/passes.safetensors");
+    const moe::Matrix<double> y = passes.matrix<double>("y");
+    CHECK((layer.evaluate(passes.matrix<double>("x")) - y).cwiseAbs().maxCoeff() < 1e-10);
+  }
+  {
+    const moe::Matrix<float> numbers = moe::test::random_matrix<float>(3, 2, 1);
+    moe::SafetensorsWriter writer;
+    writer.add("model.embed_tokens.weight", numbers);
+    writer.add("lm_head.weight", numbers);
+    writer.write("model.safetensors");
+#include "pretrained_7.inc"
+    CHECK(moe::test::same_bits(embedding, numbers));
   }
 }
 

@@ -338,13 +338,9 @@ TEST_CASE("pronounce: a training that cannot be is not resumed", "[pronounce]") 
         if (broken == name + ' ' + std::to_string(i)) values[i] = i == 1 ? 1000000000 : -100;
       }
     } else if (tensor.type == "F32") {
-      auto& value = floats.emplace_back(static_cast<Index>(tensor.shape[0]),
-                                        static_cast<Index>(tensor.shape[1]));
-      whole.read(name, value);
+      floats.push_back(whole.matrix<float>(name));
     } else {
-      auto& value = doubles.emplace_back(static_cast<Index>(tensor.shape[0]),
-                                         static_cast<Index>(tensor.shape[1]));
-      whole.read(name, value);
+      doubles.push_back(whole.matrix<double>(name));
     }
   }
   auto number = numbers.begin();

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -58,6 +59,23 @@ void read_matrix(const moe::SafetensorsFile& file, const std::string& name,
   file.read(name, matrix);
 }
 
+/// Any tensor of a type that can be widened, whole and in blocks.
+void read_any(const moe::SafetensorsFile& file, const std::string& name,
+              const moe::SafetensorsFile::Tensor& tensor) {
+  // Sizes beside a zero can be more than a matrix has.
+  if (!moe::detail::is_widened(tensor.type) || tensor.begin == tensor.end) return;
+  const moe::Matrix<double> whole = file.matrix<double>(name);
+  std::uint64_t count = 0;
+  file.for_each_block<double>(name, [&](std::uint64_t first, std::span<const double> numbers) {
+    require(first == count);
+    for (const double number : numbers) {
+      const double same = whole.data()[count++];
+      require(number == same || (std::isnan(number) && std::isnan(same)));
+    }
+  });
+  require(count == static_cast<std::uint64_t>(whole.size()));
+}
+
 void read_file(const std::string& path, std::size_t size) {
   const moe::SafetensorsFile file(path);
   std::uint64_t bytes = 0;
@@ -66,6 +84,7 @@ void read_file(const std::string& path, std::size_t size) {
     bytes += tensor.end - tensor.begin;
     read_matrix<float>(file, name, tensor);
     read_matrix<double>(file, name, tensor);
+    read_any(file, name, tensor);
     if (tensor.type == "I64" && tensor.shape.size() == 1) {
       std::vector<moe::Index> numbers(tensor.shape[0]);
       file.read(name, numbers);

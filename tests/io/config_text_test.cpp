@@ -152,7 +152,8 @@ TEST_CASE("safetensors config: nothing in a file is believed", "[io]") {
   }
   for (const std::string& text : std::vector<std::string>{"Relu", "1", "", "relu "}) {
     fails("activation", text,
-          "must be one of identity, relu, gelu, gelu_tanh, silu, sigmoid, tanh");
+          "must be one of identity, relu, squared_relu, gelu, gelu_tanh, gelu_sigmoid, silu, "
+          "sigmoid, tanh");
   }
   fails("mode", "off", "must be a whole number from -2147483648 to 2147483647");
   fails("mode", "2147483648", "must be a whole number");

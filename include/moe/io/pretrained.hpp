@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,6 +48,7 @@ class Pretrained {
       config_.refuse("model_type", "one of " + known);
     }
     mixtures_ = family->mixtures(config_);
+    for (const Mixture& mixture : mixtures_) detail::check_family(model_type_, mixture);
   }
 
   const std::string& model_type() const { return model_type_; }
@@ -85,18 +87,29 @@ class Pretrained {
     detail::MixtureSource(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>).read(into);
   }
 
-  /// A new layer with these parameters; throws like layer_config() and read_layer().
+  /// A new layer with these parameters. Throws std::runtime_error, which names the file, like layer_config()
+  /// and read_layer(), and where config.json has numbers that a layer cannot have.
   template <class Layer>
   Layer load_layer(Index layer) const {
     const auto config = layer_config<Layer>(layer);
     // Before the memory is taken that config.json asks for.
     const detail::MixtureSource source(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>);
-    Layer loaded(config);
+    Layer loaded = made<Layer>(config, layer);
     source.read(loaded);
     return loaded;
   }
 
  private:
+  /// What is out of range here was so in config.json.
+  template <class Layer>
+  Layer made(const typename Layer::Config& config, Index layer) const {
+    try {
+      return Layer(config);
+    } catch (const std::invalid_argument& error) {
+      detail::fail_file(config_.path(), "layer ", layer, ": ", error.what());
+    }
+  }
+
   ModelConfig config_;
   Checkpoint checkpoint_;
   std::string model_type_;
@@ -106,7 +119,8 @@ class Pretrained {
 /// Opens a folder with config.json and model.safetensors, or the shards that model.safetensors.index.json
 /// lists. `more` are families beside those in known_families(), looked at first. Throws std::runtime_error,
 /// which names the file and what is wrong with it, if a file is missing or not in order, a setting is
-/// missing or out of range, or the family is not known.
+/// missing or out of range, or the family is not known; and std::invalid_argument if a family in `more` does
+/// not name what it must.
 inline Pretrained open_pretrained(const std::string& folder, std::span<const Family> more = {}) {
   return {folder, more};
 }

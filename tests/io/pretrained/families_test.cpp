@@ -105,8 +105,8 @@ TEST_CASE("families: Qwen's layers by step and by list", "[io][pretrained]") {
         "\"decoder_sparse_step\" is 0, must be at least 1");
 
   const auto shared =
-      mixtures_of("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 768)"));
-  CHECK(shared[0].shared == 1);
+      mixtures_of("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 3072)"));
+  CHECK(shared[0].shared == 4);
   CHECK(shared[0].shared_gated);
 }
 
@@ -172,6 +172,28 @@ TEST_CASE("families: gpt-oss", "[io][pretrained]") {
   fails("gpt_oss", with(gpt_oss, R"("swiglu_alpha": 2)"), "\"swiglu_alpha\" is 2, must be 1.702");
 }
 
+TEST_CASE("families: Llama 4 Scout and Maverick", "[io][pretrained]") {
+  const std::string text = R"({"hidden_size": 5120, "intermediate_size": 8192,
+    "hidden_act": "silu", "num_local_experts": 16, "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1, "num_hidden_layers": 48})";
+  const auto mixtures = mixtures_of("llama4", R"({"text_config": )" + text + "}");
+  REQUIRE(mixtures.size() == 48);
+  CHECK(mixtures[0].weighted_input);
+  CHECK(mixtures[0].gate.score == Score::sigmoid);
+  CHECK(!mixtures[0].gate.renormalise);
+  CHECK(mixtures[0].shared == 1);
+  CHECK(!mixtures[0].shared_gated);
+  const std::string every_second = with(text, R"("interleave_moe_layer_step": 2)");
+  const auto maverick = mixtures_of("llama4_text", every_second);
+  CHECK(maverick.size() == 24);
+  CHECK(maverick[0].layer == 1);
+  CHECK(layers_of(mixtures_of("llama4_text", with(every_second, R"("moe_layers": [0, 5])"))) ==
+        std::vector<Index>{0, 5});
+  fails("llama4_text", with(text, R"("interleave_moe_layer_step": 0)"), "must be at least 1");
+  fails("llama4", text, "has no \"text_config\"");
+  fails("llama4", R"({"text_config": {}})", "has no \"text_config.hidden_size\"");
+}
+
 TEST_CASE("families: Switch Transformer's two stacks", "[io][pretrained]") {
   const auto mixtures = mixtures_of("switch_transformers", switch_base);
   CHECK(layers_of(mixtures) == std::vector<Index>{1, 3, 5, 7, 9, 11, 13, 17, 21});
@@ -195,6 +217,8 @@ TEST_CASE("families: settings that are missing are named", "[io][pretrained]") {
         "has no \"num_experts\"");
   fails("qwen2_moe", qwen3, "has no \"shared_expert_intermediate_size\"");
   fails("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 800)"),
-        "\"shared_expert_intermediate_size\" is 800, must be ");
+        "\"shared_expert_intermediate_size\" is 800, must be a multiple of moe_intermediate_size = "
+        "768");
+  fails("qwen2_moe", with(qwen3, R"("shared_expert_intermediate_size": 0)"), "is 0, must be a");
   fails("mixtral", with(mixtral, R"("hidden_act": "mish")"), "\"hidden_act\" is \"mish\"");
 }

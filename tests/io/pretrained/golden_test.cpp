@@ -57,4 +57,5 @@ TEST_CASE("pretrained: golden models with shared experts", "[io][pretrained]") {
   check_golden<Layer>("deepseek_v2", 1);
   check_golden<Layer>("deepseek_v3", 1);
   check_golden<Layer>("glm4_moe", 1);
+  check_golden<Layer>("llama4", 1);
 }

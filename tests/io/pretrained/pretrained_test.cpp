@@ -147,7 +147,12 @@ TEST_CASE("pretrained: a configuration that contradicts the tensors", "[io][pret
        "tensor \"model.layers.1.block_sparse_moe.experts.0.w1.weight\" has shape [5,6], needed is "
        "[7,6]");
   with("num_hidden_layers", 1, "layer 1 is no mixture, those are 0");
-  with("num_experts_per_tok", 5, "TopKGate::Config.top_k = 5, must be from 1 to experts = 4");
+  with("num_experts_per_tok", 5,
+       "config.json: layer 1: moe: TopKGate::Config.top_k = 5, must be from 1 to experts = 4");
+  with("num_experts_per_tok", 0, "config.json: layer 1: moe: TopKGate::Config.top_k = 0, must be");
+  with("hidden_size", 0, "has shape [4,6], needed is [4,0]");
+  with("intermediate_size", 0, "has shape [5,6], needed is [0,6]");
+  with("num_local_experts", 0, "has shape [4,6], needed is [0,6]");
 
   const ChangedModel deeper("mixtral");
   deeper.set("num_hidden_layers", 3);
@@ -245,4 +250,43 @@ TEST_CASE("pretrained: a family of one's own goes before those that are known",
   const io::Pretrained none = io::open_pretrained(golden("mixtral"), other);
   CHECK(none.mixtures().empty());
   CHECK_THROWS_WITH(none.mixture(0), Contains("layer 0 is no mixture, those are none"));
+}
+
+TEST_CASE("pretrained: a family that does not say all is told what", "[io][pretrained]") {
+  const auto with = [](const auto& change, const std::string& message) {
+    const std::vector<io::Family> wrong{{"deepseek_v3", [&](const io::ModelConfig& config) {
+                                           auto mixtures = io::deepseek_v3_mixtures(config);
+                                           for (io::Mixture& mixture : mixtures) change(mixture);
+                                           return mixtures;
+                                         }}};
+    CHECK_THROWS_WITH(io::open_pretrained(golden("deepseek_v3"), wrong),
+                      Contains("family deepseek_v3: " + message));
+  };
+  const auto with_name = [&](auto member, const std::string& message) {
+    with([&](io::Mixture& m) { member(m.layouts[1]).clear(); }, message);
+  };
+  using Mixture = io::Mixture;
+  using Tensors = io::MixtureTensors;
+  with([](Mixture& m) { m.layouts.clear(); }, "Mixture.layouts is empty");
+  with([](Mixture& m) { m.scale_rows = 0; }, "Mixture.scale_rows and scale_columns must be at");
+  with([](Mixture& m) { m.scale_columns = 0; }, "Mixture.scale_rows and scale_columns must be at");
+  with([](Mixture& m) { m.gate.bias = true; }, "MixtureTensors.router_bias is empty");
+  with([](Mixture& m) { m.shared_gated = true; }, "MixtureTensors.shared_gate is empty");
+  with([](Mixture& m) { m.bias = true; }, "the mixture has biases, MixtureTensors has no names");
+  with([](Mixture& m) { m.bias = true, m.shared = 2; }, "of several shared experts side by side");
+  with_name(
+      [](Tensors & t) -> auto& { return t.router; }, "MixtureTensors.router is empty");
+  with_name(
+      [](Tensors & t) -> auto& { return t.selection_bias; },
+      "MixtureTensors.selection_bias is empty");
+  const std::string experts = "MixtureTensors.experts has no name for a map";
+  with_name(
+      [](Tensors & t) -> auto& { return t.experts.gate; }, experts);
+  with_name(
+      [](Tensors & t) -> auto& { return t.experts.up; }, experts);
+  with_name(
+      [](Tensors & t) -> auto& { return t.experts.down; }, experts);
+  with_name(
+      [](Tensors & t) -> auto& { return t.shared.down; },
+      "MixtureTensors.shared has no name for a map");
 }

@@ -77,6 +77,7 @@ TEST_CASE("pretrained: a layer is saved as transformers saves it", "[io][pretrai
   check_saved<Shared>("qwen2_moe", 1, "model.layers.1.mlp.");
   check_saved<Shared>("deepseek_v2", 1, "model.layers.1.mlp.");
   check_saved<Shared>("glm4_moe", 1, "model.layers.1.mlp.");
+  check_saved<Shared>("llama4", 1, "language_model.model.layers.1.feed_forward.");
 }
 
 TEST_CASE("pretrained: a saved layer of any family is loaded again, to the bit",
@@ -91,6 +92,7 @@ TEST_CASE("pretrained: a saved layer of any family is loaded again, to the bit",
   check_loaded_again<Shared>("deepseek_v2", 1);
   check_loaded_again<Shared>("deepseek_v3", 1);
   check_loaded_again<Shared>("glm4_moe", 1);
+  check_loaded_again<Shared>("llama4", 1);
 }
 
 TEST_CASE("pretrained: several layers go into one file", "[io][pretrained]") {
@@ -121,4 +123,7 @@ TEST_CASE("pretrained: a layer that is not of the mixture's shape is not saved",
   const Routed unbiased(config);
   CHECK_THROWS_WITH(io::add_layer(writer, more, unbiased),
                     Contains("the layer has 13 parameters, the mixture 25"));
+  more.layouts.clear();
+  CHECK_THROWS_WITH(io::add_layer(writer, more, unbiased),
+                    Contains("add_layer: Mixture.layouts is empty"));
 }

@@ -5,6 +5,7 @@
 #include "moe/io/pretrained/families/deepseek.hpp"
 #include "moe/io/pretrained/families/gpt_oss.hpp"
 #include "moe/io/pretrained/families/granite_moe.hpp"
+#include "moe/io/pretrained/families/llama4.hpp"
 #include "moe/io/pretrained/families/mixtral.hpp"
 #include "moe/io/pretrained/families/olmoe.hpp"
 #include "moe/io/pretrained/families/qwen_moe.hpp"
@@ -19,6 +20,7 @@ inline std::vector<Family> known_families() {
       {"qwen2_moe", qwen2_moe_mixtures},     {"qwen3_moe", qwen3_moe_mixtures},
       {"deepseek_v2", deepseek_v2_mixtures}, {"deepseek_v3", deepseek_v3_mixtures},
       {"glm4_moe", deepseek_v3_mixtures},    {"gpt_oss", gpt_oss_mixtures},
+      {"llama4", llama4_mixtures},           {"llama4_text", llama4_text_mixtures},
       {"granitemoe", granite_moe_mixtures},  {"switch_transformers", switch_transformers_mixtures}};
 }
 

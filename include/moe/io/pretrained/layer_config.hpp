@@ -45,6 +45,7 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
   config.expert.bias = mixture.bias;
   config.expert.limit = mixture.limit;
   config.expert.linear_offset = mixture.linear_offset;
+  config.expert.weighted_input = mixture.weighted_input;
   if constexpr (has_shared_gate<Layer>) {
     if (mixture.shared == 0) {
       fail_file(path, "layer ", mixture.layer,
@@ -53,6 +54,7 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
     }
     config.gate.shared = mixture.shared;
     config.gate.gated = mixture.shared_gated;
+    config.gate.tied = mixture.shared_gated;
     config.gate.routed = mixture.gate;
   } else {
     static_assert(

@@ -128,6 +128,7 @@ void add_mixture(SafetensorsWriter& writer, const io::Mixture& mixture, const La
     std::vector<std::uint64_t> shape;
     std::vector<std::pair<Slice, const Values*>> parts;
   };
+  require(!mixture.layouts.empty(), "add_layer: Mixture.layouts is empty");
   const PlacesByParameter places(
       MixturePlaces(mixture, mixture.layouts.front(), shared_gate).all());
   std::map<std::string, Tensor> tensors;

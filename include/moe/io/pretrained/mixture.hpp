@@ -51,13 +51,14 @@ struct Mixture {
   Index width = 0;   ///< D
   Index hidden = 0;  ///< H
   Activation activation = Activation::silu;
-  bool gated = true;          ///< two maps before the activation, as SwiGLU; else one
-  bool bias = false;          ///< of the maps
-  double limit = 0;           ///< as in FeedForward::Config
-  double linear_offset = 0;   ///< likewise
-  TopKConfig gate{};          ///< E, K and how experts are chosen; no losses, no noise
-  Index shared = 0;           ///< experts of width H that every token uses
-  bool shared_gated = false;  ///< they have the weight sigmoid(x·W_shared)
+  bool gated = true;            ///< two maps before the activation, as SwiGLU; else one
+  bool bias = false;            ///< of the maps
+  double limit = 0;             ///< as in FeedForward::Config
+  double linear_offset = 0;     ///< likewise
+  bool weighted_input = false;  ///< likewise
+  TopKConfig gate{};            ///< E, K and how experts are chosen; no losses, no noise
+  Index shared = 0;             ///< experts of width H that every token uses
+  bool shared_gated = false;    ///< they have the weight sigmoid(x·w), w one vector for all
   /// A tensor of type F8_E4M3 has a scale for each block of so many rows and columns.
   Index scale_rows = 128;
   Index scale_columns = 128;
@@ -115,6 +116,37 @@ inline std::string numbered(std::string name, Index number) {
   const std::size_t place = name.find("{}");
   if (place != std::string::npos) name.replace(place, 2, std::to_string(number));
   return name;
+}
+
+/// Throws std::invalid_argument if a family leaves out the name of a tensor that its mixture must have, or
+/// describes one that has no place in a layer.
+inline void check_family(const std::string& model_type, const io::Mixture& mixture) {
+  const auto need = [&](bool condition, std::string_view what) {
+    require(condition, "family ", model_type, ": ", what);
+  };
+  const auto need_experts = [&](const io::ExpertTensors& names, std::string_view what) {
+    const bool has_maps = !names.up.empty() && !names.down.empty();
+    const bool has_biases = !names.up_bias.empty() && !names.down_bias.empty();
+    need(has_maps && (!mixture.gated || !names.gate.empty()), what);
+    need(!mixture.bias || (has_biases && (!mixture.gated || !names.gate_bias.empty())),
+         "the mixture has biases, MixtureTensors has no names for them");
+  };
+  need(!mixture.layouts.empty(), "Mixture.layouts is empty");
+  need(mixture.scale_rows >= 1 && mixture.scale_columns >= 1,
+       "Mixture.scale_rows and scale_columns must be at least 1");
+  need(!mixture.bias || mixture.shared <= 1,
+       "of several shared experts side by side there is one bias, which cannot be each one's");
+  for (const io::MixtureTensors& names : mixture.layouts) {
+    need(!names.router.empty(), "MixtureTensors.router is empty");
+    need(!mixture.gate.bias || !names.router_bias.empty(), "MixtureTensors.router_bias is empty");
+    need(!mixture.gate.selection_bias || !names.selection_bias.empty(),
+         "MixtureTensors.selection_bias is empty");
+    need_experts(names.experts, "MixtureTensors.experts has no name for a map");
+    if (mixture.shared == 0) continue;
+    need_experts(names.shared, "MixtureTensors.shared has no name for a map");
+    need(!mixture.shared_gated || !names.shared_gate.empty(),
+         "MixtureTensors.shared_gate is empty");
+  }
 }
 
 }  // namespace moe::detail

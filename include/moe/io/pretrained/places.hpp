@@ -47,9 +47,9 @@ inline Place place_of_map(std::string parameter, std::string tensor, Index exper
                         .first_column = column.first,
                         .column_step = column.step,
                         .transposed = !in_out}};
-  for (const Index size : {experts, row.size, column.size}) {
-    if (size > 0) place.shape.push_back(static_cast<std::uint64_t>(size));
-  }
+  if (experts > 0) place.shape.push_back(static_cast<std::uint64_t>(experts));
+  place.shape.push_back(static_cast<std::uint64_t>(row.size));
+  place.shape.push_back(static_cast<std::uint64_t>(column.size));
   return place;
 }
 

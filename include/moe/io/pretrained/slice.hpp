@@ -42,9 +42,16 @@ void read_slice(const Slice& slice, Index tensor_columns, ReadRows&& read_rows, 
     const Index row_stride = slice.row_step * tensor_columns;
     const Scalar* const from = numbers.data() + slice.first_column;
     if (slice.transposed) {
-      for (Index c = 0; c < columns; ++c) {
-        Scalar* const to = row_data(p, c) + first;
-        for (Index r = 0; r < count; ++r) to[r] = from[r * row_stride + c * slice.column_step];
+      // A few columns at a time: rows that begin a large power of two apart compete for the same few places
+      // of a cache, those that are read and those that are written.
+      constexpr Index tile = 4;
+      for (Index tile_first = 0; tile_first < columns; tile_first += tile) {
+        const Index tile_end = std::min(tile_first + tile, columns);
+        for (Index r = 0; r < count; ++r) {
+          for (Index c = tile_first; c < tile_end; ++c) {
+            row_data(p, c)[first + r] = from[r * row_stride + c * slice.column_step];
+          }
+        }
       }
     } else {
       for (Index r = 0; r < count; ++r) {

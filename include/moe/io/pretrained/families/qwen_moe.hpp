@@ -27,17 +27,18 @@ inline std::vector<Mixture> qwen3_moe_mixtures(const ModelConfig& config) {
   });
 }
 
-/// Yang et al. 2024, "Qwen2 Technical Report" (arXiv 2407.10671): with an expert for all tokens, which has a
-/// gate of its own.
+/// Yang et al. 2024, "Qwen2 Technical Report" (arXiv 2407.10671): with a wide expert for all tokens, which has
+/// a gate of its own.
 inline std::vector<Mixture> qwen2_moe_mixtures(const ModelConfig& config) {
   std::vector<Mixture> mixtures = qwen3_moe_mixtures(config);
   for (Mixture& mixture : mixtures) {
-    if (config.count("shared_expert_intermediate_size") != mixture.hidden) {
+    const Index shared_width = config.count("shared_expert_intermediate_size");
+    if (shared_width == 0 || mixture.hidden == 0 || shared_width % mixture.hidden != 0) {
       config.refuse("shared_expert_intermediate_size",
-                    "moe_intermediate_size = " + std::to_string(mixture.hidden) +
-                        ": a layer here has experts of one width");
+                    "a multiple of moe_intermediate_size = " + std::to_string(mixture.hidden) +
+                        ", the width of all experts of a layer here");
     }
-    mixture.shared = 1;
+    mixture.shared = shared_width / mixture.hidden;
     mixture.shared_gated = true;
     for (MixtureTensors& tensors : mixture.layouts) {
       tensors.shared = shared_projections("shared_expert.");
