@@ -251,8 +251,11 @@ void gemm_direct(const GemmTN<Scalar>& product) {
       right.prefetch_c = {distance_by_tiles<Scalar>(ahead, width), width,
                           tile_rows * c.outerStride() - width};
       // The rows of A are far apart, so the values of two tiles are copied from each at once.
-      for_each_tile(rows.count, 2 * tile_rows, [&](Index first, Index height) {
-        const Index upper = (height + 1) / 2;  // rows of the first of the two
+      // Not cut evenly, since copies of another number of them than two whole tiles take longer.
+      for (Index first = 0; first < rows.count; first += 2 * tile_rows) {
+        const Index height = std::min(2 * tile_rows, rows.count - first);
+        // Rows of the first of the two.
+        const Index upper = height > tile_rows ? (height + 1) / 2 : height;
         const Index row = rows.first + first;
         for (Index i = 0; i < pairs; ++i) {
           const Scalar* held = a.row(k + i) + row;
@@ -278,7 +281,7 @@ void gemm_direct(const GemmTN<Scalar>& product) {
           multiply_direct<Scalar>(count, left, right, width, {right.at(whole), strip}, from, {},
                                   to);
         }
-      });
+      }
     }
   });
 }
