@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "moe/kernels/micro_kernel.hpp"
 
@@ -92,6 +93,17 @@ MOE_NOINLINE Index multiply_direct(const Left<Scalar>& left, const DirectB<Scala
   std::copy_n(left.row, R, a);
   std::copy_n(c, R, out);
   Index column = 0;
+  // A tile that begins in the middle of a cache line would leave half of each line to the next one,
+  // which may not find it in L1 again: rows a power of two apart compete for the same few places.
+  if constexpr (!l2_feeds_tiles && !packs) {
+    constexpr std::uintptr_t tile_bytes = sizeof(Scalar) * to_size(tile_columns<Scalar>);
+    const bool in_middle =
+        reinterpret_cast<std::uintptr_t>(right.data) % tile_bytes == tile_bytes / 2;
+    if (!right.packed && in_middle && columns >= size) {
+      direct_tile<R, 1, packs>(a, left.step, right, column, start, bias, out);
+      column += size;
+    }
+  }
   // One or two rows have too few chains in a tile as wide as a strip. From memory they do not need
   // them, and would wait for twice as many cache lines at once.
   if constexpr (!l2_feeds_tiles && R <= 2) {

@@ -19,17 +19,16 @@ namespace moe::detail {
 inline constexpr Index direct_depth = l2_feeds_tiles ? 64 : 128;
 
 /// The number of rows of B, `stride` apart and `depth` in all, that gemm_direct() reads side by side
-/// for a number of rows of A. With 32 registers, where memory bandwidth is the limit, eight, since the
-/// hardware prefetcher follows about eight streams; twice as many for one or two rows of A where rows
-/// of B are shorter than a page of memory. Where a tile is high enough that arithmetic is the limit,
-/// more, since C is then read and written less often; but up to 12 rows not all of B at once, which
-/// would leave nothing to prefetch. With 16, a tile is one cache line wide and takes only what it has
-/// prefetched, so many rows are best for any number of rows of A.
+/// for a number of rows of A. Where memory bandwidth is the limit, eight, since the hardware prefetcher
+/// follows about eight streams; with 32 registers twice as many for one or two rows of A where rows of
+/// B are shorter than a page of memory. Where a tile is high enough that arithmetic is the limit, more,
+/// since C is then read and written less often; but with 32 registers and up to 12 rows not all of B at
+/// once, which would leave nothing to prefetch.
 inline constexpr Index max_direct_steps = l2_feeds_tiles ? 128 : 96;
 template <class Scalar>
 constexpr Index direct_steps(Index rows, Index depth, Index stride) {
   if (rows > 64) return max_direct_steps;
-  if constexpr (!l2_feeds_tiles) return 64;
+  if constexpr (!l2_feeds_tiles) return rows > 5 ? 64 : 8;
   constexpr Index many = 96;
   if (rows > 5 && (rows > 12 || depth > many)) return many;
   const bool short_rows = stride < 64 * cache_line<Scalar>;

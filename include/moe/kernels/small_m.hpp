@@ -13,7 +13,7 @@ namespace moe::detail {
 
 /// The largest M for which reading B sequentially is fastest. For more rows, reading several rows of
 /// B side by side passes over C less often.
-inline constexpr Index small_m_rows = l2_feeds_tiles ? 5 : 3;
+inline constexpr Index small_m_rows = l2_feeds_tiles ? 5 : 4;
 
 /// Packets of a tile: few enough for the registers, and a divisor of most widths.
 inline constexpr Index small_m_packets = l2_feeds_tiles ? 4 : 2;
