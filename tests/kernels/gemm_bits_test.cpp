@@ -81,3 +81,23 @@ TEMPLATE_TEST_CASE("gemm: a row has the same bits whatever rows it is multiplied
     }
   }
 }
+
+TEMPLATE_TEST_CASE("gemm: the same bits wherever in a cache line B begins", "[kernels][gemm]",
+                   float, double) {
+  constexpr Index n = 2 * panel_columns<TestType>;
+  constexpr Index k = 70;
+  const Index rows = GENERATE(as<Index>{}, 1, 2, tile_rows, tile_rows + 2, 2 * tile_rows + 1);
+  const auto a = random_matrix<TestType>(rows, k, 1);
+  const auto b = random_matrix<TestType>(k, n, 2);
+  Matrix<TestType> expected(rows, n);
+  gemm_serial(GemmNT<TestType>{.a = a, .b = Matrix<TestType>(b.transpose()), .c = expected});
+  for (Index offset = 0; offset < cache_line<TestType>; ++offset) {
+    CAPTURE(rows, offset);
+    // Wider than B, so that few rows do not read it as one piece.
+    Matrix<TestType> wider(k + 1, n + cache_line<TestType>);
+    wider.block(0, offset, k, n) = b;
+    Matrix<TestType> c(rows, n);
+    gemm_serial(GemmNN<TestType>{.a = a, .b = wider.block(0, offset, k, n), .c = c});
+    CHECK(same_bits(c, expected));
+  }
+}

@@ -11,9 +11,9 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Columns of C in one task, at most.
+/// Columns of C in one task, at most: whole tiles, whether rows or packets of theirs run along them.
 template <class Scalar>
-inline constexpr Index panel_columns = 4 * tile_columns<Scalar>;
+inline constexpr Index panel_columns = (l2_feeds_tiles ? 4 : 6) * tile_columns<Scalar>;
 
 /// Elements of C that stay in L2 beside A: 128 KiB.
 template <class Scalar>
@@ -34,9 +34,9 @@ void for_each_part(Index count, Index parts, F&& f) {
   }
 }
 
-/// Calls f(column, packets, width) for strips of one to three packets that cover the columns. Each
-/// panel_columns are cut by themselves, as evenly as possible (4 packets are 2 + 2, since a tile of
-/// one packet wastes the broadcasts). So where a strip begins does not depend on how the columns are
+/// Calls f(column, packets, width) for strips of at most tile_packets that cover the columns. Each
+/// panel_columns are cut by themselves, as evenly as possible (4 packets by at most 3 are 2 + 2, since
+/// a tile of one packet wastes the broadcasts). So where a strip begins does not depend on how the columns are
 /// split over tasks, as long as tasks begin at multiples of panel_columns.
 template <class Scalar, class F>
 void for_each_strip(Index first_column, Index columns, F&& f) {

@@ -1,12 +1,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "moe/kernels/micro_kernel.hpp"
 
 /// \file
-/// The tiles of products that read their large operand in place. They prefetch what comes next,
-/// since the hardware prefetcher stops at the end of a page of memory.
+/// The tiles of products that read their large operand from one end to the other. They prefetch what
+/// comes next, since the hardware prefetcher stops at the end of a page of memory.
 
 MOE_PACKETS_BEGIN
 
@@ -21,7 +22,8 @@ struct ColumnPrefetch {
   Index at(Index column) const { return column + distance < last ? distance : distance + beyond; }
 };
 
-/// The right operand of multiply_direct(): `steps` rows, `stride` apart.
+/// The right operand of multiply_direct(): `steps` rows, in place and `stride` apart, or packed as
+/// strips (copy_strips()).
 template <class Scalar>
 struct DirectB {
   const Scalar* data;
@@ -29,10 +31,25 @@ struct DirectB {
   Index steps;
   ColumnPrefetch prefetch{};
   ColumnPrefetch prefetch_c{};  ///< of the rows of C, where those come from memory
+  bool packed = false;
+  bool cached = false;       ///< in place, but another tile has read it before
+  Scalar* strips = nullptr;  ///< where a tile of tile_rows rows packs what it reads in place
+
+  static DirectB of_strips(const Scalar* strips, Index steps) {
+    return {.data = strips, .stride = tile_columns<Scalar>, .steps = steps, .packed = true};
+  }
+  /// Where a column is in the first row of strips.
+  Index offset_in_strips(Index column) const {
+    const Index in_strip = column % tile_columns<Scalar>;
+    return (column - in_strip) * steps + in_strip;
+  }
+  const Scalar* at(Index column) const {
+    return data + (packed ? offset_in_strips(column) : column);
+  }
 };
 
 /// One tile of multiply_direct(): R rows of C, V packets of columns.
-template <Index R, Index V, class Scalar>
+template <Index R, Index V, bool packs, class Scalar>
 EIGEN_ALWAYS_INLINE void direct_tile(const Scalar* const (&left)[to_size(R)], Index step,
                                      const DirectB<Scalar>& right, Index column, Start start,
                                      const Bias<Scalar>& bias, Scalar* const (&c)[to_size(R)]) {
@@ -53,10 +70,12 @@ EIGEN_ALWAYS_INLINE void direct_tile(const Scalar* const (&left)[to_size(R)], In
   const Index ahead = right.prefetch.at(column);
   const Index stride = right.stride;
   const Index end = right.steps * step;
-  const Scalar* b = right.data + column;
+  const Scalar* b = right.at(column);
+  [[maybe_unused]] Scalar* strip = packs ? right.strips + right.offset_in_strips(column) : nullptr;
   for (Index at = 0; at < end; at += step, b += stride) {
     prefetch_far<lines>(b, ahead);
-    add_products(left, at, b, sum);
+    add_products<packs>(left, at, b, sum, strip);
+    if constexpr (packs) strip += tile_columns<Scalar>;
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
@@ -64,7 +83,7 @@ EIGEN_ALWAYS_INLINE void direct_tile(const Scalar* const (&left)[to_size(R)], In
 
 /// R rows of C += left[r][k]·right[k, :] for the whole packets of `columns`, the rows of `right`
 /// being read side by side from one end to the other. Returns the number of columns computed.
-template <Index R, class Scalar>
+template <Index R, bool packs, class Scalar>
 MOE_NOINLINE Index multiply_direct(const Left<Scalar>& left, const DirectB<Scalar>& right,
                                    Index columns, Start start, const Bias<Scalar>& bias,
                                    Scalar* const* c) {
@@ -74,12 +93,31 @@ MOE_NOINLINE Index multiply_direct(const Left<Scalar>& left, const DirectB<Scala
   std::copy_n(left.row, R, a);
   std::copy_n(c, R, out);
   Index column = 0;
-  for (; column + 3 * size <= columns; column += 3 * size) {
-    direct_tile<R, 3>(a, left.step, right, column, start, bias, out);
+  // A tile that begins in the middle of a cache line would leave half of each line to the next one,
+  // which may not find it in L1 again: rows a power of two apart compete for the same few places.
+  if constexpr (!l2_feeds_tiles && !packs) {
+    constexpr std::uintptr_t tile_bytes = sizeof(Scalar) * to_size(tile_columns<Scalar>);
+    const bool in_middle =
+        reinterpret_cast<std::uintptr_t>(right.data) % tile_bytes == tile_bytes / 2;
+    if (!right.packed && in_middle && columns >= size) {
+      direct_tile<R, 1, packs>(a, left.step, right, column, start, bias, out);
+      column += size;
+    }
   }
-  // Tiles of two packets would be little faster, and compiling takes half as long again.
+  // One or two rows have too few chains in a tile as wide as a strip. From memory they do not need
+  // them, and would wait for twice as many cache lines at once.
+  if constexpr (!l2_feeds_tiles && R <= 2) {
+    constexpr Index V = 2 * tile_packets;
+    for (; right.cached && column + V * size <= columns; column += V * size) {
+      direct_tile<R, V, packs>(a, left.step, right, column, start, bias, out);
+    }
+  }
+  for (; column + tile_packets * size <= columns; column += tile_packets * size) {
+    direct_tile<R, tile_packets, packs>(a, left.step, right, column, start, bias, out);
+  }
+  // Tiles of two packets of three would be little faster, and compiling takes half as long again.
   for (; column + size <= columns; column += size) {
-    direct_tile<R, 1>(a, left.step, right, column, start, bias, out);
+    direct_tile<R, 1, packs>(a, left.step, right, column, start, bias, out);
   }
   return column;
 }
@@ -116,8 +154,15 @@ void multiply_direct(Index rows, const Left<Scalar>& left, const DirectB<Scalar>
                      Index columns, Panel<Scalar> rest, Start start, const Bias<Scalar>& bias,
                      Scalar* const* c) {
   Index done = 0;
-  with_constant<direct_rows>(
-      rows, [&](auto R) { done = multiply_direct<R>(left, right, columns, start, bias, c); });
+  with_constant<direct_rows>(rows, [&](auto R) {
+    if constexpr (!l2_feeds_tiles && R == tile_rows) {
+      if (right.strips != nullptr) {
+        done = multiply_direct<R, true>(left, right, columns, start, bias, c);
+        return;
+      }
+    }
+    done = multiply_direct<R, false>(left, right, columns, start, bias, c);
+  });
   if (done == columns) return;
   MOE_ASSERT(rows <= tile_rows);
   Scalar* to[to_size(tile_rows)];

@@ -37,17 +37,6 @@ void gemm_serial(const GemmNN<Scalar>& product) {
       is_small_m<Scalar>(product.a.count(), columns, product.b.stride)) {
     return gemm_small_m(product);
   }
-  if constexpr (!l2_feeds_tiles) {
-    if (product.a.count() > 2 * tile_rows) {
-      return gemm_packed(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
-                                                               .b = {product.b, false},
-                                                               .c = product.c,
-                                                               .columns = product.columns,
-                                                               .start = product.start,
-                                                               .bias = product.bias,
-                                                               .epilogue = product.epilogue});
-    }
-  }
   gemm_direct(product);
 }
 
@@ -55,41 +44,26 @@ void gemm_serial(const GemmNN<Scalar>& product) {
 template <class Scalar>
 void gemm_serial(const GemmNT<Scalar>& product) {
   if (product.a.count() == 0) return;
-  if constexpr (l2_feeds_tiles) {
-    if (product.a.width() <= small_k_depth && product.a.count() >= 2 * tile_rows) {
-      return gemm_small_k(product);
-    }
-    // The columns of more rows would be packed in too many short pieces.
-    for_each_tile(product.a.count(), 160, [&](Index first, Index rows) {
-      const PartEpilogue epilogue{product.epilogue, first, 0};
-      GemmNT<Scalar> part = product;
-      part.a = product.a.slice(first, rows);
-      part.c = product.c.slice(first, rows);
-      part.epilogue = epilogue.get();
-      gemm_direct(part);
-    });
-  } else if (product.a.count() <= 2 * packet_size<Scalar>) {
-    gemm_small_m(product);
-  } else {
-    gemm_packed(GemmNN<Scalar, MatrixPackets<Scalar>>{.a = product.a,
-                                                      .b = {product.b, true},
-                                                      .c = product.c,
-                                                      .columns = product.columns,
-                                                      .start = product.start,
-                                                      .epilogue = product.epilogue});
+  if (product.a.width() <= small_k_depth && product.a.count() >= 2 * tile_rows) {
+    return gemm_small_k(product);
   }
+  // The columns of more rows would be packed in too many short pieces.
+  for_each_tile(product.a.count(), 64, [&](Index first, Index rows) {
+    const PartEpilogue epilogue{product.epilogue, first, 0};
+    GemmNT<Scalar> part = product;
+    part.a = product.a.slice(first, rows);
+    part.c = product.c.slice(first, rows);
+    part.epilogue = epilogue.get();
+    gemm_direct(part);
+  });
 }
 
 /// C = Aᵀ·B on the calling thread.
 template <class Scalar>
 void gemm_serial(const GemmTN<Scalar>& product) {
-  if constexpr (l2_feeds_tiles) {
-    if (product.column_range().count <= tile_rows &&
-        product.row_range().count >= tile_columns<Scalar>) {
-      return gemm_small_n(product);
-    }
-  } else {
-    if (product.a.count() > direct_depth) return gemm_packed(product);
+  if (product.column_range().count <= small_n_columns &&
+      product.row_range().count >= tile_columns<Scalar>) {
+    return gemm_small_n(product);
   }
   gemm_direct(product);
 }

@@ -8,30 +8,31 @@
 #include "moe/kernels/pack.hpp"
 
 /// \file
-/// Products that read their large operand in place, without packing, in the order in which memory
-/// delivers it fastest: for few rows on any processor, for any number on one with 32 registers.
+/// Products that read their large operand in the order in which memory delivers it fastest, in place:
+/// with 16 registers and many rows, the first tile of rows packs what it reads for the others.
 
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
 /// Rows of A and of B that a GemmTN adds in one pass over C, at most.
-inline constexpr Index direct_depth = l2_feeds_tiles ? 128 : 8;
+inline constexpr Index direct_depth = l2_feeds_tiles ? 64 : 128;
 
-inline constexpr Index max_direct_steps = 128;
 /// The number of rows of B, `stride` apart and `depth` in all, that gemm_direct() reads side by side
-/// for a number of rows of A. Where memory bandwidth is the limit, eight, since the hardware
-/// prefetcher follows about eight streams; twice as many for one row of A (with 32 registers, two)
-/// where rows of B are shorter than a page of memory. Where a tile is high enough that arithmetic is
-/// the limit, more, since C is then read and written less often; but up to 12 rows not all of B at
+/// for a number of rows of A. Where memory bandwidth is the limit, eight, since the hardware prefetcher
+/// follows about eight streams; with 32 registers twice as many for one or two rows of A where rows of
+/// B are shorter than a page of memory. Where a tile is high enough that arithmetic is the limit, more,
+/// since C is then read and written less often; but with 32 registers and up to 12 rows not all of B at
 /// once, which would leave nothing to prefetch.
+inline constexpr Index max_direct_steps = l2_feeds_tiles ? 128 : 96;
 template <class Scalar>
 constexpr Index direct_steps(Index rows, Index depth, Index stride) {
-  constexpr Index many = 96;
   if (rows > 64) return max_direct_steps;
-  if (l2_feeds_tiles && rows > 5 && (rows > 12 || depth > many)) return many;
+  if constexpr (!l2_feeds_tiles) return rows > 5 ? 64 : 8;
+  constexpr Index many = 96;
+  if (rows > 5 && (rows > 12 || depth > many)) return many;
   const bool short_rows = stride < 64 * cache_line<Scalar>;
-  return rows > 5 || (rows <= (l2_feeds_tiles ? 2 : 1) && short_rows) ? 16 : 8;
+  return rows > 5 || (rows <= 2 && short_rows) ? 16 : 8;
 }
 
 /// A prefetch distance of at least `distance` at which the first tile that passes the end of `width`
@@ -51,13 +52,16 @@ Index distance_between(const Scalar* from, const Scalar* to) {
 
 /// C = A·B with B read in place, some rows of it side by side, from one end to the other. The depth
 /// is cut into steps, at each of which C is read and written, and the columns into slices that stay
-/// in L2 while all rows of A pass. The hardware prefetcher stops at the end of a page of memory, so
+/// in L2 while all rows of A pass. With 16 registers and more than two tiles of rows, the first tile
+/// packs a slice into strips, which the others read. The hardware prefetcher stops at the end of a page of memory, so
 /// rows are prefetched 32 KiB ahead, and near their ends the rows of the next step, the last of which
 /// may be in `prefetch_next`.
 template <class Scalar>
 void gemm_direct(const GemmNN<Scalar>& product) {
   constexpr Index size = packet_size<Scalar>;
+  constexpr Index widest = (l2_feeds_tiles ? 2 : 3) * panel_columns<Scalar>;
   alignas(64) Scalar buffer[to_size(size * max_direct_steps)];
+  alignas(64) Scalar strips[to_size(l2_feeds_tiles ? 1 : widest * max_direct_steps)];
   const GatheredRows<Scalar>& a = product.a;
   const MatrixOperand<Scalar>& b = product.b;
   const ScatteredRows<Scalar>& c = product.c;
@@ -71,7 +75,9 @@ void gemm_direct(const GemmNN<Scalar>& product) {
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(sizeof(Scalar));
   // The last columns have lower tiles if they do not fill a packet.
   const Index tallest = columns.count % size == 0 ? direct_rows : tile_rows;
-  const Index slice = a.count() > tallest ? 2 * panel_columns<Scalar> : columns.count;
+  const Index slice = a.count() > tallest ? widest : columns.count;
+  // What two tiles of rows gain by it costs them as much.
+  const bool packs = !l2_feeds_tiles && a.count() > 2 * tile_rows;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
   const Index end = columns.first + columns.count;
   for (Index group = columns.first; group < end; group += slices * slice) {
@@ -88,12 +94,13 @@ void gemm_direct(const GemmNN<Scalar>& product) {
         const Index width = std::min(slice, last - column);
         const Scalar* place = b.data + k * stride + column;
         DirectB<Scalar> right{place, stride, count, {distance, last - column, next}};
+        if (packs) right.strips = strips;
         Panel<Scalar> rest{};
         if (const Index over = width % size; over == half_packet_size<Scalar>) {
           rest = {place + width - over, stride};
         } else if (over != 0) {
-          rest =
-              copy_panel(GatheredRows<Scalar>(place + width - over, stride, count, over), buffer);
+          copy_rows(GatheredRows<Scalar>(place + width - over, stride, count, over), size, buffer);
+          rest = {buffer, size};
         }
         const auto multiply = [&](Index first, Index rows) {
           Left<Scalar> left;
@@ -115,6 +122,8 @@ void gemm_direct(const GemmNN<Scalar>& product) {
         // The first tile waits for memory, so it is as high as can be.
         const Index highest = a.count() <= tallest ? a.count() : tile_rows;
         multiply(0, highest);
+        right.cached = true;  // prefetched again all the same: some of it was not
+        if (packs) right = DirectB<Scalar>::of_strips(strips, count);
         for_each_tile(a.count() - highest, tile_rows,
                       [&](Index first, Index rows) { multiply(highest + first, rows); });
       }
@@ -122,18 +131,21 @@ void gemm_direct(const GemmNN<Scalar>& product) {
   }
 }
 
-/// C = A·Bᵀ with B read in place, tile_rows rows of it side by side. Rows of A, packed as columns,
-/// run along the packets; where half a packet or less of them is left over, along a packet half as
-/// wide, of which the processor computes two at once.
+/// C = A·Bᵀ with B read in place, some rows of it side by side. Rows of A, packed as columns, run along
+/// the packets; with 32 registers, where half a packet or less of them is left over, along a packet
+/// half as wide, of which such a processor computes two at once. A tile of one packet is higher, for
+/// enough independent chains. Some tiles of rows of B stay in L2 while all rows of A pass.
 template <class Scalar>
 void gemm_direct(const GemmNT<Scalar>& product) {
   using Whole = Packet<Scalar>;
   using Half = HalfPacket<Scalar>;
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index half = half_packet_size<Scalar>;
+  constexpr Index half = l2_feeds_tiles ? half_packet_size<Scalar> : 0;
   constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
+  constexpr Index cached_rows = 24;
+  static_assert(cached_rows % tile_rows == 0 && cached_rows % max_tile_rows == 0);
   alignas(64) Scalar buffer[to_size(capacity)];
-  alignas(64) Scalar tile[to_size(tile_rows * tile_columns<Scalar>)] = {};
+  alignas(64) Scalar tile[to_size(max_tile_rows * tile_columns<Scalar>)] = {};
   const GatheredRows<Scalar>& a = product.a;
   const ScatteredRows<Scalar>& c = product.c;
   const Range columns = product.column_range();
@@ -146,41 +158,55 @@ void gemm_direct(const GemmNT<Scalar>& product) {
   const Index depth = a.width();
   const Index stride = product.b.stride;
 
-  const auto multiply = [&](Index k, Index count, Index column, Index height) {
-    const Scalar* place = product.b.row(column) + k;
-    const bool from_zero = k == 0 && product.start == Start::zero;
-    // One tile of rows [first, first + reach) of A: `parts` whole packets, or half a packet for 0.
-    const auto run = [&](Index first, Index parts, Index reach) {
-      const Panel<Scalar> panel{buffer + first, width};
-      const ScatteredRows<Scalar> in_tile(tile, tile_columns<Scalar>, height, reach);
-      const ScatteredRows<Scalar> in_c = c.slice(first, reach).columns(column, height);
-      if (!from_zero) transpose_rows(in_c, in_tile);
-      const Index ahead = first == 0 && height == tile_rows ? tile_rows * stride : 0;
-      if (parts == 0) {
-        transposed_tile<Half, tile_rows, 1>(place, stride, height, panel, count, from_zero, ahead,
-                                            tile);
-      } else {
-        with_constant<tile_packets>(parts, [&](auto V) {
-          transposed_tile<Whole, tile_rows, V>(place, stride, height, panel, count, from_zero,
-                                               ahead, tile);
-        });
-      }
-      transpose_rows(in_tile, in_c);
-    };
-    for_each_tile(packets, tile_packets, [&](Index first, Index parts) {
-      run(first * size, parts, std::min(parts * size, rows - first * size));
-    });
-    if (ends_in_half) run(packets * size, 0, left_over);
+  // Calls f(first, parts, reach) for rows [first, first + reach) of A along `parts` whole packets, or
+  // half a packet for 0. As many as can be are along a whole tile.
+  const auto for_each_part_of_a = [&](auto&& f) {
+    for (Index packet = 0; packet < packets; packet += tile_packets) {
+      const Index parts = std::min(tile_packets, packets - packet);
+      f(packet * size, parts, std::min(parts * size, rows - packet * size));
+    }
+    if (ends_in_half) f(packets * size, Index{0}, left_over);
   };
-
   const Index end = columns.first + columns.count;
   for (Index k = 0; k == 0 || k < depth; k += block) {
     const Index count = std::min(block, depth - k);
-    copy_transposed(a.columns(k, count), width, buffer);
+    const bool from_zero = k == 0 && product.start == Start::zero;
+    for_each_part_of_a([&](Index first, Index parts, Index reach) {
+      copy_transposed(a.slice(first, reach).columns(k, count), parts == 0 ? half : parts * size,
+                      buffer + first * count);
+    });
+    // The tiles of rows [from, to) of B and of some rows of A.
+    const auto multiply = [&](Index from, Index to, Index first, Index parts, Index reach) {
+      const Panel<Scalar> panel{buffer + first * count, parts == 0 ? half : parts * size};
+      const Index tall = parts == 1 ? max_tile_rows : tile_rows;
+      for (Index column = from; column < to; column += tall) {
+        const Index height = std::min(tall, to - column);
+        const Scalar* place = product.b.row(column) + k;
+        const ScatteredRows<Scalar> in_tile(tile, tile_columns<Scalar>, height, reach);
+        const ScatteredRows<Scalar> in_c = c.slice(first, reach).columns(column, height);
+        if (!from_zero) transpose_rows(in_c, in_tile);
+        const Index ahead = first == 0 && height == tall ? tall * stride : 0;
+        const auto run = [&]<class P, Index R, Index V>() {
+          transposed_tile<P, R, V>(place, stride, height, panel, count, from_zero, ahead, tile);
+        };
+        if (parts == 0) {
+          run.template operator()<Half, tile_rows, 1>();
+        } else if (parts == 1) {
+          run.template operator()<Whole, max_tile_rows, 1>();
+        } else {
+          with_constant<tile_packets>(parts, [&](auto V) {
+            if constexpr (V > 1) run.template operator()<Whole, tile_rows, V>();
+          });
+        }
+        transpose_rows(in_tile, in_c);
+      }
+    };
     for (Index group = columns.first; group < end; group += panel_columns<Scalar>) {
       const Index last = std::min(end, group + panel_columns<Scalar>);
-      for (Index column = group; column < last; column += tile_rows) {
-        multiply(k, count, column, std::min(tile_rows, last - column));
+      for (Index from = group; from < last; from += cached_rows) {
+        for_each_part_of_a([&](Index first, Index parts, Index reach) {
+          multiply(from, std::min(last, from + cached_rows), first, parts, reach);
+        });
       }
       if (k + block >= depth) {
         call_epilogue<Scalar>(product.epilogue, rows, {group, last - group});
@@ -190,8 +216,8 @@ void gemm_direct(const GemmNT<Scalar>& product) {
 }
 
 /// C = Aᵀ·B with C read and written in the order in which memory is fastest: some rows of it from one
-/// end to the other, prefetched as B is in the form above. The rows of B that are added to them, at
-/// most direct_depth at once, stay in L2, with 16 registers in L1.
+/// end to the other, prefetched as B is in the first form. The rows of B that are added to them, at
+/// most direct_depth at once, are packed as strips and stay in L2.
 template <class Scalar>
 void gemm_direct(const GemmTN<Scalar>& product) {
   const GatheredRows<Scalar>& a = product.a;
@@ -200,10 +226,10 @@ void gemm_direct(const GemmTN<Scalar>& product) {
   const Range rows = product.row_range();
   const Range columns = product.column_range();
   constexpr Index size = packet_size<Scalar>;
-  constexpr Index capacity =
-      (Index{l2_feeds_tiles ? 256 : 16} << 10) / static_cast<Index>(sizeof(Scalar));
+  constexpr Index strip = tile_columns<Scalar>;
+  constexpr Index capacity = (Index{256} << 10) / static_cast<Index>(sizeof(Scalar));
   constexpr Index ahead = (Index{32} << 10) / static_cast<Index>(tile_rows * sizeof(Scalar));
-  alignas(64) Scalar buffer[to_size(capacity)];
+  alignas(64) Scalar buffer[to_size(capacity + direct_depth * strip)];
   constexpr Index second = direct_depth * tile_rows;
   constexpr Index held_lines = std::max<Index>(1, 2 * tile_rows / cache_line<Scalar>);
   alignas(64) Scalar values[to_size(2 * second)];  // of two tiles, those of a step contiguous
@@ -215,18 +241,20 @@ void gemm_direct(const GemmTN<Scalar>& product) {
   }
   for_each_tile(a.count(), direct_depth, [&](Index k, Index pairs) {
     const Start from = k == 0 ? product.start : Start::accumulate;
-    const Index slice = capacity / pairs / size * size;
+    const Index slice = (capacity / pairs + strip - 1) / strip * strip;
     for (Index column = columns.first; column < end; column += slice) {
       const Index width = std::min(slice, end - column);
       const Index whole = width / size * size;
-      const Index stride = (width + size - 1) / size * size;
-      copy_panel(b.slice(k, pairs).columns(column, width), buffer);
-      DirectB<Scalar> right{buffer, stride, pairs};
+      copy_strips(b.slice(k, pairs).columns(column, width), buffer);
+      DirectB<Scalar> right = DirectB<Scalar>::of_strips(buffer, pairs);
       right.prefetch_c = {distance_by_tiles<Scalar>(ahead, width), width,
                           tile_rows * c.outerStride() - width};
       // The rows of A are far apart, so the values of two tiles are copied from each at once.
-      for_each_tile(rows.count, 2 * tile_rows, [&](Index first, Index height) {
-        const Index upper = (height + 1) / 2;  // rows of the first of the two
+      // Not cut evenly, since copies of another number of them than two whole tiles take longer.
+      for (Index first = 0; first < rows.count; first += 2 * tile_rows) {
+        const Index height = std::min(2 * tile_rows, rows.count - first);
+        // Rows of the first of the two.
+        const Index upper = height > tile_rows ? (height + 1) / 2 : height;
         const Index row = rows.first + first;
         for (Index i = 0; i < pairs; ++i) {
           const Scalar* held = a.row(k + i) + row;
@@ -249,10 +277,10 @@ void gemm_direct(const GemmTN<Scalar>& product) {
             left.row[r] = values + (done > 0 ? second : 0) + r;
             to[r] = row_data(c, row + done + r) + column;
           }
-          multiply_direct<Scalar>(count, left, right, width, {buffer + whole, stride}, from, {},
+          multiply_direct<Scalar>(count, left, right, width, {right.at(whole), strip}, from, {},
                                   to);
         }
-      });
+      }
     }
   });
 }

@@ -15,8 +15,10 @@
 ///                                                                  R rows, V packets of columns
 ///
 /// A step of k takes V loads of `right`, R broadcasts of `left` and R·V multiply-adds. With 8 x 3
-/// packets where there are 32 registers, and 4 x 3 where there are 16, it is limited by the
-/// multiply-adds, and has more independent chains than a multiply-add has cycles of latency.
+/// packets where there are 32 registers, and 6 x 2 where there are 16, it is limited by the
+/// multiply-adds, and has more independent chains than a multiply-add has cycles of latency. Of tiles
+/// with as many multiply-adds a higher one reads fewer bytes of `right`: 4 x 3 packets would need
+/// half as many again as 6 x 2.
 
 // A packet as a template argument of Eigen's PacketBlock loses its alignment attribute, which is
 // harmless there; Eigen's own headers silence it the same way.
@@ -27,15 +29,15 @@ namespace moe::detail {
 #if defined(EIGEN_VECTORIZE_AVX512) || EIGEN_ARCH_ARM64
 inline constexpr Index tile_rows = 8;
 #else
-inline constexpr Index tile_rows = 4;
+inline constexpr Index tile_rows = 6;
 #endif
-inline constexpr Index tile_packets = 3;
 /// The highest tile on any processor: of one packet, with enough independent chains.
 inline constexpr Index max_tile_rows = 8;
-/// Whether a tile is so large that L2 can feed it: 8 x 3 packets of 64 bytes need 8 to 16 bytes a
-/// cycle. Then every product reads its large operand in place, for any number of rows. Smaller tiles
-/// need it packed in L1, except with few rows, which wait for memory anyway.
+/// Whether a tile is so large, with 32 registers, that L2 can feed it from rows of B in place, 8 bytes
+/// a cycle for 8 x 3 packets of 64 bytes. Smaller ones need 11, which L2 delivers only where what a
+/// tile reads is contiguous: for many rows of A they need B packed.
 inline constexpr bool l2_feeds_tiles = tile_rows == max_tile_rows;
+inline constexpr Index tile_packets = l2_feeds_tiles ? 3 : 2;
 /// The highest tile of a product that reads B in place: 32 registers hold one row more if the
 /// broadcasts of A share one. On ARM64 GCC uses one for each row.
 #if defined(EIGEN_VECTORIZE_AVX512)
@@ -131,11 +133,11 @@ EIGEN_ALWAYS_INLINE P to_register(P packet) {
   return packet;
 }
 
-/// One step of k. The packets of `right` are variables, since GCC sometimes leaves an array of them in
-/// memory.
-template <class P, class Scalar, std::size_t R, std::size_t V>
+/// One step of k. If it `packs`, it stores the packets of `right` in `panel`, for the tiles that come
+/// after it. The packets are variables, since GCC sometimes leaves an array of them in memory.
+template <bool packs = false, class P, class Scalar, std::size_t R, std::size_t V>
 EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
-                                      P (&sum)[R][V]) {
+                                      P (&sum)[R][V], [[maybe_unused]] Scalar* panel = nullptr) {
   using namespace Eigen::internal;
   static_assert(V <= 4);
   constexpr Index size = unpacket_traits<P>::size;
@@ -143,6 +145,12 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
   const P b1 = V > 1 ? to_register(ploadu<P>(b + size)) : b0;
   const P b2 = V > 2 ? to_register(ploadu<P>(b + 2 * size)) : b0;
   const P b3 = V > 3 ? to_register(ploadu<P>(b + 3 * size)) : b0;
+  if constexpr (packs) {
+    pstoreu(panel, b0);
+    if constexpr (V > 1) pstoreu(panel + size, b1);
+    if constexpr (V > 2) pstoreu(panel + 2 * size, b2);
+    if constexpr (V > 3) pstoreu(panel + 3 * size, b3);
+  }
   MOE_UNROLL
   for (std::size_t r = 0; r < R; ++r) {
     const P a = pset1<P>(row[r][at]);
@@ -163,13 +171,12 @@ EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
   add_products(factor, 0, bias.values, sum);
 }
 
-/// One tile of packets P. If it `packs`, it stores the packets of `right` in `panel`, contiguous, for
-/// the tiles that come after it.
+/// One tile of packets P.
 // Not inline, else its registers mix with those of the loops around it.
-template <class P, Index R, Index V, bool packs = false, class Scalar>
+template <class P, Index R, Index V, class Scalar>
 MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                                 Start start, const Bias<Scalar>& bias, Scalar* const* c,
-                                Prefetch<Scalar> ahead, [[maybe_unused]] Scalar* panel = nullptr) {
+                                Prefetch<Scalar> ahead) {
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
   constexpr Index stretch = 8;  // steps between prefetches
@@ -201,14 +208,7 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
       ahead.address += ahead.stride;
     }
     const Index pause = ahead.count > 0 ? std::min(end, at + stretch * step) : end;
-    for (; at < pause; at += step, b += right.stride) {
-      add_products(row, at, b, sum);
-      if constexpr (packs) {
-        MOE_UNROLL
-        for (Index v = 0; v < V; ++v) pstoreu(panel + v * size, ploadu<P>(b + v * size));
-        panel += V * size;
-      }
-    }
+    for (; at < pause; at += step, b += right.stride) add_products(row, at, b, sum);
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);

@@ -14,22 +14,12 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Packs rows, the last packet of each filled up with zeros.
+/// Packs rows `stride` apart, the last packet of each filled up with zeros.
 template <class Scalar>
-Panel<Scalar> copy_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
+void copy_rows(const GatheredRows<Scalar>& rows, Index stride, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
   const Index depth = rows.count();
   const Index width = rows.width();
-  const Index stride = (width + size - 1) / size * size;
-  if (width == tile_columns<Scalar>) {  // nearly always, and then without inner loops
-    for (Index k = 0; k < depth; ++k) {
-      const Scalar* from = rows.row(k);
-      Scalar* to = buffer + k * stride;
-      MOE_UNROLL
-      for (Index v = 0; v < tile_packets; ++v) store(to + v * size, load(from + v * size));
-    }
-    return {buffer, stride};
-  }
   for (Index k = 0; k < depth; ++k) {
     const Scalar* from = rows.row(k);
     Scalar* to = buffer + k * stride;
@@ -37,7 +27,27 @@ Panel<Scalar> copy_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
     for (; j + size <= width; j += size) store(to + j, load(from + j));
     if (j < width) store(to + j, load_first(from + j, width - j));
   }
-  return {buffer, stride};
+}
+
+/// Packs rows as strips of tile_columns, one after the other, so that what a tile reads is contiguous.
+/// The last strip takes as much place as the others.
+template <class Scalar>
+void copy_strips(const GatheredRows<Scalar>& rows, Scalar* buffer) {
+  constexpr Index size = packet_size<Scalar>;
+  constexpr Index strip = tile_columns<Scalar>;
+  const Index depth = rows.count();
+  const Index width = rows.width();
+  Index column = 0;
+  for (; column + strip <= width; column += strip, buffer += depth * strip) {
+    for (Index k = 0; k < depth; ++k) {
+      const Scalar* from = rows.row(k) + column;
+      MOE_UNROLL
+      for (Index v = 0; v < tile_packets; ++v) {
+        store(buffer + k * strip + v * size, load(from + v * size));
+      }
+    }
+  }
+  if (column < width) copy_rows(rows.columns(column, width - column), strip, buffer);
 }
 
 /// Packs rows as columns, `stride` of them, those beyond the last row filled with zeros.
@@ -66,15 +76,6 @@ void copy_transposed(const GatheredRows<Scalar>& rows, Index stride, Scalar* buf
     const Scalar* row = j < width ? rows.row(j) : nullptr;
     for (Index k = 0; k < depth; ++k) buffer[k * stride + j] = row != nullptr ? row[k] : Scalar{0};
   }
-}
-
-/// The same with as many columns as fill whole packets.
-template <class Scalar>
-Panel<Scalar> transpose_panel(const GatheredRows<Scalar>& rows, Scalar* buffer) {
-  constexpr Index size = packet_size<Scalar>;
-  const Index stride = (rows.count() + size - 1) / size * size;
-  copy_transposed(rows, stride, buffer);
-  return {buffer, stride};
 }
 
 /// to[j][i] = from[i][j], in square blocks of a packet that is no wider than a tile is high.
@@ -124,43 +125,12 @@ struct Strip {
 ///
 ///     pack(strip, buffer)            the strip as packets, in the buffer (panel_depth rows of
 ///                                    tile_columns), the last packet of a row filled up with zeros
-///     in_place(strip)                the strip in memory, if tiles can read packets there, else
-///                                    null: then pack() is called
 ///     prefetch(strip, first, count)  what pack() will read for steps [first, first + count)
 template <class Source, class Scalar>
 concept PacketSource = requires(const Source& source, const Strip& strip, Scalar* buffer,
                                 Index step) {
   { source.pack(strip, buffer) } -> std::same_as<Panel<Scalar>>;
-  { source.in_place(strip) } -> std::same_as<Panel<Scalar>>;
   { source.prefetch(strip, step, step) } -> std::same_as<Prefetch<Scalar>>;
-};
-
-/// A matrix as a source of packets: B of GemmNN, whose rows run along the columns of C, or of
-/// GemmNT, whose rows run along the depth and are transposed when they are packed.
-template <class Scalar>
-struct MatrixPackets {
-  MatrixOperand<Scalar> b;
-  bool transposed;
-
-  const Scalar* at(Index k, Index column) const {
-    return transposed ? b.data + column * b.stride + k : b.data + k * b.stride + column;
-  }
-  Panel<Scalar> pack(const Strip& strip, Scalar* buffer) const {
-    const Scalar* first = at(strip.k, strip.column);
-    if (transposed) {
-      return transpose_panel(GatheredRows<Scalar>(first, b.stride, strip.width, strip.depth),
-                             buffer);
-    }
-    return copy_panel(GatheredRows<Scalar>(first, b.stride, strip.depth, strip.width), buffer);
-  }
-  Panel<Scalar> in_place(const Strip& strip) const {
-    const bool whole = !transposed && strip.width == tile_columns<Scalar>;
-    return {whole ? at(strip.k, strip.column) : nullptr, b.stride};
-  }
-  /// A transposed strip is prefetched in part only where there are few tiles.
-  Prefetch<Scalar> prefetch(const Strip& strip, Index first, Index count) const {
-    return {at(strip.k + first, strip.column), b.stride, transposed ? strip.width : count};
-  }
 };
 
 }  // namespace moe::detail

@@ -13,7 +13,7 @@ namespace moe::detail {
 
 /// The largest M for which reading B sequentially is fastest. For more rows, reading several rows of
 /// B side by side passes over C less often.
-inline constexpr Index small_m_rows = l2_feeds_tiles ? 5 : 3;
+inline constexpr Index small_m_rows = l2_feeds_tiles ? 5 : 4;
 
 /// Packets of a tile: few enough for the registers, and a divisor of most widths.
 inline constexpr Index small_m_packets = l2_feeds_tiles ? 4 : 2;
@@ -24,6 +24,10 @@ constexpr Index first_prefetched(Index block, Index end, Index ahead) {
   return std::min(end, block + ahead / block * block + end % block);
 }
 
+/// Rows of B that gemm_small_m() reads side by side for a number of rows of A: only as many as it takes
+/// for C, in L1, to cost less time than memory.
+constexpr Index small_m_steps(Index rows) { return rows <= 2 ? 1 : rows <= 4 ? 2 : 4; }
+
 /// One tile of gemm_small_m(): R rows of C += `steps` rows of B. The elements from
 /// `ahead + further` on are prefetched.
 template <Index R, class Scalar>
@@ -32,16 +36,16 @@ EIGEN_ALWAYS_INLINE void small_m_tile(const Scalar* const (&left)[to_size(R)], c
                                       Index column, Scalar* const (&c)[to_size(R)]) {
   constexpr Index V = small_m_packets;
   constexpr Index size = packet_size<Scalar>;
-  // Where a packet is a cache line, the hardware prefetcher fetches most of B for a single row, and
-  // more prefetches would take the line fill buffers from it.
-  constexpr Index lines =
-      l2_feeds_tiles && R == 1 ? 1 : (V * size + cache_line<Scalar> - 1) / cache_line<Scalar>;
+  // The hardware prefetcher fetches most of B where its rows are read one after the other, and more
+  // prefetches than one in four lines would take the line fill buffers from it.
+  constexpr Index tile_lines = (V * size + cache_line<Scalar> - 1) / cache_line<Scalar>;
+  constexpr Index lines = small_m_steps(R) > 1 ? tile_lines : tile_lines / 4;
   Packet<Scalar> sum[to_size(R)][to_size(V)];
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
   b += column;
   for (Index k = 0; k < steps; ++k, b += stride, further += V * size) {
-    prefetch_far<lines>(ahead, further);
+    if constexpr (lines > 0) prefetch_far<lines>(ahead, further);
     add_products(left, k, b, sum);
   }
   MOE_UNROLL
@@ -49,13 +53,12 @@ EIGEN_ALWAYS_INLINE void small_m_tile(const Scalar* const (&left)[to_size(R)], c
 }
 
 /// R rows of C += a[r][k]·b[k, :], where the rows of B are whole tiles and contiguous, so that all of
-/// it is read and prefetched sequentially, and after its end the start of `next_b`. Only as many rows
-/// of B are read side by side as it takes for C, in L1, to cost less time than memory.
+/// it is read and prefetched sequentially, and after its end the start of `next_b`.
 template <Index R, class Scalar>
 MOE_NOINLINE void gemm_small_m(const Scalar* const* a, const MatrixOperand<Scalar>& b,
                                Scalar* const* c, const Scalar* next_b) {
   constexpr Index width = small_m_packets * packet_size<Scalar>;
-  constexpr Index side_by_side = R <= 2 ? 1 : R <= 4 ? 2 : 4;
+  constexpr Index side_by_side = small_m_steps(R);
   constexpr Index ahead = (Index{8} << 10) / static_cast<Index>(sizeof(Scalar));
   const Scalar* row[to_size(R)];
   Scalar* out[to_size(R)];
@@ -107,71 +110,6 @@ void gemm_small_m(const GemmNN<Scalar>& product) {
   with_constant<small_m_rows>(product.a.count(),
                               [&](auto R) { gemm_small_m<R>(from, b, to, product.prefetch_next); });
   call_epilogue<Scalar>(product.epilogue, product.a.count(), product.column_range());
-}
-
-/// Whether rows `stride` apart, read side by side, end before the hardware prefetcher has detected
-/// them: they are then prefetched a tile ahead.
-template <class Scalar>
-constexpr bool rows_are_short(Index stride) {
-  return stride <= 16 * cache_line<Scalar>;
-}
-
-/// C = A·Bᵀ for at most two packets of rows of A, which run along the packets in place of rows of B,
-/// so that B, by far the larger, is neither transposed nor packed. In a partial tile the last row is
-/// repeated in place of the missing ones, since tiles are compiled in one height.
-template <class Scalar>
-void gemm_small_m(const GemmNT<Scalar>& product) {
-  constexpr Index size = packet_size<Scalar>;
-  constexpr Index capacity = (Index{1} << 16) / static_cast<Index>(sizeof(Scalar));
-  alignas(64) Scalar buffer[to_size(capacity)];
-  const GatheredRows<Scalar>& a = product.a;
-  const MatrixOperand<Scalar>& b = product.b;
-  const ScatteredRows<Scalar>& c = product.c;
-  const Range columns = product.column_range();
-  const Index packets = (a.count() + size - 1) / size;
-  MOE_ASSERT(packets <= 2);
-  const Index block_depth = capacity / (packets * size);
-  const Index highest = packets == 1 ? max_tile_rows : tile_rows;
-  const Index depth = a.width();
-  const bool in_one_piece = b.stride == depth && rows_are_short<Scalar>(depth);
-  for (Index k = 0; k == 0 || k < depth; k += block_depth) {
-    const Index count = std::min(block_depth, depth - k);
-    const Panel<Scalar> right = transpose_panel(a.columns(k, count), buffer);
-    const bool from_zero = k == 0 && product.start == Start::zero;
-    for_each_tile(columns.count, highest, [&](Index first, Index rows) {
-      Scalar tile[to_size(max_tile_rows * tile_columns<Scalar>)];
-      Left<Scalar> left;
-      Scalar* to[to_size(max_tile_rows)];
-      for (Index r = 0; r < highest; ++r) {
-        const Index row = std::min(r, rows - 1);
-        left.row[r] = b.row(columns.first + first + row) + k;
-        to[r] = tile + row * right.stride;
-      }
-      for (Index i = 0; i < a.count() && !from_zero; ++i) {
-        const Scalar* held = c.row(i) + columns.first + first;
-        for (Index r = 0; r < rows; ++r) to[r][i] = held[r];
-      }
-      Prefetch<Scalar> ahead;
-      if (in_one_piece) {
-        constexpr Index strip = strip_lines * cache_line<Scalar>;
-        const Index next = std::min(rows, columns.count - first - rows);
-        ahead = {left.row[0] + rows * depth, strip, next * depth / strip, 4};
-      }
-      const Start from = from_zero ? Start::zero : Start::accumulate;
-      const Bias<Scalar> no_bias;
-      if (packets == 1) {
-        multiply_tile<Packet<Scalar>, max_tile_rows, 1>(left, right, count, from, no_bias, to,
-                                                        ahead);
-      } else {
-        multiply_tile<Packet<Scalar>, tile_rows, 2>(left, right, count, from, no_bias, to, ahead);
-      }
-      for (Index i = 0; i < a.count(); ++i) {
-        Scalar* result = c.row(i) + columns.first + first;
-        for (Index r = 0; r < rows; ++r) result[r] = to[r][i];
-      }
-    });
-  }
-  call_epilogue<Scalar>(product.epilogue, a.count(), columns);
 }
 
 }  // namespace moe::detail

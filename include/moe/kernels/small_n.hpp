@@ -11,11 +11,14 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// C = Aᵀ·B where C has at most tile_rows columns: as Cᵀ = Bᵀ·A, beside C.
+/// The largest number of columns of C that gemm_small_n() is for, if there is a tile of rows.
+inline constexpr Index small_n_columns = max_tile_rows;
+
+/// C = Aᵀ·B where C has few columns: as Cᵀ = Bᵀ·A, beside C.
 template <class Scalar>
 void gemm_small_n(const GemmTN<Scalar>& product) {
   constexpr Index widest = 2 * panel_columns<Scalar>;
-  alignas(64) Scalar buffer[to_size(tile_rows * widest)];
+  alignas(64) Scalar buffer[to_size(small_n_columns * widest)];
   const Range rows = product.row_range();
   const Range columns = product.column_range();
   const Index end = rows.first + rows.count;
