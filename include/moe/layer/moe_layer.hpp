@@ -126,9 +126,9 @@ class MoELayer {
         config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
         gate_(std::move(gate)),
         experts_(std::move(experts)) {
-    policy_.place(config_, gate_);
+    policy_.place(config_, gate_, gate_.experts() - config_.identity_experts);
     policy_.together("MoELayer: the experts", [&] {
-      const Range here = policy_.experts_here(gate_.experts());
+      const Range here = policy_.experts_here(gate_.experts() - config_.identity_experts);
       detail::require(static_cast<Index>(experts_.size()) == here.count,
                       "MoELayer: ", experts_.size(), " experts, the gate has ", here.count,
                       " here");
