@@ -6,32 +6,28 @@ namespace {
 
 using bench::Index;
 
-template <class Scalar>
-void multiply_add_peak(benchmark::State& state) {
+/// A row of operations a second, which try_rate() measures.
+template <class F>
+void peak(benchmark::State& state, F try_rate) {
   double rate = 0;
-  for ([[maybe_unused]] auto _ : state) rate = bench::multiply_add_peak<Scalar>(state.range(0));
+  for ([[maybe_unused]] auto _ : state) rate = try_rate();
   state.counters["GFLOPs"] = rate * 1e-9;
   state.counters["roofline_fraction"] = 1;
 }
 
+template <class Scalar>
+void multiply_add_peak(benchmark::State& state) {
+  peak(state, [&] { return bench::multiply_add_peak<Scalar>(state.range(0)); });
+}
 #ifdef __AVX512BF16__
 void bfloat16_dot_peak(benchmark::State& state) {
-  double rate = 0;
-  for ([[maybe_unused]] auto _ : state) {
-    rate = bench::best_rate(state.range(0), bench::detail::try_bfloat16_dots, 0.5);
-  }
-  state.counters["GFLOPs"] = rate * 1e-9;
-  state.counters["roofline_fraction"] = 1;
+  peak(state,
+       [&] { return bench::best_rate(state.range(0), bench::detail::try_bfloat16_dots, 0.5); });
 }
 #endif
 #ifdef __AVX512VNNI__
 void byte_dot_peak(benchmark::State& state) {
-  double rate = 0;
-  for ([[maybe_unused]] auto _ : state) {
-    rate = bench::best_rate(state.range(0), bench::detail::try_byte_dots, 0.5);
-  }
-  state.counters["GFLOPs"] = rate * 1e-9;
-  state.counters["roofline_fraction"] = 1;
+  peak(state, [&] { return bench::best_rate(state.range(0), bench::detail::try_byte_dots, 0.5); });
 }
 #endif
 

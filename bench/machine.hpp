@@ -117,50 +117,41 @@ template <class Scalar>
   return static_cast<double>(2 * chains * rounds * size) / (seconds_now() - start);
 }
 
-// Operations a second of the dot products that some processors have, in registers: each adds to a lane the
-// products of two pairs of bfloat16, or of four pairs of bytes.
-
-#ifdef __AVX512BF16__
-[[gnu::noinline]] inline double try_bfloat16_dots() {
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+/// Operations a second of step(sum), `operations` each, on sums in registers.
+template <class Register, class Step>
+[[gnu::noinline]] double try_dots(Index operations, Step step) {
   constexpr Index chains = 12;
   constexpr Index rounds = 400000;
-  __m512 sum[chains];
-  unroll<chains>([&](auto i) { sum[i] = _mm512_set1_ps(static_cast<float>(i)); });
-  const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F003F00));  // 0.5
+  Register sum[chains] = {};
   const double start = seconds_now();
   for (Index round = 0; round < rounds; ++round) {
     unroll<chains>([&](auto i) {
-      sum[i] = _mm512_dpbf16_ps(sum[i], a, a);
+      sum[i] = step(sum[i]);
       asm("" : "+v"(sum[i]));  // else GCC moves sums to memory and back
     });
   }
-  __m512 total = sum[0];
-  unroll<chains>([&](auto i) { total = _mm512_add_ps(total, sum[i]); });
-  float result = _mm512_cvtss_f32(total);
-  benchmark::DoNotOptimize(result);
-  return static_cast<double>(2 * 2 * 16 * chains * rounds) / (seconds_now() - start);
+  const double seconds = seconds_now() - start;
+  // DoNotOptimize() would want them in memory all the time.
+  unroll<chains>([&](auto i) { asm volatile("" : : "v"(sum[i])); });
+  return static_cast<double>(operations * chains * rounds) / seconds;
+}
+#endif
+
+// The dot products that some processors have: each adds to a lane the products of two pairs of bfloat16, or
+// of four pairs of bytes.
+
+#ifdef __AVX512BF16__
+inline double try_bfloat16_dots() {
+  const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F003F00));  // 0.5
+  return try_dots<__m512>(2 * 2 * 16, [a](__m512 sum) { return _mm512_dpbf16_ps(sum, a, a); });
 }
 #endif
 
 #ifdef __AVX512VNNI__
-[[gnu::noinline]] inline double try_byte_dots() {
-  constexpr Index chains = 12;
-  constexpr Index rounds = 400000;
-  __m512i sum[chains];
-  unroll<chains>([&](auto i) { sum[i] = _mm512_set1_epi32(static_cast<int>(i)); });
+inline double try_byte_dots() {
   const __m512i a = _mm512_set1_epi8(1);
-  const double start = seconds_now();
-  for (Index round = 0; round < rounds; ++round) {
-    unroll<chains>([&](auto i) {
-      sum[i] = _mm512_dpbusd_epi32(sum[i], a, a);
-      asm("" : "+v"(sum[i]));  // else GCC moves sums to memory and back
-    });
-  }
-  __m512i total = sum[0];
-  unroll<chains>([&](auto i) { total = _mm512_add_epi32(total, sum[i]); });
-  int result = _mm512_cvtsi512_si32(total);
-  benchmark::DoNotOptimize(result);
-  return static_cast<double>(2 * 4 * 16 * chains * rounds) / (seconds_now() - start);
+  return try_dots<__m512i>(2 * 4 * 16, [a](__m512i sum) { return _mm512_dpbusd_epi32(sum, a, a); });
 }
 #endif
 

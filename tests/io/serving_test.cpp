@@ -81,6 +81,21 @@ TEMPLATE_TEST_CASE("served files: straight from a wide one", "[io][weights]", MO
                   Served<TestType>(layer).evaluate(x)));
 }
 
+TEST_CASE("served files: of layers with identity experts", "[io][weights]") {
+  const auto packing = GENERATE(Packing::plain, Packing::packed);
+  const TemporaryFolder folder;
+  const std::string path = folder.file("layer.safetensors");
+  const Layer layer({.width = 37,
+                     .expert = {.hidden = 71},
+                     .gate = {.experts = 4, .top_k = 2},
+                     .identity_experts = 1,
+                     .seed = 1});
+  const Served<Int4> served(layer);
+  save_serving(path, served, packing);
+  const auto x = random_matrix<float>(20, 37, 2);
+  CHECK(same_bits(load_serving<Served<Int4>>(path).evaluate(x), served.evaluate(x)));
+}
+
 TEMPLATE_TEST_CASE("served files: the rounded activations are the reader's choice", "[io][weights]",
                    MOE_TEST_SCALED_FORMATS) {
   const TemporaryFolder folder;

@@ -121,6 +121,18 @@ TEMPLATE_TEST_CASE("serving: any gate", "[weights]", NoisyTopKGate<float>, TopKG
   CHECK(same_bits(served.evaluate(x), rounded(layer, served).evaluate(x)));
 }
 
+TEST_CASE("serving: identity experts stay what they are", "[weights]") {
+  Layer<TopKGate<float>> layer({.width = width,
+                                .expert = form(0),
+                                .gate = {.experts = 5, .top_k = 3},
+                                .identity_experts = 2,
+                                .seed = 1});
+  const ServingLayer<Layer<TopKGate<float>>, Int8> served(layer);
+  CHECK(served.experts().size() == 3);
+  const auto x = random_matrix<float>(40, width, 2);
+  CHECK(same_bits(served.evaluate(x), rounded(layer, served).evaluate(x)));
+}
+
 TEMPLATE_TEST_CASE("serving: a token has the same bits whoever shares its batch", "[weights]",
                    MOE_TEST_FORMATS) {
   const auto activations = GENERATE(Activations::float32, Activations::int8);

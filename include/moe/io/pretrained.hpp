@@ -76,10 +76,10 @@ class Pretrained {
     return detail::layer_config<Layer>(config_.path(), mixture(layer));
   }
 
-  /// Reads a layer's parameters, widened or rounded to its Scalar. Throws, with nothing changed, std::runtime_error, which names the file,
-  /// the tensor and the shapes, unless every parameter has its tensor, of the shape that config.json says and
-  /// of a type that is known, and none is left over under the mixture's names; and std::invalid_argument if
-  /// the layer has other shapes. If reading itself fails, the layer may be new in part. Of a layer over
+  /// Reads a layer's parameters, widened or rounded to its Scalar. Throws, with nothing changed,
+  /// std::runtime_error, which names the file, the tensor and the shapes, unless every parameter has its
+  /// tensor, of the shape that config.json says and of a type that is known, and none is left over under the
+  /// mixture's names; and std::invalid_argument if the layer has other shapes. If reading itself fails, the layer may be new in part. Of a layer over
   /// several processes each reads its own experts. Beside the layer it takes memory for 2^16 numbers, or a
   /// row of a tensor if that has more.
   template <class Layer>

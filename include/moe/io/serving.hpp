@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -63,7 +65,7 @@ std::vector<std::uint64_t> code_shape(Index rows, Index columns) {
 }
 template <class Format>
 std::vector<std::uint64_t> scale_shape(Index rows, Index columns) {
-  return shape_of((rows + Format::block - 1) / Format::block, columns);
+  return shape_of(narrow_blocks<Format>(rows), columns);
 }
 
 template <class Format>
@@ -93,9 +95,8 @@ std::vector<std::byte> plain_scales(const NarrowMatrix<Format>& weights) {
   std::vector<std::byte> bytes;
   for (Index k = 0; k < weights.rows(); k += Format::block) {
     for (Index j = 0; j < weights.cols(); ++j) {
-      const auto half = static_cast<Eigen::half>(weights.scale(k, j));
       std::byte two[2];
-      std::memcpy(two, &half.x, sizeof(two));
+      store_half(weights.scale(k, j), two);
       bytes.insert(bytes.end(), two, two + 2);
     }
   }
@@ -152,9 +153,7 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
         }
       },
       [&](Index block, Index j) {
-        Eigen::half half;
-        std::memcpy(&half.x, scales.data() + 2 * to_size(block * columns + j), sizeof(half.x));
-        const auto scale = static_cast<float>(half);
+        const float scale = load_half(scales.data() + 2 * to_size(block * columns + j));
         if (!std::isfinite(scale)) refuse(scale_name, block, j, scale);
         return scale;
       });
@@ -165,11 +164,7 @@ template <class Format>
 NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string& name, Index rows,
                                  Index columns, Index lanes,
                                  const std::shared_ptr<const std::byte>& mapped) {
-  const Index packets = (columns + lanes - 1) / lanes;
-  const Index block = (Format::scaled ? 2 * lanes : 0) +
-                      Format::block / Format::group * Format::group_bytes * lanes;
-  const auto size =
-      static_cast<std::uint64_t>((rows + Format::block - 1) / Format::block * block * packets);
+  const auto size = static_cast<std::uint64_t>(narrow_bytes<Format>(rows, columns, lanes));
   const std::vector<std::uint64_t> shape{(size + 63) / 64 * 64};
   if (mapped && lanes == lane_count) {
     const auto& tensor = file.tensor(name);
@@ -188,9 +183,7 @@ NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string&
         return Format::get(bytes.data() + at.lane, at.step);
       },
       [&](Index b, Index j) {
-        Eigen::half half;
-        std::memcpy(&half.x, bytes.data() + place(b * Format::block, j).scale, sizeof(half.x));
-        return static_cast<float>(half);
+        return load_half(bytes.data() + place(b * Format::block, j).scale);
       });
 }
 
@@ -281,7 +274,7 @@ Serving load_serving(const std::string& path, const NarrowOptions& options = {})
   Gate gate(config.gate, derive_seed(config.seed, 0));
   file->read_parameters(gate, "gate.");
   std::vector<Expert> experts;
-  for (Index e = 0; e < gate.experts(); ++e) {
+  for (Index e = 0; e < gate.experts() - config.identity_experts; ++e) {
     const std::string prefix = "experts." + std::to_string(e) + ".";
     if (is_wide) {
       FeedForward<float> wide(config.expert, 0);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "moe/kernels/gemm_direct.hpp"
 #include "moe/kernels/gemm_packed.hpp"
@@ -113,17 +114,19 @@ void gemm_block(const Product& product, Range rows, Range columns) {
 }
 
 /// C = A·B on all workers.
-template <class Scalar>
-void gemm(const GemmNN<Scalar>& product) {
+template <class Scalar, class B>
+void gemm(const GemmNN<Scalar, B>& product) {
   const Index rows = product.c.count();
   const Index width = product.c.width();
   MOE_ASSERT(product.a.width() == product.b.rows && rows == product.a.count() &&
              width == product.b.columns);
   const Range columns = product.column_range();
-  // For few rows one worker reads all of B sequentially.
-  const bool whole = columns.count == width &&
-                     worker_count(Work{rows * width * product.a.width()}) == 1 &&
-                     is_small_m<Scalar>(rows, width, product.b.stride);
+  // For few rows one worker reads all of a matrix sequentially.
+  bool whole = false;
+  if constexpr (std::is_same_v<B, MatrixOperand<Scalar>>) {
+    whole = columns.count == width && worker_count(Work{rows * width * product.a.width()}) == 1 &&
+            is_small_m<Scalar>(rows, width, product.b.stride);
+  }
   for_each_block({0, rows}, columns, product.a.width(), whole ? width : 2 * panel_columns<Scalar>,
                  [&](Range block_rows, Range block_columns) {
                    gemm_block(product, block_rows, block_columns);
@@ -131,8 +134,8 @@ void gemm(const GemmNN<Scalar>& product) {
 }
 
 /// C = A·Bᵀ on all workers.
-template <class Scalar>
-void gemm(const GemmNT<Scalar>& product) {
+template <class Scalar, class B>
+void gemm(const GemmNT<Scalar, B>& product) {
   MOE_ASSERT(product.a.width() == product.b.columns && product.c.count() == product.a.count() &&
              product.c.width() == product.b.rows);
   for_each_block({0, product.c.count()}, product.column_range(), product.a.width(),

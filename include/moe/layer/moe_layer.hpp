@@ -97,14 +97,7 @@ class MoELayer {
       : policy_(std::move(policy)),
         config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
         gate_(policy_.together("MoELayer: the gate", [&] {
-          Gate gate(config_.gate, derive_seed(config.seed, 0));
-          detail::require(gate.experts() >= 1, "MoELayer: the gate has ", gate.experts(),
-                          " experts, must be at least 1");
-          detail::require(
-              config_.identity_experts >= 0 && config_.identity_experts < gate.experts(),
-              "MoELayer::Config.identity_experts = ", config_.identity_experts,
-              ", must be at least 0 and below the gate's ", gate.experts(), " experts");
-          return gate;
+          return checked(Gate(config_.gate, derive_seed(config.seed, 0)), config_);
         })) {
     if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
     policy_.place(config_, gate_, networks());
@@ -124,11 +117,12 @@ class MoELayer {
            DispatchPolicy policy = DispatchPolicy())
       : policy_(std::move(policy)),
         config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
-        gate_(std::move(gate)),
+        gate_(policy_.together("MoELayer: the gate",
+                               [&] { return checked(std::move(gate), config_); })),
         experts_(std::move(experts)) {
-    policy_.place(config_, gate_, gate_.experts() - config_.identity_experts);
+    policy_.place(config_, gate_, networks());
     policy_.together("MoELayer: the experts", [&] {
-      const Range here = policy_.experts_here(gate_.experts() - config_.identity_experts);
+      const Range here = policy_.experts_here(networks());
       detail::require(static_cast<Index>(experts_.size()) == here.count,
                       "MoELayer: ", experts_.size(), " experts, the gate has ", here.count,
                       " here");
@@ -315,6 +309,15 @@ class MoELayer {
   }
 
  private:
+  static Gate checked(Gate gate, const Config& config) {
+    detail::require(gate.experts() >= 1, "MoELayer: the gate has ", gate.experts(),
+                    " experts, must be at least 1");
+    detail::require(config.identity_experts >= 0 && config.identity_experts < gate.experts(),
+                    "MoELayer::Config.identity_experts = ", config.identity_experts,
+                    ", must be at least 0 and below the gate's ", gate.experts(), " experts");
+    return gate;
+  }
+
   /// Experts that are no identity.
   Index networks() const { return gate_.experts() - config_.identity_experts; }
 

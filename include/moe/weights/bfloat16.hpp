@@ -34,8 +34,7 @@ struct BFloat16 {
   EIGEN_ALWAYS_INLINE static detail::Packet<float> widen(const std::byte* lane) {
     const detail::Lanes lanes = detail::load_lanes(lane);
     if constexpr (step == 0) return detail::as_float(detail::shift_left<16>(lanes));
-    return detail::as_float(
-        Eigen::internal::pand(lanes, detail::broadcast_lanes(static_cast<std::int32_t>(~0xFFFF))));
+    return detail::as_float(Eigen::internal::pand(lanes, detail::broadcast_lanes(~0xFFFF)));
   }
 };
 

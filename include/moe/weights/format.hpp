@@ -1,7 +1,10 @@
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "moe/kernels/lanes.hpp"
 
@@ -64,9 +67,26 @@ concept NarrowFormat = requires(const std::byte* lane, std::byte* changed, float
 };
 // clang-format on
 
+/// A number in float16, as scales are stored.
+inline float load_half(const std::byte* from) {
+  Eigen::half half;
+  std::memcpy(&half.x, from, sizeof(half.x));
+  return static_cast<float>(half);
+}
+inline void store_half(float value, std::byte* to) {
+  const auto half = static_cast<Eigen::half>(value);
+  std::memcpy(to, &half.x, sizeof(half.x));
+}
 /// A number as float16 holds it.
 inline float round_to_half(float value) {
   return static_cast<float>(static_cast<Eigen::half>(value));
+}
+
+/// The code of a weight that stands for code·scale, in whole numbers from `least` to `most`; a tie is
+/// rounded away from 0.
+inline std::int8_t scaled_code(float value, float scale, float least, float most) {
+  if (scale == 0) return 0;
+  return static_cast<std::int8_t>(std::clamp(std::round(value / scale), least, most));
 }
 
 }  // namespace detail

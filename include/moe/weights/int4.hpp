@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "moe/weights/format.hpp"
@@ -27,10 +26,7 @@ struct Int4 {
     }
     return detail::round_to_half(largest / -8);
   }
-  static Code encode(float value, float scale) {
-    if (scale == 0) return 0;
-    return static_cast<Code>(std::clamp(std::round(value / scale), -8.0f, 7.0f));
-  }
+  static Code encode(float value, float scale) { return detail::scaled_code(value, scale, -8, 7); }
   /// Exact: 4 bits times the 11 of a scale fit into a float.
   static float decode(Code code, float scale) { return static_cast<float>(code) * scale; }
 

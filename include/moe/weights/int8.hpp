@@ -26,8 +26,7 @@ struct Int8 {
     return detail::round_to_half(largest / 127);
   }
   static Code encode(float value, float scale) {
-    if (scale == 0) return 0;
-    return static_cast<Code>(std::clamp(std::round(value / scale), -127.0f, 127.0f));
+    return detail::scaled_code(value, scale, -127, 127);
   }
   /// Exact: 8 bits times the 11 of a scale fit into a float.
   static float decode(Code code, float scale) { return static_cast<float>(code) * scale; }

@@ -76,7 +76,6 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
 /// all panels of B.
 template <class Format>
 requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Format>>& product) {
-  using Layout = NarrowLayout<Format>;
   using Dot = IntegerDot<Format::zero <= 8>;
   using Rows = RoundedRows<Dot>;
   constexpr Index highest = narrow_tile_rows<Format>;
@@ -92,7 +91,7 @@ requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Form
           with_panel_of_c(product, {top + first, count}, part, k == 0, [&](float* const* to) {
             for_each_narrow_tile<Format>(count, part, [&](auto R, auto V, Index v) {
               integer_tile<Format, Dot, R, V>(rounded, first, panel, part.packets, v,
-                                              Layout::blocks(depth), to,
+                                              narrow_blocks<Format>(depth), to,
                                               (v - part.first) * lane_count);
             });
           });

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <string_view>
@@ -19,45 +18,65 @@ namespace moe {
 
 namespace detail {
 
-/// Where things are in a packed matrix: see format.hpp.
+// Where things are in a packed matrix, see format.hpp. `lanes` are the floats of a packet of the machine
+// that packed it.
+
+/// Packets of the panel whose first column is `first`.
+constexpr Index narrow_packets(Index columns, Index first, Index lanes = lane_count) {
+  return std::min(panel_packets, (columns - first + lanes - 1) / lanes);
+}
+/// Bytes of the scales of a packet of columns in a block, and of all of it.
+template <class Format>
+constexpr Index narrow_scale_bytes(Index lanes = lane_count) {
+  return Format::scaled ? 2 * lanes : 0;
+}
+template <class Format>
+constexpr Index narrow_block_bytes(Index lanes = lane_count) {
+  return narrow_scale_bytes<Format>(lanes) +
+         Format::block / Format::group * Format::group_bytes * lanes;
+}
+template <class Format>
+constexpr Index narrow_blocks(Index rows) {
+  return (rows + Format::block - 1) / Format::block;
+}
+template <class Format>
+constexpr Index narrow_bytes(Index rows, Index columns, Index lanes = lane_count) {
+  return narrow_blocks<Format>(rows) * narrow_block_bytes<Format>(lanes) *
+         ((columns + lanes - 1) / lanes);
+}
+
+/// The same of this machine, as constants.
 template <class Format>
 struct NarrowLayout {
   static constexpr Index panel_columns = panel_packets * lane_count;
-
-  /// Packets of the panel that a column is in, which has the first column `first`.
-  static constexpr Index packets(Index columns, Index first) {
-    return std::min(panel_packets, (columns - first + lane_count - 1) / lane_count);
-  }
-  /// Bytes of a block, for each packet of columns.
-  static constexpr Index scale_bytes = Format::scaled ? 2 * lane_count : 0;
+  static constexpr Index scale_bytes = narrow_scale_bytes<Format>();
   static constexpr Index group_bytes = Format::group_bytes * lane_count;
-  static constexpr Index block_bytes = scale_bytes + Format::block / Format::group * group_bytes;
-
-  static constexpr Index blocks(Index rows) { return (rows + Format::block - 1) / Format::block; }
-  static constexpr Index bytes(Index rows, Index columns) {
-    return blocks(rows) * block_bytes * ((columns + lane_count - 1) / lane_count);
-  }
+  static constexpr Index block_bytes = narrow_block_bytes<Format>();
 };
 
-/// Where in a packed matrix the lane of a weight is, and its scale. `lanes` are the floats of a packet
-/// of the machine that packed it.
+/// The place of a block of the panel whose first column is `first`.
+template <class Format>
+constexpr Index narrow_block_place(Index rows, Index columns, Index first, Index block,
+                                   Index lanes = lane_count) {
+  return narrow_block_bytes<Format>(lanes) * (narrow_blocks<Format>(rows) * (first / lanes) +
+                                              block * narrow_packets(columns, first, lanes));
+}
+
+/// Where the lane of a weight is, and its scale.
 struct NarrowPlace {
   Index lane;   ///< byte
   Index step;   ///< in the lane
   Index scale;  ///< byte
 };
 template <class Format>
-NarrowPlace narrow_place(Index rows, Index columns, Index k, Index column,
-                         Index lanes = lane_count) {
+constexpr NarrowPlace narrow_place(Index rows, Index columns, Index k, Index column,
+                                   Index lanes = lane_count) {
   const Index first = column / (panel_packets * lanes) * (panel_packets * lanes);
-  const Index packets = std::min(panel_packets, (columns - first + lanes - 1) / lanes);
-  const Index groups = Format::block / Format::group;
-  const Index scales = Format::scaled ? 2 * lanes : 0;
-  const Index packet_bytes = scales + groups * Format::group_bytes * lanes;  // of a block
-  const Index blocks = (rows + Format::block - 1) / Format::block;
-  const Index block = packet_bytes * (blocks * (first / lanes) + k / Format::block * packets);
+  const Index packets = narrow_packets(columns, first, lanes);
+  const Index block = narrow_block_place<Format>(rows, columns, first, k / Format::block, lanes);
   const Index group = k % Format::block / Format::group;
-  return {block + packets * (scales + group * Format::group_bytes * lanes) +
+  return {block +
+              packets * (narrow_scale_bytes<Format>(lanes) + group * Format::group_bytes * lanes) +
               (column - first) * Format::group_bytes,
           k % Format::group, block + 2 * (column - first)};
 }
@@ -74,8 +93,7 @@ struct NarrowOperand {
   /// The panel that begins with a column, from a block of k on.
   const std::byte* panel(Index column, Index block = 0) const {
     MOE_ASSERT(column % Layout::panel_columns == 0);
-    return data + Layout::blocks(rows) * Layout::block_bytes * (column / lane_count) +
-           block * Layout::block_bytes * Layout::packets(columns, column);
+    return data + narrow_block_place<Format>(rows, columns, column, block);
   }
 };
 
@@ -125,7 +143,9 @@ class NarrowMatrix {
 
   Index rows() const { return rows_; }
   Index cols() const { return columns_; }
-  static Index bytes_of(Index rows, Index columns) { return Layout::bytes(rows, columns); }
+  static Index bytes_of(Index rows, Index columns) {
+    return detail::narrow_bytes<Format>(rows, columns);
+  }
   Index bytes() const { return bytes_of(rows_, columns_); }
   const std::byte* data() const { return data_.get(); }
   Operand operand(Activations activations = Activations::float32) const {
@@ -133,16 +153,13 @@ class NarrowMatrix {
   }
 
   typename Format::Code code(Index k, Index column) const {
-    const auto place = detail::narrow_place<Format>(rows_, columns_, k, column);
+    const auto place = place_of(k, column);
     return Format::get(data() + place.lane, place.step);
   }
   /// The scale of a weight, 1 where the format has none.
   float scale(Index k, Index column) const {
     if constexpr (!Format::scaled) return 1;
-    Eigen::half half;
-    std::memcpy(&half.x, data() + detail::narrow_place<Format>(rows_, columns_, k, column).scale,
-                sizeof(half.x));
-    return static_cast<float>(half);
+    return detail::load_half(data() + place_of(k, column).scale);
   }
   /// The weights that the codes stand for (K x N).
   Matrix<float> decoded() const {
@@ -156,6 +173,10 @@ class NarrowMatrix {
  private:
   NarrowMatrix(Index rows, Index columns) : rows_(rows), columns_(columns) {}
 
+  detail::NarrowPlace place_of(Index k, Index column) const {
+    return detail::narrow_place<Format>(rows_, columns_, k, column);
+  }
+
   std::byte* allocate() {
     constexpr std::align_val_t line{64};
     const std::size_t size = detail::to_size(bytes());
@@ -167,13 +188,11 @@ class NarrowMatrix {
   }
 
   void set(std::byte* data, Index k, Index column, typename Format::Code code) const {
-    const auto place = detail::narrow_place<Format>(rows_, columns_, k, column);
+    const auto place = place_of(k, column);
     Format::set(data + place.lane, place.step, code);
   }
   void set_scale(std::byte* data, Index k, Index column, float scale) const {
-    const auto half = static_cast<Eigen::half>(scale);
-    std::memcpy(data + detail::narrow_place<Format>(rows_, columns_, k, column).scale, &half.x,
-                sizeof(half.x));
+    detail::store_half(scale, data + place_of(k, column).scale);
   }
 
   void pack(const MatrixRef<float>& weights, Range columns, std::string_view name,

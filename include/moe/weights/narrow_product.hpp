@@ -115,7 +115,7 @@ struct NarrowPackets {
   using Layout = NarrowLayout<Format>;
   NarrowOperand<Format> b;
 
-  static_assert(panel_depth % Format::block == 0, "a strip begins with a block");
+  static_assert(panel_depth % Format::group == 0, "a strip begins with a group");
 
   Panel<float> pack(const Strip& strip, float* buffer) const {
     const Index stride = strip.packets * lane_count;
@@ -125,13 +125,12 @@ struct NarrowPackets {
     }
     return {buffer, stride};
   }
-  Panel<float> in_place(const Strip&) const { return {nullptr, 0}; }
   /// The whole width of the panel that the strip begins in: the strips after it need the rest.
   Prefetch<float> prefetch(const Strip& strip, Index first, Index count) const {
     constexpr Index at_once = strip_lines * 64;
     const Index column = strip.column / Layout::panel_columns * Layout::panel_columns;
     const Index bytes =
-        Layout::packets(b.columns, column) * Layout::block_bytes / Format::block * count;
+        narrow_packets(b.columns, column) * Layout::block_bytes / Format::block * count;
     const std::byte* place = b.panel(column, (strip.k + first) / Format::block);
     return {reinterpret_cast<const float*>(place), at_once / 4, (bytes + at_once - 1) / at_once};
   }
@@ -140,7 +139,7 @@ struct NarrowPackets {
   /// `stride` floats.
   void widen(Range steps, Index column, float* to, Index stride) const {
     const Index first = column / Layout::panel_columns * Layout::panel_columns;
-    const Index packets = Layout::packets(b.columns, first);
+    const Index packets = narrow_packets(b.columns, first);
     const Index v = (column - first) / lane_count;
     MOE_ASSERT(steps.first % Format::group == 0 && column % lane_count == 0);
     const Index end = steps.first + steps.count;
@@ -200,7 +199,7 @@ void for_each_panel(const NarrowOperand<Format>& b, Range columns, F&& f) {
     const Index begin = column / Layout::panel_columns * Layout::panel_columns;
     const Index width = std::min(begin + Layout::panel_columns, end) - column;
     const Index first = (column - begin) / lane_count;
-    f(PanelPart{column, width, Layout::packets(b.columns, begin), first,
+    f(PanelPart{column, width, narrow_packets(b.columns, begin), first,
                 first + (width + lane_count - 1) / lane_count},
       begin);
     column += width;
@@ -301,7 +300,7 @@ void gemm_serial(const GemmNT<float, NarrowOperand<Format>>& product) {
   for (Index first = columns.first; first < end; first += height) {
     const Range steps{first, std::min(height, end - first)};
     for (Index k = 0; k < b.columns; k += Layout::panel_columns) {
-      const Index packets = Layout::packets(b.columns, k);
+      const Index packets = narrow_packets(b.columns, k);
       const Index width = std::min(packets * lane_count, b.columns - k);
       for (Index v = 0; v < packets; ++v) {
         NarrowPackets<Format>{b}.widen(steps, k + v * lane_count, wide + v * lane_count,

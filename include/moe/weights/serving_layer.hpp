@@ -116,6 +116,7 @@ class ServingLayer {
     return {.width = config.width,
             .expert = config.expert,
             .gate = config.gate,
+            .identity_experts = config.identity_experts,
             .output = config.output,
             .seed = config.seed};
   }

@@ -31,8 +31,8 @@ namespace moe {
 /// larger elements come first, so that each is aligned.
 class SafetensorsWriter {
  public:
-  /// A matrix of float (F32) or double (F64); one of a single row is a vector, [N]. Throws std::invalid_argument if the name is taken or
-  /// is "__metadata__", which the format keeps for itself.
+  /// A matrix of float (F32) or double (F64); one of a single row is a vector, [N]. Throws
+  /// std::invalid_argument if the name is taken or is "__metadata__", which the format keeps for itself.
   template <class Scalar>
   void add(const std::string& name, const Matrix<Scalar>& matrix) {
     add({name,
