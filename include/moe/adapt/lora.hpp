@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -16,22 +17,29 @@ namespace moe {
 
 namespace detail {
 
-/// The experts of a layer that are here, adapted: expert e draws by the seed and its number, wherever it is.
-template <class Adapted, class Layer>
-std::vector<Adapted> adapted_experts(const Layer& layer, const LoraConfig& lora, Seed seed) {
-  const auto& config = layer.config();
-  const Range here =
-      layer.dispatch_policy().experts_here(layer.gate().experts() - config.identity_experts);
+/// Experts `first`, first + 1, ... adapted, each by the seed and its number; base(network) is what an
+/// adapter is put on.
+template <class Adapted, class Expert, class Base>
+std::vector<Adapted> adapted_experts(std::span<const Expert> from, Index first,
+                                     const LoraConfig& lora, Seed seed, Base&& base) {
   std::vector<Adapted> experts;
-  experts.reserve(layer.experts().size());
-  for (const auto& expert : layer.experts()) {
+  experts.reserve(from.size());
+  for (const Expert& expert : from) {
     check_shapes(expert, "adapt: an expert");
-    const auto number = static_cast<std::uint64_t>(here.first) + experts.size();
+    const auto number = static_cast<std::uint64_t>(first) + experts.size();
     experts.emplace_back(
-        typename Adapted::Network(expert.network(), lora, derive_seed(seed, number + 1)),
-        config.width);
+        typename Adapted::Network(base(expert.network()), lora, derive_seed(seed, number + 1)),
+        expert.width());
   }
   return experts;
+}
+/// Those of a layer that are here.
+template <class Adapted, class Layer>
+std::vector<Adapted> adapted_experts(const Layer& layer, const LoraConfig& lora, Seed seed) {
+  const Index networks = layer.gate().experts() - layer.config().identity_experts;
+  return adapted_experts<Adapted>(
+      layer.experts(), layer.dispatch_policy().experts_here(networks).first, lora, seed,
+      [](const auto& network) -> const auto& { return network; });
 }
 
 /// The configuration of a layer with other experts or another gate.

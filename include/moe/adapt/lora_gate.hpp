@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -72,8 +73,10 @@ class LoraGate {
       const Index place = number++;
       const std::string text = name.string();
       if (text != last_part && !text.ends_with(".weight")) return;
+      // Without the dot in front of it.
+      const std::size_t end = text.size() - std::min(text.size(), last_part.size() + 1);
       adapters_.push_back({place,
-                           text.substr(0, text.size() - last_part.size()),
+                           text.substr(0, end),
                            {p.value.rows(), p.value.cols(), lora.rank, detail::lora_factor(lora),
                             derive_seed(seed, static_cast<std::uint64_t>(place))}});
     });
@@ -151,22 +154,27 @@ class LoraGate {
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     Adapted::visit_parameters(self.gate_, visit);
-    for (auto& adapter : self.adapters_) {
-      if (adapter.prefix.empty()) {
-        detail::LowRank<Scalar>::visit_parameters(adapter.low_rank, visit);
+    visit_adapters(self, [&](std::string_view part, auto& low_rank) {
+      if (part.empty()) {
+        detail::LowRank<Scalar>::visit_parameters(low_rank, visit);
       } else {
-        visit(std::string_view(adapter.prefix).substr(0, adapter.prefix.size() - 1),
-              adapter.low_rank);
+        visit(part, low_rank);
       }
-    }
+    });
+  }
+  /// visit(part, adapter) for every adapter: `part` is what is in front of ".weight" in the gate's names,
+  /// or empty.
+  template <class Self, class Visitor>
+  static void visit_adapters(Self& self, Visitor visit) {
+    for (auto& adapter : self.adapters_) visit(std::string_view(adapter.part), adapter.low_rank);
   }
 
  private:
   static constexpr std::string_view last_part = "weight";
 
   struct Adapter {
-    Index place;         ///< of its weight among the gate's parameters
-    std::string prefix;  ///< of its parameters' names: empty, or ends in a dot
+    Index place;       ///< of its weight among the gate's parameters
+    std::string part;  ///< what is in front of ".weight", or empty
     detail::LowRank<Scalar> low_rank;
   };
 

@@ -19,12 +19,12 @@ template <class Scalar>
 struct LowRank {
   Parameter<Scalar> a;  ///< K x r
   Parameter<Scalar> b;  ///< r x N
-  Scalar factor{0};
+  double factor = 0;
 
   LowRank() = default;
   /// At the start A is uniform in ±1/sqrt(K), as PEFT's, and B zero, so that the sum is the frozen matrix.
   LowRank(Index inputs, Index outputs, Index rank, double scale, std::uint64_t seed)
-      : a(inputs, rank), b(rank, outputs), factor(static_cast<Scalar>(scale)) {
+      : a(inputs, rank), b(rank, outputs), factor(scale) {
     fill_uniform(a.value, Scalar{1} / std::sqrt(static_cast<Scalar>(inputs)), seed);
   }
 
@@ -41,14 +41,14 @@ struct LowRank {
 
 /// Multiplies rows by the factor.
 template <class Scalar>
-void scale_rows(Scalar factor, MatrixView<Scalar> rows) {
-  rows *= factor;
+void scale_rows(double factor, MatrixView<Scalar> rows) {
+  rows *= static_cast<Scalar>(factor);
 }
 
 /// Calls first(rows, ranks, t) and second(rows, ranks, t) for parts of a product's rows and of the rank:
 /// t is on the stack, and what first() leaves in it second() finds times the factor.
 template <class Scalar, class First, class Second>
-void through_rank(Scalar factor, Index rows, Index rank, First&& first, Second&& second) {
+void through_rank(double factor, Index rows, Index rank, First&& first, Second&& second) {
   constexpr Index most = 64;
   alignas(64) Scalar memory[to_size(most * most)];
   for (Index row = 0; row < rows; row += most) {
@@ -80,7 +80,7 @@ MatrixOperand<Scalar> rows_of_b(const LowRank<Scalar>& w, Range ranks) {
 /// come later.
 template <class Scalar, class Operand>
 void multiply_low_rank(const LowRank<Scalar>& w, const GemmNN<Scalar, Operand>& product) {
-  through_rank(
+  through_rank<Scalar>(
       w.factor, product.a.count(), w.rank(),
       [&](Range rows, Range ranks, MatrixView<Scalar> t) {
         gemm_serial(GemmNN<Scalar>{
@@ -98,7 +98,7 @@ void multiply_low_rank(const LowRank<Scalar>& w, const GemmNN<Scalar, Operand>& 
 /// C = dy·(factor·A·B)ᵀ likewise.
 template <class Scalar, class Operand>
 void multiply_low_rank(const LowRank<Scalar>& w, const GemmNT<Scalar, Operand>& product) {
-  through_rank(
+  through_rank<Scalar>(
       w.factor, product.a.count(), w.rank(),
       [&](Range rows, Range ranks, MatrixView<Scalar> t) {
         gemm_serial(GemmNT<Scalar>{
