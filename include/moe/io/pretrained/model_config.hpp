@@ -58,16 +58,20 @@ class ModelConfig {
     for (const nlohmann::json& number : get(key)) numbers.push_back(to_count(key, number));
     return numbers;
   }
-  double number(const std::string& key, double otherwise) const {
-    if (!has(key)) return otherwise;
+  double number(const std::string& key) const {
     if (!get(key).is_number()) refuse(key, get(key), "a number");
     return get(key).get<double>();
+  }
+  double number(const std::string& key, double otherwise) const {
+    return has(key) ? number(key) : otherwise;
   }
   bool flag(const std::string& key, bool otherwise) const {
     if (!has(key)) return otherwise;
     if (!get(key).is_boolean()) refuse(key, get(key), "true or false");
     return get(key).get<bool>();
   }
+  /// Whether it is there and a text.
+  bool is_text(const std::string& key) const { return has(key) && get(key).is_string(); }
   std::string text(const std::string& key) const {
     if (!get(key).is_string()) refuse(key, get(key), "a text");
     return get(key).get<std::string>();
@@ -89,6 +93,15 @@ class ModelConfig {
     if (!get(key).is_object()) refuse(key, get(key), "an object");
     return {path_, get(key), place_ + key + "."};
   }
+
+  /// Of all settings, in the order of their bytes.
+  std::vector<std::string> keys() const {
+    std::vector<std::string> keys;
+    for (const auto& setting : settings_.items()) keys.push_back(setting.key());
+    return keys;
+  }
+  /// Whether there is nothing, or a list, an object or null without anything in it.
+  bool is_empty(const std::string& key) const { return !has(key) || get(key).empty(); }
 
   /// Throws std::runtime_error: the file has a value that cannot be served.
   [[noreturn]] void refuse(const std::string& key, std::string_view needed) const {
