@@ -161,6 +161,16 @@ Adapted<Scalar> small_layer(const LoraConfig& lora = {.rank = 2, .alpha = 5},
   return adapt(layer, lora, gate, Seed{2});
 }
 
+/// A layer of 2 groups of one expert, likewise.
+auto hierarchical_layer(const LoraConfig& lora, const LoraGateConfig& gate) {
+  const MoELayer<Expert<FeedForward>, HierarchicalGate<float>> layer(
+      {.width = 4,
+       .expert = {.hidden = 3},
+       .gate = {.groups = 2, .group_experts = 1, .top_k_groups = 1, .top_k = 1},
+       .seed = 1});
+  return adapt(layer, lora, gate, Seed{2});
+}
+
 /// Adapters of a module, saved and loaded into one with others, make the same of it.
 template <class Module>
 void check_round_trip(Module saved, const std::string& prefix = {}) {
@@ -293,14 +303,11 @@ TEST_CASE("adapters: a round trip keeps the bits", "[io][adapt]") {
   check_round_trip(two_layers());
   check_round_trip(two_layers(), "model.layers-7.");
   // A single expert, or the experts of a layer alone.
-  check_round_trip(LoraFeedForward<float>({.width = 4, .network = {.hidden = 3}}, 1), "experts.5.");
+  check_round_trip(LoraFeedForward<float>(
+                       {.width = 4, .network = {.hidden = 3}, .lora = {.rank = 2, .alpha = 5}}, 1),
+                   "experts.5.");
 
-  const MoELayer<Expert<FeedForward>, HierarchicalGate<float>> hierarchical(
-      {.width = 4,
-       .expert = {.hidden = 3},
-       .gate = {.groups = 2, .group_experts = 3, .top_k_groups = 2, .top_k = 2},
-       .seed = 1});
-  check_round_trip(adapt(hierarchical, LoraConfig{.rank = 2}, LoraGateConfig{.rank = 3}, Seed{2}));
+  check_round_trip(hierarchical_layer({.rank = 2}, {.rank = 3}));
 
   const Layer<float> layer({.width = 4,
                             .expert = {.hidden = 3, .gated = true},
@@ -340,13 +347,8 @@ TEST_CASE("adapters: of float into double and back", "[io][adapt]") {
 TEST_CASE("adapters: names and settings in the files", "[io][adapt]") {
   const TemporaryFolder folder;
   const std::string path = folder.file("new/and/deep");
-  const MoELayer<Expert<FeedForward>, HierarchicalGate<float>> layer(
-      {.width = 4,
-       .expert = {.hidden = 3},
-       .gate = {.groups = 2, .group_experts = 1, .top_k_groups = 1, .top_k = 1},
-       .seed = 1});
-  const auto adapted = adapt(layer, LoraConfig{.rank = 3, .alpha = 0.5, .up = false},
-                             LoraGateConfig{.rank = 2, .alpha = 0.5}, Seed{2});
+  const auto adapted =
+      hierarchical_layer({.rank = 3, .alpha = 0.5, .up = false}, {.rank = 2, .alpha = 0.5});
   save_adapters(path, adapted, "model.moe.");
 
   const std::string begin = "base_model.model.model.moe.";
@@ -437,6 +439,15 @@ TEST_CASE("adapters: the configuration that a folder's adapters have", "[io][ada
     CHECK(lora.gate == (of.name == "gated"));
     CHECK(lora.up);
     CHECK(lora.down);
+    if (of.gate.rank == 0) {
+      CHECK_THROWS_WITH(load_lora_gate_config(golden(of.name)),
+                        Contains("has no adapters of a gate"));
+      continue;
+    }
+    const LoraGateConfig gate = load_lora_gate_config(golden(of.name));
+    CHECK(gate.rank == of.gate.rank);
+    CHECK(gate.alpha == of.gate.alpha);
+    CHECK(gate.rank_stabilized == of.gate.rank_stabilized);
   }
 
   const TemporaryFolder folder;
@@ -456,16 +467,26 @@ TEST_CASE("adapters: the configuration that a folder's adapters have", "[io][ada
   config["rank_pattern"]["^model.first.experts.2.up"] = 4;
   write_config(path, config);
   CHECK_THROWS_WITH(load_lora_config(path, "model.first."),
-                    Contains("the experts' adapters have several ranks or alphas"));
+                    Contains("the adapters of experts have several ranks or alphas"));
+  CHECK(load_lora_gate_config(path, "model.first.").rank == 2);
+  CHECK_THROWS_WITH(load_lora_gate_config(path, "model.second."),
+                    Contains("has no adapters of a gate"));
 
-  save_adapters(path, small_layer<float>());
   SafetensorsWriter writer;
   const Matrix<float> matrix = Matrix<float>::Ones(2, 4);
   writer.add("base_model.model.experts.0.out.lora_A.weight", matrix);
   writer.write(path + tensors_file);
-  CHECK_THROWS_WITH(load_lora_config(path),
-                    Contains("tensor \"base_model.model.experts.0.out.lora_A.weight\" is of no map "
-                             "of an expert"));
+  CHECK_THROWS_WITH(load_lora_config(path), Contains("has no adapters of experts"));
+
+  const auto hierarchical = hierarchical_layer({.rank = 1}, {.rank = 3, .alpha = 2});
+  save_adapters(path, hierarchical, "moe.");
+  CHECK(load_lora_gate_config(path, "moe.").rank == 3);
+  CHECK(load_lora_gate_config(path, "moe.").alpha == 2);
+  config = read_config(path);
+  config["alpha_pattern"]["^moe.gate.secondary.1"] = 4;
+  write_config(path, config);
+  CHECK_THROWS_WITH(load_lora_gate_config(path, "moe."),
+                    Contains("the adapters of a gate have several ranks or alphas"));
 }
 
 TEST_CASE("adapters: training goes on to the same bits", "[io][adapt]") {

@@ -262,6 +262,29 @@ inline nlohmann::json adapter_config(
           {"alpha_pattern", alpha_pattern}};
 }
 
+/// What all adapters of a folder have whose map is_one(). Throws std::runtime_error, which calls them those
+/// of `owner`, if they differ or there are none.
+template <class F>
+LoraGateConfig common_settings(const std::string& folder, std::string_view owner, F&& is_one) {
+  const AdapterConfig config(file_in(folder, adapter_config_file));
+  const SafetensorsFile file(file_in(folder, adapter_tensors_file));
+  const std::string_view end = ".lora_A.weight";
+  std::optional<LoraGateConfig> common;
+  for (const auto& [name, tensor] : file.tensors()) {
+    if (!name.starts_with(adapter_key) || !name.ends_with(end)) continue;
+    const std::string map =
+        name.substr(adapter_key.size(), name.size() - adapter_key.size() - end.size());
+    if (!is_one(map)) continue;
+    const LoraGateConfig found = config.of(map);
+    if (!common.has_value()) common = found;
+    if (common->rank != found.rank || common->alpha != found.alpha) {
+      fail_file(config.path(), "the adapters of ", owner, " have several ranks or alphas");
+    }
+  }
+  if (!common.has_value()) fail_file(file.path(), "has no adapters of ", owner);
+  return *common;
+}
+
 }  // namespace detail
 
 /// Saves the adapters of a module, a layer or a whole model, and nothing else: a folder, made if it is not
@@ -360,36 +383,31 @@ void load_adapters(const std::string& folder, Module& module, const std::string&
 
 /// The configuration with which adapt() makes experts whose adapters a folder holds: those of its maps
 /// named "gate", "up" and "down" under "experts." after `prefix`. Throws std::runtime_error, which names
-/// the file, if they have several ranks or factors, or there are none.
+/// the file, if they have several ranks or alphas, or there are none.
 inline LoraConfig load_lora_config(const std::string& folder, const std::string& prefix = {}) {
-  const detail::AdapterConfig config(detail::file_in(folder, detail::adapter_config_file));
-  const SafetensorsFile file(detail::file_in(folder, detail::adapter_tensors_file));
-  LoraConfig lora{.rank = 0, .gate = false, .up = false, .down = false};
-  const std::string begin = std::string(detail::adapter_key) + prefix + "experts.";
-  const std::string_view end = ".lora_A.weight";
-  for (const auto& [name, tensor] : file.tensors()) {
-    if (!name.starts_with(begin) || !name.ends_with(end)) continue;
-    const std::string map = name.substr(detail::adapter_key.size(),
-                                        name.size() - detail::adapter_key.size() - end.size());
-    const std::string last = map.substr(map.rfind('.') + 1);
-    bool* const flag = last == "gate"   ? &lora.gate
-                       : last == "up"   ? &lora.up
-                       : last == "down" ? &lora.down
-                                        : nullptr;
-    if (flag == nullptr) {
-      detail::fail_file(file.path(), detail::tensor_named(name), " is of no map of an expert");
-    }
-    *flag = true;
-    const LoraGateConfig found = config.of(map);
-    if (lora.rank != 0 && (lora.rank != found.rank || lora.alpha != found.alpha)) {
-      detail::fail_file(config.path(), "the experts' adapters have several ranks or alphas");
-    }
-    lora.rank = found.rank;
-    lora.alpha = found.alpha;
-    lora.rank_stabilized = found.rank_stabilized;
-  }
-  if (lora.rank == 0) detail::fail_file(file.path(), "has no adapters of experts");
+  LoraConfig lora{.gate = false, .up = false, .down = false};
+  const std::string begin = prefix + "experts.";
+  const LoraGateConfig found =
+      detail::common_settings(folder, "experts", [&](const std::string& map) {
+        if (!map.starts_with(begin)) return false;
+        const std::string last = map.substr(map.rfind('.') + 1);
+        lora.gate = lora.gate || last == "gate";
+        lora.up = lora.up || last == "up";
+        lora.down = lora.down || last == "down";
+        return last == "gate" || last == "up" || last == "down";
+      });
+  lora.rank = found.rank;
+  lora.alpha = found.alpha;
+  lora.rank_stabilized = found.rank_stabilized;
   return lora;
+}
+
+/// The same of a gate, whose maps are "gate" and those under "gate." after `prefix`.
+inline LoraGateConfig load_lora_gate_config(const std::string& folder,
+                                            const std::string& prefix = {}) {
+  return detail::common_settings(folder, "a gate", [&](const std::string& map) {
+    return map == prefix + "gate" || map.starts_with(prefix + "gate.");
+  });
 }
 
 }  // namespace moe
