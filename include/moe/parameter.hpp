@@ -77,7 +77,8 @@ struct Accumulation {
 ///
 /// A parameter that is not `trained` belongs to the module's state without being a weight: it is
 /// named, saved and loaded like the others, but no gradient is computed for it, and clipping and
-/// the optimizers pass it by, weight decay included. Only the module moves it. To freeze a part of
+/// the optimizers pass it by, weight decay included, and remember nothing of one that was never
+/// trained. Only the module moves it. To freeze a part of
 /// a model, set `trained` to false in its parameters: backward then leaves out the products that
 /// their gradients would take, and zero_gradients() releases the memory of those they had.
 template <class Scalar>
