@@ -55,6 +55,7 @@ class IndexSpan : public std::span<const Index> {
   IndexSpan(std::span<const Index> numbers)  // NOLINT(google-explicit-constructor)
       : std::span<const Index>(numbers) {}
 
+  /// For numbers of another integer type, refused when compiled: see the class.
   template <class Numbers>
   requires requires(const Numbers& numbers) {
     requires std::integral<typename decltype(std::span(numbers))::value_type>;

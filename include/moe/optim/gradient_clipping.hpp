@@ -43,7 +43,7 @@ void scale_gradients(Module& module, double scale, Updates updates) {
 
 }  // namespace detail
 
-/// The Euclidean norm of all gradients of a module together; the same bits dense and lazy. Does not
+/// The Euclidean norm of all gradients of a module together. Dense and lazy give the same bits. Does not
 /// allocate.
 template <class Module>
 double gradient_norm(const Module& module, Updates updates = Updates::dense) {
