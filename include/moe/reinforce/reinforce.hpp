@@ -93,15 +93,15 @@ class Reinforce {
     Matrix<Scalar> dlogits;               ///< (steps·R) x V
     typename P::Tape policy;              ///< the policy's own
 
-    Rollout greedy;  ///< the greedy sequences, for GreedyBaseline
-    /// inputs x max_length
-    std::vector<double> greedy_rewards, greedy_returns;
-    std::vector<double> baselines;  ///< b_t, one a sampled step
-    PackedRows sampled;             ///< the sampled steps among the rows of the logits
-    /// the policy's states during rollouts
-    typename P::State state, greedy_state;
-    /// scratch
-    Matrix<Scalar> terms, greedy_terms;
+    Rollout greedy;                      ///< the greedy sequences, for GreedyBaseline
+    std::vector<double> greedy_rewards,  ///< inputs x max_length
+        greedy_returns;                  ///< inputs x max_length
+    std::vector<double> baselines;       ///< b_t, one a sampled step
+    PackedRows sampled;                  ///< the sampled steps among the rows of the logits
+    typename P::State state,             ///< the policy's state during the rollout
+        greedy_state;                    ///< and during the greedy one
+    Matrix<Scalar> terms,                ///< scratch
+        greedy_terms;                    ///< scratch
   };
 
   /// Throws std::invalid_argument for a configuration out of range.

@@ -67,9 +67,9 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
     return work;
   }
 
-  // Nothing is trained.
-
+  /// 0: no weight is trained.
   Index gradient_rows() const { return 0; }
+  /// Does nothing.
   void add_gradients(const Block&, const MatrixRef<float>&, Range, bool = false) {}
 
   /// The biases.

@@ -15,11 +15,11 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// A layer out of the tensors of its mixture, and into them.
+/// Reads a layer from the tensors of its mixture, and writes it to them.
 
 namespace moe::detail {
 
-/// The places of a mixture by the names of the parameters.
+/// The places of a mixture, by the names of the layer's parameters.
 class PlacesByParameter {
  public:
   explicit PlacesByParameter(std::vector<Place> places) : places_(std::move(places)) {
@@ -57,7 +57,7 @@ class PlacesByParameter {
 class MixtureSource {
  public:
   /// Throws std::runtime_error, which names the file and the tensor, unless the checkpoint has exactly the
-  /// tensors that the mixture says, in one of its layouts.
+  /// tensors of the mixture, in one of its layouts.
   MixtureSource(const io::Checkpoint& checkpoint, const io::Mixture& mixture, bool shared_gate)
       : places_(checked_places(checkpoint, mixture, shared_gate)) {
     const auto stored = [&](const Place& place) {
@@ -78,8 +78,8 @@ class MixtureSource {
     }
   }
 
-  /// Overwrites the parameters of a layer. Throws std::invalid_argument, with nothing changed, if it is not
-  /// of this shape.
+  /// Overwrites the parameters of a layer. Throws std::invalid_argument, with nothing changed, if it has other
+  /// shapes.
   template <class Layer>
   void read(Layer& layer) const {
     places_.for_each(layer, [](const Place&, const auto&) {});
@@ -93,7 +93,8 @@ class MixtureSource {
   }
 
  private:
-  /// The first layout whose router and experts are there, else the first, which then names what is missing.
+  /// The first layout whose router and experts the checkpoint has. If there is none, the first: reading it
+  /// throws with the name of the missing tensor.
   static const io::MixtureTensors& layout(const io::Checkpoint& checkpoint,
                                           const io::Mixture& mixture) {
     const auto is_there = [&](const io::MixtureTensors& tensors) {
@@ -105,7 +106,7 @@ class MixtureSource {
     return found == mixture.layouts.end() ? mixture.layouts.front() : *found;
   }
 
-  /// Not before the router is found to have as many experts as there would be places for.
+  /// The places, made only after the router was found to have as many experts: config.json may have any number.
   static std::vector<Place> checked_places(const io::Checkpoint& checkpoint,
                                            const io::Mixture& mixture, bool shared_gate) {
     const MixturePlaces places(mixture, layout(checkpoint, mixture), shared_gate);
@@ -119,7 +120,7 @@ class MixtureSource {
   std::map<std::string, StoredTensor> tensors_;
 };
 
-/// Adds the tensors of a layer under the names of its mixture to a file; each is made when it is written.
+/// Adds the tensors of a layer to a file, with the names of its mixture; each is made when it is written.
 template <class Layer>
 void add_mixture(SafetensorsWriter& writer, const io::Mixture& mixture, const Layer& layer,
                  bool shared_gate) {
