@@ -304,7 +304,7 @@ std::string field_text(const Field& field) {
     return std::to_string(field);
   } else {
     std::array<char, 32> digits{};
-    const auto end =
+    auto* const end =
         std::to_chars(digits.data(), digits.data() + digits.size(), static_cast<double>(field)).ptr;
     return {digits.data(), end};
   }

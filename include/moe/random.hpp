@@ -57,7 +57,9 @@ template <class Meaning>
 class Given {
  public:
   constexpr Given(std::uint64_t number) : number_(number) {}  // NOLINT(google-explicit-constructor)
-  constexpr operator std::uint64_t() const { return number_; }
+  constexpr operator std::uint64_t() const {                  // NOLINT(google-explicit-constructor)
+    return number_;
+  }
 
  private:
   std::uint64_t number_;
@@ -111,7 +113,7 @@ inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseK
 /// "Emulation of FMA and Correctly Rounded Sums", 2008).
 EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b);
-  const double addend = static_cast<double>(c);
+  const auto addend = static_cast<double>(c);
   const double sum = product + addend;
   const double rest = sum - product;
   const double error = (product - (sum - rest)) + (addend - rest);
@@ -140,7 +142,7 @@ EIGEN_ALWAYS_INLINE float portable_log(float x) {
   const auto bits = std::bit_cast<std::int32_t>(x);
   const std::int32_t two_thirds = 0x3F2AAAAB;
   const std::int32_t exponent = (bits - two_thirds) >> 23;
-  const float mantissa = std::bit_cast<float>(bits - (exponent << 23));
+  const auto mantissa = std::bit_cast<float>(bits - (exponent << 23));
   const float s = (mantissa - 1.0f) / (mantissa + 1.0f);
   const float s2 = s * s;
   float series = 1.0f / 11.0f;
@@ -188,7 +190,7 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
   for (std::size_t i = 0; i < N; ++i) {
     const float tail = (static_cast<float>(static_cast<std::int32_t>(bits[i] >> 1)) + 0.5f) *
                        0x1p-32f;  // in (0, 1/2]
-    const float sign = static_cast<float>(1 - 2 * static_cast<std::int32_t>(bits[i] & 1u));
+    const auto sign = static_cast<float>(1 - 2 * static_cast<std::int32_t>(bits[i] & 1u));
     w[i] = -detail::portable_log(4.0f * tail * (1.0f - tail));
     y[i] = sign * (1.0f - 2.0f * tail) * 1.41421356f;
     normal[i] = detail::erfinv_middle(w[i]) * y[i];

@@ -106,7 +106,7 @@ inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sour
   }
   require(sources.experts() % size == 0, of, ": ", sources.experts(), " experts", only, size,
           " experts can be added, copied or removed");
-  return ExpertSources(of, std::move(groups), sources.before() / size);
+  return {of, std::move(groups), sources.before() / size};
 }
 
 /// The memory of a matrix, as it goes from rank to rank.

@@ -109,7 +109,7 @@ class AgreedCalls {
   /// of the others. Only after a call in which all ranks agreed on the count and made room for it.
   void gather_agreed(std::span<Index> numbers) const {
     MOE_ASSERT(numbers.size() <= most_numbers<Index>());
-    Index* const room = room_for<Index>(numbers.size());
+    auto* const room = room_for<Index>(numbers.size());
     const std::size_t block = numbers.size() / detail::to_size(size_);
     const std::size_t own = block * detail::to_size(rank_);
     std::copy_n(numbers.data() + own, block, room + own);
@@ -119,7 +119,7 @@ class AgreedCalls {
 
   /// Replaces each number by its sum over the ranks before this one, 0 on rank 0.
   void prefix_agreed(std::span<Index> numbers) const {
-    Index* const room = room_for<Index>(numbers.size());
+    auto* const room = room_for<Index>(numbers.size());
     for_each_piece<Index>(numbers.size(), [&](std::size_t first, int count) {
       std::copy_n(numbers.data() + first, count, room);
       channel().complete("prefix", [&](MPI_Request* request) {
@@ -137,7 +137,7 @@ class AgreedCalls {
     const std::size_t both = numbers.size() + received_numbers.size();
     Blocks& to = shared_->to;
     Blocks& from = shared_->from;
-    Index* const room = channel().room<Index>(both);
+    auto* const room = channel().room<Index>(both);
     to.assign(sent, [](Index count) { return count; });
     from.assign(received, [](Index count) { return count; });
     std::copy(numbers.begin(), numbers.end(), room);
@@ -264,7 +264,7 @@ class AgreedCalls {
   /// write(first, count, room) copies the sums from it.
   template <class Number, class Read, class Write>
   void sum_in_room(std::size_t numbers, Read&& read, Write&& write) const {
-    Number* const room = room_for_sum<Number>(numbers);
+    auto* const room = room_for_sum<Number>(numbers);
     if constexpr (std::is_integral_v<Number>) {  // any order of the sum has the same bits
       for_each_piece<Number>(numbers, [&](std::size_t first, int count) {
         read(first, static_cast<std::size_t>(count), room);
@@ -329,7 +329,7 @@ class AgreedCalls {
   /// sum_and_prefix_or_fail() of few numbers; `numbers` is null if this rank failed.
   bool gather_or_fail(Index* numbers, Index* sums, std::size_t count) const {
     const std::size_t block = count + 1;
-    Index* const room = channel().room<Index>(block * detail::to_size(size_));
+    auto* const room = channel().room<Index>(block * detail::to_size(size_));
     Index* const own = room + detail::to_size(rank_) * block;
     own[count] = numbers == nullptr ? 1 : 0;
     if (numbers == nullptr) {

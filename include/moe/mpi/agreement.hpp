@@ -97,7 +97,7 @@ class Agreement {
 
   /// The claims of all ranks, valid until the next call.
   std::span<const Claim> all_claims(const Claim& claim) {
-    Claim* const claims = channel_->room<Claim>(detail::to_size(size_));
+    auto* const claims = channel_->room<Claim>(detail::to_size(size_));
     claims[rank_] = claim;
     channel_->complete(claim.call.data(), [&](MPI_Request* request) {
       MPI_Iallgather(MPI_IN_PLACE, 0, MPI_BYTE, claims, sizeof(Claim), MPI_BYTE, channel_->handle(),

@@ -63,7 +63,7 @@ class Communicator : public AgreedCalls {
   /// on all, with the first 64 KiB of the message of a rank that failed, or with the ranks that disagree
   /// and on what. At most 6 facts; the texts of `call` and of their names must never be freed.
   void agree(const char* call, std::initializer_list<Fact> facts = {},
-             std::exception_ptr failure = nullptr) const {
+             const std::exception_ptr& failure = nullptr) const {
     agree_and_gather(call, facts, {}, failure);
   }
 
@@ -71,7 +71,7 @@ class Communicator : public AgreedCalls {
   /// most 2, each of them at least 0. The result is valid until the next call.
   std::span<const Index> agree_and_gather(const char* call, std::initializer_list<Fact> facts,
                                           std::initializer_list<Index> numbers,
-                                          std::exception_ptr failure = nullptr) const {
+                                          const std::exception_ptr& failure = nullptr) const {
     return shared_->agreement.gather(call, facts, numbers, failure);
   }
 
@@ -132,7 +132,7 @@ class Communicator : public AgreedCalls {
       room_for<Number>(all.size());
     });
     // As many numbers of each rank at a time as there is room for.
-    Number* const room = room_for<Number>(all.size());
+    auto* const room = room_for<Number>(all.size());
     const Index most = std::max<Index>(1, static_cast<Index>(most_numbers<Number>()) / size());
     const Index longest = *std::max_element(counts.begin(), counts.end());
     for (Index first = 0; first < longest; first += most) {
@@ -178,7 +178,7 @@ class Communicator : public AgreedCalls {
   void broadcast(std::span<Number> numbers, int root) const {
     attempt("broadcast", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
             [&] { room_for<Number>(numbers.size()); });
-    Number* const room = room_for<Number>(numbers.size());
+    auto* const room = room_for<Number>(numbers.size());
     for_each_piece<Number>(numbers.size(), [&](std::size_t first, int count) {
       if (rank() == root) std::copy_n(numbers.data() + first, count, room);
       broadcast_room(room, count, root, "broadcast");

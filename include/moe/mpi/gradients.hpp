@@ -127,9 +127,10 @@ class GradientSum {
   template <class Module>
   void sum(Module& module, const Communicator& communicator) {
     const Counts counts = counts_of(module);
-    communicator.attempt("the gradients to be summed",
-                         {{counts.float_name, counts.floats}, {counts.double_name, counts.doubles}},
-                         [&] { pack(module, communicator); });
+    communicator.attempt(
+        "the gradients to be summed",
+        {{Counts::float_name, counts.floats}, {Counts::double_name, counts.doubles}},
+        [&] { pack(module, communicator); });
     sum_packed(module, communicator);
   }
 

@@ -269,8 +269,8 @@ class RankDispatch {
                           {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
                            {"the number of rows", tape.batch.rows},
                            {"the pass of the tape", tape.number},
-                           {counts.float_name, counts.floats},
-                           {counts.double_name, counts.doubles}},
+                           {GradientSum::Counts::float_name, counts.floats},
+                           {GradientSum::Counts::double_name, counts.doubles}},
                           [&] {
                             dy.emplace(f());
                             check_tape(dispatch, tape);

@@ -124,7 +124,9 @@ class RowExchange {
     communicator_.channel().check();
     const auto is_same = [&](const Lent& lent) { return lent.buffer == &buffer; };
     if (std::any_of(lent_.begin(), lent_.end(), is_same)) return;
+    // Without memory for this either, ending the program is all that is left.
     lent_.push_back({&buffer, [](void* lent) noexcept {
+                       // NOLINTNEXTLINE(bugprone-unhandled-exception-at-new)
                        (void)new Buffer(std::move(*static_cast<Buffer*>(lent)));
                      }});
   }

@@ -50,7 +50,7 @@ void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& r
     const std::span<const Index> sequence = rollout.sequence(row);
     const Input& input = inputs[to_size(row / rollout.samples)];
     for (std::size_t t = 0; t < sequence.size(); ++t) {
-      const double value =
+      const auto value =
           static_cast<double>(reward(input, sequence.first(t + 1), t + 1 == sequence.size()));
       require(std::isfinite(value), "Reinforce: the reward of row ", row, " at step ", t, " is ",
               value);

@@ -28,7 +28,7 @@ template <class Scalar>
 void router_z_loss_backward(double weight, Index batch_tokens, const Matrix<Scalar>& logits,
                             const Vector<Scalar>& log_sum, Matrix<Scalar>& dlogits) {
   const Index tokens = logits.rows();
-  const Scalar twice = static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens));
+  const auto twice = static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens));
   parallel_for_blocks(tokens, 64, function_work(logits.size()), [&](Index first, Index count) {
     using namespace Eigen::internal;
     for (Index t = first; t < first + count; ++t) {

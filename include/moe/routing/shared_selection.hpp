@@ -78,7 +78,7 @@ class SharedSelection {
       digit == 1 ? batch.sum(counts) : batch.sum_agreed(counts);
       const Index candidates = narrow(Index{1} << bits, shift);
       if (open_.empty() || shift == 0) break;
-      const Index open = static_cast<Index>(open_.size());
+      const auto open = static_cast<Index>(open_.size());
       const Index scores = most_scores(first_call(experts).numbers, open, batch);
       if (scores > 0 && (candidates <= scores || digit == 3)) show(scores, batch, for_each);
     }

@@ -39,7 +39,7 @@ class Checkpoint {
 
   const std::string& folder() const { return folder_; }  ///< as given to the constructor
   bool has(const std::string& name) const {
-    return file_of_.count(name) > 0;
+    return file_of_.contains(name);
   }  ///< whether there is a tensor of this name
 
   /// The file of a tensor. Throws std::runtime_error if there is no tensor of this name.
@@ -87,7 +87,7 @@ class Checkpoint {
       const auto [place, is_new] = opened.try_emplace(file, files_.size());
       if (is_new) files_.emplace_back(inside(file));
       const SafetensorsFile& shard = files_[place->second];
-      if (shard.tensors().count(name) == 0) {
+      if (!shard.tensors().contains(name)) {
         detail::fail_file(path, detail::tensor_named(name), " is said to be in ", shard.path(),
                           ", which has none of that name");
       }

@@ -66,13 +66,13 @@ class MixtureSource {
     };
     std::set<std::string> used;
     for (const Place& place : places_.all()) {
-      if (tensors_.count(place.tensor) > 0) continue;
+      if (tensors_.contains(place.tensor)) continue;
       const StoredTensor& tensor = tensors_.emplace(place.tensor, stored(place)).first->second;
       used.insert(tensor.tensors().begin(), tensor.tensors().end());
     }
     const std::string prefix = MixturePlaces(mixture, layout(checkpoint, mixture), false).prefix();
     for (const std::string& name : checkpoint.names(prefix)) {
-      if (used.count(name) > 0) continue;
+      if (used.contains(name)) continue;
       fail_file(checkpoint.file_of(name).path(), tensor_named(name),
                 " is none of the mixture that config.json describes");
     }
@@ -111,8 +111,8 @@ class MixtureSource {
                                            const io::Mixture& mixture, bool shared_gate) {
     const MixturePlaces places(mixture, layout(checkpoint, mixture), shared_gate);
     const Place router = places.router();
-    StoredTensor(checkpoint, router.tensor, router.shape, mixture.scale_rows,
-                 mixture.scale_columns);
+    const StoredTensor checked(checkpoint, router.tensor, router.shape, mixture.scale_rows,
+                               mixture.scale_columns);
     return places.all();
   }
 

@@ -188,7 +188,7 @@ class SavedConfig {
   void check_known(const std::set<std::string>& known) const {
     for (auto said = metadata_.lower_bound(prefix_);
          said != metadata_.end() && said->first.starts_with(prefix_); ++said) {
-      if (known.count(said->first) > 0) continue;
+      if (known.contains(said->first)) continue;
       fail_file(path_, "has ", metadata_named(said->first),
                 ", a field that the module's configuration does not have");
     }

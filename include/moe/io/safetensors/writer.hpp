@@ -119,7 +119,7 @@ class SafetensorsWriter {
       detail::write_config(config, keys, configs);
     });
     for (const auto& entry : configs) {
-      detail::require(metadata_.count(entry.first) == 0, "SafetensorsWriter: metadata \"",
+      detail::require(!metadata_.contains(entry.first), "SafetensorsWriter: metadata \"",
                       detail::plain(entry.first), "\" is there already");
     }
     add_parameters(module, prefix);
@@ -209,7 +209,7 @@ class SafetensorsWriter {
   }
 
   void add(Entry entry) {
-    detail::require(entry.name != "__metadata__" && names_.count(entry.name) == 0,
+    detail::require(entry.name != "__metadata__" && !names_.contains(entry.name),
                     "SafetensorsWriter: ", detail::tensor_named(entry.name), " is there already");
     entries_.push_back(std::move(entry));
     try {
