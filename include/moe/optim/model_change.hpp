@@ -12,12 +12,12 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// How what an optimizer remembers follows a layer whose experts came and went.
+/// Keeps the state of an optimizer in step with a layer to which experts were added, copied or removed.
 
 namespace moe::detail {
 
-/// Where the parameters of a model come from after a change of the experts of a layer in it. It refers
-/// to the change.
+/// The sources of a model's parameters after a change of the experts of a layer in it. It refers to the
+/// change.
 class ModelChange {
  public:
   struct Source {
@@ -25,7 +25,8 @@ class ModelChange {
     std::span<const Index> columns;  ///< see ParameterSource
   };
 
-  /// Throws std::invalid_argument unless the layer is a part of the model, and as the change left it.
+  /// Throws std::invalid_argument unless the layer is a part of the model and was not changed again after
+  /// this change.
   template <class Module, class Layer>
   ModelChange(std::string_view optimizer, const Module& model, const Layer& layer,
               const ExpertChange& change)
@@ -87,10 +88,9 @@ void for_each_moved_state(std::span<const ExpertChange::Move> moves, Index first
   }
 }
 
-/// The memory of an optimizer follows a change: all of its states at once, or none. `known` is what it
-/// knows of the parameters; `states` have after(), remembers(), set_remembered() and bytes_of(). What
-/// belongs to experts that went from rank to rank goes with them: first whether it is remembered, by which
-/// the receiver knows what comes next.
+/// Changes all states of an optimizer, or none if it throws. `known` is what it knows of the parameters;
+/// `states` have after(), remembers(), set_remembered() and bytes_of(). The states of experts that moved to
+/// another rank move with them: first whether there is one, by which the receiver knows what comes next.
 template <class Module, class Layer, class Known, class... States>
 void follow_change(const char* optimizer, const Module& model, const Layer& layer,
                    const ExpertChange& change, const Known& known, States&... states) {
