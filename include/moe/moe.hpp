@@ -1,9 +1,10 @@
 #pragma once
 
 /// \file
-/// The whole library but io/ and mpi/, which have dependencies of their own, weights/, which those who
-/// serve include (moe/weights/serving_layer.hpp), and testing/.
+/// The whole library except io/ and mpi/, which have dependencies of their own, weights/ (for inference with
+/// narrow weights, include moe/weights/serving_layer.hpp), and testing/.
 
+#include "moe/adapt/upcycle.hpp"
 #include "moe/config.hpp"
 #include "moe/config_fields.hpp"
 #include "moe/experts/expert.hpp"

@@ -21,7 +21,7 @@ namespace moe::detail {
 template <class Scalar>
 using OrderedBits = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
 
-/// The score as an unsigned number in the order of ByScore: NaN is -infinity, and -0 is 0.
+/// A score as an unsigned number in the order of ByScore: NaN becomes -infinity, and -0 becomes 0.
 template <class Scalar>
 OrderedBits<Scalar> ordered_bits(Scalar score) {
   using Bits = OrderedBits<Scalar>;
@@ -36,28 +36,29 @@ OrderedBits<Scalar> ordered_bits(Scalar score) {
 /// The `count` largest candidates of each of E experts over all processes of a batch, ties going to
 /// the lower token, NaN counting as -infinity.
 ///
-/// A radix select: every score is a number of a few digits, the most significant first. For each
-/// digit the processes count how many of an expert's candidates have which value and sum the counts;
-/// the one that the count-th largest has is known then, and only candidates with that go on. An
-/// expert is finished when all that are left are needed. Candidates that are equal in all digits go
-/// by the processes before this one, and then by token.
+/// A radix select: a score is a number of a few digits, and the search begins with the most significant
+/// one. For each digit the processes count, for each expert, the candidates with each value of the
+/// digit, and sum the counts. This gives the value that the digit of the count-th largest score has;
+/// larger candidates are taken, and the search goes on among those with that value. An expert is
+/// finished when all remaining candidates are taken. Candidates with equal scores are taken in the
+/// order of processes, then of tokens.
 ///
-/// As soon as few are left the processes show each other these, as different scores and how often
-/// each occurs, which ends the search. They do where all are sure to fit into a message, and once
-/// where they may not, after three digits; an expert of which one process has too many different
-/// scores goes on by digits.
+/// When few candidates remain, the processes send each other their lists of them (each different score
+/// and how often it occurs), which ends the search. They do so when the lists are sure to fit into a
+/// message, and try it once, after three digits, when they may not; an expert of which some process
+/// has too many different scores then goes on digit by digit.
 ///
-/// So what travels and what is kept is O(E·bins), whatever the number of processes and of their tokens:
-/// E·bins·8 bytes, the bins being 2048 down to 256, as many as fit into 1 MiB. The calls are, for
-/// scores of 32 bits and up to 64 experts, a sum of counts and at most three more. Else it takes that
-/// only where no process has more than a few different scores (up to 64, see most_scores()) of an
-/// expert that agree with its count-th largest in three digits: otherwise one for each digit and two.
+/// So messages and memory are O(E·bins), whatever the number of processes and tokens: E·bins·8 bytes,
+/// with as many bins as fit into 1 MiB, from 256 to 2048. For scores of 32 bits and up to 64 experts the
+/// collective calls are a sum of counts and at most three more. Otherwise it takes no more than that
+/// if no process has more than a few different scores (up to 64, see most_scores()) of an expert that
+/// agree with its count-th largest in three digits; if one does, a call for each digit and two more.
 template <class Scalar>
 class SharedSelection {
  public:
-  /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order,
-  /// but never two of an expert at once; it is called for each digit and a few times more. Collective:
-  /// `experts` and `count` are the same in all processes.
+  /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order, but
+  /// not from two threads at once for one expert; it is called for each digit and a few times more.
+  /// Collective: `experts` and `count` are the same in all processes.
   template <class ForEach>
   void find(Index experts, Index count, const SharedBatch& batch, ForEach&& for_each) {
     bounds_.assign(to_size(experts), {0, std::numeric_limits<Bits>::max(), count});
@@ -77,7 +78,7 @@ class SharedSelection {
       digit == 1 ? batch.sum(counts) : batch.sum_agreed(counts);
       const Index candidates = narrow(Index{1} << bits, shift);
       if (open_.empty() || shift == 0) break;
-      const Index open = static_cast<Index>(open_.size());
+      const auto open = static_cast<Index>(open_.size());
       const Index scores = most_scores(first_call(experts).numbers, open, batch);
       if (scores > 0 && (candidates <= scores || digit == 3)) show(scores, batch, for_each);
     }
