@@ -28,7 +28,8 @@
 ///     base_model.model.experts.3.up.lora_A.weight   [r, inputs], A transposed
 ///     base_model.model.experts.3.up.lora_B.weight   [outputs, r], B transposed
 ///
-/// which PEFT adds to a torch.nn.Linear named experts.3.up. CMake: link moe::io.
+/// which PEFT adds to a torch.nn.Linear named experts.3.up; PEFT 0.15 was the first that reads a rank or an
+/// alpha of a whole name ("^gate"). CMake: link moe::io.
 
 namespace moe {
 
