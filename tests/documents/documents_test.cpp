@@ -235,6 +235,43 @@ TEST_CASE("documents: pretrained.md", "[documents]") {
   }
 }
 
+TEST_CASE("documents: adapt.md", "[documents]") {
+  const moe::test::TemporaryFolder folder;
+  const moe::test::CurrentFolder inside(folder);
+  {
+    const moe::FeedForward<float> dense({.width = 12, .hidden = 16}, 1);
+    const moe::Matrix<float> x = moe::test::random_matrix<float>(64, 12, 2);
+#include "adapt_1.inc"
+#include "adapt_2.inc"
+    CHECK(layer.experts().size() == 8);
+    CHECK(fine.experts().size() == 32);
+    CHECK(moe::test::relative_error(fine.evaluate(x), layer.evaluate(x)) < 1e-5);
+  }
+  {
+    // An expert of a published model, under the names of a dense one.
+    const moe::SafetensorsFile published(std::string(MOE_TEST_PRETRAINED) +
+                                         "/olmoe/model.safetensors");
+    std::vector<moe::Matrix<float>> weights;
+    for (const char* part : {"gate", "up", "down"}) {
+      weights.push_back(published.matrix<float>("model.layers.0.mlp.experts.3." +
+                                                std::string(part) + "_proj.weight"));
+    }
+    moe::SafetensorsWriter writer;
+    writer.add("model.layers.0.mlp.gate_proj.weight", weights[0]);
+    writer.add("model.layers.0.mlp.up_proj.weight", weights[1]);
+    writer.add("model.layers.0.mlp.down_proj.weight", weights[2]);
+    writer.write("model.safetensors");
+#include "adapt_3.inc"
+    // silu(x·gateᵀ) ⊙ (x·upᵀ)·downᵀ
+    const moe::Matrix<float> x = moe::test::random_matrix<float>(9, 6, 2);
+    const moe::Matrix<float> gate = x * weights[0].transpose();
+    const moe::Matrix<float> hidden =
+        gate.array() / (1 + (-gate.array()).exp()) * (x * weights[1].transpose()).array();
+    const moe::Matrix<float> y = hidden * weights[2].transpose();
+    CHECK(moe::test::relative_error(upcycled.evaluate(x), y) < 1e-5);
+  }
+}
+
 TEST_CASE("documents: reinforce.md", "[documents]") {
   using MyPolicy = moe::test::SmallPolicy<float>;
   MyPolicy policy({.symbols = 5});
