@@ -63,11 +63,14 @@ class ModelConfig {
     for (const nlohmann::json& number : get(key)) numbers.push_back(to_count(key, number));
     return numbers;
   }
-  /// A number, with a value if there is none.
-  double number(const std::string& key, double otherwise) const {
-    if (!has(key)) return otherwise;
+  /// A number.
+  double number(const std::string& key) const {
     if (!get(key).is_number()) refuse(key, get(key), "a number");
     return get(key).get<double>();
+  }
+  /// The same, with a value if there is none.
+  double number(const std::string& key, double otherwise) const {
+    return has(key) ? number(key) : otherwise;
   }
   /// A flag, with a value if there is none.
   bool flag(const std::string& key, bool otherwise) const {
@@ -75,6 +78,8 @@ class ModelConfig {
     if (!get(key).is_boolean()) refuse(key, get(key), "true or false");
     return get(key).get<bool>();
   }
+  /// Whether it is there and a text.
+  bool is_text(const std::string& key) const { return has(key) && get(key).is_string(); }
   /// A text.
   std::string text(const std::string& key) const {
     if (!get(key).is_string()) refuse(key, get(key), "a text");
@@ -98,6 +103,15 @@ class ModelConfig {
     if (!get(key).is_object()) refuse(key, get(key), "an object");
     return {path_, get(key), place_ + key + "."};
   }
+
+  /// The keys of all settings, null ones too, in alphabetical order.
+  std::vector<std::string> keys() const {
+    std::vector<std::string> keys;
+    for (const auto& setting : settings_.items()) keys.push_back(setting.key());
+    return keys;
+  }
+  /// Whether it is not there, or a list or an object without anything in it.
+  bool is_empty(const std::string& key) const { return !has(key) || get(key).empty(); }
 
   /// Throws std::runtime_error: the value of `key` must be `needed`.
   [[noreturn]] void refuse(const std::string& key, std::string_view needed) const {
