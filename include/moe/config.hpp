@@ -20,6 +20,10 @@
 #error "moe needs Eigen 3.4 or newer"
 #endif
 
+#ifndef __cpp_exceptions
+#error "moe reports errors by exceptions: compile without -fno-exceptions"
+#endif
+
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error \
     "moe relies on IEEE arithmetic (NaN, fixed order of sums): compile without -ffast-math and -ffinite-math-only"

@@ -82,7 +82,8 @@ struct Accumulation {
 ///
 /// A parameter that is not `trained` belongs to the module's state without being a weight: it is
 /// named, saved and loaded like the others, but no gradient is computed for it, and clipping, the
-/// optimizers and their weight decay leave it alone. Only the module itself changes it. To freeze a
+/// optimizers and their weight decay leave it alone, and have no memory for one that was never trained.
+/// Only the module itself changes it. To freeze a
 /// part of a model, set `trained` to false in its parameters: backward then leaves out the products
 /// for their gradients, and zero_gradients() releases the memory of these gradients.
 template <class Scalar>

@@ -142,6 +142,15 @@ void add_normal(Matrix<Scalar>& matrix, double stddev, std::uint64_t seed) {
   matrix += noise;
 }
 
+/// The same for every parameter of a copy.
+template <class Module>
+void add_copy_noise(Module& copy, double stddev, std::uint64_t seed) {
+  std::uint64_t parameter = 0;
+  walk_parameters(copy, [&](const ParameterName&, auto& p) {
+    add_normal(p.value, stddev, derive_seed(seed, parameter++));
+  });
+}
+
 /// Gives a gate's parameter that has a column an expert the columns of other experts: those of before
 /// by their sources, copies with noise added, and fresh ones from `start`, rows x experts, or zero
 /// where that is empty. Its gradient is zero afterwards. Throws std::bad_alloc alone, with nothing

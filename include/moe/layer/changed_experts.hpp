@@ -160,10 +160,7 @@ class ChangedExperts {
     return derive_seed(draws_.seed, static_cast<std::uint64_t>(e) + 1);
   }
   void add_noise(Index e, Expert& expert) const {
-    std::uint64_t parameter = 0;
-    walk_parameters(expert, [&](const ParameterName&, auto& p) {
-      add_normal(p.value, draws_.noise_stddev, derive_seed(seed_of(e), parameter++));
-    });
+    add_copy_noise(expert, draws_.noise_stddev, seed_of(e));
   }
 
   static void add_sources_of(Index first, const Expert& expert, ExpertChange& change) {

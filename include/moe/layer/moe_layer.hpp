@@ -92,23 +92,7 @@ class MoELayer {
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
-  explicit MoELayer(const Config& config, DispatchPolicy policy = DispatchPolicy())
-      : policy_(std::move(policy)),
-        config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
-        gate_(policy_.together("MoELayer: the gate", [&] {
-          return checked(Gate(config_.gate, derive_seed(config.seed, 0)), config_);
-        })) {
-    if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
-    policy_.place(config_, gate_, networks());
-    policy_.together("MoELayer: the experts", [&] {
-      const Range here = policy_.experts_here(networks());
-      experts_.reserve(detail::to_size(here.count));
-      for (Index e = here.first; e < here.first + here.count; ++e) {
-        experts_.emplace_back(config_.expert,
-                              derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
-      }
-    });
-  }
+  explicit MoELayer(const Config& config, DispatchPolicy policy = DispatchPolicy());
 
   /// A layer made of an existing gate and existing experts: those of this process, see experts().
   /// Throws std::invalid_argument if they do not fit the configuration.
@@ -163,25 +147,7 @@ class MoELayer {
   /// O(S·D·H), and what the gate costs. x may be tape.x as a whole, or any part of tape.y. Throws
   /// std::invalid_argument when x is not D wide or is only a part of tape.x, when the pass does not fit
   /// x, and when the gate's routing contradicts itself, which leaves the tape unusable.
-  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    const auto check = [&] {
-      check_structure();
-      detail::check_layer_width<Scalar>(x, "x", config_.width);
-      detail::check_pass("MoELayer", pass, x.rows());
-    };
-    const auto batch = begin("MoELayer::forward", true, pass, x.rows(), tape, check);
-    tape.trained = false;
-    policy_.route(tape.dispatch, tape.exchange, [&] {
-      detail::copy_matrix(x, tape.x);
-      gate_.forward(tape.x, tape.gate, batch.pass());
-      sort_slots(tape.x.rows(), pass.valid, tape);
-    });
-    run_experts(tape.x, tape, true);
-    tape.structure = structure_;
-    tape.networks = networks();
-    tape.trained = true;
-    return tape.y;
-  }
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const;
 
   /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.
   /// Adds to every parameter's gradient, the gate's own losses included once; returns the gradient
@@ -191,46 +157,14 @@ class MoELayer {
   /// was this layer's is not checked.) A second backward() on a tape adds the same gradients once
   /// more. std::bad_alloc, which only the first pass of its shapes can throw, can leave gradients that
   /// were added to in part: zero them before going on.
-  const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
-    policy_.backward(gate_, std::span<Expert>(experts_), tape.x, tape.dispatch, tape.experts,
-                     tape.exchange, tape.sorted_dweight, tape.dx, [&] {
-                       prepare_backward(dy, tape);
-                       return detail::activate_output_backward(config_.output, tape.combined, dy,
-                                                               tape.dcombined);
-                     });
-    policy_.gate_backward(gate_, tape.exchange, [&] {
-      identity_backward(dy, tape);
-      sort_by_expert_backward(tape.dispatch, std::span<const Scalar>(tape.sorted_dweight),
-                              tape.dweight);
-      gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
-      detail::check_left_by_gate(tape.dx, tape.x.rows(), config_.width);
-    });
-    return tape.dx;
-  }
+  const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape);
 
   /// Inference over x (T x D): returns tape.y (T x D), without noise. Sets tape.routing() and
   /// tape.balance() too, so that they can be watched, but saves nothing for backward(). Throws
   /// std::invalid_argument when x is not D wide, when the pass does not fit x, or when x overlaps
   /// tape.y.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const EvaluationPass& pass = {}) const {
-    const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
-    const auto check = [&] {
-      check_structure();
-      detail::check_layer_width<Scalar>(x, "x", config_.width);
-      detail::check_pass("MoELayer", as_pass, x.rows());
-      detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
-    };
-    const auto batch = begin("MoELayer::evaluate", false, as_pass, x.rows(), tape, check);
-    tape.trained = false;
-    policy_.route(tape.dispatch, tape.exchange, [&] {
-      gate_.evaluate(x, tape.gate,
-                     EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
-      sort_slots(x.rows(), pass.valid, tape);
-    });
-    run_experts(x, tape, false);
-    return tape.y;
-  }
+                                 const EvaluationPass& pass = {}) const;
   /// The same with a tape of its own, which allocates.
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     Tape tape;
@@ -461,5 +395,89 @@ class MoELayer {
   std::uint64_t structure_ = 0;  ///< of the parameters, a number that every change makes anew
   bool has_gradients_ = false;   ///< a first backward pass has made room for them
 };
+
+// Out of the class, so that they are not inline: a program that links moe::compiled does not even
+// instantiate them.
+
+template <class Expert_, class Gate_, class Dispatch_>
+MoELayer<Expert_, Gate_, Dispatch_>::MoELayer(const Config& config, DispatchPolicy policy)
+    : policy_(std::move(policy)),
+      config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
+      gate_(policy_.together("MoELayer: the gate", [&] {
+        return checked(Gate(config_.gate, derive_seed(config.seed, 0)), config_);
+      })) {
+  if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
+  policy_.place(config_, gate_, networks());
+  policy_.together("MoELayer: the experts", [&] {
+    const Range here = policy_.experts_here(networks());
+    experts_.reserve(detail::to_size(here.count));
+    for (Index e = here.first; e < here.first + here.count; ++e) {
+      experts_.emplace_back(config_.expert,
+                            derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
+    }
+  });
+}
+
+template <class Expert_, class Gate_, class Dispatch_>
+auto MoELayer<Expert_, Gate_, Dispatch_>::forward(const MatrixRef<Scalar>& x, Tape& tape,
+                                                  const Pass& pass) const -> const Matrix<Scalar>& {
+  const auto check = [&] {
+    check_structure();
+    detail::check_layer_width<Scalar>(x, "x", config_.width);
+    detail::check_pass("MoELayer", pass, x.rows());
+  };
+  const auto batch = begin("MoELayer::forward", true, pass, x.rows(), tape, check);
+  tape.trained = false;
+  policy_.route(tape.dispatch, tape.exchange, [&] {
+    detail::copy_matrix(x, tape.x);
+    gate_.forward(tape.x, tape.gate, batch.pass());
+    sort_slots(tape.x.rows(), pass.valid, tape);
+  });
+  run_experts(tape.x, tape, true);
+  tape.structure = structure_;
+  tape.networks = networks();
+  tape.trained = true;
+  return tape.y;
+}
+
+template <class Expert_, class Gate_, class Dispatch_>
+auto MoELayer<Expert_, Gate_, Dispatch_>::backward(const MatrixRef<Scalar>& dy, Tape& tape)
+    -> const Matrix<Scalar>& {
+  policy_.backward(gate_, std::span<Expert>(experts_), tape.x, tape.dispatch, tape.experts,
+                   tape.exchange, tape.sorted_dweight, tape.dx, [&] {
+                     prepare_backward(dy, tape);
+                     return detail::activate_output_backward(config_.output, tape.combined, dy,
+                                                             tape.dcombined);
+                   });
+  policy_.gate_backward(gate_, tape.exchange, [&] {
+    identity_backward(dy, tape);
+    sort_by_expert_backward(tape.dispatch, std::span<const Scalar>(tape.sorted_dweight),
+                            tape.dweight);
+    gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
+    detail::check_left_by_gate(tape.dx, tape.x.rows(), config_.width);
+  });
+  return tape.dx;
+}
+
+template <class Expert_, class Gate_, class Dispatch_>
+auto MoELayer<Expert_, Gate_, Dispatch_>::evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                                   const EvaluationPass& pass) const
+    -> const Matrix<Scalar>& {
+  const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
+  const auto check = [&] {
+    check_structure();
+    detail::check_layer_width<Scalar>(x, "x", config_.width);
+    detail::check_pass("MoELayer", as_pass, x.rows());
+    detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
+  };
+  const auto batch = begin("MoELayer::evaluate", false, as_pass, x.rows(), tape, check);
+  tape.trained = false;
+  policy_.route(tape.dispatch, tape.exchange, [&] {
+    gate_.evaluate(x, tape.gate, EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
+    sort_slots(x.rows(), pass.valid, tape);
+  });
+  run_experts(x, tape, false);
+  return tape.y;
+}
 
 }  // namespace moe

@@ -257,13 +257,54 @@ NamedNumbers<Scalar> parameters_of(Module& module) {
   return numbers;
 }
 
-/// An optimizer's matrices, or its counts of updates: in all, and of each parameter.
+/// Whether each of an optimizer's matrices is there, 1 or 0, by its name; that of a parameter that was
+/// never trained is empty.
+using Presence = std::map<std::string, Index>;
+
+/// Calls f(name, matrix, shape...) for every matrix of an optimizer; the shape is what it has unless it is
+/// empty, where the optimizer says so.
+template <class Optimizer, class Module, class F>
+void for_each_matrix(Optimizer& optimizer, Module& module, F&& f) {
+  optimizer.for_each_state(module,
+                           [&](const std::string& name, auto&& state, const auto&... shape) {
+                             if constexpr (requires { state.rows(); }) f(name, state, shape...);
+                           });
+}
+
+template <class Optimizer, class Module>
+Presence presence_of(Optimizer& optimizer, Module& module) {
+  Presence presence;
+  for_each_matrix(optimizer, module, [&](const std::string& name, auto& matrix, const auto&...) {
+    presence[name] = matrix.size() > 0 ? 1 : 0;
+  });
+  return presence;
+}
+
+template <class Number>
+NamedNumbers<Number> numbers_of(Presence& presence) {
+  NamedNumbers<Number> numbers;
+  if constexpr (std::is_same_v<Number, Index>) {
+    for (auto& [name, is_there] : presence) numbers.add(name, is_there);
+  }
+  return numbers;
+}
+
+/// Empties an optimizer's matrices that are not present.
+template <class Optimizer, class Module>
+void release_absent(Optimizer& optimizer, Module& module, const Presence& presence) {
+  for_each_matrix(optimizer, module, [&](const std::string& name, auto& matrix, const auto&...) {
+    if (presence.at(name) == 0) matrix.resize(0, 0);
+  });
+}
+
+/// An optimizer's matrices, or its counts of updates: in all, and of each parameter. A matrix
+/// that is present becomes zeros where it was empty; one that is not is left out.
 template <class Number, class Optimizer, class Module>
-NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module) {
+NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module, const Presence& presence) {
   NamedNumbers<Number> numbers;
   std::vector<std::string> names;
   for_each_parameter(module, [&](const std::string& name, const auto&) { names.push_back(name); });
-  optimizer.for_each_state(module, [&](const std::string& what, auto&& state) {
+  const auto add = [&](const std::string& what, auto&& state, const auto&... shape) {
     if constexpr (std::is_same_v<std::remove_cvref_t<decltype(state)>, std::span<Index>>) {
       if constexpr (std::is_same_v<Number, Index>) {
         const bool each = state.size() == names.size() && what != "steps";
@@ -272,9 +313,12 @@ NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module) {
         }
       }
     } else if constexpr (std::is_same_v<std::remove_cvref_t<decltype(state)>, Matrix<Number>>) {
+      if (presence.at(what) == 0) return;
+      if (state.size() == 0) (state.setZero(shape.rows, shape.columns), ...);
       numbers.add(what, state);
     }
-  });
+  };
+  optimizer.for_each_state(module, add);
   return numbers;
 }
 
@@ -292,11 +336,26 @@ void copy_parameters(bool to_whole, Module& module, Whole* whole, int root,
 template <class Optimizer, class Module, class Whole>
 void copy_state(bool to_whole, Optimizer& optimizer, Module& module, Optimizer* whole_optimizer,
                 Whole* whole, int root, const Communicator& communicator) {
+  const bool has_whole = whole != nullptr && whole_optimizer != nullptr;
+  const bool is_root = communicator.rank() == root;
+  Presence of_parts;
+  Presence of_whole;
+  communicator.attempt("checkpoint: state", [&] {
+    of_parts = presence_of(optimizer, module);
+    if (is_root && has_whole) of_whole = presence_of(*whole_optimizer, *whole);
+  });
   copy_all(
-      to_whole, [&]<class Number>(Number) { return state_of<Number>(optimizer, module); },
-      whole != nullptr && whole_optimizer != nullptr,
-      [&]<class Number>(Number) { return state_of<Number>(*whole_optimizer, *whole); }, root,
-      communicator);
+      to_whole, [&]<class Number>(Number) { return numbers_of<Number>(of_parts); }, has_whole,
+      [&]<class Number>(Number) { return numbers_of<Number>(of_whole); }, root, communicator);
+  copy_all(
+      to_whole, [&]<class Number>(Number) { return state_of<Number>(optimizer, module, of_parts); },
+      has_whole,
+      [&]<class Number>(Number) { return state_of<Number>(*whole_optimizer, *whole, of_whole); },
+      root, communicator);
+  communicator.attempt("checkpoint: state", [&] {
+    if (!to_whole) release_absent(optimizer, module, of_parts);
+    if (to_whole && is_root) release_absent(*whole_optimizer, *whole, of_whole);
+  });
 }
 
 }  // namespace checkpoint
@@ -321,7 +380,8 @@ void scatter_parameters(Whole* whole, Module& module, const Communicator& commun
 }
 
 /// gather_parameters() for the state of an optimizer (its for_each_state()), so that training can go on
-/// with another number of ranks. Collective.
+/// with another number of ranks. Collective. A state that one side does not have,
+/// of a parameter that was never trained, the other does not have afterwards.
 template <class Optimizer, class Module, class Whole>
 void gather_state(Optimizer& optimizer, Module& module, Optimizer* whole_optimizer, Whole* whole,
                   const Communicator& communicator, int root = 0) {

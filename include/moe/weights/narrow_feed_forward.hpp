@@ -12,14 +12,13 @@
 namespace moe {
 
 /// A FeedForward with narrow weights and biases of floats. Its results have the same bits as those of a
-/// FeedForward with the decoded weights, unless activations are rounded. It is not trained, but has the
+/// FeedForward with the decoded weights, unless activations are rounded. Its weights are not trained, but it has the
 /// gradients with respect to x and to the slots' weights.
 template <detail::NarrowFormat Format>
 class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::NarrowWeight<Format>> {
   using Base = detail::FeedForwardPasses<float, detail::NarrowWeight<Format>>;
 
  public:
-  using typename Base::Block;
   using typename Base::Config;
   using typename Base::Scalar;
 
@@ -67,10 +66,10 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
     return work;
   }
 
-  /// 0: no weight is trained.
-  Index gradient_rows() const { return 0; }
-  /// Does nothing.
-  void add_gradients(const Block&, const MatrixRef<float>&, Range, bool = false) {}
+  /// Copies the weights into memory of their own, as from a mapped file.
+  void hold_weights() {
+    visit_weights(*this, [](std::string_view, auto& weight) { weight.matrix.hold(); });
+  }
 
   /// The biases.
   template <class Self, class Visitor>

@@ -67,6 +67,8 @@ class ServingLayer {
   const Config& config() const { return layer_.config(); }
   /// How narrow weights are used.
   const NarrowOptions& options() const { return options_; }
+  /// Whether the experts' memory can change behind their back.
+  bool is_mapped() const { return check_ != nullptr; }
   /// The gate.
   const Gate& gate() const { return layer_.gate(); }
   /// The experts, with narrow weights.

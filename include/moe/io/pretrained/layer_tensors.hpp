@@ -30,12 +30,12 @@ class PlacesByParameter {
 
   const std::vector<Place>& all() const { return places_; }
 
-  /// Calls f(place, parameter) for each parameter of a layer. Throws std::invalid_argument if one has no
-  /// place or another shape.
-  template <class Layer, class F>
-  void for_each(Layer& layer, F&& f) const {
-    walk_parameters(layer, [&](const ParameterName& named, auto& parameter) {
-      const std::string name = named.string();
+  /// Calls f(place, parameter) for each parameter of a layer, or of a part of one, whose names begin with
+  /// `prefix`. Throws std::invalid_argument if one has no place or another shape.
+  template <class Module, class F>
+  void for_each(Module& module, const std::string& prefix, F&& f) const {
+    walk_parameters(module, [&](const ParameterName& named, auto& parameter) {
+      const std::string name = prefix + named.string();
       const auto found = by_name_.find(name);
       require(found != by_name_.end(), "parameter ", name,
               " of the layer is none of the mixture's");
@@ -78,12 +78,13 @@ class MixtureSource {
     }
   }
 
-  /// Overwrites the parameters of a layer. Throws std::invalid_argument, with nothing changed, if it has other
+  /// Overwrites the parameters of a layer, or of the part of one whose names begin with `prefix`. Throws
+  /// std::invalid_argument, with nothing changed, if it has other
   /// shapes.
-  template <class Layer>
-  void read(Layer& layer) const {
-    places_.for_each(layer, [](const Place&, const auto&) {});
-    places_.for_each(layer, [&](const Place& place, auto& parameter) {
+  template <class Module>
+  void read(Module& module, const std::string& prefix = {}) const {
+    places_.for_each(module, prefix, [](const Place&, const auto&) {});
+    places_.for_each(module, prefix, [&](const Place& place, auto& parameter) {
       const StoredTensor& tensor = tensors_.at(place.tensor);
       const auto read_rows = [&](Index first, Index count, auto* to) {
         tensor.read_rows(first, count, to);
@@ -134,7 +135,7 @@ void add_mixture(SafetensorsWriter& writer, const io::Mixture& mixture, const La
       MixturePlaces(mixture, mixture.layouts.front(), shared_gate).all());
   std::map<std::string, Tensor> tensors;
   std::size_t parameters = 0;
-  places.for_each(layer, [&](const Place& place, const auto& parameter) {
+  places.for_each(layer, {}, [&](const Place& place, const auto& parameter) {
     ++parameters;
     Tensor& tensor = tensors[place.tensor];
     tensor.shape = place.shape;

@@ -244,13 +244,15 @@ class SafetensorsFile {
   /// Reads the whole state of an optimizer for a module from the tensors with its names, after `prefix`. If
   /// one is missing or has another shape, or a count of updates below 0, it throws std::runtime_error, which
   /// names the tensor, with the optimizer unchanged. Throws std::invalid_argument for a module that the
-  /// optimizer's state does not belong to.
+  /// optimizer's state does not belong to. A tensor of shape [0,0] stands for the zeros of a parameter that was
+  /// never trained; zeros for one that is not trained here take no memory.
   template <class Optimizer, class Module>
   void read_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) const {
     Waiting waiting;
-    optimizer.for_each_state(module, [&](const std::string& name, const auto& state) {
-      read_ahead(prefix + name, state, waiting);
-    });
+    optimizer.for_each_state(module,
+                             [&](const std::string& name, const auto& state, const auto&... shape) {
+                               read_state_ahead(prefix + name, state, waiting, shape...);
+                             });
     optimizer.for_each_state(module,
                              [&](const std::string&, auto&& state) { take(waiting, state); });
   }
@@ -269,9 +271,7 @@ class SafetensorsFile {
   /// Reads the tensor of this name, which must fit `place`.
   template <class Scalar>
   void read_ahead(const std::string& name, const Matrix<Scalar>& place, Waiting& waiting) const {
-    check(name, place);
-    auto& read = queue_of(waiting, place).emplace_back(place.rows(), place.cols());
-    copy(tensors_.at(name), read.data());
+    read_shape_ahead(name, place, place.rows(), place.cols(), waiting);
   }
   void read_ahead(const std::string& name, std::span<Index> place, Waiting& waiting) const {
     check(name, place);
@@ -280,6 +280,28 @@ class SafetensorsFile {
     for (const Index number : read) {
       require(number >= 0, detail::tensor_named(name), " has ", number, ", must be at least 0");
     }
+  }
+
+  /// The same for an optimizer's matrix, which has this shape unless it is empty and stands for zeros.
+  template <class Scalar, class Shape>
+  void read_state_ahead(const std::string& name, const Matrix<Scalar>& place, Waiting& waiting,
+                        const Shape& shape) const {
+    const bool none = tensor(name).shape == std::vector<std::uint64_t>{0, 0};
+    Matrix<Scalar>& read =
+        read_shape_ahead(name, place, none ? 0 : shape.rows, none ? 0 : shape.columns, waiting);
+    if (place.size() == 0 && (read.array() == 0).all()) read.resize(0, 0);
+  }
+  template <class State>
+  void read_state_ahead(const std::string& name, const State& place, Waiting& waiting) const {
+    read_ahead(name, place, waiting);
+  }
+  template <class Scalar>
+  Matrix<Scalar>& read_shape_ahead(const std::string& name, const Matrix<Scalar>& place, Index rows,
+                                   Index columns, Waiting& waiting) const {
+    auto& read = queue_of(waiting, place).emplace_back(rows, columns);
+    check(name, read);
+    copy(tensors_.at(name), read.data());
+    return read;
   }
 
   template <class Scalar>
