@@ -88,7 +88,7 @@ constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {
 /// tokens first_token, first_token + 1, ... of a larger whole. The same key replays the same noise.
 struct NoiseKey {
   Step step;                      ///< the number of the update
-  std::uint32_t first_token = 0;  ///< the row of the larger whole that row 0 of the batch is
+  std::uint32_t first_token = 0;  ///< the number of the token in row 0 of the batch
 };
 
 namespace detail {

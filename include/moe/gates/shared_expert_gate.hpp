@@ -90,7 +90,7 @@ class SharedExpertGate
   const RoutedGate& routed() const { return routed_; }                  ///< the wrapped gate
   Index experts() const { return config_.shared + routed_.experts(); }  ///< shared and routed ones
 
-  /// The number of shared experts, experts 0 up to it.
+  /// The number of shared experts, which are the first ones.
   Index shared_experts() const { return config_.shared; }
   /// As the wrapped gate: see Gate.
   Index experts_together() const {
