@@ -4,7 +4,6 @@
 /// The whole library except io/ and mpi/, which have dependencies of their own, weights/ (for inference with
 /// narrow weights, include moe/weights/serving_layer.hpp), and testing/.
 
-#include "moe/adapt/upcycle.hpp"
 #include "moe/config.hpp"
 #include "moe/config_fields.hpp"
 #include "moe/experts/expert.hpp"

@@ -19,8 +19,8 @@
 #include "moe/testing/check_gradients.hpp"
 #include "moe/weights/narrow_linear.hpp"
 
-// The blocks of the README and of docs/, from the documents themselves, compiled and run in what they
-// take for granted. extract.awk makes the files; a block that nobody includes stops CMake.
+// The blocks of the README and of docs/, taken from the documents, compiled and run with the declarations
+// that they need. extract.awk makes the files; a block that no test includes is an error of CMake.
 
 // They declare what they show, whatever stands around them, and do not use all of it.
 #pragma GCC diagnostic ignored "-Wshadow"
