@@ -2,8 +2,8 @@
 
 /// \file
 /// What programs use most, in float and double. With MOE_EXTERN_TEMPLATES, moe.hpp includes this file
-/// and the compiler leaves these out, trusting that some file was compiled with MOE_INSTANTIATE and the
-/// same flags. CMake's moe::compiled is such a library, and defines MOE_EXTERN_TEMPLATES for who links it.
+/// and the compiler leaves these out, trusting that for each type some file was compiled with
+/// MOE_INSTANTIATE, which is the type, and the same flags. CMake's moe::compiled is such a library, and defines MOE_EXTERN_TEMPLATES for who links it.
 
 #include "moe/experts/expert.hpp"
 #include "moe/experts/feed_forward.hpp"
@@ -57,8 +57,12 @@
   MOE_EXTERN template class Adam<Scalar>;
 
 namespace moe {
+#ifdef MOE_INSTANTIATE
+MOE_INSTANTIATIONS(MOE_INSTANTIATE)
+#else
 MOE_INSTANTIATIONS(float)
 MOE_INSTANTIATIONS(double)
+#endif
 }  // namespace moe
 
 #undef MOE_INSTANTIATIONS
