@@ -21,6 +21,7 @@
 #include "moe/gates/top_k_gate.hpp"
 #include "moe/indexed_vector.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/layer/balance_record.hpp"
 #include "moe/layer/local_dispatch.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/matrix.hpp"
