@@ -92,7 +92,8 @@ TEST_CASE("documents: training.md", "[documents]") {
   auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
 #include "training_1.inc"
 #include "training_2.inc"
-  layer.forward(x, tape, {.step = step});
+#include "training_3.inc"
+  CHECK_THAT(csv, Catch::Matchers::Contains("\n1,middle,64,128,"));
   layer.backward(dy, tape);
   const auto before = moe::test::values_of(layer);
   adam.update(layer, rate);
