@@ -59,15 +59,21 @@ class TensorsTest(unittest.TestCase):
         torch.autograd.grad(self.layer(self.x, 1), self.weight, 2 * self.dy)
         self.assertTrue(torch.equal(held, copy))
 
-    def test_a_gradient_outlives_the_layer(self):
-        held = torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy)[0]
-        y = self.layer(self.x, 1)
-        copies = held.clone(), y.detach().clone(), self.weight.detach().clone()
-        weight = self.weight
-        del self.layer, self.weight
-        gc.collect()
-        for tensor, copy in zip((held, y, weight), copies):
+    def test_each_tensor_keeps_its_memory_alone(self):
+        for make in (
+            lambda: torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy)[0],
+            lambda: self.layer(self.x, 1),
+            lambda: self.layer(self.x),
+            lambda: self.layer.layer.parameters()["gate.weight"],
+        ):
+            self.setUp()
+            made = make()
+            tensor, copy = made.detach(), made.detach().clone()
+            del made, self.layer, self.weight
+            gc.collect()
+            others = [torch.randn(tensor.shape) for _ in range(99)]  # in what memory became free
             self.assertTrue(torch.equal(tensor, copy))
+            del others
 
     def test_backward_adds_to_gradients(self):
         expected = self.gradients()
@@ -105,9 +111,11 @@ class TensorsTest(unittest.TestCase):
                     self.assertTrue(torch.equal(a, b))
 
     def test_tensors_that_are_not_contiguous(self):
+        y = self.layer(self.x)
         expected = self.gradients()
         self.x = torch.stack([self.x, self.x], 2)[:, :, 1]
         self.dy = self.dy.t().contiguous().t()
+        self.assertTrue(torch.equal(self.layer(self.x), y))
         for a, b in zip(self.gradients(), expected):
             self.assertTrue(torch.equal(a, b))
         # Rows that are all the same memory, as those of y.sum(0).backward(row) are.
