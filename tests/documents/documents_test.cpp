@@ -14,6 +14,7 @@
 #include "moe/adapt/narrow_lora.hpp"
 #include "moe/adapt/upcycle.hpp"
 #include "moe/config_fields.hpp"
+#include "moe/io/adapters.hpp"
 #include "moe/io/pretrained.hpp"
 #include "moe/io/pretrained_serving.hpp"
 #include "moe/io/safetensors.hpp"
@@ -243,10 +244,22 @@ TEST_CASE("documents: adapt.md", "[documents]") {
   const moe::test::TemporaryFolder folder;
   const moe::test::CurrentFolder inside(folder);
   {
+    auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+    using Layer = decltype(layer);
+#include "adapt_1.inc"
+    CHECK(moe::test::relative_error(plain.evaluate(x), adapted.evaluate(x)) < 1e-5);
+    CHECK(moe::test::relative_error(plain.evaluate(x), layer.evaluate(x)) > 0);
+#include "adapt_2.inc"
+#include "adapt_3.inc"
+    CHECK(moe::test::same_bits(on_int8.evaluate(x), served.evaluate(x)));
+#include "adapt_4.inc"
+    CHECK(moe::test::same_bits(again.evaluate(x), both.evaluate(x)));
+  }
+  {
     const moe::FeedForward<float> dense({.width = 12, .hidden = 16}, 1);
     const moe::Matrix<float> x = moe::test::random_matrix<float>(64, 12, 2);
-#include "adapt_1.inc"
-#include "adapt_2.inc"
+#include "adapt_5.inc"
+#include "adapt_6.inc"
     CHECK(layer.experts().size() == 8);
     CHECK(fine.experts().size() == 32);
     CHECK(moe::test::relative_error(fine.evaluate(x), layer.evaluate(x)) < 1e-5);
@@ -265,7 +278,7 @@ TEST_CASE("documents: adapt.md", "[documents]") {
     writer.add("model.layers.0.mlp.up_proj.weight", weights[1]);
     writer.add("model.layers.0.mlp.down_proj.weight", weights[2]);
     writer.write("model.safetensors");
-#include "adapt_3.inc"
+#include "adapt_7.inc"
     // silu(x·gateᵀ) ⊙ (x·upᵀ)·downᵀ
     const moe::Matrix<float> x = moe::test::random_matrix<float>(9, 6, 2);
     const moe::Matrix<float> gate = x * weights[0].transpose();
