@@ -38,7 +38,7 @@ awk '/^```cpp$/ { block = ""; inside = 1; next }
 # silence warnings, so all of it is made a system header, which no main file can be.
 printf '#pragma GCC system_header\n#include <moe/moe.hpp>\n' >"$folder/header.hpp"
 : >"$folder/header.hpp.cxx"
-cp "$root/cmake/instantiations.cpp" "$folder/instantiations.cpp"
+cp "$root"/cmake/instantiations_*.cpp "$folder"
 
 # seconds FILE FLAG...: the processor time of one compilation, to FILE.gch or FILE.o. The second line that `times` prints
 # is of the subshell's children: "0m1.23s 0m0.45s".
@@ -88,6 +88,6 @@ for march in '' -march=native; do
       }' "$folder/times" || status=1
   done
 done
-printf '\nMade once: the precompiled header %s s, the library %s s\n' "$made_header" \
-  "$(seconds instantiations.cpp "$@")"
+printf '\nMade once: the precompiled header %s s, the two files of the library %s s and %s s\n' "$made_header" \
+  "$(seconds instantiations_float.cpp "$@")" "$(seconds instantiations_double.cpp "$@")"
 exit $status

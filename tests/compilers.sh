@@ -28,7 +28,7 @@ fi
 (cd "$root/include" && find moe -name '*.hpp' ! -path 'moe/mpi/*') | LC_ALL=C sort | grep "$kept" |
   sed 's/.*/#include <&>/' >"$folder/headers.cpp"
 # What is instantiated is compiled, too.
-cat "$root/cmake/instantiations.cpp" >>"$folder/headers.cpp"
+cat "$root/cmake/instantiations_float.cpp" >>"$folder/headers.cpp"
 
 warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wold-style-cast -Wcast-qual
   -Wdouble-promotion -Wformat=2 -Wnon-virtual-dtor -Woverloaded-virtual -Wextra-semi -Wnull-dereference

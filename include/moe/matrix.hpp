@@ -322,7 +322,7 @@ template <class Scalar>
 struct RowFactors {
   static constexpr Scalar one{1};
   const Scalar* data = &one;
-  Index step = 0;  ///< between those of neighbouring rows
+  Index step = 0;  ///< the distance between the factors of rows i and i + 1
 
   const Scalar* at(Index row) const { return data + row * step; }
   RowFactors from(Index row) const { return {at(row), step}; }

@@ -177,8 +177,8 @@ namespace detail {
 template <class Module, class F>
 void visit_parameters(Module& module, const ParameterName& name, F& f);
 
-/// What a module's visit_parameters receives: called with a name and a member, it hands a parameter
-/// to the user's function and walks into a module or a vector of modules.
+/// The visitor that a module's visit_parameters gets. Called with a name and a member, it calls f for a
+/// parameter, and visits the parameters of a module or a vector of modules.
 template <class F>
 class ParameterVisitor {
  public:
@@ -194,13 +194,13 @@ class ParameterVisitor {
   F& f_;
 };
 
-/// Stands for any visitor where a concept asks whether a type has visit_parameters.
+/// Any visitor, for concepts that require visit_parameters.
 struct AnyVisitor {
   template <class Member>
   void operator()(std::string_view, Member&) const {}
 };
 
-// The types that parts of users must have, one by one, for messages about what a class lacks.
+// The types that networks, gates and policies must have, one by one, for messages about a missing one.
 // clang-format off
 template <class T>
 concept HasScalar = requires { typename T::Scalar; };
@@ -239,8 +239,8 @@ void walk_parameters(Module& module, F&& f) {
   visit_parameters(module, ParameterName(), f);
 }
 
-/// Throws std::invalid_argument where a parameter was given a value of another shape than the module
-/// made it, a weight of PyTorch's that was not transposed for example. `of` names the module.
+/// Throws std::invalid_argument if a parameter was given a value of another shape than the module made,
+/// such as a weight of PyTorch that was not transposed. `of` names the module.
 template <class Module>
 void check_shapes(const Module& module, std::string_view of) {
   walk_parameters(module, [&](const ParameterName& name, const auto& p) {
@@ -251,8 +251,8 @@ void check_shapes(const Module& module, std::string_view of) {
   });
 }
 
-/// Throws std::invalid_argument unless two modules of a type have the same parameters; the message
-/// begins with `of`, and a parameter's name in the module follows.
+/// Throws std::invalid_argument unless two modules of a type have parameters of the same shapes. The
+/// message begins with `of`, which the name of the parameter in the module follows.
 template <class Module>
 void check_same_shapes(const Module& there, const Module& here, std::string_view of) {
   std::vector<std::pair<Index, Index>> shapes;
@@ -355,8 +355,8 @@ void zero_gradients(Module& module, Updates updates = Updates::dense) {
 
 namespace detail {
 
-/// Starts to keep track of the gradients of a module, which must have none yet. From then on
-/// whatever adds to one calls accumulate().
+/// Begins to track the gradients of a module, which must have none yet. From then on everything that adds
+/// to a gradient must call accumulate().
 template <class Module>
 void track_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
@@ -365,9 +365,8 @@ void track_gradients(Module& module) {
   });
 }
 
-/// Takes memory for the gradients that are tracked and will be added to sooner or later, so that an
-/// expert that gets its first tokens in a later pass finds it there. It is not written to: those
-/// gradients are stale.
+/// Takes memory for the tracked gradients of trained parameters, so that an expert that gets its first
+/// tokens in a later pass need not allocate. The memory is not written to: those gradients are stale.
 template <class Module>
 void reserve_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
@@ -378,9 +377,9 @@ void reserve_gradients(Module& module) {
   });
 }
 
-/// Parameter::accumulate() for all parameters of a module. Those that are not trained stand for zero
-/// from then on. Returns whether the pass must write over the others, all of them being stale, which
-/// only happens if it `can_replace` them; else what is stale is materialized.
+/// Parameter::accumulate() for all trained parameters of a module; the gradients of the others become
+/// stale. If the pass `can_replace` gradients and all are stale, returns true: the pass must then write
+/// over all of them. Otherwise sets stale ones to zeros and returns false.
 template <class Module>
 bool accumulate(Module& module, bool can_replace = false) {
   bool replace = can_replace;

@@ -88,7 +88,7 @@ constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {
 /// tokens first_token, first_token + 1, ... of a larger whole. The same key replays the same noise.
 struct NoiseKey {
   Step step;                      ///< the number of the update
-  std::uint32_t first_token = 0;  ///< the row of the larger whole that row 0 of the batch is
+  std::uint32_t first_token = 0;  ///< the number of the token in row 0 of the batch
 };
 
 namespace detail {
@@ -185,8 +185,8 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
   std::array<float, N> w;
   std::array<float, N> y;
   std::array<float, N> normal;
-  // Loops of their own, so that the compiler can turn the first into vector code: it has no branch,
-  // and only one deviate in three hundred needs the last.
+  // Separate loops, so that the compiler can vectorize the first, which has no branch. Only one deviate in
+  // three hundred needs the last.
   for (std::size_t i = 0; i < N; ++i) {
     const float tail = (static_cast<float>(static_cast<std::int32_t>(bits[i] >> 1)) + 0.5f) *
                        0x1p-32f;  // in (0, 1/2]
@@ -195,8 +195,7 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
     y[i] = sign * (1.0f - 2.0f * tail) * 1.41421356f;
     normal[i] = detail::erfinv_middle(w[i]) * y[i];
   }
-  // As integers, which compilers take the maximum of in vector code, positive floats have their
-  // order.
+  // Positive floats have the same order as integers, and compilers vectorize a maximum of integers.
   std::int32_t largest = 0;
   for (const float each : w) largest = std::max(largest, std::bit_cast<std::int32_t>(each));
   const bool tails = largest >= std::bit_cast<std::int32_t>(5.0f);
@@ -230,8 +229,8 @@ struct NoiseLanes {
     for (std::size_t word = 0; word < 4; ++word) counters[word].fill(counter[word]);
     for (std::size_t i = 0; i < count; ++i) counters[0][i] += static_cast<std::uint32_t>(i);
   }
-  // Not inline, else GCC keeps counters in scalar registers where it saw them set one by one; and
-  // the words of a lane are written out, so that they become vector code.
+  // Not inline: otherwise GCC keeps counters that are set one by one in scalar registers. The words of a
+  // lane are written out, so that they become vector code.
   MOE_NOINLINE std::array<float, 4 * count> normals(std::uint64_t seed) const {
     auto words = counters;
     philox_lanes(words, seed);

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../layer/user_parts.hpp"
 #include "../naive_activation.hpp"
 #include "../naive_layer.hpp"
 #include "../support.hpp"
@@ -359,6 +360,29 @@ TEST_CASE("upcycle: a network from a file, the library's own or PyTorch's", "[ad
   own.read_module(dense);
   CHECK(same_bits(upcycle(dense, config).evaluate(x), expected));
 
+  // The layer is saved and made again from its file as any other.
+  const auto check_saved = [&](const auto& layer) {
+    using Layer = std::remove_cvref_t<decltype(layer)>;
+    save_module(folder.file("layer"), layer);
+    const SafetensorsFile saved(folder.file("layer"));
+    Layer made(saved.config<Layer>());
+    saved.read_module(made);
+    CHECK(same_bits(made.evaluate(x), layer.evaluate(x)));
+    Layer same(layer.config());
+    saved.read_module(same);
+  };
+  check_saved(upcycle(trained, config));
+  check_saved(upcycle(
+      trained,
+      UpcycleConfig<TopKGate<float>>{
+          .gate = {.experts = 4, .top_k = 2}, .slices = 2, .noise_stddev = 0.1, .seed = 1}));
+  const SharedExpertGate<TopKGate<float>>::Config shared{
+      .routed = {.experts = 4, .top_k = 2, .renormalise = true}};
+  const auto layer =
+      upcycle(trained, UpcycleConfig<SharedExpertGate<TopKGate<float>>>{.gate = shared, .seed = 1});
+  check_saved(layer);
+  CHECK(layer.config().gate.routed.width == width);
+
   // PyTorch's Linear has a weight of [out, in].
   std::map<std::string, Matrix<float>> theirs;
   for_each_parameter(trained, [&](const std::string& name, const auto& p) {
@@ -441,6 +465,9 @@ TEST_CASE("upcycle: what cannot be the dense network is refused", "[adapt]") {
       UpcycleConfig<SharedExpertGate<TopK>>{
           .gate = {.shared = 2, .routed = {.experts = 4, .top_k = 2}}, .slices = 2, .seed = 1},
       "upcycle: slices = 2");
+
+  refused(UpcycleConfig<test::HashGate>{.gate = {.experts = 4}, .slices = 2, .seed = 1},
+          "upcycle: slices = 2, must be 1 with a gate that has no change_experts()");
 
   const FeedForward<double> weighted = dense_network<double>({.weighted_input = true});
   CHECK_THROWS_WITH(upcycle(weighted, of_slices(4, 2, 2)),

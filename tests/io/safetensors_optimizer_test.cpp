@@ -101,7 +101,7 @@ void train_all(Linears& linears, Optimizer& optimizer) {
   }
 }
 
-/// Numbers that an optimizer remembers of each map.
+/// The numbers of an optimizer's state for each map.
 template <class Optimizer>
 std::vector<Index> remembered(Optimizer& optimizer, const Linears& linears) {
   std::vector<Index> sizes(linears.size(), 0);

@@ -72,8 +72,8 @@ std::vector<std::string> names_of(const auto& module) {
   return names;
 }
 
-/// The name of before of what has this name now, or nothing; `columns` becomes where its columns come
-/// from, or empty. Written for a flat gate from the names alone.
+/// The name that a parameter had before a change, or nothing if it is new; `columns` becomes the sources of
+/// its columns, or empty. For a flat gate, from the names alone.
 std::string old_name(const std::string& name, const Sources& sources, Sources& columns) {
   columns.clear();
   if (name.starts_with("layer.gate.")) {

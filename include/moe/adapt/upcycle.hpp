@@ -120,23 +120,25 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 ///     y_t = (sum of the weights of t's slots)·dense(x_t)
 ///
 /// which is dense(x_t) where weights add up to 1:
-/// - NoisyTopKGate, HierarchicalGate, and TopKGate with `renormalise` or Score::softmax_of_chosen, an
-///   epsilon of 0 and a scale of 1. TopKGate without these makes y smaller, at first by about K/E times its
-///   `scale`; a scale of E/K brings it near.
+/// - NoisyTopKGate, HierarchicalGate, and TopKGate with `renormalise` or Score::softmax_of_chosen, a
+///   renormalise_epsilon of 0 and a scale of 1. The weights of a TopKGate without these add up to about K/E
+///   at first; a scale of E/K makes that about 1.
 /// - BalancedGate, for the tokens that an expert took.
-/// - ExpertChoiceGate's weights do not add up to 1, and some tokens get no slot: y is the dense output
-///   times their sum. SharedExpertGate's do if its `scale` and its wrapped gate's add up to 1.
+/// - SharedExpertGate, if its `scale`, taken for each shared expert, and the wrapped gate's weights add up
+///   to 1. ExpertChoiceGate's weights do not.
 ///
-/// With slices a noisy gate's training passes are no exact copy: noise separates experts of equal scores, so
-/// a token may get a slice twice and another one not at all. So may a capacity that drops some of a
-/// token's slots. evaluate() without a capacity is exact. With the network's weighted_input the weight w of a
-/// slot multiplies x, so y = dense(x) only where each token has one slot, of weight 1; G must be 1.
+/// Two things break the sum of slices. In a noisy gate's training passes noise separates experts of equal
+/// scores, so a token may get one slice twice and another one not at all; evaluate() has no noise. And
+/// what drops single slots of a token, as a capacity does, drops slices. Where the network has
+/// weighted_input, the weight of a slot multiplies x: y is the network's where each token has one slot, of
+/// weight 1, and G must be 1.
 ///
-/// What is not `trained` in the network is not in its copies. The configuration of the experts is the
-/// network's, with H/G hidden units, recompute and saved included. Throws std::invalid_argument for a
-/// field out of range, for a gate's Config as the gate does, where G > 1 and the gate cannot copy the scores
-/// of one expert (ProductKeyGate, HierarchicalGate, a gate without change_experts()) or has shared experts,
-/// and where a parameter of the network has another shape than its Config says.
+/// The experts' configuration is the network's, with H/G hidden units; parameters that are not `trained`
+/// there are not in the copies. mpi::scatter_parameters() spreads such a layer over ranks. Throws
+/// std::invalid_argument for a field out of range, as the gate does for its Config, where a parameter of the
+/// network has another shape than its Config says, and for G > 1 where the network has weighted_input or the
+/// gate cannot give two experts one score: HierarchicalGate, ProductKeyGate, SharedExpertGate, and a gate
+/// without change_experts().
 template <class Gate>
 MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
     const FeedForward<typename Gate::Scalar>& dense, const UpcycleConfig<Gate>& config) {
@@ -153,6 +155,7 @@ MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
   const Index experts = gate.experts();
   detail::check_slices(dense.config(), config, experts);
   detail::tie_slices(gate, config.slices, config.seed);
+  if constexpr (detail::ChangesExperts<Gate>) of_layer.gate = gate.config();  // completed too
   of_layer.expert.hidden /= config.slices;
 
   std::vector<FeedForward<typename Gate::Scalar>> slices;

@@ -91,8 +91,8 @@ inline std::uint64_t next_structure(std::uint64_t structure, const ExpertSources
   return structure;
 }
 
-/// Where groups of `size` experts come from. Throws std::invalid_argument, which begins with `of`,
-/// unless each of them is a whole group of before, or fresh.
+/// The sources of groups of `size` experts. Throws std::invalid_argument, with a message that begins with
+/// `of`, unless each of them is a whole group from before the change, or fresh.
 inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sources, Index size) {
   const char* const only = ": only whole groups of ";
   std::vector<Index> groups;

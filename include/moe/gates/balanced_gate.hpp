@@ -167,12 +167,12 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     return config;
   }
 
-  /// m.
+  /// m, the number of tokens that an expert takes.
   Index taken(Index tokens) const {
     return detail::tokens_to_take(static_cast<double>(config_.top_k), tokens, experts());
   }
 
-  /// With the batchwise mask.
+  /// Training, with the batchwise mask.
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
     compute_p(x, tape);
     detail::choose_tokens(tape.p, taken(tape.tokens.batch_count), pass.batch, tape.choice,
@@ -182,7 +182,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     measure(config_.threshold_weight, pass.batch, tape);
     detail::insert_padding(tape.tokens, tape.routing);
   }
-  /// By the thresholds.
+  /// Evaluation, with the thresholds.
   void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
     compute_p(x, tape);
     choose_by_threshold(tape);
@@ -202,7 +202,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     softmax_rows(tape.scores, tape.p);
   }
 
-  /// Of a routing that is still token by token, without padding.
+  /// For a routing of valid tokens only, before padding is inserted.
   void measure(double threshold_weight, const SharedBatch* batch, Tape& tape) const {
     double loss = 0;
     if (threshold_weight > 0) {
@@ -225,7 +225,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   template <class F>
   void for_each_passed(const Scalar* p, F&& f) const {
     if (std::isnan(p[0])) {
-      f(Index{0});  // it would pass nowhere, and a y of 0 would hide it
+      f(Index{0});  // NaN is above no threshold, and without an expert its y would be 0
       return;
     }
     const Scalar* threshold = threshold_.value.data();
@@ -260,8 +260,8 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     });
   }
 
-  // G [S17 eq. 16]. It is the softmax of the scores of the experts that took the token, and as such
-  // neither it nor its gradient divides by a sum of p that may be 0 to the last bit.
+  // G [S17 eq. 16], computed as the softmax over the scores of the experts that took the token: a sum of
+  // their p may be rounded to 0, and would be divided by.
 
   void compute_weights(Tape& tape) const {
     Routing<Scalar>& routing = tape.routing;
@@ -329,7 +329,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     });
   }
 
-  /// ∂L/∂p = w·(Mthreshold − Mbatch), through the softmax into tape.dscores, which it overwrites;
+  /// Sets tape.dscores to the gradient of ∂L/∂p = w·(Mthreshold − Mbatch) through the softmax, and adds
   /// ∂L/∂threshold_i = −w·Σ_t (Mthreshold − Mbatch)_ti.
   void compute_loss_backward(Tape& tape) {
     const auto weight = static_cast<Scalar>(tape.loss_weights.threshold * tape.loss_scale);

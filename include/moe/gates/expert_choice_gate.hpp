@@ -125,12 +125,12 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
     return config;
   }
 
-  /// C.
+  /// C, the number of tokens that an expert takes.
   Index capacity(Index tokens) const {
     return detail::tokens_to_take(config_.capacity_factor, tokens, experts());
   }
 
-  /// Calls f(t, slot) for the slots of every token t of the N.
+  /// Calls f(t, slot) for every slot of each of the N tokens.
   template <class F>
   static void for_each_slot(const Tape& tape, F&& f) {
     for (Index t = 0; t < tape.tokens.count; ++t) {
@@ -139,7 +139,7 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
     }
   }
 
-  /// Training and serving are the same choice.
+  /// The choice is the same in training and in evaluation.
   template <class AnyPass>
   void route(const MatrixRef<Scalar>& x, const AnyPass& pass, Tape& tape) const {
     linear_scores(tape.tokens.rows_of(x), weight_, tape.p);

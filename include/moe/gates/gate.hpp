@@ -48,7 +48,7 @@ struct GateTape {
 ///     experts_together()               const; the number of consecutive experts that
 ///                                      mpi::RankDispatch should place on the same rank, by default 1
 ///     shared_experts()                 const; the number of experts, the first ones, that get every
-///                                      token and are distributed separately, by default 0
+///                                      token, which are placed on rank 0, by default 0
 ///     set_loss_weights(LossWeights)    changes the weights of the gate's losses between updates
 ///     update_selection_bias(tape)      moves the gate's selection bias after an update of the weights
 ///     config()                         const; its Config, as it is now

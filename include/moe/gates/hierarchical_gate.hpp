@@ -247,7 +247,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
-  /// The derivative of the loads through their thresholds included.
+  /// The gradient of the loads includes that through their thresholds.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
@@ -317,8 +317,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     }
   }
 
-  /// Loadprimary_i, Load_i(X_i)_j and |X_i|, which `sum` is told of; where X_i is empty its loads
-  /// are 0.
+  /// Loadprimary_i, Load_i(X_i)_j and |X_i|, which are added to `sum`; loads are 0 if X_i is empty.
   void measure_loads(detail::BatchSum& sum, Tape& tape) const {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
@@ -343,7 +342,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     Level& level = tape.secondary;
     detail::resize_to_zero(groups.dload, config_.groups);
     detail::resize_to_zero(level.dload, experts());
-    // 0 times a NaN load is no 0.
+    // 0 times a NaN load would be NaN.
     if (!groups.has_noise || tape.loss_weights.load * tape.loss_scale == 0) return;
     detail::hierarchical_load_backward(groups.load, level.load, tape.group_tokens, tape.dload,
                                        groups.dload, level.dload);
@@ -381,8 +380,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     return {x.data(), x.outerStride(), rows.count, x.cols(), rows_of_x(rows, tape)};
   }
 
-  /// Calls f(i, rows) for every group that has any. A group that is more than a worker's share of
-  /// the rows comes alone and splits its work itself; the others go side by side.
+  /// Calls f(i, rows) for every group that has rows. A group with more rows than a worker's share is computed
+  /// alone, and its own loops use all workers; the other groups are computed in parallel.
   template <class F>
   void for_each_group(const Tape& tape, F&& f) const {
     const Dispatch<Scalar>& groups = tape.groups;

@@ -154,7 +154,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
   }
 
-  /// The derivative of the load through its threshold included.
+  /// The gradient of the load includes that through its threshold.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.dscore});

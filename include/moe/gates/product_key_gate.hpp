@@ -185,7 +185,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
  private:
   using TopK = detail::NoisyTopK<Scalar>;
 
-  /// Places of a row key and of a column key among the largest of a token.
+  /// The ranks of a row key and of a column key among the largest of a token.
   struct Pair {
     Index row;
     Index column;
@@ -203,7 +203,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     return config;
   }
 
-  /// Kr or Kc.
+  /// Kr or Kc: how many keys of a kind are candidates.
   static Index key_choices(const Config& config, Index keys) {
     return std::min(config.top_k, keys);
   }
@@ -213,8 +213,8 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   Index row_choices() const { return key_choices(config_, config_.row_keys); }
   Index column_choices() const { return key_choices(config_, config_.column_keys); }
 
-  /// Those with p·q <= K, by the larger u, then the larger v, so that the first of equal scores is the
-  /// one to choose.
+  /// The pairs of ranks with p·q <= K, sorted by p, then by q, so that of pairs with equal scores the first
+  /// is chosen.
   static std::vector<Pair> candidate_pairs(const Config& config) {
     std::vector<Pair> pairs;
     for (Index p = 0; p < key_choices(config, config.row_keys); ++p) {
@@ -255,7 +255,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
-  /// The derivative of the loads through their thresholds included.
+  /// The gradient of the loads includes that through their thresholds.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.dscore});
@@ -337,7 +337,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     for (Index k = 0; k < config_.top_k; ++k) weight[k] /= total;
   }
 
-  /// Where a key is among the `count` of a token, whose slots begin with `first` and ascend.
+  /// The place of a key among the `count` slots of a token, which begin with slot `first` and ascend.
   static Index slot_of(Index key, Index first, Index count, const Routing<Scalar>& routing) {
     const auto begin = routing.expert.begin() + first;
     return first + (std::lower_bound(begin, begin + count, key) - begin);
@@ -371,7 +371,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
         });
   }
 
-  /// Loadrow and Loadcolumn, which `sum` is told of.
+  /// Loadrow and Loadcolumn, which are added to `sum`.
   void measure_key_loads(detail::BatchSum& sum, Tape& tape) const {
     const auto measure = [&](const TopK& top_k, Index count, Keys& keys) {
       detail::resize(keys.load, count);
@@ -397,7 +397,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     tape.balance.loss = losses.sum();
   }
   void load_loss_backward(Tape& tape) const {
-    // 0 times a NaN load is no 0.
+    // 0 times a NaN load would be NaN.
     if (!tape.rows.has_noise || load_weight(tape) == 0) {
       detail::resize_to_zero(tape.rows.dload, config_.row_keys);
       detail::resize_to_zero(tape.columns.dload, config_.column_keys);

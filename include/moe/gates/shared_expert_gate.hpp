@@ -90,7 +90,7 @@ class SharedExpertGate
   const RoutedGate& routed() const { return routed_; }                  ///< the wrapped gate
   Index experts() const { return config_.shared + routed_.experts(); }  ///< shared and routed ones
 
-  /// The number of shared experts, experts 0 up to it.
+  /// The number of shared experts, which are the first ones.
   Index shared_experts() const { return config_.shared; }
   /// As the wrapped gate: see Gate.
   Index experts_together() const {
@@ -212,7 +212,7 @@ class SharedExpertGate
     routed_.evaluate(x, tape.routed, pass);
     add_shared(x, tape);
   }
-  /// The wrapped gate gets its own part of dweight.
+  /// The wrapped gate's backward gets the part of dweight for its slots.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.routed_dweight});
@@ -265,9 +265,9 @@ class SharedExpertGate
     detail::copy_balance(tape.routed.balance, tape.balance);
   }
 
-  /// Hands the gradients of the routed slots to tape.routed_dweight and, if gated, turns those of
-  /// the shared ones into tape.dscores: with s = sigmoid(x·W_shared) the derivative is
-  /// dweight·scale·s·(1 − s), of tied ones the sum.
+  /// Copies the gradients of the routed slots to tape.routed_dweight. If gated, sets tape.dscores from those
+  /// of the shared slots: with s = sigmoid(x·W_shared) it is dweight·scale·s·(1 − s), or if tied the sum of
+  /// these.
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());
@@ -295,7 +295,7 @@ class SharedExpertGate
     if (!config_.gated) return 0;
     return config_.tied ? 1 : config_.shared;
   }
-  /// That of a shared expert.
+  /// The weight of a shared expert.
   Index weight_column(Index expert) const { return config_.tied ? 0 : expert; }
 
   void compute_shared_weight(const MatrixRef<Scalar>& x, Tape& tape) const {

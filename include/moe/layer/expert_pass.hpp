@@ -210,7 +210,7 @@ class ExpertPass {
               add(first * summed_rows, std::min(count * summed_rows, slots - first * summed_rows));
             });
       } else {
-        // A plain network is handed the same rows together on any number of workers.
+        // The cuts for a plain network must not depend on the number of workers.
         const Index most =
             std::max(expert_block_rows, rows / expert_block_rows * expert_block_rows);
         for (Index first = 0; first < slots; first += most) {
@@ -250,7 +250,7 @@ class ExpertPass {
       const Index pieces = pieces_of(count);
       const Index panels = (columns + panel_columns<Scalar> - 1) / panel_columns<Scalar>;
       const Index row_pieces = (pieces + panels - 1) / panels;
-      // A plain network is handed its rows in the same pieces on any number of workers.
+      // The pieces of a plain network must not depend on the number of workers.
       const Index unit = !splits_rows ? count : Expert::fused ? Index{32} : expert_block_rows;
       cut(count, std::max((count + task_rows - 1) / task_rows, row_pieces), unit, [&](Range rows) {
         cut(columns, (pieces + row_pieces - 1) / row_pieces, panel_columns<Scalar>,
@@ -261,9 +261,9 @@ class ExpertPass {
     }
   }
 
-  /// An even piece for each worker: columns while they are a tile wide, then rows too, with which a
-  /// few pieces more may come out. They are not cut finer, since each piece of rows reads the
-  /// weights anew.
+  /// A task for each worker: columns are cut as long as the pieces are at least a tile wide, then rows too,
+  /// which can give a few more tasks than workers. There are no smaller ones, since each piece of rows reads
+  /// the weights again.
   void plan_output(Index width) const {
     const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers_);
     cut(slots_.tokens, (workers_ + strips - 1) / strips, 1, [&](Range rows) {
@@ -282,8 +282,8 @@ class ExpertPass {
     }
   }
 
-  /// The largest number of tasks of a group: each kind makes one of every slice and for rows of
-  /// it, and its share of the pieces, rounded up.
+  /// A bound of the number of tasks of a group: for each kind a task for each slice and some for its rows, and
+  /// the slice's share of the pieces, rounded up.
   Index most_tasks(Index rows) const { return 4 * rows + 64 * workers_ + 32; }
 
   /// All experts have the same shape.

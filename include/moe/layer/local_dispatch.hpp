@@ -66,7 +66,7 @@ class LocalDispatch {
   }
   /// Places the experts, after a change.
   void set_placement(const Placement&) {}
-  /// Throws std::invalid_argument on all ranks if they were called to make different changes.
+  /// In a policy of several processes, throws on all if they were called to make different changes.
   void agree_on_change(const char*, std::uint64_t, const detail::ChangeDraws&) const {}
   /// Sends each rank its bytes, and receives those it sent, whose number is known. `moves` is whether
   /// any rank sends something.

@@ -303,7 +303,7 @@ class AgreedCalls {
   template <class Number>
   bool sum_or_fail(Number* numbers, std::size_t count) const {
     Number failed{0};
-    // How many of a piece are no flag.
+    // The number of values in a piece without the flag.
     const auto of_numbers = [&](std::size_t first, std::size_t size) {
       return std::min(size, count - first);
     };

@@ -22,7 +22,7 @@ struct Fact {
 
 /// The message of a rank in Communicator::agree().
 struct Claim {
-  /// What the numbers are.
+  /// The places in `numbers`.
   enum Number : std::size_t { failed, name, count, first_fact };
   static constexpr std::size_t most_facts = 6;  ///< the largest number of facts
 

@@ -303,13 +303,13 @@ class LSTM {
 
   Work recurrent_work(Index rows) const { return {rows * 4 * config_.hidden * config_.hidden}; }
 
-  /// Sequences never meet, so a worker takes some of them through all steps and waits for nobody.
-  /// On one worker all go together.
+  /// Sequences are independent, so a worker computes all steps of some of them without waiting for others.
+  /// On one worker there is one task.
   Index sequences_in_task(Index rows, Index sequences) const {
     return worker_count(recurrent_work(rows)) == 1 ? std::max<Index>(1, sequences) : 16;
   }
 
-  /// What came before step t of sequences from `first` on.
+  /// The state before step t, of sequences from `first` on.
   struct Before {
     const Matrix<Scalar>& hidden;
     const Matrix<Scalar>& cell;

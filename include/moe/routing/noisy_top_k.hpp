@@ -140,7 +140,7 @@ class NoisyTopK {
       backward_batch(x.slice(begin, count), {first + begin, count}, dscore, dload, tape, routing,
                      dx.slice(begin, count));
     });
-    // They are in use, though their gradient is zero.
+    // The parameters count as used, though their gradient is zero.
     if (!tape.has_noise) accumulate(noise_weight_);
   }
 
@@ -158,8 +158,8 @@ class NoisyTopK {
     return tape.best.data() + row * candidates();
   }
 
-  /// Columns of other experts, of which `top_k` are chosen; fresh ones are zero, as at the start.
-  /// Copies of W_g's get noise.
+  /// Adds, copies and removes columns, as `sources` lists them; `top_k` is the new K. Fresh columns are
+  /// zero, as initially. Copies of W_g's columns get noise.
   void change_experts(const ExpertSources& sources, Index top_k, std::uint64_t seed,
                       double noise_stddev) {
     change_columns(sources, weight_, {}, noise_stddev, seed);
@@ -167,12 +167,13 @@ class NoisyTopK {
     config_.experts = sources.experts();
     config_.top_k = top_k;
   }
-  /// Those of another one of its shape. The noise stays: it belongs to a place, whoever is there.
+  /// Copies the weights of another one of the same shape. The seed of the noise does not change: it belongs
+  /// to the place of the gate.
   void take_weights(const NoisyTopK& other) {
     weight_ = other.weight_;
     noise_weight_ = other.noise_weight_;
   }
-  /// Adds to W_g, of which this is a copy.
+  /// Adds noise to W_g.
   void add_noise(double stddev, std::uint64_t seed) { add_normal(weight_.value, stddev, seed); }
 
   template <class Self, class Visitor>
@@ -183,9 +184,9 @@ class NoisyTopK {
 
  private:
   Index experts() const { return config_.experts; }
-  /// Rows in a task: what it needs of the tape stays in L1 and L2.
+  /// Rows of a task, so that their part of the tape stays in L1 and L2.
   Index block_rows() const { return std::clamp<Index>(4096 / experts(), 1, 64); }
-  /// Noise and probabilities take several functions of each score.
+  /// Noise and probabilities evaluate several functions for each score.
   Work work_of(Range rows, const Tape& tape) const {
     return tape.has_noise ? function_work(3 * scores_of(rows)) : element_work(scores_of(rows));
   }
@@ -198,8 +199,8 @@ class NoisyTopK {
   Index candidates() const { return std::min(config_.top_k + 1, experts()); }
   LoadProbability<Scalar> load_probability() const { return {experts(), config_.top_k}; }
 
-  /// Calls f(first, count) for rows, zero ones too, that go through all steps before the next ones
-  /// begin, so that each step finds near what the one before it left.
+  /// Calls f(first, count) for some rows at a time, at least once even without rows. f computes all steps of
+  /// these rows, so that each step finds the results of the one before in the cache.
   static void for_each_batch(Index rows, FunctionRef<void(Index, Index)> f) {
     const Index most = worker_count() * task_rows;
     Index first = 0;

@@ -66,7 +66,7 @@ class SharedSelection {
     resize(row_, experts);
     std::iota(open_.begin(), open_.end(), Index{0});
     std::iota(row_.begin(), row_.end(), Index{0});
-    // Nothing after the first sum takes memory, or could fail otherwise.
+    // After the first sum nothing allocates or can fail in another way.
     reserve(shown_, batch.processes() * most_scores(first_call(experts).numbers, 1, batch));
     const int most = digit_bits(experts);
     int shift = width;
@@ -88,12 +88,12 @@ class SharedSelection {
     for (std::size_t i = 0; i < open_.size(); ++i) bounds_[open_[i]].left -= counts_[i];
   }
 
-  /// What find() calls first.
+  /// The first call of a SharedBatch that find() makes.
   static SharedCall first_call(Index experts) {
     return {SharedCall::sum_of_counts, experts << digit_bits(experts)};
   }
 
-  /// Whether a candidate is among them. To be called once for each, in the order of the tokens.
+  /// Whether a candidate is among the `count` largest. Call it once for each, in the order of the tokens.
   bool takes(Index expert, Scalar score) {
     const Bits bits = ordered_bits(score);
     Bound& bound = bounds_[expert];
@@ -105,25 +105,25 @@ class SharedSelection {
   using Bits = OrderedBits<Scalar>;
   static constexpr int width = 8 * sizeof(Bits);
 
-  /// Numbers of a message: Communicator::most_bytes.
+  /// The number of values in a message of Communicator::most_bytes.
   static constexpr Index message = Index{1} << 17;
-  /// More bins for fewer sums, as long as the counts fit into one message.
+  /// The number of bins: as many as fit into one message, since more bins need fewer sums.
   static int digit_bits(Index experts) {
     int bits = 11;
     while (bits > 8 && experts << bits > message) --bits;
     return bits;
   }
 
-  /// Different scores of an expert that a process shows to the others: all that are looked through for
-  /// each candidate.
+  /// The largest number of different scores of an expert in the list of a process. It is searched for each
+  /// candidate, so it is small.
   static constexpr Index few_scores = 64;
-  /// How many of these there is room for: in a message, and where the counts of the first digit were.
+  /// The number of these for which there is room: in a message, and in the memory of the first digit's counts.
   static Index most_scores(Index counts, Index experts, const SharedBatch& batch) {
     return std::min(few_scores, std::min(message, counts) / (2 * batch.processes() * experts));
   }
   static constexpr Index all = std::numeric_limits<Index>::max();
 
-  /// Candidates above `highest` are taken, and of those from `lowest` on the first `left`.
+  /// Candidates above `highest` are taken, and of those from `lowest` to `highest` the first `left`.
   struct Bound {
     Bits lowest;
     Bits highest;
@@ -142,7 +142,8 @@ class SharedSelection {
     });
   }
 
-  /// counts (open experts x bins): how many candidates within the bounds have which digit.
+  /// Sets counts (open experts x bins) to the number of candidates within the bounds with each value of the
+  /// digit.
   template <class ForEach>
   void count_candidates(Index bins, int shift, ForEach&& for_each) {
     assign(counts_, static_cast<Index>(open_.size()) * bins, Index{0});
@@ -152,8 +153,8 @@ class SharedSelection {
     });
   }
 
-  /// Moves the bounds of the open experts to the digit of the last that they take. Returns how many
-  /// candidates of an expert there are at most within them.
+  /// Narrows the bounds of the open experts to the digit of the last candidate that they take. Returns the
+  /// largest number of candidates of an expert within its bounds.
   Index narrow(Index bins, int shift) {
     std::size_t open = 0;
     Index most = 0;
@@ -182,12 +183,12 @@ class SharedSelection {
     return most;
   }
 
-  /// The processes show each other the candidates within the bounds. Finishes the experts of which no
-  /// process has more than `scores` different ones.
+  /// The processes exchange lists of the candidates within the bounds. Finishes the experts of which no
+  /// process has more than `scores` different scores.
   template <class ForEach>
   void show(Index scores, const SharedBatch& batch, ForEach&& for_each) {
-    // counts: processes x open experts x scores pairs of a score's bits and how often it occurs, which
-    // is 0 behind the last pair, and -1 in the first where there were too many.
+    // counts: processes x open experts x scores pairs of a score's bits and the number of its candidates.
+    // That number is 0 after the last pair, and -1 in the first pair if there were too many scores.
     const Index list = 2 * scores;
     const Index block = static_cast<Index>(open_.size()) * list;
     assign(counts_, batch.processes() * block, Index{0});
@@ -215,8 +216,8 @@ class SharedSelection {
     open_.resize(open);
   }
 
-  /// Sets the bound of an expert to the score of the last that it takes; its lists are `block` apart.
-  /// Returns false, with nothing changed, if one is not whole.
+  /// Sets the bound of an expert to the score of the last candidate that it takes; its lists are `block` apart.
+  /// Returns false, with nothing changed, if a list is not complete.
   bool take_shown(const Index* lists, Index block, Index scores, const SharedBatch& batch,
                   Bound& bound) {
     shown_.clear();
@@ -245,7 +246,7 @@ class SharedSelection {
     return true;
   }
 
-  /// What a process shows.
+  /// The lists that the processes exchange.
   struct Shown {
     Bits bits;
     Index count;
