@@ -5,7 +5,8 @@
 
 int main() {
   using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
-  const Layer layer({.width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
+  const Layer layer(
+      {.width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
 #ifdef WITH_IO
   moe::save_module("layer.safetensors", layer);
 #endif
