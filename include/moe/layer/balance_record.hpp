@@ -20,8 +20,8 @@ namespace moe {
 /// The balance of one layer after one pass, as a row of CSV (RFC 4180). Where processes share a batch,
 /// `loss` to `unused_experts` are of the whole batch, the others of this process's tokens.
 struct BalanceRecord {
-  std::uint64_t step = 0;
-  std::string layer;
+  std::uint64_t step = 0;         ///< number of the update
+  std::string layer;              ///< name of the layer
   Index tokens = 0;               ///< T without padding
   Index slots = 0;                ///< S
   double loss = 0;                ///< Balance::loss
