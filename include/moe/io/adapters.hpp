@@ -28,7 +28,8 @@
 ///     base_model.model.experts.3.up.lora_A.weight   [r, inputs], A transposed
 ///     base_model.model.experts.3.up.lora_B.weight   [outputs, r], B transposed
 ///
-/// which PEFT adds to a torch.nn.Linear named experts.3.up. CMake: link moe::io.
+/// which PEFT adds to a torch.nn.Linear named experts.3.up; PEFT 0.15 was the first that reads a rank or an
+/// alpha of a whole name ("^gate"). CMake: link moe::io.
 
 namespace moe {
 
@@ -111,7 +112,7 @@ inline constexpr std::string_view plain_names = "letters, digits, '_', '-' and '
 inline bool is_plain_name(std::string_view name) {
   constexpr std::string_view plain_characters =
       "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.";
-  return name.find_first_not_of(plain_characters) == std::string_view::npos;
+  return !name.empty() && name.find_first_not_of(plain_characters) == std::string_view::npos;
 }
 
 /// The settings of adapters as a file says them. What is missing or null is as PEFT has it by default; rank
@@ -184,7 +185,7 @@ class AdapterConfig {
     };
     look_for('^' + map);
     look_for(map);
-    for (std::size_t dot = map.find('.'); dot != map.npos; dot = map.find('.', dot + 1)) {
+    for (std::size_t dot = map.find('.'); dot != std::string::npos; dot = map.find('.', dot + 1)) {
       look_for(map.substr(dot + 1));
     }
     if (found.empty()) return {&settings_, key};
@@ -227,7 +228,8 @@ inline nlohmann::json adapter_config(
   for (const auto& [map, lora] : maps) {
     ++ranks[lora.rank];
     ++alphas[alpha_of(lora)];
-    require(std::isfinite(alpha_of(lora)), "save_adapters: alpha of ", map, " is ", alpha_of(lora));
+    require(std::isfinite(alpha_of(lora)), "save_adapters: alpha of ", map, " is ", alpha_of(lora),
+            ", must be finite");
   }
   const Index rank = commonest(ranks);
   const double alpha = commonest(alphas);
@@ -241,7 +243,7 @@ inline nlohmann::json adapter_config(
     targets.push_back(map);
     // A module in the list stands for all whose names end in it after a dot: "gate" for the gated experts'
     // "experts.0.gate" too. An expression stands for whole names.
-    is_ambiguous = is_ambiguous || map.find('.') == map.npos;
+    is_ambiguous = is_ambiguous || map.find('.') == std::string::npos;
     if (!expression.empty()) expression += '|';
     for (const char c : map) expression += c == '.' ? std::string("\\.") : std::string(1, c);
     if (lora.rank != rank) rank_pattern['^' + map] = lora.rank;
@@ -289,10 +291,13 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 
 /// Saves the adapters of a module, a layer or a whole model, and nothing else: a folder, made if it is not
 /// there, that load_adapters() and PEFT read. Each of its two files is replaced whole or not at all. The
-/// names in the file are those of the module after `prefix`.
+/// names in the file are those of the module after `prefix`; a gate alone has none of its own, so that
+/// `prefix` must be its name. "r" and "lora_alpha" are those of most adapters, "rank_pattern" and
+/// "alpha_pattern" have those of the others.
 ///
-/// Throws std::invalid_argument if the module has no adapters, or a name has anything but letters, digits,
-/// '_', '-' and '.', and std::runtime_error, which says why, if a file cannot be written.
+/// Throws std::invalid_argument if the module has no adapters, a name is empty or has anything but letters,
+/// digits, '_', '-' and '.', or an alpha is too large for the file, and std::runtime_error, which says why,
+/// if a file cannot be written.
 template <class Module>
 void save_adapters(const std::string& folder, const Module& module,
                    const std::string& prefix = {}) {

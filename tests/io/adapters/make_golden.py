@@ -11,7 +11,7 @@ Each folder, of a few kB, has
     passes.safetensors       the rows x, y, dy and dx
     gradients.safetensors    the gradient of sum(y * dy) by the names of adapter_model.safetensors
 
-All is computed and stored in float64.
+All is computed and stored in float64. Another run writes the same, but for the order of "target_modules".
 
     make_golden.py --check FOLDER
 
