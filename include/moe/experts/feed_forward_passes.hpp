@@ -24,16 +24,16 @@ namespace moe {
 struct FeedForwardConfig {
   Index width = 0;   ///< D; 0 inside a layer's configuration stands for the layer's width
   Index hidden = 0;  ///< H
-  Activation activation = Activation::relu;
-  bool gated = false;
-  bool bias = !gated;  ///< b_1, b_2 and, gated, b_3
+  Activation activation = Activation::relu;  ///< act
+  bool gated = false;                        ///< whether it is the gated form
+  bool bias = !gated;                        ///< b_1, b_2 and, gated, b_3
   /// Of act's input from above, and of the gated form's other factor on both sides, >= 0; 0: none.
   double limit = 0;
   double linear_offset = 0;     ///< of the gated form, finite: gpt-oss has 1 and a limit of 7
   bool weighted_input = false;  ///< the slot's weight multiplies x and not y, as in Llama 4
-  /// Keep no pre-activations for backward and compute them again there: a quarter more arithmetic
-  /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App.
-  /// D]. All results keep their bits.
+  /// Whether backward computes the pre-activations again, and the tape does not save them [S17 App. D]:
+  /// S x H numbers less, gated S x 2·H, for a quarter more arithmetic in backward, gated a third. All
+  /// results keep their bits.
   bool recompute = false;
   /// What the pre-activations of the tape are stored in. With bfloat16 they take half the memory of
   /// float, a quarter of double, and backward reads them rounded to 8 bits of precision; y keeps its

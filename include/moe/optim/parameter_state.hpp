@@ -15,10 +15,10 @@
 
 namespace moe {
 
-/// The shape of a matrix that an optimizer remembers of a parameter.
+/// The shape of a matrix in an optimizer's state.
 struct StateShape {
-  Index rows;
-  Index columns;
+  Index rows;     ///< those of the parameter, or 1
+  Index columns;  ///< those of the parameter, or 1
 };
 
 namespace detail {
