@@ -44,16 +44,15 @@ struct FactoredMatrix {
 /// first update moves the second element by 1000·η. A lower learning rate than Adam's helps.
 ///
 /// N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018
-/// (arXiv 1804.04235) took this up a year later. Adafactor factors v alike, but corrects no bias
+/// (arXiv 1804.04235) is a year later. Adafactor factors v in the same way, but does not correct the bias
 /// and lets β2 rise with t instead, adds its constant to g² and not to the root, scales an update
 /// down whose root mean square is above 1, and takes steps relative to the size of the weights.
-/// Here only what Adam does is done.
+/// FactoredAdam has none of this.
 ///
-/// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the
-/// range of gradients is that of their squares' sums: in float up to 1e16, and below 1e-19 they
-/// count less and less. A gradient that is not finite, or whose square is not, makes NaN of its
-/// whole matrix, being part of mean(r), and of no other; as with Adam, it stays in what is
-/// remembered.
+/// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the sums of
+/// squares limit the range of gradients: in float up to 1e16, and below 1e-19 they count less and less.
+/// If a gradient or its square is not finite, its whole matrix becomes NaN, since mean(r) includes it, and
+/// no other parameter; as with Adam, the NaN stays in the state.
 ///
 /// Updates::lazy leaves an expert that got no token alone, as Adam's does. A dense update of it
 /// lets r and c decay, and its weights.
