@@ -11,7 +11,7 @@
 #include "moe/layer/moe_layer.hpp"
 
 /// \file
-/// A trained layer with low-rank adapters, and back.
+/// Adds low-rank adapters to a trained layer, and merges them into it.
 
 namespace moe {
 
@@ -78,8 +78,8 @@ Module thawed(Module module) {
 
 }  // namespace detail
 
-/// A layer with adapters on its experts; everything else is frozen, the gate too (set `trained` of its
-/// parameters to train it). y is that of `layer` at the start.
+/// A layer with adapters on its experts. Everything else is frozen, the gate too (set `trained` of its
+/// parameters to train it). Before training, y is that of `layer`.
 ///
 ///     auto adapted = moe::adapt(layer, moe::LoraConfig{.rank = 8}, moe::Seed{1});
 ///     // train `adapted` as any layer, then
@@ -128,8 +128,8 @@ Gate merged_gate(const LoraGate<Gate>& gate) {
 
 }  // namespace detail
 
-/// The plain layer that computes the same, W + factor·A·B in the place of each W, up to rounding; all of
-/// it is trained. Of narrow weights it has the numbers that they stand for.
+/// The plain layer that computes the same up to rounding, with weights W + factor·A·B, all of which are
+/// trained. For narrow weights, W are the decoded ones.
 template <class Stored, class Gate, class Dispatch>
 auto merged(const MoELayer<Lora<FeedForward, Stored>, Gate, Dispatch>& layer,
             Dispatch policy = Dispatch()) {

@@ -6,13 +6,13 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// How large low-rank adapters are, and where they are.
+/// The configurations of low-rank adapters: their size, and the weights that get one.
 
 namespace moe {
 
-/// Adapters of the maps of an expert: W becomes W + factor·A·B, in which A (inputs x rank) and B (rank x
-/// outputs) are trained in the place of W (inputs x outputs) [E. Hu et al., "LoRA: Low-Rank Adaptation of
-/// Large Language Models", 2021, eq. 3].
+/// Adapters of the maps of an expert: W (inputs x outputs) becomes W + factor·A·B, and A (inputs x rank) and
+/// B (rank x outputs) are trained instead of W [E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+/// Models", 2021, eq. 3].
 struct LoraConfig {
   Index rank = 8;     ///< r, at least 0; with 0 there are no adapters
   double alpha = 16;  ///< factor = alpha / rank; finite
@@ -34,8 +34,8 @@ struct LoraConfig {
   }
 };
 
-/// Adapters of a gate's weights, of those of its parameters whose name ends in "weight" after a dot or
-/// alone: W_g, but no noise's.
+/// Adapters of a gate's weights: of the parameters whose name is "weight" or ends in ".weight". That is W_g,
+/// and not the weights of the noise.
 struct LoraGateConfig {
   Index rank = 8;                ///< r, at least 0; with 0 there are no adapters
   double alpha = 16;             ///< factor = alpha / rank; finite

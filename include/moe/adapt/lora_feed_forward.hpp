@@ -18,7 +18,7 @@ namespace moe {
 struct LoraFeedForwardConfig {
   Index width = 0;  ///< D; 0 inside a layer's configuration stands for the layer's width
   FeedForwardConfig network{};  ///< its width is 0 or D
-  LoraConfig lora{};
+  LoraConfig lora{};            ///< of the adapters
 
   template <class Self, class Visitor>
   static constexpr void visit_fields(Self& self, Visitor visit) {
@@ -93,19 +93,19 @@ struct LoraBase {
 
 }  // namespace detail
 
-/// A FeedForward whose weights and biases are frozen, and on some of its maps low-rank adapters, which are
-/// trained in their place: x·W becomes x·W + factor·(x·A)·B. At the start B is zero, so it computes what
-/// the FeedForward does, with rank 0 always, to the last bit.
+/// A FeedForward whose weights and biases are frozen, with trained low-rank adapters on some of its maps:
+/// x·W becomes x·W + factor·(x·A)·B. B is zero initially, so that it computes the same as the FeedForward;
+/// with rank 0 the bits are always the same.
 ///
-/// Nothing is computed for a gradient of W, and no optimizer holds memory for it; A·B is never formed. A
-/// row of a pass takes r·(inputs + outputs) multiply-adds more for each map with an adapter.
+/// No gradient of W is computed, and optimizers take no memory for it; A·B is never formed. A row of a pass
+/// takes r·(inputs + outputs) more multiply-adds for each map with an adapter.
 ///
-/// Parameters: those of the FeedForward by their names, with `trained` false, and behind each weight with
+/// Parameters: those of the FeedForward with their names and with `trained` false; and after each weight with
 /// an adapter, "up.weight" for example, "up.lora_A.weight" (A, inputs x r) and "up.lora_B.weight" (B, r x
 /// outputs). A user may set `trained` of any of them.
 ///
-/// `Stored` is float or double, or a narrow format (Int8 for example) with moe/adapt/narrow_lora.hpp: then
-/// the frozen weights are narrow and not among the parameters.
+/// `Stored` is float or double; or, with moe/adapt/narrow_lora.hpp, a narrow format such as Int8: then the
+/// frozen weights are narrow and are not parameters.
 template <class Stored = float>
 class LoraFeedForward : public detail::FeedForwardPasses<
                             typename detail::LoraBase<Stored>::Scalar,
@@ -118,10 +118,10 @@ class LoraFeedForward : public detail::FeedForwardPasses<
  public:
   using typename Base::Block;
   using typename Base::Scalar;
-  using Config = LoraFeedForwardConfig;
+  using Config = LoraFeedForwardConfig;      ///< see LoraFeedForwardConfig
   using Network = typename Frozen::Network;  ///< that is adapted
 
-  /// Fresh weights under fresh adapters. Throws std::invalid_argument for a configuration out of range.
+  /// Fresh weights with fresh adapters. Throws std::invalid_argument for a configuration out of range.
   LoraFeedForward(const Config& config, std::uint64_t seed)
       : LoraFeedForward(Frozen::make(completed(config).network, derive_seed(seed, 0)), config.lora,
                         derive_seed(seed, 1)) {}
@@ -146,9 +146,10 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     });
   }
 
+  /// The configuration, with the widths that were left 0.
   const Config& config() const { return config_; }
 
-  /// The network that computes the same: W + factor·A·B in the place of W.
+  /// The network that computes the same, with weights W + factor·A·B.
   FeedForward<Scalar> merged() const {
     FeedForward<Scalar> network(config_.network, 0);
     Base::visit_parts(*this, [&](std::string_view name, const auto& from) {
@@ -166,6 +167,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     return network;
   }
 
+  /// Multiply-adds of a row.
   Index row_work() const {
     Index work = 0;
     Base::visit_parts(*this, [&](std::string_view name, const auto& part) {
@@ -177,10 +179,10 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     return work;
   }
 
-  // Passes: what the base has, and room for a row of x·A.
-
+  /// That of a FeedForward, and room for a row of x·A; see FusedNetwork.
   Index scratch_width() const { return Base::odd_lines(rank_column() + config_.lora.rank); }
 
+  /// Adds to the gradients of what is trained, or writes over them; see FusedNetwork.
   void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
                      bool replace = false) {
     Base::add_gradients(block, dy, rows, replace);
@@ -195,6 +197,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
         });
   }
 
+  /// The parameters named above.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     Base::visit_parts(self, [&](std::string_view name, auto& part) {

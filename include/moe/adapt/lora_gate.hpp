@@ -19,27 +19,28 @@
 
 namespace moe {
 
-/// Any gate with W_g + factor·A·B in the place of its weights W_g (D x E): of NoisyTopKGate the clean
-/// scores', of HierarchicalGate those of the primary and of every secondary gate. Noise, losses and the
-/// choice are the gate's own. With rank 0 it computes what the gate does, to the last bit.
+/// Any gate with weights W_g + factor·A·B instead of W_g (D x E). In NoisyTopKGate these are the weights of
+/// the clean scores, in HierarchicalGate those of the primary and of every secondary gate. Noise, losses
+/// and the choice are those of the gate. With rank 0 it gives the same bits as the gate.
 ///
-/// A pass puts the sum together in its tape, O(r·D·E), since a gate is small beside the experts; backward
-/// takes A's and B's gradients from the sum's, which is in the tape and not in a parameter.
+/// A pass computes the sum in its tape, O(r·D·E): a gate is small beside the experts. Backward computes the
+/// gradients of A and B from that of the sum.
 ///
-/// Parameters: those of the gate by their names, with `trained` false, and for "weight" "lora_A.weight"
-/// (A, D x r) and "lora_B.weight" (B, r x E), in front of which is what is in front of "weight". A user
-/// may set `trained` of any of them. Experts cannot be added, copied or removed before merged().
+/// Parameters: those of the gate with their names and with `trained` false; and for each "weight" a
+/// "lora_A.weight" (A, D x r) and a "lora_B.weight" (B, r x E), with the same prefix. A user may set
+/// `trained` of any of them. Experts cannot be added, copied or removed before merged().
 template <class Gate_>
 class LoraGate {
  public:
-  using Adapted = Gate_;  ///< the gate that is adapted
-  using Scalar = typename Adapted::Scalar;
-  using LossWeights = typename detail::LossWeightsOf<Adapted>::type;
+  using Adapted = Gate_;                                              ///< the gate that is adapted
+  using Scalar = typename Adapted::Scalar;                            ///< float or double
+  using LossWeights = typename detail::LossWeightsOf<Adapted>::type;  ///< the gate's
 
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;  ///< D; 0 inside a layer's configuration stands for the layer's
     typename Adapted::Config gate{};  ///< its width is 0 or D
-    LoraGateConfig lora{};
+    LoraGateConfig lora{};            ///< of the adapters
 
     template <class Self, class Visitor>
     static constexpr void visit_fields(Self& self, Visitor visit) {
@@ -49,18 +50,19 @@ class LoraGate {
     }
   };
 
+  /// The gate's tape, and the gate whose weights are the sums.
   struct Tape : Adapted::Tape {
     /// Memory that stays from pass to pass.
     struct Sum {
       Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B
       Matrix<Scalar> scaled_a;  ///< D x r, factor·A
     };
-    std::optional<Adapted> gate;  ///< with the sums for weights
-    std::vector<Sum> sums{};
+    std::optional<Adapted> gate;                   ///< with the sums for weights
+    std::vector<Sum> sums{};                       ///< one an adapter
     std::vector<Parameter<Scalar>*> parameters{};  ///< those of `gate`
   };
 
-  /// A fresh gate under fresh adapters. Throws std::invalid_argument for a configuration out of range.
+  /// A fresh gate with fresh adapters. Throws std::invalid_argument for a configuration out of range.
   LoraGate(const Config& config, std::uint64_t seed)
       : LoraGate(Adapted(completed(config).gate, derive_seed(seed, 0)), config.lora,
                  derive_seed(seed, 1)) {
@@ -86,8 +88,9 @@ class LoraGate {
     });
   }
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  Index experts() const { return gate_.experts(); }
+  Index experts() const { return gate_.experts(); }  ///< E
   /// The frozen gate.
   const Adapted& gate() const { return gate_; }
 
@@ -108,6 +111,7 @@ class LoraGate {
     tape.gate->forward(x, static_cast<typename Adapted::Tape&>(tape), pass);
     return tape.routing;
   }
+  /// As the gate's.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                   const EvaluationPass& pass = {}) const {
     tape.trained = false;
@@ -139,6 +143,7 @@ class LoraGate {
 
   // What the gate has of the following.
 
+  /// As the gate's.
   void set_loss_weights(const LossWeights& weights) requires requires(Adapted& gate) {
     gate.set_loss_weights(weights);
   }
@@ -146,15 +151,19 @@ class LoraGate {
     gate_.set_loss_weights(weights);
     config_.gate = gate_.config();
   }
+  /// As the gate's.
   void update_selection_bias(const Tape& tape) requires requires(Adapted& gate) {
     gate.update_selection_bias(tape);
   }
   { gate_.update_selection_bias(tape); }
+  /// As the gate's.
   Index experts_together() const requires requires(const Adapted& gate) { gate.experts_together(); }
   { return gate_.experts_together(); }
+  /// As the gate's.
   Index shared_experts() const requires requires(const Adapted& gate) { gate.shared_experts(); }
   { return gate_.shared_experts(); }
 
+  /// The parameters named above.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     Adapted::visit_parameters(self.gate_, visit);

@@ -22,7 +22,7 @@ struct LowRank {
   double factor = 0;
 
   LowRank() = default;
-  /// At the start A is uniform in ±1/sqrt(K), as PEFT's, and B zero, so that the sum is the frozen matrix.
+  /// A is uniform in ±1/sqrt(K), as in PEFT, and B is zero, so that initially the sum is the frozen matrix.
   LowRank(Index inputs, Index outputs, Index rank, double scale, std::uint64_t seed)
       : a(inputs, rank), b(rank, outputs), factor(scale) {
     fill_uniform(a.value, Scalar{1} / std::sqrt(static_cast<Scalar>(inputs)), seed);
@@ -113,9 +113,9 @@ void multiply_low_rank(const LowRank<Scalar>& w, const GemmNT<Scalar, Operand>& 
       });
 }
 
-/// The gradients, where they are trained: with G = xᵀ·dy that of the sum of the matrices, dA = factor·G·Bᵀ
-/// and dB = factor·Aᵀ·G, of which G is not formed. t is n x r of scratch. With `replace` what the gradients
-/// hold is written over.
+/// Adds the gradients of A and B, if they are trained. With G = xᵀ·dy, the gradient of the sum of the
+/// matrices, dA = factor·G·Bᵀ and dB = factor·Aᵀ·G; G itself is not formed. t is n x r of scratch. With
+/// `replace` the gradients are written over.
 template <class Scalar>
 void add_low_rank_gradients(LowRank<Scalar>& w, const GatheredRows<Scalar>& x,
                             const GatheredRows<Scalar>& dy, MatrixView<Scalar> t, bool replace) {

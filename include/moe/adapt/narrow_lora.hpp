@@ -8,8 +8,8 @@
 #include "moe/weights/serving_layer.hpp"
 
 /// \file
-/// Adapters on narrow weights: `Lora<FeedForward, Int8>`, a layer that takes a quarter of the memory while
-/// it is adapted, and a model of which only the narrow file is there.
+/// Adapters on narrow weights, `Lora<FeedForward, Int8>`: to adapt a layer in a quarter of the memory, or a
+/// model of which there is only a file of narrow weights.
 
 namespace moe {
 
@@ -35,10 +35,10 @@ struct LoraBase<Format> {
 
 }  // namespace detail
 
-/// A served layer with adapters on its experts; gate, biases and narrow weights are frozen. y is that of
-/// `layer` at the start, and gradients are those of the layer whose weights are what the narrow ones stand
-/// for. Copies of narrow weights share their memory; where it is a mapped file's, which could change while
-/// it is used, they are read from the file into memory here.
+/// A layer with narrow weights and with adapters on its experts; gate, biases and narrow weights are frozen.
+/// Before training, y is that of `layer`; gradients are those of a layer with the decoded weights. The narrow
+/// weights share their memory with those of `layer`, unless that is a mapped file, which could change: then
+/// they are copied.
 ///
 /// Throws std::invalid_argument for a configuration out of range.
 template <class Layer, detail::NarrowFormat Format>

@@ -13,7 +13,7 @@
 #include "moe/random.hpp"
 
 /// \file
-/// A dense network becomes the experts of a layer.
+/// Makes a layer whose experts are copies or slices of a dense network.
 ///
 /// [K23] A. Komatsuzaki, J. Puigcerver, J. Lee-Thorp, C. Riquelme Ruiz, B. Mustafa, J. Ainslie, Y. Tay,
 /// M. Dehghani, N. Houlsby, "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", ICLR
@@ -23,17 +23,17 @@
 
 namespace moe {
 
-/// What upcycle() makes of a dense network of width D and H hidden units.
+/// The configuration of upcycle(), for a dense network of width D with H hidden units.
 template <class Gate>
 struct UpcycleConfig {
-  typename Gate::Config gate{};  ///< says how many experts there are, E; its width is 0 or D
+  typename Gate::Config gate{};  ///< has the number of experts, E; its width is 0 or D
   /// G, parts of the network of H/G hidden units each, which are experts of their own: at least 1, and
   /// divides H, E, and the top_k and the experts of a group that the gate's Config may have.
   Index slices = 1;
   /// Standard deviation of the normal noise on the parameters of all experts but the first G, finite and
   /// at least 0. At 0 all copies are equal, and only the gate makes them differ in training.
   double noise_stddev = 0;
-  Seed seed;  ///< of the gate's start and noise, and of the noise on copies
+  Seed seed;  ///< of the gate's initial weights and noise, and of the noise on copies
 };
 
 namespace detail {
@@ -82,7 +82,7 @@ void tie_slices(Gate& gate, Index slices, std::uint64_t seed) {
   }
 }
 
-/// Throws std::invalid_argument unless the slices can be taken, and are chosen as often as each other.
+/// Throws std::invalid_argument unless the slices can be made, and all are chosen equally often.
 template <class Gate>
 void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& config,
                   Index experts) {
@@ -106,8 +106,8 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 
 }  // namespace detail
 
-/// A layer whose experts are copies of a dense network [K23], or slices of it [H24], and whose
-/// y at the start is the network's output:
+/// A layer whose experts are copies of a dense network [K23] or slices of it [H24], and whose y is the
+/// network's output before training:
 ///
 ///     auto layer = moe::upcycle<moe::TopKGate<>>(
 ///         dense, {.gate = {.experts = 8, .top_k = 2, .renormalise = true}, .seed = 1});

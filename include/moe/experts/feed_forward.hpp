@@ -58,6 +58,7 @@ class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>
     fill_uniform(gate_bias_.value, up_bound, derive_seed(seed, 5));
   }
 
+  /// The parameters named above.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     Base::visit_parts(self, visit);

@@ -16,24 +16,24 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// What a FeedForward computes, forward and backward, whatever its weights are stored in.
+/// The computations of a FeedForward, forward and backward, for weights of any storage.
 
 namespace moe {
 
-/// Which form a FeedForward has.
+/// The configuration of FeedForward, which defines the letters used here.
 struct FeedForwardConfig {
   Index width = 0;   ///< D; 0 inside a layer's configuration stands for the layer's width
   Index hidden = 0;  ///< H
-  Activation activation = Activation::relu;
-  bool gated = false;
-  bool bias = !gated;  ///< b_1, b_2 and, gated, b_3
+  Activation activation = Activation::relu;  ///< act
+  bool gated = false;                        ///< whether it is the gated form
+  bool bias = !gated;                        ///< b_1, b_2 and, gated, b_3
   /// Of act's input from above, and of the gated form's other factor on both sides, >= 0; 0: none.
   double limit = 0;
   double linear_offset = 0;     ///< of the gated form, finite: gpt-oss has 1 and a limit of 7
   bool weighted_input = false;  ///< the slot's weight multiplies x and not y, as in Llama 4
-  /// Keep no pre-activations for backward and compute them again there: a quarter more arithmetic
-  /// in backward, gated a third, for a tape without the S x H numbers, gated S x 2·H [S17 App.
-  /// D]. All results keep their bits.
+  /// Whether backward computes the pre-activations again, and the tape does not save them [S17 App. D]:
+  /// S x H numbers less, gated S x 2·H, for a quarter more arithmetic in backward, gated a third. All
+  /// results keep their bits.
   bool recompute = false;
   /// What the pre-activations of the tape are stored in. With bfloat16 they take half the memory of
   /// float, a quarter of double, and backward reads them rounded to 8 bits of precision; y keeps its
@@ -62,7 +62,7 @@ template <class Scalar>
 MatrixOperand<Scalar> operand(const Parameter<Scalar>& weight) {
   return weight.value;
 }
-/// What is prefetched of a weight before its product begins.
+/// The address in a weight from which to prefetch before its product begins.
 template <class Scalar>
 const Scalar* first_number(const Parameter<Scalar>& weight) {
   return weight.value.data();
@@ -85,9 +85,9 @@ void multiply_by(const Weight&, const Product& product) {
   gemm_serial(product);
 }
 
-/// The passes of a FeedForward, in which the formulas are. A `Weight` is a Parameter, or something else
-/// that operand() makes the operand B of a product and first_number() a place to prefetch, or null;
-/// multiply_by() and add_weight_gradient() are what its products are.
+/// The passes of a FeedForward, with the formulas. A `Weight` is a Parameter or another type with these
+/// functions: operand() returns the operand B of a product, first_number() an address to prefetch or null,
+/// and multiply_by() and add_weight_gradient() compute its products.
 template <class Scalar_, class Weight>
 class FeedForwardPasses {
  public:
@@ -103,9 +103,9 @@ class FeedForwardPasses {
     return (pre_width() * bfloat16_bytes + bytes - 1) / bytes;
   }
 
-  /// The hidden row, the pre-activations or their gradient, the pre-activations once more where
-  /// they are computed again, and the parts of ⟨dy·W_2ᵀ, a⟩: an odd number of cache lines, since at
-  /// a power of two all rows would compete for the same few places of a cache.
+  /// The hidden row, the pre-activations or their gradient, with recompute the pre-activations once more, and
+  /// the parts of ⟨dy·W_2ᵀ, a⟩: an odd number of cache lines, since rows at a distance of a power of two would
+  /// compete for the same few sets of a cache.
   Index scratch_width() const { return odd_lines(parts_column() + panels()); }
 
   Index columns() const { return config_.hidden; }

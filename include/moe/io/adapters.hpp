@@ -22,8 +22,8 @@
 #include "moe/io/safetensors.hpp"
 
 /// \file
-/// Low-rank adapters in files of their own, those of Hugging Face's PEFT: a folder with adapter_config.json
-/// and adapter_model.safetensors. An adapter of "experts.3.up.weight" is there as
+/// Low-rank adapters in the files of Hugging Face's PEFT: a folder with adapter_config.json and
+/// adapter_model.safetensors. The adapter of "experts.3.up.weight" has the tensors
 ///
 ///     base_model.model.experts.3.up.lora_A.weight   [r, inputs], A transposed
 ///     base_model.model.experts.3.up.lora_B.weight   [outputs, r], B transposed
@@ -58,8 +58,8 @@ inline LoraGateConfig settings_of(const LoraConfig& config) {
   return {.rank = config.rank, .alpha = config.alpha, .rank_stabilized = config.rank_stabilized};
 }
 
-/// Calls f(name of the map, LowRank, LoraGateConfig) for every adapter with a rank in a module; `settings`
-/// are of what it is a part of.
+/// Calls f(name of the map, LowRank, LoraGateConfig) for every adapter in a module whose rank is not 0;
+/// `settings` are those of the module that it is a part of.
 template <class Module, class F>
 void walk_adapters(Module& module, const ParameterName& name, const LoraGateConfig& settings,
                    F& f) {
@@ -115,11 +115,11 @@ inline bool is_plain_name(std::string_view name) {
   return !name.empty() && name.find_first_not_of(plain_characters) == std::string_view::npos;
 }
 
-/// The settings of adapters as a file says them. What is missing or null is as PEFT has it by default; rank
-/// and alpha must be there.
+/// The settings of adapters in a file. Settings that are missing or null have PEFT's defaults; rank and alpha
+/// must not be missing.
 class AdapterConfig {
  public:
-  /// Throws std::runtime_error, which names the key, for what this cannot serve.
+  /// Throws std::runtime_error, which names the key, for a setting that the library does not have.
   explicit AdapterConfig(const std::string& path) : settings_(path) {
     if (settings_.text("peft_type") != "LORA") settings_.refuse("peft_type", "\"LORA\"");
     if (settings_.text("bias", "none") != "none") settings_.refuse("bias", "\"none\"");
@@ -144,7 +144,7 @@ class AdapterConfig {
     alpha_patterns_ = patterns("alpha_pattern");
   }
 
-  /// Those of a map.
+  /// The settings of a map.
   LoraGateConfig of(const std::string& map) const {
     const auto [ranks, rank_key] = place(map, "r", rank_patterns_);
     const auto [alphas, alpha_key] = place(map, "lora_alpha", alpha_patterns_);
@@ -167,8 +167,8 @@ class AdapterConfig {
     return patterns;
   }
 
-  /// Where a setting of a map is. A pattern is for a module of its name and for those whose name ends in it
-  /// after a dot, with ^ for the first of these alone.
+  /// The pattern of a map. A pattern is for the module with this name and for those whose name ends in it after
+  /// a dot; with ^ it is for the first only.
   std::pair<const io::ModelConfig*, std::string> place(
       const std::string& map, const char* key,
       const std::optional<io::ModelConfig>& patterns) const {
@@ -198,13 +198,13 @@ class AdapterConfig {
   std::optional<io::ModelConfig> alpha_patterns_{};
 };
 
-/// A number as JSON, without a fraction where it has none: 16 and not 16.0, as PEFT has it.
+/// A number as JSON; a whole number without a fraction, 16 and not 16.0, as in PEFT.
 inline nlohmann::json plain_number(double value) {
   if (value != std::round(value) || std::abs(value) > 1e15) return value;
   return static_cast<std::int64_t>(value);
 }
 
-/// Of the values that a setting has, the one of most maps.
+/// The value of a setting that most maps have.
 template <class Value>
 Value commonest(const std::map<Value, Index>& counts) {
   const auto most =
@@ -331,9 +331,8 @@ void save_adapters(const std::string& folder, const Module& module,
   file.commit();
 }
 
-/// The adapters of a module back, widened or rounded to its Scalar. Every adapter of the module must be in
-/// the folder with its rank, its factor and its shapes, and none of the folder may be left over under
-/// `prefix`: an adapter that would get lost or be scaled otherwise is an error.
+/// Loads the adapters of a module, converted to its Scalar. Every adapter of the module must be in the folder
+/// with the same rank, factor and shapes, and the folder must have no others under `prefix`.
 ///
 /// Throws std::runtime_error, which names the file and what does not fit, and std::invalid_argument if the
 /// module has no adapters; nothing is changed then.
@@ -386,9 +385,9 @@ void load_adapters(const std::string& folder, Module& module, const std::string&
   for (const auto& of_adapter : take) of_adapter();
 }
 
-/// The configuration with which adapt() makes experts whose adapters a folder holds: those of its maps
-/// named "gate", "up" and "down" under "experts." after `prefix`. Throws std::runtime_error, which names
-/// the file, if they have several ranks or alphas, or there are none.
+/// The configuration for adapt() that makes experts with the adapters of a folder: those of its maps named
+/// "gate", "up" and "down" under "experts." after `prefix`. Throws std::runtime_error, which names the file,
+/// if their ranks or alphas differ, or there are none.
 inline LoraConfig load_lora_config(const std::string& folder, const std::string& prefix = {}) {
   LoraConfig lora{.gate = false, .up = false, .down = false};
   const std::string begin = prefix + "experts.";

@@ -12,20 +12,17 @@
 
 namespace moe {
 
-/// Where an activation can be chosen. `squared_relu` is relu(x)² (So et al. 2021, "Primer", arXiv
-/// 2109.08668). `gelu` is x·Φ(x) by the error function, `gelu_tanh` and
-/// `gelu_sigmoid`, x·sigmoid(1.702·x), are its usual approximations (Hendrycks & Gimpel 2016); `silu`
-/// is x·sigmoid(x).
+/// An element-wise activation function.
 enum class Activation {
-  identity,
-  relu,
-  squared_relu,
-  gelu,
-  gelu_tanh,
-  gelu_sigmoid,
-  silu,
-  sigmoid,
-  tanh
+  identity,      ///< x
+  relu,          ///< max(x, 0)
+  squared_relu,  ///< relu(x)² (So et al. 2021, "Primer", arXiv 2109.08668)
+  gelu,          ///< x·Φ(x), by the error function (Hendrycks & Gimpel 2016, arXiv 1606.08415)
+  gelu_tanh,     ///< its approximation by tanh
+  gelu_sigmoid,  ///< its approximation x·sigmoid(1.702·x)
+  silu,          ///< x·sigmoid(x)
+  sigmoid,       ///< 1 / (1 + e^-x)
+  tanh           ///< tanh(x)
 };
 constexpr std::array<std::string_view, 9> enumerator_names(Activation) {
   return {"identity",     "relu", "squared_relu", "gelu", "gelu_tanh",
@@ -137,7 +134,7 @@ void with_activation(Activation activation, F&& f) {
   MOE_ASSERT(false && "an Activation outside its enumeration");
 }
 
-/// For the check of a configuration that came from a file.
+/// Throws std::invalid_argument for a number that is not one of the enumerators.
 inline void require_activation(const char* field, Activation activation) {
   const auto count = static_cast<int>(enumerator_names(activation).size());
   const auto number = static_cast<int>(activation);

@@ -17,8 +17,11 @@ MOE_PACKETS_BEGIN
 
 namespace moe {
 
-/// What numbers are stored in: `full` is the Scalar itself, bfloat16 two bytes a number.
-enum class Precision { full, bfloat16 };
+/// The precision in which numbers are stored.
+enum class Precision {
+  full,     ///< that of the Scalar
+  bfloat16  ///< the upper half of a float: two bytes a number, 8 bits of precision
+};
 constexpr std::array<std::string_view, 2> enumerator_names(Precision) {
   return {"full", "bfloat16"};
 }

@@ -6,8 +6,8 @@
 #include "moe/kernels/micro_kernel.hpp"
 
 /// \file
-/// The tiles of products that read their large operand from one end to the other. They prefetch what
-/// comes next, since the hardware prefetcher stops at the end of a page of memory.
+/// The tiles of products that read their large operand sequentially. They prefetch it, since the hardware
+/// prefetcher stops at the end of a page of memory.
 
 MOE_PACKETS_BEGIN
 

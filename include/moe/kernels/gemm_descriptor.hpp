@@ -18,8 +18,8 @@ namespace moe::detail {
 /// The initial value of an element of C: zero, or what C holds.
 enum class Start { zero, accumulate };
 
-/// A row that is added to all rows of C, times a factor of each: one more product, ahead of the
-/// others, of a column and a row that lie elsewhere. Without values there is none.
+/// A row of values that is added to all rows of C, times a factor of each row: one more product, before the
+/// others, of a column of factors and a row of values. Null values are no bias.
 template <class Scalar>
 struct Bias {
   const Scalar* values = nullptr;

@@ -5,8 +5,8 @@
 #include "moe/kernels/simd.hpp"
 
 /// \file
-/// Limits of the numbers that an activation and the gated form are given, and the way back through
-/// them. NaN is within every limit.
+/// Limits of the inputs of an activation and of the gated form, forward and backward. NaN is within every
+/// limit.
 
 MOE_PACKETS_BEGIN
 
@@ -18,7 +18,7 @@ void limit_above(Scalar limit, const GatheredRows<Scalar>& x, const ScatteredRow
   using namespace Eigen::internal;
   const Packet<Scalar> most = broadcast(limit);
   for (Index r = 0; r < x.count(); ++r) {
-    // Not by a minimum, of which the processor decides what it makes of NaN.
+    // Not a minimum: its result for NaN depends on the processor.
     map(
         x.width(), y.row(r),
         [=](const Packet<Scalar>& v) { return pselect(pcmp_lt(most, v), most, v); }, x.row(r));

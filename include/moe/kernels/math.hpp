@@ -23,8 +23,8 @@ Packet<Scalar> for_each_lane(const Packet<Scalar>& x, F f) {
   return load(lanes);
 }
 
-// Eigen marks some of pexp, ptanh and psqrt as unused, and clang warns of who calls them. So they are
-// called by Eigen's functors, whose warnings stay in Eigen's headers.
+// Eigen marks some of pexp, ptanh and psqrt as unused, and clang warns of calls of them. So Eigen's functors
+// call them, whose warnings stay in Eigen's headers.
 
 template <class Scalar>
 Packet<Scalar> sqrt(const Packet<Scalar>& x) {

@@ -56,7 +56,7 @@ struct SoftmaxRow {
   }
 };
 
-/// Leaves the exponentials in `terms`, `classes` of them, unless it is null; x may be `terms`.
+/// Writes the exponentials (`classes` of them) to `terms` unless that is null; x may be `terms`.
 template <class Scalar>
 SoftmaxRow<Scalar> softmax_row(Index classes, const Scalar* x, Scalar* terms) {
   const Scalar shift = largest(classes, x);

@@ -3,7 +3,7 @@
 #include "moe/kernels/simd.hpp"
 
 /// \file
-/// A weight on the input of a linear map, put there after the product, which is then the same for any
+/// A weight on the input of a linear map, applied after the product, which then does not depend on the
 /// weight: (w·x)·W + b = w·(x·W) + b.
 
 MOE_PACKETS_BEGIN

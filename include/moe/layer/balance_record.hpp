@@ -20,8 +20,8 @@ namespace moe {
 /// The balance of one layer after one pass, as a row of CSV (RFC 4180). Where processes share a batch,
 /// `loss` to `unused_experts` are of the whole batch, the others of this process's tokens.
 struct BalanceRecord {
-  std::uint64_t step = 0;
-  std::string layer;
+  std::uint64_t step = 0;         ///< number of the update
+  std::string layer;              ///< name of the layer
   Index tokens = 0;               ///< T without padding
   Index slots = 0;                ///< S
   double loss = 0;                ///< Balance::loss
@@ -137,11 +137,11 @@ inline std::string BalanceRecord::csv_row() const {
   return row;
 }
 
-/// The figures of the last pass on a gate's tape, a layer's being `tape.gate`. `top_k` is how many
-/// experts the gate chooses for a token, shared ones included; drop_rate is 1 − S/(T·top_k), and 0 for
-/// a top_k of 0, which stands for a gate that chooses no fixed number. A gate of your own that does not set
-/// `tape.tokens` has its padding counted among the tokens. O(S + T + E). Throws std::invalid_argument where there
-/// was no pass, and where there are more slots than top_k allows.
+/// The figures of the last pass on a gate's tape; a layer's is `tape.gate`. `top_k` is the number of experts
+/// that the gate chooses for a token, shared ones included, or 0 for a gate without a fixed number; drop_rate
+/// is 1 − S/(T·top_k), or 0 without a top_k. If a gate of your own does not set `tape.tokens`, padding counts
+/// as tokens. O(S + T + E). Throws std::invalid_argument if there was no pass on the tape, or if there are
+/// more slots than top_k allows.
 template <class Scalar>
 BalanceRecord balance_record(const GateTape<Scalar>& tape, std::string_view layer,
                              std::uint64_t step, Index top_k = 0) {

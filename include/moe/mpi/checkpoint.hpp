@@ -271,6 +271,7 @@ void for_each_matrix(Optimizer& optimizer, Module& module, F&& f) {
                            });
 }
 
+/// Which matrices of an optimizer are not empty.
 template <class Optimizer, class Module>
 Presence presence_of(Optimizer& optimizer, Module& module) {
   Presence presence;
@@ -280,6 +281,7 @@ Presence presence_of(Optimizer& optimizer, Module& module) {
   return presence;
 }
 
+/// The same as numbers, to be copied between ranks.
 template <class Number>
 NamedNumbers<Number> numbers_of(Presence& presence) {
   NamedNumbers<Number> numbers;

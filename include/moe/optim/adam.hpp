@@ -31,17 +31,19 @@ namespace moe {
 template <class Scalar = float>
 class Adam {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
-    double beta1 = 0.9;       ///< in [0, 1)
-    double beta2 = 0.999;     ///< in [0, 1)
-    double epsilon = 1e-8;    ///< above 0
-    double weight_decay = 0;  ///< at least 0
-    Updates updates = Updates::dense;
+    double beta1 = 0.9;                ///< in [0, 1)
+    double beta2 = 0.999;              ///< in [0, 1)
+    double epsilon = 1e-8;             ///< above 0
+    double weight_decay = 0;           ///< at least 0
+    Updates updates = Updates::dense;  ///< whether experts without tokens are left alone
   };
 
   Adam() : Adam(Config{}) {}
-  /// For `Adam optimizer({})`, which the copy constructor would be as good for.
+  /// For `Adam optimizer({})`, which would be ambiguous otherwise.
   explicit Adam(detail::Defaults) : Adam() {}
+  /// Throws std::invalid_argument for a configuration out of range.
   explicit Adam(const Config& config) : config_(config) {
     detail::check_decay_rate("Adam", "beta1", config.beta1);
     detail::check_decay_rate("Adam", "beta2", config.beta2);
@@ -50,10 +52,11 @@ class Adam {
     detail::check_weight_decay("Adam", config.weight_decay);
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
-  /// function ends them.
+  /// Sets learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
+  /// function removes them.
   void set_groups(ParameterGroups groups) { groups_.set(std::move(groups)); }
 
   /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
@@ -79,18 +82,18 @@ class Adam {
     updates_.add(module, config_.updates, groups_);
   }
 
-  /// What the optimizer remembers follows a change of the experts of a layer that is a part of the
-  /// model of update(): right after the change, before the next one. What is remembered of parameters
-  /// that stayed, and their numbers of updates, keep their bits; of copies they are those of the
-  /// original, of fresh parameters and columns zero. Throws std::invalid_argument, with nothing
-  /// changed, where the change is not the layer's last or one before it was not followed.
+  /// Changes the optimizer's state in step with the experts of a layer that is a part of the model of
+  /// update(). Call it right after each change of the experts. The state of parameters that stayed, and
+  /// their numbers of updates, keep their bits; copies get those of their original, fresh parameters and
+  /// columns zeros. Throws std::invalid_argument, with nothing changed, if the change is not the
+  /// layer's last, or if follow() was not called for an earlier one.
   template <class Module, class Layer>
   void follow(const Module& model, const Layer& layer, const ExpertChange& change) {
     detail::follow_change("Adam", model, layer, change, first_moment_.known(), first_moment_,
                           second_moment_, updates_);
   }
 
-  /// Everything that the optimizer remembers of a module, to be saved or restored: calls
+  /// The whole state of the optimizer for a module, to save or restore it: calls
   /// f(name, matrix) with "first_moment.experts.3.up.weight" and "second_moment. ...", and
   /// f(name, numbers), a std::span<Index>, with "steps" and "updates". Before the first update it
   /// is all zero; the matrix of a parameter that was never trained is empty, 0 x 0, which stands for

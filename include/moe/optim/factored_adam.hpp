@@ -44,16 +44,15 @@ struct FactoredMatrix {
 /// first update moves the second element by 1000·η. A lower learning rate than Adam's helps.
 ///
 /// N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018
-/// (arXiv 1804.04235) took this up a year later. Adafactor factors v alike, but corrects no bias
+/// (arXiv 1804.04235) is a year later. Adafactor factors v in the same way, but does not correct the bias
 /// and lets β2 rise with t instead, adds its constant to g² and not to the root, scales an update
 /// down whose root mean square is above 1, and takes steps relative to the size of the weights.
-/// Here only what Adam does is done.
+/// FactoredAdam has none of this.
 ///
-/// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the
-/// range of gradients is that of their squares' sums: in float up to 1e16, and below 1e-19 they
-/// count less and less. A gradient that is not finite, or whose square is not, makes NaN of its
-/// whole matrix, being part of mean(r), and of no other; as with Adam, it stays in what is
-/// remembered.
+/// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the sums of
+/// squares limit the range of gradients: in float up to 1e16, and below 1e-19 they count less and less.
+/// If a gradient or its square is not finite, its whole matrix becomes NaN, since mean(r) includes it, and
+/// no other parameter; as with Adam, the NaN stays in the state.
 ///
 /// Updates::lazy leaves an expert that got no token alone, as Adam's does. A dense update of it
 /// lets r and c decay, and its weights.
@@ -65,16 +64,18 @@ struct FactoredMatrix {
 template <class Scalar = float>
 class FactoredAdam {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
-    double beta2 = 0.999;     ///< in [0, 1)
-    double epsilon = 1e-8;    ///< above 0 as a Scalar too
-    double weight_decay = 0;  ///< at least 0
-    Updates updates = Updates::dense;
+    double beta2 = 0.999;              ///< in [0, 1)
+    double epsilon = 1e-8;             ///< above 0 as a Scalar too
+    double weight_decay = 0;           ///< at least 0
+    Updates updates = Updates::dense;  ///< whether experts without tokens are left alone
   };
 
   FactoredAdam() : FactoredAdam(Config{}) {}
-  /// For `FactoredAdam optimizer({})`, which the copy constructor would be as good for.
+  /// For `FactoredAdam optimizer({})`, which would be ambiguous otherwise.
   explicit FactoredAdam(detail::Defaults) : FactoredAdam() {}
+  /// Throws std::invalid_argument for a configuration out of range.
   explicit FactoredAdam(const Config& config) : config_(config) {
     detail::check_decay_rate("FactoredAdam", "beta2", config.beta2);
     const auto epsilon = static_cast<Scalar>(config.epsilon);
@@ -84,10 +85,11 @@ class FactoredAdam {
     detail::check_weight_decay("FactoredAdam", config.weight_decay);
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
-  /// function ends them.
+  /// Sets learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
+  /// function removes them.
   void set_groups(ParameterGroups groups) { groups_.set(std::move(groups)); }
 
   /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
@@ -121,19 +123,19 @@ class FactoredAdam {
     updates_.add(module, config_.updates, groups_);
   }
 
-  /// What the optimizer remembers follows a change of the experts of a layer that is a part of the
-  /// model of update(): right after the change, before the next one. What is remembered of parameters
-  /// that stayed, and their numbers of updates, keep their bits; of copies they are those of the
-  /// original, of fresh parameters and columns zero. Row means stay, of the columns of
-  /// before. Throws std::invalid_argument, with nothing
-  /// changed, where the change is not the layer's last or one before it was not followed.
+  /// Changes the optimizer's state in step with the experts of a layer that is a part of the model of
+  /// update(). Call it right after each change of the experts. The state of parameters that stayed, and
+  /// their numbers of updates, keep their bits; copies get those of their original, fresh parameters and
+  /// columns zeros. Row means of the gate's matrices stay those over the columns before the change. Throws
+  /// std::invalid_argument, with nothing changed, if the change is not the layer's last, or if follow()
+  /// was not called for an earlier one.
   template <class Module, class Layer>
   void follow(const Module& model, const Layer& layer, const ExpertChange& change) {
     detail::follow_change("FactoredAdam", model, layer, change, row_means_.known(), row_means_,
                           column_means_, updates_);
   }
 
-  /// Everything that the optimizer remembers of a module, to be saved or restored: calls
+  /// The whole state of the optimizer for a module, to save or restore it: calls
   /// f(name, matrix) with "row_means.experts.3.up.weight" (D x 1) and
   /// "column_means. ..." (1 x H), and f(name, numbers), a std::span<Index>, with "steps" and
   /// "updates". Before the first update it is all zero; the matrix of a parameter that was never

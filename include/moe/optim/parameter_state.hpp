@@ -15,10 +15,10 @@
 
 namespace moe {
 
-/// The shape of a matrix that an optimizer remembers of a parameter.
+/// The shape of a matrix in an optimizer's state.
 struct StateShape {
-  Index rows;
-  Index columns;
+  Index rows;     ///< those of the parameter, or 1
+  Index columns;  ///< those of the parameter, or 1
 };
 
 namespace detail {
@@ -37,7 +37,7 @@ inline void check_weight_decay(std::string_view optimizer, double value) {
           ", must be finite and at least 0");
 }
 
-/// What is known of a parameter since the first update.
+/// A parameter at the first update, or at the last follow().
 struct KnownParameter {
   Index rows;
   Index columns;
@@ -66,8 +66,8 @@ void require_same_parameters(const Module& module, std::string_view optimizer,
           known.size(), " at the first update");
 }
 
-/// How many updates an optimizer made, and how many of each parameter: as many, but for those at
-/// which it was idle or its rate_factor 0.
+/// The number of updates of an optimizer, and of each parameter: without those in which it was idle or its
+/// rate_factor 0.
 class UpdateCounts {
  public:
   void match(Index parameters) { of_parameter_.resize(to_size(parameters)); }
@@ -118,12 +118,12 @@ class UpdateCounts {
   std::vector<Index> of_parameter_;
 };
 
-/// Which part of a parameter's shape a matrix has that is remembered of it.
+/// The shape of a matrix in an optimizer's state: that of the parameter, or one column or row of it.
 enum class StatePart { whole, rows_by_one, one_by_columns };
 
-/// What an optimizer remembers of a module: a matrix for each parameter, of its shape or of a column
-/// or a row of it, in the order of for_each_parameter. The matrix of a parameter that was not `trained`
-/// in any call of match() is empty, 0 x 0, which stands for zeros.
+/// A part of an optimizer's state: a matrix for each parameter, in the order of for_each_parameter(). The
+/// matrix of a parameter that was not `trained` in any call of match() is empty, 0 x 0, which stands for
+/// zeros.
 template <class Scalar>
 class ParameterState {
  public:
@@ -145,7 +145,7 @@ class ParameterState {
     });
   }
 
-  /// What is remembered of a module whose parameters are those of `change` now.
+  /// The state after a change, for a module that was changed.
   template <class Module>
   ParameterState after(const Module& module, const ModelChange& change) const {
     if (matrices_.empty()) return ParameterState(part_);
@@ -214,7 +214,7 @@ class ParameterState {
   std::vector<Matrix<Scalar>> matrices_;
 };
 
-/// Of an optimizer that remembers two things of a module, and counts its updates.
+/// match() of an optimizer with two states, which counts its updates.
 template <class Module, class Scalar>
 void match_states(const Module& module, std::string_view optimizer, ParameterState<Scalar>& first,
                   ParameterState<Scalar>& second, UpdateCounts& updates) {

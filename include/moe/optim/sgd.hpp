@@ -23,24 +23,27 @@ namespace moe {
 template <class Scalar = float>
 class SGD {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
-    double momentum = 0;      ///< in [0, 1)
-    double weight_decay = 0;  ///< at least 0
-    Updates updates = Updates::dense;
+    double momentum = 0;               ///< in [0, 1)
+    double weight_decay = 0;           ///< at least 0
+    Updates updates = Updates::dense;  ///< whether experts without tokens are left alone
   };
 
   SGD() : SGD(Config{}) {}
-  /// For `SGD optimizer({})`, which the copy constructor would be as good for.
+  /// For `SGD optimizer({})`, which would be ambiguous otherwise.
   explicit SGD(detail::Defaults) : SGD() {}
+  /// Throws std::invalid_argument for a configuration out of range.
   explicit SGD(const Config& config) : config_(config) {
     detail::check_decay_rate("SGD", "momentum", config.momentum);
     detail::check_weight_decay("SGD", config.weight_decay);
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
-  /// function ends them.
+  /// Sets learning rates and weight decays by the parameters' names; see ParameterGroups. An empty
+  /// function removes them.
   void set_groups(ParameterGroups groups) { groups_.set(std::move(groups)); }
 
   /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
@@ -62,17 +65,17 @@ class SGD {
         });
   }
 
-  /// What the optimizer remembers follows a change of the experts of a layer that is a part of the
-  /// model of update(): right after the change, before the next one. What is remembered of parameters
-  /// that stayed, and their numbers of updates, keep their bits; of copies they are those of the
-  /// original, of fresh parameters and columns zero. Throws std::invalid_argument, with nothing
-  /// changed, where the change is not the layer's last or one before it was not followed.
+  /// Changes the optimizer's state in step with the experts of a layer that is a part of the model of
+  /// update(). Call it right after each change of the experts. The velocities of parameters that stayed
+  /// keep their bits; copies get those of their original, fresh parameters and columns zeros. Throws
+  /// std::invalid_argument, with nothing changed, if the change is not the layer's last, or if follow()
+  /// was not called for an earlier one.
   template <class Module, class Layer>
   void follow(const Module& model, const Layer& layer, const ExpertChange& change) {
     detail::follow_change("SGD", model, layer, change, velocity_.known(), velocity_);
   }
 
-  /// What the optimizer remembers of a module, to be saved or restored: with momentum, calls
+  /// The whole state of the optimizer for a module, to save or restore it: with momentum, calls
   /// f(name, matrix) with "velocity.experts.3.up.weight" and so on; the matrix of a parameter that was
   /// never trained is empty, 0 x 0, which stands for zeros. An f(name, matrix, shape) gets the StateShape
   /// that it has otherwise. Throws std::invalid_argument if the module is not that of the first update.

@@ -46,7 +46,7 @@ NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
 template <class Format>
 void add_weight_gradient(NarrowWeight<Format>&, const GatheredRows<float>&,
                          const GatheredRows<float>&, Range, Start) {}
-/// Null, for no prefetch by software: the hardware prefetcher follows a packed matrix.
+/// Nothing: the hardware prefetcher follows a packed matrix.
 template <class Format>
 const float* first_number(const NarrowWeight<Format>&) {
   return nullptr;

@@ -1,11 +1,10 @@
-#include "moe/io/pretrained_serving.hpp"
-
 #include <string>
 
 #include "../../support.hpp"
 #include "../../weights/formats.hpp"
 #include "changed_model.hpp"
 #include "golden.hpp"
+#include "moe/io/pretrained_serving.hpp"
 
 using namespace moe;
 using namespace moe::test;
