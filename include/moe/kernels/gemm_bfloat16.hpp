@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "moe/kernels/bfloat16_words.hpp"
-#include "moe/kernels/gemm_packed.hpp"
+#include "moe/kernels/gemm.hpp"
 
 /// \file
 /// Products of floats that are rounded to bfloat16 while they are packed, and are added up in float.
@@ -123,7 +123,8 @@ void gemm_words(Index depth, const GemmNN<float, Source>& product, const PackLef
   for_each_tile(product.c.count(), rows, [&](Index first, Index count) {
     const Index whole = round_up(count, packet_size<float>);  // pack_left() may fill so many
     const Index fitting = (left_capacity / whole - line) / panel_depth * panel_depth;
-    const Index block = whole * stride_of(words) <= left_capacity ? words : fitting;
+    const Index block =
+        whole * stride_of(words) <= left_capacity ? std::max<Index>(1, words) : fitting;
     const PartEpilogue epilogue{product.epilogue, first, 0};
     for (Index word = 0; word == 0 || word < words; word += block) {
       const Range range{word, std::min(block, words - word)};
@@ -223,6 +224,15 @@ void gemm_bfloat16(const GemmTN<float>& product) {
                             .columns = product.columns,
                             .start = product.start},
       pack_columns<Words>(a));
+}
+
+/// gemm_serial() of operands in a precision, if there is a product for them in it.
+template <class Product>
+void gemm_serial(const Product& product, Precision precision) {
+  if constexpr (requires { gemm_bfloat16(product); }) {
+    if (precision == Precision::bfloat16) return gemm_bfloat16(product);
+  }
+  gemm_serial(product);
 }
 
 }  // namespace moe::detail
