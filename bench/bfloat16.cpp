@@ -65,6 +65,7 @@ void forward_backward(benchmark::State& state) { run(state, true); }
 
 void grid(benchmark::internal::Benchmark* b) {
   bench::row(b)->ArgNames({"tokens", "D", "H", "E"});
+  for (const Index tokens : {32, 128}) b->Args({tokens, 256, 512, 8});
   for (const Index tokens : {8, 32, 128, 256}) b->Args({tokens, 512, 2048, 8});
   for (const Index tokens : {32, 128}) b->Args({tokens, 1024, 4096, 8});
   for (const Index tokens : {32, 128}) b->Args({tokens, 512, 1024, 64});

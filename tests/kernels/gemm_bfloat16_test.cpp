@@ -146,6 +146,7 @@ TEMPLATE_TEST_CASE("bfloat16 gemm: shapes around the sizes of blocks", "[kernels
     }
     check(300, 50, 1101, false);  // several blocks of the depth, more rows than one has
     check(1201, 20, 201, true);   // several blocks of rows
+    check(621, 5, 201, true);     // as many rows as fit, but for a packet that is not full
     check(1, 17, 10001, false);
     check(2, 3 * task + 5, 65, true);
     check(130, 2 * task + 7, 40, true);

@@ -6,7 +6,16 @@
 #include "moe/kernels/gemm.hpp"
 
 /// \file
-/// Products of floats that are rounded to bfloat16 while they are packed, and are added up in float.
+/// Products of floats that are rounded to bfloat16 while they are packed, and are added up in float, on
+/// the calling thread. Both operands are rounded to nearest even; bias, C and the sums are floats.
+///
+/// Every element of C is one chain over ascending k from its initial value, two steps of k at once where
+/// the processor multiplies pairs; blocks, tiles and threads only decide when a chain is continued.
+/// Hence a row of C has the same bits whatever other rows are multiplied with it. Two processors may
+/// differ in the rounding of sums. Nothing allocates and nothing throws.
+///
+/// A and B are rounded anew in each product, B once for all rows of A, which few rows of A do not make up
+/// for: docs/performance.md has the figures.
 
 MOE_PACKETS_BEGIN
 
@@ -119,9 +128,11 @@ void gemm_words(Index depth, const GemmNN<float, Source>& product, const PackLef
   const Index words = word_count<Words>(depth);
   const auto stride_of = [](Index count) { return padded_stride<float>(round_up(count, line)); };
   // A row of A has all of its words at once if it can, since C is then read and written less often.
-  const Index rows = std::max(left_rows, left_capacity / std::max(line, stride_of(words)));
+  constexpr Index unit = packet_size<float>;  // pack_left() may fill whole packets of rows
+  const Index fitting_rows = left_capacity / std::max(line, stride_of(words)) / unit * unit;
+  const Index rows = std::max(left_rows, fitting_rows);
   for_each_tile(product.c.count(), rows, [&](Index first, Index count) {
-    const Index whole = round_up(count, packet_size<float>);  // pack_left() may fill so many
+    const Index whole = round_up(count, unit);
     const Index fitting = (left_capacity / whole - line) / panel_depth * panel_depth;
     const Index block =
         whole * stride_of(words) <= left_capacity ? std::max<Index>(1, words) : fitting;
@@ -181,6 +192,7 @@ auto pack_columns(const GatheredRows<float>& a) {
   };
 }
 
+/// C = A·B. The product that follows is not prefetched.
 template <class Words = BFloat16Words>
 void gemm_bfloat16(const GemmNN<float>& product) {
   if (product.a.count() == 0) return;
@@ -197,6 +209,7 @@ void gemm_bfloat16(const GemmNN<float>& product) {
                     pack_rows<Words>(product.a));
 }
 
+/// C = A·Bᵀ.
 template <class Words = BFloat16Words>
 void gemm_bfloat16(const GemmNT<float>& product) {
   if (product.a.count() == 0) return;
@@ -211,6 +224,7 @@ void gemm_bfloat16(const GemmNT<float>& product) {
                     pack_rows<Words>(product.a));
 }
 
+/// C = Aᵀ·B.
 template <class Words = BFloat16Words>
 void gemm_bfloat16(const GemmTN<float>& product) {
   const Range rows = product.row_range();
