@@ -199,8 +199,8 @@ TEST_CASE("config fields: every field of every gate and layer counts") {
   CHECK(fields_of(config).size() == 1 + 10 + 5 + 27 + 3);
   const std::vector<std::string> names = names_of(config);
   CHECK(names[1] == "expert.width");
-  CHECK(names[11] == "gate.width");
-  CHECK(names[17] == "gate.routed.experts");
+  CHECK(names[12] == "gate.width");
+  CHECK(names[18] == "gate.routed.experts");
   CHECK(names.back() == "seed");
   Layer::Config other{.seed = 1};
   other.gate.routed.init_stddev = 0.03;  // the last one
@@ -210,6 +210,9 @@ TEST_CASE("config fields: every field of every gate and layer counts") {
   CHECK(fields_of(config) != fields_of(other));
   other = {.seed = 1};
   other.expert.saved = Precision::bfloat16;
+  CHECK(fields_of(config) != fields_of(other));
+  other = {.seed = 1};
+  other.expert.products = Precision::bfloat16;
   CHECK(fields_of(config) != fields_of(other));
   other = {.seed = 1};
   other.gate.routed.place_order = PlaceOrder::first_choices;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../naive_layer.hpp"
+#include "../rounding.hpp"
 #include "moe/experts/feed_forward.hpp"
 #include "passes.hpp"
 
@@ -43,13 +44,6 @@ FeedForward<Scalar> network_of(Config config, Precision saved) {
   FeedForward<Scalar> network(config, 1);
   randomize(network, 2, 0.7);
   return network;
-}
-
-/// To the nearest multiple of an eighth bit's value, ties to even as std::nearbyint has them.
-double round_to_8_bits(double value) {
-  int exponent = 0;
-  const double fraction = std::frexp(value, &exponent);
-  return std::ldexp(std::nearbyint(std::ldexp(fraction, 8)), exponent - 8);
 }
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }

@@ -118,8 +118,18 @@ struct Expected {
 /// What is added to all rows, and whether each has a factor of its own.
 enum class Added { nothing, bias, scaled_bias };
 
-/// One product of the given form, shape and start, with framed operands and maybe through lists.
+/// The products of gemm(), whose operands stay as they are.
 template <class Scalar>
+struct WholeProducts {
+  template <class Product>
+  static void multiply(const Product& product) {
+    gemm(product);
+  }
+  static const Matrix<Scalar>& rounded(const Matrix<Scalar>& operand) { return operand; }
+};
+
+/// One product of the given form, shape and start, with framed operands and maybe through lists.
+template <class Scalar, class Products = WholeProducts<Scalar>>
 void check_product(Form form, Index rows, Index columns, Index depth, Start start, Added added,
                    bool listed, bool exactly) {
   INFO("form " << static_cast<int>(form) << ", start " << static_cast<int>(start) << ", added "
@@ -148,6 +158,8 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
   expected.left = tn ? Matrix<Scalar>(a_rows.transpose()) : a_rows;
   expected.right = form == Form::nt ? Matrix<Scalar>(b.transpose()) : b_gathered;
   expected.initial = start == Start::accumulate ? before : Matrix<Scalar>::Zero(rows, columns);
+  expected.left = Products::rounded(expected.left);
+  expected.right = Products::rounded(expected.right);
   if (added != Added::nothing) expected.add_bias(factors, bias);
 
   const Framed<Scalar> framed_a(a);
@@ -164,15 +176,16 @@ void check_product(Form form, Index rows, Index columns, Index depth, Start star
     Bias<Scalar> with{.values = values.empty() ? &none : values.data()};
     if (added == Added::scaled_bias) with.factors = {weights.data(), 1};
     if (added == Added::nothing) with.values = nullptr;
-    gemm(GemmNN<Scalar>{
+    Products::multiply(GemmNN<Scalar>{
         .a = left, .b = framed_b.view(), .c = c.view(), .start = start, .bias = with});
   } else if (form == Form::nt) {
-    gemm(GemmNT<Scalar>{.a = left, .b = framed_b.view(), .c = c.view(), .start = start});
+    Products::multiply(
+        GemmNT<Scalar>{.a = left, .b = framed_b.view(), .c = c.view(), .start = start});
   } else {
     const GatheredRows<Scalar> right =
         listed ? GatheredRows<Scalar>(framed_b.view(), list_b.data(), depth)
                : GatheredRows<Scalar>(framed_b.view());
-    gemm(GemmTN<Scalar>{.a = left, .b = right, .c = c.view(), .start = start});
+    Products::multiply(GemmTN<Scalar>{.a = left, .b = right, .c = c.view(), .start = start});
   }
   REQUIRE(c.frame_is_whole());
   expected.check_accuracy(std::as_const(c).view());

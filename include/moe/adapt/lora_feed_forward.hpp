@@ -54,20 +54,21 @@ const Scalar* first_number(const LoraWeight<Scalar, Base>& weight) {
 
 /// The low rank comes first: then the other product's epilogue finds the whole sum.
 template <class Scalar, class Base, class Product>
-void multiply_by(const LoraWeight<Scalar, Base>& weight, const Product& product) {
-  if (weight.low_rank.rank() == 0) return multiply_by(weight.base, product);
+void multiply_by(const LoraWeight<Scalar, Base>& weight, const Product& product,
+                 Precision products) {
+  if (weight.low_rank.rank() == 0) return multiply_by(weight.base, product, products);
   multiply_low_rank(weight.low_rank, product);
   Product rest = product;
   rest.start = Start::accumulate;
-  multiply_by(weight.base, rest);
+  multiply_by(weight.base, rest, products);
 }
 
 template <class Scalar, class Base>
 void add_weight_gradient(LoraWeight<Scalar, Base>& weight,
                          const std::type_identity_t<GatheredRows<Scalar>>& a,
                          const std::type_identity_t<GatheredRows<Scalar>>& b, Range rows,
-                         Start start) {
-  add_weight_gradient(weight.base, a, b, rows, start);
+                         Start start, Precision products) {
+  add_weight_gradient(weight.base, a, b, rows, start, products);
 }
 
 /// What an adapted network is made from, by what its weights are stored in: a Scalar, or a narrow format

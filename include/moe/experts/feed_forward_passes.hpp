@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -11,6 +12,7 @@
 #include "moe/kernels/bfloat16_rows.hpp"
 #include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/kernels/gemm_bfloat16.hpp"
 #include "moe/kernels/limits.hpp"
 #include "moe/kernels/weighted_rows.hpp"
 #include "moe/parameter.hpp"
@@ -39,6 +41,17 @@ struct FeedForwardConfig {
   /// float, a quarter of double, and backward reads them rounded to 8 bits of precision; y keeps its
   /// bits. Must be `full` with recompute, which saves nothing.
   Precision saved = Precision::full;
+  /// What the operands of the products with the weights, forward and backward, are rounded to. With
+  /// bfloat16 the products of float layers round a copy of both operands to the nearest number of 8 bits
+  /// of precision (ties to even, NaN stays NaN, below 2^-126 becomes 0), and add up in float; weights,
+  /// biases, gradients, activations and y stay float. Where the processor has AVX512-BF16, and the
+  /// compiler may use it, vdpbf16ps adds two products at once, for experts with many tokens at up to
+  /// twice float's speed: it flushes results below 2^-126 to 0 and rounds otherwise than multiply-adds.
+  /// Elsewhere multiply-adds of the same rounded numbers, slower than `full`, give the same up to the
+  /// rounding of float sums. On one processor a token's bits still depend neither on the other
+  /// tokens nor on the number of threads. Must be `full` in double. Adapters' own products and
+  /// those of narrow weights are made as without it.
+  Precision products = Precision::full;
 
   template <class Self, class Visitor>
   static constexpr void visit_fields(Self& self, Visitor visit) {
@@ -52,6 +65,7 @@ struct FeedForwardConfig {
     visit("weighted_input", self.weighted_input);
     visit("recompute", self.recompute);
     visit("saved", self.saved);
+    visit("products", self.products);
   }
 };
 
@@ -73,16 +87,17 @@ template <class Scalar>
 void add_weight_gradient(Parameter<Scalar>& weight,
                          const std::type_identity_t<GatheredRows<Scalar>>& a,
                          const std::type_identity_t<GatheredRows<Scalar>>& b, Range rows,
-                         Start start) {
+                         Start start, Precision products) {
   if (!weight.trained) return;
   gemm_serial(
-      GemmTN<Scalar>{.a = a, .b = b, .c = view(weight.gradient()), .rows = rows, .start = start});
+      GemmTN<Scalar>{.a = a, .b = b, .c = view(weight.gradient()), .rows = rows, .start = start},
+      products);
 }
 
 /// C = A·W or A·Wᵀ, whose operand B is operand(W).
 template <class Weight, class Product>
-void multiply_by(const Weight&, const Product& product) {
-  gemm_serial(product);
+void multiply_by(const Weight&, const Product& product, Precision products) {
+  gemm_serial(product, products);
 }
 
 /// The passes of a FeedForward, with the formulas. A `Weight` is a Parameter or another type with these
@@ -181,7 +196,9 @@ class FeedForwardPasses {
         [&](Weight& weight, const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b) {
           const Index from = std::max(rows.first, first);
           const Index to = std::min(rows.first + rows.count, first + a.width());
-          if (from < to) add_weight_gradient(weight, a, b, {from - first, to - from}, start);
+          if (from < to) {
+            add_weight_gradient(weight, a, b, {from - first, to - from}, start, config_.products);
+          }
           first += a.width();
         });
     if (rows.first == 0) add_bias_gradients(block, dy, replace);
@@ -243,14 +260,25 @@ class FeedForwardPasses {
     require(config.gated || config.linear_offset == 0,
             "FeedForward::Config.linear_offset = ", config.linear_offset,
             ", must be 0 without gated");
-    const auto saved = static_cast<int>(config.saved);
-    const auto precisions = static_cast<int>(enumerator_names(config.saved).size());
-    require(saved >= 0 && saved < precisions, "FeedForward::Config.saved = ", saved,
-            ", must be one of the ", precisions, " precisions");
+    require_precision("FeedForward::Config.saved", config.saved);
+    require_precision("FeedForward::Config.products", config.products);
+    require(std::is_same_v<Scalar, float> || config.products == Precision::full,
+            "FeedForward::Config.products = ", name_of(config.products),
+            ", must be full unless Scalar is float");
     require(!config.recompute || config.saved == Precision::full,
-            "FeedForward::Config.saved = ", enumerator_names(config.saved)[to_size(saved)],
+            "FeedForward::Config.saved = ", name_of(config.saved),
             ", must be full with recompute, which saves nothing");
     return config;
+  }
+
+  static std::string_view name_of(Precision precision) {
+    return enumerator_names(precision)[static_cast<std::size_t>(precision)];
+  }
+  static void require_precision(std::string_view field, Precision value) {
+    const auto number = static_cast<int>(value);
+    const auto precisions = static_cast<int>(enumerator_names(value).size());
+    require(number >= 0 && number < precisions, field, " = ", number, ", must be one of the ",
+            precisions, " precisions");
   }
 
   /// Columns rounded up to an odd number of cache lines.
@@ -337,8 +365,8 @@ class FeedForwardPasses {
 
   /// Every product with a weight, forward and with respect to the input.
   template <class Product>
-  static void multiply(const Weight& weight, const Product& product) {
-    multiply_by(weight, product);
+  void multiply(const Weight& weight, const Product& product) const {
+    multiply_by(weight, product, config_.products);
   }
 
   /// Columns of the pre-activations (n x pre_width()).

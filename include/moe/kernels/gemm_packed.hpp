@@ -30,7 +30,7 @@ void gemm_packed(const GemmNN<Scalar, Source>& product) {
   const auto run = [&](const Strip& strip, const Strip* next) {
     const Start from = strip.k == 0 ? product.start : Start::accumulate;
     const Panel<Scalar> panel = product.b.pack(strip, buffer);
-    constexpr Index piece = strip_lines * cache_line<Scalar>;  // of a row of a transposed B
+    constexpr Index piece = prefetched_steps<Scalar, Source>;
     const Index pieces = next != nullptr ? (next->depth + piece - 1) / piece : 0;
     const Index each = (pieces + tiles - 1) / tiles * piece;
     Index prefetched = 0;
@@ -51,8 +51,8 @@ void gemm_packed(const GemmNN<Scalar, Source>& product) {
       }
       const Bias<Scalar> initial =
           strip.k == 0 ? product.bias.at(first, strip.column) : Bias<Scalar>{};
-      multiply_tile(rows, strip.packets, strip.width, left, panel, strip.depth, from, initial, to,
-                    ahead);
+      multiply_tile<OperationOf<Source>>(rows, strip.packets, strip.width, left, panel, strip.depth,
+                                         from, initial, to, ahead);
       if (epilogue && strip.k + strip.depth >= depth) {
         epilogue(first, rows, strip.column, strip.width);
       }

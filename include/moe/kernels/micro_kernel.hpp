@@ -115,8 +115,10 @@ struct Prefetch {
   const Scalar* address = nullptr;
   Index stride = 0;
   Index count = 0;
-  Index each = 2;  ///< addresses at a time
+  Index each = 2;  ///< addresses at a time, prefetch_stretch steps apart
 };
+
+inline constexpr Index prefetch_stretch = 8;
 
 /// A packet that the compiler must keep in a register; GCC would reload it for every row.
 template <class P>
@@ -133,9 +135,20 @@ EIGEN_ALWAYS_INLINE P to_register(P packet) {
   return packet;
 }
 
+/// What a step does with an element of A, one of B and the sum so far. Another operation may take more of
+/// each from its 32 bits: see bfloat16_words.hpp. It says which cache a tile prefetches into.
+struct MultiplyAdd {
+  static constexpr bool prefetches_far = false;
+  template <class P>
+  EIGEN_ALWAYS_INLINE static P apply(const P& a, const P& b, const P& sum) {
+    return Eigen::internal::pmadd(a, b, sum);
+  }
+};
+
 /// One step of k. If it `packs`, it stores the packets of `right` in `panel`, for the tiles that come
 /// after it. The packets are variables, since GCC sometimes leaves an array of them in memory.
-template <bool packs = false, class P, class Scalar, std::size_t R, std::size_t V>
+template <bool packs = false, class Operation = MultiplyAdd, class P, class Scalar, std::size_t R,
+          std::size_t V>
 EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, const Scalar* b,
                                       P (&sum)[R][V], [[maybe_unused]] Scalar* panel = nullptr) {
   using namespace Eigen::internal;
@@ -154,10 +167,10 @@ EIGEN_ALWAYS_INLINE void add_products(const Scalar* const (&row)[R], Index at, c
   MOE_UNROLL
   for (std::size_t r = 0; r < R; ++r) {
     const P a = pset1<P>(row[r][at]);
-    sum[r][0] = pmadd(a, b0, sum[r][0]);
-    if constexpr (V > 1) sum[r][1] = pmadd(a, b1, sum[r][1]);
-    if constexpr (V > 2) sum[r][2] = pmadd(a, b2, sum[r][2]);
-    if constexpr (V > 3) sum[r][3] = pmadd(a, b3, sum[r][3]);
+    sum[r][0] = Operation::apply(a, b0, sum[r][0]);
+    if constexpr (V > 1) sum[r][1] = Operation::apply(a, b1, sum[r][1]);
+    if constexpr (V > 2) sum[r][2] = Operation::apply(a, b2, sum[r][2]);
+    if constexpr (V > 3) sum[r][3] = Operation::apply(a, b3, sum[r][3]);
   }
 }
 
@@ -173,13 +186,12 @@ EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
 
 /// One tile of packets P.
 // Not inline, else its registers mix with those of the loops around it.
-template <class P, Index R, Index V, class Scalar>
+template <class P, Index R, Index V, class Operation = MultiplyAdd, class Scalar>
 MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                                 Start start, const Bias<Scalar>& bias, Scalar* const* c,
                                 Prefetch<Scalar> ahead) {
   using namespace Eigen::internal;
   constexpr Index size = unpacket_traits<P>::size;
-  constexpr Index stretch = 8;  // steps between prefetches
   // Pointers in variables of their own stay in registers; through the arguments they would be
   // reloaded.
   const Scalar* row[to_size(R)];
@@ -204,11 +216,17 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
   Index at = 0;
   while (at < end) {
     for (Index i = 0; i < ahead.each && ahead.count > 0; ++i, --ahead.count) {
-      prefetch_strip(ahead.address);
+      if constexpr (Operation::prefetches_far) {
+        prefetch_far<strip_lines>(ahead.address);
+      } else {
+        prefetch_strip(ahead.address);
+      }
       ahead.address += ahead.stride;
     }
-    const Index pause = ahead.count > 0 ? std::min(end, at + stretch * step) : end;
-    for (; at < pause; at += step, b += right.stride) add_products(row, at, b, sum);
+    const Index pause = ahead.count > 0 ? std::min(end, at + prefetch_stretch * step) : end;
+    for (; at < pause; at += step, b += right.stride) {
+      add_products<false, Operation>(row, at, b, sum);
+    }
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
@@ -233,14 +251,15 @@ void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bi
 
 /// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
 /// of whose columns `width` belong to C: a tile that is wider is computed beside C and copied.
-template <class Scalar>
+template <class Operation = MultiplyAdd, class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Bias<Scalar>& bias,
                    Scalar* const* c, Prefetch<Scalar> ahead = {}) {
   const auto run = [&](Start from, const Bias<Scalar>& initial, Scalar* const* to) {
     with_constant<tile_packets>(packets, [&](auto V) {
       with_constant<tile_rows>(rows, [&](auto R) {
-        multiply_tile<Packet<Scalar>, R, V>(left, right, depth, from, initial, to, ahead);
+        multiply_tile<Packet<Scalar>, R, V, Operation>(left, right, depth, from, initial, to,
+                                                       ahead);
       });
     });
   };

@@ -133,6 +133,31 @@ concept PacketSource = requires(const Source& source, const Strip& strip, Scalar
   { source.prefetch(strip, step, step) } -> std::same_as<Prefetch<Scalar>>;
 };
 
+/// What a step does with the packets of a source: a multiply-add, if the source does not name an
+/// Operation.
+template <class Source>
+struct OperationOfSource {
+  using type = MultiplyAdd;
+};
+template <class Source>
+requires requires { typename Source::Operation; }
+struct OperationOfSource<Source> {
+  using type = typename Source::Operation;
+};
+template <class Source>
+using OperationOf = typename OperationOfSource<Source>::type;
+
+/// Steps of which a tile prefetches a multiple: as many as the cache lines at an address hold of a row of
+/// a transposed B, if the source does not say how many.
+template <class Scalar, class Source>
+inline constexpr Index prefetched_steps = [] {
+  if constexpr (requires { Source::prefetched_steps; }) {
+    return Source::prefetched_steps;
+  } else {
+    return strip_lines * cache_line<Scalar>;
+  }
+}();
+
 }  // namespace moe::detail
 
 MOE_PACKETS_END

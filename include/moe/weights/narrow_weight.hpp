@@ -45,7 +45,7 @@ NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
 /// It has no gradient.
 template <class Format>
 void add_weight_gradient(NarrowWeight<Format>&, const GatheredRows<float>&,
-                         const GatheredRows<float>&, Range, Start) {}
+                         const GatheredRows<float>&, Range, Start, Precision) {}
 /// Nothing: the hardware prefetcher follows a packed matrix.
 template <class Format>
 const float* first_number(const NarrowWeight<Format>&) {
