@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+#include <moe/moe.hpp>
+#include <string>
+#include <vector>
+
+#include "../language_model/options.hpp"
+
+/// \file
+/// What can be asked of the program.
+
+namespace adapt {
+
+using moe::Index;
+
+/// The model that is adapted and how it is trained on the old text.
+inline language_model::Options base_options() {
+  language_model::Options o;
+  o.epochs = 0.15;
+  o.evaluations = 1;
+  o.csv = "adapt.csv";
+  return o;
+}
+
+/// The ways to adapt a model, in the order of the table.
+inline std::vector<std::string> all_ways() { return {"gate", "all"}; }
+
+struct Options {
+  language_model::Options base = base_options();
+  std::string base_file;                ///< where the trained base is; empty: nowhere
+  std::vector<std::string> new_data{};  ///< empty: the King James Bible
+  Index updates = 300;                  ///< of each way
+  Index warm_up = 20;
+  std::vector<std::string> ways = all_ways();
+  double all_rate = 3e-3;
+  double gate_rate = 3e-3;
+  bool test = true;
+};
+
+}  // namespace adapt
