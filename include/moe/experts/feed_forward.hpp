@@ -1,11 +1,9 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "moe/experts/feed_forward_passes.hpp"
-#include "moe/kernels/column_sums.hpp"
 #include "moe/random.hpp"
 
 /// \file
@@ -42,7 +40,6 @@ class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>
   using Base = detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>>;
 
  public:
-  using typename Base::Block;
   using typename Base::Config;
   using typename Base::Scalar;
 
@@ -61,70 +58,18 @@ class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>
     fill_uniform(gate_bias_.value, up_bound, derive_seed(seed, 5));
   }
 
-  Index gradient_rows() const { return (config_.gated ? 2 : 1) * config_.width + config_.hidden; }
-
-  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, of those that are trained. With
-  // the weight on the input dW_1 += xᵀ·dz, dz = w·dpre, and the others as without one.
-
-  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
-                     bool replace = false) {
-    const detail::Start start = replace ? detail::Start::zero : detail::Start::accumulate;
-    const MatrixView<Scalar> dpre = pre_of(block);
-    const GatheredRows<Scalar> dfirst(columns_of(dpre, 0, config_.hidden));
-    Index first = 0;
-    const auto add = [&](const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b,
-                         Parameter<Scalar>& weight) {
-      const Index from = std::max(rows.first, first);
-      const Index to = std::min(rows.first + rows.count, first + weight.value.rows());
-      if (from < to && weight.trained) {
-        detail::gemm_serial(detail::GemmTN<Scalar>{.a = a,
-                                                   .b = b,
-                                                   .c = view(weight.gradient()),
-                                                   .rows = {from - first, to - from},
-                                                   .start = start});
-      }
-      first += weight.value.rows();
-    };
-    const GatheredRows<Scalar> dup(
-        columns_of(dpre, config_.gated ? config_.hidden : 0, config_.hidden));
-    if (config_.gated) add(block.x, dfirst, gate_);
-    add(block.x, dup, up_);
-    const GatheredRows<Scalar> dy_rows = block.rows_of(dy);
-    add(GatheredRows<Scalar>(hidden_of(block)), dy_rows, down_);
-    if (!config_.bias || rows.first > 0) return;
-    const auto add_bias = [&](const GatheredRows<Scalar>& from,
-                              const detail::RowFactors<Scalar>& factors, Parameter<Scalar>& bias) {
-      if (!bias.trained) return;
-      Matrix<Scalar>& gradient = bias.gradient();
-      if (replace) detail::resize_to_zero(gradient, 1, bias.size());
-      detail::add_scaled_rows(from, factors, gradient.data());
-    };
-    const MatrixView<Scalar> unweighted = config_.weighted_input ? unweighted_of(block) : dpre;
-    add_bias(columns_of(unweighted, 0, config_.hidden), {}, config_.gated ? gate_bias_ : up_bias_);
-    if (config_.gated) {
-      add_bias(columns_of(unweighted, config_.hidden, config_.hidden), {}, up_bias_);
-    }
-    add_bias(dy_rows, output_factors(block), down_bias_);
-  }
-
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     Base::visit_parts(self, visit);
   }
 
  private:
-  using Base::config_;
   using Base::down_;
   using Base::down_bias_;
   using Base::gate_;
   using Base::gate_bias_;
   using Base::up_;
   using Base::up_bias_;
-
-  using Base::hidden_of;
-  using Base::output_factors;
-  using Base::pre_of;
-  using Base::unweighted_of;
 };
 
 }  // namespace moe

@@ -9,6 +9,7 @@
 #include "moe/experts/expert.hpp"
 #include "moe/kernels/activations.hpp"
 #include "moe/kernels/bfloat16_rows.hpp"
+#include "moe/kernels/column_sums.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/kernels/limits.hpp"
 #include "moe/kernels/weighted_rows.hpp"
@@ -67,8 +68,26 @@ const Scalar* first_number(const Parameter<Scalar>& weight) {
   return weight.value.data();
 }
 
+/// Adds rows of Aᵀ·B to W's gradient, or writes over them, where it is trained.
+template <class Scalar>
+void add_weight_gradient(Parameter<Scalar>& weight,
+                         const std::type_identity_t<GatheredRows<Scalar>>& a,
+                         const std::type_identity_t<GatheredRows<Scalar>>& b, Range rows,
+                         Start start) {
+  if (!weight.trained) return;
+  gemm_serial(
+      GemmTN<Scalar>{.a = a, .b = b, .c = view(weight.gradient()), .rows = rows, .start = start});
+}
+
+/// C = A·W or A·Wᵀ, whose operand B is operand(W).
+template <class Weight, class Product>
+void multiply_by(const Weight&, const Product& product) {
+  gemm_serial(product);
+}
+
 /// The passes of a FeedForward, in which the formulas are. A `Weight` is a Parameter, or something else
-/// that operand() makes the operand B of a product and first_number() a place to prefetch, or null.
+/// that operand() makes the operand B of a product and first_number() a place to prefetch, or null;
+/// multiply_by() and add_weight_gradient() are what its products are.
 template <class Scalar_, class Weight>
 class FeedForwardPasses {
  public:
@@ -87,11 +106,7 @@ class FeedForwardPasses {
   /// The hidden row, the pre-activations or their gradient, the pre-activations once more where
   /// they are computed again, and the parts of ⟨dy·W_2ᵀ, a⟩: an odd number of cache lines, since at
   /// a power of two all rows would compete for the same few places of a cache.
-  Index scratch_width() const {
-    constexpr Index line = cache_line<Scalar>;
-    const Index lines = (parts_column() + panels() + line - 1) / line;
-    return (lines + (lines % 2 == 0 ? 1 : 0)) * line;
-  }
+  Index scratch_width() const { return odd_lines(parts_column() + panels()); }
 
   Index columns() const { return config_.hidden; }
 
@@ -111,14 +126,14 @@ class FeedForwardPasses {
 
   void output(const Block& block, Range columns, MatrixView<Scalar> y,
               const FeedForwardPasses* next = nullptr) const {
-    gemm_serial(GemmNN<Scalar, Operand>{
-        .a = hidden_of(block),
-        .b = operand(down_),
-        .c = block.rows_of(y),
-        .columns = columns,
-        .start = Start::accumulate,
-        .bias = {.values = values_of(down_bias_), .factors = output_factors(block)},
-        .prefetch_next = next != nullptr ? first_number(next->down_) : nullptr});
+    multiply(down_, GemmNN<Scalar, Operand>{
+                        .a = hidden_of(block),
+                        .b = operand(down_),
+                        .c = block.rows_of(y),
+                        .columns = columns,
+                        .start = Start::accumulate,
+                        .bias = {.values = values_of(down_bias_), .factors = output_factors(block)},
+                        .prefetch_next = next != nullptr ? first_number(next->down_) : nullptr});
   }
 
   // With u = dy·W_2ᵀ: ⟨u, a⟩ is the weight's gradient but for the bias's share, and w·u that of a, from
@@ -132,23 +147,44 @@ class FeedForwardPasses {
     const auto epilogue = [&](Index row, Index rows, Index column, Index width) {
       activate_backward(block, pre, columns, {row, rows}, column, width);
     };
-    gemm_serial(GemmNT<Scalar, Operand>{.a = block.rows_of(dy),
-                                        .b = operand(down_),
-                                        .c = u,
-                                        .columns = columns,
-                                        .epilogue = epilogue});
+    multiply(down_, GemmNT<Scalar, Operand>{.a = block.rows_of(dy),
+                                            .b = operand(down_),
+                                            .c = u,
+                                            .columns = columns,
+                                            .epilogue = epilogue});
   }
 
   void output_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
     const MatrixView<Scalar> dpre = pre_of(block);
     for (Index part = 0; part < pre_parts(); ++part) {
-      gemm_serial(
-          GemmNT<Scalar, Operand>{.a = columns_of(dpre, part * config_.hidden, config_.hidden),
-                                  .b = operand(config_.gated && part == 0 ? gate_ : up_),
-                                  .c = block.rows_of(dx),
-                                  .columns = columns,
-                                  .start = Start::accumulate});
+      const Weight& weight = config_.gated && part == 0 ? gate_ : up_;
+      multiply(weight,
+               GemmNT<Scalar, Operand>{.a = columns_of(dpre, part * config_.hidden, config_.hidden),
+                                       .b = operand(weight),
+                                       .c = block.rows_of(dx),
+                                       .columns = columns,
+                                       .start = Start::accumulate});
     }
+  }
+
+  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, of those that are trained. With
+  // the weight on the input dW_1 += xᵀ·dz, dz = w·dpre, and the others as without one.
+
+  Index gradient_rows() const { return pre_parts() * config_.width + config_.hidden; }
+
+  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
+                     bool replace = false) {
+    const Start start = start_of(replace);
+    Index first = 0;
+    for_each_weight_product(
+        block, dy,
+        [&](Weight& weight, const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b) {
+          const Index from = std::max(rows.first, first);
+          const Index to = std::min(rows.first + rows.count, first + a.width());
+          if (from < to) add_weight_gradient(weight, a, b, {from - first, to - from}, start);
+          first += a.width();
+        });
+    if (rows.first == 0) add_bias_gradients(block, dy, replace);
   }
 
   void weight_gradients(const Block& block, const MatrixRef<Scalar>& dy, Scalar* dweight) const {
@@ -217,6 +253,13 @@ class FeedForwardPasses {
     return config;
   }
 
+  /// Columns rounded up to an odd number of cache lines.
+  static Index odd_lines(Index columns) {
+    constexpr Index line = cache_line<Scalar>;
+    const Index lines = (columns + line - 1) / line;
+    return (lines + (lines % 2 == 0 ? 1 : 0)) * line;
+  }
+
   /// Pre-activations of a hidden number.
   Index pre_parts() const { return config_.gated ? 2 : 1; }
   Index pre_width() const { return pre_parts() * config_.hidden; }
@@ -260,35 +303,73 @@ class FeedForwardPasses {
     return {block.weight + row, 1};
   }
 
+  static Start start_of(bool replace) { return replace ? Start::zero : Start::accumulate; }
+
+  /// Calls f(W, A, B) for every weight, whose gradient is Aᵀ·B: in the order of gradient_rows().
+  template <class F>
+  void for_each_weight_product(const Block& block, const MatrixRef<Scalar>& dy, F&& f) {
+    const MatrixView<Scalar> dpre = pre_of(block);
+    const auto part = [&](Index i) {
+      return GatheredRows<Scalar>(columns_of(dpre, i * config_.hidden, config_.hidden));
+    };
+    if (config_.gated) f(gate_, block.x, part(0));
+    f(up_, block.x, part(pre_parts() - 1));
+    f(down_, GatheredRows<Scalar>(hidden_of(block)), block.rows_of(dy));
+  }
+
+  void add_bias_gradients(const Block& block, const MatrixRef<Scalar>& dy, bool replace) {
+    if (!config_.bias) return;
+    const auto add = [&](const GatheredRows<Scalar>& from, const RowFactors<Scalar>& factors,
+                         Parameter<Scalar>& bias) {
+      if (!bias.trained) return;
+      Matrix<Scalar>& gradient = bias.gradient();
+      if (replace) resize_to_zero(gradient, 1, bias.size());
+      add_scaled_rows(from, factors, gradient.data());
+    };
+    const MatrixView<Scalar> unweighted =
+        config_.weighted_input ? unweighted_of(block) : pre_of(block);
+    add(columns_of(unweighted, 0, config_.hidden), {}, config_.gated ? gate_bias_ : up_bias_);
+    if (config_.gated) {
+      add(columns_of(unweighted, config_.hidden, config_.hidden), {}, up_bias_);
+    }
+    add(block.rows_of(dy), output_factors(block), down_bias_);
+  }
+
+  /// Every product with a weight, forward and with respect to the input.
+  template <class Product>
+  static void multiply(const Weight& weight, const Product& product) {
+    multiply_by(weight, product);
+  }
+
   /// Columns of the pre-activations (n x pre_width()).
   void compute_pre(const Block& block, Range columns, MatrixView<Scalar> pre, Epilogue epilogue,
                    const FeedForwardPasses* next = nullptr) const {
     const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
     if (config_.gated) {
       const ScatteredRows<Scalar> linear(columns_of(pre, config_.hidden, config_.hidden));
-      gemm_serial(GemmNN<Scalar, Operand>{.a = block.x,
-                                          .b = operand(gate_),
-                                          .c = first,
-                                          .columns = columns,
-                                          .bias = {.values = first_values_of(gate_bias_)},
-                                          .prefetch_next = first_number(up_)});
-      gemm_serial(GemmNN<Scalar, Operand>{
-          .a = block.x,
-          .b = operand(up_),
-          .c = linear,
-          .columns = columns,
-          .bias = {.values = first_values_of(up_bias_)},
-          .epilogue = epilogue,
-          .prefetch_next = next != nullptr ? first_number(next->gate_) : nullptr});
+      multiply(gate_, GemmNN<Scalar, Operand>{.a = block.x,
+                                              .b = operand(gate_),
+                                              .c = first,
+                                              .columns = columns,
+                                              .bias = {.values = first_values_of(gate_bias_)},
+                                              .prefetch_next = first_number(up_)});
+      multiply(up_, GemmNN<Scalar, Operand>{
+                        .a = block.x,
+                        .b = operand(up_),
+                        .c = linear,
+                        .columns = columns,
+                        .bias = {.values = first_values_of(up_bias_)},
+                        .epilogue = epilogue,
+                        .prefetch_next = next != nullptr ? first_number(next->gate_) : nullptr});
     } else {
-      gemm_serial(GemmNN<Scalar, Operand>{
-          .a = block.x,
-          .b = operand(up_),
-          .c = first,
-          .columns = columns,
-          .bias = {.values = first_values_of(up_bias_)},
-          .epilogue = epilogue,
-          .prefetch_next = next != nullptr ? first_number(next->up_) : nullptr});
+      multiply(up_, GemmNN<Scalar, Operand>{
+                        .a = block.x,
+                        .b = operand(up_),
+                        .c = first,
+                        .columns = columns,
+                        .bias = {.values = first_values_of(up_bias_)},
+                        .epilogue = epilogue,
+                        .prefetch_next = next != nullptr ? first_number(next->up_) : nullptr});
     }
   }
 

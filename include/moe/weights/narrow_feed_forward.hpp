@@ -12,14 +12,13 @@
 namespace moe {
 
 /// A FeedForward whose weights are narrow; its biases stay float. It computes what a FeedForward with the
-/// decoded weights does, with float activations to the last bit. It has nothing to train, but gradients
+/// decoded weights does, with float activations to the last bit. Nothing of it is trained, but gradients
 /// with respect to x and to the slots' weights go through it.
 template <detail::NarrowFormat Format>
 class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::NarrowWeight<Format>> {
   using Base = detail::FeedForwardPasses<float, detail::NarrowWeight<Format>>;
 
  public:
-  using typename Base::Block;
   using typename Base::Config;
   using typename Base::Scalar;
 
@@ -67,10 +66,10 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
     return work;
   }
 
-  // Nothing is trained.
-
-  Index gradient_rows() const { return 0; }
-  void add_gradients(const Block&, const MatrixRef<float>&, Range, bool = false) {}
+  /// Copies the weights into memory of their own, as from a mapped file.
+  void hold_weights() {
+    visit_weights(*this, [](std::string_view, auto& weight) { weight.matrix.hold(); });
+  }
 
   /// The biases.
   template <class Self, class Visitor>

@@ -141,6 +141,13 @@ class NarrowMatrix {
   NarrowMatrix(Index rows, Index columns, std::shared_ptr<const std::byte> packed)
       : rows_(rows), columns_(columns), data_(std::move(packed)) {}
 
+  /// Copies the packed memory into memory of its own.
+  void hold() {
+    const std::shared_ptr<const std::byte> from = data_;
+    std::byte* data = allocate();
+    std::copy_n(from.get(), bytes(), data);
+  }
+
   Index rows() const { return rows_; }
   Index cols() const { return columns_; }
   static Index bytes_of(Index rows, Index columns) {

@@ -3,6 +3,7 @@
 #include <string_view>
 #include <utility>
 
+#include "moe/kernels/gemm_descriptor.hpp"
 #include "moe/weights/narrow_matrix.hpp"
 
 namespace moe {
@@ -41,6 +42,10 @@ template <class Format>
 NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
   return weight.matrix.operand(weight.activations);
 }
+/// It has no gradient.
+template <class Format>
+void add_weight_gradient(NarrowWeight<Format>&, const GatheredRows<float>&,
+                         const GatheredRows<float>&, Range, Start) {}
 /// Nothing: the hardware prefetcher follows a packed matrix.
 template <class Format>
 const float* first_number(const NarrowWeight<Format>&) {

@@ -65,6 +65,8 @@ class ServingLayer {
 
   const Config& config() const { return layer_.config(); }
   const NarrowOptions& options() const { return options_; }
+  /// Whether the experts' memory can change behind their back.
+  bool is_mapped() const { return check_ != nullptr; }
   const Gate& gate() const { return layer_.gate(); }
   std::span<const Expert> experts() const { return layer_.experts(); }
 

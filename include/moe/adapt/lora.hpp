@@ -1,0 +1,149 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "moe/adapt/lora_feed_forward.hpp"
+#include "moe/adapt/lora_gate.hpp"
+#include "moe/layer/moe_layer.hpp"
+
+/// \file
+/// A trained layer with low-rank adapters, and back.
+
+namespace moe {
+
+namespace detail {
+
+/// Experts `first`, first + 1, ... adapted, each by the seed and its number; base(network) is what an
+/// adapter is put on.
+template <class Adapted, class Expert, class Base>
+std::vector<Adapted> adapted_experts(std::span<const Expert> from, Index first,
+                                     const LoraConfig& lora, Seed seed, Base&& base) {
+  std::vector<Adapted> experts;
+  experts.reserve(from.size());
+  for (const Expert& expert : from) {
+    check_shapes(expert, "adapt: an expert");
+    const auto number = static_cast<std::uint64_t>(first) + experts.size();
+    experts.emplace_back(
+        typename Adapted::Network(base(expert.network()), lora, derive_seed(seed, number + 1)),
+        expert.width());
+  }
+  return experts;
+}
+/// Those of a layer that are here.
+template <class Adapted, class Layer>
+std::vector<Adapted> adapted_experts(const Layer& layer, const LoraConfig& lora, Seed seed) {
+  const Index networks = layer.gate().experts() - layer.config().identity_experts;
+  return adapted_experts<Adapted>(
+      layer.experts(), layer.dispatch_policy().experts_here(networks).first, lora, seed,
+      [](const auto& network) -> const auto& { return network; });
+}
+
+/// The configuration of a layer with other experts or another gate.
+template <class To, class From, class ExpertConfig, class GateConfig>
+typename To::Config config_with(const From& layer, ExpertConfig expert, GateConfig gate) {
+  const auto& config = layer.config();
+  return {.width = config.width,
+          .expert = std::move(expert),
+          .gate = std::move(gate),
+          .identity_experts = config.identity_experts,
+          .output = config.output,
+          .seed = config.seed};
+}
+
+/// No parameter of a module is trained any more.
+template <class Module>
+Module frozen(Module module) {
+  walk_parameters(module, [](const ParameterName&, auto& p) {
+    p.trained = false;
+    p.stored.memory.resize(0, 0);
+  });
+  return module;
+}
+
+/// What is trained of a module as it was made: only its own state is not.
+template <class Module>
+Module thawed(Module module) {
+  std::vector<bool> trained;
+  const Module fresh(module.config(), 0);
+  walk_parameters(fresh,
+                  [&](const ParameterName&, const auto& p) { trained.push_back(p.trained); });
+  std::size_t next = 0;
+  walk_parameters(module, [&](const ParameterName&, auto& p) { p.trained = trained[next++]; });
+  return module;
+}
+
+}  // namespace detail
+
+/// A layer with adapters on its experts; everything else is frozen, the gate too (set `trained` of its
+/// parameters to train it). y is that of `layer` at the start.
+///
+///     auto adapted = moe::adapt(layer, moe::LoraConfig{.rank = 8}, moe::Seed{1});
+///     // train `adapted` as any layer, then
+///     auto plain = moe::merged(adapted);
+///
+/// A layer whose experts are spread over ranks needs a dispatch policy for the new one. Equal seeds draw
+/// equal numbers. Throws std::invalid_argument for a configuration out of range.
+template <class Scalar, class Gate, class Dispatch>
+MoELayer<Lora<FeedForward, Scalar>, Gate, Dispatch> adapt(
+    const MoELayer<Expert<FeedForward, Scalar>, Gate, Dispatch>& layer, const LoraConfig& lora,
+    Seed seed, Dispatch policy = Dispatch()) {
+  using Adapted = Lora<FeedForward, Scalar>;
+  using Layer = MoELayer<Adapted, Gate, Dispatch>;
+  return Layer(detail::config_with<Layer>(
+                   layer, LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
+                   layer.config().gate),
+               detail::frozen(layer.gate()), detail::adapted_experts<Adapted>(layer, lora, seed),
+               std::move(policy));
+}
+
+/// The same with adapters on the gate's weights too.
+template <class Scalar, class Gate, class Dispatch>
+MoELayer<Lora<FeedForward, Scalar>, LoraGate<Gate>, Dispatch> adapt(
+    const MoELayer<Expert<FeedForward, Scalar>, Gate, Dispatch>& layer, const LoraConfig& lora,
+    const LoraGateConfig& gate, Seed seed, Dispatch policy = Dispatch()) {
+  using Adapted = Lora<FeedForward, Scalar>;
+  using Layer = MoELayer<Adapted, LoraGate<Gate>, Dispatch>;
+  LoraGate<Gate> adapted(detail::frozen(layer.gate()), gate, derive_seed(seed, 0));
+  return Layer(detail::config_with<Layer>(
+                   layer, LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
+                   adapted.config()),
+               std::move(adapted), detail::adapted_experts<Adapted>(layer, lora, seed),
+               std::move(policy));
+}
+
+namespace detail {
+
+template <class Gate>
+Gate merged_gate(const Gate& gate) {
+  return thawed(gate);
+}
+template <class Gate>
+Gate merged_gate(const LoraGate<Gate>& gate) {
+  return thawed(gate.merged());
+}
+
+}  // namespace detail
+
+/// The plain layer that computes the same, W + factor·A·B in the place of each W, up to rounding; all of
+/// it is trained. Of narrow weights it has the numbers that they stand for.
+template <class Stored, class Gate, class Dispatch>
+auto merged(const MoELayer<Lora<FeedForward, Stored>, Gate, Dispatch>& layer,
+            Dispatch policy = Dispatch()) {
+  using Scalar = typename Lora<FeedForward, Stored>::Scalar;
+  using Plain = Expert<FeedForward, Scalar>;
+  auto gate = detail::merged_gate(layer.gate());
+  using Layer = MoELayer<Plain, decltype(gate), Dispatch>;
+  std::vector<Plain> experts;
+  experts.reserve(layer.experts().size());
+  for (const auto& expert : layer.experts()) {
+    experts.emplace_back(expert.network().merged(), layer.config().width);
+  }
+  auto config = detail::config_with<Layer>(layer, layer.config().expert.network, gate.config());
+  return Layer(config, std::move(gate), std::move(experts), std::move(policy));
+}
+
+}  // namespace moe

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <cmath>
+#include <string_view>
+
+#include "moe/matrix.hpp"
+
+/// \file
+/// How large low-rank adapters are, and where they are.
+
+namespace moe {
+
+/// Adapters of the maps of an expert: W becomes W + factor·A·B, in which A (inputs x rank) and B (rank x
+/// outputs) are trained in the place of W (inputs x outputs) [E. Hu et al., "LoRA: Low-Rank Adaptation of
+/// Large Language Models", 2021, eq. 3].
+struct LoraConfig {
+  Index rank = 8;     ///< r, at least 0; with 0 there are no adapters
+  double alpha = 16;  ///< factor = alpha / rank; finite
+  /// factor = alpha / sqrt(rank) [D. Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning
+  /// with LoRA", 2023].
+  bool rank_stabilized = false;
+  bool gate = true;  ///< an adapter on W_1 of the gated form
+  bool up = true;    ///< on W_1 of the plain form and W_3 of the gated one
+  bool down = true;  ///< on W_2
+
+  template <class Self, class Visitor>
+  static constexpr void visit_fields(Self& self, Visitor visit) {
+    visit("rank", self.rank);
+    visit("alpha", self.alpha);
+    visit("rank_stabilized", self.rank_stabilized);
+    visit("gate", self.gate);
+    visit("up", self.up);
+    visit("down", self.down);
+  }
+};
+
+/// Adapters of a gate's weights, of those of its parameters whose name ends in "weight" after a dot or
+/// alone: W_g, but no noise's.
+struct LoraGateConfig {
+  Index rank = 8;                ///< r, at least 0; with 0 there are no adapters
+  double alpha = 16;             ///< factor = alpha / rank; finite
+  bool rank_stabilized = false;  ///< factor = alpha / sqrt(rank)
+
+  template <class Self, class Visitor>
+  static constexpr void visit_fields(Self& self, Visitor visit) {
+    visit("rank", self.rank);
+    visit("alpha", self.alpha);
+    visit("rank_stabilized", self.rank_stabilized);
+  }
+};
+
+namespace detail {
+
+/// Throws std::invalid_argument for a field out of range.
+template <class Config>
+const Config& checked_lora(std::string_view name, const Config& config) {
+  require(config.rank >= 0, name, ".rank = ", config.rank, ", must be at least 0");
+  require(std::isfinite(config.alpha), name, ".alpha = ", config.alpha, ", must be finite");
+  return config;
+}
+
+template <class Config>
+double lora_factor(const Config& config) {
+  const auto rank = static_cast<double>(config.rank);
+  return config.rank == 0 ? 0 : config.alpha / (config.rank_stabilized ? std::sqrt(rank) : rank);
+}
+
+}  // namespace detail
+}  // namespace moe

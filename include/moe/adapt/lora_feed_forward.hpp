@@ -1,0 +1,257 @@
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "moe/adapt/lora_config.hpp"
+#include "moe/adapt/low_rank.hpp"
+#include "moe/experts/feed_forward.hpp"
+
+/// \file
+/// Lora<FeedForward>: an expert whose weights are frozen, with low-rank adapters that are trained.
+
+namespace moe {
+
+/// The configuration of an adapted FeedForward.
+struct LoraFeedForwardConfig {
+  Index width = 0;  ///< D; 0 inside a layer's configuration stands for the layer's width
+  FeedForwardConfig network{};  ///< its width is 0 or D
+  LoraConfig lora{};
+
+  template <class Self, class Visitor>
+  static constexpr void visit_fields(Self& self, Visitor visit) {
+    visit("width", self.width);
+    visit("network", self.network);
+    visit("lora", self.lora);
+  }
+};
+
+namespace detail {
+
+/// A matrix in the place of a weight, frozen, and what is added to it. `Base` is what a weight can be.
+template <class Scalar, class Base>
+struct LoraWeight {
+  Base base;  ///< K x N
+  LowRank<Scalar> low_rank{};
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    if constexpr (is_parameter<Base>) visit("weight", self.base);
+    LowRank<Scalar>::visit_parameters(self.low_rank, visit);
+  }
+};
+
+template <class Scalar, class Base>
+auto operand(const LoraWeight<Scalar, Base>& weight) {
+  return operand(weight.base);
+}
+template <class Scalar, class Base>
+const Scalar* first_number(const LoraWeight<Scalar, Base>& weight) {
+  return first_number(weight.base);
+}
+
+/// The low rank comes first: then the other product's epilogue finds the whole sum.
+template <class Scalar, class Base, class Product>
+void multiply_by(const LoraWeight<Scalar, Base>& weight, const Product& product) {
+  if (weight.low_rank.rank() == 0) return multiply_by(weight.base, product);
+  multiply_low_rank(weight.low_rank, product);
+  Product rest = product;
+  rest.start = Start::accumulate;
+  multiply_by(weight.base, rest);
+}
+
+template <class Scalar, class Base>
+void add_weight_gradient(LoraWeight<Scalar, Base>& weight,
+                         const std::type_identity_t<GatheredRows<Scalar>>& a,
+                         const std::type_identity_t<GatheredRows<Scalar>>& b, Range rows,
+                         Start start) {
+  add_weight_gradient(weight.base, a, b, rows, start);
+}
+
+/// What an adapted network is made from, by what its weights are stored in: a Scalar, or a narrow format
+/// (moe/adapt/narrow_lora.hpp).
+template <class Stored>
+struct LoraBase {
+  using Scalar = Stored;
+  using Weight = Parameter<Scalar>;
+  using Network = FeedForward<Scalar>;
+
+  /// Calls f(name, part) for every weight and bias.
+  template <class F>
+  static void visit_parts(const Network& network, F&& f) {
+    Network::visit_parameters(network, std::forward<F>(f));
+  }
+  static Network make(const FeedForwardConfig& config, std::uint64_t seed) {
+    return Network(config, seed);
+  }
+  static void freeze(Weight& weight) { weight.trained = false; }
+  /// The numbers that a weight stands for.
+  static const Matrix<Scalar>& numbers(const Weight& weight) { return weight.value; }
+};
+
+}  // namespace detail
+
+/// A FeedForward whose weights and biases are frozen, and on some of its maps low-rank adapters, which are
+/// trained in their place: x·W becomes x·W + factor·(x·A)·B. At the start B is zero, so it computes what
+/// the FeedForward does, with rank 0 always, to the last bit.
+///
+/// Nothing is computed for a gradient of W, and no optimizer holds memory for it; A·B is never formed. A
+/// row of a pass takes r·(inputs + outputs) multiply-adds more for each map with an adapter.
+///
+/// Parameters: those of the FeedForward by their names, with `trained` false, and behind each weight with
+/// an adapter, "up.weight" for example, "up.lora_A.weight" (A, inputs x r) and "up.lora_B.weight" (B, r x
+/// outputs). A user may set `trained` of any of them.
+///
+/// `Stored` is float or double, or a narrow format (Int8 for example) with moe/adapt/narrow_lora.hpp: then
+/// the frozen weights are narrow and not among the parameters.
+template <class Stored = float>
+class LoraFeedForward : public detail::FeedForwardPasses<
+                            typename detail::LoraBase<Stored>::Scalar,
+                            detail::LoraWeight<typename detail::LoraBase<Stored>::Scalar,
+                                               typename detail::LoraBase<Stored>::Weight>> {
+  using Frozen = detail::LoraBase<Stored>;
+  using Weight = detail::LoraWeight<typename Frozen::Scalar, typename Frozen::Weight>;
+  using Base = detail::FeedForwardPasses<typename Frozen::Scalar, Weight>;
+
+ public:
+  using typename Base::Block;
+  using typename Base::Scalar;
+  using Config = LoraFeedForwardConfig;
+  using Network = typename Frozen::Network;  ///< that is adapted
+
+  /// Fresh weights under fresh adapters. Throws std::invalid_argument for a configuration out of range.
+  LoraFeedForward(const Config& config, std::uint64_t seed)
+      : LoraFeedForward(Frozen::make(completed(config).network, derive_seed(seed, 0)), config.lora,
+                        derive_seed(seed, 1)) {}
+
+  /// Fresh adapters on a network, of which this is a copy. Throws std::invalid_argument for a
+  /// configuration out of range.
+  LoraFeedForward(const Network& network, const LoraConfig& lora, std::uint64_t seed)
+      : Base(network.config()),
+        config_{network.config().width, network.config(),
+                detail::checked_lora("LoraConfig", lora)} {
+    std::uint64_t stream = 0;
+    Frozen::visit_parts(network, [&](std::string_view name, const auto& from) {
+      Base::visit_parts(*this, [&](std::string_view part, auto& to) {
+        if constexpr (std::is_same_v<decltype(to), Weight&>) {
+          if constexpr (std::is_convertible_v<decltype(from), const typename Frozen::Weight&>) {
+            if (part == name) adapt(name, from, derive_seed(seed, stream++), to);
+          }
+        } else if constexpr (std::is_convertible_v<decltype(from), const Parameter<Scalar>&>) {
+          if (part == name) freeze(from, to);
+        }
+      });
+    });
+  }
+
+  const Config& config() const { return config_; }
+
+  /// The network that computes the same: W + factor·A·B in the place of W.
+  FeedForward<Scalar> merged() const {
+    FeedForward<Scalar> network(config_.network, 0);
+    Base::visit_parts(*this, [&](std::string_view name, const auto& from) {
+      FeedForward<Scalar>::visit_parameters(network, [&](std::string_view part, auto& to) {
+        if (part != name) return;
+        if constexpr (detail::is_parameter<std::remove_cvref_t<decltype(from)>>) {
+          to.value = from.value;
+        } else {
+          to.value = Frozen::numbers(from.base);
+          Matrix<Scalar> scaled;
+          detail::add_low_rank(from.low_rank, scaled, to.value);
+        }
+      });
+    });
+    return network;
+  }
+
+  Index row_work() const {
+    Index work = 0;
+    Base::visit_parts(*this, [&](std::string_view name, const auto& part) {
+      if constexpr (std::is_same_v<decltype(part), const Weight&>) {
+        work += config_.network.width * config_.network.hidden + part.low_rank.size();
+      }
+      static_cast<void>(name);
+    });
+    return work;
+  }
+
+  // Passes: what the base has, and room for a row of x·A.
+
+  Index scratch_width() const { return Base::odd_lines(rank_column() + config_.lora.rank); }
+
+  void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
+                     bool replace = false) {
+    Base::add_gradients(block, dy, rows, replace);
+    // One call of a block does them all: they share the room.
+    if (rows.first > 0) return;
+    const MatrixView<Scalar> t = columns_of(block.scratch, rank_column(), config_.lora.rank);
+    Base::for_each_weight_product(
+        block, dy,
+        [&](Weight& weight, const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b) {
+          if (weight.low_rank.rank() == 0) return;
+          detail::add_low_rank_gradients(weight.low_rank, a, b, t, replace);
+        });
+  }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    Base::visit_parts(self, [&](std::string_view name, auto& part) {
+      if constexpr (detail::is_parameter<std::remove_cvref_t<decltype(part)>>) {
+        visit(name, part);
+      } else {
+        visit(map_of(name), part);
+      }
+    });
+  }
+
+ private:
+  /// "up" of "up.weight".
+  static std::string_view map_of(std::string_view weight) {
+    return weight.substr(0, weight.find('.'));
+  }
+  static Config completed(Config config) {
+    if (config.width == 0) config.width = config.network.width;
+    if (config.network.width == 0) config.network.width = config.width;
+    detail::require(config.network.width == config.width,
+                    "LoraFeedForward::Config.network.width = ", config.network.width,
+                    ", must be 0 or Config.width = ", config.width);
+    return config;
+  }
+
+  void adapt(std::string_view name, const typename Frozen::Weight& from, std::uint64_t seed,
+             Weight& to) {
+    to.base = from;
+    Frozen::freeze(to.base);
+    const std::string_view map = map_of(name);
+    const LoraConfig& lora = config_.lora;
+    if (!(map == "gate" ? lora.gate : map == "up" ? lora.up : lora.down)) return;
+    const bool is_down = map == "down";
+    const FeedForwardConfig& network = config_.network;
+    if (lora.rank == 0) return;
+    to.low_rank = {is_down ? network.hidden : network.width,
+                   is_down ? network.width : network.hidden, lora.rank, detail::lora_factor(lora),
+                   seed};
+  }
+  static void freeze(const Parameter<Scalar>& from, Parameter<Scalar>& to) {
+    to.value = from.value;
+    to.trained = false;
+  }
+
+  Index rank_column() const { return Base::parts_column() + Base::panels(); }
+
+  Config config_;
+};
+
+template <template <class> class Network, class Stored = float>
+class Lora;
+
+/// An adapted expert: `MoELayer<Lora<FeedForward>>`, made from a trained layer by adapt().
+template <class Stored>
+class Lora<FeedForward, Stored> : public detail::ExpertOf<LoraFeedForward<Stored>> {
+ public:
+  using detail::ExpertOf<LoraFeedForward<Stored>>::ExpertOf;
+};
+
+}  // namespace moe

@@ -1,0 +1,252 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moe/adapt/lora_config.hpp"
+#include "moe/adapt/low_rank.hpp"
+#include "moe/gates/gate.hpp"
+
+/// \file
+/// A gate whose weights are frozen, with low-rank adapters that are trained.
+
+namespace moe {
+
+/// Any gate with W_g + factor·A·B in the place of its weights W_g (D x E): of NoisyTopKGate the clean
+/// scores', of HierarchicalGate those of the primary and of every secondary gate. Noise, losses and the
+/// choice are the gate's own. With rank 0 it computes what the gate does, to the last bit.
+///
+/// A pass puts the sum together in its tape, O(r·D·E), since a gate is small beside the experts; backward
+/// takes A's and B's gradients from the sum's, which is in the tape and not in a parameter.
+///
+/// Parameters: those of the gate by their names, with `trained` false, and for "weight" "lora_A.weight"
+/// (A, D x r) and "lora_B.weight" (B, r x E), in front of which is what is in front of "weight". A user
+/// may set `trained` of any of them. Experts cannot be added, copied or removed before merged().
+template <class Gate_>
+class LoraGate {
+ public:
+  using Adapted = Gate_;  ///< the gate that is adapted
+  using Scalar = typename Adapted::Scalar;
+  using LossWeights = typename detail::LossWeightsOf<Adapted>::type;
+
+  struct Config {
+    Index width = 0;  ///< D; 0 inside a layer's configuration stands for the layer's
+    typename Adapted::Config gate{};  ///< its width is 0 or D
+    LoraGateConfig lora{};
+
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("gate", self.gate);
+      visit("lora", self.lora);
+    }
+  };
+
+  struct Tape : Adapted::Tape {
+    std::optional<Adapted> gate;                   ///< with the sums for weights
+    std::vector<Matrix<Scalar>> gradients{};       ///< memory for the sums' gradients
+    Matrix<Scalar> scaled;                         ///< scratch
+    std::vector<Parameter<Scalar>*> parameters{};  ///< scratch: those of `gate`
+  };
+
+  /// A fresh gate under fresh adapters. Throws std::invalid_argument for a configuration out of range.
+  LoraGate(const Config& config, std::uint64_t seed)
+      : LoraGate(Adapted(completed(config).gate, derive_seed(seed, 0)), config.lora,
+                 derive_seed(seed, 1)) {
+    detail::walk_parameters(gate_, [](const ParameterName&, auto& p) { p.trained = false; });
+  }
+
+  /// Fresh adapters on a gate, of which this is a copy; what is trained of it stays so. Throws
+  /// std::invalid_argument for a configuration out of range.
+  LoraGate(Adapted gate, const LoraGateConfig& lora, std::uint64_t seed)
+      : config_{gate.config().width, gate.config(), detail::checked_lora("LoraGateConfig", lora)},
+        gate_(std::move(gate)) {
+    Index number = 0;
+    detail::walk_parameters(gate_, [&](const ParameterName& name, const auto& p) {
+      const Index place = number++;
+      const std::string text = name.string();
+      if (text != last_part && !text.ends_with(".weight")) return;
+      // Without the dot in front of it.
+      const std::size_t end = text.size() - std::min(text.size(), last_part.size() + 1);
+      adapters_.push_back({place,
+                           text.substr(0, end),
+                           {p.value.rows(), p.value.cols(), lora.rank, detail::lora_factor(lora),
+                            derive_seed(seed, static_cast<std::uint64_t>(place))}});
+    });
+  }
+
+  const Config& config() const { return config_; }
+  Index experts() const { return gate_.experts(); }
+  /// The frozen gate.
+  const Adapted& gate() const { return gate_; }
+
+  /// The gate that computes the same; what is trained of it is what is of gate().
+  Adapted merged() const {
+    Adapted gate = gate_;
+    Matrix<Scalar> scaled;
+    for_each_adapted(gate, [&](std::size_t i, Parameter<Scalar>& weight) {
+      detail::add_low_rank(adapters_[i].low_rank, scaled, weight.value);
+    });
+    return gate;
+  }
+
+  /// As the gate's.
+  const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    tape.trained = false;
+    prepare(tape);
+    tape.gate->forward(x, static_cast<typename Adapted::Tape&>(tape), pass);
+    return tape.routing;
+  }
+  const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                  const EvaluationPass& pass = {}) const {
+    tape.trained = false;
+    prepare(tape);
+    tape.gate->evaluate(x, static_cast<typename Adapted::Tape&>(tape), pass);
+    return tape.routing;
+  }
+
+  /// As the gate's, with the gradients of the adapters in the place of those of the weights. The
+  /// parameters must be those of forward().
+  void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
+                Matrix<Scalar>& dx) {
+    check_tape(tape);
+    zero_gradients(*tape.gate);
+    tape.gate->backward(x, dweight, static_cast<typename Adapted::Tape&>(tape), dx);
+    for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
+      low_rank_backward(weight.gradient(), tape.scaled, adapters_[i].low_rank);
+    });
+    add_own_gradients(tape);
+  }
+
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  void check_tape(const Tape& tape) const {
+    detail::require(tape.gate.has_value() && tape.trained,
+                    "LoraGate::backward without a forward pass on this tape");
+    if constexpr (requires { gate_.check_tape(tape); }) tape.gate->check_tape(tape);
+    detail::check_shapes(*this, "LoraGate");
+  }
+
+  // What the gate has of the following.
+
+  void set_loss_weights(const LossWeights& weights) requires requires(Adapted& gate) {
+    gate.set_loss_weights(weights);
+  }
+  {
+    gate_.set_loss_weights(weights);
+    config_.gate = gate_.config();
+  }
+  void update_selection_bias(const Tape& tape) requires requires(Adapted& gate) {
+    gate.update_selection_bias(tape);
+  }
+  { gate_.update_selection_bias(tape); }
+  Index experts_together() const requires requires(const Adapted& gate) { gate.experts_together(); }
+  { return gate_.experts_together(); }
+  Index shared_experts() const requires requires(const Adapted& gate) { gate.shared_experts(); }
+  { return gate_.shared_experts(); }
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    Adapted::visit_parameters(self.gate_, visit);
+    visit_adapters(self, [&](std::string_view part, auto& low_rank) {
+      if (part.empty()) {
+        detail::LowRank<Scalar>::visit_parameters(low_rank, visit);
+      } else {
+        visit(part, low_rank);
+      }
+    });
+  }
+  /// visit(part, adapter) for every adapter: `part` is what is in front of ".weight" in the gate's names,
+  /// or empty.
+  template <class Self, class Visitor>
+  static void visit_adapters(Self& self, Visitor visit) {
+    for (auto& adapter : self.adapters_) visit(std::string_view(adapter.part), adapter.low_rank);
+  }
+
+ private:
+  static constexpr std::string_view last_part = "weight";
+
+  struct Adapter {
+    Index place;       ///< of its weight among the gate's parameters
+    std::string part;  ///< what is in front of ".weight", or empty
+    detail::LowRank<Scalar> low_rank;
+  };
+
+  static Config completed(Config config) {
+    if (config.width == 0) config.width = config.gate.width;
+    if (config.gate.width == 0) config.gate.width = config.width;
+    detail::require(config.gate.width == config.width,
+                    "LoraGate::Config.gate.width = ", config.gate.width,
+                    ", must be 0 or Config.width = ", config.width);
+    return config;
+  }
+
+  /// Calls f(i, weight) for those weights of such a gate that adapter i is added to.
+  template <class F>
+  void for_each_adapted(Adapted& gate, F&& f) const {
+    Index number = 0;
+    std::size_t next = 0;
+    detail::walk_parameters(gate, [&](const ParameterName&, Parameter<Scalar>& p) {
+      const Index place = number++;
+      if (next < adapters_.size() && adapters_[next].place == place) f(next++, p);
+    });
+  }
+
+  /// Puts the gate of a pass into its tape. It is a copy of what the gate is now, its loss weights and its
+  /// selection bias too; only the memory of the gradients stays where it is.
+  void prepare(Tape& tape) const {
+    tape.gradients.resize(adapters_.size());
+    if (tape.gate.has_value()) {
+      for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
+        weight.stored.memory.swap(tape.gradients[i]);
+      });
+    }
+    tape.gate = gate_;
+    for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
+      weight.stored.memory.swap(tape.gradients[i]);
+      weight.trained = true;
+      detail::add_low_rank(adapters_[i].low_rank, tape.scaled, weight.value);
+    });
+  }
+
+  /// dA += factor·G·Bᵀ and dB += factor·Aᵀ·G.
+  static void low_rank_backward(Matrix<Scalar>& g, Matrix<Scalar>& scaled,
+                                detail::LowRank<Scalar>& w) {
+    if (w.rank() == 0) return;
+    detail::copy_matrix<Scalar>(g, scaled);
+    detail::scale_rows(w.factor, view(scaled));
+    if (w.a.trained) {
+      detail::gemm(GemmNT<Scalar>{
+          .a = scaled, .b = w.b.value, .c = w.a.gradient(), .start = Start::accumulate});
+    }
+    if (w.b.trained) {
+      detail::gemm(GemmTN<Scalar>{
+          .a = w.a.value, .b = scaled, .c = view(w.b.gradient()), .start = Start::accumulate});
+    }
+  }
+
+  /// Of what is trained of gate() after all.
+  void add_own_gradients(Tape& tape) {
+    tape.parameters.clear();
+    detail::walk_parameters(*tape.gate, [&](const ParameterName&, Parameter<Scalar>& p) {
+      tape.parameters.push_back(&p);
+    });
+    std::size_t next = 0;
+    detail::walk_parameters(gate_, [&](const ParameterName&, Parameter<Scalar>& p) {
+      Parameter<Scalar>& of_sum = *tape.parameters[next++];
+      if (p.trained) p.gradient() += of_sum.gradient();
+    });
+  }
+
+  Config config_;
+  Adapted gate_;
+  std::vector<Adapter> adapters_;
+};
+
+}  // namespace moe
