@@ -5,7 +5,6 @@
 #include <moe/moe.hpp>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 
 #include "../common/terminal.hpp"
@@ -58,17 +57,10 @@ Perplexities evaluate(const Model<Middle>& model, const Options& o, const Text& 
   return result;
 }
 
-/// Of the parameters that are trained, freezes those whose names `chosen` is false for.
-template <class Module, class Predicate>
-void train_only(Module& module, Predicate chosen) {
-  moe::for_each_parameter(module, [&](const std::string& name, auto& parameter) {
-    parameter.trained = parameter.trained && chosen(std::string_view(name));
-  });
-}
-
 struct Way {
   std::string name;
   double learning_rate = 0;  ///< the highest
+  bool factored = false;     ///< FactoredAdam for the experts; else Adam for everything
 };
 
 struct Adapted {
@@ -83,8 +75,9 @@ struct Adapted {
 template <class Middle>
 std::optional<Adapted> train(const Way& way, Model<Middle> model, const Options& o,
                              const Text& old_text, const Text& new_text) {
-  language_model::Contestant<Middle> contestant(language_model::sparse_config<Middle>(o.base, {}),
-                                                std::move(model));
+  auto config = language_model::sparse_config<Middle>(o.base, {});
+  config.factored = way.factored;
+  language_model::Contestant<Middle> contestant(std::move(config), std::move(model));
   const moe::WarmUpLinearDecay learning_rate{
       .peak = way.learning_rate, .warm_up = std::min(o.warm_up, o.updates), .total = o.updates + 1};
   examples::ProgressBar progress;

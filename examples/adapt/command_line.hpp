@@ -1,6 +1,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <string>
 
 #include "../language_model/command_line.hpp"
 #include "options.hpp"
@@ -31,10 +32,17 @@ inline void add_options(CLI::App& app, Options& o) {
                  "updates on the new text during which the learning rate grows")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--all-rate", o.all_rate, "highest learning rate where all weights are trained")
-      ->check(at_least(0))
-      ->capture_default_str();
-  app.add_option("--only-gate-rate", o.gate_rate, "highest learning rate where the gate is")
+  const auto add_rate = [&](const char* option, double& rate, const char* what) {
+    app.add_option(option, rate, std::string("highest learning rate where ") + what)
+        ->check(at_least(0))
+        ->capture_default_str();
+  };
+  add_rate("--rate-of-gate", o.gate_rate, "the gate is trained");
+  add_rate("--rate-of-lora", o.lora_rate, "adapters on the experts are");
+  add_rate("--rate-of-lora-and-gate", o.lora_and_gate_rate, "adapters on experts and gate are");
+  add_rate("--rate-of-all", o.all_rate, "all weights are");
+  app.add_option("--rank", o.rank, "of the adapters")->check(at_least(1))->capture_default_str();
+  app.add_option("--alpha", o.alpha, "of the adapters, which count alpha / rank times")
       ->check(at_least(0))
       ->capture_default_str();
   app.add_flag("!--no-test", o.test, "read the validation parts alone, to choose settings");

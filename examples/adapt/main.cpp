@@ -5,9 +5,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
-#include <optional>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "../common/csv_file.hpp"
 #include "../common/terminal.hpp"
@@ -18,6 +17,7 @@
 #include "command_line.hpp"
 #include "options.hpp"
 #include "report.hpp"
+#include "ways.hpp"
 
 namespace adapt {
 
@@ -38,21 +38,13 @@ void run(const Options& o) {
     csv.add(csv_row(o, name, adapted));
   };
   report("before", {.perplexities = evaluate(base, o, old_text, new_text)});
-  const auto adapt = [&](const Way& way, auto model) {
-    if (const auto adapted = train(way, std::move(model), o, old_text, new_text)) {
-      report(way.name, *adapted);
-    }
-  };
-  for (const std::string& way : all_ways()) {
-    const bool is_chosen = std::find(o.ways.begin(), o.ways.end(), way) != o.ways.end();
+  for (const std::string& name : all_ways()) {
+    const bool is_chosen = std::find(o.ways.begin(), o.ways.end(), name) != o.ways.end();
     if (!is_chosen || examples::interrupted) continue;
-    if (way == "gate") {
-      Model<Base> model = base;
-      train_only(model, [](std::string_view name) { return name.starts_with("middle.gate."); });
-      adapt({"the gate", o.gate_rate}, std::move(model));
-    } else {
-      adapt({"all weights", o.all_rate}, base);
-    }
+    with_way(name, base, o, [&](const Way& way, auto model) {
+      const auto adapted = train(way, std::move(model), o, old_text, new_text);
+      if (adapted) report(way.name, *adapted);
+    });
   }
   if (examples::interrupted) std::puts("\ninterrupted: a way that was not at its end has no row");
   std::printf("\n%.0f s after reading the texts; every row is in %s\n",

@@ -24,7 +24,7 @@ inline language_model::Options base_options() {
 }
 
 /// The ways to adapt a model, in the order of the table.
-inline std::vector<std::string> all_ways() { return {"gate", "all"}; }
+inline std::vector<std::string> all_ways() { return {"gate", "lora", "lora_and_gate", "all"}; }
 
 struct Options {
   language_model::Options base = base_options();
@@ -33,8 +33,14 @@ struct Options {
   Index updates = 300;                  ///< of each way
   Index warm_up = 20;
   std::vector<std::string> ways = all_ways();
-  double all_rate = 3e-3;
-  double gate_rate = 3e-3;
+  // The highest learning rate of each way.
+  double gate_rate = 1e-2;
+  double lora_rate = 1e-2;
+  double lora_and_gate_rate = 1e-2;
+  double all_rate = 1e-2;
+  // Adapters, on experts and gate alike.
+  Index rank = 8;
+  double alpha = 16;
   bool test = true;
 };
 

@@ -8,6 +8,7 @@
 #include "../../examples/adapt/base.hpp"
 #include "../../examples/adapt/bible.hpp"
 #include "../../examples/adapt/report.hpp"
+#include "../../examples/adapt/ways.hpp"
 #include "../support.hpp"
 #include "../temporary_folder.hpp"
 
@@ -222,7 +223,7 @@ TEST_CASE("adapt: a way's row has its size, and the test part only where it may 
   const Text old_text(old_corpus, o.base), new_text(new_corpus, o.base);
   Model<Base> model = small_model(o);
   train_only(model, is_of_gate);
-  const auto adapted = train({"the gate", 1e-2}, model, o, old_text, new_text);
+  const auto adapted = train({"the gate", 1e-2, false}, model, o, old_text, new_text);
   REQUIRE(adapted);
   CHECK(adapted->trained == 96);
   CHECK(adapted->bytes == 96 * 3 * 4);
@@ -239,14 +240,14 @@ TEST_CASE("adapt: a way's row has its size, and the test part only where it may 
   CHECK(before.old_test == language_model::evaluate(model, old_text.test, 2).perplexity);
 
   o.test = false;
-  const auto without = train({"the gate", 1e-2}, model, o, old_text, new_text);
+  const auto without = train({"the gate", 1e-2, false}, model, o, old_text, new_text);
   REQUIRE(without);
   CHECK(without->perplexities.new_validation == adapted->perplexities.new_validation);
   CHECK_FALSE(without->perplexities.new_test);
   CHECK_FALSE(without->perplexities.old_test);
 
   examples::interrupted = 1;
-  CHECK_FALSE(train({"the gate", 1e-2}, model, o, old_text, new_text));
+  CHECK_FALSE(train({"the gate", 1e-2, false}, model, o, old_text, new_text));
   examples::interrupted = 0;
 
   const Adapted figures{96, 1234567, 2.25, {3.5, 4.25, {}}};
