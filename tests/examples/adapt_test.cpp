@@ -1,6 +1,9 @@
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -14,6 +17,7 @@
 
 using namespace adapt;
 using Catch::Matchers::Contains;
+using Catch::Matchers::WithinRel;
 using language_model::Contestant;
 using language_model::Corpus;
 using language_model::hash_of;
@@ -58,14 +62,19 @@ Model<Base> small_model(const Options& o) {
       language_model::sparse_config<Base>(o.base, std::vector<double>(5, 0.2)).model);
 }
 
+using Values = std::map<std::string, moe::Matrix<float>>;
+
 template <class Module>
-std::map<std::string, moe::Matrix<float>> values_of(const Module& module) {
-  std::map<std::string, moe::Matrix<float>> values;
+Values values_of(const Module& module) {
+  Values values;
   moe::for_each_parameter(module, [&](const std::string& name, const auto& parameter) {
     values[name] = parameter.value;
   });
   return values;
 }
+
+/// Without the texts of all numbers that Catch2 would make.
+bool is_equal(const Values& a, const Values& b) { return a == b; }
 
 bool is_of_gate(std::string_view name) { return name.starts_with("middle.gate."); }
 
@@ -115,7 +124,7 @@ TEST_CASE("adapt: another layer in the middle of a trained model", "[examples][a
     return language_model::evaluate(m, text.test, o.base.sequences).perplexity;
   };
   const Model<Base> same(model, Base(model.middle(), model.middle().layer()));
-  CHECK(values_of(same) == values_of(model));
+  CHECK(is_equal(values_of(same), values_of(model)));
   CHECK(perplexity(same) == perplexity(model));
   Options with_other_seed = o;
   with_other_seed.base.seed = 9;
@@ -126,7 +135,7 @@ TEST_CASE("adapt: another layer in the middle of a trained model", "[examples][a
     // The norm before the layer is not part of it.
     if (name.starts_with("middle.") && !name.starts_with("middle.norm")) expected[name] = value;
   }
-  CHECK(values_of(changed) == expected);
+  CHECK(is_equal(values_of(changed), expected));
   CHECK(perplexity(changed) != perplexity(model));
 }
 
@@ -148,8 +157,9 @@ TEST_CASE("adapt: only what is chosen is trained", "[examples][adapt]") {
   int moved = 0;
   for (const auto& [name, value] : values_of(contestant.model())) {
     CAPTURE(name);
-    CHECK((value != before.at(name)) == is_of_gate(name));
-    moved += value != before.at(name);
+    const bool has_moved = value != before.at(name);
+    CHECK(has_moved == is_of_gate(name));
+    moved += has_moved ? 1 : 0;
   }
   CHECK(moved == 2);  // scores and noise
   // Of 2 x 8 x 6 weights: the gradient and two moments.
@@ -210,10 +220,94 @@ TEST_CASE("adapt: a gradient is that of the whole model, where only the middle i
     CHECK_FALSE(some.empty());
     for (const auto& [name, gradient] : some) {
       CAPTURE(name);
-      CHECK(gradient == all.at(name));
+      const bool is_same = gradient == all.at(name);
+      CHECK(is_same);
       CHECK(gradient.squaredNorm() > 0);
     }
   }
+}
+
+TEST_CASE("adapt: adapters start as the base, and they alone are trained", "[examples][adapt]") {
+  Options o = small_options();
+  o.rank = 3;
+  const Corpus corpus = small_corpus(1);
+  const Text text(corpus, o.base);
+  const Model<Base> base = small_model(o);
+  const auto perplexity = [&](const auto& model) {
+    return language_model::evaluate(model, text.test, 2).perplexity;
+  };
+  Batches::Batch batch;
+  text.training.get(0, batch);
+  const auto check = [&](const Way& way, const auto& model, Index adapters) {
+    using Middle = std::remove_cvref_t<decltype(model.middle())>;
+    CHECK_THAT(perplexity(model), WithinRel(perplexity(base), 1e-6));
+    auto config = language_model::sparse_config<Middle>(o.base, {});
+    config.factored = way.factored;
+    Contestant<Middle> contestant(config, model);
+    CHECK(contestant.figures().parameters == adapters);
+    const Values before = values_of(model);
+    for (std::uint64_t update = 1; update <= 2; ++update) contestant.update(batch, update, 1e-2);
+    CHECK(contestant.training_bytes() == adapters * 3 * 4);
+    for (const auto& [name, value] : values_of(contestant.model())) {
+      CAPTURE(name);
+      const bool has_moved = value != before.at(name);
+      CHECK(has_moved == (name.find("lora_") < name.size()));
+    }
+    const double adapted = perplexity(contestant.model());
+    CHECK(adapted != perplexity(base));
+    const Model<Base> merged(
+        contestant.model(),
+        Base(contestant.model().middle(), moe::merged(contestant.model().middle().layer())));
+    CHECK_THAT(perplexity(merged), WithinRel(adapted, 1e-5));
+    for (const auto& [name, value] : values_of(merged)) {
+      CAPTURE(name);
+      const bool is_changed = value != before.at(name);
+      const bool is_adapted = name.ends_with("up.weight") || name.ends_with("down.weight") ||
+                              (way.name.ends_with("gate") && name == "middle.gate.weight");
+      CHECK(is_changed == is_adapted);
+    }
+  };
+  // Of 6 experts 8 x 7 and 7 x 8, and of a gate 8 x 6.
+  const Index of_experts = 6 * 2 * 3 * (8 + 7);
+  int ways = 0;
+  const auto count = [&](const std::string& name, Index adapters) {
+    with_way(name, base, o, [&](const Way& way, const auto& model) {
+      if constexpr (std::is_same_v<std::remove_cvref_t<decltype(model)>, Model<Base>>) {
+        FAIL("no adapters");
+      } else {
+        check(way, model, adapters);
+        ++ways;
+      }
+    });
+  };
+  count("lora", of_experts);
+  count("lora_and_gate", of_experts + 3 * (8 + 6));
+  CHECK(ways == 2);
+}
+
+TEST_CASE("adapt: a way has its own learning rate, and trains its own part", "[examples][adapt]") {
+  Options o = small_options();
+  o.gate_rate = 1;
+  o.lora_rate = 2;
+  o.lora_and_gate_rate = 3;
+  o.all_rate = 4;
+  const Model<Base> base = small_model(o);
+  double rate = 0;
+  for (const std::string& name : all_ways()) {
+    CAPTURE(name);
+    with_way(name, base, o, [&](const Way& way, const auto& model) {
+      CHECK(way.learning_rate == ++rate);
+      CHECK(way.factored == (name == "all"));
+      if (name == "gate") CHECK(moe::parameter_count(model) == 96);
+      if (name == "all") CHECK(moe::parameter_count(model) == moe::parameter_count(base));
+    });
+  }
+  CHECK(rate == 4);
+  o.base.factored = false;
+  with_way("all", base, o, [](const Way& way, const auto&) { CHECK_FALSE(way.factored); });
+  o.rank = -1;
+  CHECK_THROWS_WITH(with_way("lora", base, o, [](const Way&, const auto&) {}),
+                    Contains("LoraConfig.rank = -1"));
 }
 
 TEST_CASE("adapt: a way's row has its size, and the test part only where it may be read",
@@ -267,8 +361,8 @@ TEST_CASE("adapt: the base is written once and read by who asks for the same",
   const Corpus corpus = small_corpus(1);
   const Text text(corpus, o.base);
   const Model<Base> trained = make_base(o, corpus, text);
-  CHECK(values_of(trained) != values_of(small_model(o)));
-  CHECK(values_of(make_base(o, corpus, text)) == values_of(trained));
+  CHECK_FALSE(is_equal(values_of(trained), values_of(small_model(o))));
+  CHECK(is_equal(values_of(make_base(o, corpus, text)), values_of(trained)));
 
   Options longer = o;
   longer.base.epochs = 2;
