@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <ctime>
 #include <moe/moe.hpp>
 #include <optional>
 #include <string>
@@ -64,9 +65,10 @@ struct Way {
 };
 
 struct Adapted {
-  Index trained = 0;  ///< scalars
-  Index bytes = 0;    ///< of the gradients and of what the optimizers remember
-  double seconds = 0;
+  Index trained = 0;             ///< scalars
+  Index bytes = 0;               ///< of the gradients and of what the optimizers remember
+  double seconds = 0;            ///< of the updates
+  double processor_seconds = 0;  ///< of all threads in them
   Perplexities perplexities{};
 };
 
@@ -82,12 +84,15 @@ std::optional<Adapted> train(const Way& way, Model<Middle> model, const Options&
       .peak = way.learning_rate, .warm_up = std::min(o.warm_up, o.updates), .total = o.updates + 1};
   examples::ProgressBar progress;
   Batches::Batch batch;
+  double clocks = 0;
   for (Index update = 1; update <= o.updates; ++update) {
     if (examples::interrupted) return std::nullopt;
     const Index index = (update - 1) % new_text.training.count();
     new_text.training.get(index, batch);
     if (index == 0) contestant.start_epoch();
+    const std::clock_t start = std::clock();
     contestant.update(batch, static_cast<std::uint64_t>(update), learning_rate(update));
+    clocks += static_cast<double>(std::clock() - start);
     if (!progress.is_due()) continue;
     progress.draw(static_cast<double>(update) / static_cast<double>(o.updates),
                   language_model::print("%s  %td/%td  loss %.3f", way.name.c_str(), update,
@@ -97,6 +102,7 @@ std::optional<Adapted> train(const Way& way, Model<Middle> model, const Options&
   return Adapted{.trained = contestant.figures().parameters,
                  .bytes = contestant.training_bytes(),
                  .seconds = contestant.seconds(),
+                 .processor_seconds = clocks / CLOCKS_PER_SEC,
                  .perplexities = evaluate(contestant.model(), o, old_text, new_text)};
 }
 

@@ -30,13 +30,13 @@ struct Options {
   language_model::Options base = base_options();
   std::string base_file;                ///< where the trained base is; empty: nowhere
   std::vector<std::string> new_data{};  ///< empty: the King James Bible
-  Index updates = 300;                  ///< of each way
+  Index updates = 200;                  ///< of each way
   Index warm_up = 20;
   std::vector<std::string> ways = all_ways();
   // The highest learning rate of each way.
-  double gate_rate = 1e-2;
-  double lora_rate = 1e-2;
-  double lora_and_gate_rate = 1e-2;
+  double gate_rate = 2e-2;
+  double lora_rate = 3e-2;
+  double lora_and_gate_rate = 3e-2;
   double all_rate = 1e-2;
   // Adapters, on experts and gate alike.
   Index rank = 8;

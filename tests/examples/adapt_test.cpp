@@ -344,13 +344,13 @@ TEST_CASE("adapt: a way's row has its size, and the test part only where it may 
   CHECK_FALSE(train({"the gate", 1e-2, false}, model, o, old_text, new_text));
   examples::interrupted = 0;
 
-  const Adapted figures{96, 1234567, 2.25, {3.5, 4.25, {}}};
-  CHECK(
-      row(o, "the gate", figures) ==
-      "|    1 | the gate                 |         96 |    1.23 |     2.2 |           3.500 |     "
-      "4.250 |           |");
-  CHECK(csv_row(o, "the gate", figures) == "1,the gate,3,96,1234567,2.25,3.5000,4.250,");
-  CHECK(csv_row(o, "before", {}) == "1,before,0,0,0,0.00,0.0000,,");
+  const Adapted figures{96, 1234567, 2.25, 1.5, {3.5, 4.25, {}}};
+  CHECK(row(o, "the gate", figures) ==
+        "|    1 | the gate                 |         96 |  1.23 |     2.2 |   1.5 |           "
+        "3.500 | "
+        "    4.250 |           |");
+  CHECK(csv_row(o, "the gate", figures) == "1,the gate,3,96,1234567,2.25,1.50,3.5000,4.250,");
+  CHECK(csv_row(o, "before", {}) == "1,before,0,0,0,0.00,0.00,0.0000,,");
 }
 
 TEST_CASE("adapt: the base is written once and read by who asks for the same",
