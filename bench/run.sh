@@ -11,7 +11,7 @@ trap 'echo; echo "Stopped."; exit 130' INT
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 build="$root/build/release"
 out="$root/build/bench"
-all='machine layer shrinking_batch few_tokens narrow routing threads exchange experts scale memory peers'
+all='machine layer shrinking_batch few_tokens narrow adapt routing threads exchange experts scale memory peers'
 
 peers=ON
 hugetlb=1

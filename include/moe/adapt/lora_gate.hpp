@@ -50,10 +50,14 @@ class LoraGate {
   };
 
   struct Tape : Adapted::Tape {
-    std::optional<Adapted> gate;                   ///< with the sums for weights
-    std::vector<Matrix<Scalar>> gradients{};       ///< memory for the sums' gradients
-    Matrix<Scalar> scaled;                         ///< scratch
-    std::vector<Parameter<Scalar>*> parameters{};  ///< scratch: those of `gate`
+    /// Memory that stays from pass to pass.
+    struct Sum {
+      Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B
+      Matrix<Scalar> scaled_a;  ///< D x r, factor·A
+    };
+    std::optional<Adapted> gate;  ///< with the sums for weights
+    std::vector<Sum> sums{};
+    std::vector<Parameter<Scalar>*> parameters{};  ///< those of `gate`
   };
 
   /// A fresh gate under fresh adapters. Throws std::invalid_argument for a configuration out of range.
@@ -119,10 +123,10 @@ class LoraGate {
     check_tape(tape);
     zero_gradients(*tape.gate);
     tape.gate->backward(x, dweight, static_cast<typename Adapted::Tape&>(tape), dx);
-    for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
-      low_rank_backward(weight.gradient(), tape.scaled, adapters_[i].low_rank);
-    });
     add_own_gradients(tape);
+    for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
+      low_rank_backward(weight.gradient(), adapters_[i].low_rank);
+    });
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
@@ -201,33 +205,31 @@ class LoraGate {
   /// Puts the gate of a pass into its tape. It is a copy of what the gate is now, its loss weights and its
   /// selection bias too; only the memory of the gradients stays where it is.
   void prepare(Tape& tape) const {
-    tape.gradients.resize(adapters_.size());
+    tape.sums.resize(adapters_.size());
     if (tape.gate.has_value()) {
       for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
-        weight.stored.memory.swap(tape.gradients[i]);
+        weight.stored.memory.swap(tape.sums[i].gradient);
       });
     }
     tape.gate = gate_;
     for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
-      weight.stored.memory.swap(tape.gradients[i]);
+      weight.stored.memory.swap(tape.sums[i].gradient);
       weight.trained = true;
-      detail::add_low_rank(adapters_[i].low_rank, tape.scaled, weight.value);
+      detail::add_low_rank(adapters_[i].low_rank, tape.sums[i].scaled_a, weight.value);
     });
   }
 
-  /// dA += factor·G·Bᵀ and dB += factor·Aᵀ·G.
-  static void low_rank_backward(Matrix<Scalar>& g, Matrix<Scalar>& scaled,
-                                detail::LowRank<Scalar>& w) {
+  /// dA += factor·G·Bᵀ and dB += factor·Aᵀ·G; G is scaled.
+  static void low_rank_backward(Matrix<Scalar>& g, detail::LowRank<Scalar>& w) {
     if (w.rank() == 0) return;
-    detail::copy_matrix<Scalar>(g, scaled);
-    detail::scale_rows(w.factor, view(scaled));
+    detail::scale_rows(w.factor, view(g));
     if (w.a.trained) {
-      detail::gemm(GemmNT<Scalar>{
-          .a = scaled, .b = w.b.value, .c = w.a.gradient(), .start = Start::accumulate});
+      detail::gemm(
+          GemmNT<Scalar>{.a = g, .b = w.b.value, .c = w.a.gradient(), .start = Start::accumulate});
     }
     if (w.b.trained) {
       detail::gemm(GemmTN<Scalar>{
-          .a = w.a.value, .b = scaled, .c = view(w.b.gradient()), .start = Start::accumulate});
+          .a = w.a.value, .b = g, .c = view(w.b.gradient()), .start = Start::accumulate});
     }
   }
 

@@ -1,0 +1,250 @@
+#include "moe/adapt/lora_gate.hpp"
+
+#include <map>
+#include <string>
+
+#include "../naive_layer.hpp"
+#include "moe/adapt/lora.hpp"
+#include "moe/gates/balanced_gate.hpp"
+#include "moe/gates/expert_choice_gate.hpp"
+#include "moe/gates/hierarchical_gate.hpp"
+#include "moe/gates/product_key_gate.hpp"
+#include "moe/gates/shared_expert_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
+
+using namespace moe;
+using namespace moe::test;  // NOLINT(google-build-using-namespace)
+using Catch::Matchers::Contains;
+using Catch::Matchers::WithinAbs;
+
+namespace {
+
+constexpr Index width = 12;
+
+template <class Gate>
+typename Gate::Config config_of() {
+  typename Gate::Config config;
+  config.width = width;
+  if constexpr (requires { config.groups, config.group_experts; }) {
+    config.groups = 3;
+    config.group_experts = 2;
+    config.top_k_groups = 2;
+    config.top_k = 1;
+  } else if constexpr (requires { config.routed; }) {
+    config.shared = 1;
+    config.gated = true;
+    config.routed.experts = 6;
+    config.routed.top_k = 2;
+  } else if constexpr (requires { config.row_keys; }) {
+    config.row_keys = 2;
+    config.column_keys = 3;
+    config.top_k = 2;
+  } else {
+    config.experts = 6;
+    if constexpr (requires { config.top_k; }) config.top_k = 2;
+  }
+  if constexpr (requires { config.load_weight; }) config.load_weight = 0.7;
+  if constexpr (requires { config.importance_weight; }) config.importance_weight = 0.3;
+  return config;
+}
+
+/// A gate with numbers in all parameters, adapted, with numbers in its adapters too.
+template <class Gate>
+LoraGate<Gate> adapted_gate(const LoraGateConfig& lora) {
+  Gate gate(config_of<Gate>(), 3);
+  randomize(gate, 4, 0.5);
+  LoraGate<Gate> adapted(detail::frozen(gate), lora, 5);
+  for_each_parameter(adapted, [seed = std::uint64_t{8}](const std::string&, auto& p) mutable {
+    if (p.trained) p.value = random_matrix(p.value.rows(), p.value.cols(), ++seed, 0.4);
+  });
+  return adapted;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate", "[adapt]",
+                   NoisyTopKGate<double>, TopKGate<double>, HierarchicalGate<double>,
+                   BalancedGate<double>, ExpertChoiceGate<double>, ProductKeyGate<double>,
+                   SharedExpertGate<TopKGate<double>>) {
+  using Gate = TestType;
+  auto gate = adapted_gate<Gate>({.rank = 2, .alpha = 3});
+  Gate merged = detail::thawed(gate.merged());
+  const auto x = random_matrix(30, width, 1);
+  typename LoraGate<Gate>::Tape tape;
+  typename Gate::Tape merged_tape;
+  // Twice, with other adapters, on one tape.
+  for (const std::uint64_t step : {1u, 2u}) {
+    zero_gradients(gate);
+    zero_gradients(merged);
+    gate.forward(x, tape, {.step = step});
+    merged.forward(x, merged_tape, {.step = step});
+    REQUIRE(tape.routing.expert == merged_tape.routing.expert);
+    CHECK(tape.routing.weight == merged_tape.routing.weight);
+    CHECK_THAT(tape.balance.loss, WithinAbs(merged_tape.balance.loss, 1e-12));
+    const auto dweight = random_matrix(1, tape.routing.slots(), 6);
+    const std::span<const double> of_slots(dweight.data(), detail::to_size(dweight.size()));
+    Matrix<double> dx = Matrix<double>::Zero(30, width);
+    Matrix<double> needed = Matrix<double>::Zero(30, width);
+    gate.backward(x, of_slots, tape, dx);
+    merged.backward(x, of_slots, merged_tape, needed);
+    CHECK(relative_error(dx, needed) < 1e-13);
+
+    const Named whole = gradients_of(merged);
+    const Named values = values_of(gate);
+    Index adapters = 0;
+    for_each_parameter(gate, [&](const std::string& name, auto& p) {
+      INFO(name);
+      const bool is_a = name.ends_with("lora_A.weight");
+      if (!is_a && !name.ends_with("lora_B.weight")) {
+        CHECK(!p.trained);
+        CHECK(p.gradient().isZero(0));
+        return;
+      }
+      ++adapters;
+      const std::string part = name.substr(0, name.size() - std::string("lora_A.weight").size());
+      const Matrix<double>& g = whole.at(part + "weight");
+      CHECK(relative_error(
+                p.gradient(),
+                is_a ? Matrix<double>(1.5 * g * values.at(part + "lora_B.weight").transpose())
+                     : Matrix<double>(1.5 * values.at(part + "lora_A.weight").transpose() * g)) <
+            1e-12);
+    });
+    CHECK(adapters >= 2);
+    for_each_parameter(gate, [](const std::string&, auto& p) {
+      if (p.trained) p.value *= 1.1;
+    });
+    merged = detail::thawed(gate.merged());
+  }
+  CHECK(gate.evaluate(x, tape).expert == merged.evaluate(x, merged_tape).expert);
+}
+
+TEMPLATE_TEST_CASE("lora gate: with rank 0 the bits of the gate", "[adapt]", NoisyTopKGate<double>,
+                   TopKGate<double>, HierarchicalGate<double>) {
+  using Gate = TestType;
+  const auto gate = adapted_gate<Gate>({.rank = 0});
+  CHECK(parameter_count(gate) == 0);
+  const auto x = random_matrix(30, width, 1);
+  typename LoraGate<Gate>::Tape tape;
+  typename Gate::Tape plain;
+  gate.forward(x, tape, {.step = 1});
+  gate.gate().forward(x, plain, {.step = 1});
+  CHECK(tape.routing.expert == plain.routing.expert);
+  CHECK(tape.routing.weight == plain.routing.weight);
+}
+
+TEST_CASE("lora gate: gradients are derivatives", "[adapt]") {
+  using Gate = NoisyTopKGate<double>;
+  auto gate = adapted_gate<Gate>({.rank = 2, .alpha = 3});
+  Matrix<double> x = random_matrix(20, width, 1);
+  LoraGate<Gate>::Tape tape;
+  gate.forward(x, tape, {.step = 1});
+  REQUIRE(choice_margin(tape.noisy, 2) > 2e-3);
+  const auto dweight = random_matrix(1, tape.routing.slots(), 6);
+  Matrix<double> dx = Matrix<double>::Zero(20, width);
+  gate.backward(x, {dweight.data(), detail::to_size(dweight.size())}, tape, dx);
+  const auto loss = [&] {
+    LoraGate<Gate>::Tape fresh;
+    gate.forward(x, fresh, {.step = 1});
+    double sum = fresh.balance.loss;
+    for (Index s = 0; s < fresh.routing.slots(); ++s) {
+      sum += dweight(0, s) * fresh.routing.weight[s];
+    }
+    return sum;
+  };
+  for_each_parameter(gate, [&](const std::string& name, Parameter<double>& p) {
+    INFO(name);
+    if (p.trained) CHECK(relative_error(p.gradient(), difference_gradient(p.value, loss)) < 1e-7);
+  });
+  CHECK(relative_error(dx, difference_gradient(x, loss)) < 1e-7);
+}
+
+TEST_CASE("lora gate: losses and selection bias are the gate's own", "[adapt]") {
+  using Gate = TopKGate<double>;
+  Gate::Config config = config_of<Gate>();
+  config.selection_bias = true;
+  config.score = Score::sigmoid;
+  config.switch_loss_weight = 0.5;
+  LoraGate<Gate> gate({.gate = config, .lora = {.rank = 1}}, 3);
+  CHECK(gate.config().width == width);
+  const auto x = random_matrix(30, width, 1);
+  LoraGate<Gate>::Tape tape;
+  gate.forward(x, tape, {.step = 1});
+  const double loss = tape.balance.loss;
+  REQUIRE(loss > 0);
+  auto weights = decltype(gate)::LossWeights{};
+  gate.set_loss_weights(weights);
+  gate.forward(x, tape, {.step = 1});
+  CHECK(tape.balance.loss == 0);
+  const Named before = values_of(gate);
+  gate.update_selection_bias(tape);
+  CHECK(!same_bits(values_of(gate).at("selection_bias"), before.at("selection_bias")));
+}
+
+TEST_CASE("lora gate: what a user trains of the gate gets its gradient", "[adapt]") {
+  using Gate = NoisyTopKGate<double>;
+  auto gate = adapted_gate<Gate>({.rank = 2});
+  for_each_parameter(gate, [](const std::string&, auto& p) { p.trained = true; });
+  Gate merged = detail::thawed(gate.merged());
+  const auto x = random_matrix(20, width, 1);
+  LoraGate<Gate>::Tape tape;
+  Gate::Tape merged_tape;
+  gate.forward(x, tape, {.step = 1});
+  merged.forward(x, merged_tape, {.step = 1});
+  const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+  Matrix<double> dx = Matrix<double>::Zero(20, width);
+  gate.backward(x, dweight, tape, dx);
+  merged.backward(x, dweight, merged_tape, dx);
+  const Named whole = gradients_of(merged);
+  for_each_parameter(gate, [&](const std::string& name, auto& p) {
+    INFO(name);
+    if (name == "weight" || name == "noise_weight") {
+      CHECK(relative_error(p.gradient(), whole.at(name)) < 1e-13);
+    }
+  });
+}
+
+TEST_CASE("lora gate: in a layer, with adapters on the experts too", "[adapt]") {
+  using Layer = MoELayer<Expert<FeedForward, double>, SharedExpertGate<NoisyTopKGate<double>>>;
+  Layer layer({.width = width,
+               .expert = {.hidden = 9},
+               .gate = {.shared = 1, .routed = {.experts = 4, .top_k = 2}},
+               .seed = 3});
+  randomize(layer, 5, 0.3);
+  auto adapted = adapt(layer, LoraConfig{.rank = 2}, LoraGateConfig{.rank = 3}, Seed{1});
+  const auto x = random_matrix(40, width, 1);
+  Layer::Tape tape;
+  decltype(adapted)::Tape adapted_tape;
+  CHECK(relative_error(adapted.forward(x, adapted_tape, {.step = 1}),
+                       layer.forward(x, tape, {.step = 1})) == 0);
+  CHECK(relative_error(adapted.backward(x, adapted_tape), layer.backward(x, tape)) < 1e-13);
+  for_each_parameter(adapted, [&](const std::string&, auto& p) {
+    if (p.trained) p.value = random_matrix(p.value.rows(), p.value.cols(), 9, 0.2);
+  });
+  const auto plain = merged(adapted);
+  CHECK(relative_error(plain.evaluate(x), adapted.evaluate(x)) < 1e-12);
+  CHECK(relative_error(plain.evaluate(x), layer.evaluate(x)) > 1e-3);
+  // The noise of the gate is that of the layer before.
+  decltype(merged(adapted))::Tape plain_tape;
+  adapted.forward(x, adapted_tape, {.step = 7});
+  auto trained = merged(adapted);
+  trained.forward(x, plain_tape, {.step = 7});
+  CHECK(plain_tape.routing().expert == adapted_tape.routing().expert);
+}
+
+TEST_CASE("lora gate: backward without forward is refused", "[adapt]") {
+  auto gate = adapted_gate<TopKGate<double>>({.rank = 2});
+  const auto x = random_matrix(20, width, 1);
+  LoraGate<TopKGate<double>>::Tape tape;
+  Matrix<double> dx = Matrix<double>::Zero(20, width);
+  const std::vector<double> dweight(40, 1);
+  CHECK_THROWS_WITH(gate.backward(x, dweight, tape, dx),
+                    Contains("LoraGate::backward without a forward pass on this tape"));
+  gate.evaluate(x, tape);
+  CHECK_THROWS_WITH(gate.backward(x, dweight, tape, dx),
+                    Contains("LoraGate::backward without a forward pass on this tape"));
+  CHECK_THROWS_WITH(gate.forward(random_matrix(3, width + 1, 1), tape, {.step = 0}),
+                    Contains("x has 13 columns"));
+  CHECK_THROWS_WITH(
+      (LoraGate<TopKGate<double>>({.width = 4, .gate = config_of<TopKGate<double>>()}, 1)),
+      Contains("LoraGate::Config.gate.width = 12, must be 0 or Config.width = 4"));
+}
