@@ -90,7 +90,8 @@ Evaluation evaluate(const Model<Middle, Linear>& model, const Batches& batches, 
   return result;
 }
 
-/// A module's parameters that have certain names, as a module: for an optimizer of their own.
+/// A module's trained parameters that have certain names, as a module: for an optimizer of their own,
+/// which has no memory for the others.
 template <class Module, class Predicate>
 class ParametersWhere {
  public:
@@ -99,7 +100,7 @@ class ParametersWhere {
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     moe::for_each_parameter(self.module_, [&](const std::string& name, auto& parameter) {
-      if (self.chosen_(name)) visit(name.c_str(), parameter);
+      if (parameter.trained && self.chosen_(name)) visit(name.c_str(), parameter);
     });
   }
 
@@ -136,22 +137,19 @@ class Contestant {
       : config_(std::move(config)),
         team_(team),
         model_(config_.model, surroundings...),
-        parameters_(team_.parameter_count(model_)),
-        adam_({.beta2 = 0.99}),
-        factored_adam_({.beta2 = 0.99, .updates = moe::Updates::lazy}) {
+        parameters_(team_.parameter_count(model_)) {
     start_epoch();
     model_.start_from_frequencies(config_.frequencies);
-    const auto groups = [expert = config_.expert_rate, noise = config_.noise_rate,
-                         threshold = config_.threshold_rate,
-                         gate = config_.gate_rate](std::string_view name) -> moe::ParameterGroup {
-      return {.rate_factor = is_of_expert(name)                  ? expert
-                             : !name.starts_with("middle.gate.") ? 1.0
-                             : name.ends_with("noise_weight")    ? noise
-                             : name.ends_with("threshold")       ? threshold
-                                                                 : gate};
-    };
-    adam_.set_groups(groups);
-    factored_adam_.set_groups(groups);
+    set_rates();
+  }
+
+  /// Goes on with a model that was trained; of the configuration's model nothing is used.
+  Contestant(Config config, Model<Middle> trained)
+      : config_(std::move(config)),
+        model_(std::move(trained)),
+        parameters_(team_.parameter_count(model_)) {
+    start_epoch();
+    set_rates();
   }
 
   const Model<Middle>& model() const { return model_; }
@@ -183,27 +181,59 @@ class Contestant {
     const double loss = team_.mean(
         model_.train(batch.input, batch.target, state_, tape_, {.step = step}, team_.part()));
     team_.finish_gradients(model_, config_.clip, updates);
-    if (config_.factored) {
-      ParametersWhere experts(model_, is_of_expert);
-      ParametersWhere others(model_, std::not_fn(is_of_expert));
-      factored_adam_.update(experts, learning_rate);
-      adam_.update(others, learning_rate);
-    } else {
-      adam_.update(model_, learning_rate);
-    }
+    for_each_optimizer(
+        [&](auto& optimizer, auto& module) { optimizer.update(module, learning_rate); });
     model_.after_update(tape_);
     seconds_ += seconds_now() - start;
     loss_ = tokens_ > 0 ? 0.98 * loss_ + 0.02 * loss : loss;
     tokens_ += static_cast<double>(batch.input.size()) * static_cast<double>(team_.part().count);
   }
 
+  /// Memory of the gradients and of what the optimizers remember, in bytes, after an update.
+  Index training_bytes() {
+    Index numbers = parameters_;
+    for_each_optimizer([&](auto& optimizer, auto& module) {
+      optimizer.for_each_state(module, [&](const std::string&, const auto& state) {
+        if constexpr (requires { state.rows(); }) numbers += state.size();
+      });
+    });
+    return numbers * static_cast<Index>(sizeof(float));
+  }
+
  private:
+  void set_rates() {
+    const auto groups = [expert = config_.expert_rate, noise = config_.noise_rate,
+                         threshold = config_.threshold_rate,
+                         gate = config_.gate_rate](std::string_view name) -> moe::ParameterGroup {
+      return {.rate_factor = is_of_expert(name)                  ? expert
+                             : !name.starts_with("middle.gate.") ? 1.0
+                             : name.ends_with("noise_weight")    ? noise
+                             : name.ends_with("threshold")       ? threshold
+                                                                 : gate};
+    };
+    adam_.set_groups(groups);
+    factored_adam_.set_groups(groups);
+  }
+
+  /// Calls f(optimizer, the parameters that it is for) for each.
+  template <class F>
+  void for_each_optimizer(F&& f) {
+    const auto is_factored = [this](std::string_view name) {
+      return config_.factored && is_of_expert(name);
+    };
+    ParametersWhere factored(model_, is_factored);
+    ParametersWhere others(model_, std::not_fn(is_factored));
+    if (config_.factored) f(factored_adam_, factored);
+    f(adam_, others);
+  }
+
   Config config_;
   Team team_;
   Model<Middle> model_;
   Index parameters_;
-  moe::Adam<float> adam_;
-  moe::FactoredAdam<float> factored_adam_;
+  moe::Adam<float> adam_{moe::Adam<float>::Config{.beta2 = 0.99}};
+  moe::FactoredAdam<float> factored_adam_{
+      moe::FactoredAdam<float>::Config{.beta2 = 0.99, .updates = moe::Updates::lazy}};
   typename Model<Middle>::State state_;
   typename Model<Middle>::Tape tape_;
   double seconds_ = 0;

@@ -1,9 +1,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "documents.hpp"
@@ -37,26 +40,44 @@ inline std::vector<double> frequencies_of(const std::vector<Index>& stream, Inde
   return frequencies;
 }
 
-inline Corpus make_corpus(Unit unit, const std::vector<Document>& documents,
-                          Index vocabulary_size) {
-  // Four documents of a hundred for validation, four for the test.
-  std::vector<const Document*> parts[3];
+/// The documents of each part: four of a hundred are for validation, four for the test.
+struct Parts {
+  std::vector<const Document*> train, validation, test;
+};
+
+/// The documents must outlive the result.
+inline Parts split(const std::vector<Document>& documents) {
+  Parts parts;
   for (const Document& document : documents) {
     const std::uint64_t bucket = document.hash % 25;
-    parts[bucket == 0 ? 1 : bucket == 1 ? 2 : 0].push_back(&document);
+    (bucket == 0 ? parts.validation : bucket == 1 ? parts.test : parts.train).push_back(&document);
   }
-  Corpus corpus{Vocabulary(unit, parts[0], vocabulary_size), {}, {}, {}};
-  std::vector<Index>* streams[3] = {&corpus.train, &corpus.validation, &corpus.test};
-  for (std::size_t part = 0; part < 3; ++part) {
-    for (const Document* document : parts[part]) {
-      const std::size_t before = streams[part]->size();
-      for_each_unit(unit, document->text, [&](const std::string& text) {
-        streams[part]->push_back(corpus.vocabulary.id(text));
-      });
-      if (streams[part]->size() > before) streams[part]->push_back(Vocabulary::end);
+  return parts;
+}
+
+/// A text by a vocabulary that may be another text's.
+inline Corpus make_corpus(Vocabulary vocabulary, const Parts& parts) {
+  Corpus corpus{std::move(vocabulary), {}, {}, {}};
+  const auto append = [&](const std::vector<const Document*>& documents,
+                          std::vector<Index>& stream) {
+    for (const Document* document : documents) {
+      const std::size_t before = stream.size();
+      for_each_unit(corpus.vocabulary.unit(), document->text,
+                    [&](const std::string& text) { stream.push_back(corpus.vocabulary.id(text)); });
+      if (stream.size() > before) stream.push_back(Vocabulary::end);
     }
-  }
+  };
+  append(parts.train, corpus.train);
+  append(parts.validation, corpus.validation);
+  append(parts.test, corpus.test);
   return corpus;
+}
+
+/// A text by the vocabulary of its own training part.
+inline Corpus make_corpus(Unit unit, const std::vector<Document>& documents,
+                          Index vocabulary_size) {
+  const Parts parts = split(documents);
+  return make_corpus(Vocabulary(unit, parts.train, vocabulary_size), parts);
 }
 
 inline Corpus read_corpus(const Options& o) {
@@ -65,6 +86,19 @@ inline Corpus read_corpus(const Options& o) {
                      : o.unit == Unit::word ? read_wordnet(o.wordnet)
                                             : read_gcide(o.gcide),
                      o.vocabulary);
+}
+
+/// A name for the text, " text=" and 16 digits, for the configuration of what is trained on it.
+inline std::string name_of(const Corpus& corpus) {
+  std::string all;
+  for (const auto* part : {&corpus.train, &corpus.validation, &corpus.test}) {
+    for (const Index word : *part) all += std::to_string(word) + " ";
+    all += "\n";
+  }
+  std::array<char, 32> name{};
+  const std::uintmax_t hash = hash_of(all);
+  std::snprintf(name.data(), name.size(), " text=%016jx", hash);
+  return name.data();
 }
 
 /// Which part of every batch is read here, where several processes share it: they are numbered from 0

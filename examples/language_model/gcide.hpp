@@ -1,10 +1,7 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -22,17 +19,7 @@ namespace language_model {
 /// What is in a file that gzip can read. Throws std::runtime_error when gzip cannot.
 inline std::string read_gzip(const std::string& path) {
   open(path);  // for its error
-  std::string quoted;
-  for (const char c : path) quoted += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  std::FILE* pipe = popen(("gzip -dc < '" + quoted + "'").c_str(), "r");
-  if (pipe == nullptr) throw std::runtime_error("cannot start gzip to read " + path);
-  std::string text;
-  std::array<char, 1 << 16> buffer;
-  while (const std::size_t size = std::fread(buffer.data(), 1, buffer.size(), pipe)) {
-    text.append(buffer.data(), size);
-  }
-  if (pclose(pipe) != 0) throw std::runtime_error("gzip cannot read " + path);
-  return text;
+  return output_of("gzip -dc < " + shell_word(path), "gzip cannot read " + path);
 }
 
 /// Where the parenthesis or bracket that is open at `from` closes; npos if it does not.

@@ -245,16 +245,6 @@ void compare(const Options& o) {
   std::printf("\nevery row is in %s\n", o.csv.c_str());
 }
 
-/// A name for the text, for the configuration of the study's runs.
-std::string name_of(const Corpus& corpus) {
-  std::string all;
-  for (const auto* part : {&corpus.train, &corpus.validation, &corpus.test}) {
-    for (const Index word : *part) all += std::to_string(word) + " ";
-    all += "\n";
-  }
-  return print(" text=%016jx", static_cast<std::uintmax_t>(hash_of(all)));
-}
-
 void study(const Options& o) {
   const std::vector<Table> tables = tables_of(o);
   const std::vector<Run> runs = runs_of(tables, o);

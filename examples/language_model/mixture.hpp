@@ -5,6 +5,7 @@
 #include <moe/moe.hpp>
 #include <moe/weights/serving_layer.hpp>
 #include <string>
+#include <utility>
 
 #include "options.hpp"
 
@@ -74,6 +75,11 @@ class Mixture {
   template <class Trained>
   Mixture(const Mixture<Gate, Trained>& trained, const moe::NarrowOptions& options)
       : config_(trained.config_), layer_(trained.layer_, options) {}
+
+  /// One that was trained, with another layer in the place of its own.
+  template <class Trained>
+  Mixture(const Mixture<Gate, Trained>& trained, Layer layer)
+      : config_(trained.config_), layer_(std::move(layer)) {}
 
   const Layer& layer() const { return layer_; }
   Index experts() const { return layer_.gate().experts(); }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <moe/moe.hpp>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "adaptive_softmax.hpp"
@@ -96,6 +97,18 @@ class Model {
         norm_(trained.norm_),
         softmax_(trained.softmax_, options) {}
 
+  /// One that was trained, with another layer in the middle.
+  template <class Trained>
+  Model(const Model<Trained, Linear>& trained, Middle middle)
+      : config_(trained.config_),
+        embedding_(trained.embedding_),
+        drop_embedding_(trained.drop_embedding_),
+        first_(trained.first_),
+        middle_(trained.middle_, std::move(middle)),
+        second_(trained.second_),
+        norm_(trained.norm_),
+        softmax_(trained.softmax_) {}
+
   const Config& config() const { return config_; }
   const Middle& middle() const { return middle_.layer(); }
 
@@ -137,6 +150,8 @@ class Model {
     const Matrix& of_softmax = softmax_.backward(tape.softmax, 1 / static_cast<double>(part.count));
     const Matrix& of_second = second_.backward(norm_.backward(of_softmax, tape.norm), tape.second);
     const Matrix& of_middle = middle_.backward(of_second, tape.middle);
+    // Where only what comes later is trained, no gradient is needed here.
+    if (!moe::detail::is_trained(first_) && !moe::detail::is_trained(embedding_)) return loss;
     const Matrix& of_first = first_.backward(of_middle, tape.first);
     embedding_.backward(drop_embedding_.backward(of_first, tape.drop_embedding), tape.embedding);
     return loss;

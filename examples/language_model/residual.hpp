@@ -79,6 +79,11 @@ class Residual {
   Residual(const Residual<Trained, Scalar>& trained, const moe::NarrowOptions& options)
       : norm_(trained.norm_), layer_(trained.layer_, options), dropout_(trained.dropout_) {}
 
+  /// One around a trained layer, with another in its place.
+  template <class Trained>
+  Residual(const Residual<Trained, Scalar>& trained, Layer layer)
+      : norm_(trained.norm_), layer_(std::move(layer)), dropout_(trained.dropout_) {}
+
   const Layer& layer() const { return layer_; }
   Layer& layer() { return layer_; }
 
