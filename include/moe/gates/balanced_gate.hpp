@@ -52,6 +52,8 @@ namespace moe {
 ///
 /// A token with NaN or infinity in x has NaN in its row of p and in its weights. In training it comes
 /// last and the loss is NaN; in evaluation it goes to expert 0.
+///
+/// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>
 class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<BalancedGate<Scalar_>, Scalar_>;

@@ -34,6 +34,8 @@ namespace moe {
 /// W_g is uniform in ±1/√D initially: zeros would tie all tokens and give every expert the same ones.
 /// A token with NaN or infinity in x has p = NaN for every expert and comes last; the weight of an
 /// expert that takes it is NaN.
+///
+/// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>
 class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<ExpertChoiceGate<Scalar_>, Scalar_>;

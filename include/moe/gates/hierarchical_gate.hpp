@@ -35,6 +35,8 @@ namespace moe {
 ///
 /// A token with NaN or infinity in x gets as many experts as any other, but its weights and the losses
 /// are NaN.
+///
+/// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>
 class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<HierarchicalGate<Scalar_>, Scalar_>;

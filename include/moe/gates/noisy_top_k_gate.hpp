@@ -23,6 +23,8 @@ namespace moe {
 /// softmax is the constant 1 and the gate learns from the load loss only. With K = E every expert
 /// is always chosen and the load has no gradient. A token with NaN or infinity in x gets K experts
 /// like any other, but its weights and the losses are NaN.
+///
+/// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>
 class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_>;

@@ -55,6 +55,8 @@ namespace moe {
 ///
 /// A token with NaN or infinity in x gets K experts like any other, but its weights and all losses
 /// whose weight is not 0 are NaN.
+///
+/// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>
 class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>;

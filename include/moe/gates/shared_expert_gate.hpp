@@ -38,6 +38,8 @@ namespace moe {
 /// units (its second bias is the sum of theirs). So with `gated` and `tied`, n shared experts are the
 /// one wide shared expert of Qwen1.5-MoE and Qwen2-MoE; without `tied` each of the n has a weight of
 /// its own.
+///
+/// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class RoutedGate>
 requires Gate<RoutedGate>
 class SharedExpertGate

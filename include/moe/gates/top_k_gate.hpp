@@ -60,6 +60,8 @@ namespace moe {
 /// it got. With a capacity a token's slots depend on the other tokens of its batch. NaN in a token's
 /// x makes its weights and the losses NaN. It does not change the outputs of other tokens, except that
 /// with a capacity it may take another token's place.
+///
+/// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>
 class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<TopKGate<Scalar_>, Scalar_>;
