@@ -1,4 +1,5 @@
 #include <dlfcn.h>
+#include <torch/custom_class.h>  // first: clang cannot compile 1.13's torch.h in C++20 otherwise
 #include <torch/torch.h>
 #include <torch/version.h>
 
