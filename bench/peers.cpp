@@ -216,7 +216,7 @@ void run(benchmark::State& state, bool step, std::size_t party, Index experts, I
 
 const bool registered = [] {
 #ifdef __GLIBC__
-  // A peer that takes its memory anew for each step should not wait for new pages each time.
+  // A peer that allocates in each step should not wait for new pages each time.
   mallopt(M_MMAP_THRESHOLD, 1 << 25);  // the most that is allowed
   mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
 #endif

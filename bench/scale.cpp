@@ -15,7 +15,7 @@
 /// behind a hierarchical gate, measured in turns with it; the traffic counts as none where it all
 /// stays in L3. `touched_MiB` is the roofline's count of bytes, traffic included.
 /// `peak_MiB` is the most memory that the process had above what it had before. With 131,072 experts
-/// weights and gradients take 16.3 GiB; SGD without momentum remembers nothing.
+/// weights and gradients take 16.3 GiB; SGD without momentum has no state.
 
 #include <bit>
 #include <memory>

@@ -52,8 +52,8 @@ void grid(benchmark::internal::Benchmark* b) {
 BENCHMARK(forward)->Apply(grid);
 BENCHMARK(forward_backward)->Apply(grid);
 
-/// A product in two halves, one after the other and on two threads: where nobody else uses the cores
-/// the speedup passes 1 below moe::least_shared_work, which leaves room for a machine that others use.
+/// A product in two halves, one after the other and on two threads. If no other program uses the cores, the
+/// speedup passes 1 below moe::least_shared_work; the margin is for machines that other programs use too.
 void break_even(benchmark::State& state) {
   const Index width = 64;
   const Index rows = state.range(0) / (2 * width * width);

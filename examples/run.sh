@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds and runs an example, installing what is missing:
 #
-#     sh examples/run.sh [language_model | pronounce | custom_gate | routing_map | inspect] [arguments]
+#     sh examples/run.sh [language_model | pronounce | custom_gate | routing_map | inspect | pytorch] [arguments]
 #     sh examples/run.sh expert_parallel [--ranks N] [arguments for the program]
 #
 # Without a name it is language_model. `sh examples/run.sh pronounce --help` lists that program's
@@ -14,7 +14,7 @@ build="$root/build/release"
 
 program=language_model
 case ${1-} in
-  language_model | pronounce | custom_gate | routing_map | inspect | expert_parallel)
+  language_model | pronounce | custom_gate | routing_map | inspect | pytorch | expert_parallel)
     program=$1
     shift
     ;;
@@ -22,6 +22,7 @@ esac
 
 ranks=
 packages=
+[ "$program" != pytorch ] || packages="$root/cmake/debian-packages-pytorch.txt"
 if [ "$program" = expert_parallel ]; then
   ranks=${RANKS:-2}
   packages="$root/cmake/debian-packages-mpi.txt"

@@ -71,8 +71,8 @@ Model make_model(std::size_t blocks) {
   return model;
 }
 
-/// A parameter that nobody keeps track of, one that is tracked and never marked, and one that is
-/// marked now and then.
+/// A parameter that is not tracked, one that is tracked and never added to, and one that is sometimes
+/// added to.
 template <class Scalar>
 struct Kinds {
   Kinds() {
@@ -265,7 +265,7 @@ TEST_CASE("parameter: whoever adds to a stale gradient writes over it", "[parame
   CHECK(module[0].gradient().isZero(0));
   CHECK(module[1].gradient().isZero(0));
 
-  // So does whoever adds to all where only some are stale.
+  // The same if a pass adds to all and only some are stale.
   clear();
   detail::accumulate(module[1]);
   module[1].gradient().setConstant(3);
@@ -321,7 +321,7 @@ TEST_CASE("parameter: nobody keeps track unless told", "[parameter][lazy]") {
   zero_gradients(model, Updates::lazy);
   for_each_parameter(model, [](const ParameterName&, auto& p) { CHECK(p.gradient().isZero(0)); });
 
-  // A parameter that was assigned anew is not kept track of, so no mark can be missing.
+  // A parameter that was assigned is not tracked, so its gradient always counts as added to.
   Parameter<float> parameter(2, 2);
   detail::track_gradients(parameter);
   parameter = Parameter<float>(2, 2);
@@ -331,7 +331,7 @@ TEST_CASE("parameter: nobody keeps track unless told", "[parameter][lazy]") {
 }
 
 TEST_CASE("parameter: a name that is not asked for takes no memory", "[parameter]") {
-  // What is trivial to copy and to destroy owns nothing, and the walk hands out just that.
+  // A type that is trivial to copy and to destroy owns no memory, and the visitor gets this type.
   STATIC_REQUIRE(std::is_trivially_copyable_v<ParameterName>);
   STATIC_REQUIRE(std::is_trivially_destructible_v<ParameterName>);
   Model model = make_model(1);

@@ -12,7 +12,7 @@
 namespace bench {
 
 /// The layer composed of a library's matrix products: gather the rows of an expert, multiply twice,
-/// scatter; and the way back. `Products` has the six that it takes, of n rows each:
+/// scatter; and backward. `Products` has the six products that this takes, of n rows each:
 ///
 ///     up(n, x, expert, a)           a = relu(x·up + up_bias)
 ///     down(n, a, expert, y)         y = a·down + down_bias

@@ -13,8 +13,8 @@
 /// oneDNN has no layer of this kind, but all of its parts. Each product can be done in three ways,
 /// and the fastest is found by trying: the matmul primitive on matrices as they are; dnnl_sgemm,
 /// with bias and ReLU in a loop of our own; and matmul on weights brought into the layout that
-/// oneDNN likes best, each time anew, since weights change at every step. Where the weights lie
-/// matters as well, so that is tried too.
+/// oneDNN prefers, again in each step, since the weights change. The address of the weights matters
+/// too, so several are tried.
 
 namespace bench {
 

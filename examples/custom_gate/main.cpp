@@ -16,8 +16,8 @@ using Layer = moe::MoELayer<moe::Expert<moe::FeedForward, Scalar>, NearestGate<S
 
 constexpr Index width = 8;
 
-/// Clouds of tokens, each with a linear map of its own from x to y: easy for a mixture that tells
-/// the clouds apart, and for nothing else of its size.
+/// Clouds of tokens, each with a linear map of its own from x to y: easy for a mixture that distinguishes
+/// the clouds, and hard for any other model of its size.
 class Clouds {
  public:
   static constexpr Index count = 6;

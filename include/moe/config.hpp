@@ -10,7 +10,7 @@
 #include <type_traits>
 
 /// \file
-/// What the library asks of its surroundings, and how it complains.
+/// What the library needs of the compiler and of Eigen, its macros, and its error messages.
 
 #if !(__cplusplus >= 202002L || (defined(_MSVC_LANG) && _MSVC_LANG >= 202002L))
 #error "moe needs C++20: compile with -std=c++20 or link the CMake target moe::moe"
@@ -20,19 +20,23 @@
 #error "moe needs Eigen 3.4 or newer"
 #endif
 
+#ifndef __cpp_exceptions
+#error "moe reports errors by exceptions: compile without -fno-exceptions"
+#endif
+
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error \
     "moe relies on IEEE arithmetic (NaN, fixed order of sums): compile without -ffast-math and -ffinite-math-only"
 #endif
 
-/// Checks an internal invariant; what a caller can get wrong is an exception instead.
-/// Define it before the first include to replace it.
+/// Checks an internal invariant; for what a caller can get wrong there are exceptions. Define it before
+/// the first include of the library to replace it; by default it is assert().
 #ifndef MOE_ASSERT
 #define MOE_ASSERT(condition) assert(condition)
 #endif
 
-/// Before a loop of a few constant steps: all of them one after the other, so that arrays they
-/// index become registers.
+/// Before a loop with a small constant number of steps: unrolls it, so that the arrays it indexes
+/// become registers.
 #if defined(__clang__)
 #define MOE_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
@@ -41,20 +45,22 @@
 #define MOE_UNROLL
 #endif
 
-/// Before a function that is not to become part of those that call it.
+/// Before a function that must not be inlined.
 #if defined(__GNUC__)
 #define MOE_NOINLINE [[gnu::noinline]]
 #else
 #define MOE_NOINLINE
 #endif
 
-/// Around templates that get packets for arguments, whose attributes GCC says it ignores.
+/// MOE_PACKETS_BEGIN and MOE_PACKETS_END stand around templates that have SIMD vectors (packets) for
+/// template arguments: they turn off GCC's warning that it ignores the attributes of such types.
 #if defined(__GNUC__)
 // clang-format off
 #define MOE_PACKETS_BEGIN        \
   _Pragma("GCC diagnostic push") \
   _Pragma("GCC diagnostic ignored \"-Wignored-attributes\"")
 // clang-format on
+/// See MOE_PACKETS_BEGIN.
 #define MOE_PACKETS_END _Pragma("GCC diagnostic pop")
 #else
 #define MOE_PACKETS_BEGIN
@@ -120,7 +126,8 @@ std::string join(const Parts&... parts) {
   return join_parts({Part(parts)...});
 }
 
-/// One function for all messages: each in its own would be a tenth of what a program compiles.
+/// One function that throws for all messages: inlined into each, they would be a tenth of the code that
+/// a program compiles.
 #if defined(__GNUC__)
 [[gnu::noinline, gnu::cold]]
 #endif

@@ -15,9 +15,8 @@
 #include "moe/random.hpp"
 
 /// \file
-/// The fields of a configuration, one by one and by their names: processes compare them, files store
-/// them. A configuration names its fields in the manner of visit_parameters, which leaves it an
-/// aggregate:
+/// The fields of a configuration with their names, which are compared between processes and stored in files.
+/// A configuration names its fields in visit_fields, and remains an aggregate:
 ///
 ///     struct Config {
 ///       Index width = 0;
@@ -30,15 +29,16 @@
 ///       }
 ///     };
 ///
-/// One that is left out, or visited twice, is an error of the compiler. A function next to an
-/// enumeration, found by its argument, names the enumerators, whose values count from 0:
+/// A field that is left out, or visited twice, does not compile. The names of enumerators, whose values
+/// must be 0, 1, 2, ..., are returned by a function beside the enumeration, which is found by
+/// argument-dependent lookup:
 ///
 ///     enum class Norm { none, layer };
 ///     constexpr std::array<std::string_view, 2> enumerator_names(Norm) { return {"none", "layer"}; }
 
 namespace moe::detail {
 
-/// Initialises a field of any type; only in what is never evaluated.
+/// Initialises a field of any type, in unevaluated expressions only.
 struct AnyField {
   template <class Type>
   operator Type() const;  // NOLINT(google-explicit-constructor)
@@ -46,8 +46,8 @@ struct AnyField {
 
 inline constexpr std::size_t most_fields = 24;
 
-/// How many fields an aggregate has, up to one more than most_fields: the largest number that it can
-/// be initialised with. With fewer it can be too, unless one of those left out must be given.
+/// The number of fields of an aggregate, up to one more than most_fields: the largest number of values that
+/// can initialise it.
 template <class Type, class... Fields>
 constexpr std::size_t field_count() {
   if constexpr (sizeof...(Fields) <= most_fields) {
@@ -143,8 +143,8 @@ void with_fields(const Type& value, F&& call) {
   }
 }
 
-/// Room for an object that is never made. Its fields can be referred to all the same, so that they
-/// can be counted where constants are computed.
+/// Memory for an object that is never constructed. Its fields can be referred to all the same, so that they
+/// can be counted in a constant expression.
 template <class Type>
 union Unmade {
   constexpr Unmade() : nothing() {}
@@ -153,7 +153,7 @@ union Unmade {
   Type value;
 };
 
-/// Stands for any visitor where is asked whether a type has visit_fields.
+/// Any visitor, to ask whether a type has visit_fields.
 struct AnyFieldVisitor {
   template <class Field>
   constexpr void operator()(std::string_view, Field&) const {}
@@ -164,14 +164,14 @@ concept HasNamedFields = requires(Type& config) {
   Type::visit_fields(config, AnyFieldVisitor{});
 };
 
-/// Initialises a field of Type, which is no base of it: a base's fields count one by one.
+/// Initialises a field of Type, but not a base class: the fields of a base are counted one by one.
 template <class Type, std::size_t number>
 struct AnyFieldOf {
   template <class Field, class = std::enable_if_t<!std::is_base_of_v<Field, Type>>>
   operator Field() const;  // NOLINT(google-explicit-constructor)
 };
 
-/// Whether an aggregate can be initialised with as many values.
+/// Whether an aggregate can be initialised with this number of values.
 template <class Type, std::size_t... numbers>
 constexpr bool takes_fields(std::index_sequence<numbers...>) {
   return requires { Type{AnyFieldOf<Type, numbers>{}...}; };
@@ -195,8 +195,8 @@ constexpr std::size_t visited_fields() {
   return twice || count > most ? 0 : count;
 }
 
-/// Whether visit_fields visits every field of an aggregate, each once: it can be initialised with as
-/// many values and with no more.
+/// Whether visit_fields visits every field of an aggregate once: then the number of visits is the largest
+/// number of values that can initialise it.
 template <HasNamedFields Type>
 constexpr bool visits_every_field() {
   constexpr std::size_t count = visited_fields<Type>();
@@ -208,8 +208,8 @@ template <class Type>
 inline constexpr bool is_plain_field =
     std::is_arithmetic_v<Type> || std::is_enum_v<Type> || std::is_same_v<Type, Seed>;
 
-/// Whether visit_fields reaches all there is in a configuration: nothing without a name is inside of it,
-/// nor a string or a vector.
+/// Whether visit_fields reaches everything in a configuration: it contains no configuration without names,
+/// no string and no vector.
 template <class Type>
 constexpr bool is_all_named() {
   bool all = is_plain_field<Type>;
@@ -223,7 +223,7 @@ constexpr bool is_all_named() {
   return all;
 }
 
-/// What becomes of a configuration inside of another that has no visit_fields.
+/// What to do with a nested configuration that has no visit_fields.
 enum class Unnamed { numbered, passed_by };
 
 template <Unnamed unnamed, class Type, class F>
@@ -245,21 +245,21 @@ void walk_fields(Type& value, const ParameterName& name, F& f) {
   }
 }
 
-/// Calls f(name, field) for every number, flag, enumerator and seed of a configuration and of those
-/// inside of it, in their order: "gate.experts". Where visit_fields is missing, numbers from 0 stand for
-/// names. What is none of these, a string or a vector for example, is passed by.
+/// Calls f(name, field) for every number, flag, enumerator and seed of a configuration and of those nested
+/// in it, in their order; a name is for example "gate.experts". Without visit_fields the names of fields are
+/// 0, 1, 2, ... Fields of other types, such as strings and vectors, are left out.
 template <class Config, class F>
 void for_each_field(const Config& config, F&& f) {
   walk_fields<Unnamed::numbered>(config, ParameterName(), f);
 }
 
-/// The same for fields that have names, which may be written to if the configuration is not const.
+/// The same for fields with names only. They can be changed if the configuration is not const.
 template <class Config, class F>
 void for_each_named_field(Config& config, F&& f) {
   walk_fields<Unnamed::passed_by>(config, ParameterName(), f);
 }
 
-/// A field as 64 bits, the same ones for the same value, and back.
+/// A field as 64 bits, equal for equal values, and back.
 template <class Field>
 std::int64_t field_bits(const Field& field) {
   if constexpr (std::is_floating_point_v<Field>) {
@@ -284,8 +284,8 @@ concept HasEnumeratorNames = std::is_enum_v<Field> && requires(Field field) {
   enumerator_names(field);
 };
 
-/// A field as text: "64", "0.1", "true", "softmax". The shortest that reads back to the same number,
-/// whatever the locale.
+/// A field as text: "64", "0.1", "true", "softmax". Numbers have the fewest digits that give the same number
+/// when read, in any locale.
 template <class Field>
 std::string field_text(const Field& field) {
   if constexpr (std::is_same_v<Field, bool>) {
@@ -304,7 +304,7 @@ std::string field_text(const Field& field) {
     return std::to_string(field);
   } else {
     std::array<char, 32> digits{};
-    const auto end =
+    auto* const end =
         std::to_chars(digits.data(), digits.data() + digits.size(), static_cast<double>(field)).ptr;
     return {digits.data(), end};
   }

@@ -10,9 +10,9 @@ namespace moe {
 
 namespace detail {
 
-/// The settings in the calling thread's floating-point control register (x86: MXCSR without the
-/// exceptions that have happened; 64-bit ARM: FPCR): its rounding, and what it does with denormal
-/// numbers. 0 where there is no access to it.
+/// The settings in the calling thread's floating-point control register (x86: MXCSR without its exception
+/// flags; 64-bit ARM: FPCR): the rounding mode, and the treatment of denormal numbers. 0 on processors
+/// for which it is not known.
 inline std::uint64_t float_control() {
 #if defined(__SSE__) || defined(_M_X64)
   return _mm_getcsr() & ~unsigned{_MM_EXCEPT_MASK};
@@ -41,7 +41,7 @@ inline constexpr std::uint64_t denormals_are_flushed = std::uint64_t{1} << 24;  
 inline constexpr std::uint64_t denormals_are_flushed = 0;
 #endif
 
-/// For as long as it lives the calling thread computes with this control register.
+/// Sets the calling thread's control register, and restores it in the destructor.
 class FloatControl {
  public:
   explicit FloatControl(std::uint64_t control) : before_(float_control()) {
@@ -59,23 +59,23 @@ class FloatControl {
 
 }  // namespace detail
 
-/// For as long as it lives, denormal numbers (in float those below 1.2e-38) count as 0 on the calling
-/// thread, and in all that the library's workers do for it:
+/// As long as it exists, denormal numbers (for float those below 1.2e-38) count as 0 on the calling thread,
+/// and in the library's workers for it:
 ///
 ///     const moe::FlushDenormals flush;
 ///     for (...) { ... }  // the training
 ///
-/// Processors calculate with denormal numbers many times slower than with others, and training
-/// makes them in passing: a gate that is sure of its choice gives its second expert a weight of
-/// 1e-38, and what goes back through it, and the moments of an optimizer, is as small. A training
-/// that slows down while it goes on is a sign of them. PyTorch's name for this is
-/// torch.set_flush_denormal. The program's other threads are left as they are.
+/// Processors compute with denormal numbers many times slower than with others, and they occur in
+/// training: if a gate gives an expert a weight of 1e-38, the gradients through it and the moments of an
+/// optimizer are as small. A sign of them is that training becomes slower with time. PyTorch has
+/// torch.set_flush_denormal for this. Other threads of the program are not changed.
 class FlushDenormals {
  public:
-  /// Whether this processor can do it, and the library knows how: x86 with SSE, 64-bit ARM. Elsewhere
-  /// the class has no effect.
+  /// Whether the library can do this on the processor: x86 with SSE, 64-bit ARM. On others the class has no
+  /// effect.
   static constexpr bool supported = detail::denormals_are_flushed != 0;
 
+  /// Changes the calling thread's control register.
   FlushDenormals() : control_(detail::float_control() | detail::denormals_are_flushed) {}
 
  private:

@@ -10,9 +10,8 @@ namespace moe::detail {
 template <class Signature>
 class FunctionRef;
 
-/// A reference to a callable, which must outlive it. What takes one is compiled once and not anew
-/// for every lambda, and a call costs little beside a task; neither making nor calling one
-/// allocates.
+/// A reference to a callable, which must outlive it. A function that takes one is compiled once, and
+/// not once for every lambda. Neither making nor calling one allocates.
 template <class Result, class... Arguments>
 class FunctionRef<Result(Arguments...)> {
  public:

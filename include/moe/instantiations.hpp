@@ -1,9 +1,10 @@
 #pragma once
 
 /// \file
-/// What programs use most, in float and double. With MOE_EXTERN_TEMPLATES, moe.hpp includes this file
-/// and the compiler leaves these out, trusting that some file was compiled with MOE_INSTANTIATE and the
-/// same flags. CMake's moe::compiled is such a library, and defines MOE_EXTERN_TEMPLATES for who links it.
+/// Explicit instantiations of what programs use most, in float and double. With MOE_EXTERN_TEMPLATES, moe.hpp
+/// includes this file, and the compiler does not instantiate them: for each of the two types another file must
+/// be compiled with MOE_INSTANTIATE, defined as that type, and with the same flags. CMake's moe::compiled is
+/// such a library, and defines MOE_EXTERN_TEMPLATES for the targets that link it.
 
 #include "moe/experts/expert.hpp"
 #include "moe/experts/feed_forward.hpp"
@@ -57,8 +58,12 @@
   MOE_EXTERN template class Adam<Scalar>;
 
 namespace moe {
+#ifdef MOE_INSTANTIATE
+MOE_INSTANTIATIONS(MOE_INSTANTIATE)
+#else
 MOE_INSTANTIATIONS(float)
 MOE_INSTANTIATIONS(double)
+#endif
 }  // namespace moe
 
 #undef MOE_INSTANTIATIONS

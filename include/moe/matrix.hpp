@@ -30,6 +30,7 @@ using Eigen::Index;
 template <class Scalar>
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
+/// A dense column of numbers.
 template <class Scalar>
 using Vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
 
@@ -41,22 +42,26 @@ using MatrixRef = Eigen::Ref<const Matrix<Scalar>>;
 /// Somebody else's memory seen as a matrix, to write and to read.
 template <class Scalar>
 using MatrixView = Eigen::Map<Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
+/// Somebody else's memory seen as a matrix, to read only.
 template <class Scalar>
 using ConstMatrixView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
 
-/// Ids, targets or other whole numbers that are only read: a vector, array or span of Index. One of
-/// another integer type, whose memory is laid out otherwise, gets a message of the compiler.
+/// Ids, targets or other whole numbers that are only read: a vector, array or span of Index. Another
+/// integer type has another memory layout; passing it does not compile, and the message says why.
 class IndexSpan : public std::span<const Index> {
  public:
   using std::span<const Index>::span;
+  /// Refers to these numbers, which must outlive it.
   IndexSpan(std::span<const Index> numbers)  // NOLINT(google-explicit-constructor)
       : std::span<const Index>(numbers) {}
 
+  /// For numbers of another integer type, refused when compiled: see the class.
   template <class Numbers>
   requires requires(const Numbers& numbers) {
     requires std::integral<typename decltype(std::span(numbers))::value_type>;
     requires !std::convertible_to<const Numbers&, std::span<const Index>>;
   }
+  /// For numbers of another integer type, refused when compiled: see the class.
   IndexSpan(const Numbers&) {  // NOLINT(google-explicit-constructor)
     static_assert(std::is_void_v<Numbers>,
                   "ids and targets are of type moe::Index (std::ptrdiff_t): make them a "
@@ -64,10 +69,10 @@ class IndexSpan : public std::span<const Index> {
   }
 };
 
-/// `count` things from `first` on: rows, or columns, that a task computes.
+/// Rows, columns or other things first, first + 1, ..., first + count - 1.
 struct Range {
-  Index first = 0;
-  Index count = 0;
+  Index first = 0;  ///< the first of them
+  Index count = 0;  ///< how many there are, >= 0
 };
 
 /// `count` whole rows from row `first` on.
@@ -77,21 +82,25 @@ MatrixView<Scalar> rows_of(Matrix<Scalar>& matrix, Index first, Index count) {
   return {matrix.data() + first * matrix.cols(), count, matrix.cols(),
           Eigen::OuterStride<>(matrix.cols())};
 }
+/// The same of a matrix that is only read.
 template <class Scalar>
 ConstMatrixView<Scalar> rows_of(const Matrix<Scalar>& matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());
   return {matrix.data() + first * matrix.cols(), count, matrix.cols(),
           Eigen::OuterStride<>(matrix.cols())};
 }
+/// The whole matrix as a view.
 template <class Scalar>
 MatrixView<Scalar> view(Matrix<Scalar>& matrix) {
   return rows_of(matrix, 0, matrix.rows());
 }
+/// The same of a matrix that is only read.
 template <class Scalar>
 ConstMatrixView<Scalar> view(const Matrix<Scalar>& matrix) {
   return rows_of(matrix, 0, matrix.rows());
 }
 
+/// The same of a view.
 template <class Scalar>
 MatrixView<Scalar> rows_of(MatrixView<Scalar> matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());
@@ -105,6 +114,7 @@ MatrixView<Scalar> columns_of(MatrixView<Scalar> matrix, Index first, Index coun
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
   return {matrix.data() + first, matrix.rows(), count, Eigen::OuterStride<>(matrix.outerStride())};
 }
+/// The same of a view that is only read.
 template <class Scalar>
 ConstMatrixView<Scalar> columns_of(ConstMatrixView<Scalar> matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
@@ -113,7 +123,8 @@ ConstMatrixView<Scalar> columns_of(ConstMatrixView<Scalar> matrix, Index first, 
 
 namespace detail {
 
-/// What is the same for rows to be read and rows to be written, `Rows` of entries that are const or not.
+/// What GatheredRows and ScatteredRows have in common: `Rows` is one of them, `Entry` its number, const
+/// where rows are only read.
 template <class Rows, class Entry>
 class ListedRows {
  public:
@@ -148,10 +159,13 @@ class ListedRows {
 template <class Scalar>
 class GatheredRows : public detail::ListedRows<GatheredRows<Scalar>, const Scalar> {
  public:
+  /// `count` rows of `width` numbers each. Row i starts at `data + list[i]·stride`, without a
+  /// list at `data + i·stride`.
   GatheredRows(const Scalar* data, Index stride, Index count, Index width,
                const Index* list = nullptr)
       : detail::ListedRows<GatheredRows, const Scalar>(data, stride, count, width, list) {}
 
+  /// All rows of a row-major matrix, block or map.
   template <class Derived>
   GatheredRows(const Eigen::MatrixBase<Derived>& matrix)  // NOLINT(google-explicit-constructor)
       : GatheredRows(matrix.derived().data(), matrix.derived().outerStride(), matrix.rows(),
@@ -159,6 +173,7 @@ class GatheredRows : public detail::ListedRows<GatheredRows<Scalar>, const Scala
     static_assert(Derived::IsRowMajor && Derived::InnerStrideAtCompileTime == 1);
   }
 
+  /// `count` rows of a row-major matrix, block or map in the order of `list`.
   template <class Derived>
   GatheredRows(const Eigen::MatrixBase<Derived>& matrix, const Index* list, Index count)
       : GatheredRows(matrix.derived().data(), matrix.derived().outerStride(), count, matrix.cols(),
@@ -167,19 +182,23 @@ class GatheredRows : public detail::ListedRows<GatheredRows<Scalar>, const Scala
   }
 };
 
-/// The same to be written: rows of a matrix in the order of a list, which names no row twice.
+/// Chosen rows of a matrix to write to, in the order of a list, which names no row twice; without a
+/// list, all rows in their own order. A view, like GatheredRows.
 template <class Scalar>
 class ScatteredRows : public detail::ListedRows<ScatteredRows<Scalar>, Scalar> {
  public:
+  /// `count` rows of `width` numbers each; where they start, GatheredRows says.
   ScatteredRows(Scalar* data, Index stride, Index count, Index width, const Index* list = nullptr)
       : detail::ListedRows<ScatteredRows, Scalar>(data, stride, count, width, list) {}
 
+  /// All rows of a matrix.
   ScatteredRows(Matrix<Scalar>& matrix)  // NOLINT(google-explicit-constructor)
       : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
+  /// All rows of a view.
   ScatteredRows(MatrixView<Scalar> matrix)  // NOLINT(google-explicit-constructor)
       : ScatteredRows(matrix.data(), matrix.outerStride(), matrix.rows(), matrix.cols()) {}
 
-  /// How far apart neighbouring rows are, or 0 where a list says it.
+  /// The distance in numbers between rows i and i + 1, or 0 if there is a list.
   Index step() const { return this->list_ ? 0 : this->stride_; }
 };
 
@@ -193,12 +212,12 @@ auto* row_data(Matrix&& matrix, Index i) {
   return matrix.data() + i * matrix.outerStride();
 }
 
-// What the library itself does to whole matrices. Eigen's assignments do the same, and each is
-// about a twentieth of what a program that trains a layer compiles.
+// What the library itself does to whole matrices. Eigen's assignments do the same, but each of them
+// takes about a twentieth of the time to compile a program that trains a layer.
 
 /// Resizes scratch memory, whose contents may be lost; like Eigen's resize it keeps its memory when
-/// nothing changed. Not inline like that, since a pass resizes some dozen matrices. What does not fit
-/// is released before memory is taken: never are both there at once, and std::bad_alloc leaves an
+/// the size stays. Not inline, since a pass resizes some dozen matrices. Memory of another size is
+/// released before new memory is taken, so both never exist at once, and std::bad_alloc leaves an
 /// empty matrix. (Eigen's own resize leaves one that points to memory it has freed.)
 template <class Scalar>
 MOE_NOINLINE void resize(Matrix<Scalar>& matrix, Index rows, Index columns) {
@@ -245,7 +264,7 @@ MOE_NOINLINE Matrix<Scalar> zeros(Index rows, Index columns) {
   return matrix;
 }
 
-/// Memory from a first element up to one behind the last.
+/// The addresses from a first element up to just behind the last.
 struct MemoryRange {
   std::uintptr_t begin = 0;
   std::uintptr_t end = 0;
@@ -270,8 +289,8 @@ struct MemoryRange {
   bool overlaps(const MemoryRange& other) const { return begin < other.end && other.begin < end; }
 };
 
-/// Throws std::invalid_argument if an argument of a pass is, or is a part of, what the pass writes
-/// to or resizes: the pass would read what it has overwritten, or memory that it has freed.
+/// Throws std::invalid_argument if an argument of a pass overlaps memory that the pass writes to or
+/// resizes: it would read numbers that it has overwritten, or memory that it has freed.
 MOE_NOINLINE inline void require_apart(std::string_view verb, std::string_view argument,
                                        const MemoryRange& of_argument,
                                        std::initializer_list<MemoryRange> written) {
@@ -303,7 +322,7 @@ template <class Scalar>
 struct RowFactors {
   static constexpr Scalar one{1};
   const Scalar* data = &one;
-  Index step = 0;  ///< between those of neighbouring rows
+  Index step = 0;  ///< the distance between the factors of rows i and i + 1
 
   const Scalar* at(Index row) const { return data + row * step; }
   RowFactors from(Index row) const { return {at(row), step}; }
@@ -313,8 +332,8 @@ struct RowFactors {
 template <class Scalar>
 inline constexpr auto cache_line = static_cast<Index>(64 / sizeof(Scalar));
 
-/// `width`, and a cache line more where rows that long would begin a large power of two apart:
-/// those compete for the same few places of a cache.
+/// A distance between rows of `width` numbers: `width`, or a cache line more where rows would begin a
+/// multiple of 1 KiB apart. Such rows compete for the same few sets of a cache.
 template <class Scalar>
 constexpr Index padded_stride(Index width) {
   constexpr Index line = cache_line<Scalar>;

@@ -1,8 +1,9 @@
 #pragma once
 
 /// \file
-/// The whole library but io/ and mpi/, which have dependencies of their own, weights/, which those who
-/// serve include (moe/weights/serving_layer.hpp), and testing/.
+/// The whole library except io/ and mpi/, which have dependencies of their own, weights/ and adapt/ (for
+/// inference with narrow weights include moe/weights/serving_layer.hpp, for fine-tuning moe/adapt/lora.hpp), and
+/// testing/.
 
 #include "moe/config.hpp"
 #include "moe/config_fields.hpp"
@@ -21,6 +22,7 @@
 #include "moe/gates/top_k_gate.hpp"
 #include "moe/indexed_vector.hpp"
 #include "moe/kernels/gemm.hpp"
+#include "moe/layer/balance_record.hpp"
 #include "moe/layer/local_dispatch.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/matrix.hpp"

@@ -11,17 +11,17 @@
 #endif
 
 /// \file
-/// The only place that knows of threads: OpenMP where the user compiles with it, else serial.
+/// The only file that uses threads: those of OpenMP if the program is compiled with it, else none.
 ///
-/// Work is split by what it writes and every sum keeps one order, so the number of threads
-/// (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result; for that, workers also
-/// round and flush denormals as the calling thread does. Compile all files of a
-/// program alike, with OpenMP or without: these are inline functions, of which the linker keeps
-/// one.
+/// Work is split by what it writes, and the terms of every sum are added in one order, so the number
+/// of threads (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result. Workers also
+/// take over the calling thread's rounding mode and its treatment of denormals. Compile all files of
+/// a program with OpenMP or all without: these are inline functions, and the linker takes one copy
+/// of each.
 
 namespace moe {
 
-/// How many workers the next parallel_for may use: 1 without OpenMP and inside a parallel region.
+/// The largest number of workers that parallel_for() uses: 1 without OpenMP and inside a parallel region.
 inline Index worker_count() {
 #ifdef _OPENMP
   return omp_in_parallel() ? 1 : omp_get_max_threads();
@@ -31,9 +31,9 @@ inline Index worker_count() {
 }
 
 /// Calls f(i, worker) once for every i in [0, count), in any order, worker in [0, worker_count()).
-/// Two calls with the same worker never overlap, so a worker may own scratch. Of several
-/// exceptions the one with the smallest i is thrown on, whatever the number of threads; which other
-/// calls were made by then is unspecified.
+/// Two calls with the same worker never overlap, so each worker can have its own scratch. If several
+/// calls throw, the exception of the smallest i is thrown, whatever the number of threads; which
+/// other calls were made is unspecified.
 inline void parallel_for(Index count, detail::FunctionRef<void(Index, Index)> f) {
 #ifdef _OPENMP
   if (count > 1 && worker_count() > 1) {
@@ -63,29 +63,30 @@ inline void parallel_for(Index count, detail::FunctionRef<void(Index, Index)> f)
   for (Index i = 0; i < count; ++i) f(i, Index{0});
 }
 
-/// How much a loop has to do, in multiply-adds of a matrix product, of which a core does some
-/// twenty to fifty in a nanosecond.
+/// The work of a loop, measured in multiply-adds of a matrix product, of which a core does about twenty
+/// to fifty a nanosecond.
 struct Work {
-  Index multiply_adds = 0;
+  Index multiply_adds = 0;  ///< of the whole loop
 };
 
 /// The work of reading, changing and writing elements of matrices.
 constexpr Work element_work(Index elements) { return {16 * elements}; }
-/// That of an exponential or a few random bits for each of some elements.
+/// The work of an exponential, or of drawing a random number, for each element.
 constexpr Work function_work(Index elements) { return {64 * elements}; }
 
-/// Less than this stays on the calling thread: to wake others costs some microseconds, and on a
-/// machine that others use some milliseconds, since OpenMP's threads wait for each other in a busy
-/// loop. It is compared with the work alone, never with time. bench/threads.cpp has the row that
-/// shows where two threads begin to be worth it.
+/// A loop with less work than this stays on the calling thread: to wake other threads takes
+/// microseconds, and milliseconds where other programs use the cores too, since OpenMP's threads wait
+/// for each other in a busy loop. bench/threads.cpp measures from which work on two threads are
+/// faster than one.
 inline constexpr Work least_shared_work{Index{1} << 20};
 
-/// How many workers a loop with this much work uses.
+/// The number of workers that a loop with this much work uses.
 inline Index worker_count(Work work) {
   return work.multiply_adds < least_shared_work.multiply_adds ? 1 : worker_count();
 }
 
-/// parallel_for() of a loop that has this much to do in all; too little stays on the calling thread.
+/// parallel_for() of a loop with this much work in all; below least_shared_work it stays on the calling
+/// thread.
 inline void parallel_for(Index count, Work work, detail::FunctionRef<void(Index, Index)> f) {
   if (worker_count(work) > 1) return parallel_for(count, f);
   for (Index i = 0; i < count; ++i) f(i, Index{0});

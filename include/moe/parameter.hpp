@@ -11,28 +11,31 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// Parameters, and the one door through which optimizers, checkpoints, gradient checks and
+/// Parameters, and for_each_parameter(), by which optimizers, checkpoints, gradient checks and
 /// clipping reach them.
 
 namespace moe {
 
-/// Which parameters zeroing, clipping and an optimizer's update go to. `dense`: all of them.
-/// `lazy`: not to those of experts that got no token since zero_gradients(); these then cost
-/// nothing but being walked over. Where a gradient of zero has no effect (zeroing, clipping) the
-/// results have the same bits; the optimizers say what becomes of decay and momentum.
+/// Which parameters zeroing, clipping and an optimizer's update go to. Where a gradient of zero has no
+/// effect (zeroing, clipping) both give the same bits; each optimizer says what a lazy update does
+/// to its decay and momentum.
 ///
-/// An expert in a layer keeps track of its own gradients, so a user's network need not, and so does
-/// a HierarchicalGate of those of its secondary gates. Gradients written by hand into either
-/// without a token are not seen by what is lazy; those of all other modules, other gates included,
-/// always are. Lazy zeroing does not touch such memory: backward writes over what is there, as
-/// after PyTorch's zero_grad(set_to_none=True) (a plain network, which can only add, finds zeros).
-enum class Updates { dense, lazy };
+/// A layer tracks the gradients of its experts, so a user's network need not, and a
+/// HierarchicalGate tracks those of its secondary gates. A gradient written by hand into one of
+/// these that got no token is not seen by lazy functions. The gradients of all other modules, other
+/// gates included, are not tracked and always count as added to. Lazy zeroing does not touch the
+/// memory of tracked gradients: backward writes over it, as after PyTorch's
+/// zero_grad(set_to_none=True). (A plain network, which can only add, finds zeros there.)
+enum class Updates {
+  dense,  ///< all parameters
+  lazy    ///< leaves out those of experts that got no token since zero_gradients()
+};
 
 namespace detail {
 
-/// What is known of a gradient without looking at it.
+/// What is known of a gradient without reading its numbers.
 enum class GradientState : unsigned char {
-  untracked,  ///< nothing, nobody keeps track
+  untracked,  ///< nothing: nobody tracks it
   zero,       ///< nothing was added since it was zero
   stale,  ///< it stands for zero, but its memory holds old numbers, for whoever adds to write over
   added_to,
@@ -51,7 +54,8 @@ struct StoredGradient {
 
 }  // namespace detail
 
-/// A gradient that is only read; where it stands for zero, one zero seen from everywhere.
+/// A gradient that is only read. Where a gradient has no memory and stands for zero, the strides are 0
+/// and every element is the same zero.
 template <class Scalar>
 using GradientView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned,
                                 Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
@@ -59,13 +63,14 @@ using GradientView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned,
 /// Where a backward pass adds to a gradient, and what the memory there holds.
 template <class Scalar>
 struct Accumulation {
+  /// What the memory of a gradient holds.
   enum class Holds {
     zero,   ///< zeros: add
     stale,  ///< old numbers: write over them, all of them
     sum,    ///< what other passes added: add
   };
   Matrix<Scalar>& memory;  ///< of the shape of the value
-  Holds holds;
+  Holds holds;             ///< what is in `memory` now
 };
 
 /// A trained matrix and the gradient of the loss with respect to it, of the same shape. A bias is
@@ -76,27 +81,30 @@ struct Accumulation {
 /// takes none for gradients.
 ///
 /// A parameter that is not `trained` belongs to the module's state without being a weight: it is
-/// named, saved and loaded like the others, but no gradient is computed for it, and clipping and
-/// the optimizers pass it by, weight decay included. Only the module moves it. To freeze a part of
-/// a model, set `trained` to false in its parameters: backward then leaves out the products that
-/// their gradients would take, and zero_gradients() releases the memory of those they had.
+/// named, saved and loaded like the others, but no gradient is computed for it, and clipping, the
+/// optimizers and their weight decay leave it alone, and have no memory for one that was never trained.
+/// Only the module itself changes it. To freeze a
+/// part of a model, set `trained` to false in its parameters: backward then leaves out the products
+/// for their gradients, and zero_gradients() releases the memory of these gradients.
 template <class Scalar>
 struct Parameter {
-  Matrix<Scalar> value;
-  bool trained = true;
+  Matrix<Scalar> value;                   ///< rows x columns
+  bool trained = true;                    ///< whether it is a weight, see above
   detail::StoredGradient<Scalar> stored;  ///< the library's own: see gradient()
-  /// The library's own: a number that a layer gives to its parameters when its experts are added,
-  /// copied or removed, by which an optimizer knows whether it remembers these.
+  /// The library's own: a number that a layer gives to its parameters whenever experts are added,
+  /// copied or removed. An optimizer compares it to the one its moments belong to.
   std::uint64_t structure = 0;
 
   Parameter() = default;
+  /// Zeros of this shape.
   Parameter(Index rows, Index columns)
       : value(detail::zeros<Scalar>(rows, columns)), stored{{}, rows, columns} {}
 
+  /// Numbers in the value: rows · columns.
   Index size() const { return value.size(); }
 
-  /// To read and to write: materializes a gradient that stands for zero, so it may take memory and
-  /// throw std::bad_alloc.
+  /// The gradient, to read and to write. One that has no memory yet, or old numbers, is set to zeros
+  /// first, so this may take memory and throw std::bad_alloc.
   Matrix<Scalar>& gradient() {
     if (stored.is_stale()) {
       detail::resize_to_zero(stored.memory, stored.rows, stored.columns);
@@ -105,10 +113,10 @@ struct Parameter {
     return stored.memory;
   }
 
-  /// For a backward pass that can write over stale numbers; one that can only add takes gradient(),
-  /// and in an expert both are done by the layer. Call it right before adding, since from then on
-  /// the memory counts as the gradient, and only where the parameter is trained. May take memory
-  /// and throw std::bad_alloc, with nothing changed that can be seen.
+  /// The gradient for a backward pass that can write over stale numbers. A pass that can only add
+  /// uses gradient(); in an expert the layer does both. Call it right before adding, since from then
+  /// on the memory counts as the gradient, and only if the parameter is trained. May take memory
+  /// and throw std::bad_alloc; the gradient then still has its old value.
   ///
   ///     const auto [memory, holds] = weight.accumulate();
   ///     if (holds == moe::Accumulation<Scalar>::Holds::stale) memory = dweight;
@@ -125,7 +133,7 @@ struct Parameter {
     return {stored.memory, holds};
   }
 
-  /// To read: never takes memory, and always shows what the gradient stands for.
+  /// The gradient, to read. Takes no memory: a stale gradient is seen as zeros.
   GradientView<Scalar> gradient() const {
     static constexpr Scalar zero{0};
     using Stride = Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>;
@@ -141,10 +149,13 @@ struct Parameter {
 class ParameterName {
  public:
   ParameterName() = default;
+  /// The name of a part, "up", of something that has a name.
   ParameterName(const ParameterName& parent, std::string_view part)
       : parent_(&parent), part_(part) {}
+  /// The name of element `index` of a list that has a name.
   ParameterName(const ParameterName& parent, Index index) : parent_(&parent), index_(index) {}
 
+  /// The whole name, parts separated by dots.
   std::string string() const {
     if (parent_ == nullptr) return {};
     std::string text = parent_->string();
@@ -152,6 +163,7 @@ class ParameterName {
     (part_.empty() ? detail::Part(index_) : detail::Part(part_)).append_to(text);
     return text;
   }
+  /// The same, implicitly.
   operator std::string() const { return string(); }  // NOLINT(google-explicit-constructor)
 
  private:
@@ -165,8 +177,8 @@ namespace detail {
 template <class Module, class F>
 void visit_parameters(Module& module, const ParameterName& name, F& f);
 
-/// What a module's visit_parameters receives: called with a name and a member, it hands a parameter
-/// to the user's function and walks into a module or a vector of modules.
+/// The visitor that a module's visit_parameters gets. Called with a name and a member, it calls f for a
+/// parameter, and visits the parameters of a module or a vector of modules.
 template <class F>
 class ParameterVisitor {
  public:
@@ -182,13 +194,13 @@ class ParameterVisitor {
   F& f_;
 };
 
-/// Stands for any visitor where a concept asks whether a type has visit_parameters.
+/// Any visitor, for concepts that require visit_parameters.
 struct AnyVisitor {
   template <class Member>
   void operator()(std::string_view, Member&) const {}
 };
 
-// The types that parts of users must have, one by one, for messages about what a class lacks.
+// The types that networks, gates and policies must have, one by one, for messages about a missing one.
 // clang-format off
 template <class T>
 concept HasScalar = requires { typename T::Scalar; };
@@ -227,8 +239,8 @@ void walk_parameters(Module& module, F&& f) {
   visit_parameters(module, ParameterName(), f);
 }
 
-/// Throws std::invalid_argument where a parameter was given a value of another shape than the module
-/// made it, a weight of PyTorch's that was not transposed for example. `of` names the module.
+/// Throws std::invalid_argument if a parameter was given a value of another shape than the module made,
+/// such as a weight of PyTorch that was not transposed. `of` names the module.
 template <class Module>
 void check_shapes(const Module& module, std::string_view of) {
   walk_parameters(module, [&](const ParameterName& name, const auto& p) {
@@ -239,8 +251,8 @@ void check_shapes(const Module& module, std::string_view of) {
   });
 }
 
-/// Throws std::invalid_argument unless two modules of a type have the same parameters; the message
-/// begins with `of`, and a parameter's name in the module follows.
+/// Throws std::invalid_argument unless two modules of a type have parameters of the same shapes. The
+/// message begins with `of`, which the name of the parameter in the module follows.
 template <class Module>
 void check_same_shapes(const Module& there, const Module& here, std::string_view of) {
   std::vector<std::pair<Index, Index>> shapes;
@@ -258,7 +270,7 @@ void check_same_shapes(const Module& there, const Module& here, std::string_view
   require(next == shapes.size(), of, ": other parameters");
 }
 
-/// Whether a parameter is to be passed by.
+/// Whether an update leaves a parameter out.
 template <class Scalar>
 bool is_idle(const Parameter<Scalar>& parameter, Updates updates) {
   if (!parameter.trained) return true;
@@ -301,14 +313,14 @@ bool is_trained(const Module& module) {
 ///     }
 ///
 /// visit_parameters may be called from several threads at once (an optimizer does), so it should do
-/// no more. So may this function on a const module.
+/// nothing else. This function may be called from several threads too, on a const module.
 template <class Module, class F>
 void for_each_parameter(Module& module, F&& f) {
   detail::walk_parameters(module,
                           [&](const ParameterName& name, auto& parameter) { f(name, parameter); });
 }
 
-/// Number of trained scalars.
+/// The number of trained scalars of a module.
 template <class Module>
 Index parameter_count(const Module& module) {
   Index count = 0;
@@ -318,9 +330,9 @@ Index parameter_count(const Module& module) {
   return count;
 }
 
-/// Sets every gradient to zero: before the first backward pass of an update. Lazy, it takes those
-/// that nothing was added to for zero already, and leaves it to backward to write over the others.
-/// Of parameters that are not trained it releases what memory their gradients had.
+/// Sets every gradient to zero; call it before the first backward pass of an update. With
+/// Updates::lazy, tracked gradients (see Updates) are only marked as stale, and backward writes over
+/// them. The gradients of parameters that are not trained are released.
 template <class Module>
 void zero_gradients(Module& module, Updates updates = Updates::dense) {
   using detail::GradientState;
@@ -343,8 +355,8 @@ void zero_gradients(Module& module, Updates updates = Updates::dense) {
 
 namespace detail {
 
-/// Starts to keep track of the gradients of a module, which must have none yet. From then on
-/// whatever adds to one calls accumulate().
+/// Begins to track the gradients of a module, which must have none yet. From then on everything that adds
+/// to a gradient must call accumulate().
 template <class Module>
 void track_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
@@ -353,9 +365,8 @@ void track_gradients(Module& module) {
   });
 }
 
-/// Takes memory for the gradients that are tracked and will be added to sooner or later, so that an
-/// expert that gets its first tokens in a later pass finds it there. It is not written to: those
-/// gradients are stale.
+/// Takes memory for the tracked gradients of trained parameters, so that an expert that gets its first
+/// tokens in a later pass need not allocate. The memory is not written to: those gradients are stale.
 template <class Module>
 void reserve_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
@@ -366,9 +377,9 @@ void reserve_gradients(Module& module) {
   });
 }
 
-/// Parameter::accumulate() for all parameters of a module. Those that are not trained stand for zero
-/// from then on. Returns whether the pass must write over the others, all of them being stale, which
-/// only happens if it `can_replace` them; else what is stale is materialized.
+/// Parameter::accumulate() for all trained parameters of a module; the gradients of the others become
+/// stale. If the pass `can_replace` gradients and all are stale, returns true: the pass must then write
+/// over all of them. Otherwise sets stale ones to zeros and returns false.
 template <class Module>
 bool accumulate(Module& module, bool can_replace = false) {
   bool replace = can_replace;

@@ -51,12 +51,15 @@ constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> count
 
 namespace detail {
 
-/// A number that must be given, since any default would be a trap. `Meaning` keeps two kinds apart.
+/// A number without a default, for which any default would be a trap. `Meaning` makes seeds and steps
+/// different types.
 template <class Meaning>
 class Given {
  public:
   constexpr Given(std::uint64_t number) : number_(number) {}  // NOLINT(google-explicit-constructor)
-  constexpr operator std::uint64_t() const { return number_; }
+  constexpr operator std::uint64_t() const {                  // NOLINT(google-explicit-constructor)
+    return number_;
+  }
 
  private:
   std::uint64_t number_;
@@ -64,16 +67,16 @@ class Given {
 
 }  // namespace detail
 
-/// A seed. What is made of equal seeds starts with equal numbers and draws equal noise, so a default
-/// would make twins of any two layers whose configuration left it out. (Nor does a counter stand in:
-/// a layer's numbers would depend on what the program made before it.)
+/// A seed: it has no default. Equal seeds give equal initial numbers and equal noise, so with a default
+/// any two layers whose configurations leave it out would be equal. (A global counter as the default
+/// would make a layer's numbers depend on what the program made before it.)
 using Seed = detail::Given<struct SeedMeaning>;
 
-/// The number of an update. A default would draw the same noise at every update.
+/// The number of an update: it has no default, which would draw the same noise at every update.
 using Step = detail::Given<struct StepMeaning>;
 
-/// A seed for part `stream` of something that was seeded with `seed`; different streams are
-/// independent. A model derives one seed a module from its own.
+/// A seed for part `stream` of something that has the seed `seed`; different streams are independent.
+/// A model derives a seed for each of its modules from its own seed.
 constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {
   const auto words = philox({static_cast<std::uint32_t>(stream),
                              static_cast<std::uint32_t>(stream >> 32), 0x6D6F65u, 0xFFFFFFFFu},
@@ -84,8 +87,8 @@ constexpr std::uint64_t derive_seed(std::uint64_t seed, std::uint64_t stream) {
 /// Which random numbers a training pass draws: those of update `step`, the rows of the batch being
 /// tokens first_token, first_token + 1, ... of a larger whole. The same key replays the same noise.
 struct NoiseKey {
-  Step step;
-  std::uint32_t first_token = 0;
+  Step step;                      ///< the number of the update
+  std::uint32_t first_token = 0;  ///< the number of the token in row 0 of the batch
 };
 
 namespace detail {
@@ -104,13 +107,13 @@ inline std::array<std::uint32_t, 4> noise_words(std::uint64_t seed, const NoiseK
   return philox(noise_counter(key, row, column_block), seed);
 }
 
-/// a·b + c of finite numbers, rounded once, by a processor that has no instruction for it. In
-/// double the product of two floats is exact, and a sum that is rounded to an odd last digit is
-/// rounded to float as the exact one would be (S. Boldo, G. Melquiond, "Emulation of FMA and
-/// Correctly Rounded Sums", 2008).
+/// a·b + c of finite numbers, rounded once, for processors that have no instruction for it. The
+/// product of two floats is exact in double. The sum is rounded to odd, which makes the second
+/// rounding, to float, give what one rounding of the exact sum gives (S. Boldo, G. Melquiond,
+/// "Emulation of FMA and Correctly Rounded Sums", 2008).
 EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b);
-  const double addend = static_cast<double>(c);
+  const auto addend = static_cast<double>(c);
   const double sum = product + addend;
   const double rest = sum - product;
   const double error = (product - (sum - rest)) + (addend - rest);
@@ -124,7 +127,7 @@ EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
   return static_cast<float>(std::bit_cast<double>(bits + moves - 2 * toward_zero));
 }
 
-/// a·b + c rounded once: everything below is made of it, so it has the same bits on every platform.
+/// a·b + c rounded once. Everything below uses it, and so has the same bits on every platform.
 EIGEN_ALWAYS_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
   return std::fma(a, b, c);
@@ -139,7 +142,7 @@ EIGEN_ALWAYS_INLINE float portable_log(float x) {
   const auto bits = std::bit_cast<std::int32_t>(x);
   const std::int32_t two_thirds = 0x3F2AAAAB;
   const std::int32_t exponent = (bits - two_thirds) >> 23;
-  const float mantissa = std::bit_cast<float>(bits - (exponent << 23));
+  const auto mantissa = std::bit_cast<float>(bits - (exponent << 23));
   const float s = (mantissa - 1.0f) / (mantissa + 1.0f);
   const float s2 = s * s;
   float series = 1.0f / 11.0f;
@@ -165,8 +168,8 @@ EIGEN_ALWAYS_INLINE float erfinv_middle(float w) {
   return polynomial(w - 2.5f, 2.81022636e-08f, 3.43273939e-07f, -3.5233877e-06f, -4.39150654e-06f,
                     2.1858087e-04f, -1.25372503e-03f, -4.17768164e-03f, 0.246640727f, 1.50140941f);
 }
-/// The published tail ends at w = 16 and 32 bits reach 21.5, so this one was fitted anew, to 7e-6
-/// in the tail's probability.
+/// The same in the tail (w >= 5). The published approximation ends at w = 16 and 32 random bits reach
+/// 21.5, so this one was fitted anew, to 7e-6 in the tail's probability.
 EIGEN_ALWAYS_INLINE float erfinv_tail(float w) {
   return polynomial(std::sqrt(w) - 3.0f, 3.64533917e-05f, -1.47937535e-04f, -3.40692932e-05f,
                     1.28576276e-03f, -3.55479051e-03f, 5.76756196e-03f, -7.65693327e-03f,
@@ -175,25 +178,24 @@ EIGEN_ALWAYS_INLINE float erfinv_tail(float w) {
 
 }  // namespace detail
 
-/// Standard normal deviates, each from 32 random bits: the quantile of ((bits >> 1) + 1/2) / 2^32
-/// with the lowest bit for its sign, so |n| < 6.4. The bits of the result depend on no platform.
+/// Standard normal deviates, each from 32 random bits: the quantile of ((bits >> 1) + 1/2) / 2^32,
+/// with the lowest bit as its sign, so |n| < 6.4. The result has the same bits on every platform.
 template <std::size_t N>
 std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) {
   std::array<float, N> w;
   std::array<float, N> y;
   std::array<float, N> normal;
-  // Loops of their own, so that the compiler can turn the first into vector code: it has no branch,
-  // and only one deviate in three hundred needs the last.
+  // Separate loops, so that the compiler can vectorize the first, which has no branch. Only one deviate in
+  // three hundred needs the last.
   for (std::size_t i = 0; i < N; ++i) {
     const float tail = (static_cast<float>(static_cast<std::int32_t>(bits[i] >> 1)) + 0.5f) *
                        0x1p-32f;  // in (0, 1/2]
-    const float sign = static_cast<float>(1 - 2 * static_cast<std::int32_t>(bits[i] & 1u));
+    const auto sign = static_cast<float>(1 - 2 * static_cast<std::int32_t>(bits[i] & 1u));
     w[i] = -detail::portable_log(4.0f * tail * (1.0f - tail));
     y[i] = sign * (1.0f - 2.0f * tail) * 1.41421356f;
     normal[i] = detail::erfinv_middle(w[i]) * y[i];
   }
-  // As integers, which compilers take the maximum of in vector code, positive floats have their
-  // order.
+  // Positive floats have the same order as integers, and compilers vectorize a maximum of integers.
   std::int32_t largest = 0;
   for (const float each : w) largest = std::max(largest, std::bit_cast<std::int32_t>(each));
   const bool tails = largest >= std::bit_cast<std::int32_t>(5.0f);
@@ -203,12 +205,13 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
   return normal;
 }
 
+/// One standard normal deviate, as standard_normals() makes it of the same bits.
 inline float standard_normal(std::uint32_t bits) { return standard_normals(std::array{bits})[0]; }
 
 namespace detail {
 
-/// Counters that are drawn from together, word by word; a counter's deviates are next to each
-/// other.
+/// Counters that are hashed together in vector registers, stored word by word. The four deviates of a
+/// counter are next to each other in the result.
 struct NoiseLanes {
   static constexpr std::size_t count = 16;
 #if defined(EIGEN_VECTORIZE_AVX512)
@@ -226,8 +229,8 @@ struct NoiseLanes {
     for (std::size_t word = 0; word < 4; ++word) counters[word].fill(counter[word]);
     for (std::size_t i = 0; i < count; ++i) counters[0][i] += static_cast<std::uint32_t>(i);
   }
-  // Not inline, else GCC keeps counters in scalar registers where it saw them set one by one; and
-  // the words of a lane are written out, so that they become vector code.
+  // Not inline: otherwise GCC keeps counters that are set one by one in scalar registers. The words of a
+  // lane are written out, so that they become vector code.
   MOE_NOINLINE std::array<float, 4 * count> normals(std::uint64_t seed) const {
     auto words = counters;
     philox_lanes(words, seed);
@@ -249,8 +252,8 @@ struct NoiseLanes {
   }
 };
 
-/// Rows of normal noise, n being rows x columns, keyed by (seed, step, token(row), column). The
-/// ends of rows that are less than NoiseLanes draws at once go together.
+/// Fills n (rows x columns) with normal noise keyed by (seed, step, token(row), column). The ends of
+/// rows, where fewer counters are left than NoiseLanes has, are drawn together.
 template <class Scalar>
 void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns,
                 FunctionRef<Index(Index)> token, Scalar* n) {

@@ -10,16 +10,21 @@
 #include "../reinforce/policies.hpp"
 #include "../support.hpp"
 #include "../temporary_folder.hpp"
+#include "moe/adapt/lora.hpp"
+#include "moe/adapt/narrow_lora.hpp"
+#include "moe/adapt/upcycle.hpp"
 #include "moe/config_fields.hpp"
+#include "moe/io/adapters.hpp"
 #include "moe/io/pretrained.hpp"
+#include "moe/io/pretrained_serving.hpp"
 #include "moe/io/safetensors.hpp"
 #include "moe/io/serving.hpp"
 #include "moe/moe.hpp"
 #include "moe/testing/check_gradients.hpp"
 #include "moe/weights/narrow_linear.hpp"
 
-// The blocks of the README and of docs/, from the documents themselves, compiled and run in what they
-// take for granted. extract.awk makes the files; a block that nobody includes stops CMake.
+// The blocks of the README and of docs/, taken from the documents, compiled and run with the declarations
+// that they need. extract.awk makes the files; a block that no test includes is an error of CMake.
 
 // They declare what they show, whatever stands around them, and do not use all of it.
 #pragma GCC diagnostic ignored "-Wshadow"
@@ -54,7 +59,7 @@ using moe::Index;
 #include "saving_4.inc"
 }  // namespace saving
 
-#include "pretrained_5.inc"
+#include "pretrained_6.inc"
 
 }  // namespace
 
@@ -91,7 +96,8 @@ TEST_CASE("documents: training.md", "[documents]") {
   auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
 #include "training_1.inc"
 #include "training_2.inc"
-  layer.forward(x, tape, {.step = step});
+#include "training_3.inc"
+  CHECK_THAT(csv, Catch::Matchers::Contains("\n1,middle,64,128,"));
   layer.backward(dy, tape);
   const auto before = moe::test::values_of(layer);
   adam.update(layer, rate);
@@ -209,12 +215,14 @@ TEST_CASE("documents: pretrained.md", "[documents]") {
 #include "pretrained_1.inc"
 #include "pretrained_2.inc"
 #include "pretrained_3.inc"
-    CHECK(difference.cwiseAbs().maxCoeff() < 1e-5f * y.cwiseAbs().maxCoeff());
+    CHECK(narrow.experts().size() == static_cast<std::size_t>(layer.gate().experts()));
 #include "pretrained_4.inc"
+    CHECK(difference.cwiseAbs().maxCoeff() < 1e-5f * y.cwiseAbs().maxCoeff());
+#include "pretrained_5.inc"
     CHECK(moe::SafetensorsFile("layer.safetensors").tensors().size() == 16);
   }
   {
-#include "pretrained_6.inc"
+#include "pretrained_7.inc"
     REQUIRE(jamba.mixtures().size() == 1);
     const auto layer = jamba.load_layer<moe::io::RoutedLayer<double>>(1);
     const moe::SafetensorsFile passes("Jamba-v0.1/passes.safetensors");
@@ -227,8 +235,57 @@ TEST_CASE("documents: pretrained.md", "[documents]") {
     writer.add("model.embed_tokens.weight", numbers);
     writer.add("lm_head.weight", numbers);
     writer.write("model.safetensors");
-#include "pretrained_7.inc"
+#include "pretrained_8.inc"
     CHECK(moe::test::same_bits(embedding, numbers));
+  }
+}
+
+TEST_CASE("documents: adapt.md", "[documents]") {
+  const moe::test::TemporaryFolder folder;
+  const moe::test::CurrentFolder inside(folder);
+  {
+    auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
+    using Layer = decltype(layer);
+#include "adapt_1.inc"
+    CHECK(moe::test::relative_error(plain.evaluate(x), adapted.evaluate(x)) < 1e-5);
+    CHECK(moe::test::relative_error(plain.evaluate(x), layer.evaluate(x)) > 0);
+#include "adapt_2.inc"
+#include "adapt_3.inc"
+    CHECK(moe::test::same_bits(on_int8.evaluate(x), served.evaluate(x)));
+#include "adapt_4.inc"
+    CHECK(moe::test::same_bits(again.evaluate(x), both.evaluate(x)));
+  }
+  {
+    const moe::FeedForward<float> dense({.width = 12, .hidden = 16}, 1);
+    const moe::Matrix<float> x = moe::test::random_matrix<float>(64, 12, 2);
+#include "adapt_5.inc"
+#include "adapt_6.inc"
+    CHECK(layer.experts().size() == 8);
+    CHECK(fine.experts().size() == 32);
+    CHECK(moe::test::relative_error(fine.evaluate(x), layer.evaluate(x)) < 1e-5);
+  }
+  {
+    // An expert of a published model, under the names of a dense one.
+    const moe::SafetensorsFile published(std::string(MOE_TEST_PRETRAINED) +
+                                         "/olmoe/model.safetensors");
+    std::vector<moe::Matrix<float>> weights;
+    for (const char* part : {"gate", "up", "down"}) {
+      weights.push_back(published.matrix<float>("model.layers.0.mlp.experts.3." +
+                                                std::string(part) + "_proj.weight"));
+    }
+    moe::SafetensorsWriter writer;
+    writer.add("model.layers.0.mlp.gate_proj.weight", weights[0]);
+    writer.add("model.layers.0.mlp.up_proj.weight", weights[1]);
+    writer.add("model.layers.0.mlp.down_proj.weight", weights[2]);
+    writer.write("model.safetensors");
+#include "adapt_7.inc"
+    // silu(x·gateᵀ) ⊙ (x·upᵀ)·downᵀ
+    const moe::Matrix<float> x = moe::test::random_matrix<float>(9, 6, 2);
+    const moe::Matrix<float> gate = x * weights[0].transpose();
+    const moe::Matrix<float> hidden =
+        gate.array() / (1 + (-gate.array()).exp()) * (x * weights[1].transpose()).array();
+    const moe::Matrix<float> y = hidden * weights[2].transpose();
+    CHECK(moe::test::relative_error(upcycled.evaluate(x), y) < 1e-5);
   }
 }
 

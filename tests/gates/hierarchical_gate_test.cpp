@@ -339,7 +339,7 @@ TEMPLATE_TEST_CASE("hierarchical gate: lazy updates pass by groups without token
   CHECK(same_bits(after.at("secondary.1.weight"), before.at("secondary.1.weight")));
   CHECK_FALSE(same_bits(after.at("secondary.0.weight"), before.at("secondary.0.weight")));
   CHECK_FALSE(same_bits(after.at("secondary.2.weight"), before.at("secondary.2.weight")));
-  // The first step's gradient stands for zero, its memory untouched until somebody looks.
+  // The first step's gradient stands for zero, and its memory is not written to until it is read.
   Index cleared = 0;
   detail::walk_parameters(gate, [&](const ParameterName&, const Parameter<S>& p) {
     if (p.stored.state != detail::GradientState::stale) return;

@@ -136,7 +136,7 @@ Matrix<Scalar> compacted(const Matrix<Scalar>& matrix, const Mask& valid) {
   return rows;
 }
 
-/// NaN and infinity where nobody should read.
+/// NaN and infinity in rows that must not be read.
 template <class Scalar>
 void spoil_padding(const Mask& valid, Matrix<Scalar>& matrix) {
   using Limits = std::numeric_limits<Scalar>;

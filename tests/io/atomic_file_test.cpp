@@ -244,7 +244,7 @@ TEST_CASE("atomic file: what killed savers left is removed, and nothing else", "
   }
   fs::create_directory(folder.file("a.moe-part-3-0"));
   fs::create_symlink("b", folder.file("a.moe-part-4-0"));
-  // One that a saver who lives holds.
+  // One that a living process has locked.
   make_file(folder.file("a.moe-part-2-0"), "");
   const int held = ::open(folder.file("a.moe-part-2-0").c_str(), O_RDWR);
   REQUIRE(::flock(held, LOCK_EX | LOCK_NB) == 0);

@@ -37,7 +37,7 @@ TEMPLATE_TEST_CASE("input file: why it cannot be read", "[io]", detail::Portable
   fs::create_directory(path);
   is_no_file("a directory");
   REQUIRE(::mkfifo(path.c_str(), 0666) == 0);
-  is_no_file("a FIFO");  // and nobody waits for who writes into it
+  is_no_file("a FIFO");  // at once, without waiting for a writer
   fs::create_symlink("/dev/zero", path);
   is_no_file("a device");
   const int socket = ::socket(AF_UNIX, SOCK_STREAM, 0);

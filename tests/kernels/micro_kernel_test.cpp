@@ -53,7 +53,7 @@ TEMPLATE_TEST_CASE("tile: every height and width, any step of the left operand",
             for (const Start start : {Start::zero, Start::accumulate}) {
               Bias<S> added{.factors = {factors.data(), 2}};
               if (start == Start::zero) added.values = bias.data();
-              // What lies ahead is only asked for, so any place will do.
+              // It is only prefetched, so any address will do.
               multiply_tile(rows, packets, width, left, Panel<S>{b.data(), packets * size}, depth,
                             start, added, to.data(), Prefetch<S>{b.data(), 1, 5});
             }

@@ -14,7 +14,7 @@
 #include "moe/layer/moe_layer.hpp"
 
 /// \file
-/// Layers behind every gate, whose experts come and go.
+/// Layers with every gate, to add, copy and remove experts.
 
 namespace moe::test::change {
 

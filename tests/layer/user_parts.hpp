@@ -11,7 +11,7 @@
 
 namespace moe::test {
 
-/// A user's network with a single matrix, y = sin(x)·W, which counts the rows it is handed.
+/// A user's network with a single matrix, y = sin(x)·W, which counts the rows of its calls.
 template <class Scalar_>
 struct SineMap {
   using Scalar = Scalar_;

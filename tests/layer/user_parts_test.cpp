@@ -11,7 +11,7 @@ using Config = test::LayerConfig<Scalar>;
 
 namespace {
 
-/// A fused network that writes down whose turn it is and who it is told comes next.
+/// A fused network that records which network is called, and which one it is told is called next.
 template <class Scalar_>
 struct Queued : FeedForward<Scalar_> {
   using Base = FeedForward<Scalar_>;

@@ -127,15 +127,21 @@ void check(const typename Gate::Config& gate, Index unit, Index shared,
     }
     return experts;
   };
-  for (auto freeze : {std::string("experts.2."), std::string("experts.5.down")}) {
-    const auto frozen = [&](const std::string& name, auto& p) {
-      if (name.starts_with(freeze)) p.trained = false;
+  const auto set_trained = [&](const std::string& start, bool trained) {
+    const auto set = [&](const std::string& name, auto& p) {
+      if (name.starts_with(start)) p.trained = trained;
     };
-    for_each_parameter(beside.whole, frozen);
-    for_each_parameter(beside.parallel, frozen);
-  }
+    for_each_parameter(beside.whole, set);
+    for_each_parameter(beside.parallel, set);
+  };
+  set_trained("experts.2.", false);
+  set_trained("experts.5.down", false);
   change([&](auto& layer) { return layer.add_experts(3 * unit, 5); });
+  // Of the one nothing is remembered until it is thawed, of the other what was when it was frozen.
+  set_trained("experts.2.", true);
+  set_trained("experts.3.", false);
   change([&](auto& layer) { return layer.remove_experts(units({0, 1, 4})); });
+  set_trained("experts.", false);
   change([&](auto& layer) {
     return layer.copy_experts(units({3, 0, 2, 0}), {.noise_stddev = 0.1, .seed = 6});
   });

@@ -124,6 +124,93 @@ TEST_CASE("checkpoint: training goes on, on another number of ranks, as if nothi
   }
 }
 
+TEST_CASE("checkpoint: what an optimizer does not remember is not remembered on the other side",
+          "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const bool is_root = communicator.rank() == 0;
+  const auto set_trained = [](auto& module, const std::string& start, bool trained) {
+    for_each_parameter(module, [&](const std::string& name, auto& p) {
+      if (name.starts_with(start)) p.trained = trained;
+    });
+  };
+  const auto matrices_of = [](auto& optimizer, auto& module) {
+    std::map<std::string, Matrix<double>> matrices;
+    optimizer.for_each_state(module, [&](const std::string& name, auto&& state) {
+      if constexpr (requires { state.rows(); }) matrices[name] = state;
+    });
+    return matrices;
+  };
+  // Of experts 1 and 5 and the gate's weight nothing is known, expert 2 was frozen later.
+  const auto x = random_matrix(12, 5, 1);
+  const auto train_some = [&](auto& layer, FactoredAdam<double>& adam) {
+    typename std::remove_cvref_t<decltype(layer)>::Tape tape;
+    for (const char* start : {"experts.1.", "experts.5.", "gate.weight"}) {
+      set_trained(layer, start, false);
+    }
+    for (std::uint64_t step = 1; step <= 4; ++step) {
+      if (step == 3) set_trained(layer, "experts.2.", false);
+      zero_gradients(layer);
+      for_each_parameter(layer, [&](const std::string& name, auto& p) {
+        p.gradient() = random_matrix(p.value.rows(), p.value.cols(), step + name.size() * 10);
+      });
+      adam.update(layer, 0.01);
+    }
+  };
+  Layer expected(config);
+  FactoredAdam<double> expected_adam;
+  train_some(expected, expected_adam);
+  const auto expected_matrices = matrices_of(expected_adam, expected);
+
+  Parallel layer(config, communicator);
+  FactoredAdam<double> adam;
+  train_some(layer, adam);
+  // Whether the whole model is frozen as the parts are or not, and whatever was remembered of it.
+  for (const bool frozen : {true, false}) {
+    Layer whole(config);
+    FactoredAdam<double> whole_adam;
+    if (!frozen) {
+      for_each_parameter(whole, [](const std::string&, auto& p) { p.gradient().setOnes(); });
+      whole_adam.update(whole, 0.01);
+    }
+    set_trained(whole, "", !frozen);
+    mpi::gather_state(adam, layer, is_root ? &whole_adam : nullptr, is_root ? &whole : nullptr,
+                      communicator);
+    if (is_root) {
+      for (const auto& [name, matrix] : matrices_of(whole_adam, whole)) {
+        INFO(name);
+        const Matrix<double>& there = expected_matrices.at(name);
+        if (frozen || there.size() > 0) {
+          CHECK(same_bits(matrix, there));
+        } else {
+          CHECK(matrix.isZero(0));
+        }
+      }
+    }
+    // And back, into a layer that is frozen but for expert 1, or has another past.
+    Parallel back(config, communicator);
+    FactoredAdam<double> back_adam;
+    if (!frozen) {
+      for_each_parameter(back, [](const std::string&, auto& p) { p.gradient().setOnes(); });
+      back_adam.update(back, 0.01);
+    }
+    set_trained(back, "", false);
+    set_trained(back, "experts.1.", true);
+    set_trained(whole, "", false);
+    mpi::scatter_state(is_root ? &whole_adam : nullptr, is_root ? &whole : nullptr, back_adam, back,
+                       communicator);
+    for (const auto& [name, matrix] : matrices_of(back_adam, back)) {
+      INFO(name);
+      const Matrix<double>& there = expected_matrices.at(name);
+      if (there.size() > 0) {
+        CHECK(same_bits(matrix, there));
+      } else {
+        CHECK(matrix.isZero(0));
+        CHECK((matrix.size() > 0) == (!frozen || name.find("experts.1.") != name.npos));
+      }
+    }
+  }
+}
+
 TEST_CASE("checkpoint: what does not fit is refused by all, and nothing is changed", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   const bool is_root = communicator.rank() == 0;

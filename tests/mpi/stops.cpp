@@ -177,7 +177,7 @@ void train(double timeout) {
     moe::mpi::sum_gradients(head, communicator);
     moe::mpi::clip_gradients(layer, 1.0, communicator);
     adam.update(layer, 0.001);
-    // An error on all ranks is told in calls of its own.
+    // An error on all ranks is reported in calls of its own.
     try {
       communicator.attempt("a failure", [&] {
         if (communicator.rank() == 0) throw std::runtime_error("no luck");

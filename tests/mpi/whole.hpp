@@ -20,7 +20,7 @@
 
 namespace moe::test {
 
-/// Values that depend on a parameter's name alone, whoever has it.
+/// Values that depend on a parameter's name alone, not on the rank.
 template <class Module>
 void randomize_by_name(Module& module, double scale, std::uint64_t seed = 0) {
   for_each_parameter(module, [&](const std::string& name, auto& parameter) {

@@ -126,7 +126,7 @@ TEMPLATE_TEST_CASE("lstm: a sequence in two pieces equals the whole", "[nn][lstm
   CHECK(same_bits(carried.hidden, state.hidden));
   CHECK(same_bits(carried.cell, state.cell));
 
-  // With the state's gradient handed back, the gradient does not stop at the cut.
+  // With the gradient of the state as dfinal, the gradient does not stop at the cut.
   lstm.backward(dy, whole);
   lstm.backward(dy.bottomRows(15), second);
   lstm.backward(dy.topRows(9), first, second.dstate);

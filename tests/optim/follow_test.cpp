@@ -72,8 +72,8 @@ std::vector<std::string> names_of(const auto& module) {
   return names;
 }
 
-/// The name of before of what has this name now, or nothing; `columns` becomes where its columns come
-/// from, or empty. Written for a flat gate from the names alone.
+/// The name that a parameter had before a change, or nothing if it is new; `columns` becomes the sources of
+/// its columns, or empty. For a flat gate, from the names alone.
 std::string old_name(const std::string& name, const Sources& sources, Sources& columns) {
   columns.clear();
   if (name.starts_with("layer.gate.")) {
@@ -87,10 +87,10 @@ std::string old_name(const std::string& name, const Sources& sources, Sources& c
   return source < 0 ? "" : start + std::to_string(source) + name.substr(dot);
 }
 
-/// Of a state's matrix, which may have one row or one column of its parameter.
+/// Of a state's matrix, which may have one row or one column of its parameter, or be empty.
 template <class Scalar>
 Matrix<Scalar> with_columns(const Matrix<Scalar>& old, const Sources& columns, bool row_means) {
-  if (columns.empty() || row_means) return old;
+  if (old.size() == 0 || columns.empty() || row_means) return old;
   Matrix<Scalar> now = Matrix<Scalar>::Zero(old.rows(), static_cast<Index>(columns.size()));
   for (std::size_t e = 0; e < columns.size(); ++e) {
     if (columns[e] >= 0) now.col(static_cast<Index>(e)) = old.col(columns[e]);
@@ -277,6 +277,51 @@ TEMPLATE_LIST_TEST_CASE("follow: before the first update there is nothing to fol
   optimizer.follow(model, model.layer, model.layer.add_experts(2, 1));
   model.train(optimizer, 1, 2);
   CHECK(model.layer.config().gate.experts == 6);
+}
+
+TEMPLATE_LIST_TEST_CASE("follow: of copies of what was never trained nothing is remembered",
+                        "[optim][change]", test::Optimizers) {
+  using Law = TestType;
+  using Scalar = typename Law::Scalar;
+  Model<NoisyTopKGate<Scalar>> model({.experts = 4, .top_k = 2});
+  const auto set_trained = [&](const std::string& start, bool trained) {
+    for_each_parameter(model, [&](const std::string& name, auto& p) {
+      if (name.starts_with(start)) p.trained = trained;
+    });
+  };
+  auto optimizer = Law::make();
+  set_trained("layer.experts.1.", false);
+  set_trained("layer.gate.weight", false);
+  model.train(optimizer, 1, 4);
+  set_trained("layer.experts.2.", false);
+  const test::SavedState<Scalar> before(optimizer, model);
+  optimizer.follow(model, model.layer, model.layer.remove_experts({0}));
+  optimizer.follow(model, model.layer, model.layer.copy_experts({0, 1}, {.seed = 4}));
+  const test::SavedState<Scalar> after(optimizer, model);
+  const Sources sources{1, 2, 3, 1, 2};
+  const std::string experts = "layer.experts.";
+  for (const auto& [name, matrix] : after.matrices) {
+    INFO(name);
+    if (name.ends_with("layer.gate.weight")) CHECK(matrix.size() == 0);
+    const auto at = name.find(experts);
+    if (at == std::string::npos) continue;
+    const Index source = sources[detail::to_size(name[at + experts.size()] - '0')];
+    std::string old = name;
+    old.replace(at + experts.size(), 1, std::to_string(source));
+    CHECK(same_bits(matrix, before.matrices.at(old)));
+    CHECK((matrix.size() == 0) == (source == 1));
+  }
+  // Thawed before the change, it is new to the optimizer all the same.
+  set_trained("layer.experts.3.", true);
+  set_trained("layer.gate.weight", true);
+  optimizer.follow(model, model.layer, model.layer.remove_experts({1}));
+  for (const auto& [name, matrix] : test::SavedState<Scalar>(optimizer, model).matrices) {
+    INFO(name);
+    if (name.find(experts + '2') == name.npos && !name.ends_with("layer.gate.weight")) continue;
+    CHECK(matrix.size() > 0);
+    CHECK(matrix.isZero(0));
+  }
+  model.train(optimizer, 5, 2);
 }
 
 TEST_CASE("follow: groups of parameters are resolved anew", "[optim][change]") {

@@ -24,8 +24,8 @@ struct OptimizerConfig {
   Updates updates = Updates::dense;
 };
 
-/// How an optimizer is made, whether it remembers anything of a module, and by how many learning
-/// rates it moves a weight in two updates by gradients of one.
+/// How an optimizer is made, whether it has a state, and by how many learning rates two updates with
+/// gradients of one move a weight.
 template <template <class> class Optimizer, class Scalar_>
 struct OptimizerLaw {
   using Scalar = Scalar_;
@@ -128,7 +128,7 @@ bool same_values(const Module<Scalar>& a, const Module<Scalar>& b) {
                             [](const auto& x, const auto& y) { return same_bits(x, y); });
 }
 
-/// What an optimizer remembers, as a checkpoint holds it.
+/// The state of an optimizer, as in a checkpoint.
 template <class Scalar>
 struct SavedState {
   template <class Optimizer, class Module>
@@ -157,8 +157,8 @@ struct SavedState {
   std::map<std::string, std::vector<Index>> numbers;
 };
 
-/// A gate, of whose gradient nobody keeps track, and experts that are kept track of: one a single
-/// number, the others of two blocks, half of them enough for several tasks an update.
+/// A gate, whose gradient is not tracked, and experts, whose gradients are: one is a single number, the
+/// others have two blocks, and half of them are enough for several tasks an update.
 template <class Scalar>
 struct Mixture {
   Mixture() : gate(random(7, 3, 0)) {

@@ -138,6 +138,82 @@ TEMPLATE_LIST_TEST_CASE("optimizers: a parameter that is not trained stays", "[o
   CHECK((module.bias.value.array() < before.bias.value.array()).all());
 }
 
+TEMPLATE_LIST_TEST_CASE(
+    "optimizers: of a parameter nothing is remembered until it is trained, and then as of a new "
+    "one",
+    "[optim][laws]", test::Optimizers) {
+  using Scalar = typename TestType::Scalar;
+  const auto gradients = [](Linear<Scalar>& module, int seed) {
+    module.weight.gradient() = test::scattered<Scalar>(3, 2, seed);
+    module.bias.gradient() = test::scattered<Scalar>(1, 2, seed + 1);
+  };
+  const auto remembered = [](auto& optimizer, const auto& module) {
+    Index weight = 0;
+    Index bias = 0;
+    for (const auto& [name, matrix] : test::SavedState<Scalar>(optimizer, module).matrices) {
+      (name.ends_with("weight") ? weight : bias) += matrix.size();
+    }
+    return std::pair(weight, bias);
+  };
+  Linear<Scalar> module({.inputs = 3, .outputs = 2}, 1);
+  module.weight.trained = false;
+  auto optimizer = TestType::make({.weight_decay = 0.01});
+  for (int step = 0; step < 3; ++step) {
+    gradients(module, step);
+    optimizer.update(module, 0.1);
+    CHECK(remembered(optimizer, module).first == 0);
+    CHECK((remembered(optimizer, module).second > 0) == TestType::remembers);
+  }
+
+  // Thawed, its next two updates are the first two of another optimizer.
+  Linear<Scalar> fresh = module;
+  auto fresh_optimizer = TestType::make({.weight_decay = 0.01});
+  module.weight.trained = true;
+  fresh.weight.trained = true;
+  for (int step = 3; step < 5; ++step) {
+    gradients(module, step);
+    gradients(fresh, step);
+    optimizer.update(module, 0.1);
+    fresh_optimizer.update(fresh, 0.1);
+  }
+  CHECK(same_bits(module.weight.value, fresh.weight.value));
+  CHECK((remembered(optimizer, module).first > 0) == TestType::remembers);
+
+  // Frozen once more, what is remembered of it stays.
+  const test::SavedState<Scalar> before(optimizer, module);
+  module.weight.trained = false;
+  gradients(module, 5);
+  optimizer.update(module, 0.1);
+  for (const auto& [name, matrix] : test::SavedState<Scalar>(optimizer, module).matrices) {
+    INFO(name);
+    CHECK(same_bits(matrix, before.matrices.at(name)) == name.ends_with("weight"));
+  }
+}
+
+TEMPLATE_LIST_TEST_CASE("optimizers: tell the shapes of what they do not remember yet",
+                        "[optim][laws]", test::Optimizers) {
+  using Scalar = typename TestType::Scalar;
+  Linear<Scalar> module({.inputs = 3, .outputs = 2}, 1);
+  module.weight.trained = false;
+  module.bias.trained = false;
+  auto optimizer = TestType::make();
+  optimizer.for_each_state(
+      module, [&](const std::string& name, auto&& state, const auto&... shape) {
+        INFO(name);
+        if constexpr (sizeof...(shape) == 1) {
+          const StateShape due = (shape, ...);
+          CHECK(state.size() == 0);
+          CHECK(due.rows == (name == "row_means.weight" || name == "first_moment.weight" ||
+                                     name == "second_moment.weight" || name == "velocity.weight"
+                                 ? 3
+                                 : 1));
+          CHECK(due.columns == (name.starts_with("row_means") ? 1 : 2));
+        } else {
+          CHECK((name == "steps" || name == "updates"));
+        }
+      });
+}
+
 TEMPLATE_LIST_TEST_CASE("optimizers: what is wrong is named and changes nothing", "[optim][laws]",
                         test::Optimizers) {
   using Scalar = typename TestType::Scalar;

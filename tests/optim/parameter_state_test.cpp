@@ -19,6 +19,24 @@ TEST_CASE("parameter state: zeros of each shape, kept after the first call",
   CHECK(state[0](1, 1) == 5);
 }
 
+TEST_CASE("parameter state: of what is not trained it has no matrix, until it is",
+          "[optim][parameter_state]") {
+  Linear<float> module({.inputs = 3, .outputs = 2}, 0);
+  module.weight.trained = false;
+  detail::ParameterState<float> state(detail::StatePart::rows_by_one);
+  state.match(module, "Test");
+  CHECK_FALSE(state.remembers(0));
+  CHECK(state.remembers(1));
+  state[1].setConstant(5);
+  module.weight.trained = true;
+  module.bias.trained = false;
+  state.match(module, "Test");
+  CHECK(state[0].rows() == 3);
+  CHECK(state[0].cols() == 1);
+  CHECK(state[0].isZero(0));
+  CHECK(state[1](0, 0) == 5);
+}
+
 TEST_CASE("parameter state: another shape is named", "[optim][parameter_state]") {
   detail::ParameterState<float> state;
   state.match(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}, 0), "Test");

@@ -4,8 +4,8 @@
 #include "policies.hpp"
 
 /// \file
-/// What REINFORCE is for: it learns what no derivative tells, and what it cannot find by itself it
-/// finds after cross-entropy.
+/// What REINFORCE is for: it learns from a score without a derivative, and after cross-entropy also where it
+/// does not find a good sequence from random weights.
 
 using namespace moe;
 using test::SmallPolicy;

@@ -1,5 +1,5 @@
-// Report: whoever takes an expert out of a layer, or assigns a weight of PyTorch's without
-// transposing it, reads and writes memory that belongs to others.
+// Report: a program that takes an expert out of a layer, or assigns a weight of PyTorch without transposing
+// it, reads and writes memory out of bounds.
 
 #include <span>
 #include <type_traits>

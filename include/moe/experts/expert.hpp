@@ -11,41 +11,43 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// Expert<Network>: a network over its slice of the slots, and what it asks of the network.
+/// Expert<Network>: a network over its slice of the slots, and the concepts a network must meet.
 ///
-/// A slot's output enters the layer scaled by the gate's weight w, so an expert has two gradients
-/// to give for it: that of its row of x, and that of w, which is ⟨network(x), dy⟩. A network that
-/// knows nothing of weights gets them handled by Expert; one that can do better says so
-/// (FusedNetwork).
+/// A slot's output enters the layer scaled by the gate's weight w, so an expert computes two
+/// gradients for each slot: w.r.t. its row of x, and w.r.t. w, which is ⟨network(x), dy⟩. A
+/// PlainNetwork knows nothing of weights, and Expert applies them; a FusedNetwork applies them
+/// itself.
 
 namespace moe {
 
-/// The largest number of rows that a plain network is ever handed at once: longer slices come in
-/// pieces, so that a piece and its scratch stay in L2.
+/// The largest number of rows in a call of a plain network: longer slices are cut into pieces, so that
+/// a piece and its scratch stay in L2.
 inline constexpr Index expert_block_rows = 128;
 
-/// Ranges of a network's columns begin at multiples of this, so that a column has the same bits however
-/// the columns are split.
+/// Ranges of a network's columns begin at multiples of this number, so that a column has the same bits
+/// however the columns are split.
 template <class Scalar>
 inline constexpr Index expert_block_columns = detail::panel_columns<Scalar>;
 
-/// The rows of one expert that go through it together, n of them.
+/// n rows of one expert that are computed together.
 template <class Scalar>
 struct ExpertBlock {
   GatheredRows<Scalar> x;      ///< n x D
-  const Index* token;          ///< n, ascending: which rows of y, dy and dx belong to them
+  const Index* token;          ///< n, ascending: the tokens, rows of y, dy and dx
   const Scalar* weight;        ///< n, the gate's weights of the slots
-  MatrixView<Scalar> saved;    ///< n x tape_width(), what forward leaves for backward
-  MatrixView<Scalar> scratch;  ///< n x scratch_width(), what the first half leaves for the second
+  MatrixView<Scalar> saved;    ///< n x tape_width(), saved by forward for backward
+  MatrixView<Scalar> scratch;  ///< n x scratch_width(), from the first half for the second
 
-  /// These rows of a matrix with a row a token.
+  /// The rows of these tokens in a T x D matrix.
   GatheredRows<Scalar> rows_of(const MatrixRef<Scalar>& matrix) const {
     return {matrix.data(), matrix.outerStride(), x.count(), matrix.cols(), token};
   }
+  /// The same of a matrix that is written to.
   ScatteredRows<Scalar> rows_of(MatrixView<Scalar> matrix) const {
     return {matrix.data(), matrix.outerStride(), x.count(), matrix.cols(), token};
   }
 
+  /// A part of the rows, the first of the block being row 0.
   ExpertBlock slice(Range rows) const {
     return {x.slice(rows.first, rows.count), token + rows.first, weight + rows.first,
             moe::rows_of(saved, rows.first, rows.count),
@@ -53,19 +55,20 @@ struct ExpertBlock {
   }
 };
 
-/// A plain, unfused network, what a user writes: dense rows in, dense rows out, nothing about routing.
+/// A plain, unfused network: dense rows in, dense rows out, nothing about routing. This is the concept
+/// for networks of users.
 ///
 ///     Network(config, seed)           config.width is D; 0 inside a layer's configuration stands
 ///                                     for the layer's width
-///     tape_width()                    how many numbers of a row are saved for backward
+///     tape_width()                    the number of values a row saves for backward
 ///     forward(x, saved, y) const      fills saved (n x tape_width()) and y (n x D) from x (n x D)
 ///     evaluate(x, y) const            the same without saved
 ///     backward(x, saved, dy, dx)      adds to the parameters' gradients, fills dx (n x D)
 ///     visit_parameters(self, visit)   see for_each_parameter()
 ///
-/// n is at most expert_block_rows. Rows must not influence each other; where even the last bit must
-/// not depend on n, mind that Eigen's own product treats a single row differently from several.
-/// The views are Eigen maps, so `y = x * weight` is a whole forward pass.
+/// n is at most expert_block_rows. Rows must not influence each other. (Eigen's own product computes a
+/// single row differently from several: with it, the last bits of a row can depend on n.) The views
+/// are Eigen maps, so `y = x * weight` is a whole forward pass.
 template <class N>
 concept PlainNetwork = requires(const N& network, N& trained,
                                 ConstMatrixView<typename N::Scalar> in,
@@ -84,18 +87,18 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///     output(block, columns, y) const        second half: adds columns of weight·network(x), or of
 ///                                            network(weight·x), to the block's rows of y
 ///     hidden_backward(block, dy, columns)    the same for the gradient: dy is that of the weighted
-///     output_backward(block, columns, dx)    sum, and dx comes with the weight in it
-///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, out
-///                                            of gradient_rows(), all stacked on each other, or
-///                                            writes over what they hold: then every gradient, those
-///                                            that are in no row too, must be written by some call
-///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩, or that of a weight on
-///                                            x
+///     output_backward(block, columns, dx)    sum, and the weight is a factor of dx
+///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, which
+///                                            are gradient_rows() rows stacked on each other. With
+///                                            replace it writes over them; then the calls for all
+///                                            rows must write every gradient, biases too
+///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩, or the gradient w.r.t.
+///                                            a weight on x
 ///
-/// The second half, add_gradients and weight_gradients come when all columns of the first half are
-/// there. Ranges begin at multiples of expert_block_columns. hidden and output may take one argument
-/// more: a pointer to the network that is called next in the same way, whose weights can be
-/// prefetched, or null.
+/// The second half, add_gradients and weight_gradients are called after all columns of the first half
+/// are computed. Ranges begin at multiples of expert_block_columns. hidden and output may have one
+/// argument more: a pointer to the network that is called next in the same way, or null, so that they
+/// can prefetch its weights.
 // clang-format off
 template <class N>
 concept FusedNetwork =
@@ -128,7 +131,7 @@ concept ExpertNetwork =
 
 namespace detail {
 
-/// What Expert says when a class is no ExpertNetwork: one message for each thing that can be missing.
+/// The compile errors for a class that is not an ExpertNetwork: a message for each missing member.
 template <class N>
 constexpr bool check_network_requirements() {
   static_assert(HasScalar<N>, "a network must have a type Scalar");
@@ -188,7 +191,7 @@ class ExpertOf {
   using Config = typename Net::Config;
   using Block = ExpertBlock<Scalar>;
 
-  /// Whether the network can be split into columns and multiplies by the library's own products.
+  /// Whether the network can be split into columns and uses the library's own products.
   static constexpr bool fused = FusedNetwork<Net>;
 
   /// Dense rows for a plain network, one a worker.
@@ -206,11 +209,11 @@ class ExpertOf {
   const Net& network() const { return network_; }
   Net& network() { return network_; }
 
-  /// Numbers that a slot saves between forward and backward. A plain network cannot tell
-  /// ⟨network(x), dy⟩ in backward, so its output is saved as well.
+  /// The number of values a slot saves for backward. A plain network cannot compute ⟨network(x), dy⟩
+  /// in backward, so its output is saved as well.
   Index tape_width() const { return network_.tape_width() + (fused ? 0 : width_); }
 
-  /// Numbers that a slot needs between the two halves of a pass.
+  /// The number of values a slot has between the two halves of a pass.
   Index scratch_width() const {
     if constexpr (fused) {
       return network_.scratch_width();
@@ -221,8 +224,7 @@ class ExpertOf {
 
   Index width() const { return width_; }  ///< D
 
-  /// Multiply-adds of a row: each of a network's weights is multiplied once with each row, if it does
-  /// not say otherwise.
+  /// Multiply-adds of a row: by default one for each parameter of the network.
   Index row_work() const {
     if constexpr (requires { network_.row_work(); }) {
       return network_.row_work();
@@ -233,7 +235,7 @@ class ExpertOf {
     }
   }
 
-  /// How many columns the first half has: the smallest part of it is expert_block_columns.
+  /// The number of columns of the first half, which is split at multiples of expert_block_columns.
   Index columns() const {
     if constexpr (fused) {
       return network_.columns();
@@ -250,7 +252,8 @@ class ExpertOf {
     }
   }
 
-  /// Readies the memory of a worker that may get its first rows in a later pass only.
+  /// Takes the memory of a worker's scratch now: its first rows may come in a later pass, which must
+  /// not allocate.
   void reserve(Scratch& scratch) const {
     if constexpr (!fused) {
       resize(scratch.x, expert_block_rows, width_);
@@ -259,7 +262,7 @@ class ExpertOf {
   }
 
   /// First half of a pass; fills the block's `saved` if `save`. `next` is the expert whose first half
-  /// comes next, if that is known; so in output().
+  /// is computed next, or null if that is not known; the same in output().
   void hidden(const Block& block, Range columns, bool save, Scratch& scratch,
               [[maybe_unused]] const ExpertOf* next = nullptr) const {
     if constexpr (requires { network_.hidden(block, columns, save, &network_); }) {
@@ -293,7 +296,7 @@ class ExpertOf {
     }
   }
 
-  /// First half of the way back, from dy (T x D), the gradient of the weighted sum.
+  /// First half of backward, from dy (T x D), the gradient w.r.t. the weighted sum.
   void hidden_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns,
                        Scratch& scratch) {
     if constexpr (fused) {

@@ -10,20 +10,20 @@
 #include "moe/random.hpp"
 
 /// \file
-/// Experts that come and go: where each one afterwards comes from, and with it each parameter.
+/// Adding, copying and removing experts: from which expert each one comes, and each parameter.
 
 namespace moe {
 
-/// Stands for no expert, no column and no parameter of before: what is there now is fresh.
+/// In lists of sources: a new expert, column or parameter, which comes from none.
 inline constexpr Index fresh_source = -1;
 
-/// Where the experts after a change come from: an entry for each of them, the expert of before that
-/// it was, or fresh_source for a new one. The first entry that names an expert is that expert; further
-/// ones are copies of it. An expert that no entry names is removed.
+/// Where the experts after a change come from. There is an entry for each of them: the number that it
+/// had before the change, or fresh_source if it is new. If several entries name the same expert, the
+/// first is that expert and the others are copies. An expert that no entry names is removed.
 class ExpertSources {
  public:
-  /// Throws std::invalid_argument, which begins with `of`, where an entry names no expert of the
-  /// `before` there were, or none would be left.
+  /// `before` is the number of experts before the change, and `of` begins the messages. Throws
+  /// std::invalid_argument if an entry names an expert that does not exist, or if there is no entry.
   ExpertSources(const char* of, std::vector<Index> sources, Index before)
       : sources_(std::move(sources)), before_(before), copies_(sources_.size(), 0) {
     detail::require(!sources_.empty(), of, ": no expert would be left of ", before);
@@ -38,9 +38,13 @@ class ExpertSources {
 
   Index before() const { return before_; }  ///< the number of experts before the change
   Index experts() const { return static_cast<Index>(sources_.size()); }  ///< after it
+  /// The source of expert e: an expert of before, or fresh_source.
   Index operator[](Index e) const { return sources_[detail::to_size(e)]; }
+  /// Whether expert e is new.
   bool is_fresh(Index e) const { return (*this)[e] == fresh_source; }
+  /// Whether expert e is a copy of an expert that stays.
   bool is_copy(Index e) const { return copies_[detail::to_size(e)] != 0; }
+  /// The sources of all experts.
   const std::vector<Index>& list() const { return sources_; }
 
  private:
@@ -51,28 +55,29 @@ class ExpertSources {
 
 /// Where a parameter after a change comes from.
 struct ParameterSource {
-  /// The parameter of before, by its place in for_each_parameter(), or fresh_source.
+  /// Its place in for_each_parameter() before the change, or fresh_source.
   Index parameter = fresh_source;
-  /// Its columns of before, one for each of now, or fresh_source; empty where it has its own as before.
+  /// For each of its columns the number it had before the change, or fresh_source. Empty if all columns
+  /// stay.
   std::vector<Index> columns = {};
 };
 
-/// What a verb of a layer did that adds, copies or removes experts; optimizers follow by it.
+/// What MoELayer::add_experts(), copy_experts() or remove_experts() did: an optimizer's follow() needs it.
 struct ExpertChange {
-  /// A parameter of an expert that goes from one rank to another, by its place among those that the
-  /// sender had before, or that the receiver has now.
+  /// A parameter of an expert that moves from one rank to another. Its place is that in
+  /// for_each_parameter(): on the sender before the change, on the receiver after it.
   struct Move {
-    int rank;  ///< the other one
-    Index parameter;
+    int rank;         ///< the other one
+    Index parameter;  ///< its place, see above
   };
 
   std::vector<Index> sources;               ///< of the experts, see ExpertSources
   std::vector<ParameterSource> parameters;  ///< of the layer's parameters on this rank
-  Index parameters_before = 0;
+  Index parameters_before = 0;         ///< the number of the layer's parameters on this rank before
   std::uint64_t structure_before = 0;  ///< Parameter::structure of the layer's parameters
-  std::uint64_t structure = 0;
-  std::vector<Move> sent;  ///< to other ranks, and what comes from them, both in one order
-  std::vector<Move> received;
+  std::uint64_t structure = 0;         ///< the same number after the change
+  std::vector<Move> sent;              ///< what this rank sent to others
+  std::vector<Move> received;  ///< what it received from others, in the order in which they sent it
 };
 
 namespace detail {
@@ -86,8 +91,8 @@ inline std::uint64_t next_structure(std::uint64_t structure, const ExpertSources
   return structure;
 }
 
-/// Where groups of `size` experts come from. Throws std::invalid_argument, which begins with `of`,
-/// unless each of them is a whole group of before, or fresh.
+/// The sources of groups of `size` experts. Throws std::invalid_argument, with a message that begins with
+/// `of`, unless each of them is a whole group from before the change, or fresh.
 inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sources, Index size) {
   const char* const only = ": only whole groups of ";
   std::vector<Index> groups;
@@ -101,7 +106,7 @@ inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sour
   }
   require(sources.experts() % size == 0, of, ": ", sources.experts(), " experts", only, size,
           " experts can be added, copied or removed");
-  return ExpertSources(of, std::move(groups), sources.before() / size);
+  return {of, std::move(groups), sources.before() / size};
 }
 
 /// The memory of a matrix, as it goes from rank to rank.
@@ -135,6 +140,15 @@ void add_normal(Matrix<Scalar>& matrix, double stddev, std::uint64_t seed) {
   Matrix<Scalar> noise(matrix.rows(), matrix.cols());
   fill_normal(noise, static_cast<Scalar>(stddev), seed);
   matrix += noise;
+}
+
+/// The same for every parameter of a copy.
+template <class Module>
+void add_copy_noise(Module& copy, double stddev, std::uint64_t seed) {
+  std::uint64_t parameter = 0;
+  walk_parameters(copy, [&](const ParameterName&, auto& p) {
+    add_normal(p.value, stddev, derive_seed(seed, parameter++));
+  });
 }
 
 /// Gives a gate's parameter that has a column an expert the columns of other experts: those of before

@@ -22,44 +22,46 @@ namespace moe {
 ///     M = 1 where expert i takes t       the mask                      T x E
 ///     G_ti = p_ti·M_ti / Σ_j p_tj·M_tj   over the experts that took the token
 ///
-/// Training: each expert takes the m tokens that are largest in its column of p, ties going to the
-/// lower token (eq. 18). m = K·T/E rounded down, but at least 1, so every expert gets exactly m
-/// tokens and a token gets K experts on average, or a little fewer where E does not divide K·T;
-/// only a batch of fewer than E/K tokens gives more. The paper assumes that it divides.
+/// Training: each expert takes the m tokens with the largest values in its column of p, ties going to
+/// the lower token (eq. 18). m = K·T/E rounded down, but at least 1. So every expert gets exactly m
+/// tokens, and a token gets K experts on average: a little fewer if E does not divide K·T (the paper
+/// assumes that it does), more only in a batch of fewer than E/K tokens.
 ///
-/// Inference: M_ti = 1 where p_ti > threshold_i (eq. 19), so a token's experts do not depend on its
-/// batch, and how many there are is not bounded. Thresholds are trained by
+/// Inference: M_ti = 1 where p_ti > threshold_i (eq. 19). So a token's experts do not depend on its
+/// batch, and their number is not bounded. Thresholds are trained by
 ///
 ///     L_batchwise = Σ_t Σ_i (Mthreshold_ti − Mbatch_ti)·(p_ti − threshold_i)      (eq. 20)
 ///
 /// which is never negative, and zero where both masks agree. It is continuous, so the derivative at
-/// fixed masks is exact almost everywhere: by threshold_i it is m minus the number of tokens above
-/// the threshold, which ends between the m-th and the (m+1)-th largest of a column; by p it is
-/// Mthreshold − Mbatch, and goes on through the softmax to W_g and x, as the paper's formula has
-/// it: experts come to score high what they take and low what they leave.
+/// fixed masks is exact almost everywhere. W.r.t. threshold_i it is m minus the number of tokens above
+/// the threshold: zero for a threshold between the m-th and the (m+1)-th largest value of the column.
+/// W.r.t. p it is Mthreshold − Mbatch, which backward passes on through the softmax to W_g and x, as
+/// in the paper's formula: p rises where an expert takes a token that is not above its threshold, and
+/// falls where it does not take one that is.
 ///
 /// tape.balance.loss is threshold_weight·L_batchwise in training, a sum over tokens as in the
-/// paper, and 0 in evaluation, where there is no batchwise mask. Beside a training loss that is a
-/// mean over tokens the weight should be about 1/T, and the default is that for a batch of a
-/// thousand: then a mask that disagrees counts about as much as the token's own loss. Thresholds
-/// are small numbers, of size 1/E, and take a learning rate to match.
+/// paper, and 0 in evaluation, where there is no batchwise mask. With a training loss that is a mean
+/// over tokens the weight should be about 1/T: then masks that disagree for a token cost about as much
+/// as the token's own loss. The default is 1/T for a thousand tokens. Thresholds are about 1/E, and
+/// their learning rate should be small accordingly.
 ///
-/// A token that no expert takes has no slots, so a layer's y is 0 for it. With one expert G is the
-/// constant 1 and has no gradient. The paper does not say how this gate starts. Zeros, as for its
-/// noisy gate, would tie all tokens and give the first m of a batch to every expert, so W_g starts
-/// uniform in ±1/√D, and thresholds at 1/E, which is what p is when nothing is known.
+/// A token that no expert takes has no slots, so a layer's y is act(0) for it. With one expert G is
+/// the constant 1 and has no gradient. The paper does not give initial weights for this gate. Zeros,
+/// as in its noisy gate, would tie all tokens, and every expert would take the first m of a batch. So
+/// W_g is uniform in ±1/√D initially, and thresholds are 1/E, the mean of p.
 ///
-/// A token with NaN or infinity in x has a row of p that is NaN, and its weights are. In training
-/// it comes last and the loss is NaN; in evaluation it goes to expert 0.
+/// A token with NaN or infinity in x has NaN in its row of p and in its weights. In training it comes
+/// last and the loss is NaN; in evaluation it goes to expert 0.
 template <class Scalar_ = float>
 class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<BalancedGate<Scalar_>, Scalar_>;
   friend Base;
 
  public:
-  using Scalar = typename Base::Scalar;
-  static constexpr const char* name = "BalancedGate";
+  using Scalar = typename Base::Scalar;                ///< float or double
+  static constexpr const char* name = "BalancedGate";  ///< in messages and files
 
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
@@ -75,23 +77,23 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     }
   };
 
-  /// Of the gate's loss, see Config; finite and at least 0.
+  /// The weight of the gate's loss, see Config; finite and at least 0.
   struct LossWeights {
-    double threshold = 0;
+    double threshold = 0;  ///< Config.threshold_weight
   };
 
+  /// What backward needs of the N valid tokens, and scratch.
   struct Tape : GateTape<Scalar> {
-    LossWeights loss_weights;   ///< of the pass
-    Matrix<Scalar> scores;      ///< x·W_g, N x E
-    Matrix<Scalar> p;           ///< Gσ, N x E
-    Matrix<Scalar> difference;  ///< Mthreshold − Mbatch, N x E
-    Vector<Scalar> token_loss;  ///< N, the tokens' parts of L_batchwise
-    Matrix<Scalar> dscores;     ///< N x E
-    detail::TokenChoice<Scalar> choice;
+    LossWeights loss_weights;            ///< of the pass
+    Matrix<Scalar> scores;               ///< x·W_g, N x E
+    Matrix<Scalar> p;                    ///< Gσ, N x E
+    Matrix<Scalar> difference;           ///< Mthreshold − Mbatch, N x E
+    Vector<Scalar> token_loss;           ///< N, the tokens' parts of L_batchwise
+    Matrix<Scalar> dscores;              ///< N x E
+    detail::TokenChoice<Scalar> choice;  ///< scratch
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's
-  /// start.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of the initial W_g.
   BalancedGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         weight_(config.width, config.experts),
@@ -100,10 +102,11 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     threshold_.value.setConstant(Scalar{1} / static_cast<Scalar>(config.experts));
   }
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  Index experts() const { return config_.experts; }
+  Index experts() const { return config_.experts; }  ///< E
 
-  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
   detail::SharedCalls shared_calls(bool training, Index) const {
     const auto choice = detail::SharedSelection<Scalar>::first_call(experts());
     return detail::shared_calls(training ? choice : detail::SharedCall{},
@@ -117,10 +120,10 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     config_.threshold_weight = weights.threshold;
   }
 
-  /// Gives the gate other experts, see Gate: fresh columns and thresholds are as at the start. The
-  /// other thresholds stay, though p is over another number of experts. Copies of W_g's columns get
-  /// noise of this standard deviation. Returns where its parameters come from. Throws
-  /// std::invalid_argument, with nothing changed, where Config would be out of range.
+  /// Adds, copies and removes experts, see Gate: fresh columns and thresholds are drawn as initially. The
+  /// other thresholds stay, though the number of experts in the softmax changes. Copies of W_g's
+  /// columns get noise of this standard deviation. Returns where the parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, if Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -134,8 +137,8 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     return {{0, sources.list()}, {1, sources.list()}};
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
-  /// its parameters have the shapes that it made.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
+  /// one, and the parameters have the shapes that the gate made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
     detail::require(tape.p.cols() == experts() && tape.difference.rows() == tape.p.rows() &&
@@ -164,12 +167,12 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     return config;
   }
 
-  /// m.
+  /// m, the number of tokens that an expert takes.
   Index taken(Index tokens) const {
     return detail::tokens_to_take(static_cast<double>(config_.top_k), tokens, experts());
   }
 
-  /// With the batchwise mask.
+  /// Training, with the batchwise mask.
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
     compute_p(x, tape);
     detail::choose_tokens(tape.p, taken(tape.tokens.batch_count), pass.batch, tape.choice,
@@ -179,7 +182,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     measure(config_.threshold_weight, pass.batch, tape);
     detail::insert_padding(tape.tokens, tape.routing);
   }
-  /// By the thresholds.
+  /// Evaluation, with the thresholds.
   void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
     compute_p(x, tape);
     choose_by_threshold(tape);
@@ -199,7 +202,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     softmax_rows(tape.scores, tape.p);
   }
 
-  /// Of a routing that is still token by token, without padding.
+  /// For a routing of valid tokens only, before padding is inserted.
   void measure(double threshold_weight, const SharedBatch* batch, Tape& tape) const {
     double loss = 0;
     if (threshold_weight > 0) {
@@ -222,7 +225,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   template <class F>
   void for_each_passed(const Scalar* p, F&& f) const {
     if (std::isnan(p[0])) {
-      f(Index{0});  // it would pass nowhere, and a y of 0 would hide it
+      f(Index{0});  // NaN is above no threshold, and without an expert its y would be 0
       return;
     }
     const Scalar* threshold = threshold_.value.data();
@@ -257,8 +260,8 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     });
   }
 
-  // G [S17 eq. 16]. It is the softmax of the scores of the experts that took the token, and as such
-  // neither it nor its gradient divides by a sum of p that may be 0 to the last bit.
+  // G [S17 eq. 16], computed as the softmax over the scores of the experts that took the token: a sum of
+  // their p may be rounded to 0, and would be divided by.
 
   void compute_weights(Tape& tape) const {
     Routing<Scalar>& routing = tape.routing;
@@ -326,7 +329,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     });
   }
 
-  /// ∂L/∂p = w·(Mthreshold − Mbatch), through the softmax into tape.dscores, which it overwrites;
+  /// Sets tape.dscores to the gradient of ∂L/∂p = w·(Mthreshold − Mbatch) through the softmax, and adds
   /// ∂L/∂threshold_i = −w·Σ_t (Mthreshold − Mbatch)_ti.
   void compute_loss_backward(Tape& tape) {
     const auto weight = static_cast<Scalar>(tape.loss_weights.threshold * tape.loss_scale);

@@ -21,29 +21,29 @@ namespace moe {
 ///     each expert takes the C tokens that are largest in its column of p, C = capacity_factor·T/E
 ///     the weight of a slot is its p
 ///
-/// Ties go to the lower token. C is rounded down, but is at least 1. Balance is perfect by
-/// construction, so there is no balance loss; a token may have any number of experts, none included
-/// (then a layer's y is 0 for it), and its weights need not add up to one.
+/// Ties go to the lower token. C is rounded down, but is at least 1. All experts get the same number
+/// of tokens, so there is no balance loss. A token may have any number of experts, also none (then a
+/// layer's y is act(0) for it), and its weights need not add up to one.
 ///
-/// The choice looks at the whole batch: which experts a token gets depends on the other tokens,
-/// those of later time steps included. So a causal model that is trained with this gate is told
-/// something of the future, which it has to do without when it generates; and evaluate(), which
-/// chooses in the same way among the tokens it is given, gives a token other experts in another
-/// batch. A token that is evaluated alone is taken by every expert. BalancedGate is the relative
-/// whose inference does not depend on the batch.
+/// A token's experts depend on the other tokens of the batch, those of later time steps included. So
+/// in training a causal model gets information about the future that it does not have when it
+/// generates. evaluate() chooses in the same way among the tokens of its batch: a token has other
+/// experts in another batch, and alone it has all of them. BalancedGate is similar, but its inference
+/// does not depend on the batch.
 ///
-/// W_g starts uniform in ±1/√D: zeros would tie all tokens and give every expert the same ones. A
-/// token with NaN or infinity in x has a p that is NaN with every expert and comes last; an expert
-/// that must take it gets the weight NaN.
+/// W_g is uniform in ±1/√D initially: zeros would tie all tokens and give every expert the same ones.
+/// A token with NaN or infinity in x has p = NaN for every expert and comes last; the weight of an
+/// expert that takes it is NaN.
 template <class Scalar_ = float>
 class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<ExpertChoiceGate<Scalar_>, Scalar_>;
   friend Base;
 
  public:
-  using Scalar = typename Base::Scalar;
-  static constexpr const char* name = "ExpertChoiceGate";
+  using Scalar = typename Base::Scalar;                    ///< float or double
+  static constexpr const char* name = "ExpertChoiceGate";  ///< in messages and files
 
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
@@ -57,31 +57,32 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
     }
   };
 
+  /// What backward needs of the N valid tokens, and scratch.
   struct Tape : GateTape<Scalar> {
-    Matrix<Scalar> p;        ///< N x E
-    Matrix<Scalar> dscores;  ///< N x E
-    detail::TokenChoice<Scalar> choice;
+    Matrix<Scalar> p;                    ///< N x E
+    Matrix<Scalar> dscores;              ///< N x E
+    detail::TokenChoice<Scalar> choice;  ///< scratch
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is that of W_g's
-  /// start.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of the initial W_g.
   ExpertChoiceGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)), weight_(config.width, config.experts) {
     fill_uniform(weight_.value, Scalar{1} / std::sqrt(static_cast<Scalar>(config.width)), seed);
   }
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  Index experts() const { return config_.experts; }
+  Index experts() const { return config_.experts; }  ///< E
 
-  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
   detail::SharedCalls shared_calls(bool, Index) const {
     return detail::shared_calls(detail::SharedSelection<Scalar>::first_call(experts()),
                                 detail::balance_figures(experts()));
   }
 
-  /// Gives the gate other experts, see Gate: fresh columns are as at the start. Copies of W_g's
-  /// columns get noise of this standard deviation. Returns where its parameters come from. Throws
-  /// std::invalid_argument, with nothing changed, where Config would be out of range.
+  /// Adds, copies and removes experts, see Gate: fresh columns are drawn as initially. Copies of W_g's
+  /// columns get noise of this standard deviation. Returns where the parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, if Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -94,8 +95,8 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
     return {{0, sources.list()}};
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
-  /// its parameters have the shapes that it made.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
+  /// one, and the parameters have the shapes that the gate made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
     detail::require(tape.p.cols() == experts() && tape.p.rows() == tape.tokens.count &&
@@ -124,12 +125,12 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
     return config;
   }
 
-  /// C.
+  /// C, the number of tokens that an expert takes.
   Index capacity(Index tokens) const {
     return detail::tokens_to_take(config_.capacity_factor, tokens, experts());
   }
 
-  /// Calls f(t, slot) for the slots of every token t of the N.
+  /// Calls f(t, slot) for every slot of each of the N tokens.
   template <class F>
   static void for_each_slot(const Tape& tape, F&& f) {
     for (Index t = 0; t < tape.tokens.count; ++t) {
@@ -138,7 +139,7 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
     }
   }
 
-  /// Training and serving are the same choice.
+  /// The choice is the same in training and in evaluation.
   template <class AnyPass>
   void route(const MatrixRef<Scalar>& x, const AnyPass& pass, Tape& tape) const {
     linear_scores(tape.tokens.rows_of(x), weight_, tape.p);

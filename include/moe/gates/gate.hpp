@@ -13,23 +13,23 @@
 #include "moe/routing/routing.hpp"
 
 /// \file
-/// What the layer needs of a gate. NoisyTopKGate is one; a user's own class is as good.
+/// The concept Gate: what a layer needs of a gate, of the library's and of a user's own.
 
 namespace moe {
 
-/// What every gate leaves behind; a gate's own Tape derives from it.
+/// The result of a gate's pass and what it saves for backward; the Tape of each gate derives from it.
 template <class Scalar>
 struct GateTape {
   Routing<Scalar> routing;  ///< the slots
-  Balance<Scalar> balance;  ///< importance, load and their loss
+  Balance<Scalar> balance;  ///< importance, load and the gate's losses
   bool trained = false;     ///< whether the last pass was a forward() that ended well
 
-  // What this library's gates keep of the pass, see detail::GateBase.
-  detail::ValidTokens tokens;  ///< the rows of x that are no padding
+  // Saved by the library's gates, see detail::GateBase.
+  detail::ValidTokens tokens;  ///< the rows of x that are not padding
   double loss_scale = 1;       ///< Pass::loss_scale
 };
 
-/// A gate makes a Routing and takes back the gradient of its weights.
+/// A gate makes a Routing, and takes the gradient of the loss w.r.t. its weights in backward.
 ///
 ///     forward(x, tape, pass)           const; training: sets tape.routing and tape.balance
 ///     evaluate(x, tape, pass)          const; serving: the same without noise; pass is an
@@ -39,28 +39,29 @@ struct GateTape {
 ///                                      slot; adds to the gradients of the gate's parameters, its
 ///                                      own losses included, and the gate's share to dx (T x D)
 ///
-/// A gate keeps no copy of x: the layer has one. A row that the pass says is not valid gets no slot.
+/// A gate saves no copy of x: the layer has one. A row that is not valid (Pass::valid) gets no slot.
 ///
-/// It may have, and the layer uses where it is there:
+/// These are optional:
 ///
-///     check_tape(tape)                 const; throws where backward() would not take the tape; the
-///                                      layer calls it before it changes anything
-///     experts_together()               const; how many experts in a row mpi::RankDispatch should
-///                                      place on one rank, 1 where it is missing
-///     shared_experts()                 const; how many experts, the first ones, get every token,
-///                                      which are placed apart, 0 where it is missing
+///     check_tape(tape)                 const; throws if backward() would refuse the tape; the layer
+///                                      calls it before it changes anything
+///     experts_together()               const; the number of consecutive experts that
+///                                      mpi::RankDispatch should place on the same rank, by default 1
+///     shared_experts()                 const; the number of experts, the first ones, that get every
+///                                      token, which are placed on rank 0, by default 0
 ///     set_loss_weights(LossWeights)    changes the weights of the gate's losses between updates
-///     update_selection_bias(tape)      what a gate does after an update of the weights
+///     update_selection_bias(tape)      moves the gate's selection bias after an update of the weights
 ///     config()                         const; its Config, as it is now
 ///     change_experts(sources, seed, noise_stddev)
-///                                      with config(): gives the gate other experts, as ExpertSources
-///                                      lists them, in its Config and in what its parameters have an
-///                                      expert: those of before keep their bits, a copy's get normal
-///                                      noise, fresh ones begin anew, drawn by the seed. Gradients are
-///                                      zero afterwards. Returns a std::vector<ParameterSource>, an
-///                                      entry for each parameter, in their order. Throws
-///                                      std::invalid_argument, with nothing changed, where it cannot.
-///                                      Without it the layer's experts cannot come and go.
+///                                      adds, copies and removes experts as listed in `sources`: in the
+///                                      Config, and in each parameter that has a column an expert.
+///                                      Columns of experts that stay keep their bits, columns of
+///                                      copies get normal noise, those of fresh experts are drawn from
+///                                      the seed. Gradients are zero afterwards. Returns a
+///                                      std::vector<ParameterSource>, an entry for each parameter, in
+///                                      their order. Throws std::invalid_argument, with nothing
+///                                      changed, if it cannot. Needs config(). Without it, experts
+///                                      cannot be added to the layer or removed.
 ///
 /// Its Config has a member `width`; a width of 0 stands for the layer's. It names its parameters in
 /// visit_parameters(self, visit), see for_each_parameter().
@@ -88,7 +89,7 @@ concept Gate =
 
 namespace detail {
 
-/// A gate whose experts can come and go.
+/// A gate with change_experts().
 template <class G>
 concept ChangesExperts = requires(G& gate, const G& constant, const ExpertSources& sources,
                                   std::uint64_t seed) {
@@ -98,8 +99,8 @@ concept ChangesExperts = requires(G& gate, const G& constant, const ExpertSource
 
 template <class Derived, class Scalar_>
 class GateBase;
-/// A gate of this library, which says what it calls of a SharedBatch, see SharedCalls. A class that
-/// derives from one may call more, so it is not asked.
+/// A gate of this library, which lists the functions of SharedBatch it calls, see SharedCalls. Not a
+/// class that derives from one: it may call others.
 template <class G>
 concept NamesSharedCalls = std::derived_from<G, GateBase<G, typename G::Scalar>> &&
     requires(const G& gate) {
@@ -111,7 +112,7 @@ SharedCalls shared_calls_of(const G& gate, bool training, Index rows) {
   return {};
 }
 
-/// Of a gate without losses.
+/// The LossWeights of a gate without losses.
 struct NoLossWeights {};
 template <class G>
 struct LossWeightsOf {
@@ -123,7 +124,7 @@ struct LossWeightsOf<G> {
   using type = typename G::LossWeights;
 };
 
-/// What MoELayer says when a class is no Gate: one message for each thing that can be missing.
+/// The compile errors for a class that is not a Gate: a message for each missing member.
 template <class G>
 constexpr bool check_gate_requirements() {
   static_assert(HasScalar<G>, "a gate must have a type Scalar");
@@ -176,7 +177,7 @@ void check_gate_input(const G& gate, const char* name, const MatrixRef<typename 
   check_shapes(gate, name);
 }
 
-/// What backward() of every gate needs of its arguments, before it changes anything.
+/// Checks the arguments of every gate's backward(), before it changes anything.
 template <class Scalar>
 void check_gate_backward(const char* name, Index width, const MatrixRef<Scalar>& x,
                          std::span<const Scalar> dweight, const GateTape<Scalar>& tape,
@@ -192,28 +193,30 @@ void check_gate_backward(const char* name, Index width, const MatrixRef<Scalar>&
   require_apart(name, "x", x, {dx});
 }
 
-/// The verbs that this library's gates have alike. `Derived` has a `name` for messages, a Config with
-/// a width, check_tape(), and what is different:
+/// What the library's gates have in common. `Derived` has a `name` for messages, a Config with a width,
+/// check_tape(), and:
 ///
-///     check_forward(x, pass) const              throws for what only this gate minds
-///     route(x, pass, tape) const                of a Pass and of an EvaluationPass: tape.routing and
-///                                               tape.balance, of the rows in tape.tokens
-///     route_backward(x, dweight, tape, dx)      of arguments that fit the tape
-///     shared_calls(training, rows) const        of forward() or evaluate() on a batch of these rows
+///     check_forward(x, pass) const              checks that only this gate makes
+///     route(x, pass, tape) const                for a Pass and for an EvaluationPass: sets
+///                                               tape.routing and tape.balance, of the rows in
+///                                               tape.tokens
+///     route_backward(x, dweight, tape, dx)      backward, for arguments that fit the tape
+///     shared_calls(training, rows) const        the SharedCalls of forward() or evaluate() on a batch
+///                                               of this number of rows
 template <class Derived, class Scalar_>
 class GateBase {
  public:
   using Scalar = Scalar_;
 
-  /// Throws what only this gate's forward() would, besides what every gate checks.
+  /// Checks that only this gate makes: none by default.
   void check_forward(const MatrixRef<Scalar>&, const Pass&) const {}
 
-  /// Numbers of Pass::noise for a row of x.
+  /// The number of values of Pass::noise for a row of x.
   Index noise_columns() const { return 0; }
 
   /// Training pass over x (T x D). Give every update its own step: the same one draws the same
-  /// noise. Throws std::invalid_argument when x is not D wide or the pass does not fit it; then the
-  /// tape is as good as before. O(T·D·E), and as the class says.
+  /// noise. Throws std::invalid_argument, with the tape unchanged, when x is not D wide or the pass
+  /// does not fit it. O(T·D·E) unless the class says otherwise.
   template <class Tape>
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
     check_gate_input(self(), Derived::name, x);
@@ -228,7 +231,7 @@ class GateBase {
     return tape.routing;
   }
 
-  /// Routing without noise, and its balance. Leaves nothing that backward() could use.
+  /// Routing without noise, and its balance. Saves nothing for backward().
   template <class Tape>
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                   const EvaluationPass& pass = {}) const {
@@ -245,10 +248,10 @@ class GateBase {
     return evaluate(x, tape);
   }
 
-  /// Takes the x of forward() and dweight, the gradient of the loss with respect to the weight of
-  /// each slot (S), and adds that of the gate's own losses once. Adds to the gradients of the
-  /// parameters, and to dx (T x D). At fixed noise and choice this is the exact derivative. Throws
-  /// std::invalid_argument when an argument does not belong to the tape, before anything is changed.
+  /// Takes the x of forward() and dweight (S), the gradient of the loss with respect to the weight of
+  /// each slot. Adds to the gradients of the parameters and to dx (T x D), the gate's own losses
+  /// included once. At fixed noise and choice this is the exact derivative. Throws
+  /// std::invalid_argument, before anything is changed, when an argument does not fit the tape.
   template <class Tape>
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {

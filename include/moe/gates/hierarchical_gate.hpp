@@ -23,27 +23,28 @@ namespace moe {
 ///     Load_H[i,j] = Loadprimary_i · Load_i(X_i)_j / |X_i|, 0 where X_i is empty       [S17 eq. 14]
 ///     loss = w_importance·CV²(Importance_H) + w_load·CV²(Load_H)
 ///
-/// Both levels score as NoisyTopKGate does, with weights that start at zero. X_i are the tokens
-/// that the primary gate sent to group i, which are all that its secondary gate sees; their number
-/// |X_i| is a constant of the choice. Without noise, and in evaluation, the load is the count of
-/// the slots and has no gradient. A token's noise depends on no other token. With top_k_groups = 1
-/// the primary gate learns from the losses only, a secondary one with top_k = 1 from the load.
+/// Both levels compute scores as NoisyTopKGate does, with weights that are zero initially. X_i are the
+/// tokens that the primary gate sent to group i; the secondary gate of the group computes only these.
+/// Their number |X_i| has no gradient. Without noise, and in evaluation, the load is the count of the
+/// slots and has no gradient. A token's noise depends on no other token. With top_k_groups = 1 the
+/// primary gate has a gradient from the losses only, a secondary gate with top_k = 1 from the load.
 ///
-/// Scores cost O(T·D·(a + top_k_groups·b)) where those of a flat gate cost O(T·D·a·b), and so does
-/// memory without the D: with 131,072 experts in groups of 256 a token has a thousand scores. A
-/// group without tokens costs nothing but being walked over, in lazy updates too (Updates::lazy).
+/// Scores cost O(T·D·(a + top_k_groups·b)), those of a flat gate O(T·D·a·b); memory is the same
+/// without the factor D. With 131,072 experts in groups of 256 a token has a thousand scores. A group
+/// without tokens takes next to no time, in lazy updates too (Updates::lazy).
 ///
-/// A token with NaN or infinity in x gets as many experts as any other, and weights that are NaN;
-/// then the losses are NaN too.
+/// A token with NaN or infinity in x gets as many experts as any other, but its weights and the losses
+/// are NaN.
 template <class Scalar_ = float>
 class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<HierarchicalGate<Scalar_>, Scalar_>;
   friend Base;
 
  public:
-  using Scalar = typename Base::Scalar;
-  static constexpr const char* name = "HierarchicalGate";
+  using Scalar = typename Base::Scalar;                    ///< float or double
+  static constexpr const char* name = "HierarchicalGate";  ///< in messages and files
 
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;          ///< D; 0 inside a layer's configuration stands for the layer's width
     Index groups = 0;         ///< a
@@ -69,31 +70,32 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     }
   };
 
-  /// Of the gate's losses, see Config.
+  /// The weights of the gate's losses, see Config.
   using LossWeights = BalanceLossWeights;
 
-  /// What the primary gate leaves, a row a token, or the secondary gates, a row a token and group,
-  /// group after group, so R = N·top_k_groups rows.
+  /// The scores of one level. The primary gate has a row for each token, N. The secondary gates have a
+  /// row for each token and chosen group, R = N·top_k_groups, those of group 0 first.
   struct Level : detail::NoisyTopKTape<Scalar> {
-    Routing<Scalar> routing;       ///< rows to groups, or to the experts inside of a group
-    Vector<Scalar> load;           ///< a: Loadprimary, or E: Load_i(X_i), group after group
-    Vector<Scalar> dload;          ///< the gradient w.r.t. it
-    IndexedVector<Scalar> dscore;  ///< that w.r.t. routing.weight, then w.r.t. the chosen scores
+    Routing<Scalar> routing;       ///< rows to groups, or to the experts within a group
+    Vector<Scalar> load;           ///< a: Loadprimary, or E: Load_i(X_i), that of group 0 first
+    Vector<Scalar> dload;          ///< the gradient w.r.t. the load
+    IndexedVector<Scalar> dscore;  ///< the gradient w.r.t. routing.weight, then the chosen scores
   };
 
+  /// What backward needs of both levels, of the N valid tokens.
   struct Tape : GateTape<Scalar> {
-    LossWeights loss_weights;  ///< of the pass
-    Level primary;
+    LossWeights loss_weights;        ///< of the pass
+    Level primary;                   ///< N rows
     Dispatch<Scalar> groups;         ///< the primary gate's slots by group
     IndexedVector<Index> group_row;  ///< R, the row of x of each; empty where all rows are tokens
-    Level secondary;
+    Level secondary;                 ///< R rows
     IndexedVector<Index> group_tokens;  ///< a, |X_i|
     Vector<Scalar> dimportance;         ///< E
     Vector<Scalar> dload;               ///< E
     Matrix<Scalar> dx_rows;             ///< R x D, the secondary gates' shares of dx
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of the noise.
   HierarchicalGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         seed_(seed),
@@ -107,16 +109,17 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::track_gradients(secondary_);
   }
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  Index experts() const { return config_.groups * config_.group_experts; }
+  Index experts() const { return config_.groups * config_.group_experts; }  ///< E = a·b
 
-  /// A group's experts should be on one rank: a token's slots of a group travel together.
+  /// The experts of a group, which should be on one rank: a token's slots of a group travel together.
   Index experts_together() const { return config_.group_experts; }
-  /// Numbers of Pass::noise for a row of x: n of every group, then of every expert, those of groups
-  /// that are not chosen being unused; none where Config.noise is off.
+  /// The number of values of Pass::noise for a row of x: n of each group, then of each expert (those of
+  /// groups that are not chosen are not read); 0 without Config.noise.
   Index noise_columns() const { return config_.noise ? config_.groups + experts() : 0; }
 
-  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
   detail::SharedCalls shared_calls(bool training, Index) const {
     const Index loads = training && config_.noise ? 2 * config_.groups : 0;
     return detail::shared_calls({}, detail::balance_figures(experts()) + loads);
@@ -128,10 +131,10 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::set_balance_weights(name, weights, config_);
   }
 
-  /// Gives the gate other groups, see Gate: fresh weights are zero, as at the start; those of W_g in a
-  /// copied group, and its column in the primary gate, get noise of this standard deviation. Returns
-  /// where its parameters come from. Throws std::invalid_argument, with nothing changed, unless the
-  /// experts come and go in whole groups and Config stays in range.
+  /// Adds, copies and removes groups of experts, see Gate: fresh weights are zero, as initially. W_g of a
+  /// copied group, and the group's column in the primary gate, get noise of this standard deviation.
+  /// Returns where the parameters come from. Throws std::invalid_argument, with nothing changed,
+  /// unless whole groups are added, copied and removed and Config stays in range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     const ExpertSources groups = detail::sources_of_groups("HierarchicalGate::change_experts",
@@ -161,8 +164,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     return from;
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
-  /// its parameters have the shapes that it made.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
+  /// one, and the parameters have the shapes that the gate made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "HierarchicalGate::backward without a forward pass on this tape");
     const Index tokens = tape.tokens.count;
@@ -244,7 +247,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
-  /// The derivative of the loads through their thresholds included.
+  /// The gradient of the loads includes that through their thresholds.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,
@@ -314,8 +317,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     }
   }
 
-  /// Loadprimary_i, Load_i(X_i)_j and |X_i|, which `sum` is told of; where X_i is empty its loads
-  /// are 0.
+  /// Loadprimary_i, Load_i(X_i)_j and |X_i|, which are added to `sum`; loads are 0 if X_i is empty.
   void measure_loads(detail::BatchSum& sum, Tape& tape) const {
     Level& groups = tape.primary;
     Level& level = tape.secondary;
@@ -340,7 +342,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     Level& level = tape.secondary;
     detail::resize_to_zero(groups.dload, config_.groups);
     detail::resize_to_zero(level.dload, experts());
-    // 0 times a NaN load is no 0.
+    // 0 times a NaN load would be NaN.
     if (!groups.has_noise || tape.loss_weights.load * tape.loss_scale == 0) return;
     detail::hierarchical_load_backward(groups.load, level.load, tape.group_tokens, tape.dload,
                                        groups.dload, level.dload);
@@ -378,8 +380,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     return {x.data(), x.outerStride(), rows.count, x.cols(), rows_of_x(rows, tape)};
   }
 
-  /// Calls f(i, rows) for every group that has any. A group that is more than a worker's share of
-  /// the rows comes alone and splits its work itself; the others go side by side.
+  /// Calls f(i, rows) for every group that has rows. A group with more rows than a worker's share is computed
+  /// alone, and its own loops use all workers; the other groups are computed in parallel.
   template <class F>
   void for_each_group(const Tape& tape, F&& f) const {
     const Dispatch<Scalar>& groups = tape.groups;

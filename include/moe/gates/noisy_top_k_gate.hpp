@@ -21,17 +21,18 @@ namespace moe {
 ///
 /// Both weight matrices start at zero [S17 App. A], so training starts in balance. With K = 1 the
 /// softmax is the constant 1 and the gate learns from the load loss only. With K = E every expert
-/// is always chosen and the load carries no gradient. A token with NaN or infinity in x gets K
-/// experts like any other, and weights that are NaN; then the losses are NaN too.
+/// is always chosen and the load has no gradient. A token with NaN or infinity in x gets K experts
+/// like any other, but its weights and the losses are NaN.
 template <class Scalar_ = float>
 class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_>;
   friend Base;
 
  public:
-  using Scalar = typename Base::Scalar;
-  static constexpr const char* name = "NoisyTopKGate";
+  using Scalar = typename Base::Scalar;                 ///< float or double
+  static constexpr const char* name = "NoisyTopKGate";  ///< in messages and files
 
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
     Index experts = 0;  ///< E
@@ -53,10 +54,10 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     }
   };
 
-  /// Of the gate's losses, see Config.
+  /// The weights of the gate's losses, see Config.
   using LossWeights = BalanceLossWeights;
 
-  /// Besides a gate's: what the N tokens left, the scores among it.
+  /// The scores and what else backward needs, of the N valid tokens.
   struct Tape : GateTape<Scalar>, detail::NoisyTopKTape<Scalar> {
     LossWeights loss_weights;      ///< of the pass
     Vector<Scalar> dimportance;    ///< E
@@ -64,19 +65,20 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     IndexedVector<Scalar> dscore;  ///< S, the gradient w.r.t. G, then w.r.t. the chosen h
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of the noise.
   NoisyTopKGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         top_k_({config.width, config.experts, config.top_k, config.noise, config.noise_floor},
                seed) {}
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  Index experts() const { return config_.experts; }
+  Index experts() const { return config_.experts; }  ///< E
 
-  /// Numbers of Pass::noise for a row of x: n of every expert, or none where Config.noise is off.
+  /// The number of values of Pass::noise for a row of x: E (n of each expert), or 0 without Config.noise.
   Index noise_columns() const { return config_.noise ? config_.experts : 0; }
 
-  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
   detail::SharedCalls shared_calls(bool, Index) const {
     return detail::shared_calls({}, detail::balance_figures(experts()));
   }
@@ -87,9 +89,9 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     detail::set_balance_weights(name, weights, config_);
   }
 
-  /// Gives the gate other experts, see Gate: fresh columns are zero, as at the start. Copies of
-  /// W_g's columns get noise of this standard deviation. Returns where its parameters come from.
-  /// Throws std::invalid_argument, with nothing changed, where Config would be out of range.
+  /// Adds, copies and removes experts, see Gate: fresh columns are zero, as initially. Copies of W_g's
+  /// columns get noise of this standard deviation. Returns where the parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, if Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -100,8 +102,8 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     return {{0, sources.list()}, {1, sources.list()}};
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
-  /// its parameters have the shapes that it made.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
+  /// one, and the parameters have the shapes that the gate made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
     detail::require(
@@ -111,6 +113,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     detail::check_shapes(*this, "NoisyTopKGate");
   }
 
+  /// "weight" (W_g, D x E) and "noise_weight" (W_noise, D x E).
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     detail::NoisyTopK<Scalar>::visit_parameters(self.top_k_, visit);
@@ -151,7 +154,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
   }
 
-  /// The derivative of the load through its threshold included.
+  /// The gradient of the load includes that through its threshold.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.dscore});

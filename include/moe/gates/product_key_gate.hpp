@@ -10,8 +10,8 @@
 #include "moe/routing/noisy_top_k.hpp"
 
 /// \file
-/// The gate for very many experts that are pairs of keys: a token scores a row keys and b column keys
-/// and so a·b experts.
+/// A gate for very many experts, each of which is a pair of keys: the scores of a row keys and b column
+/// keys are those of a·b experts.
 ///
 /// [L19] G. Lample, A. Sablayrolles, M. Ranzato, L. Denoyer, H. Jégou, "Large Memory Layers with
 /// Product Keys", NeurIPS 2019 (arXiv 1907.05242).
@@ -29,41 +29,42 @@ namespace moe {
 ///     G = softmax of h over its K largest, 0 elsewhere
 ///     loss = w_importance·CV²(Importance) + w_load·[(1 + CV²(Loadrow))·(1 + CV²(Loadcolumn)) − 1]
 ///
-/// In [L19] and [H24] each kind of keys meets one half of a query that a network makes of x, in several
-/// heads; here both meet all of x, and there is one head.
+/// In [L19] and [H24] a network makes a query of x, in several heads, and each kind of keys is
+/// multiplied with one half of it; here both kinds are multiplied with x itself, and there is one head.
 ///
 /// The K largest h are found exactly, among the pairs of the Kr = min(K, a) largest u and the
-/// Kc = min(K, b) largest v: the pair of the p-th u and the q-th v is surpassed by p·q − 1 others,
-/// so those with p·q <= K suffice. Ties go to the larger u, then to the larger v, and of equal keys to
-/// the lower one.
+/// Kc = min(K, b) largest v. At least p·q − 1 other pairs score as high as the pair of the p-th largest
+/// u and the q-th largest v, so those with p·q <= K are enough. Ties go to the larger u, then to the
+/// larger v, and of equal keys to the lower one.
 ///
-/// Loadrow is the load of the row keys by themselves [S17 eq. 8-10]: the sum over tokens of the
-/// probability that a key is among the Kr largest when its own noise is drawn again; Loadcolumn
-/// likewise. So the load loss balances the candidates that pairs are chosen from. The bracket is CV² of
-/// Loadrow_i·Loadcolumn_j over all pairs. Where K >= a all row keys are candidates and their load has
-/// no gradient; columns likewise. Importance [S17 eq. 6] is that of the experts themselves: it sees
-/// keys that are candidates and never chosen, and rows and columns in balance whose pairs are few.
-/// tape.balance.load is the count of the slots, with noise and without. Without noise, and in
-/// evaluation, its CV² is the load loss, a constant.
+/// Loadrow is the load of the row keys [S17 eq. 8-10]: the sum over tokens of the probability that a
+/// key is among the Kr largest when its own noise is drawn again; Loadcolumn likewise. So the load
+/// loss balances the keys among which pairs are chosen. The bracket is CV² of Loadrow_i·Loadcolumn_j
+/// over all pairs. If K >= a, all row keys are candidates and their load has no gradient; columns
+/// likewise. Importance [S17 eq. 6] is that of the experts. It also shows what the loads do not: keys
+/// that are often candidates and never chosen, and few pairs chosen from balanced rows and columns.
+/// tape.balance.load is always the count of the slots. Without noise, and in evaluation, its CV² is
+/// the load loss, a constant.
 ///
 /// The a experts of a column share its weight vector, the b experts of a row theirs: 2·(a + b)·D
 /// weights, those of the noise included, for a·b experts. Scores cost O(T·D·(a + b)), the choice
-/// O(T·(a + b + K·log²K)). What is by expert (importance, load, tokens) costs O(E) a pass, in time, in
-/// the tape and in what processes with a shared batch send each other. All weights start at zero, as
-/// NoisyTopKGate's do. A token's noise depends on no other token. With K = 1 weights have no gradient,
-/// and the gate learns from the load loss alone.
+/// O(T·(a + b + K·log²K)). Importance, load and tokens by expert cost O(E) a pass: time, memory of the
+/// tape, and messages between processes that share a batch. All weights are zero initially, as in
+/// NoisyTopKGate. A token's noise depends on no other token. With K = 1 the slots' weights are the
+/// constant 1, and the gate's only gradient is that of the load loss.
 ///
-/// A token with NaN or infinity in x gets K experts like any other, and weights that are NaN; then
-/// losses whose weight is not 0 are NaN too.
+/// A token with NaN or infinity in x gets K experts like any other, but its weights and all losses
+/// whose weight is not 0 are NaN.
 template <class Scalar_ = float>
 class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>;
   friend Base;
 
  public:
-  using Scalar = typename Base::Scalar;
-  static constexpr const char* name = "ProductKeyGate";
+  using Scalar = typename Base::Scalar;                  ///< float or double
+  static constexpr const char* name = "ProductKeyGate";  ///< in messages and files
 
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;        ///< D; 0 inside a layer's configuration stands for the layer's width
     Index row_keys = 0;     ///< a
@@ -87,47 +88,50 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     }
   };
 
-  /// Of the gate's losses, see Config.
+  /// The weights of the gate's losses, see Config.
   using LossWeights = BalanceLossWeights;
 
-  /// What the scores of one kind of keys leave, a row a token.
+  /// The scores of one kind of keys, N rows.
   struct Keys : detail::NoisyTopKTape<Scalar> {
     Routing<Scalar> routing;       ///< the Kr or Kc largest of each token
     IndexedVector<Index> place;    ///< S, the key of each slot of the gate, as a slot of `routing`
     Vector<Scalar> load;           ///< Loadrow (a) or Loadcolumn (b)
-    Vector<Scalar> dload;          ///< the gradient w.r.t. it
-    IndexedVector<Scalar> dscore;  ///< that w.r.t. the noisy score of each slot of `routing`
+    Vector<Scalar> dload;          ///< the gradient w.r.t. the load
+    IndexedVector<Scalar> dscore;  ///< the gradient w.r.t. the noisy scores in `routing`
   };
 
+  /// What backward needs of the N valid tokens, and scratch.
   struct Tape : GateTape<Scalar> {
-    LossWeights loss_weights;  ///< of the pass
-    Keys rows;
-    Keys columns;
+    LossWeights loss_weights;      ///< of the pass
+    Keys rows;                     ///< of the row keys
+    Keys columns;                  ///< of the column keys
     Vector<Scalar> dimportance;    ///< E
     IndexedVector<Scalar> dscore;  ///< S, the gradient w.r.t. G, then w.r.t. the chosen h
 
+    /// Scratch of a worker.
     struct Scratch {
-      std::vector<Scalar> score;  ///< of the pairs of a token among which its K are
-      std::vector<Index> best;    ///< K of them
+      std::vector<Scalar> score;  ///< of the candidate pairs of a token
+      std::vector<Index> best;    ///< the K largest
     };
     IndexedVector<Scratch> scratch;  ///< one a worker
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is the noise's.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of the noise.
   ProductKeyGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         rows_(keys_config(config, config.row_keys), derive_seed(seed, 0)),
         columns_(keys_config(config, config.column_keys), derive_seed(seed, 1)),
         pairs_(candidate_pairs(config)) {}
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  Index experts() const { return config_.row_keys * config_.column_keys; }
+  Index experts() const { return config_.row_keys * config_.column_keys; }  ///< E = a·b
 
-  /// Numbers of Pass::noise for a row of x: n of every row key, then of every column key; none where
-  /// Config.noise is off.
+  /// The number of values of Pass::noise for a row of x: n of each row key, then of each column key; 0
+  /// without Config.noise.
   Index noise_columns() const { return config_.noise ? config_.row_keys + config_.column_keys : 0; }
 
-  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
   detail::SharedCalls shared_calls(bool training, Index) const {
     const Index keys = training && config_.noise ? config_.row_keys + config_.column_keys : 0;
     return detail::shared_calls({}, detail::balance_figures(experts()) + keys);
@@ -139,10 +143,10 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     detail::set_balance_weights(name, weights, config_);
   }
 
-  /// Gives the gate other row keys, see Gate: fresh ones are zero, as at the start; W_r's columns of
-  /// copies get noise of this standard deviation. Returns where its parameters come from. Throws
-  /// std::invalid_argument, with nothing changed, unless the experts come and go in whole rows of
-  /// column_keys experts and Config stays in range.
+  /// Adds, copies and removes row keys, see Gate: fresh ones are zero, as initially. Copies of W_r's
+  /// columns get noise of this standard deviation. Returns where the parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, unless whole rows of column_keys experts are added,
+  /// copied and removed and Config stays in range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     const ExpertSources rows =
@@ -158,8 +162,8 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     return from;
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
-  /// its parameters have the shapes that it made.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
+  /// one, and the parameters have the shapes that the gate made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ProductKeyGate::backward without a forward pass on this tape");
     detail::require(tape.rows.clean.cols() == config_.row_keys &&
@@ -181,7 +185,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
  private:
   using TopK = detail::NoisyTopK<Scalar>;
 
-  /// Places of a row key and of a column key among the largest of a token.
+  /// The ranks of a row key and of a column key among the largest of a token.
   struct Pair {
     Index row;
     Index column;
@@ -199,7 +203,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     return config;
   }
 
-  /// Kr or Kc.
+  /// Kr or Kc: how many keys of a kind are candidates.
   static Index key_choices(const Config& config, Index keys) {
     return std::min(config.top_k, keys);
   }
@@ -209,8 +213,8 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   Index row_choices() const { return key_choices(config_, config_.row_keys); }
   Index column_choices() const { return key_choices(config_, config_.column_keys); }
 
-  /// Those with p·q <= K, by the larger u, then the larger v, so that the first of equal scores is the
-  /// one to choose.
+  /// The pairs of ranks with p·q <= K, sorted by p, then by q, so that of pairs with equal scores the first
+  /// is chosen.
   static std::vector<Pair> candidate_pairs(const Config& config) {
     std::vector<Pair> pairs;
     for (Index p = 0; p < key_choices(config, config.row_keys); ++p) {
@@ -251,7 +255,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
-  /// The derivative of the loads through their thresholds included.
+  /// The gradient of the loads includes that through their thresholds.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.dscore});
@@ -333,7 +337,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     for (Index k = 0; k < config_.top_k; ++k) weight[k] /= total;
   }
 
-  /// Where a key is among the `count` of a token, whose slots begin with `first` and ascend.
+  /// The place of a key among the `count` slots of a token, which begin with slot `first` and ascend.
   static Index slot_of(Index key, Index first, Index count, const Routing<Scalar>& routing) {
     const auto begin = routing.expert.begin() + first;
     return first + (std::lower_bound(begin, begin + count, key) - begin);
@@ -367,7 +371,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
         });
   }
 
-  /// Loadrow and Loadcolumn, which `sum` is told of.
+  /// Loadrow and Loadcolumn, which are added to `sum`.
   void measure_key_loads(detail::BatchSum& sum, Tape& tape) const {
     const auto measure = [&](const TopK& top_k, Index count, Keys& keys) {
       detail::resize(keys.load, count);
@@ -393,7 +397,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     tape.balance.loss = losses.sum();
   }
   void load_loss_backward(Tape& tape) const {
-    // 0 times a NaN load is no 0.
+    // 0 times a NaN load would be NaN.
     if (!tape.rows.has_noise || load_weight(tape) == 0) {
       detail::resize_to_zero(tape.rows.dload, config_.row_keys);
       detail::resize_to_zero(tape.columns.dload, config_.column_keys);

@@ -25,19 +25,19 @@ namespace moe {
 ///                .expert = {.hidden = 256},
 ///                .gate = {.shared = 2, .routed = {.experts = 64, .top_k = 6}}});
 ///
-/// Experts 0 up to `shared` are every token's, with the weight `scale`, or, if `gated`, with
-/// scale·sigmoid(x·W_shared), one column of W_shared an expert, or one for all if `tied`. W_shared starts
-/// at zero, so these weights start at scale/2. The slots of the wrapped gate follow, its expert e being
-/// expert shared + e here; a token that it gives none still has its shared ones.
+/// Experts 0, ..., shared − 1 get every token, with the weight `scale`, or, if `gated`,
+/// scale·sigmoid(x·W_shared). W_shared has a column for each of them, or one for all if `tied`. It is
+/// zero initially, so that these weights are scale/2. Expert e of the wrapped gate is expert
+/// shared + e here. A token without a slot from the wrapped gate still has its shared experts.
 ///
-/// tape.balance is the wrapped gate's own and speaks of the routed experts only, so its vectors
-/// have routed.experts() entries: a shared expert's load is always T, and nothing could balance it.
+/// tape.balance is that of the wrapped gate, for the routed experts only: its vectors have
+/// routed().experts() entries. (The load of a shared expert is always T.)
 ///
-/// All experts of a layer are equally wide. That is no limit: n shared feed-forward experts of
-/// hidden width H and one weight are one of hidden width n·H, the hidden units of a feed-forward
-/// network being a sum already, of which it does not matter how the terms are grouped (the second
-/// biases are added up). So n that are `gated` and `tied` are the one wide shared expert of Qwen1.5-MoE
-/// and Qwen2-MoE; without `tied` the units of each of the n have a weight of their own.
+/// All experts of a layer have the same hidden width H. A shared expert of width n·H is the same as n
+/// shared experts of width H with one weight, since a feed-forward network is a sum over its hidden
+/// units (its second bias is the sum of theirs). So with `gated` and `tied`, n shared experts are the
+/// one wide shared expert of Qwen1.5-MoE and Qwen2-MoE; without `tied` each of the n has a weight of
+/// its own.
 template <class RoutedGate>
 requires Gate<RoutedGate>
 class SharedExpertGate
@@ -46,9 +46,10 @@ class SharedExpertGate
   friend Base;
 
  public:
-  using Scalar = typename Base::Scalar;
-  static constexpr const char* name = "SharedExpertGate";
+  using Scalar = typename Base::Scalar;                    ///< float or double
+  static constexpr const char* name = "SharedExpertGate";  ///< in messages and files
 
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;     ///< D; 0 inside a layer's configuration stands for the layer's width
     Index shared = 1;    ///< experts that every token uses, at least 1
@@ -70,24 +71,28 @@ class SharedExpertGate
 
   using LossWeights = typename detail::LossWeightsOf<RoutedGate>::type;  ///< the wrapped gate's
 
+  /// The wrapped gate's tape, and what the shared weights need of the N valid tokens.
   struct Tape : GateTape<Scalar> {
-    typename RoutedGate::Tape routed;
-    IndexedVector<Scalar> routed_dweight;
-    Matrix<Scalar> shared_weight;  ///< sigmoid(x·W_shared), N x columns of W_shared
-    Matrix<Scalar> dscores;        ///< the gradient w.r.t. x·W_shared, as large
+    typename RoutedGate::Tape routed;      ///< the wrapped gate's
+    IndexedVector<Scalar> routed_dweight;  ///< the gradient w.r.t. the weights of its slots
+    Matrix<Scalar> shared_weight;          ///< sigmoid(x·W_shared), N x columns of W_shared
+    Matrix<Scalar> dscores;                ///< the gradient w.r.t. x·W_shared, as large
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The wrapped gate gets the seed.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is the wrapped gate's.
   SharedExpertGate(const Config& config, std::uint64_t seed)
       : config_(completed(config)), routed_(config_.routed, seed) {
     if (config.gated) weight_ = Parameter<Scalar>(config.width, weight_columns());
   }
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  const RoutedGate& routed() const { return routed_; }
-  Index experts() const { return config_.shared + routed_.experts(); }
+  const RoutedGate& routed() const { return routed_; }                  ///< the wrapped gate
+  Index experts() const { return config_.shared + routed_.experts(); }  ///< shared and routed ones
 
+  /// The number of shared experts, which are the first ones.
   Index shared_experts() const { return config_.shared; }
+  /// As the wrapped gate: see Gate.
   Index experts_together() const {
     if constexpr (requires { routed_.experts_together(); }) {
       return routed_.experts_together();
@@ -95,6 +100,7 @@ class SharedExpertGate
       return 1;
     }
   }
+  /// The number of values of Pass::noise for a row of x: the wrapped gate's.
   Index noise_columns() const {
     if constexpr (requires { routed_.noise_columns(); }) {
       return routed_.noise_columns();
@@ -103,16 +109,18 @@ class SharedExpertGate
     }
   }
 
-  /// What a pass calls of a SharedBatch, for mpi::RankDispatch: what the wrapped gate does.
+  /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch: those of the wrapped gate.
   detail::SharedCalls shared_calls(bool training,
                                    Index rows) const requires detail::NamesSharedCalls<RoutedGate> {
     return routed_.shared_calls(training, rows);
   }
 
+  /// The checks of the wrapped gate.
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
     if constexpr (requires { routed_.check_forward(x, pass); }) routed_.check_forward(x, pass);
   }
 
+  /// Changes the weights of the wrapped gate's losses from the next pass on.
   template <class G = RoutedGate>
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {
@@ -121,16 +129,17 @@ class SharedExpertGate
       config_.routed = routed_.config();
     }
   }
-  /// The wrapped gate's, by its part of the tape or the load.
+  /// Moves the wrapped gate's selection bias, see TopKGate::update_selection_bias().
   template <class G = RoutedGate>
   requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
   void update_selection_bias(const Tape& tape) { routed_.update_selection_bias(tape.routed); }
+  /// The same by a load, of the routed experts only.
   template <class G = RoutedGate>
   requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
   void update_selection_bias(const Vector<Scalar>& load) { routed_.update_selection_bias(load); }
 
-  /// Gives the wrapped gate other experts, see Gate. The shared experts stay where they are: throws
-  /// std::invalid_argument where one would be removed or copied, and as the wrapped gate does.
+  /// Adds, copies and removes experts of the wrapped gate, see Gate. Throws std::invalid_argument if a
+  /// shared expert would be removed, moved or copied, and as the wrapped gate does.
   template <detail::ChangesExperts G = RoutedGate>
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
@@ -157,8 +166,8 @@ class SharedExpertGate
     return from;
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
-  /// its parameters have the shapes that it made.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
+  /// one, and the parameters have the shapes that the gate made.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
     detail::require(tape.routing.experts == experts() &&
@@ -203,7 +212,7 @@ class SharedExpertGate
     routed_.evaluate(x, tape.routed, pass);
     add_shared(x, tape);
   }
-  /// The wrapped gate gets its own part of dweight.
+  /// The wrapped gate's backward gets the part of dweight for its slots.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.routed_dweight});
@@ -256,9 +265,9 @@ class SharedExpertGate
     detail::copy_balance(tape.routed.balance, tape.balance);
   }
 
-  /// Hands the gradients of the routed slots to tape.routed_dweight and, if gated, turns those of
-  /// the shared ones into tape.dscores: with s = sigmoid(x·W_shared) the derivative is
-  /// dweight·scale·s·(1 − s), of tied ones the sum.
+  /// Copies the gradients of the routed slots to tape.routed_dweight. If gated, sets tape.dscores from those
+  /// of the shared slots: with s = sigmoid(x·W_shared) it is dweight·scale·s·(1 − s), or if tied the sum of
+  /// these.
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());
@@ -286,7 +295,7 @@ class SharedExpertGate
     if (!config_.gated) return 0;
     return config_.tied ? 1 : config_.shared;
   }
-  /// That of a shared expert.
+  /// The weight of a shared expert.
   Index weight_column(Index expert) const { return config_.tied ? 0 : expert; }
 
   void compute_shared_weight(const MatrixRef<Scalar>& x, Tape& tape) const {

@@ -18,9 +18,9 @@
 #include "moe/routing/top_k_config.hpp"
 
 /// \file
-/// The gate of today's models: the K largest scores, without noise of its own, with the options by
-/// which Switch Transformer, GShard, Mixtral, OLMoE, Qwen and DeepSeek differ. docs/gates.md says
-/// which options make which model.
+/// The gate of most published models: the K largest scores, without learned noise, with the options by
+/// which Switch Transformer, GShard, Mixtral, OLMoE, Qwen and DeepSeek differ. docs/gates.md lists
+/// the options of each model.
 ///
 /// [W24] L. Wang, H. Gao, C. Zhao, X. Sun, D. Dai, "Auxiliary-Loss-Free Load Balancing Strategy for
 /// Mixture-of-Experts", 2024 (arXiv 2408.15664).
@@ -39,63 +39,69 @@ namespace moe {
 ///     loss = switch_loss_weight·E·Σ_i f_i·P_i + sequence_loss_weight·(its mean over sequences) + z_loss_weight·z
 ///
 /// N is the p-norm of s over top, Σ_top s by default, p being Config.renormalise_norm.
-/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids and roots; f counts all choices as they were
-/// made, those dropped afterwards included; z is the mean over tokens of (log Σ_i e^c_i)² [Z22 eq.
-/// 5]. backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1 a
-/// softmax over all experts learns from its weight, while renormalised weights are the constant 1.
-/// A dropped choice has no slot. The weights that are left stay what they are, unless
-/// Config.renormalise_after_drops renormalises these and no others: then the order of places and a random
-/// second choice go by s, or for softmax_of_chosen by its softmax.
+/// P is softmax(c), or s / Σ_i s_i [D3 eq. 19] for sigmoids and roots; f and P are those of
+/// switch_loss.hpp, f counting dropped choices too; z is the mean over tokens of (log Σ_i e^c_i)²
+/// [Z22 eq. 5]. backward() is the exact derivative at fixed choice, drops, jitter and f. With K = 1
+/// the gradient reaches W_g through the weight s, but a renormalised weight is the constant 1.
 ///
-/// The selection bias b [W24; D3] takes part in the choice, that of groups too, and in no weight.
-/// It is moved by update_selection_bias() alone: it is a Parameter that is not trained, so
-/// checkpoints have it, as "selection_bias", and optimizers pass it by. It starts at zero, and W_g
-/// with normal deviates, since zeros would tie all experts. b_g is another bias, of the logits: it takes
-/// part in the weights and is trained like W_g. It is there with Config.bias and starts at zero.
+/// A dropped choice has no slot. By default drops do not change the weights of the other choices.
+/// With Config.renormalise_after_drops weights are renormalised once, over the choices that are left;
+/// before that, drops and the random second choice are decided by s, or by the softmax over top for
+/// softmax_of_chosen.
 ///
-/// tape.balance.load is how many tokens chose each expert, tokens_per_expert how many it got. With
-/// a capacity a token's slots depend on the other tokens of its batch. NaN in a token's x makes its
-/// weights NaN, and the losses; it spoils no other token, but where there is a capacity it may take
-/// another's place.
+/// The selection bias b [W24; D3] is added to the scores for the choice of experts and groups, not for
+/// the weights. Only update_selection_bias() changes it: it is a Parameter that is not trained, so
+/// it is saved in checkpoints, as "selection_bias", and optimizers leave it alone. Initially it is
+/// zero. W_g is normal initially, since zeros would tie all experts. b_g is another bias, that of the
+/// logits: it counts for the weights too and is trained like W_g. It exists with Config.bias and is
+/// zero initially.
+///
+/// tape.balance.load is the number of tokens that chose each expert, tokens_per_expert the number that
+/// it got. With a capacity a token's slots depend on the other tokens of its batch. NaN in a token's
+/// x makes its weights and the losses NaN. It does not change the outputs of other tokens, except that
+/// with a capacity it may take another token's place.
 template <class Scalar_ = float>
 class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   using Base = detail::GateBase<TopKGate<Scalar_>, Scalar_>;
   friend Base;
 
  public:
-  using Scalar = typename Base::Scalar;
-  static constexpr const char* name = "TopKGate";
+  using Scalar = typename Base::Scalar;            ///< float or double
+  static constexpr const char* name = "TopKGate";  ///< in messages and files
+  /// See TopKConfig.
   using Config = TopKConfig;
 
-  /// Of the gate's losses, see Config; each finite and at least 0.
+  /// The weights of the gate's losses, see Config; each finite and at least 0.
   struct LossWeights {
-    double switch_loss = 0;
-    double sequence = 0;
-    double z = 0;
+    double switch_loss = 0;  ///< Config.switch_loss_weight
+    double sequence = 0;     ///< Config.sequence_loss_weight
+    double z = 0;            ///< Config.z_loss_weight
   };
 
+  /// The scores, choices and what else backward needs, of the N valid tokens.
   struct Tape : GateTape<Scalar> {
-    LossWeights loss_weights;  ///< of the pass, 0 where a loss was left out
-    Matrix<Scalar> jitter;     ///< j, N x D
-    Matrix<Scalar> jittered;   ///< x ⊙ j, N x D
-    Matrix<Scalar> djittered;  ///< N x D
-    detail::RouterScores<Scalar> router;
-    detail::Choices<Scalar> choices;  ///< with w for weights
-    detail::SwitchLoss<Scalar> batch_loss;
-    detail::SwitchLoss<Scalar> sequence_loss;
-    Matrix<Scalar> dlogits;  ///< N x E
+    LossWeights loss_weights;                  ///< of the pass, 0 where a loss was left out
+    Matrix<Scalar> jitter;                     ///< j, N x D
+    Matrix<Scalar> jittered;                   ///< x ⊙ j, N x D
+    Matrix<Scalar> djittered;                  ///< N x D
+    detail::RouterScores<Scalar> router;       ///< c and s
+    detail::Choices<Scalar> choices;           ///< with w for weights
+    detail::SwitchLoss<Scalar> batch_loss;     ///< of switch_loss
+    detail::SwitchLoss<Scalar> sequence_loss;  ///< of sequence
+    Matrix<Scalar> dlogits;                    ///< N x E
 
+    /// Scratch of a worker.
     struct Scratch {
-      std::vector<Scalar> scores;  ///< E
-      std::vector<Scalar> groups;
-      std::vector<Index> best_groups;
+      std::vector<Scalar> scores;      ///< E
+      std::vector<Scalar> groups;      ///< scores of the groups
+      std::vector<Index> best_groups;  ///< the groups chosen
     };
-    IndexedVector<Scratch> scratch;  ///< one a worker
-    detail::CapacityScratch<Scalar> capacity;
+    IndexedVector<Scratch> scratch;            ///< one a worker
+    detail::CapacityScratch<Scalar> capacity;  ///< scratch for drops
   };
 
-  /// Throws std::invalid_argument for a configuration out of range. The seed is of W_g's start, the
-  /// jitter and the random dispatch.
+  /// Throws std::invalid_argument for a configuration out of range. The seed is that of the initial W_g,
+  /// of the jitter and of the random second choice.
   TopKGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         jitter_seed_(derive_seed(seed, 1)),
@@ -107,15 +113,17 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     selection_bias_.trained = false;
   }
 
+  /// The configuration as it is now.
   const Config& config() const { return config_; }
-  Index experts() const { return config_.experts; }
-  /// Numbers of Pass::noise for a row of x: with a jitter, (j − 1) / Config.jitter of each of the D,
-  /// in [-1, 1); with a random second choice, one more in [0, 1), which is kept if below 2·w.
+  Index experts() const { return config_.experts; }  ///< E
+  /// The number of values of Pass::noise for a row of x. With a jitter, D values in [-1, 1), which are
+  /// (j − 1) / Config.jitter; then, with a random second choice, a value in [0, 1): the choice stays
+  /// if it is below 2·w.
   Index noise_columns() const {
     return (config_.jitter > 0 ? config_.width : 0) + (config_.random_second ? 1 : 0);
   }
 
-  /// What a pass calls of a SharedBatch, for mpi::RankDispatch.
+  /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
   detail::SharedCalls shared_calls(bool training, Index rows) const {
     const LossWeights weights = training ? loss_weights() : evaluation_weights(rows);
     Index figures = 1 + detail::balance_figures(experts());
@@ -130,8 +138,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return detail::shared_calls(choice, figures);
   }
 
-  /// Throws std::invalid_argument when the batch's rows are not a multiple of Config.sequences while
-  /// sequences have a loss.
+  /// Throws std::invalid_argument if there is a loss by sequence and the batch's rows are not a multiple
+  /// of Config.sequences.
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
     const Index rows = pass.batch != nullptr ? pass.batch->rows() : x.rows();
     detail::require(config_.sequence_loss_weight == 0 || rows % config_.sequences == 0,
@@ -139,8 +147,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate, and
-  /// its parameters have the shapes that it made.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
+  /// one, and the parameters have the shapes that the gate made.
   void check_tape(const Tape& tape) const {
     using detail::require;
     require(tape.trained, "TopKGate::backward without a forward pass on this tape");
@@ -168,12 +176,11 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     config_.z_loss_weight = weights.z;
   }
 
-  /// Gives the gate other experts, see Gate: fresh columns are as at the start, the selection bias
-  /// of fresh experts is 0. The number of groups stays, and groups are of neighbours, so an
-  /// expert's group may change. Copies of W_g's columns and of b_g's entries get noise of this
-  /// standard deviation.
-  /// Returns where its parameters come from. Throws std::invalid_argument, with nothing changed,
-  /// where Config would be out of range.
+  /// Adds, copies and removes experts, see Gate: fresh columns are drawn as initially, the selection
+  /// bias of fresh experts is 0. Copies of W_g's columns and of b_g's entries get noise of this
+  /// standard deviation. The number of groups stays, so an expert's group may change: groups are runs
+  /// of consecutive experts. Returns where the parameters come from. Throws std::invalid_argument,
+  /// with nothing changed, if Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -196,10 +203,10 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return from;
   }
 
-  /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]: after each update of
-  /// the weights, by the load of the whole batch of that update; where that came in several passes,
-  /// by the sum of their tape.balance.load (E). Throws std::invalid_argument without a selection
-  /// bias, or when the load is not of E experts.
+  /// b_i += bias_rate·sign(mean load − load_i) [W24 alg. 1; D3 sec. 2.1.2]. Call it after each update of
+  /// the weights with the load of that update's batch: the sum of tape.balance.load (E) over its
+  /// passes. Throws std::invalid_argument without a selection bias, or when the load does not have E
+  /// entries.
   void update_selection_bias(const Vector<Scalar>& load) {
     detail::require(config_.selection_bias,
                     "TopKGate::update_selection_bias without Config.selection_bias");
@@ -208,14 +215,14 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     detail::move_selection_bias(load, static_cast<Scalar>(config_.bias_rate),
                                 selection_bias_.value);
   }
-  /// The same by the load of one training pass.
+  /// The same with the load of one training pass.
   void update_selection_bias(const Tape& tape) {
     detail::require(tape.trained,
                     "TopKGate::update_selection_bias without a forward pass on this tape");
     update_selection_bias(tape.balance.load);
   }
 
-  /// "weight", and "bias" and "selection_bias" where there are such.
+  /// "weight" (W_g, D x E), and if configured "bias" (b_g, 1 x E) and "selection_bias" (b, 1 x E).
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("weight", self.weight_);
@@ -236,7 +243,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return {config_.switch_loss_weight, config_.sequence_loss_weight, config_.z_loss_weight};
   }
 
-  /// Of evaluate() on a batch of some rows.
+  /// The weights for evaluate() on a batch of some rows.
   LossWeights evaluation_weights(Index rows) const {
     LossWeights weights = loss_weights();
     if (rows % config_.sequences != 0) weights.sequence = 0;
@@ -293,7 +300,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     }
   }
 
-  // The choice, and the weights of the chosen.
+  // The choice of experts, and their weights.
 
   void choose(Tape& tape) const {
     const Index tokens = tape.router.logits.rows();
@@ -351,7 +358,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
-  // The losses, and the figures to watch.
+  // The losses and the balance.
 
   void measure_losses(const LossWeights& weights, const SharedBatch* batch, Tape& tape) const {
     Balance<Scalar>& balance = tape.balance;

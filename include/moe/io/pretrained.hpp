@@ -17,14 +17,14 @@
 #include "moe/io/safetensors.hpp"
 
 /// \file
-/// The mixtures of published models, from the folder in which Hugging Face's transformers saves a model, and
-/// back under the same names. docs/pretrained.md lists the families.
+/// Reads the mixtures of published models from a folder in which Hugging Face's transformers saved a model,
+/// and writes them with the same names. docs/pretrained.md lists the families.
 ///
 /// Needs nlohmann-json, as moe/io/safetensors.hpp does; CMake: link moe::io.
 
 namespace moe::io {
 
-/// What config.json and the (sharded) safetensors files of a folder have.
+/// A published model: the config.json and the (sharded) safetensors files of a folder.
 ///
 ///     const auto model = moe::io::open_pretrained("Mixtral-8x7B-v0.1");
 ///     for (const moe::io::Mixture& mixture : model.mixtures()) ...   // layer, width, hidden, gate, shared
@@ -51,13 +51,16 @@ class Pretrained {
     for (const Mixture& mixture : mixtures_) detail::check_family(model_type_, mixture);
   }
 
+  /// The model_type in config.json.
   const std::string& model_type() const { return model_type_; }
+  /// The settings in config.json.
   const ModelConfig& config() const { return config_; }
+  /// The tensors.
   const Checkpoint& checkpoint() const { return checkpoint_; }
 
-  /// In the order of the layers.
+  /// All mixtures of the model, in the order of the layers.
   std::span<const Mixture> mixtures() const { return mixtures_; }
-  /// That of a layer of the model. Throws std::runtime_error if there is none.
+  /// The mixture of a layer of the model. Throws std::runtime_error if the layer has none.
   const Mixture& mixture(Index layer) const {
     std::string layers;
     for (const Mixture& mixture : mixtures_) {
@@ -68,31 +71,33 @@ class Pretrained {
                       layers.empty() ? "none" : layers);
   }
 
-  /// The configuration of a layer that computes what that of the model does. The losses that a gate adds in
-  /// training, its noise and limits on the tokens of an expert are left out: set them as needed. Throws
-  /// std::runtime_error if there is no such mixture or Layer cannot compute it, and names the type that can.
+  /// The configuration of a layer that computes the same as that of the model. The gate's losses and noise and
+  /// the capacity of experts in training are left out: set them as needed. Throws std::runtime_error if there
+  /// is no such mixture, or if Layer cannot compute it; then it names the type that can.
   template <class Layer>
   typename Layer::Config layer_config(Index layer) const {
     return detail::layer_config<Layer>(config_.path(), mixture(layer));
   }
 
-  /// Reads a layer's parameters, widened or rounded to its Scalar. Throws, with nothing changed,
-  /// std::runtime_error, which names the file, the tensor and the shapes, unless every parameter has its
-  /// tensor, of the shape that config.json says and of a type that is known, and none is left over under the
-  /// mixture's names; and std::invalid_argument if the layer has other shapes. If reading itself fails, the layer may be new in part. Of a layer over
-  /// several processes each reads its own experts. Beside the layer it takes memory for 2^16 numbers, or a
-  /// row of a tensor if that has more.
+  /// Reads a layer's parameters, converted to its Scalar. If the layer is spread over several processes, each
+  /// reads its own experts. Beside the layer it takes memory for 2^16 numbers, or for a row of a tensor if
+  /// that has more.
+  ///
+  /// Throws std::runtime_error, with nothing changed, unless every parameter has a tensor of a known type and
+  /// of the shape that follows from config.json, and the mixture has no other tensors; the message names the
+  /// file, the tensor and the shapes. Throws std::invalid_argument, with nothing changed, if the layer has
+  /// other shapes. If reading fails, some of the parameters may have been overwritten.
   template <class Layer>
   void read_layer(Index layer, Layer& into) const {
     detail::MixtureSource(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>).read(into);
   }
 
-  /// A new layer with these parameters. Throws std::runtime_error, which names the file, like layer_config()
-  /// and read_layer(), and where config.json has numbers that a layer cannot have.
+  /// A new layer with these parameters. Throws std::runtime_error, which names the file, as layer_config()
+  /// and read_layer() do, and if a number in config.json is out of range for a layer.
   template <class Layer>
   Layer load_layer(Index layer) const {
     const auto config = layer_config<Layer>(layer);
-    // Before the memory is taken that config.json asks for.
+    // Checked before a layer of the size in config.json is allocated.
     const detail::MixtureSource source(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>);
     Layer loaded = made<Layer>(config, layer);
     source.read(loaded);
@@ -100,7 +105,7 @@ class Pretrained {
   }
 
  private:
-  /// What is out of range here was so in config.json.
+  /// A layer of a configuration. Reports a field that is out of range as an error of config.json.
   template <class Layer>
   Layer made(const typename Layer::Config& config, Index layer) const {
     try {
@@ -116,19 +121,19 @@ class Pretrained {
   std::vector<Mixture> mixtures_;
 };
 
-/// Opens a folder with config.json and model.safetensors, or the shards that model.safetensors.index.json
-/// lists. `more` are families beside those in known_families(), looked at first. Throws std::runtime_error,
-/// which names the file and what is wrong with it, if a file is missing or not in order, a setting is
-/// missing or out of range, or the family is not known; and std::invalid_argument if a family in `more` does
-/// not name what it must.
+/// Opens a folder with config.json and model.safetensors, or the shards in model.safetensors.index.json.
+/// `more` are families in addition to known_families(), searched first. Throws std::runtime_error, which
+/// names the file and what is wrong with it, if a file is missing or damaged, a setting is missing or out of
+/// range, or the family is not known; and std::invalid_argument if a family in `more` does not name a tensor
+/// that it must name.
 inline Pretrained open_pretrained(const std::string& folder, std::span<const Family> more = {}) {
   return {folder, more};
 }
 
-/// Adds the parameters of a layer to a file under the names and in the layout of a mixture's family, so that
-/// transformers reads them; the configuration is not stored. Only with all its experts, not over several
-/// processes. Throws std::invalid_argument, with nothing added, if the layer has other shapes than the
-/// mixture, and like SafetensorsWriter::add().
+/// Adds the parameters of a layer to a file, with the names and in the layout of a mixture's family, so that
+/// transformers can read them; the configuration is not stored. All experts must be in this process. Throws
+/// std::invalid_argument, with nothing added, if the layer has other shapes than the mixture, and as
+/// SafetensorsWriter::add() does.
 ///
 ///     moe::SafetensorsWriter writer;
 ///     moe::io::add_layer(writer, model.mixture(0), layer);

@@ -15,16 +15,15 @@
 ///                  "__metadata__": {"key": "text", ...}}
 ///     the rest     the tensors, row-major and little-endian, one after the other, no byte between
 ///
-/// Needs nlohmann-json (Debian: nlohmann-json3-dev); CMake: link moe::io. Included by name, not by
-/// moe/moe.hpp.
+/// Needs nlohmann-json (Debian: nlohmann-json3-dev); CMake: link moe::io. Not included by moe/moe.hpp.
 
 namespace moe {
 
 static_assert(std::endian::native == std::endian::little && sizeof(Index) == 8,
               "safetensors files are little-endian, and so must the machine be");
 
-/// A module's parameters by their names, and its configuration. Throws like
-/// SafetensorsWriter::add_module() and write().
+/// Saves a module's parameters by their names, and its configuration. Throws as
+/// SafetensorsWriter::add_module() and write() do.
 template <class Module>
 void save_module(const std::string& path, const Module& module) {
   SafetensorsWriter writer;
@@ -32,16 +31,16 @@ void save_module(const std::string& path, const Module& module) {
   writer.write(path);
 }
 
-/// The same back, into a module of the same parameters and configuration; throws std::runtime_error,
-/// the module being untouched, if the file is not in order, lacks a parameter of its name, type and
-/// shape, or was saved with another configuration; the message names the field.
+/// Loads the parameters of a module that has the same configuration. Throws std::runtime_error, with the
+/// module unchanged, if the file is damaged, lacks a parameter with its name, type and shape, or was saved
+/// with another configuration; the message names the field.
 template <class Module>
 void load_module(const std::string& path, Module& module) {
   SafetensorsFile(path).read_module(module);
 }
 
-/// Every parameter of a module, by its name, without its configuration. Throws like
-/// SafetensorsWriter::write().
+/// Saves every parameter of a module by its name, without its configuration. Throws as
+/// SafetensorsWriter::write() does.
 template <class Module>
 void save_parameters(const std::string& path, const Module& module) {
   SafetensorsWriter writer;
@@ -49,9 +48,9 @@ void save_parameters(const std::string& path, const Module& module) {
   writer.write(path);
 }
 
-/// Parameters back, whatever configuration they were saved with; throws std::runtime_error, the
-/// module being untouched, if the file is not in order or lacks a parameter of its name, type and
-/// shape.
+/// Loads the parameters of a module, whatever configuration they were saved with. Throws
+/// std::runtime_error, with the module unchanged, if the file is damaged or lacks a parameter with its
+/// name, type and shape.
 template <class Module>
 void load_parameters(const std::string& path, Module& module) {
   SafetensorsFile(path).read_parameters(module);

@@ -16,29 +16,32 @@
 #include "moe/weights/serving_layer.hpp"
 
 /// \file
-/// Files of layers that are served with narrow weights. A plain one is read by other programs too: by the
-/// names of the layer,
+/// Files of layers with narrow weights. A plain file can be read by other programs too. Its tensors, with the
+/// names of the layer's parameters:
 ///
 ///     bfloat16   experts.0.up.weight BF16 [K,N]
 ///     float16    experts.0.up.weight F16 [K,N]
 ///     int8       experts.0.up.weight I8 [K,N], experts.0.up.weight.scale F16 [ceil(K/32),N]
 ///     int4       experts.0.up.weight U8 [ceil(K/2),N], two steps of k in a byte, the lower one in its low
-///                half, stored as q + 8; the scale as that of int8
+///                half, stored as q + 8; the scale as in int8
 ///
-/// A packed file has the weights as they lie in memory (U8 in one dimension); where its layout is this
-/// machine's it is mapped, so that opening it reads nothing but the header and the gate.
+/// A packed file has the weights in their layout in memory (U8 in one dimension). If that is the layout of
+/// this machine, the file is mapped: opening it reads only the header and the gate.
 ///
 /// The metadata has the configuration, "serving.format", and in a packed file "serving.layout".
 
 namespace moe {
 
-/// How weights are in a file: plain for other programs, packed to be mapped.
-enum class Packing { plain, packed };
+/// The layout of weights in a file.
+enum class Packing {
+  plain,  ///< for other programs too
+  packed  ///< as in memory, so that the file can be mapped
+};
 
 namespace detail {
 
 inline constexpr std::string_view packed_version = "version 1, lanes ";
-/// What a packed file says of a machine with packets of so many floats.
+/// The layout of a machine with packets of `lanes` floats, as text in a packed file.
 inline std::string packed_layout(Index lanes) {
   return std::string(packed_version) + std::to_string(lanes);
 }
@@ -103,7 +106,7 @@ std::vector<std::byte> plain_scales(const NarrowMatrix<Format>& weights) {
   return bytes;
 }
 
-/// Bytes of a tensor that must be of that type and shape.
+/// The bytes of a tensor, which must have this type and shape.
 inline std::vector<std::byte> checked_bytes(const SafetensorsFile& file, const std::string& name,
                                             std::string_view type,
                                             const std::vector<std::uint64_t>& shape) {
@@ -117,8 +120,8 @@ inline std::vector<std::byte> checked_bytes(const SafetensorsFile& file, const s
   return bytes;
 }
 
-/// Throws std::runtime_error where a code or a scale stands for no finite weight, or a code is none of
-/// the format's.
+/// Throws std::runtime_error if a code or a scale gives a weight that is not finite, or a code is not one of
+/// the format.
 template <class Format>
 NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& name, Index rows,
                                 Index columns) {
@@ -159,7 +162,8 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
       });
 }
 
-/// A packed tensor, in place in `mapped` if that is not null and the layout is this machine's.
+/// A packed tensor. If `mapped` is not null and the layout is that of this machine, it refers to the mapped
+/// file.
 template <class Format>
 NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string& name, Index rows,
                                  Index columns, Index lanes,
@@ -187,7 +191,7 @@ NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string&
       });
 }
 
-/// The lanes of the machine that packed a file; 0 if it is plain.
+/// The lanes of the machine that packed a file; 0 for a plain one.
 inline Index packed_lanes(const SafetensorsFile& file) {
   const auto found = file.metadata().find("serving.layout");
   if (found == file.metadata().end()) return 0;
@@ -200,7 +204,7 @@ inline Index packed_lanes(const SafetensorsFile& file) {
 
 }  // namespace detail
 
-/// Saves a served layer. Throws like SafetensorsWriter::write().
+/// Saves a layer with narrow weights. Throws as SafetensorsWriter::write() does.
 template <class Layer, class Format>
 void save_serving(const std::string& path, const ServingLayer<Layer, Format>& layer,
                   Packing packing = Packing::plain) {
@@ -237,20 +241,21 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
   writer.write(path);
 }
 
-/// A served layer from its file, or from that of a wide layer (save_module()), whose experts are rounded
-/// one after the other, so that never more than one is in memory:
+/// Loads a layer with narrow weights from its file. It can also load the file of a layer of floats
+/// (save_module()), and rounds its experts one after the other, so that only one expert of floats is in
+/// memory at a time:
 ///
 ///     using Served = moe::ServingLayer<Layer, moe::Int8>;
 ///     const auto served = moe::load_serving<Served>("layer.safetensors");
 ///
-/// A packed file is mapped where the system can: what lies in it is used in place, experts that get no
-/// tokens stay on disk, and its weights are believed. If such a file is written to or cut while it is in
-/// use, the next pass throws std::runtime_error; one that is running meanwhile may end by a signal, so
-/// replace a file (as the library's writer does) instead of writing over it.
+/// A packed file is mapped if the system supports that: its weights are used in place and not checked, and
+/// experts that get no tokens are not read. If such a file is written to or cut while it is in use, the next
+/// pass throws std::runtime_error, but a pass that is running may end the program by a signal. So replace a
+/// file (as the library's writer does) instead of writing over it.
 ///
-/// Throws std::runtime_error, which names file and tensor, where something is missing, of another type
-/// or shape, no weight of the format, or of another format; std::invalid_argument where a wide weight
-/// cannot be rounded or the configuration is out of range.
+/// Throws std::runtime_error, which names file and tensor, if a tensor is missing, has another type or shape
+/// or a value that is not a weight of the format, or if the file is in another format; and
+/// std::invalid_argument if a weight cannot be rounded or the configuration is out of range.
 template <class Serving>
 Serving load_serving(const std::string& path, const NarrowOptions& options = {}) {
   using Format = typename Serving::Format;

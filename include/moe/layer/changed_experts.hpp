@@ -12,13 +12,13 @@
 #include "moe/random.hpp"
 
 /// \file
-/// The experts of a layer after some were added, copied or removed, made beside those of before, so
-/// that what throws changes nothing.
+/// The experts of a layer after some were added, copied or removed. They are made beside the present
+/// ones, so that an exception changes nothing.
 
 namespace moe::detail {
 
-// The lists of sources of the layer's verbs, `of` being the verb in messages. They throw
-// std::invalid_argument.
+// The sources of a layer's experts after each kind of change. `of` begins the messages of the
+// std::invalid_argument they throw.
 
 inline std::vector<Index> same_sources(Index experts) {
   std::vector<Index> sources(to_size(experts));
@@ -57,7 +57,7 @@ inline std::vector<Index> remove_sources(const char* of, Index experts,
   return sources;
 }
 
-/// How a change draws: what is fresh by the seed, and the noise of copies.
+/// The random numbers of a change: fresh parameters and the noise of copies.
 struct ChangeDraws {
   std::uint64_t seed;
   double noise_stddev = 0;
@@ -68,15 +68,14 @@ struct ChangeDraws {
   }
 };
 
-/// Plans a change of the experts that are on this rank, sends those that move to another rank, and
-/// makes what is new.
+/// A change of the experts on this rank: makes the new ones, and packs those that move to another rank.
 template <class Expert, class Policy>
 class ChangedExperts {
  public:
   using Placement = decltype(std::declval<const Policy&>().placement(Index{}));
 
-  /// Packs what leaves and makes what is new here. `change` gets the parameters of the experts, and
-  /// their moves, after those of the gate.
+  /// Packs the experts that leave this rank and makes the new ones. Appends the parameters of the
+  /// experts, and their moves, to `change`, which has those of the gate.
   ChangedExperts(const Policy& policy, const Placement& after, const ExpertSources& sources,
                  const typename Expert::Config& config, const ChangeDraws& draws,
                  Index gate_parameters, std::span<const Expert> experts, ExpertChange& change)
@@ -119,7 +118,7 @@ class ChangedExperts {
     result_.reserve(to_size(here_.count));
   }
 
-  /// What has arrived goes to the experts that it is of.
+  /// Reads the parameters that have arrived from other ranks.
   void unpack() {
     std::vector<std::size_t> read(received.size(), 0);
     for (const auto& [e, index, rank] : arriving_) {
@@ -136,8 +135,8 @@ class ChangedExperts {
     }
   }
 
-  /// The experts here, those that stay taken out of `experts`. Does not throw where moving an expert
-  /// does not.
+  /// Replaces `experts` by the experts after the change, moving those that stay. Throws only if moving
+  /// an expert does.
   void take(std::vector<Expert>& experts) {
     auto next = made_.begin();
     for (Index e = here_.first; e < here_.first + here_.count; ++e) {
@@ -156,15 +155,12 @@ class ChangedExperts {
     return e >= range.first && e < range.first + range.count;
   }
 
-  /// As the layer's constructor seeds its experts.
+  /// The same as in the layer's constructor.
   std::uint64_t seed_of(Index e) const {
     return derive_seed(draws_.seed, static_cast<std::uint64_t>(e) + 1);
   }
   void add_noise(Index e, Expert& expert) const {
-    std::uint64_t parameter = 0;
-    walk_parameters(expert, [&](const ParameterName&, auto& p) {
-      add_normal(p.value, draws_.noise_stddev, derive_seed(seed_of(e), parameter++));
-    });
+    add_copy_noise(expert, draws_.noise_stddev, seed_of(e));
   }
 
   static void add_sources_of(Index first, const Expert& expert, ExpertChange& change) {
@@ -206,7 +202,7 @@ class ChangedExperts {
   Range was_here_;
   const ExpertSources& sources_;
   ChangeDraws draws_;
-  std::vector<Expert> made_;  ///< here, those that do not just stay
+  std::vector<Expert> made_;  ///< of this rank's experts those that were not here before
   std::vector<Arriving> arriving_;
   std::vector<Expert> result_;
 

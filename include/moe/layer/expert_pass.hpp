@@ -15,8 +15,8 @@
 
 namespace moe::detail {
 
-/// The slots of some experts that are next to each other, or of all: a part of a Dispatch, which it
-/// refers to. What it calls a row is a slot of theirs, counted from the first.
+/// The slots of a range of experts, a view of a part of a Dispatch. Its rows are these slots, counted
+/// from the first.
 template <class Scalar>
 struct DispatchSlice {
   const Index* offsets;  ///< E + 1 of these experts; the first need not be 0
@@ -46,7 +46,7 @@ struct ExpertTape {
   Matrix<Scalar> saved;   ///< S x saved_width or a little more, what the experts save
   Index saved_width = 0;  ///< Expert::tape_width() after a training pass, else 0
 
-  /// What the experts that are at work at the moment need, see ExpertPass::for_each_group().
+  /// A part of the work of a group of experts, see ExpertPass::for_each_group().
   struct Task {
     enum Kind { hidden, output, add_gradients } kind;
     Index block;  ///< of a hidden task or of gradients
@@ -66,13 +66,13 @@ struct ExpertTape {
   IndexedVector<typename Expert::Scratch> scratch;  ///< one a worker
 };
 
-/// A pass of some experts, one or more, over their slots. It refers to all that it is given.
+/// A pass of one or more experts over their slots. It refers to its arguments.
 ///
 /// Experts run in groups, one group after the other: first the first halves of all its slices, then
-/// the second halves, which add to the tokens. A group is as many rows as the caches hold between
-/// the two halves; within a half the work is split over the workers by slice, rows and columns.
-/// Tokens are added to by column, and by row in the order of the experts, so nothing is stored per
-/// slot and the bits do not depend on how anything was split.
+/// the second halves, which add to the rows of the tokens. A group has as many rows as the caches
+/// hold between the two halves; within a half the work is split over the workers by slice, rows and
+/// columns. A task of a second half adds to its own columns of its own tokens, in the order of the
+/// experts, so no output of a slot is stored and the bits do not depend on the split.
 template <class Expert>
 class ExpertPass {
  public:
@@ -86,8 +86,8 @@ class ExpertPass {
     workers_ = Expert::fused ? worker_count(Work{row_work_ * slots.slots()}) : worker_count();
   }
 
-  /// Throws std::invalid_argument where the parameters of an expert with rows have another shape
-  /// than it made: somebody put other weights there.
+  /// Throws std::invalid_argument if a parameter of an expert with rows was given another shape than
+  /// the expert made.
   void check_experts() const {
     for (Index e = 0; e < slots_.experts; ++e) {
       if (slots_.slots_of(e) > 0) check_shapes(experts_[to_size(e)], "MoELayer: an expert");
@@ -97,7 +97,7 @@ class ExpertPass {
   /// sum += Σ over slots G·expert(x), x and sum being T x D. With `save`, leaves in the tape what
   /// backward() needs.
   void forward(const MatrixRef<Scalar>& x, bool save, Matrix<Scalar>& sum) const {
-    // Without, what an earlier pass kept may be of fewer slots.
+    // What an earlier pass saved may be of fewer slots.
     tape_.saved_width = save ? first_expert().tape_width() : 0;
     if (save) resize(tape_.saved, slots_.slots(), padded_stride<Scalar>(tape_.saved_width));
     if (slots_.slots() == 0) return;
@@ -162,7 +162,7 @@ class ExpertPass {
   using Scratch = typename Expert::Scratch;
   using Block = ExpertBlock<Scalar>;
 
-  /// Right before they are added to, so that an exception leaves none that is old and seems new.
+  /// Marks the gradients just before adding to them, so that an exception cannot expose stale ones.
   void mark_group(std::span<Expert> experts) const {
     for (Slice& slice : tape_.slices) {
       slice.replaces = accumulate(experts[to_size(slice.expert)], Expert::fused);
@@ -171,8 +171,8 @@ class ExpertPass {
 
   /// Calls f() with tape_.slices being those of each group in turn.
   void for_each_group(FunctionRef<void()> f) const {
-    // What a worker's rows need between the halves should stay near it. A slice goes in one piece
-    // where it can, since every piece reads the expert's weights anew.
+    // A worker's rows should stay in its L2 between the halves. A slice is one piece if possible,
+    // since every piece reads the expert's weights again.
     constexpr auto cached = static_cast<Index>((std::size_t{1} << 20) / sizeof(Scalar));
     const Index width = first_expert().scratch_width();
     const Index rows = std::min(slots_.slots(), std::max(task_rows, workers_ * cached / width));
@@ -202,14 +202,15 @@ class ExpertPass {
       };
       if (slots == 0) continue;
       if constexpr (Expert::fused) {
-        // Whole blocks of those rows whose sum is made at once, whatever the number of workers.
+        // Cut at blocks of summed_rows, over which gradients are summed, so that the cuts do not
+        // depend on the number of workers.
         const Index blocks = (slots + summed_rows - 1) / summed_rows;
         for_each_tile(
             blocks, std::max<Index>(1, rows / summed_rows), [&](Index first, Index count) {
               add(first * summed_rows, std::min(count * summed_rows, slots - first * summed_rows));
             });
       } else {
-        // A plain network is handed the same rows together on any number of workers.
+        // The cuts for a plain network must not depend on the number of workers.
         const Index most =
             std::max(expert_block_rows, rows / expert_block_rows * expert_block_rows);
         for (Index first = 0; first < slots; first += most) {
@@ -220,21 +221,21 @@ class ExpertPass {
     flush();
   }
 
-  // Plans append tasks. On one worker a task is as large as can be, since each reads its weights
-  // and rows anew; on several there are some for each worker, in proportion to the work in a slice.
+  // These append tasks. On one worker a task is as large as possible, since each reads its weights and
+  // rows again; on several workers the number of tasks of a slice is in proportion to its rows.
 
   Index group_rows() const {
     return tape_.slices.back().first + tape_.slices.back().count - tape_.slices.front().first;
   }
 
-  /// How many of the pieces that a group is cut into should come from `rows` of its rows.
+  /// The number of tasks that `rows` of the group's rows should be cut into.
   Index pieces_of(Index rows) const {
     if (workers_ == 1) return 1;
     return (8 * workers_ * rows + group_rows() - 1) / group_rows();
   }
 
-  /// Cuts [0, count) into at most `pieces` ranges that start at multiples of `unit`, as even as can
-  /// be, the larger ones first, so that what is left over at the end of a plan is small.
+  /// Cuts [0, count) into at most `pieces` ranges of about equal size that start at multiples of
+  /// `unit`. The larger ones come first, so that workers wait for small ones at the end.
   static void cut(Index count, Index pieces, Index unit, FunctionRef<void(Range)> f) {
     const Index units = (count + unit - 1) / unit;
     for_each_part(units, std::min(pieces, units), [&](Index first, Index size) {
@@ -249,7 +250,7 @@ class ExpertPass {
       const Index pieces = pieces_of(count);
       const Index panels = (columns + panel_columns<Scalar> - 1) / panel_columns<Scalar>;
       const Index row_pieces = (pieces + panels - 1) / panels;
-      // A plain network is handed its rows in the same pieces on any number of workers.
+      // The pieces of a plain network must not depend on the number of workers.
       const Index unit = !splits_rows ? count : Expert::fused ? Index{32} : expert_block_rows;
       cut(count, std::max((count + task_rows - 1) / task_rows, row_pieces), unit, [&](Range rows) {
         cut(columns, (pieces + row_pieces - 1) / row_pieces, panel_columns<Scalar>,
@@ -260,9 +261,9 @@ class ExpertPass {
     }
   }
 
-  /// An even piece for each worker: columns while they are a tile wide, then rows too, with which a
-  /// few pieces more may come out. They are not cut finer, since each piece of rows reads the
-  /// weights anew.
+  /// A task for each worker: columns are cut as long as the pieces are at least a tile wide, then rows too,
+  /// which can give a few more tasks than workers. There are no smaller ones, since each piece of rows reads
+  /// the weights again.
   void plan_output(Index width) const {
     const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers_);
     cut(slots_.tokens, (workers_ + strips - 1) / strips, 1, [&](Range rows) {
@@ -281,8 +282,8 @@ class ExpertPass {
     }
   }
 
-  /// The largest number of tasks of a group: each kind makes one of every slice and for rows of
-  /// it, and its share of the pieces, rounded up.
+  /// A bound of the number of tasks of a group: for each kind a task for each slice and some for its rows, and
+  /// the slice's share of the pieces, rounded up.
   Index most_tasks(Index rows) const { return 4 * rows + 64 * workers_ + 32; }
 
   /// All experts have the same shape.
@@ -294,8 +295,8 @@ class ExpertPass {
     return experts[to_size(tape_.slices[task.block].expert)];
   }
 
-  // Whose turn it is after a slice or a task, if that is known: another worker may get the next
-  // task.
+  // The expert that is computed after a slice or a task, null if that is not known: another worker may
+  // get the next task.
 
   const Expert* expert_after(const Slice& slice) const {
     const bool known = &slice != &tape_.slices.back();
@@ -332,9 +333,9 @@ class ExpertPass {
     }
   }
 
-  /// Calls f(task, scratch) for every task. In a parallel region even if there is one task only
-  /// where a network may use Eigen's own products: outside of one, Eigen would split them over
-  /// threads, with other bits for each number.
+  /// Calls f(task, scratch) for every task. Plain networks may use Eigen's own products, so they run in
+  /// a parallel region even if there is only one task: outside of one, Eigen would split its products
+  /// over threads, and the bits would depend on the number of threads.
   void perform(FunctionRef<void(const Task&, Scratch&)> f) const {
     const auto count = static_cast<Index>(tape_.tasks.size());
     const auto call = [&](Index i, Index worker) {

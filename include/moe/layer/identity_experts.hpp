@@ -5,8 +5,8 @@
 #include "moe/routing/dispatch.hpp"
 
 /// \file
-/// Experts that give back what they get: the last ones of a gate, which have no parameters and whose slots
-/// stay where their tokens are.
+/// Experts that are the identity: the last ones of a gate. They have no parameters, and their slots stay
+/// in the process of their tokens.
 ///
 /// P. Jin, B. Zhu, L. Yuan, S. Yan, "MoE++: Accelerating Mixture-of-Experts Methods with
 /// Zero-Computation Experts", ICLR 2025 (arXiv 2410.07348), where they are copy experts;

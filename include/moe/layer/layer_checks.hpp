@@ -6,19 +6,19 @@
 #include "moe/routing/routing.hpp"
 
 /// \file
-/// What a layer needs of its caller and of its gate. All throw std::invalid_argument.
+/// Checks of a layer's arguments and of what its gate made. All throw std::invalid_argument.
 
 namespace moe::detail {
 
-/// `name` is the matrix's in the message.
+/// That a matrix has `width` columns; `name` is its name in the message.
 template <class Scalar>
 void check_layer_width(const MatrixRef<Scalar>& matrix, const char* name, Index width) {
   require(matrix.cols() == width, "MoELayer: ", name, " has ", matrix.cols(),
           " columns, Config.width = ", width);
 }
 
-/// The routing that a gate made, for these experts and `tokens` rows of x of which some may be
-/// padding. (That its slots are in order is checked where they are sorted.)
+/// That a routing has these experts and `tokens` rows, and padding no slots. (That the slots are in
+/// order is checked where they are sorted.)
 template <class Scalar>
 void check_made_by_gate(const Routing<Scalar>& routing, Index experts, Index tokens,
                         std::span<const std::uint8_t> valid) {
@@ -32,7 +32,7 @@ void check_made_by_gate(const Routing<Scalar>& routing, Index experts, Index tok
   }
 }
 
-/// The dx that a gate added to, for an x of tokens x width.
+/// That the gate left dx its shape, tokens x width.
 template <class Scalar>
 void check_left_by_gate(const Matrix<Scalar>& dx, Index tokens, Index width) {
   require(dx.rows() == tokens && dx.cols() == width, "MoELayer: the gate left a dx of ", dx.rows(),

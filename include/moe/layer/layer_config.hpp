@@ -5,21 +5,21 @@
 #include "moe/random.hpp"
 
 /// \file
-/// What a layer is made of, and what its verbs are given.
+/// The configuration of a layer, and arguments of its functions.
 
 namespace moe {
 
-/// What a layer is made of, wherever its experts are.
+/// The configuration of MoELayer, whatever its dispatch policy.
 template <class Expert, class Gate>
 struct MoELayerConfig {
   Index width = 0;                   ///< D
   typename Expert::Config expert{};  ///< of every expert
-  typename Gate::Config gate{};      ///< says how many experts there are
+  typename Gate::Config gate{};      ///< has the number of experts
   /// How many of the gate's experts, the last ones, are the identity instead of a network: >= 0, and
   /// fewer than there are.
   Index identity_experts = 0;
   Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
-  Seed seed;                                 ///< of the experts' start and the gate's noise
+  Seed seed;                                 ///< of the initial weights and of the gate's noise
 
   template <class Self, class Visitor>
   static constexpr void visit_fields(Self& self, Visitor visit) {

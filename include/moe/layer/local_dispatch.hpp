@@ -11,67 +11,80 @@
 #include "moe/routing/pass.hpp"
 
 /// \file
-/// Where a layer's experts are and how slots get to them: all of them here. mpi/rank_dispatch.hpp is
-/// the other way.
+/// The dispatch policy of a layer whose experts are all in one process. That of several processes is in
+/// mpi/rank_dispatch.hpp.
 
 namespace moe {
 
-/// All experts of the layer are in this process. A dispatch policy has these verbs, of which those
-/// that take an f call it once; where a policy spans processes, what one of these calls throws in one
-/// of them is thrown in all.
+/// All experts of the layer are in this process. Every dispatch policy has these functions. Those that
+/// take an f call it once. In a policy of several processes an exception that f throws in one process
+/// is thrown in all.
 class LocalDispatch {
  public:
-  /// What a pass needs beside the layer's own tape.
+  /// What a pass needs beside the rest of the layer's tape: nothing.
   template <class Expert>
   struct Tape {};
 
   /// Called once by the layer's constructor, with the number of its experts.
   template <class Config, class Gate>
   void place(const Config&, const Gate&, Index) {}
-  /// Those of the layer's experts that are here.
+  /// The experts of this process, out of this number in the layer.
   Range experts_here(Index experts) const { return {0, experts}; }
 
+  /// Returns f(). What it throws is thrown in all processes; the text names the call in
+  /// messages.
   template <class F>
   auto together(const char*, F&& f) const {
     return f();
   }
 
-  // Which rank has which experts before and after they come and go. There is one rank.
+  // Which rank has which experts, before and after experts are added or removed. There is one rank.
 
+  /// Which experts a rank has: all of them.
   class Placement {
    public:
+    /// Of this number of experts.
     explicit Placement(Index experts) : experts_(experts) {}
+    /// The first expert of a rank.
     Index first(int rank) const { return rank == 0 ? 0 : experts_; }
+    /// How many experts a rank has.
     Index count(int) const { return experts_; }
 
    private:
     Index experts_;
   };
+  /// This process.
   int rank() const { return 0; }
+  /// The number of processes.
   int ranks() const { return 1; }
+  /// The placement now, of this number of experts.
   Placement placement(Index experts) const { return Placement(experts); }
+  /// The placement that this number of experts of a gate should have.
   template <class Gate>
   Placement placement_for(const Gate&, Index experts) const {
     return Placement(experts);
   }
+  /// Places the experts, after a change.
   void set_placement(const Placement&) {}
-  /// Throws on all ranks where they differ in what is to be done.
+  /// In a policy of several processes, throws on all if they were called to make different changes.
   void agree_on_change(const char*, std::uint64_t, const detail::ChangeDraws&) const {}
-  /// Sends to every rank the bytes for it, and receives what is from it, of which the number is known.
-  /// `moves` is whether anything does, on all ranks.
+  /// Sends each rank its bytes, and receives those it sent, whose number is known. `moves` is whether
+  /// any rank sends something.
   void exchange(const char*, bool, std::vector<std::vector<char>>&,
                 std::vector<std::vector<char>>&) const {}
 
-  /// The pass as the gate should see it, valid as long as this object.
+  /// The pass as the gate gets it, valid as long as this object.
   class Batch {
    public:
+    /// Copies the pass.
     explicit Batch(const Pass& pass) : pass_(pass) {}
+    /// The pass.
     const Pass& pass() const { return pass_; }
 
    private:
     Pass pass_;
   };
-  /// Begins a pass over `rows` rows, the gate's forward() or evaluate(); f() checks the arguments.
+  /// Begins a pass, the gate's forward() or evaluate(), over a number of rows; f() checks the arguments.
   template <class Expert, class Gate, class F>
   Batch begin(const char*, const Gate&, bool, const Pass& pass, Index,
               Dispatch<typename Expert::Scalar>&, Tape<Expert>&, F&& f) const {
@@ -115,7 +128,7 @@ class LocalDispatch {
     f();
   }
 
-  /// Names the layer's parts, each of which has the place in the processes that the policy gave it.
+  /// Visits the layer's parts, as visit_parameters() does.
   template <class Gate, class Experts, class Visitor>
   void visit_parts(Gate& gate, Experts& experts, const Visitor& visit) const {
     visit("gate", gate);

@@ -26,11 +26,11 @@
 namespace moe {
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few
-/// experts, each expert runs over the rows it got, and the results are added up by weight (or are those
-/// of weighted rows, see FeedForward::Config.weighted_input). The
-/// layer drops no token, and computes and back-propagates nothing for an expert that got none. A
-/// token that a gate gave no slot (some do, see docs/gates.md) has a y of act(0). With
-/// Config.identity_experts the last experts of the gate have no network and cost next to nothing: E_i(x) = x.
+/// experts, each expert computes the rows it got, and the outputs are summed with the gate's weights.
+/// (With FeedForward::Config.weighted_input the rows of x are weighted and not the outputs.) The
+/// layer drops no token, and an expert without tokens takes no time. A token to which the gate gave
+/// no slot (some gates do that, see docs/gates.md) has y = act(0). With Config.identity_experts the
+/// last experts of the gate have no network: E_i(x) = x.
 ///
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>> layer({.width = 128,
 ///                                                         .expert = {.hidden = 256},
@@ -41,12 +41,11 @@ namespace moe {
 ///     const auto& dx = layer.backward(dy, tape);                // gradients are in the parameters
 ///     auto served = layer.evaluate(x);                          // no noise, no tape
 ///
-/// The layer knows neither what a network computes, nor how a gate chose, nor where the experts are:
-/// `Dispatch_` is LocalDispatch, or mpi::RankDispatch where they are spread over processes. A const layer may be used
-/// from several threads at once, each with its own tape. The same seed, input and step give the
-/// same bits on any number of threads, and a token's y does not depend on the other rows of x
-/// unless the gate's choice does. After a first call with the same shapes and number of slots
-/// nothing is allocated, except what evaluate() without a tape returns.
+/// `Dispatch_` says where the experts are: LocalDispatch, or mpi::RankDispatch if they are spread over
+/// processes. A const layer may be used from several threads at once, each with its own tape. The
+/// same seed, input and step give the same bits on any number of threads, and a token's y does not
+/// depend on the other rows of x unless the gate's choice does. After a first call with the same
+/// shapes and number of slots nothing is allocated, except by evaluate() without a tape.
 template <class Expert_, class Gate_ = NoisyTopKGate<typename Expert_::Scalar>,
           class Dispatch_ = LocalDispatch>
 class MoELayer {
@@ -55,34 +54,34 @@ class MoELayer {
                 "a layer's gate must have the Scalar of its experts");
 
  public:
-  using Expert = Expert_;
-  using Gate = Gate_;
-  using DispatchPolicy = Dispatch_;
-  using Scalar = typename Expert::Scalar;
-  using LossWeights = typename detail::LossWeightsOf<Gate>::type;
+  using Expert = Expert_;                                          ///< see Expert
+  using Gate = Gate_;                                              ///< see the concept Gate
+  using DispatchPolicy = Dispatch_;                                ///< see LocalDispatch
+  using Scalar = typename Expert::Scalar;                          ///< float or double
+  using LossWeights = typename detail::LossWeightsOf<Gate>::type;  ///< the gate's
 
   /// The same layer with its experts somewhere else.
   template <class OtherDispatch>
   using WithDispatch = MoELayer<Expert, Gate, OtherDispatch>;
 
-  using Config = MoELayerConfig<Expert, Gate>;
+  using Config = MoELayerConfig<Expert, Gate>;  ///< see MoELayerConfig
 
-  /// What a pass leaves behind. One tape belongs to one pass at a time; several passes in flight
-  /// take several tapes.
+  /// What forward() saves for backward(), and the results of a pass. A tape holds one pass: take
+  /// several tapes for several forward() before their backward().
   struct Tape {
-    typename Gate::Tape gate;            ///< whatever the gate keeps; its routing and balance
+    typename Gate::Tape gate;            ///< the gate's tape, with the routing and its balance
     Dispatch<Scalar> dispatch;           ///< the slots by expert
-    detail::ExpertTape<Expert> experts;  ///< whatever the experts save, and scratch
-    typename DispatchPolicy::template Tape<Expert> exchange;  ///< whatever the policy needs
+    detail::ExpertTape<Expert> experts;  ///< what the experts save, and scratch
+    typename DispatchPolicy::template Tape<Expert> exchange;  ///< the dispatch policy's tape
     Matrix<Scalar> x;                                         ///< T x D, a copy
     Matrix<Scalar> y;                                         ///< T x D, the result
     Matrix<Scalar> dx;            ///< T x D, the gradient with respect to x
     bool trained = false;         ///< whether the last pass was a forward() that ended well
     std::uint64_t structure = 0;  ///< of the layer in the last pass: which experts it had
-    Index networks = 0;           ///< how many of them were no identity
+    Index networks = 0;           ///< the number of experts that were not the identity
 
     Matrix<Scalar> combined;   ///< T x D, y before the output activation, if there is one
-    Matrix<Scalar> dcombined;  ///< T x D
+    Matrix<Scalar> dcombined;  ///< T x D, the gradient with respect to it
     IndexedVector<Scalar> sorted_dweight;  ///< S, the gradients of the weights by expert
     IndexedVector<Scalar> dweight;         ///< S, by slot
 
@@ -93,26 +92,10 @@ class MoELayer {
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
-  explicit MoELayer(const Config& config, DispatchPolicy policy = DispatchPolicy())
-      : policy_(std::move(policy)),
-        config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
-        gate_(policy_.together("MoELayer: the gate", [&] {
-          return checked(Gate(config_.gate, derive_seed(config.seed, 0)), config_);
-        })) {
-    if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
-    policy_.place(config_, gate_, networks());
-    policy_.together("MoELayer: the experts", [&] {
-      const Range here = policy_.experts_here(networks());
-      experts_.reserve(detail::to_size(here.count));
-      for (Index e = here.first; e < here.first + here.count; ++e) {
-        experts_.emplace_back(config_.expert,
-                              derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
-      }
-    });
-  }
+  explicit MoELayer(const Config& config, DispatchPolicy policy = DispatchPolicy());
 
-  /// A layer of a gate and of experts that are there already, as many as the dispatch policy has here.
-  /// Throws std::invalid_argument where they do not fit the configuration.
+  /// A layer made of an existing gate and existing experts: those of this process, see experts().
+  /// Throws std::invalid_argument if they do not fit the configuration.
   MoELayer(const Config& config, Gate gate, std::vector<Expert> experts,
            DispatchPolicy policy = DispatchPolicy())
       : policy_(std::move(policy)),
@@ -133,8 +116,8 @@ class MoELayer {
     });
   }
 
-  /// The configuration with the widths that were left 0. Throws std::invalid_argument for one out
-  /// of range.
+  /// The configuration with the layer's width in place of widths of 0. Throws std::invalid_argument for
+  /// one out of range.
   static Config completed(Config config) {
     detail::require(config.width >= 1, "MoELayer::Config.width = ", config.width,
                     ", must be at least 1");
@@ -150,92 +133,46 @@ class MoELayer {
     return config;
   }
 
+  /// The configuration as it is now, completed().
   const Config& config() const { return config_; }
-  /// The parameters of the gate and of the experts are reached by for_each_parameter().
+  /// The gate. To change its parameters or those of the experts, use for_each_parameter().
   const Gate& gate() const { return gate_; }
-  /// Those that are here, all of them with LocalDispatch.
+  /// The experts of this process: with LocalDispatch, all.
   std::span<const Expert> experts() const { return experts_; }
+  /// Where the experts are.
   const DispatchPolicy& dispatch_policy() const { return policy_; }
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
   /// in tape.balance(). Give every update its own step: the same one draws the same noise.
-  /// O(S·D·H), and what the gate costs. x may be all of this tape's x, and any part of its y. Throws
-  /// std::invalid_argument when x is not D wide or another part of tape.x, when the pass does not fit
-  /// it, and when a gate contradicts itself, which leaves the tape unusable.
-  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    const auto check = [&] {
-      check_structure();
-      detail::check_layer_width<Scalar>(x, "x", config_.width);
-      detail::check_pass("MoELayer", pass, x.rows());
-    };
-    const auto batch = begin("MoELayer::forward", true, pass, x.rows(), tape, check);
-    tape.trained = false;
-    policy_.route(tape.dispatch, tape.exchange, [&] {
-      detail::copy_matrix(x, tape.x);
-      gate_.forward(tape.x, tape.gate, batch.pass());
-      sort_slots(tape.x.rows(), pass.valid, tape);
-    });
-    run_experts(tape.x, tape, true);
-    tape.structure = structure_;
-    tape.networks = networks();
-    tape.trained = true;
-    return tape.y;
-  }
+  /// O(S·D·H), and what the gate costs. x may be tape.x as a whole, or any part of tape.y. Throws
+  /// std::invalid_argument when x is not D wide or is only a part of tape.x, when the pass does not fit
+  /// x, and when the gate's routing contradicts itself, which leaves the tape unusable.
+  const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const;
 
   /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.
   /// Adds to every parameter's gradient, the gate's own losses included once; returns the gradient
   /// with respect to x (T x D), which is tape.dx. The parameters must be those of the forward pass.
-  /// Throws std::invalid_argument when dy has another shape than y or lies in tape.dx, or the tape is
-  /// not of a forward pass of such a layer, before anything is changed. A second backward() on a tape
-  /// adds the same gradients once more, and the tape of another layer of the same shape is not told
-  /// from this one's. std::bad_alloc, which only a first pass of its shapes can throw, may leave
-  /// gradients that are added to in part: zero them before going on.
-  const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
-    policy_.backward(gate_, std::span<Expert>(experts_), tape.x, tape.dispatch, tape.experts,
-                     tape.exchange, tape.sorted_dweight, tape.dx, [&] {
-                       prepare_backward(dy, tape);
-                       return detail::activate_output_backward(config_.output, tape.combined, dy,
-                                                               tape.dcombined);
-                     });
-    policy_.gate_backward(gate_, tape.exchange, [&] {
-      identity_backward(dy, tape);
-      sort_by_expert_backward(tape.dispatch, std::span<const Scalar>(tape.sorted_dweight),
-                              tape.dweight);
-      gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
-      detail::check_left_by_gate(tape.dx, tape.x.rows(), config_.width);
-    });
-    return tape.dx;
-  }
+  /// Throws std::invalid_argument, before anything is changed, when dy has another shape than y or
+  /// lies in tape.dx, or when the tape does not hold a forward pass of a layer of this shape. (That it
+  /// was this layer's is not checked.) A second backward() on a tape adds the same gradients once
+  /// more. std::bad_alloc, which only the first pass of its shapes can throw, can leave gradients that
+  /// were added to in part: zero them before going on.
+  const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape);
 
-  /// y (T x D) without noise. Leaves tape.routing() and tape.balance() too, so a served or validated
-  /// batch can be watched, but nothing that backward() could use. Throws std::invalid_argument
-  /// when x is not D wide, the pass does not fit it, or x is this tape's own y or a part of it.
+  /// Inference over x (T x D): returns tape.y (T x D), without noise. Sets tape.routing() and
+  /// tape.balance() too, so that they can be watched, but saves nothing for backward(). Throws
+  /// std::invalid_argument when x is not D wide, when the pass does not fit x, or when x overlaps
+  /// tape.y.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
-                                 const EvaluationPass& pass = {}) const {
-    const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
-    const auto check = [&] {
-      check_structure();
-      detail::check_layer_width<Scalar>(x, "x", config_.width);
-      detail::check_pass("MoELayer", as_pass, x.rows());
-      detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
-    };
-    const auto batch = begin("MoELayer::evaluate", false, as_pass, x.rows(), tape, check);
-    tape.trained = false;
-    policy_.route(tape.dispatch, tape.exchange, [&] {
-      gate_.evaluate(x, tape.gate,
-                     EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
-      sort_slots(x.rows(), pass.valid, tape);
-    });
-    run_experts(x, tape, false);
-    return tape.y;
-  }
+                                 const EvaluationPass& pass = {}) const;
+  /// The same with a tape of its own, which allocates.
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     Tape tape;
     return evaluate(x, tape);
   }
 
-  /// Puts an expert with the same shapes in the place of expert `e`, which must be one of those here.
-  /// Throws std::invalid_argument where it is not, or a parameter has another shape.
+  /// Puts an expert with the same shapes in the place of expert `e`, one of this process. Throws
+  /// std::invalid_argument if it is not, or if a parameter has another shape.
   void replace_expert(Index e, const Expert& expert) {
     const Range here = policy_.experts_here(networks());
     detail::require(e >= here.first && e < here.first + here.count,
@@ -248,15 +185,18 @@ class MoELayer {
     mark_structure(replaced);
   }
 
-  // Experts that come and go, where the gate can follow: Gate says how. The experts that stay keep
-  // their order and every bit, and so do their columns of the gate; gradients are zero afterwards, and
-  // config() tells the new number of experts. A tape of before is refused by backward(). Optimizers
-  // are told by what these return: optimizer.follow(model, layer, change). Each throws
-  // std::invalid_argument, with nothing changed, where the gate or its Config cannot have these
-  // experts, or `experts` names none, or one that is not there.
+  /// \name Adding, copying and removing experts
+  ///
+  /// For gates that have change_experts(), see Gate. The experts that stay keep their order and every
+  /// bit, and so do their columns of the gate; gradients are zero afterwards, and config() has the new
+  /// number of experts. backward() refuses a tape of before the change. Pass the returned change to
+  /// the optimizer: optimizer.follow(model, layer, change). Each throws std::invalid_argument, with
+  /// nothing changed, if the gate or its Config cannot have these experts, or if `experts` is empty or
+  /// names one that does not exist.
+  /// \{
 
   /// Adds `count` fresh experts behind the others. Equal seeds draw equal numbers: give every layer
-  /// and every call one of its own.
+  /// and every call a seed of its own.
   template <detail::ChangesExperts G = Gate>
   ExpertChange add_experts(Index count, Seed seed) {
     constexpr const char* verb = "MoELayer::add_experts";
@@ -264,9 +204,9 @@ class MoELayer {
                           [&](Index before) { return detail::add_sources(verb, before, count); });
   }
 
-  /// Adds a copy of each of these experts behind the others, frozen where they are, with normal noise
-  /// of this standard deviation on its parameters and its weights in the gate. One may be named more
-  /// than once.
+  /// Adds a copy of each of these experts behind the others, with normal noise of the given standard
+  /// deviation on its parameters and on its weights in the gate. Parameters that are frozen in the
+  /// original are frozen in the copy. An expert may be named more than once.
   template <detail::ChangesExperts G = Gate>
   ExpertChange copy_experts(const std::vector<Index>& experts, const CopyNoise& noise) {
     constexpr const char* verb = "MoELayer::copy_experts";
@@ -282,6 +222,7 @@ class MoELayer {
     return change_experts(
         verb, {0}, [&](Index before) { return detail::remove_sources(verb, before, experts); });
   }
+  /// \}
 
   /// Changes the weights of the gate's losses from the next pass on, for a schedule. Throws
   /// std::invalid_argument for one out of range.
@@ -293,11 +234,12 @@ class MoELayer {
     if constexpr (requires { config_.gate = gate_.config(); }) config_.gate = gate_.config();
   }
 
-  /// What a gate with a selection bias does after each update, see TopKGate::update_selection_bias():
-  /// by one training pass, or by the load (E) of all passes of the update.
+  /// Moves the gate's selection bias, after each update: see TopKGate::update_selection_bias(). By the
+  /// load of one training pass.
   template <class G = Gate>
   requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
   void update_selection_bias(const Tape& tape) { gate_.update_selection_bias(tape.gate); }
+  /// The same by the load (E) of all passes of the update.
   template <class G = Gate>
   requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
   void update_selection_bias(const Vector<Scalar>& load) { gate_.update_selection_bias(load); }
@@ -318,7 +260,7 @@ class MoELayer {
     return gate;
   }
 
-  /// Experts that are no identity.
+  /// The number of experts that are not the identity.
   Index networks() const { return gate_.experts() - config_.identity_experts; }
 
   /// A layer that was moved from has no experts.
@@ -453,5 +395,89 @@ class MoELayer {
   std::uint64_t structure_ = 0;  ///< of the parameters, a number that every change makes anew
   bool has_gradients_ = false;   ///< a first backward pass has made room for them
 };
+
+// Out of the class, so that they are not inline: a program that links moe::compiled does not even
+// instantiate them.
+
+template <class Expert_, class Gate_, class Dispatch_>
+MoELayer<Expert_, Gate_, Dispatch_>::MoELayer(const Config& config, DispatchPolicy policy)
+    : policy_(std::move(policy)),
+      config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
+      gate_(policy_.together("MoELayer: the gate", [&] {
+        return checked(Gate(config_.gate, derive_seed(config.seed, 0)), config_);
+      })) {
+  if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
+  policy_.place(config_, gate_, networks());
+  policy_.together("MoELayer: the experts", [&] {
+    const Range here = policy_.experts_here(networks());
+    experts_.reserve(detail::to_size(here.count));
+    for (Index e = here.first; e < here.first + here.count; ++e) {
+      experts_.emplace_back(config_.expert,
+                            derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
+    }
+  });
+}
+
+template <class Expert_, class Gate_, class Dispatch_>
+auto MoELayer<Expert_, Gate_, Dispatch_>::forward(const MatrixRef<Scalar>& x, Tape& tape,
+                                                  const Pass& pass) const -> const Matrix<Scalar>& {
+  const auto check = [&] {
+    check_structure();
+    detail::check_layer_width<Scalar>(x, "x", config_.width);
+    detail::check_pass("MoELayer", pass, x.rows());
+  };
+  const auto batch = begin("MoELayer::forward", true, pass, x.rows(), tape, check);
+  tape.trained = false;
+  policy_.route(tape.dispatch, tape.exchange, [&] {
+    detail::copy_matrix(x, tape.x);
+    gate_.forward(tape.x, tape.gate, batch.pass());
+    sort_slots(tape.x.rows(), pass.valid, tape);
+  });
+  run_experts(tape.x, tape, true);
+  tape.structure = structure_;
+  tape.networks = networks();
+  tape.trained = true;
+  return tape.y;
+}
+
+template <class Expert_, class Gate_, class Dispatch_>
+auto MoELayer<Expert_, Gate_, Dispatch_>::backward(const MatrixRef<Scalar>& dy, Tape& tape)
+    -> const Matrix<Scalar>& {
+  policy_.backward(gate_, std::span<Expert>(experts_), tape.x, tape.dispatch, tape.experts,
+                   tape.exchange, tape.sorted_dweight, tape.dx, [&] {
+                     prepare_backward(dy, tape);
+                     return detail::activate_output_backward(config_.output, tape.combined, dy,
+                                                             tape.dcombined);
+                   });
+  policy_.gate_backward(gate_, tape.exchange, [&] {
+    identity_backward(dy, tape);
+    sort_by_expert_backward(tape.dispatch, std::span<const Scalar>(tape.sorted_dweight),
+                            tape.dweight);
+    gate_.backward(tape.x, std::span<const Scalar>(tape.dweight), tape.gate, tape.dx);
+    detail::check_left_by_gate(tape.dx, tape.x.rows(), config_.width);
+  });
+  return tape.dx;
+}
+
+template <class Expert_, class Gate_, class Dispatch_>
+auto MoELayer<Expert_, Gate_, Dispatch_>::evaluate(const MatrixRef<Scalar>& x, Tape& tape,
+                                                   const EvaluationPass& pass) const
+    -> const Matrix<Scalar>& {
+  const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
+  const auto check = [&] {
+    check_structure();
+    detail::check_layer_width<Scalar>(x, "x", config_.width);
+    detail::check_pass("MoELayer", as_pass, x.rows());
+    detail::require_apart("MoELayer::evaluate", "x", x, {tape.y, tape.combined});
+  };
+  const auto batch = begin("MoELayer::evaluate", false, as_pass, x.rows(), tape, check);
+  tape.trained = false;
+  policy_.route(tape.dispatch, tape.exchange, [&] {
+    gate_.evaluate(x, tape.gate, EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
+    sort_slots(x.rows(), pass.valid, tape);
+  });
+  run_experts(x, tape, false);
+  return tape.y;
+}
 
 }  // namespace moe

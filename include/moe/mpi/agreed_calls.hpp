@@ -15,31 +15,34 @@
 #include "moe/mpi/channel.hpp"
 
 /// \file
-/// Sums, prefixes, gathers and exchanges of numbers over the ranks, where it is agreed already that all
-/// ranks make the call.
+/// Sums, prefixes, gathers and exchanges of numbers over the ranks, for callers that know that all ranks
+/// make the call.
 
 namespace moe::mpi {
 
-/// What a Communicator does after agree(): all ranks make the same calls in the same order, with the
-/// same counts, and none checks that. A copy refers to the same ranks, and to the same room.
+/// Collective calls without a check: all ranks must make the same calls in the same order, with the same
+/// counts. A Communicator makes them after agree(). A copy refers to the same ranks and the same room.
 class AgreedCalls {
  public:
+  /// The ranks of a channel, of which this is `rank` of `size`.
   AgreedCalls(std::shared_ptr<Channel> channel, int rank, int size)
       : shared_(std::make_shared<Shared>()), rank_(rank), size_(size) {
     shared_->channel = std::move(channel);
   }
 
-  // These are local.
+  // Local, not collective.
 
-  int rank() const { return rank_; }
-  int size() const { return size_; }
-  MPI_Comm handle() const { return channel().handle(); }
-  Traffic& traffic() const { return channel().traffic(); }
-  /// The waiting that an exchange of rows shares with these calls.
+  int rank() const { return rank_; }                      ///< this rank
+  int size() const { return size_; }                      ///< the number of ranks
+  MPI_Comm handle() const { return channel().handle(); }  ///< for calls of MPI
+  Traffic& traffic() const {
+    return channel().traffic();
+  }  ///< what this rank has sent and waited so far
+  /// The channel, for calls of MPI that others wait for.
   Channel& channel() const { return *shared_->channel; }
 
-  /// Replaces each number by its sum over the ranks, with the same bits on all of them. Throws
-  /// std::bad_alloc on this rank alone unless the room was made, see make_room_for_sum().
+  /// Replaces each number by its sum over the ranks, with the same bits on all of them. Call
+  /// make_room_for_sum() before: otherwise this rank alone may throw std::bad_alloc.
   template <class Number>
   void sum_agreed(std::span<Number> numbers) const {
     sum_in_room<Number>(
@@ -51,29 +54,32 @@ class AgreedCalls {
           std::copy_n(room, count, numbers.data() + first);
         });
   }
+  /// Room for sum_agreed() of `numbers` numbers. Local; may throw std::bad_alloc.
   template <class Number>
   void make_room_for_sum(std::size_t numbers) const {
     room_for_sum<Number>(numbers);
   }
 
-  // Calls in which a rank that failed takes part, so that none has to agree() first: they come after
-  // one in which all ranks agreed on the count, and made room. They return whether a rank failed, on
-  // all ranks alike: then the numbers are anything, and agree() tells what went wrong. A rank that
-  // failed has no numbers, and gives their count alone.
+  // Calls in which a rank that failed takes part too, so that the ranks need not agree() first. They come
+  // after a call in which all ranks agreed on the count, and after make_room_to_fail(). On all ranks they
+  // return whether any rank failed: then the numbers are undefined, and agree() throws the Error. A rank
+  // that failed has no numbers, and calls the fail_ function with their count.
 
-  /// sum_agreed().
+  /// sum_agreed(), if no rank failed. Returns whether one did.
   template <class Number>
   [[nodiscard]] bool sum_or_fail(std::span<Number> numbers) const {
     MOE_ASSERT(!numbers.empty());
     return sum_or_fail(numbers.data(), numbers.size());
   }
+  /// Takes part in sum_or_fail(), to say that this rank failed.
   template <class Number>
   void fail_in_sum(std::size_t numbers) const {
     (void)sum_or_fail<Number>(nullptr, numbers);
   }
 
-  /// `numbers` become those of prefix_agreed() and `sums`, as many, those of sum_agreed(). One call up
-  /// to 64 KiB over all ranks, else two.
+  /// Sets `numbers` to the result of prefix_agreed() and `sums`, of the same length, to that of
+  /// sum_agreed(), if no rank failed. Returns whether one did. One call of MPI for up to 64 KiB over all
+  /// ranks, otherwise two.
   [[nodiscard]] bool sum_and_prefix_or_fail(std::span<Index> numbers, std::span<Index> sums) const {
     if (is_small<Index>(numbers.size() + 1)) {
       return gather_or_fail(numbers.data(), sums.data(), numbers.size());
@@ -83,6 +89,7 @@ class AgreedCalls {
     prefix_agreed(numbers);
     return false;
   }
+  /// Takes part in sum_and_prefix_or_fail(), to say that this rank failed.
   void fail_in_sum_and_prefix(std::size_t numbers) const {
     if (is_small<Index>(numbers + 1)) {
       (void)gather_or_fail(nullptr, nullptr, numbers);
@@ -91,18 +98,18 @@ class AgreedCalls {
     }
   }
 
-  /// Room for any of these.
+  /// Room for any of these calls with this count. Local; may throw std::bad_alloc.
   template <class Number>
   void make_room_to_fail(std::size_t numbers) const {
     channel().room<std::byte>(small_bytes);
     room_for_sum<Number>(numbers + 1);
   }
 
-  /// Every rank has a block of the numbers, of one length, and gets those of the others. After a call
-  /// in which all ranks agreed on the count, and made room for as many numbers.
+  /// `numbers` has a block for each rank, all of one length. Every rank fills its own block and gets those
+  /// of the others. Only after a call in which all ranks agreed on the count and made room for it.
   void gather_agreed(std::span<Index> numbers) const {
     MOE_ASSERT(numbers.size() <= most_numbers<Index>());
-    Index* const room = room_for<Index>(numbers.size());
+    auto* const room = room_for<Index>(numbers.size());
     const std::size_t block = numbers.size() / detail::to_size(size_);
     const std::size_t own = block * detail::to_size(rank_);
     std::copy_n(numbers.data() + own, block, room + own);
@@ -112,7 +119,7 @@ class AgreedCalls {
 
   /// Replaces each number by its sum over the ranks before this one, 0 on rank 0.
   void prefix_agreed(std::span<Index> numbers) const {
-    Index* const room = room_for<Index>(numbers.size());
+    auto* const room = room_for<Index>(numbers.size());
     for_each_piece<Index>(numbers.size(), [&](std::size_t first, int count) {
       std::copy_n(numbers.data() + first, count, room);
       channel().complete("prefix", [&](MPI_Request* request) {
@@ -123,14 +130,14 @@ class AgreedCalls {
     });
   }
 
-  /// Sends some numbers to each rank and receives some from each, `sent` and `received` being their
-  /// counts by rank; the numbers stand by rank too. Each rank made room for both numbers before.
+  /// Sends numbers to each rank and receives numbers from each. `sent` and `received` are their counts by
+  /// rank; the numbers are in the order of the ranks. Call make_room_for_exchange() before.
   void exchange_agreed(std::span<const Index> numbers, std::span<const Index> sent,
                        std::span<Index> received_numbers, std::span<const Index> received) const {
     const std::size_t both = numbers.size() + received_numbers.size();
     Blocks& to = shared_->to;
     Blocks& from = shared_->from;
-    Index* const room = channel().room<Index>(both);
+    auto* const room = channel().room<Index>(both);
     to.assign(sent, [](Index count) { return count; });
     from.assign(received, [](Index count) { return count; });
     std::copy(numbers.begin(), numbers.end(), room);
@@ -143,18 +150,20 @@ class AgreedCalls {
     const auto own = static_cast<std::size_t>(sent[detail::to_size(rank_)]);
     traffic().other_bytes += static_cast<std::int64_t>((numbers.size() - own) * sizeof(Index));
   }
+  /// Room for exchange_agreed() of `numbers` numbers, those sent plus those received. Local;
+  /// may throw std::bad_alloc.
   void make_room_for_exchange(std::size_t numbers) const {
     shared_->to.resize(size_);
     shared_->from.resize(size_);
     channel().room<Index>(numbers);
   }
 
-  /// Of the numbers that sums, gathers and broadcasts move at a time: they stay in a cache, which makes
-  /// long sums faster than in one message.
+  /// Bytes that sums, gathers and broadcasts move at a time. A piece stays in the cache, which makes long
+  /// sums faster than one message.
   static constexpr std::size_t most_bytes = std::size_t{1} << 20;
 
-  /// Calls f(first, count) for the pieces that `numbers` numbers are moved in. The last may be longer
-  /// by a number, such as whether a rank failed.
+  /// Calls f(first, count) for the pieces in which `numbers` numbers are moved. The last may be longer by
+  /// one number, which says whether a rank failed.
   template <class Number, class F>
   static void for_each_piece(std::size_t numbers, F&& f) {
     constexpr std::size_t most = most_numbers<Number>();
@@ -182,15 +191,17 @@ class AgreedCalls {
   }
 
  protected:
+  /// The channel.
   const std::shared_ptr<Channel>& shared_channel() const { return shared_->channel; }
 
-  /// How many numbers there are for each rank, and where they begin, as MPI wants it.
+  /// The count of the numbers of each rank and the offset of the first, as arguments of MPI.
   struct Blocks {
+    /// Makes room for `ranks` ranks.
     void resize(int ranks) {
       counts.resize(detail::to_size(ranks));
       offsets.resize(detail::to_size(ranks));
     }
-    /// part(of_rank[r]) numbers for rank r.
+    /// Sets the count of rank r to part(of_rank[r]).
     template <class Part>
     void assign(std::span<const Index> of_rank, Part&& part) {
       int offset = 0;
@@ -200,27 +211,30 @@ class AgreedCalls {
         offset += counts[r];
       }
     }
-    std::vector<int> counts;
-    std::vector<int> offsets;
+    std::vector<int> counts;   ///< by rank
+    std::vector<int> offsets;  ///< by rank
   };
 
+  /// The largest number of values in a piece.
   template <class Number>
   static constexpr std::size_t most_numbers() {
     return most_bytes / sizeof(Number);
   }
-  /// Room for a piece of some numbers, and for a number of each rank.
+  /// Room for a piece of `numbers` numbers, or for a number of each rank.
   template <class Number>
   Number* room_for(std::size_t numbers) const {
     const std::size_t most = std::max(most_numbers<Number>() + 1, detail::to_size(size_));
     return channel().room<Number>(std::min(numbers, most));
   }
 
+  /// Room for sum_agreed() of `numbers` numbers.
   template <class Number>
   Number* room_for_sum(std::size_t numbers) const {
     if (!is_gathered<Number>(numbers)) return room_for<Number>(numbers);
     return channel().room<Number>(numbers * detail::to_size(size_));
   }
 
+  /// Broadcasts the numbers in room() from `root`.
   template <class Number>
   void broadcast_room(Number* room, int count, int root, const char* call) const {
     channel().complete(call, [&](MPI_Request* request) {
@@ -235,22 +249,22 @@ class AgreedCalls {
     Blocks from;
   };
 
-  /// Of the numbers of all ranks that every rank gets, where that spares a call.
+  /// The largest number of bytes, over all ranks, that a gather sends to every rank to save a second call.
   static constexpr std::size_t small_bytes = most_bytes / 16;
   template <class Number>
   bool is_small(std::size_t numbers) const {
     return numbers * detail::to_size(size_) <= small_bytes / sizeof(Number);
   }
-  /// Whether every rank gets all numbers and adds them up, which is one call instead of two.
+  /// Whether a sum is one gather, after which every rank adds up all numbers, instead of two calls.
   template <class Number>
   bool is_gathered(std::size_t numbers) const {
     return !std::is_integral_v<Number> && is_small<Number>(numbers);
   }
-  /// Sums `numbers` numbers in room: read(first, count, room) puts this rank's there, and write(first,
-  /// count, room) takes the sums.
+  /// Sums `numbers` numbers in room(): read(first, count, room) copies this rank's numbers to it, and
+  /// write(first, count, room) copies the sums from it.
   template <class Number, class Read, class Write>
   void sum_in_room(std::size_t numbers, Read&& read, Write&& write) const {
-    Number* const room = room_for_sum<Number>(numbers);
+    auto* const room = room_for_sum<Number>(numbers);
     if constexpr (std::is_integral_v<Number>) {  // any order of the sum has the same bits
       for_each_piece<Number>(numbers, [&](std::size_t first, int count) {
         read(first, static_cast<std::size_t>(count), room);
@@ -285,11 +299,11 @@ class AgreedCalls {
     });
   }
 
-  /// Of null numbers where this rank failed; one more number behind them says how many ranks did.
+  /// `numbers` is null if this rank failed. One more number after them counts the ranks that failed.
   template <class Number>
   bool sum_or_fail(Number* numbers, std::size_t count) const {
     Number failed{0};
-    // How many of a piece are no flag.
+    // The number of values in a piece without the flag.
     const auto of_numbers = [&](std::size_t first, std::size_t size) {
       return std::min(size, count - first);
     };
@@ -312,10 +326,10 @@ class AgreedCalls {
     return failed > Number{0};
   }
 
-  /// sum_and_prefix_or_fail() of few numbers, or of null ones where this rank failed.
+  /// sum_and_prefix_or_fail() of few numbers; `numbers` is null if this rank failed.
   bool gather_or_fail(Index* numbers, Index* sums, std::size_t count) const {
     const std::size_t block = count + 1;
-    Index* const room = channel().room<Index>(block * detail::to_size(size_));
+    auto* const room = channel().room<Index>(block * detail::to_size(size_));
     Index* const own = room + detail::to_size(rank_) * block;
     own[count] = numbers == nullptr ? 1 : 0;
     if (numbers == nullptr) {
@@ -339,7 +353,7 @@ class AgreedCalls {
     return false;
   }
 
-  /// Room holds a block of each rank, of which this rank's is filled.
+  /// `room` has a block of each rank; that of this rank is filled.
   template <class Number>
   void all_gather(Number* room, std::size_t block, const char* call) const {
     channel().complete(call, [&](MPI_Request* request) {

@@ -18,20 +18,22 @@
 #include "moe/mpi/error.hpp"
 
 /// \file
-/// How ranks find out that all of them do the same and none failed.
+/// How ranks find out that all of them make the same call and none failed.
 
 namespace moe::mpi {
 
-/// What Communicator::agree() does. Where all is well it is one reduction.
+/// The implementation of Communicator::agree(). If all ranks agree it is one reduction.
 class Agreement {
  public:
-  /// Numbers that each rank can tell the others by the way.
+  /// The largest number of values that each rank can send to the others with its claim.
   static constexpr std::size_t most_numbers = 2;
 
+  /// The ranks of a channel, of which this is `rank` of `size`.
   Agreement(std::shared_ptr<Channel> channel, int rank, int size)
       : channel_(std::move(channel)), rank_(rank), size_(size) {}
 
-  /// Room for all that it needs, so that it can tell of a std::bad_alloc.
+  /// Bytes of room() that it needs. They are allocated first, so that a later std::bad_alloc can be
+  /// reported to the other ranks.
   static std::size_t room_bytes(int ranks) {
     return std::max({2 * message_numbers(ranks) * sizeof(std::int64_t),
                      detail::to_size(ranks) * sizeof(Claim), most_text});
@@ -52,7 +54,7 @@ class Agreement {
     throw Error(disagreement(claims, facts), rank_, size_);
   }
 
-  /// How many Errors all ranks have thrown.
+  /// The number of Errors that all ranks have thrown so far.
   std::int64_t errors() const { return errors_; }
 
  private:
@@ -65,9 +67,9 @@ class Agreement {
     return claim_numbers + detail::to_size(ranks) * most_numbers;
   }
 
-  /// The lowest and the highest of each number over the ranks tell whether all are equal. Returns the
-  /// numbers of every rank, or nothing where they do not agree; one has to be at least 0, since each
-  /// rank leaves 0 where the numbers of the others are, and the largest of all is what remains.
+  /// A number is equal on all ranks if its minimum and maximum over the ranks are. Returns the numbers of
+  /// every rank, or nothing if the claims differ. Numbers must be at least 0: each rank has 0 in the
+  /// places of the others, and the reduction takes the maximum.
   std::span<const Index> all_agree(const Claim& claim, std::initializer_list<Index> numbers) {
     static_assert(std::is_signed_v<Index> && sizeof(Index) == sizeof(std::int64_t));
     MOE_ASSERT(numbers.size() <= most_numbers);
@@ -93,9 +95,9 @@ class Agreement {
     return {highest + claim_numbers, size - claim_numbers};
   }
 
-  /// Until the next call.
+  /// The claims of all ranks, valid until the next call.
   std::span<const Claim> all_claims(const Claim& claim) {
-    Claim* const claims = channel_->room<Claim>(detail::to_size(size_));
+    auto* const claims = channel_->room<Claim>(detail::to_size(size_));
     claims[rank_] = claim;
     channel_->complete(claim.call.data(), [&](MPI_Request* request) {
       MPI_Iallgather(MPI_IN_PLACE, 0, MPI_BYTE, claims, sizeof(Claim), MPI_BYTE, channel_->handle(),

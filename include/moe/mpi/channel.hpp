@@ -19,21 +19,22 @@
 #include "moe/mpi/ending.hpp"
 
 /// \file
-/// Waiting for other ranks, never longer than a timeout, and what becomes of MPI after one.
+/// Waiting for other ranks no longer than a timeout, and what can be done with MPI after a time-out.
 
 namespace moe::mpi {
 
-/// What was sent, and how long this rank waited for others, sending and receiving included.
+/// What this rank sent, and how long it waited for others, sending and receiving included.
 struct Traffic {
-  double seconds = 0;
+  double seconds = 0;            ///< waited
   std::int64_t row_bytes = 0;    ///< of the rows of tokens that went to other ranks
-  std::int64_t other_bytes = 0;  ///< of counts and of weights, with them
+  std::int64_t other_bytes = 0;  ///< of the counts and weights that went with them
   std::int64_t collectives = 0;  ///< calls of MPI in which all ranks took part
 };
 
-/// Adds the time of its life to a Traffic.
+/// Adds the time from its construction to its destruction to a Traffic.
 class Stopwatch {
  public:
+  /// Starts it.
   explicit Stopwatch(Traffic& traffic) : traffic_(traffic) {}
   ~Stopwatch() { traffic_.seconds += std::chrono::duration<double>(Clock::now() - start_).count(); }
   Stopwatch(const Stopwatch&) = delete;
@@ -46,16 +47,16 @@ class Stopwatch {
   Clock::time_point start_ = Clock::now();
 };
 
-/// What the copies of a Communicator share: a duplicate of an MPI communicator, and the memory that
-/// its collective calls go through.
+/// What the copies of a Communicator share: a duplicate of an MPI communicator, and buffers for its
+/// collective calls.
 ///
-/// A call that timed out still belongs to MPI, which may write to its memory at any later time, so
-/// that memory is never freed then: the room is here and not the caller's. Nor can MPI be finalized,
-/// which would wait for the call: MPI_Finalize() then ends the processes of all ranks.
+/// After a time-out MPI may still write to the buffers of the call at any time. So they are here and not
+/// the caller's, and are then never freed. MPI cannot be finalized either, since that would wait for the
+/// call: MPI_Finalize() then ends the processes of all ranks.
 class Channel {
  public:
-  /// Duplicates a communicator; `bytes` of room need not be allocated later. Collective; throws
-  /// std::runtime_error after the timeout.
+  /// Duplicates a communicator, and allocates `bytes` of room. `timeout` is in seconds, 0 for none.
+  /// Collective; throws std::runtime_error after the timeout.
   static std::shared_ptr<Channel> open(MPI_Comm communicator, double timeout, std::size_t bytes) {
     std::shared_ptr<Channel> channel(new Channel(timeout), [](Channel* unused) {
       if (!unused->is_pending_) delete unused;
@@ -71,11 +72,13 @@ class Channel {
   Channel(const Channel&) = delete;
   Channel& operator=(const Channel&) = delete;
 
+  /// The duplicate, for calls of MPI.
   MPI_Comm handle() const { return handle_; }
+  /// What this rank has sent and waited so far.
   Traffic& traffic() { return traffic_; }
 
-  /// Memory for `count` numbers, the same each time, which MPI may use. What it held is lost where
-  /// it grows, and only there may it throw std::bad_alloc.
+  /// The buffer for calls of MPI, with room for `count` numbers. Every call returns the same memory. If it
+  /// must grow its contents are lost, and it may throw std::bad_alloc.
   template <class Number>
   Number* room(std::size_t count) {
     static_assert(std::is_trivially_copyable_v<Number>);
@@ -87,18 +90,18 @@ class Channel {
     return reinterpret_cast<Number*>(room_.get());
   }
 
-  bool is_usable() const { return refusal_ == nullptr; }
+  bool is_usable() const { return refusal_ == nullptr; }  ///< false after a time-out or refuse()
   /// Throws std::runtime_error once a call timed out, or after refuse().
   void check() const {
     if (!is_usable()) throw std::runtime_error(refusal_);
   }
-  /// Makes check() throw from now on, unless it does already. The text lives on.
+  /// Makes check() throw from now on, unless it does already. The text must never be freed.
   void refuse(const char* why) {
     if (is_usable()) refusal_ = why;
   }
 
-  /// Calls start(request), which starts a call of MPI that uses room() alone, and returns when it
-  /// is done. Throws as wait_for() does.
+  /// Calls start(request), which starts a call of MPI whose only buffer is room(), and returns when that
+  /// call is done. Throws as wait_for() does.
   template <class Start>
   void complete(const char* call, Start&& start) {
     check();
@@ -108,8 +111,8 @@ class Channel {
     wait_for(std::span<MPI_Request>(&request, 1), call);
   }
 
-  /// Returns when all requests are done. After the timeout nothing more can be done with the
-  /// channel, and std::runtime_error is thrown; what MPI may still read or write must then live on.
+  /// Returns when all requests are done. Throws std::runtime_error after the timeout; then the channel
+  /// cannot be used any more, and the buffers of the requests must never be freed.
   void wait_for(std::span<MPI_Request> requests, const char* call) {
     check();
     const Stopwatch stopwatch(traffic_);

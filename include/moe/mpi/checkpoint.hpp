@@ -16,9 +16,9 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// From a model whose experts are spread over ranks to the same model in one process, and back to
-/// any number of ranks. The whole one has a MoELayer where the other has an ExpertParallel, so the
-/// parameters have the same names, and saves and loads like any other:
+/// Copies a model whose experts are spread over ranks to the same model in one process, and back to any
+/// number of ranks. The whole model has a MoELayer in place of each ExpertParallel, so its parameters have
+/// the same names, and it is saved and loaded like any other:
 ///
 ///     Model* whole = ...;   // on rank 0, null on the others
 ///     moe::mpi::gather_parameters(model, whole, communicator);
@@ -29,22 +29,25 @@
 
 namespace moe::mpi {
 
-/// Numbers by the name of the parameter, or of the optimizer's state, that they are; it refers to
-/// them.
+/// The numbers of parameters, or of an optimizer's state, by name; it refers to them.
 template <class Number>
 class NamedNumbers {
  public:
+  /// A matrix in memory, row-major.
   struct Place {
-    Number* data = nullptr;
-    Index rows = 0;
-    Index columns = 0;
+    Number* data = nullptr;  ///< its first number
+    Index rows = 0;          ///< its rows
+    Index columns = 0;       ///< its columns
   };
 
+  /// Adds a matrix.
   void add(const std::string& name, Matrix<Number>& matrix) {
     places_[name] = {matrix.data(), matrix.rows(), matrix.cols()};
   }
+  /// Adds a single number.
   void add(const std::string& name, Number& number) { places_[name] = {&number, 1, 1}; }
 
+  /// All of them by name.
   const std::map<std::string, Place>& places() const { return places_; }
 
  private:
@@ -53,7 +56,7 @@ class NamedNumbers {
 
 namespace checkpoint {
 
-/// The names and shapes of a rank, "name rows columns" a line.
+/// The names and shapes of a rank, a line "name rows columns" for each.
 template <class Number>
 std::string listing_of(const NamedNumbers<Number>& numbers) {
   std::ostringstream text;
@@ -75,7 +78,7 @@ void for_each_line(const std::vector<std::string>& listings, F&& f) {
   }
 }
 
-/// Tells every rank what all have. Collective.
+/// The listings of all ranks, on every rank. Collective.
 inline std::vector<std::string> exchange_listings(const std::string& own,
                                                   const Communicator& communicator) {
   const std::vector<Index> sizes = communicator.gather(static_cast<Index>(own.size()));
@@ -92,7 +95,7 @@ inline std::vector<std::string> exchange_listings(const std::string& own,
   return listings;
 }
 
-/// Throws std::invalid_argument unless what the ranks have and what the whole has are the same.
+/// Throws std::invalid_argument unless the ranks together have the same names and shapes as the whole.
 template <class Number>
 void check_listings(const std::vector<std::string>& listings, const NamedNumbers<Number>& whole) {
   using moe::detail::require;
@@ -110,7 +113,7 @@ void check_listings(const std::vector<std::string>& listings, const NamedNumbers
   for (const auto& [name, has] : found) require(has, "no rank has the whole model's ", name);
 }
 
-/// One type of number on its way between the root's `whole` and the ranks' `parts`.
+/// A copy of the numbers of one type between the root's `whole` and the ranks' `parts`.
 template <class Number>
 class Copy {
  public:
@@ -127,9 +130,9 @@ class Copy {
     });
   }
 
-  /// To the whole from the lowest rank that has a name, or from it to all that do. Returns when all
-  /// numbers are where they belong, on all ranks; `most` of them are on their way at a time, in
-  /// memory of this call, which MPI may go on using after a time-out. Collective.
+  /// Copies each name to the whole, from the lowest rank that has it, or from the whole to all ranks that
+  /// have it. Returns when all ranks have their numbers. At most `most` numbers are sent at a time, in
+  /// buffers of this call, which MPI may still use after a time-out. Collective.
   void run(bool to_whole, Index most = Index{1} << 22) const {
     std::vector<Piece> pieces;
     std::vector<Number> moving;
@@ -144,14 +147,14 @@ class Copy {
         numbers += pieces[last++].count;
       }
       move(std::span<const Piece>(pieces).subspan(first, last - first), to_whole, moving);
-      // Each hears before the next ones, and before it returns, that the others have theirs.
+      // So that no rank goes on, or returns, before the others have their numbers.
       communicator_.agree("checkpoint: numbers");
       first = last;
     }
   }
 
  private:
-  /// Neighbours of one matrix, between the root and a rank.
+  /// Consecutive numbers of a matrix, which the root or a rank sends to the other.
   struct Piece {
     int rank;
     Index count;
@@ -159,7 +162,7 @@ class Copy {
     Number* of_part;   ///< on the rank
   };
 
-  /// The same on all ranks but for the memory.
+  /// All pieces, the same on all ranks except for the pointers.
   std::vector<Piece> pieces_of(bool to_whole, Index most) const {
     std::vector<Piece> pieces;
     std::map<std::string, bool> copied;
@@ -216,8 +219,8 @@ class Copy {
   std::vector<std::string> listings_;
 };
 
-/// Copies numbers of all types; parts and whole are called with each of them, and whole on the root
-/// only. Nothing is changed unless all is in order.
+/// Copies numbers of all types. parts(Number{}) and, on the root only, whole(Number{}) return the numbers
+/// of a type. Throws Error on all ranks, with nothing changed, if names or shapes differ.
 template <class Parts, class Whole>
 void copy_all(bool to_whole, Parts&& parts, bool has_whole, Whole&& whole, int root,
               const Communicator& communicator) {
@@ -244,6 +247,7 @@ void copy_all(bool to_whole, Parts&& parts, bool has_whole, Whole&& whole, int r
   counts.run(to_whole);
 }
 
+/// A module's parameters of one type.
 template <class Scalar, class Module>
 NamedNumbers<Scalar> parameters_of(Module& module) {
   NamedNumbers<Scalar> numbers;
@@ -253,13 +257,54 @@ NamedNumbers<Scalar> parameters_of(Module& module) {
   return numbers;
 }
 
-/// An optimizer's matrices, or its counts: that of all updates, and those of each parameter.
+/// Whether each of an optimizer's matrices is there, 1 or 0, by its name; that of a parameter that was
+/// never trained is empty.
+using Presence = std::map<std::string, Index>;
+
+/// Calls f(name, matrix, shape...) for every matrix of an optimizer; the shape is what it has unless it is
+/// empty, where the optimizer says so.
+template <class Optimizer, class Module, class F>
+void for_each_matrix(Optimizer& optimizer, Module& module, F&& f) {
+  optimizer.for_each_state(module,
+                           [&](const std::string& name, auto&& state, const auto&... shape) {
+                             if constexpr (requires { state.rows(); }) f(name, state, shape...);
+                           });
+}
+
+template <class Optimizer, class Module>
+Presence presence_of(Optimizer& optimizer, Module& module) {
+  Presence presence;
+  for_each_matrix(optimizer, module, [&](const std::string& name, auto& matrix, const auto&...) {
+    presence[name] = matrix.size() > 0 ? 1 : 0;
+  });
+  return presence;
+}
+
+template <class Number>
+NamedNumbers<Number> numbers_of(Presence& presence) {
+  NamedNumbers<Number> numbers;
+  if constexpr (std::is_same_v<Number, Index>) {
+    for (auto& [name, is_there] : presence) numbers.add(name, is_there);
+  }
+  return numbers;
+}
+
+/// Empties an optimizer's matrices that are not present.
+template <class Optimizer, class Module>
+void release_absent(Optimizer& optimizer, Module& module, const Presence& presence) {
+  for_each_matrix(optimizer, module, [&](const std::string& name, auto& matrix, const auto&...) {
+    if (presence.at(name) == 0) matrix.resize(0, 0);
+  });
+}
+
+/// An optimizer's matrices, or its counts of updates: in all, and of each parameter. A matrix
+/// that is present becomes zeros where it was empty; one that is not is left out.
 template <class Number, class Optimizer, class Module>
-NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module) {
+NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module, const Presence& presence) {
   NamedNumbers<Number> numbers;
   std::vector<std::string> names;
   for_each_parameter(module, [&](const std::string& name, const auto&) { names.push_back(name); });
-  optimizer.for_each_state(module, [&](const std::string& what, auto&& state) {
+  const auto add = [&](const std::string& what, auto&& state, const auto&... shape) {
     if constexpr (std::is_same_v<std::remove_cvref_t<decltype(state)>, std::span<Index>>) {
       if constexpr (std::is_same_v<Number, Index>) {
         const bool each = state.size() == names.size() && what != "steps";
@@ -268,12 +313,16 @@ NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module) {
         }
       }
     } else if constexpr (std::is_same_v<std::remove_cvref_t<decltype(state)>, Matrix<Number>>) {
+      if (presence.at(what) == 0) return;
+      if (state.size() == 0) (state.setZero(shape.rows, shape.columns), ...);
       numbers.add(what, state);
     }
-  });
+  };
+  optimizer.for_each_state(module, add);
   return numbers;
 }
 
+/// Copies parameters to or from the whole model.
 template <class Module, class Whole>
 void copy_parameters(bool to_whole, Module& module, Whole* whole, int root,
                      const Communicator& communicator) {
@@ -283,45 +332,62 @@ void copy_parameters(bool to_whole, Module& module, Whole* whole, int root,
       communicator);
 }
 
+/// Copies an optimizer's state to or from that of the whole model.
 template <class Optimizer, class Module, class Whole>
 void copy_state(bool to_whole, Optimizer& optimizer, Module& module, Optimizer* whole_optimizer,
                 Whole* whole, int root, const Communicator& communicator) {
+  const bool has_whole = whole != nullptr && whole_optimizer != nullptr;
+  const bool is_root = communicator.rank() == root;
+  Presence of_parts;
+  Presence of_whole;
+  communicator.attempt("checkpoint: state", [&] {
+    of_parts = presence_of(optimizer, module);
+    if (is_root && has_whole) of_whole = presence_of(*whole_optimizer, *whole);
+  });
   copy_all(
-      to_whole, [&]<class Number>(Number) { return state_of<Number>(optimizer, module); },
-      whole != nullptr && whole_optimizer != nullptr,
-      [&]<class Number>(Number) { return state_of<Number>(*whole_optimizer, *whole); }, root,
-      communicator);
+      to_whole, [&]<class Number>(Number) { return numbers_of<Number>(of_parts); }, has_whole,
+      [&]<class Number>(Number) { return numbers_of<Number>(of_whole); }, root, communicator);
+  copy_all(
+      to_whole, [&]<class Number>(Number) { return state_of<Number>(optimizer, module, of_parts); },
+      has_whole,
+      [&]<class Number>(Number) { return state_of<Number>(*whole_optimizer, *whole, of_whole); },
+      root, communicator);
+  communicator.attempt("checkpoint: state", [&] {
+    if (!to_whole) release_absent(optimizer, module, of_parts);
+    if (to_whole && is_root) release_absent(*whole_optimizer, *whole, of_whole);
+  });
 }
 
 }  // namespace checkpoint
 
-/// Fills the root's whole model with the parameters of all ranks' modules; of what several ranks
-/// have, with those of the lowest. `whole` is null on the other ranks. Throws Error on all ranks,
-/// with nothing changed, unless names and shapes are the same. Where it returns, on any rank, the
-/// whole model is complete. Where a rank stopped it throws std::runtime_error after the
-/// communicator's timeout; the whole model then is of old and new numbers, and not to be saved.
-/// Collective.
+/// Copies the parameters of all ranks' modules to the whole model of rank `root`; if several ranks have a
+/// parameter, that of the lowest. `whole` is null on the other ranks. When it returns on any rank, the
+/// whole model is complete. Throws Error on all ranks, with nothing changed, unless names and shapes are
+/// the same. If a rank stopped, it throws std::runtime_error after the communicator's timeout; the whole
+/// model then has old and new numbers and must not be saved. Collective.
 template <class Module, class Whole>
 void gather_parameters(Module& module, Whole* whole, const Communicator& communicator,
                        int root = 0) {
   checkpoint::copy_parameters(true, module, whole, root, communicator);
 }
 
-/// The other way: every rank gets what it has of the root's whole model. Throws likewise, and where
-/// it returns all ranks have theirs. Collective.
+/// Copies the parameters of the whole model of rank `root` to the modules of all ranks. When it returns on
+/// any rank, all ranks have their parameters. Throws as gather_parameters() does. Collective.
 template <class Whole, class Module>
 void scatter_parameters(Whole* whole, Module& module, const Communicator& communicator,
                         int root = 0) {
   checkpoint::copy_parameters(false, module, whole, root, communicator);
 }
 
-/// The same for what an optimizer remembers of the module (for_each_state), so that training goes
-/// on where it stopped, on another number of ranks.
+/// gather_parameters() for the state of an optimizer (its for_each_state()), so that training can go on
+/// with another number of ranks. Collective. A state that one side does not have,
+/// of a parameter that was never trained, the other does not have afterwards.
 template <class Optimizer, class Module, class Whole>
 void gather_state(Optimizer& optimizer, Module& module, Optimizer* whole_optimizer, Whole* whole,
                   const Communicator& communicator, int root = 0) {
   checkpoint::copy_state(true, optimizer, module, whole_optimizer, whole, root, communicator);
 }
+/// scatter_parameters() for the state of an optimizer. Collective.
 template <class Optimizer, class Whole, class Module>
 void scatter_state(Optimizer* whole_optimizer, Whole* whole, Optimizer& optimizer, Module& module,
                    const Communicator& communicator, int root = 0) {

@@ -10,22 +10,24 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// What a rank says that it is doing, and how ranks differ in that.
+/// The message in which a rank tells the others which call it makes, and the comparison of these.
 
 namespace moe::mpi {
 
 /// A number that must be the same on all ranks, for Communicator::agree().
 struct Fact {
-  const char* name;
-  std::int64_t value;
+  const char* name;    ///< for messages; text that is never freed
+  std::int64_t value;  ///< this rank's
 };
 
-/// What a rank says in agree().
+/// The message of a rank in Communicator::agree().
 struct Claim {
+  /// The places in `numbers`.
   enum Number : std::size_t { failed, name, count, first_fact };
-  static constexpr std::size_t most_facts = 6;
+  static constexpr std::size_t most_facts = 6;  ///< the largest number of facts
 
   Claim() = default;
+  /// `said` is the call; `has_failed` whether this rank failed.
   Claim(const char* said, std::initializer_list<Fact> facts, bool has_failed) {
     MOE_ASSERT(facts.size() <= most_facts);
     numbers[failed] = has_failed ? 1 : 0;
@@ -42,11 +44,11 @@ struct Claim {
     text.substr(0, call.size() - 1).copy(call.data(), call.size() - 1);
   }
 
-  std::array<std::int64_t, first_fact + most_facts> numbers{};
-  std::array<char, 40> call{};
+  std::array<std::int64_t, first_fact + most_facts> numbers{};  ///< by Number
+  std::array<char, 40> call{};  ///< the name of the call, cut off if too long, and a 0
 };
 
-/// Who disagrees with rank 0, and on what; the facts are those of any rank.
+/// An error message: a rank that disagrees with rank 0, and on what. The names are those of `facts`.
 inline std::string disagreement(std::span<const Claim> claims, std::initializer_list<Fact> facts) {
   const auto difference = [&](std::size_t number) -> int {
     for (std::size_t r = 1; r < claims.size(); ++r) {

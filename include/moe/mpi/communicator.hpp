@@ -18,65 +18,64 @@
 #include "moe/mpi/channel.hpp"
 
 /// \file
-/// What the ranks of a program say to each other, such that none of them waits for one that failed.
+/// Communication between the ranks of a program, in which no rank waits for one that failed.
 
 namespace moe::mpi {
 
 /// Some processes that train together. A copy refers to the same ones.
 ///
-/// Calls that do not say otherwise are collective: all ranks make the same ones in the same order.
-/// Each begins with agree(), in which a rank that failed still takes part, to say so; so none is
-/// left waiting in a call that another will never make. Of the threads of a process only one at a
-/// time may use it.
+/// Calls are collective unless stated otherwise: all ranks make the same calls in the same order. Each
+/// begins with agree(), in which a rank that failed takes part too, to tell the others; so no rank waits
+/// in a call that another will never make. Only one thread of a process at a time may use it.
 ///
-/// A rank that stopped is waited for as long as `timeout` says, wherever it stopped. Then whoever
-/// waits throws std::runtime_error, as does every later call, at once: the communicator is of no
-/// more use, what the call was to fill holds anything, and all that is left is to end the program.
-/// What the call sends and receives stays allocated, since MPI may still use it, and MPI_Finalize()
-/// ends the processes of all ranks (MPI_Abort()) instead of waiting for ever.
+/// If a rank stopped, the others wait for it until `timeout`. Then they throw std::runtime_error, and so
+/// does every later call, at once. The communicator cannot be used any more and the results of the call
+/// are undefined: the program can only end. The buffers of the call are not freed, since MPI may still
+/// use them, and MPI_Finalize() ends the processes of all ranks (MPI_Abort()) instead of waiting for
+/// ever.
 class Communicator : public AgreedCalls {
  public:
-  /// The ranks of `communicator`, which is duplicated, so messages of others do not get in the way.
-  /// `timeout` is in seconds and no less than any other rank is late by, at work of its own; 0
-  /// stands for ever. Throws std::invalid_argument for one below 0, std::logic_error before MPI is
-  /// started (Environment), and std::runtime_error after the timeout. Collective.
+  /// The ranks of `communicator`, which is duplicated, so that messages of others do not interfere.
+  /// `timeout`, in seconds, must be longer than any rank computes between two calls; 0 is no timeout.
+  /// Throws std::invalid_argument for a timeout below 0, std::logic_error before MPI is started
+  /// (Environment), and std::runtime_error after the timeout. Collective.
   explicit Communicator(MPI_Comm communicator = MPI_COMM_WORLD, double timeout = 600)
       : AgreedCalls(open(communicator, timeout)),
         shared_(std::make_shared<Shared>(Agreement(shared_channel(), rank(), size()))) {}
 
-  // Moving copies, so that what was moved from can still tell the other ranks that it is of no use.
+  // Moving copies, so that an object that was moved from can still take part in a call to report an error.
+  /// Refers to the same ranks.
   Communicator(const Communicator&) = default;
+  /// Refers to the same ranks.
   Communicator& operator=(const Communicator&) = default;
 
-  // These are local, not collective.
-
-  /// 1, 2, ...: the same on all ranks if it is asked for after the same calls.
+  /// 1, 2, 3, ... in successive calls, the same on all ranks if all ask equally often. Local.
   std::int64_t next_number() const { return ++shared_->numbers; }
 
-  /// Calls f(rank) for each other rank. Every rank begins with its neighbour, so that not all of them
-  /// send to rank 0 first. Local.
+  /// Calls f(rank) for each other rank. Every rank begins with the next one, so that they do not all send
+  /// to rank 0 first. Local.
   template <class F>
   void for_each_other_rank(F&& f) const {
     for (int i = 1; i < size(); ++i) f((rank() + i) % size());
   }
 
-  /// Returns when all ranks made the same call with the same facts and none failed, else throws
-  /// Error on all: what a rank says that failed (its first 64 KiB), or who disagrees on what. At
-  /// most 6 facts; `call` and the names are text that lives on.
+  /// Returns when all ranks made the same call with the same facts and none failed. Otherwise throws Error
+  /// on all, with the first 64 KiB of the message of a rank that failed, or with the ranks that disagree
+  /// and on what. At most 6 facts; the texts of `call` and of their names must never be freed.
   void agree(const char* call, std::initializer_list<Fact> facts = {},
-             std::exception_ptr failure = nullptr) const {
+             const std::exception_ptr& failure = nullptr) const {
     agree_and_gather(call, facts, {}, failure);
   }
 
-  /// The same, and returns the numbers, at least 0 and at most 2, of every rank, those of rank 0 first:
-  /// 2 of each. Valid until the next call.
+  /// agree() that also returns numbers of every rank: 2 of each, those of rank 0 first. `numbers` are at
+  /// most 2, each of them at least 0. The result is valid until the next call.
   std::span<const Index> agree_and_gather(const char* call, std::initializer_list<Fact> facts,
                                           std::initializer_list<Index> numbers,
-                                          std::exception_ptr failure = nullptr) const {
+                                          const std::exception_ptr& failure = nullptr) const {
     return shared_->agreement.gather(call, facts, numbers, failure);
   }
 
-  /// Calls f() and then agree(): what it throws on one rank, all throw as an Error.
+  /// Calls f() and then agree(): an exception of f() on one rank is thrown on all, as an Error.
   template <class F>
   void attempt(const char* call, std::initializer_list<Fact> facts, F&& f) const {
     attempt_gather(call, facts, {}, std::forward<F>(f));
@@ -87,13 +86,14 @@ class Communicator : public AgreedCalls {
                                         std::initializer_list<Index> numbers, F&& f) const {
     return agree_and_gather(call, facts, numbers, failure_of(std::forward<F>(f)));
   }
+  /// The same without facts.
   template <class F>
   void attempt(const char* call, F&& f) const {
     attempt(call, {}, std::forward<F>(f));
   }
 
-  /// Calls f() and returns what it throws, of which the others are to be told, or null. What all
-  /// ranks throw already, or no rank can be told any more, it throws. Local.
+  /// Calls f() and returns its exception, for agree(), or null. It throws exceptions that need not or
+  /// cannot be reported: an Error, which all ranks throw, and any after a time-out. Local.
   template <class F>
   std::exception_ptr failure_of(F&& f) const {
     const std::int64_t errors = shared_->agreement.errors();
@@ -121,7 +121,7 @@ class Communicator : public AgreedCalls {
     prefix_agreed(numbers);
   }
 
-  /// The numbers of all ranks one behind the other; rank r has counts[r] of them.
+  /// Sets `all` to the numbers of all ranks, those of rank 0 first; rank r has counts[r] of them.
   template <class Number>
   void gather(std::span<const Number> numbers, std::span<const Index> counts,
               std::span<Number> all) const {
@@ -132,7 +132,7 @@ class Communicator : public AgreedCalls {
       room_for<Number>(all.size());
     });
     // As many numbers of each rank at a time as there is room for.
-    Number* const room = room_for<Number>(all.size());
+    auto* const room = room_for<Number>(all.size());
     const Index most = std::max<Index>(1, static_cast<Index>(most_numbers<Number>()) / size());
     const Index longest = *std::max_element(counts.begin(), counts.end());
     for (Index first = 0; first < longest; first += most) {
@@ -156,7 +156,7 @@ class Communicator : public AgreedCalls {
     }
   }
 
-  /// One number of each rank.
+  /// A number of each rank, by rank.
   std::vector<Index> gather(Index number) const {
     std::vector<Index> all(detail::to_size(size()));
     const std::vector<Index> ones(detail::to_size(size()), 1);
@@ -164,20 +164,21 @@ class Communicator : public AgreedCalls {
     return all;
   }
 
-  /// Sends some numbers to each rank and receives some from each, `sent` and `received` being their
-  /// counts by rank; the numbers stand by rank too. For few numbers, such as counts of others.
+  /// Sends numbers to each rank and receives numbers from each. `sent` and `received` are their counts by
+  /// rank; the numbers are in the order of the ranks. For few numbers, such as counts; rows go by
+  /// RowExchange.
   void exchange(std::span<const Index> numbers, std::span<const Index> sent,
                 std::span<Index> received_numbers, std::span<const Index> received) const {
     attempt("exchange", [&] { make_room_for_exchange(numbers.size() + received_numbers.size()); });
     exchange_agreed(numbers, sent, received_numbers, received);
   }
 
-  /// Rank `root`'s numbers, for all.
+  /// Sets the numbers to those of rank `root`.
   template <class Number>
   void broadcast(std::span<Number> numbers, int root) const {
     attempt("broadcast", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
             [&] { room_for<Number>(numbers.size()); });
-    Number* const room = room_for<Number>(numbers.size());
+    auto* const room = room_for<Number>(numbers.size());
     for_each_piece<Number>(numbers.size(), [&](std::size_t first, int count) {
       if (rank() == root) std::copy_n(numbers.data() + first, count, room);
       broadcast_room(room, count, root, "broadcast");

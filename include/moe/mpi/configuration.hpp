@@ -8,11 +8,11 @@
 #include "moe/mpi/communicator.hpp"
 
 /// \file
-/// Whether all ranks made a layer of the same configuration.
+/// Checks that all ranks construct a layer with the same configuration.
 
 namespace moe::mpi {
 
-/// Throws Error on all ranks where the configurations of a layer differ, with the field. Collective.
+/// Throws Error on all ranks, with the field, if the configurations of a layer differ. Collective.
 template <class Config>
 void check_same_configuration(const Config& config, Index experts,
                               const Communicator& communicator) {

@@ -10,14 +10,15 @@
 #include <thread>
 
 /// \file
-/// Ends of processes that do not depend on other ranks, nor on the launcher.
+/// Ways to end processes that depend neither on other ranks nor on the launcher.
 
 namespace moe::mpi {
 
-/// Ends this process with a message unless the scope is left within `seconds`; 0 stands for
-/// ever. For calls of MPI that cannot be given up. The launcher then ends the other ranks.
+/// Ends this process with a message unless the scope is left within `seconds`. For calls of MPI that
+/// cannot be cancelled. The launcher then ends the other ranks.
 class Deadline {
  public:
+  /// Starts it for a call, whose name is for the message; seconds <= 0 is no deadline.
   Deadline(const char* call, double seconds) {
     if (seconds <= 0) return;
     thread_ = std::thread([this, call, seconds] {
@@ -49,8 +50,8 @@ class Deadline {
   std::thread thread_;
 };
 
-/// Ends the processes of all ranks. This one ends within half a second even where the launcher,
-/// whom MPI_Abort() asks, does not answer: that of Open MPI 4.1 may hang.
+/// Ends the processes of all ranks. This one ends within half a second even if the launcher does not
+/// respond to MPI_Abort(): that of Open MPI 4.1 may hang.
 inline void end_all_ranks() {
   std::fflush(nullptr);
   const Deadline deadline("MPI_Abort()", 0.5);

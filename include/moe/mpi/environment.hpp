@@ -12,23 +12,23 @@
 #include "moe/mpi/error.hpp"
 
 /// \file
-/// MPI's start and end, and what becomes of exceptions that nobody handles.
+/// Starts and ends MPI, and ends all ranks after an exception that nobody handles.
 
 namespace moe::mpi {
 
-/// Starts MPI, unless that was done, and ends it with the scope. Where an exception leaves the
-/// scope it ends the processes of all ranks instead, with MPI_Abort(), since the others would wait
-/// for this one for ever. The message is lost then, unless it was printed before; see run(). It does
-/// so too after a time-out of a Communicator, since MPI cannot be finalized then. A rank that stops
-/// while MPI starts or ends is waited for as long as `timeout` says, in seconds, 0 standing for ever;
-/// then this process ends, with a message.
+/// Starts MPI, unless that was done before, and ends it at the end of its scope. If an exception leaves the
+/// scope, it ends the processes of all ranks with MPI_Abort() instead, since the others would wait for this
+/// one for ever. The exception's message is then lost unless it was printed before; run() prints it. After
+/// a time-out of a Communicator it ends all ranks too, since MPI cannot be finalized. If another rank does
+/// not come while MPI starts or ends, this process ends with a message after `timeout` seconds; 0 is no
+/// timeout.
 ///
-/// Threads of OpenMP may compute, while only the thread that made this calls into MPI
+/// Threads of OpenMP may compute, but only the thread that made this object may call MPI
 /// (MPI_THREAD_FUNNELED).
 class Environment {
  public:
-  /// Throws std::runtime_error when MPI allows no threads, and std::invalid_argument for a timeout
-  /// below 0.
+  /// Throws std::runtime_error if MPI was built or started without threads, and std::invalid_argument for
+  /// a timeout below 0.
   explicit Environment(int* argc = nullptr, char*** argv = nullptr, double timeout = 600)
       : exceptions_(std::uncaught_exceptions()), timeout_(timeout) {
     moe::detail::require(timeout >= 0, "Environment: timeout = ", timeout, ", must be at least 0");
@@ -63,15 +63,15 @@ class Environment {
   bool owns_ = false;
 };
 
-/// Runs a program between MPI's start and end:
+/// Runs a program within an Environment:
 ///
 ///     int main(int argc, char** argv) {
 ///       return moe::mpi::run(&argc, &argv, [&] { ...; return 0; });
 ///     }
 ///
-/// Returns what `program` does. An exception that leaves it is printed on stderr, with the rank,
-/// and ends all ranks within seconds; an Error, if all ranks throw it, is printed once and makes
-/// all return 1. `timeout` is Environment's.
+/// Returns the result of `program`. An exception that leaves it is printed on stderr, with the rank, and
+/// ends all ranks within seconds. An Error that all ranks throw is printed once, and all return 1.
+/// `timeout` is that of Environment.
 template <class Program>
 int run(int* argc, char*** argv, Program&& program, double timeout = 600) {
   const Environment environment(argc, argv, timeout);

@@ -5,15 +5,16 @@
 
 namespace moe::mpi {
 
-/// Thrown by all ranks of a Communicator alike, with one text: when they disagree on what they do,
-/// and when one of them failed, whose message it then has.
+/// Thrown by all ranks of a Communicator with the same text: if they disagree on what they do, or if one
+/// of them failed, with the message of that one.
 class Error : public std::runtime_error {
  public:
+  /// An error with this text on rank `rank` of `size`.
   Error(const std::string& text, int rank, int size)
       : std::runtime_error(text), rank_(rank), size_(size) {}
 
-  int rank() const { return rank_; }  ///< this one's, of those that throw it
-  int size() const { return size_; }  ///< how many do
+  int rank() const { return rank_; }  ///< this rank
+  int size() const { return size_; }  ///< the number of ranks that throw it
 
  private:
   int rank_;

@@ -19,22 +19,23 @@ namespace moe::mpi {
 ///     decltype(layer)::Tape tape;
 ///     const auto& y = layer.forward(x, tape, {.step = step});   // x: this rank's tokens
 ///
-/// It has the verbs of the layer, and computes what the layer would compute on the tokens of all
-/// ranks one behind the other, first those of rank 0: the same y and dx for them, and the same
-/// gradients, up to the order of sums. In every run on as many ranks they have the same bits. The
-/// noise of a token depends on its place in that batch, and tape.balance() speaks of all of it. dy is
-/// the gradient of a loss of the whole batch, so where that is a mean, divide by the number of
-/// tokens of all ranks, tape.exchange.batch.tokens.
+/// It has the same functions as the layer, and computes what the layer would compute for the batch of
+/// the tokens of all ranks, first those of rank 0: the same y, dx and gradients, up to the order of
+/// sums. Every run with the same number of ranks gives the same bits. The noise of a token depends on
+/// its place in that batch, and tape.balance() is that of the whole batch. dy must be the gradient of
+/// a loss of the whole batch: if the loss is a mean, divide by the number of tokens of all ranks,
+/// tape.exchange.batch.tokens.
 ///
-/// It is moved, not copied, and what it was moved from is of no use.
+/// It can be moved, not copied. An object that was moved from cannot be used.
 ///
-/// All verbs and the constructor are collective, also on a rank that has no tokens: all ranks make
-/// the same call with the same Pass.step. What goes wrong on one is thrown on all, as an Error.
+/// The constructor, forward(), backward(), evaluate() and the functions that add, copy and remove
+/// experts are collective, also on a rank that has no tokens: all ranks make the same call with the
+/// same Pass.step. An exception on one rank is thrown on all, as an Error.
 ///
-/// An expert's gradients are those of all ranks' tokens, on the rank that holds it; they are never
-/// divided by the number of ranks. Gradients of the gate are summed over the ranks in backward(),
-/// and have the same bits everywhere. So do those of other modules after sum_gradients(); clip with
-/// mpi::clip_gradients().
+/// An expert's gradients include those of all ranks' tokens, on the rank that has the expert; they are
+/// never divided by the number of ranks. backward() sums the gradients of the gate over the ranks, so
+/// that they have the same bits on all. For the gradients of other modules call sum_gradients(); clip
+/// with mpi::clip_gradients().
 template <class Layer>
 using ExpertParallel = typename Layer::template WithDispatch<RankDispatch>;
 

@@ -15,37 +15,40 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// Gradients of several ranks: those of what every rank has a copy of are summed, those of what
-/// only one rank has are not.
+/// Gradients of several ranks: those of parameters of which every rank has a copy are summed, those of
+/// parameters that only one rank has are not.
 
 namespace moe::mpi {
 
-/// Where a parameter of a model lives.
+/// Which ranks have a parameter of a model, and gradients of which tokens.
 enum class Residence {
   replicated,  ///< every rank has a copy, and gradients of its own tokens
-  reduced,     ///< every rank has a copy, with gradients of all tokens: an ExpertParallel's gate
+  reduced,     ///< every rank has a copy, and gradients of all tokens: an ExpertParallel's gate
   sharded,     ///< only this rank has it: an ExpertParallel's expert
 };
 
-/// A module that is not replicated. ExpertParallel shows its parts as such, so they are
-/// known for what they are however deep in a model they lie.
+/// A module that is not replicated. ExpertParallel visits its parts as such, so that they are recognised
+/// at any depth of a model.
 template <Residence residence, class Module>
 struct Resident {
-  static constexpr Residence lives = residence;
-  Module& module;
+  static constexpr Residence lives = residence;  ///< where its parameters are
+  Module& module;                                ///< the module
 
+  /// The parameters of the module.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     std::remove_const_t<Module>::visit_parameters(self.module, visit);
   }
 };
 
-/// The parameters of a module that live somewhere, a module itself; it refers to the other one.
+/// The part of a module that has certain residences; a module itself, which refers to the whole one.
 template <class Module, Residence... residences>
 class PartOf {
  public:
+  /// Refers to a module.
   explicit PartOf(Module& module) : module_(module) {}
 
+  /// The parameters of the module that are in one of `residences`.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit_in(self.module_, {}, visit);
@@ -72,11 +75,10 @@ class PartOf {
   Module& module_;
 };
 
-/// Sums the gradients of copies over the ranks, packed into one message a type.
+/// Sums the gradients of copies over the ranks, packed into one message for each type of number.
 class GradientSum {
  public:
-  /// Keeps the gradients of what is trained of a module and leaves zeros, to which others are then
-  /// added.
+  /// Saves the gradients of the trained parameters of a module and sets them to zero.
   template <class Module>
   void set_aside(Module& module) {
     kept_.clear();
@@ -93,7 +95,7 @@ class GradientSum {
     });
   }
 
-  /// Makes gradients again what they were when they were set aside.
+  /// Restores the gradients that set_aside() saved.
   template <class Module>
   void restore(Module& module) {
     kept_.rewind();
@@ -106,7 +108,7 @@ class GradientSum {
         });
   }
 
-  /// Adds what was set aside.
+  /// Adds the gradients that set_aside() saved.
   template <class Module>
   void add_back(Module& module) {
     kept_.rewind();
@@ -120,26 +122,31 @@ class GradientSum {
         });
   }
 
-  /// Every gradient becomes its sum over the ranks, and every rank learns to which something was
-  /// added. Collective.
+  /// Replaces every gradient by its sum over the ranks. Tracked gradients to which any rank has added count
+  /// as added to on all. Collective.
   template <class Module>
   void sum(Module& module, const Communicator& communicator) {
     const Counts counts = counts_of(module);
-    communicator.attempt("the gradients to be summed",
-                         {{counts.float_name, counts.floats}, {counts.double_name, counts.doubles}},
-                         [&] { pack(module, communicator); });
+    communicator.attempt(
+        "the gradients to be summed",
+        {{Counts::float_name, counts.floats}, {Counts::double_name, counts.doubles}},
+        [&] { pack(module, communicator); });
     sum_packed(module, communicator);
   }
 
-  // The two halves of sum(): what can fail on one rank, and what cannot. In between the ranks agree
-  // on the counts, which differ where a parameter is trained on some of them only.
+  // The two halves of sum(): pack(), which can fail on one rank, and sum_packed(), which cannot. Between
+  // them the ranks agree on the counts, which differ if a parameter is trained on some ranks only.
 
+  /// The numbers that a rank packs, by type.
   struct Counts {
-    static constexpr const char* float_name = "the count of numbers in gradients of float";
-    static constexpr const char* double_name = "the count of numbers in gradients of double";
-    std::int64_t floats = 0;
-    std::int64_t doubles = 0;
+    static constexpr const char* float_name =
+        "the count of numbers in gradients of float";  ///< for messages
+    static constexpr const char* double_name =
+        "the count of numbers in gradients of double";  ///< for messages
+    std::int64_t floats = 0;                            ///< of float
+    std::int64_t doubles = 0;                           ///< of double
   };
+  /// The counts of a module.
   template <class Module>
   static Counts counts_of(const Module& module) {
     Counts counts;
@@ -152,13 +159,14 @@ class GradientSum {
     return counts;
   }
 
-  /// Local.
+  /// Packs the gradients, and makes room for the sum. Local; may throw std::bad_alloc.
   template <class Module>
   void pack(Module& module, const Communicator& communicator) {
     pack(module);
     communicator.make_room_for_sum<float>(packed_.floats.size());
     communicator.make_room_for_sum<double>(packed_.doubles.size());
   }
+  /// Packs the gradients, without room for the sum. Local.
   template <class Module>
   void pack(Module& module) {
     packed_.clear();
@@ -168,7 +176,7 @@ class GradientSum {
       packed_.push_flag(p.gradient(), p.stored.state == State::added_to);
     });
   }
-  /// Collective, after a call in which no rank failed.
+  /// Sums the packed gradients and unpacks them. Collective, after a call in which no rank failed.
   template <class Module>
   void sum_packed(Module& module, const Communicator& communicator) {
     // A type that the module does not have is missing on all ranks.
@@ -177,15 +185,16 @@ class GradientSum {
     unpack(module);
   }
 
-  // The second half after a pack() that may have failed, on a rank that made room before the ranks agreed
-  // on the counts.
+  // The second half after a pack() that may have failed. make_room() is called before the ranks agree on
+  // the counts.
 
-  /// Local.
+  /// Makes room for the sum, and for failing in it. Local; may throw std::bad_alloc.
   static void make_room(const Counts& counts, const Communicator& communicator) {
     communicator.make_room_to_fail<float>(moe::detail::to_size(counts.floats));
     communicator.make_room_to_fail<double>(moe::detail::to_size(counts.doubles));
   }
-  /// Throws Error on all ranks where `failure` is not null on one. Collective.
+  /// Sums the packed gradients and unpacks them. Throws Error on all ranks if `failure` is not null on one.
+  /// Collective.
   template <class Module>
   void sum_packed(Module& module, const Counts& counts, const char* call,
                   const std::exception_ptr& failure, const Communicator& communicator) {
@@ -202,7 +211,7 @@ class GradientSum {
  private:
   using State = moe::detail::GradientState;
 
-  /// Returns whether there are any numbers, with which the ranks told each other that none failed.
+  /// Returns whether there are any numbers: if so, the ranks know now that none failed.
   template <class Scalar>
   static bool sum_or_fail(std::vector<Scalar>& numbers, std::int64_t count, const char* call,
                           const std::exception_ptr& failure, const Communicator& communicator) {
@@ -227,7 +236,7 @@ class GradientSum {
         });
   }
 
-  /// Matrices one behind the other, by type.
+  /// The numbers of some matrices, one after the other, by type.
   struct Numbers {
     std::vector<float> floats;
     std::vector<double> doubles;
@@ -246,7 +255,7 @@ class GradientSum {
     void push_back(const Matrix<double>& m) {
       doubles.insert(doubles.end(), m.data(), m.data() + m.size());
     }
-    /// A number beside those of a matrix, of its type.
+    /// Appends a flag as a number of the type of a matrix.
     void push_flag(const Matrix<float>&, bool flag) { floats.push_back(flag ? 1.0f : 0.0f); }
     void push_flag(const Matrix<double>&, bool flag) { doubles.push_back(flag ? 1.0 : 0.0); }
 
@@ -265,19 +274,19 @@ class GradientSum {
   Numbers packed_;
 };
 
-/// Sums the gradients of all that every rank has a copy of over the ranks, once an update, after
-/// the last backward pass and before clipping. ExpertParallel's own are left alone: its backward()
-/// has summed the gate's, and its experts' are complete. Gradients are those of a loss of the whole
-/// batch, so nothing is divided. The sums have the same bits everywhere, and with them the copies
-/// stay the same. Collective.
+/// Sums the gradients of replicated parameters over the ranks. Call it once an update, after the last
+/// backward pass and before clipping. It leaves out the parameters of an ExpertParallel, whose backward()
+/// has summed the gate's gradients, and whose experts' gradients are complete. Gradients are those of a
+/// loss of the whole batch, so nothing is divided. The sums have the same bits on all ranks, so the
+/// copies stay equal. Collective.
 template <class Module>
 void sum_gradients(Module& module, const Communicator& communicator) {
   PartOf<Module, Residence::replicated> copies(module);
   GradientSum().sum(copies, communicator);
 }
 
-/// gradient_norm() of the whole model: what every rank has a copy of counts once. The same bits on
-/// all ranks. Collective.
+/// gradient_norm() of the whole model: parameters of which every rank has a copy count once. The same bits
+/// on all ranks. Collective.
 template <class Module>
 double gradient_norm(const Module& module, const Communicator& communicator,
                      Updates updates = Updates::dense) {
@@ -288,7 +297,8 @@ double gradient_norm(const Module& module, const Communicator& communicator,
   return std::hypot(moe::gradient_norm(copies, updates), std::sqrt(square));
 }
 
-/// clip_gradients() by the norm of the whole model, after sum_gradients(). Collective.
+/// clip_gradients() by the norm of the whole model, which it returns; after sum_gradients(). Throws Error
+/// on all ranks unless max_norm > 0. Collective.
 template <class Module>
 double clip_gradients(Module& module, double max_norm, const Communicator& communicator,
                       Updates updates = Updates::dense) {

@@ -3,14 +3,14 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// Which rank holds which experts.
+/// Which rank has which experts.
 
 namespace moe::mpi {
 
-/// E experts over R ranks, each of which holds neighbours: rank r those from first(r) up to
-/// first(r + 1). Experts stay together in units, the groups of a hierarchical gate, and the ranks'
-/// numbers of units differ by at most one. Where there are more ranks than units some hold none.
-/// `shared` experts in front of the units, which every token uses, are on rank 0.
+/// E experts over R ranks: rank r has the experts first(r), ..., first(r + 1) − 1. The experts of a unit,
+/// which is a group of a hierarchical gate, are on one rank, and the ranks' numbers of units differ by at
+/// most one. If there are more ranks than units, some ranks have none. The first `shared` experts, which
+/// get every token and are in no unit, are on rank 0.
 class Placement {
  public:
   /// Throws std::invalid_argument unless `unit`, at least 1, divides the experts that are not
@@ -24,12 +24,14 @@ class Placement {
                     " experts do not divide ", experts - shared);
   }
 
-  Index experts() const { return experts_; }
-  int ranks() const { return ranks_; }
+  Index experts() const { return experts_; }  ///< E
+  int ranks() const { return ranks_; }        ///< R
 
+  /// The first expert of a rank, for `rank` = R the number of experts.
   Index first(int rank) const {
     return rank == 0 ? 0 : shared_ + (experts_ - shared_) / unit_ * rank / ranks_ * unit_;
   }
+  /// The number of experts of a rank.
   Index count(int rank) const { return first(rank + 1) - first(rank); }
 
  private:

@@ -9,33 +9,35 @@
 #include "moe/routing/shared_batch.hpp"
 
 /// \file
-/// The batch that the ranks share.
+/// The batch that the ranks share, see SharedBatch.
 
 namespace moe::mpi {
 
-/// How many rows every rank has, and how many of them are tokens.
+/// The number of rows of every rank, and of tokens among them.
 struct RankBatch {
   IndexedVector<Index> rank_rows;    ///< R
   IndexedVector<Index> rank_tokens;  ///< R
   Index rows = 0;                    ///< of all ranks
   Index first_row = 0;               ///< this rank's first one among them
-  Index tokens = 0;                  ///< of all ranks: rows that are no padding
+  Index tokens = 0;                  ///< rows of all ranks that are not padding
   Index first_token = 0;             ///< this rank's first one among them
 
-  detail::SharedCalls calls{};  ///< what the gate calls of the batch; none where it does not say
-  std::size_t called = 0;       ///< how many of them it did
+  detail::SharedCalls calls{};  ///< the gate's calls of the batch; none if it does not name them
+  std::size_t called = 0;       ///< the number of these calls that were made
 
+  /// Whether the gate named its calls.
   bool names_calls() const { return calls[0].kind != detail::SharedCall::none; }
-  /// What the other ranks are in or come to next, where this one failed.
+  /// The call in which the other ranks are, or which they make next, if this rank failed.
   detail::SharedCall next_call() const {
     return called < calls.size() ? calls[called] : detail::SharedCall{};
   }
 
+  /// Makes room for `ranks` ranks.
   void resize(int ranks) {
     detail::resize(rank_rows, ranks);
     detail::resize(rank_tokens, ranks);
   }
-  /// `numbers` are the rows and the tokens of each rank, 2·R.
+  /// Sets all counts. `numbers` are the rows and the tokens of each rank, 2·R.
   void set(std::span<const Index> numbers, int rank) {
     rows = first_row = tokens = first_token = 0;
     for (std::size_t r = 0; r < rank_rows.size(); ++r) {
@@ -49,11 +51,11 @@ struct RankBatch {
   }
 };
 
-/// What ranks say in agree() after they routed.
+/// The name of the call in agree() after routing.
 inline constexpr const char* gate_call = "the gate";
 
 /// Takes part in the next of the calls that the gate named, to say that this rank failed, and throws the
-/// Error that all ranks throw. Returns where the gate did all.
+/// Error that all ranks throw. Returns if the gate has made all its calls.
 inline void fail_in_next_call(const Communicator& communicator, const RankBatch& batch,
                               const std::exception_ptr& failure) {
   const detail::SharedCall call = batch.next_call();
@@ -73,7 +75,7 @@ inline void fail_in_next_call(const Communicator& communicator, const RankBatch&
   }
   communicator.agree(gate_call, {}, failure);
 }
-/// Room for a call and for failing in it.
+/// Makes room for a call, and for failing in it.
 inline void make_room(const Communicator& communicator, const detail::SharedCall& call) {
   const std::size_t numbers = detail::to_size(call.numbers);
   if (call.kind == detail::SharedCall::none) return;
@@ -84,9 +86,10 @@ inline void make_room(const Communicator& communicator, const detail::SharedCall
   }
 }
 
-/// A SharedBatch over the ranks of a communicator; refers to both.
+/// A SharedBatch over the ranks of a communicator.
 class SharedOverRanks final : public SharedBatch {
  public:
+  /// Refers to both.
   SharedOverRanks(const Communicator& communicator, RankBatch& batch)
       : communicator_(communicator), batch_(batch) {}
 
@@ -98,9 +101,11 @@ class SharedOverRanks final : public SharedBatch {
   Index tokens() const override { return batch_.tokens; }
   Index first_token() const override { return batch_.first_token; }
   void sum(std::span<float> numbers) const override { communicator_.sum(numbers); }
+  /// The same of doubles; see SharedBatch.
   void sum(std::span<double> numbers) const override {
     sum_as(detail::SharedCall::sum_of_figures, numbers);
   }
+  /// The same of whole numbers; see SharedBatch.
   void sum(std::span<Index> numbers) const override {
     sum_as(detail::SharedCall::sum_of_counts, numbers);
   }
@@ -115,6 +120,7 @@ class SharedOverRanks final : public SharedBatch {
     communicator_.gather_agreed(numbers);
   }
   void sum_agreed(std::span<Index> numbers) const override { communicator_.sum_agreed(numbers); }
+  /// See SharedBatch.
   void prefix_agreed(std::span<Index> numbers) const override {
     communicator_.prefix_agreed(numbers);
   }
@@ -126,7 +132,7 @@ class SharedOverRanks final : public SharedBatch {
     throw_if(communicator_.sum_or_fail(numbers));
   }
 
-  /// Whether the gate names its calls, of which this must be the next.
+  /// Whether the gate names its calls. If it does, this call must be the next one.
   bool is_named(detail::SharedCall::Kind kind, std::size_t numbers) const {
     if (!batch_.names_calls()) return false;
     const detail::SharedCall call{kind, static_cast<Index>(numbers)};

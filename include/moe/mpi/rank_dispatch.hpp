@@ -25,18 +25,19 @@
 #include "moe/routing/pass.hpp"
 
 /// \file
-/// The dispatch policy of a layer whose experts are spread over several machines [S17 sec. 3.1]:
-/// every rank has tokens of its own and a copy of the gate, every expert is on one rank, and the
-/// tokens of all ranks that chose an expert meet there.
+/// The dispatch policy of a layer whose experts are spread over several machines [S17 sec. 3.1]: every
+/// rank has tokens of its own and a copy of the gate; every expert is on one rank, which computes the
+/// slots of this expert for the tokens of all ranks.
 
 namespace moe::mpi {
 
-/// Some of a layer's experts, with the names that they have in the whole layer; refers to them.
+/// The experts of a rank, with the names that they have in the whole layer; refers to them.
 template <class Experts>
 struct Shard {
-  Index first;
-  Experts& experts;
+  Index first;       ///< the number of the first one in the layer
+  Experts& experts;  ///< consecutive ones
 
+  /// Their parameters, by the numbers of the experts in the layer.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     for (std::size_t i = 0; i < self.experts.size(); ++i) {
@@ -45,28 +46,33 @@ struct Shard {
   }
 };
 
-/// The experts are spread over the ranks of a communicator, see Placement. It has the verbs of
-/// LocalDispatch; ExpertParallel says what they mean for a layer. It is moved, not copied.
+/// The experts are spread over the ranks of a communicator, see Placement. It has the functions of
+/// LocalDispatch; ExpertParallel describes a layer with it. It can be moved, not copied.
 ///
-/// A slot that leaves its rank costs D numbers each way, forward and backward, and one more for its
-/// weight. Rows are packed where they leave, and computed with as they arrive: they are not sorted
-/// by expert first. While they travel a rank computes its own share. Experts of the dispatch behind those
-/// that are placed are not its concern.
+/// A slot whose expert is on another rank costs messages of D numbers in both directions, in forward and
+/// in backward, and one more for its weight. Rows are packed where they leave, and not sorted by expert
+/// where they arrive. During the exchange a rank computes the slots that stay. Experts of the dispatch
+/// after the placed ones (a layer's identity experts) are left to the layer.
 class RankDispatch {
  public:
+  /// The experts will be on these ranks.
   RankDispatch(const Communicator& communicator)  // NOLINT(google-explicit-constructor)
       : communicator_(communicator) {}
+  /// An object that was moved from cannot be used.
   RankDispatch(RankDispatch&&) = default;
+  /// An object that was moved from cannot be used.
   RankDispatch& operator=(RankDispatch&&) = default;
 
+  /// The ranks.
   const Communicator& communicator() const { return communicator_; }
+  /// Which rank has which experts.
   const Placement& placement() const { return placement_; }
 
   template <class Expert>
-  using Tape = RankTape<Expert>;
+  using Tape = RankTape<Expert>;  ///< see RankTape
 
-  /// Throws Error on all ranks where they have different configurations, or the gate cannot share a
-  /// batch.
+  /// Places the experts. Throws Error on all ranks if they have different configurations, or if the gate
+  /// cannot share a batch.
   template <class Config, class Gate>
   void place(const Config& config, const Gate& gate, Index experts) {
     together("ExpertParallel: the placement", [&] {
@@ -79,19 +85,25 @@ class RankDispatch {
     check_same_configuration(config, gate.experts(), communicator_);
     number_ = communicator_.next_number();
   }
+  /// The experts of this rank.
   Range experts_here(Index) const {
     return {placement_.first(communicator_.rank()), placement_.count(communicator_.rank())};
   }
 
-  // For experts that come and go.
+  // For adding, copying and removing experts.
 
+  /// This rank.
   int rank() const { return communicator_.rank(); }
+  /// The number of ranks.
   int ranks() const { return communicator_.size(); }
+  /// Which rank has which experts.
   Placement placement(Index) const { return placement_; }
+  /// The placement that this number of experts of a gate should have.
   template <class Gate>
   Placement placement_for(const Gate& gate, Index experts) const {
     return Placement(experts, communicator_.size(), experts_together(gate), shared_experts(gate));
   }
+  /// Places the experts, after a change.
   void set_placement(const Placement& placement) {
     placement_ = placement;
     for (int r = 0; r < ranks(); ++r) {
@@ -99,12 +111,15 @@ class RankDispatch {
     }
     std::fill(received_counts_.begin(), received_counts_.end(), placement_.count(rank()) + 1);
   }
+  /// Throws Error on all ranks if they were called to make different changes.
   void agree_on_change(const char* verb, std::uint64_t structure,
                        const moe::detail::ChangeDraws& draws) const {
     communicator_.agree(verb, {{"the experts", static_cast<std::int64_t>(structure)},
                                {"seed", static_cast<std::int64_t>(draws.seed)},
                                {"noise_stddev", std::bit_cast<std::int64_t>(draws.noise_stddev)}});
   }
+  /// Sends each rank its bytes, and receives those it sent, whose number is known. `moves` is
+  /// whether any rank sends something.
   void exchange(const char* call, bool moves, std::vector<std::vector<char>>& sent,
                 std::vector<std::vector<char>>& received) const {
     std::optional<RowExchange> exchange;
@@ -122,6 +137,7 @@ class RankDispatch {
     exchange->wait();
   }
 
+  /// Returns f(). An exception of f() on one rank is thrown on all, as an Error.
   template <class F>
   auto together(const char* call, F&& f) const {
     using Result = decltype(f());
@@ -134,9 +150,10 @@ class RankDispatch {
     }
   }
 
-  /// The pass as the gate sees it: the batch is that of all ranks.
+  /// The pass as the gate gets it: its batch is that of all ranks.
   class Batch {
    public:
+    /// Refers to the first two.
     Batch(const Communicator& communicator, RankBatch& batch, const Pass& pass)
         : shared_(communicator, batch), pass_(pass) {
       pass_.first_token += static_cast<std::uint32_t>(batch.first_row);
@@ -144,6 +161,7 @@ class RankDispatch {
     }
     Batch(const Batch&) = delete;  // its pass refers to it
     Batch& operator=(const Batch&) = delete;
+    /// The pass.
     const Pass& pass() const { return pass_; }
 
    private:
@@ -151,7 +169,7 @@ class RankDispatch {
     Pass pass_;
   };
 
-  /// Finds out how many rows and tokens all ranks have.
+  /// Begins a pass: f() checks the arguments, and the ranks exchange their numbers of rows and tokens.
   template <class Expert, class Gate, class F>
   Batch begin(const char* call, const Gate& gate, bool training, const Pass& pass, Index rows,
               Dispatch<typename Expert::Scalar>& dispatch, Tape<Expert>& tape, F&& f) const {
@@ -181,9 +199,9 @@ class RankDispatch {
     return Batch(communicator_, tape.batch, pass);
   }
 
-  /// f() routes this rank's tokens; then the ranks tell each other how many slots there are for each
-  /// of their experts, and whether they failed. Where the gate does not say what it calls of the batch,
-  /// a rank that failed cannot know what the others are in, so all ranks agree first.
+  /// f() routes this rank's tokens. Then the ranks tell each other the number of slots for each of their
+  /// experts, and whether they failed. If the gate does not name its calls of the batch, a rank that failed
+  /// cannot know in which call the others are, so all ranks agree first.
   template <class Expert, class F>
   void route(Dispatch<typename Expert::Scalar>& dispatch, Tape<Expert>& tape, F&& f) const {
     const SlotExchange slots(communicator_, placement_, dispatch, tape);
@@ -198,6 +216,8 @@ class RankDispatch {
     if (slots.has_any_failed()) communicator_.agree(gate_call, {}, failure);
   }
 
+  /// sum += Σ over slots G·expert(x), both T x D; f() makes room for the sum and sets it to
+  /// zero.
   template <class Expert, class F>
   void forward(std::span<const Expert> experts, const MatrixRef<typename Expert::Scalar>& x,
                bool save, Dispatch<typename Expert::Scalar>& dispatch,
@@ -230,6 +250,8 @@ class RankDispatch {
     slots.add_answers(sum);
   }
 
+  /// f() checks the arguments, makes room and returns the gradient w.r.t. the sum (T x D).
+  /// Fills dweight (S, in the order of the dispatch), adds to dx and to the experts' gradients.
   template <class Expert, class Gate, class F>
   void backward(const Gate& gate, std::span<Expert> experts,
                 const MatrixRef<typename Expert::Scalar>& x,
@@ -247,8 +269,8 @@ class RankDispatch {
                           {{"the step of the tape", static_cast<std::int64_t>(tape.step)},
                            {"the number of rows", tape.batch.rows},
                            {"the pass of the tape", tape.number},
-                           {counts.float_name, counts.floats},
-                           {counts.double_name, counts.doubles}},
+                           {GradientSum::Counts::float_name, counts.floats},
+                           {GradientSum::Counts::double_name, counts.doubles}},
                           [&] {
                             dy.emplace(f());
                             check_tape(dispatch, tape);
@@ -277,8 +299,8 @@ class RankDispatch {
     slots.add_answers(dx);
   }
 
-  /// Adds the gradients of all ranks' tokens to the gate's, after backward(), in which the ranks agreed
-  /// on how many there are.
+  /// f() adds this rank's gradients to those of the gate, and they are summed over the ranks. After
+  /// backward(), in which the ranks agreed on their number.
   template <class Gate, class Expert, class F>
   void gate_backward(Gate& gate, Tape<Expert>& tape, F&& f) const {
     bool aside = false;
@@ -299,7 +321,7 @@ class RankDispatch {
     tape.gate_gradients.add_back(gate);
   }
 
-  /// Of the experts, this rank's only.
+  /// Visits the gate and the experts of this rank, as visit_parameters() does.
   template <class Gate, class Experts, class Visitor>
   void visit_parts(Gate& gate, Experts& experts, const Visitor& visit) const {
     Resident<Residence::reduced, Gate> reduced{gate};
@@ -327,7 +349,7 @@ class RankDispatch {
     }
   }
 
-  // Each rank's slots: those of its own experts stay, the others leave.
+  // Slots of this rank's tokens whose experts are here, and slots of other ranks' tokens.
 
   template <class Expert>
   moe::detail::ExpertPass<Expert> pass_of_own(std::span<const Expert> experts,
@@ -363,8 +385,8 @@ class RankDispatch {
 
   Communicator communicator_;
   Placement placement_{1, 1};
-  std::int64_t number_ = 0;  ///< among what the communicator numbers
-  // Of the numbers that ranks exchange before the slots: a count for each expert, and a flag.
+  std::int64_t number_ = 0;  ///< of the layer, among those of the communicator
+  // The number of values that the ranks exchange before the slots: a count for each expert, and a flag.
   std::vector<Index> sent_counts_;      ///< R, for each rank
   std::vector<Index> received_counts_;  ///< R, from each rank
 };

@@ -14,23 +14,25 @@
 #include "moe/mpi/communicator.hpp"
 
 /// \file
-/// The all-to-all that moves rows of tokens, in flight while something else is computed.
+/// The all-to-all that moves rows of tokens, asynchronously, while other things are computed.
 
 namespace moe::mpi {
 
-/// Rows on their way between ranks. What is sent and received must stay where it is until wait(),
-/// and nothing has arrived for certain before it returned. For each pair of ranks the one sends what
-/// the other receives, in the same order; where rows arrive does not depend on when.
+/// An exchange of rows between ranks. The buffers of send() and receive() must not be moved or freed until
+/// wait() returns, and received rows may be read only then. For each pair of ranks, one must send what the
+/// other receives, in the same order.
 ///
-/// After a time-out MPI may still read and write the buffers, for ever. So they are taken away from
-/// their owners, whose matrices and vectors are empty then, and are never freed. One that is left by
-/// an exception waits first, no longer than the timeout. One that is left without wait() and without
-/// an exception makes every later call of the communicator throw std::runtime_error.
+/// After a time-out MPI may still read and write the buffers at any time. So their memory is taken from the
+/// matrices and vectors, which are empty then, and is never freed. If an exception destroys an exchange, it
+/// waits first, no longer than the timeout. If one is destroyed without wait() and without an exception,
+/// every later call of the communicator throws std::runtime_error.
 ///
-/// MPI counts in int, and some versions fail beyond 2 GiB, so what is larger goes in pieces of at
-/// most `most_bytes`, which is the same on all ranks; a row is never cut.
+/// MPI counts in int, and some versions fail beyond 2 GiB. So larger messages are cut into pieces of at
+/// most `most_bytes`, which must be the same on all ranks; a row is never cut.
 class RowExchange {
  public:
+  /// `most_bytes` is the size of the largest message. May throw std::bad_alloc; the other
+  /// functions do not unless messages are cut.
   explicit RowExchange(const Communicator& communicator,
                        std::int64_t most_bytes = std::int64_t{1} << 30)
       : communicator_(communicator), most_bytes_(most_bytes) {
@@ -53,8 +55,8 @@ class RowExchange {
   RowExchange(const RowExchange&) = delete;
   RowExchange& operator=(const RowExchange&) = delete;
 
-  /// Sends rows first, first + 1, ..., `count` of them. Throws std::runtime_error where the
-  /// communicator is of no more use.
+  /// Sends `count` rows, from row `first` on. Throws std::runtime_error if the communicator timed out
+  /// before.
   template <class Scalar>
   void send(Matrix<Scalar>& rows, Index first, Index count, int to) {
     MOE_ASSERT(first >= 0 && first + count <= rows.rows());
@@ -68,19 +70,20 @@ class RowExchange {
     communicator_.traffic().other_bytes += post_send(numbers, numbers.data() + first, count, 1, to);
   }
 
-  /// Receives as many as the other sends, one behind the other. Throws likewise.
+  /// Receives `count` rows, from row `first` on. Throws likewise.
   template <class Scalar>
   void receive(Matrix<Scalar>& rows, Index first, Index count, int from) {
     MOE_ASSERT(first >= 0 && first + count <= rows.rows());
     post_receive(rows, rows.data() + first * rows.cols(), count, rows.cols(), from);
   }
+  /// Receives numbers that go with rows.
   template <class Scalar>
   void receive(std::vector<Scalar>& numbers, Index first, Index count, int from) {
     MOE_ASSERT(first >= 0 && first + count <= static_cast<Index>(numbers.size()));
     post_receive(numbers, numbers.data() + first, count, 1, from);
   }
 
-  /// Returns when all is sent and received. Throws std::runtime_error after the communicator's
+  /// Returns when everything is sent and received. Throws std::runtime_error after the communicator's
   /// timeout.
   void wait() {
     try {
@@ -95,7 +98,7 @@ class RowExchange {
     lent_.clear();
   }
 
-  /// Calls f(first, count) for the pieces of `count` rows that are sent by themselves.
+  /// Calls f(first, count) for the pieces in which `count` rows are sent.
   template <class Scalar, class F>
   static void for_each_piece(Index count, Index width, std::int64_t most_bytes, F&& f) {
     if (width == 0) return;
@@ -107,13 +110,13 @@ class RowExchange {
   }
 
  private:
-  /// Rows, weights and flags, sent and received.
+  /// Buffers of a pass for each other rank: rows, weights and flags, sent and received.
   static constexpr std::size_t most_buffers = 6;
 
   /// A buffer that MPI uses.
   struct Lent {
     void* buffer;
-    void (*keep)(void* buffer) noexcept;  ///< takes its memory away from it, for ever
+    void (*keep)(void* buffer) noexcept;  ///< takes its memory from it, never to be freed
   };
 
   template <class Buffer>
@@ -121,12 +124,14 @@ class RowExchange {
     communicator_.channel().check();
     const auto is_same = [&](const Lent& lent) { return lent.buffer == &buffer; };
     if (std::any_of(lent_.begin(), lent_.end(), is_same)) return;
+    // Without memory for this either, ending the program is all that is left.
     lent_.push_back({&buffer, [](void* lent) noexcept {
+                       // NOLINTNEXTLINE(bugprone-unhandled-exception-at-new)
                        (void)new Buffer(std::move(*static_cast<Buffer*>(lent)));
                      }});
   }
 
-  /// Returns how many bytes go.
+  /// Returns the number of bytes sent.
   template <class Buffer, class Scalar>
   std::int64_t post_send(Buffer& buffer, const Scalar* rows, Index count, Index width, int to) {
     lend(buffer);

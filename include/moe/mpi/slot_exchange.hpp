@@ -15,58 +15,60 @@
 #include "moe/routing/dispatch.hpp"
 
 /// \file
-/// The slots that leave their rank: how many there are, their way to the experts, and the answers' way
-/// back.
+/// The slots whose experts are on another rank: their counts, the rows sent to the experts, and the
+/// answers (rows of y or dx) sent back.
 
 namespace moe::mpi {
 
-/// What a pass of a layer over ranks needs beside the layer's own tape.
+/// What a pass of a layer over ranks needs beside the rest of the layer's tape.
 template <class Expert>
 struct RankTape {
-  using Scalar = typename Expert::Scalar;
+  using Scalar = typename Expert::Scalar;  ///< float or double
 
-  RankBatch batch;          ///< how many rows and tokens each rank has
+  RankBatch batch;          ///< the rows and tokens of each rank
   std::uint64_t step = 0;   ///< of the pass
-  std::int64_t number = 0;  ///< numbers the passes of a communicator
+  std::int64_t number = 0;  ///< of the pass, among those of the communicator
 
-  // A rank's slots that leave it, L of them, are in the order of the dispatch; those that come to
-  // it, N of them, are numbered by rank, and by expert and token in each.
-  IndexedVector<Index> sent;         ///< R + 1, which of the L go to which rank
-  IndexedVector<Index> received;     ///< R + 1, which of the N come from which rank
-  IndexedVector<Index> sent_counts;  ///< E + R, slots of this rank for each rank's experts, a flag
+  // L slots leave this rank; they are in the order of the dispatch. N slots come to it; they are sorted by
+  // rank, those of a rank by expert, and those of an expert by token.
+  IndexedVector<Index> sent;         ///< R + 1, offsets of each rank's slots among the L
+  IndexedVector<Index> received;     ///< R + 1, offsets of each rank's slots among the N
+  IndexedVector<Index> sent_counts;  ///< E + R, for each rank its experts' slots here, then a flag
   IndexedVector<Index>
       received_counts;      ///< R x (experts of this rank + 1), the same from each rank
-  Matrix<Scalar> returned;  ///< L x D, what leaves, then its y or dx
+  Matrix<Scalar> returned;  ///< L x D, the rows that leave, then their y or dx
 
-  // Of the slots of other ranks' tokens, each a row of its own.
-  Routing<Scalar> others;
-  Dispatch<Scalar> others_dispatch;
-  moe::detail::ExpertTape<Expert> others_experts;
-  Matrix<Scalar> received_x;             ///< N x D
-  Matrix<Scalar> received_dy;            ///< N x D
-  Matrix<Scalar> answer;                 ///< N x D, y or dx of what came
-  IndexedVector<Scalar> sorted_dweight;  ///< N, by expert
-  IndexedVector<Scalar> dweight;         ///< N
+  // The slots of other ranks' tokens. Each has a row of its own.
+  Routing<Scalar> others;                          ///< N rows, a slot each
+  Dispatch<Scalar> others_dispatch;                ///< by expert
+  moe::detail::ExpertTape<Expert> others_experts;  ///< of the experts of this rank
+  Matrix<Scalar> received_x;                       ///< N x D
+  Matrix<Scalar> received_dy;                      ///< N x D
+  Matrix<Scalar> answer;                           ///< N x D, y or dx of the rows that came
+  IndexedVector<Scalar> sorted_dweight;            ///< N, by expert
+  IndexedVector<Scalar> dweight;                   ///< N
 
-  std::vector<Index> failed_here;   ///< R times whether this rank's experts failed
-  std::vector<Index> failed_there;  ///< R, whether those of each rank did
-  GradientSum gate_gradients;
+  std::vector<Index> failed_here;   ///< R equal flags: whether this rank's experts failed
+  std::vector<Index> failed_there;  ///< R flags: whether the experts of each rank failed
+  GradientSum gate_gradients;       ///< for the sum over the ranks
 };
 
-/// Both ways of a pass: rows of tokens go to where their experts are, answers come back. It refers to
-/// all that it is given, the dispatch being that of this rank's tokens.
+/// The exchanges of a pass: rows of tokens are sent to the ranks of their experts, and answers are sent
+/// back. `dispatch` is that of this rank's tokens.
 template <class Expert>
 class SlotExchange {
  public:
-  using Scalar = typename Expert::Scalar;
+  using Scalar = typename Expert::Scalar;  ///< float or double
 
+  /// Refers to its arguments.
   SlotExchange(const Communicator& communicator, const Placement& placement,
                Dispatch<Scalar>& dispatch, RankTape<Expert>& tape)
       : communicator_(communicator), placement_(placement), dispatch_(dispatch), tape_(tape) {}
 
-  // These are local, and make room.
+  // Local functions, which make room.
 
-  /// Before the gate routes, so that a rank that fails there can tell the others.
+  /// Makes room for the counts, before the gate routes, so that a rank that fails there can tell the
+  /// others.
   void prepare_counts() const {
     const Index ranks = communicator_.size();
     moe::detail::resize(tape_.sent, ranks + 1);
@@ -75,7 +77,7 @@ class SlotExchange {
     moe::detail::resize(tape_.received_counts, ranks * received_of_rank());
     communicator_.make_room_for_exchange(tape_.sent_counts.size() + tape_.received_counts.size());
   }
-  /// How many slots leave for each rank, from the dispatch, and whether this rank failed.
+  /// Sets sent_counts and sent: the slots that leave for each rank, and whether this rank failed.
   void count_sent(bool has_failed) const {
     std::fill(tape_.sent_counts.begin(), tape_.sent_counts.end(), Index{0});
     tape_.sent[0] = 0;
@@ -91,7 +93,7 @@ class SlotExchange {
     }
   }
 
-  /// From received_counts, whether a rank failed.
+  /// Whether a rank failed, from received_counts.
   bool has_any_failed() const {
     bool has_failed = false;
     for (int r = 0; r < communicator_.size(); ++r) {
@@ -100,8 +102,8 @@ class SlotExchange {
     return has_failed;
   }
 
-  /// From received_counts, the dispatch of what comes, a token of one slot for each row, and room for
-  /// it.
+  /// Makes the dispatch of the slots that come, from received_counts, and room for their rows. Each counts
+  /// as a token with one slot.
   void prepare_forward(Index width) const {
     const Index here = placement_.count(communicator_.rank());
     auto& others = tape_.others;
@@ -123,6 +125,7 @@ class SlotExchange {
     moe::detail::resize(tape_.received_x, others.slots(), width);
     prepare_answers(width);
   }
+  /// Makes room for the gradients of the slots that came.
   void prepare_backward(Index width) const {
     moe::detail::resize(tape_.received_dy, tape_.received.back(), width);
     moe::detail::resize(tape_.sorted_dweight, tape_.received.back());
@@ -130,11 +133,12 @@ class SlotExchange {
     prepare_answers(width);
   }
 
-  // These start messages, which nothing can keep from being sent on this rank alone.
+  // Functions that start messages. They cannot fail on one rank alone.
 
-  /// Rows are packed into what the answers will come to later. An MPI datatype that lists them
-  /// would spare that, but was 2 to 6 times slower, since MPI then neither copies from process to
-  /// process nor lets a network read the memory.
+  /// Sends the rows of a T x D matrix that leave, and receives rows. The sent rows are packed into the
+  /// buffer that later receives the answers. An MPI datatype that lists the rows would make packing
+  /// unnecessary, but was 2 to 6 times slower, since MPI then neither copies directly between processes
+  /// nor lets a network read the memory.
   void send_tokens(const MatrixRef<Scalar>& matrix, Matrix<Scalar>& received,
                    RowExchange& exchange) const {
     auto& packed = tape_.returned;
@@ -151,15 +155,15 @@ class SlotExchange {
       exchange.send(packed, tape_.sent[r], leave_for(r), r);
     });
   }
-  /// To tape.others.weight.
+  /// Sends the weights of the slots that leave, and receives others in tape.others.weight.
   void send_weights(RowExchange& exchange) const {
     communicator_.for_each_other_rank([&](int r) {
       exchange.receive(tape_.others.weight, tape_.received[r], came_from(r), r);
       exchange.send(dispatch_.weight, first_slot(r), leave_for(r), r);
     });
   }
-  /// Every rank tells every other whether its experts failed, so that none has to ask: the answers of
-  /// one that did are anything.
+  /// Sends the answers back. Every rank also tells every other whether its experts failed, so that they need
+  /// not agree: the answers of a rank that failed are undefined.
   void return_answers(const std::exception_ptr& failure, RowExchange& exchange) const {
     const Index failed = failure != nullptr ? 1 : 0;
     std::fill(tape_.failed_here.begin(), tape_.failed_here.end(), failed);
@@ -170,7 +174,7 @@ class SlotExchange {
       exchange.send(tape_.answer, tape_.received[r], came_from(r), r);
     });
   }
-  /// From tape.dweight to dweight (S, in the order of the dispatch).
+  /// Sends tape.dweight back, to dweight (S, in the order of the dispatch).
   void return_dweight(IndexedVector<Scalar>& dweight, RowExchange& exchange) const {
     communicator_.for_each_other_rank([&](int r) {
       exchange.receive(dweight, first_slot(r), leave_for(r), r);
@@ -178,7 +182,7 @@ class SlotExchange {
     });
   }
 
-  /// Waits for the answers. Throws Error on all ranks if the experts of one failed.
+  /// Waits for the answers. Throws Error on all ranks if the experts of one rank failed.
   void finish(const char* call, const std::exception_ptr& failure, RowExchange& exchange) const {
     exchange.wait();
     const bool all_well = std::all_of(tape_.failed_there.begin(), tape_.failed_there.end(),
@@ -199,7 +203,7 @@ class SlotExchange {
   }
 
  private:
-  /// Numbers of each rank in received_counts.
+  /// The number of values of each rank in received_counts.
   Index received_of_rank() const { return placement_.count(communicator_.rank()) + 1; }
 
   void prepare_answers(Index width) const {
@@ -211,7 +215,7 @@ class SlotExchange {
 
   /// The position in the dispatch of the first slot of a rank's experts.
   Index first_slot(int rank) const { return dispatch_.offsets[placement_.first(rank)]; }
-  /// That of row i of those that leave.
+  /// The position in the dispatch of slot i of those that leave.
   Index position_of(Index i) const {
     const Index own = first_slot(communicator_.rank());
     return i < own ? i : i + first_slot(communicator_.rank() + 1) - own;

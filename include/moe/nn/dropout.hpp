@@ -9,16 +9,17 @@
 
 namespace moe {
 
-/// Inverted dropout: in training each entry becomes 0 with probability `rate` and else grows by
-/// 1/(1 - rate), so its mean stays; evaluation is the identity.
+/// Inverted dropout: in training each entry of x (T x D) becomes 0 with probability `rate` and is
+/// otherwise multiplied by 1/(1 - rate), so that its mean stays; evaluation is the identity.
 /// N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, "Dropout: A Simple Way
 /// to Prevent Neural Networks from Overfitting", JMLR 15, 2014.
 ///
-/// Which entries stay is a function of (seed, step, token, column), the same for float and double.
-/// A dropped entry is multiplied by 0, so NaN and infinity stay visible as NaN.
+/// Which entries are dropped is a function of (seed, step, token, column), the same for float and
+/// double. A dropped entry is multiplied by 0, so NaN and infinity become NaN.
 template <class Scalar = float>
 class Dropout {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
     double rate = 0;  ///< in [0, 1)
 
@@ -28,22 +29,25 @@ class Dropout {
     }
   };
 
-  /// The caller's scratch. The mask follows from the key, but reading a byte an entry is several
-  /// times faster than drawing it again.
+  /// The caller's scratch. The mask could be drawn again from the key, but reading a byte an entry is
+  /// several times faster.
   struct Tape {
     Matrix<Scalar> y;                ///< T x D
     std::vector<std::uint8_t> kept;  ///< T x D, 1 or 0
     Matrix<Scalar> dx;               ///< T x D
   };
 
+  /// Throws std::invalid_argument for a rate out of range.
   Dropout(const Config& config, std::uint64_t seed) : config_(config), seed_(seed) {
     detail::require(config.rate >= 0 && config.rate < 1, "Dropout::Config.rate = ", config.rate,
                     ", must be in [0, 1)");
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// The same key drops the same entries.
+  /// Training pass: returns tape.y (T x D). The same key drops the same entries. Throws
+  /// std::invalid_argument if x overlaps tape.y.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const NoiseKey& key) const {
     detail::require_apart("Dropout::forward", "x", x, {tape.y});
     detail::resize(tape.y, x.rows(), x.cols());
@@ -56,7 +60,8 @@ class Dropout {
     return tape.y;
   }
 
-  /// dx = dy by the mask of forward; dy has the shape of x, else std::invalid_argument.
+  /// Returns dx = dy ⊙ mask·1/(1 - rate), with the mask of forward(). Throws std::invalid_argument unless
+  /// dy has the shape of x and the last pass on the tape was a forward().
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) const {
     detail::require(dy.rows() == tape.y.rows(), "Dropout::backward: dy has ", dy.rows(),
                     " rows, x had ", tape.y.rows());
@@ -73,13 +78,16 @@ class Dropout {
     return tape.dx;
   }
 
+  /// tape.y = x. Saves nothing for backward().
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     tape.kept.clear();
     detail::copy_matrix(x, tape.y);
     return tape.y;
   }
+  /// A copy of x.
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const { return x; }
 
+  /// It has no parameters.
   template <class Self, class Visitor>
   static void visit_parameters(Self&, Visitor) {}
 

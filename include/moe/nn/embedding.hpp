@@ -14,10 +14,11 @@
 
 namespace moe {
 
-/// y[t] = weight[ids[t]]: a row of D = `width` trained numbers for every word of a vocabulary.
+/// y[t] = weight[ids[t]]: a row of D = `width` trained numbers for each word of a vocabulary.
 template <class Scalar = float>
 class Embedding {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
     Index vocabulary = 0;      ///< at least 1
     Index width = 0;           ///< at least 1
@@ -35,12 +36,13 @@ class Embedding {
   struct Tape {
     Matrix<Scalar> y;        ///< T x D
     std::vector<Index> ids;  ///< T, a copy
-    Index vocabulary = 0;    ///< what the ids are within
+    Index vocabulary = 0;    ///< of the embedding in the last pass
     bool trained = false;    ///< whether the last pass was a forward()
   };
 
   Parameter<Scalar> weight;  ///< vocabulary x D
 
+  /// Throws std::invalid_argument for a configuration out of range.
   Embedding(const Config& config, std::uint64_t seed) : config_(config) {
     detail::require(config.vocabulary >= 1, "Embedding::Config.vocabulary = ", config.vocabulary,
                     ", must be at least 1");
@@ -53,9 +55,11 @@ class Embedding {
     fill_normal(weight.value, static_cast<Scalar>(config.init_stddev), seed);
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Throws std::invalid_argument if an id is not in [0, vocabulary).
+  /// Training pass: returns tape.y (T x D). Throws std::invalid_argument if an id is not in
+  /// [0, vocabulary).
   const Matrix<Scalar>& forward(IndexSpan ids, Tape& tape) const {
     detail::require_apart("Embedding::forward", "ids", ids, {tape.ids});
     evaluate(ids, tape);
@@ -65,8 +69,8 @@ class Embedding {
     return tape.y;
   }
 
-  /// Adds row t of dy (T x D, else std::invalid_argument) to the gradient of word ids[t]. A word
-  /// may come more than once, so the work is split by columns: each then sums over tokens in order.
+  /// Adds row t of dy (T x D) to the gradient of word ids[t], in the order of the tokens. Throws
+  /// std::invalid_argument if dy has another shape, or without a forward pass on the tape.
   void backward(const MatrixRef<Scalar>& dy, const Tape& tape) {
     const auto tokens = static_cast<Index>(tape.ids.size());
     detail::require(tape.trained && tape.vocabulary == config_.vocabulary,
@@ -89,7 +93,7 @@ class Embedding {
                         });
   }
 
-  /// forward() without the copy of the ids, so no backward can follow.
+  /// forward() without the copy of the ids that backward() needs.
   const Matrix<Scalar>& evaluate(IndexSpan ids, Tape& tape) const {
     detail::check_shapes(*this, "Embedding");
     for (const Index id : ids) {
@@ -108,19 +112,21 @@ class Embedding {
     return tape.y;
   }
 
+  /// The same with a tape of its own, which allocates.
   Matrix<Scalar> evaluate(IndexSpan ids) const {
     Tape tape;
     evaluate(ids, tape);
     return std::move(tape.y);
   }
 
+  /// "weight".
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("weight", self.weight);
   }
 
  private:
-  /// Fewer are copied or added sooner than another worker wakes.
+  /// Fewer elements than this are copied or added faster than another worker wakes.
   static constexpr Index elements_in_task = Index{1} << 15;
 
   Config config_;

@@ -11,22 +11,23 @@
 
 namespace moe {
 
-/// y = x·weight + bias, x T x inputs, y T x outputs.
+/// y = x·weight + bias, x being T x inputs and y T x outputs.
 ///
 ///     moe::Linear<> layer({.inputs = 512, .outputs = 8000}, seed);
 ///     moe::Linear<>::Tape tape;
 ///     const auto& y = layer.forward(x, tape);
 ///     const auto& dx = layer.backward(dy, tape);
 ///
-/// The weight is the transpose of PyTorch's. Both parameters start uniform in ±1/√inputs, which is
-/// PyTorch's default.
+/// The weight is the transpose of PyTorch's. Both parameters are uniform in ±1/√inputs initially, as in
+/// PyTorch.
 template <class Scalar = float>
 class Linear {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
     Index inputs = 0;   ///< at least 1
     Index outputs = 0;  ///< at least 1
-    bool bias = true;
+    bool bias = true;   ///< whether there is a bias
 
     template <class Self, class Visitor>
     static constexpr void visit_fields(Self& self, Visitor visit) {
@@ -41,12 +42,13 @@ class Linear {
     Matrix<Scalar> y;      ///< T x outputs
     bool trained = false;  ///< whether the last pass was a forward()
     Matrix<Scalar> x;      ///< T x inputs, a copy
-    Matrix<Scalar> dx;     ///< T x inputs
+    Matrix<Scalar> dx;     ///< T x inputs, the gradient with respect to x
   };
 
   Parameter<Scalar> weight;  ///< inputs x outputs
   Parameter<Scalar> bias;    ///< 1 x outputs; empty without a bias
 
+  /// Throws std::invalid_argument for a configuration out of range.
   Linear(const Config& config, std::uint64_t seed) : config_(config) {
     detail::require(config.inputs >= 1, "Linear::Config.inputs = ", config.inputs,
                     ", must be at least 1");
@@ -61,9 +63,10 @@ class Linear {
     }
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Throws std::invalid_argument if x is not T x inputs.
+  /// Training pass: returns tape.y (T x outputs). Throws std::invalid_argument if x is not T x inputs.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::copy_matrix(x, tape.x);  // first, since x may be this tape's y of a pass before
@@ -72,8 +75,8 @@ class Linear {
     return tape.y;
   }
 
-  /// Adds xᵀ·dy and the column sums of dy to the gradients and returns dx = dy·weightᵀ. The tape
-  /// is that of forward; dy T x outputs, else std::invalid_argument.
+  /// Adds xᵀ·dy and the column sums of dy to the gradients and returns dx = dy·weightᵀ. Throws
+  /// std::invalid_argument unless dy is T x outputs and the last pass on the tape was a forward().
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::check_shapes(*this, "Linear");
     detail::require(tape.trained && tape.x.cols() == config_.inputs,
@@ -93,7 +96,8 @@ class Linear {
     return tape.dx;
   }
 
-  /// forward() without the copy of x, so no backward can follow.
+  /// forward() without the copy of x that backward() needs. Throws std::invalid_argument if x is not T x
+  /// inputs or overlaps tape.y.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::require_apart("Linear::evaluate", "x", x, {tape.y});
@@ -102,12 +106,14 @@ class Linear {
     return tape.y;
   }
 
+  /// The same with a tape of its own, which allocates.
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     Tape tape;
     evaluate(x, tape);
     return std::move(tape.y);
   }
 
+  /// "weight" and, with Config.bias, "bias".
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("weight", self.weight);

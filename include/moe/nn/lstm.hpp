@@ -15,7 +15,7 @@ namespace moe {
 
 namespace detail {
 
-/// One sequence, one step. z (4H) holds x·W_ih + h·W_hh + b and becomes the activations i, f, g, o:
+/// One step of one sequence. z (4H) holds x·W_ih + h·W_hh + b and becomes the activations i, f, g, o:
 ///
 ///     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
 ///     c = f ⊙ c_before + i ⊙ g                                h = o ⊙ tanh(c)
@@ -42,9 +42,8 @@ void lstm_step(Index H, Scalar* z, const Scalar* c_before, Scalar* c, Scalar* h)
   moe::detail::map(H, h, next_hidden, o, c);
 }
 
-/// The gradient of lstm_step. On entry dh and dc are the gradients with respect to h and c that come
-/// from the steps after; on return dc is that with respect to c_before, and dz that with respect to
-/// z.
+/// The backward of lstm_step(). On entry dh and dc are the gradients with respect to h and c from the
+/// steps after; on return dc is the gradient with respect to c_before, and dz that with respect to z.
 ///
 ///     dc += dh ⊙ o ⊙ (1 - tanh²(c)) = dh ⊙ (o - h ⊙ tanh(c))
 ///     dz_i = dc ⊙ g ⊙ i ⊙ (1 - i)       dz_f = dc ⊙ c_before ⊙ f ⊙ (1 - f)
@@ -87,9 +86,10 @@ void lstm_step_backward(Index H, const Scalar* activations, const Scalar* c_befo
 /// S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", Neural Computation 9, 1997;
 /// F. Gers, J. Schmidhuber, F. Cummins, "Learning to Forget", Neural Computation 12, 2000.
 ///
-/// Rows are time-major: row t·B + b of x and y is step t of sequence b, so T = steps·B. B is the
-/// number of rows of the state, which a pass takes in and hands on: long sequences are trained in
-/// pieces, the gradient stopping where a piece starts (truncated backpropagation through time).
+/// Rows are time-major: row t·B + b of x and y is step t of sequence b, so T = steps·B. B is the number
+/// of rows of the state. A pass begins with the given state and replaces it by the state after its last
+/// step, so that long sequences can be trained in pieces; the gradient stops at the first step of a
+/// piece (truncated backpropagation through time).
 ///
 ///     moe::LSTM<> lstm({.inputs = 512, .hidden = 512}, seed);
 ///     auto state = lstm.initial_state(32);
@@ -98,12 +98,13 @@ void lstm_step_backward(Index H, const Scalar* activations, const Scalar* c_befo
 ///       const auto& dx = lstm.backward(dy, tape);
 ///     }
 ///
-/// Names and the order of the gates (i, f, g, o) are PyTorch's, whose matrices are the transposes
-/// and whose two biases are one here. Weights start uniform in ±1/√hidden; the bias is 0, that of
-/// the forget gates 1, so that a new network remembers.
+/// Names and the order of the gates (i, f, g, o) are PyTorch's; its matrices are the transposes, and
+/// the sum of its two biases is the bias here. Weights are uniform in ±1/√hidden initially. The bias is
+/// 1 for the forget gates, so that a new network remembers, and 0 for the others.
 template <class Scalar = float>
 class LSTM {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
     Index inputs = 0;  ///< at least 1
     Index hidden = 0;  ///< H, at least 1
@@ -129,15 +130,16 @@ class LSTM {
     State initial;          ///< B x H, a copy
     Matrix<Scalar> gates;   ///< T x 4H, activations
     Matrix<Scalar> cell;    ///< T x H
-    Matrix<Scalar> dgates;  ///< T x 4H, before the activations
-    Matrix<Scalar> dx;      ///< T x inputs
-    State dstate;           ///< B x H, gradient w.r.t. the initial state
+    Matrix<Scalar> dgates;  ///< T x 4H, the gradient w.r.t. the pre-activations
+    Matrix<Scalar> dx;      ///< T x inputs, the gradient w.r.t. x
+    State dstate;           ///< B x H, the gradient w.r.t. the initial state
   };
 
   Parameter<Scalar> weight_ih;  ///< inputs x 4H
   Parameter<Scalar> weight_hh;  ///< H x 4H
   Parameter<Scalar> bias;       ///< 1 x 4H
 
+  /// Throws std::invalid_argument for a configuration out of range.
   LSTM(const Config& config, std::uint64_t seed) : config_(config) {
     detail::require(config.inputs >= 1, "LSTM::Config.inputs = ", config.inputs,
                     ", must be at least 1");
@@ -153,16 +155,17 @@ class LSTM {
     bias.value.middleCols(H, H).setOnes();
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// All zero, for the beginning of `sequences` sequences.
+  /// The state before the first step of `sequences` sequences: zeros.
   State initial_state(Index sequences) const {
     return {Matrix<Scalar>::Zero(sequences, config_.hidden),
             Matrix<Scalar>::Zero(sequences, config_.hidden)};
   }
 
-  /// y, and the state after the last step in `state`. x is T x inputs, T a multiple of B, the state
-  /// B x H, else std::invalid_argument.
+  /// Training pass: returns tape.y (T x H) and sets `state` to the state after the last step. Throws
+  /// std::invalid_argument unless x is T x inputs, T a multiple of B, and the state B x H.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
     detail::copy_matrix(x, tape.x);  // first, since x may be this tape's y of a pass before
@@ -171,15 +174,15 @@ class LSTM {
     return tape.y;
   }
 
-  /// Adds to the gradients; returns dx and leaves the gradient with respect to the initial state in
-  /// tape.dstate. `dfinal` is that with respect to the final state, from whatever took it over;
-  /// empty means zero. So the gradient of a decoder that started from an encoder's final state goes
-  /// on as
+  /// Adds to the gradients; returns dx (T x inputs), and sets tape.dstate to the gradient with respect to
+  /// the initial state. `dfinal` is the gradient with respect to the final state, for what the final
+  /// state was used for; empty means zero. If a decoder begins with an encoder's final state:
   ///
   ///     decoder.backward(dy, decoder_tape);
   ///     encoder.backward(dy_encoder, encoder_tape, decoder_tape.dstate);
   ///
-  /// The tape is that of forward; dy is T x H, dfinal B x H, else std::invalid_argument.
+  /// Throws std::invalid_argument unless dy is T x H, dfinal B x H, and the last pass on the tape was a
+  /// forward().
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape,
                                  const State& dfinal = {}) {
     const Index H = config_.hidden;
@@ -232,7 +235,7 @@ class LSTM {
     return tape.dx;
   }
 
-  /// forward() without the copy of x, so no backward can follow.
+  /// forward() without the copy of x that backward() needs.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
     detail::require_apart("LSTM::evaluate", "x", x, {tape.y, tape.gates, tape.cell});
@@ -241,12 +244,14 @@ class LSTM {
     return tape.y;
   }
 
+  /// The same with a tape of its own, which allocates.
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x, State& state) const {
     Tape tape;
     evaluate(x, state, tape);
     return std::move(tape.y);
   }
 
+  /// "weight_ih", "weight_hh" and "bias".
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("weight_ih", self.weight_ih);
@@ -298,13 +303,13 @@ class LSTM {
 
   Work recurrent_work(Index rows) const { return {rows * 4 * config_.hidden * config_.hidden}; }
 
-  /// Sequences never meet, so a worker takes some of them through all steps and waits for nobody.
-  /// On one worker all go together.
+  /// Sequences are independent, so a worker computes all steps of some of them without waiting for others.
+  /// On one worker there is one task.
   Index sequences_in_task(Index rows, Index sequences) const {
     return worker_count(recurrent_work(rows)) == 1 ? std::max<Index>(1, sequences) : 16;
   }
 
-  /// What came before step t of sequences from `first` on.
+  /// The state before step t, of sequences from `first` on.
   struct Before {
     const Matrix<Scalar>& hidden;
     const Matrix<Scalar>& cell;

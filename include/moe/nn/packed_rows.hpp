@@ -7,14 +7,14 @@
 
 namespace moe {
 
-/// Which rows of a padded batch are real. Packed together they go through a layer that must not see
-/// padding, such as a mixture of experts, whose gate would send it to experts and count it as load.
+/// The rows of a padded batch that are not padding. Packed, they can be the input of a layer that has no
+/// mask for padding.
 struct PackedRows {
   std::vector<Index> rows;  ///< ascending
 
-  Index count() const { return static_cast<Index>(rows.size()); }
+  Index count() const { return static_cast<Index>(rows.size()); }  ///< the number of real rows
 
-  /// Those whose number is not negative.
+  /// Sets the rows to those whose entry of `numbers` is not negative.
   void assign(IndexSpan numbers) {
     rows.clear();
     for (std::size_t i = 0; i < numbers.size(); ++i) {
@@ -22,8 +22,8 @@ struct PackedRows {
     }
   }
 
-  /// packed[i] = padded[rows[i]]. The padding is not read. Throws std::invalid_argument if there is
-  /// no such row, or if both are one matrix.
+  /// packed[i] = padded[rows[i]]. The padding is not read. Throws std::invalid_argument if `padded` has
+  /// fewer rows, or if both are one matrix.
   template <class Scalar>
   void pack(const Matrix<Scalar>& padded, Matrix<Scalar>& packed) const {
     check(padded.rows());
@@ -32,9 +32,9 @@ struct PackedRows {
     for (Index i = 0; i < count(); ++i) packed.row(i) = padded.row(rows[detail::to_size(i)]);
   }
 
-  /// padded[rows[i]] = packed[i], and 0 in the other rows, T in all. With gradients in the place of
-  /// values, each of the two is the other's backward. Throws std::invalid_argument if the rows do
-  /// not fit, or if both are one matrix.
+  /// padded[rows[i]] = packed[i]; the other rows of the T are 0. unpack() of gradients is the backward of
+  /// pack(), and pack() that of unpack(). Throws std::invalid_argument if the rows do not fit, or if both
+  /// are one matrix.
   template <class Scalar>
   void unpack(const Matrix<Scalar>& packed, Index T, Matrix<Scalar>& padded) const {
     check(T);

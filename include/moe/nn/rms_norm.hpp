@@ -16,12 +16,13 @@ namespace moe {
 ///
 ///     y_j = gain_j · x_j / √(mean over i of x_i² + epsilon)
 ///
-/// B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. The gain starts at 1
-/// and is the weight of PyTorch's RMSNorm, whose default epsilon is smaller. A token of zeros stays
-/// zero. In float a token with entries above 1e19 becomes 0, its squares being infinite.
+/// B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. The gain is 1 initially;
+/// PyTorch's RMSNorm calls it weight and has a smaller default epsilon. A token of zeros stays zero. In
+/// float a token with entries above 1e19 becomes 0, since its squares are infinite.
 template <class Scalar = float>
 class RMSNorm {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
     Index width = 0;        ///< D, at least 1
     double epsilon = 1e-5;  ///< above 0 as a Scalar too
@@ -39,11 +40,12 @@ class RMSNorm {
     bool trained = false;        ///< whether the last pass was a forward()
     Matrix<Scalar> normalized;   ///< T x D, y without the gain
     std::vector<Scalar> scales;  ///< T, 1 / √(mean of squares + epsilon)
-    Matrix<Scalar> dx;           ///< T x D
+    Matrix<Scalar> dx;           ///< T x D, the gradient with respect to x
   };
 
   Parameter<Scalar> gain;  ///< 1 x D
 
+  /// Throws std::invalid_argument for a configuration out of range.
   explicit RMSNorm(const Config& config) : config_(config) {
     detail::require(config.width >= 1, "RMSNorm::Config.width = ", config.width,
                     ", must be at least 1");
@@ -54,9 +56,11 @@ class RMSNorm {
     gain.value.setOnes();
   }
 
+  /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Throws std::invalid_argument if x is not T x D.
+  /// Training pass: returns tape.y (T x D). Throws std::invalid_argument if x is not T x D or overlaps
+  /// the tape's results.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::require_apart("RMSNorm::forward", "x", x, {tape.y, tape.normalized});
@@ -69,7 +73,7 @@ class RMSNorm {
   ///
   ///     dgain_j = Σ over tokens of dy_j·n_j      dx = scale·(g - n·mean(g ⊙ n))
   ///
-  /// The tape is that of forward; dy T x D, else std::invalid_argument.
+  /// Throws std::invalid_argument unless dy is T x D and the last pass on the tape was a forward().
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::check_shapes(*this, "RMSNorm");
     detail::require(tape.trained && tape.y.cols() == config_.width,
@@ -107,7 +111,7 @@ class RMSNorm {
     return tape.dx;
   }
 
-  /// forward() that no backward can follow.
+  /// forward() that saves nothing for backward().
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::require_apart("RMSNorm::evaluate", "x", x, {tape.y});
@@ -116,12 +120,14 @@ class RMSNorm {
     return tape.y;
   }
 
+  /// The same with a tape of its own, which allocates.
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     Tape tape;
     evaluate(x, tape);
     return std::move(tape.y);
   }
 
+  /// "gain".
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     visit("gain", self.gain);

@@ -11,16 +11,17 @@
 
 namespace moe {
 
-/// The mean over tokens of -log softmax(logits[t])[targets[t]], in nats; e to it is the perplexity.
+/// The mean over tokens of -log softmax(logits[t])[targets[t]], in nats; e to this power is the
+/// perplexity.
 ///
-/// T tokens, V classes. A token with a negative target is ignored: it does not count in the mean
-/// and has no gradient. Without any token that counts the loss is 0. A NaN in a row of logits makes
-/// the loss and this row of the gradient NaN.
+/// There are T tokens and V classes. A token with a negative target is ignored: it does not count in
+/// the mean and has no gradient. If all are ignored, the loss is 0. A NaN in a row of logits makes the
+/// loss and this row of the gradient NaN.
 ///
-/// Sequences of unequal length: `valid`, empty or T entries, is 0 for the rows of padding and
-/// something else for the others; empty means that all are valid. Of a row that is not valid
-/// neither logits nor target are read; it is ignored like one with a negative target. The loss and
-/// the gradient of the others have the bits that they have without such rows.
+/// For sequences of unequal length: `valid` has T entries, 0 for rows of padding, or is empty if there
+/// are none. A row of padding is ignored like one with a negative target, and neither its logits nor
+/// its target are read. The loss and the other rows of the gradient have the same bits as without the
+/// padding.
 template <class Scalar = float>
 class SoftmaxCrossEntropy {
  public:
@@ -31,10 +32,10 @@ class SoftmaxCrossEntropy {
     Matrix<Scalar> dlogits;      ///< T x V, gradient of the mean
   };
 
-  /// The loss; leaves its gradient in the tape. A row stays in L1 or L2 while it is worked on, so
-  /// the pass costs one read of the logits from memory and one write of the gradient.
-  /// Throws std::invalid_argument unless there are T targets, those of valid rows smaller than V,
-  /// and no or T entries in `valid`.
+  /// Returns the loss, and writes its gradient to the tape. A row stays in L1 or L2 during its
+  /// computation, so the pass reads the logits from memory once and writes the gradient once. Throws
+  /// std::invalid_argument unless there are T targets, those of valid rows below V, and 0 or T entries
+  /// in `valid`.
   Scalar forward(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
                  std::span<const std::uint8_t> valid = {}) const {
     const Index counted = check(logits, targets, valid);
@@ -45,26 +46,28 @@ class SoftmaxCrossEntropy {
   }
 
   /// d loss / d logits = (softmax(logits) - onehot(target)) / counted tokens, T x V.
-  /// Throws std::invalid_argument when the last pass on the tape was no forward().
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward().
   const Matrix<Scalar>& backward(const Tape& tape) const {
     detail::require(tape.trained,
                     "SoftmaxCrossEntropy::backward without a forward pass on this tape");
     return tape.dlogits;
   }
 
-  /// The loss without its gradient, to the same bits.
+  /// The loss, with the same bits as in forward(), without its gradient.
   Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
                   std::span<const std::uint8_t> valid = {}) const {
     const Index counted = check(logits, targets, valid);
     tape.trained = false;
     return run(logits, targets, valid, counted, tape.losses, nullptr);
   }
+  /// The same with a tape of its own, which allocates.
   Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets,
                   std::span<const std::uint8_t> valid = {}) const {
     Tape tape;
     return evaluate(logits, targets, tape, valid);
   }
 
+  /// It has no parameters.
   template <class Self, class Visitor>
   static void visit_parameters(Self&, Visitor) {}
 

@@ -27,7 +27,7 @@ namespace moe {
 /// the closest relative, leaves rows alone likewise but takes the optimizer's t for all.
 ///
 /// Runs at the speed of memory: four reads and three writes a parameter. After the first update of
-/// a module no further one allocates.
+/// a module no further one allocates, but for parameters that were not trained until then.
 template <class Scalar = float>
 class Adam {
  public:
@@ -93,7 +93,9 @@ class Adam {
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
   /// f(name, matrix) with "first_moment.experts.3.up.weight" and "second_moment. ...", and
   /// f(name, numbers), a std::span<Index>, with "steps" and "updates". Before the first update it
-  /// is all zero. Throws std::invalid_argument if the module is not that of the first update.
+  /// is all zero; the matrix of a parameter that was never trained is empty, 0 x 0, which stands for
+  /// zeros. An f(name, matrix, shape) gets the StateShape that it has otherwise. Throws
+  /// std::invalid_argument if the module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     detail::match_states(module, "Adam", first_moment_, second_moment_, updates_);

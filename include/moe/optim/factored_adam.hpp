@@ -59,7 +59,8 @@ struct FactoredMatrix {
 /// lets r and c decay, and its weights.
 ///
 /// Reads the gradient twice and the weights once, and writes the weights: four sevenths of Adam's
-/// traffic. After the first update of a module no further one allocates with as many threads; it
+/// traffic. After the first update of a module no further one allocates with as many threads, but
+/// for parameters that were not trained until then; it
 /// needs a row of sums for every worker, and up to 16 where one matrix is cut.
 template <class Scalar = float>
 class FactoredAdam {
@@ -135,8 +136,9 @@ class FactoredAdam {
   /// Everything that the optimizer remembers of a module, to be saved or restored: calls
   /// f(name, matrix) with "row_means.experts.3.up.weight" (D x 1) and
   /// "column_means. ..." (1 x H), and f(name, numbers), a std::span<Index>, with "steps" and
-  /// "updates". Before the first update it is all zero. Throws std::invalid_argument if the module
-  /// is not that of the first update.
+  /// "updates". Before the first update it is all zero; the matrix of a parameter that was never
+  /// trained is empty, 0 x 0, which stands for zeros. An f(name, matrix, shape) gets the StateShape
+  /// that it has otherwise. Throws std::invalid_argument if the module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     detail::match_states(module, "FactoredAdam", row_means_, column_means_, updates_);
@@ -181,6 +183,7 @@ class FactoredAdam {
     Index rows = worker_count();
     Index columns = 0;
     detail::walk_parameters(module, [&](const ParameterName&, const auto& parameter) {
+      if (!parameter.trained) return;
       rows = std::max(rows, pieces_of(parameter.value));
       columns = std::max(columns, parameter.value.cols());
     });
@@ -316,8 +319,8 @@ class FactoredAdam {
 
   Config config_;
   detail::ResolvedGroups groups_;
-  detail::ParameterState<Scalar> row_means_{detail::StateShape::rows_by_one};
-  detail::ParameterState<Scalar> column_means_{detail::StateShape::one_by_columns};
+  detail::ParameterState<Scalar> row_means_{detail::StatePart::rows_by_one};
+  detail::ParameterState<Scalar> column_means_{detail::StatePart::one_by_columns};
   detail::UpdateCounts updates_;
   Matrix<double> column_sums_;  ///< scratch; in double, since there may be many rows
 };

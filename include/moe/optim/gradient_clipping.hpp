@@ -43,7 +43,7 @@ void scale_gradients(Module& module, double scale, Updates updates) {
 
 }  // namespace detail
 
-/// The Euclidean norm of all gradients of a module together; the same bits dense and lazy. Does not
+/// The Euclidean norm of all gradients of a module together. Dense and lazy give the same bits. Does not
 /// allocate.
 template <class Module>
 double gradient_norm(const Module& module, Updates updates = Updates::dense) {
@@ -59,12 +59,12 @@ double gradient_norm(const Module& module, Updates updates = Updates::dense) {
 }
 
 /// Scales all gradients of a module by one factor so that their norm is at most `max_norm`, and
-/// returns the norm they had; the same bits dense and lazy.
+/// returns the norm they had before. Dense and lazy give the same bits.
 /// R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks",
 /// ICML 2013.
 ///
-/// A norm that is not finite is returned and leaves the gradients as they are: no factor would mend
-/// them, and the caller can skip the update. Throws std::invalid_argument unless max_norm > 0.
+/// If the norm is not finite, it is returned and the gradients are not changed, so that the caller can
+/// skip the update. Throws std::invalid_argument unless max_norm > 0.
 template <class Module>
 double clip_gradients(Module& module, double max_norm, Updates updates = Updates::dense) {
   detail::require(max_norm > 0, "clip_gradients: max_norm = ", max_norm, ", must be above 0");

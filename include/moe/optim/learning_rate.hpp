@@ -5,7 +5,7 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// Learning-rate schedules: the rate as a function of the update, counted from 1.
+/// Learning-rate schedules: the rate as a function of the number of the update, counted from 1.
 ///
 ///     const moe::WarmUpInverseSquareRoot schedule{.peak = 1e-3, .warm_up = 1000};
 ///     adam.update(model, schedule(step));
@@ -23,7 +23,7 @@ inline void check_step(Index step) {
 /// Grows linearly to `peak` at step `warm_up`, then falls with the inverse square root of the step
 /// [Shazeer et al. 2017, App. C.1].
 struct WarmUpInverseSquareRoot {
-  double peak = 1e-3;
+  double peak = 1e-3;    ///< the largest rate
   Index warm_up = 1000;  ///< at least 1
 
   /// Throws std::invalid_argument if warm_up or the step is below 1.
@@ -36,9 +36,9 @@ struct WarmUpInverseSquareRoot {
   }
 };
 
-/// Grows linearly to `peak` at step `warm_up`, then falls linearly to 0 at step `total` and stays.
+/// Grows linearly to `peak` at step `warm_up`, then falls linearly to 0 at step `total` and stays 0.
 struct WarmUpLinearDecay {
-  double peak = 1e-3;
+  double peak = 1e-3;    ///< the largest rate
   Index warm_up = 1000;  ///< at least 0
   Index total = 100000;  ///< above warm_up
 

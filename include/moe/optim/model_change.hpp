@@ -12,12 +12,12 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// How what an optimizer remembers follows a layer whose experts came and went.
+/// Keeps the state of an optimizer in step with a layer to which experts were added, copied or removed.
 
 namespace moe::detail {
 
-/// Where the parameters of a model come from after a change of the experts of a layer in it. It refers
-/// to the change.
+/// The sources of a model's parameters after a change of the experts of a layer in it. It refers to the
+/// change.
 class ModelChange {
  public:
   struct Source {
@@ -25,7 +25,8 @@ class ModelChange {
     std::span<const Index> columns;  ///< see ParameterSource
   };
 
-  /// Throws std::invalid_argument unless the layer is a part of the model, and as the change left it.
+  /// Throws std::invalid_argument unless the layer is a part of the model and was not changed again after
+  /// this change.
   template <class Module, class Layer>
   ModelChange(std::string_view optimizer, const Module& model, const Layer& layer,
               const ExpertChange& change)
@@ -77,17 +78,33 @@ class ModelChange {
   Index parameters_ = 0;
 };
 
-/// The memory of an optimizer follows a change: all of its states at once, or none. `known` is what it
-/// knows of the parameters; `states` have after() and bytes_of(). What belongs to experts that went
-/// from rank to rank goes with them.
+/// Calls f(rank, state, parameter) for every move and each of the states of its parameter; `first` is the
+/// layer's first parameter.
+template <class F, class... States>
+void for_each_moved_state(std::span<const ExpertChange::Move> moves, Index first, F&& f,
+                          States&... states) {
+  for (const ExpertChange::Move& move : moves) {
+    (f(to_size(Index{move.rank}), states, first + move.parameter), ...);
+  }
+}
+
+/// Changes all states of an optimizer, or none if it throws. `known` is what it knows of the parameters;
+/// `states` have after(), remembers(), set_remembered() and bytes_of(). The states of experts that moved to
+/// another rank move with them: first whether there is one, by which the receiver knows what comes next.
 template <class Module, class Layer, class Known, class... States>
 void follow_change(const char* optimizer, const Module& model, const Layer& layer,
                    const ExpertChange& change, const Known& known, States&... states) {
   const auto& policy = layer.dispatch_policy();
+  using Bytes = std::vector<std::vector<char>>;  // by rank
   std::tuple<States...> next;
-  std::vector<std::vector<char>> sent;
-  std::vector<std::vector<char>> received;
+  Bytes sent_flags, received_flags, sent, received;
   Index first = 0;
+  const auto for_each_sent = [&](auto&& f) {
+    for_each_moved_state(change.sent, first, f, states...);
+  };
+  const auto for_each_received = [&](auto&& f) {
+    std::apply([&](auto&... to) { for_each_moved_state(change.received, first, f, to...); }, next);
+  };
   const bool remembers = policy.together(optimizer, [&] {
     const ModelChange model_change(optimizer, model, layer, change);
     first = model_change.first();
@@ -101,42 +118,37 @@ void follow_change(const char* optimizer, const Module& model, const Layer& laye
             "::follow: the model had ", model_change.parameters_before(),
             " parameters before the change, ", known_parameters, " at the last update");
     next = std::tuple<States...>(states.after(model, model_change)...);
-    sent.resize(to_size(policy.ranks()));
-    received.resize(sent.size());
-    for (const ExpertChange::Move& move : change.sent) {
-      const auto pack = [&](std::span<const char> bytes) {
-        auto& to = sent[to_size(Index{move.rank})];
-        to.insert(to.end(), bytes.begin(), bytes.end());
-      };
-      (pack(states.bytes_of(first + move.parameter)), ...);
+    for (Bytes* bytes : {&sent_flags, &received_flags, &sent, &received}) {
+      bytes->resize(to_size(policy.ranks()));
     }
-    std::apply(
-        [&](auto&... state) {
-          for (const ExpertChange::Move& move : change.received) {
-            auto& from = received[to_size(Index{move.rank})];
-            (from.resize(from.size() + state.bytes_of(first + move.parameter).size()), ...);
-          }
-        },
-        next);
+    for_each_sent([&](std::size_t rank, const auto& state, Index parameter) {
+      sent_flags[rank].push_back(state.remembers(parameter) ? 1 : 0);
+    });
+    for_each_received(
+        [&](std::size_t rank, const auto&, Index) { received_flags[rank].push_back(0); });
     return true;
   });
-  policy.exchange(optimizer, remembers, sent, received);
+  policy.exchange(optimizer, remembers, sent_flags, received_flags);
   if (!remembers) return;
+  policy.together(optimizer, [&] {
+    for_each_sent([&](std::size_t rank, auto& state, Index parameter) {
+      const std::span<const char> bytes = state.bytes_of(parameter);
+      sent[rank].insert(sent[rank].end(), bytes.begin(), bytes.end());
+    });
+    std::vector<std::size_t> read(received.size(), 0);
+    for_each_received([&](std::size_t rank, auto& state, Index parameter) {
+      state.set_remembered(parameter, received_flags[rank][read[rank]++] != 0);
+      received[rank].resize(received[rank].size() + state.bytes_of(parameter).size());
+    });
+  });
+  policy.exchange(optimizer, true, sent, received);
   std::vector<std::size_t> read(received.size(), 0);
-  std::apply(
-      [&](auto&... state) {
-        for (const ExpertChange::Move& move : change.received) {
-          const auto unpack = [&](std::span<char> bytes) {
-            auto& at = read[to_size(Index{move.rank})];
-            if (bytes.empty()) return;
-            std::memcpy(bytes.data(), received[to_size(Index{move.rank})].data() + at,
-                        bytes.size());
-            at += bytes.size();
-          };
-          (unpack(state.bytes_of(first + move.parameter)), ...);
-        }
-      },
-      next);
+  for_each_received([&](std::size_t rank, auto& state, Index parameter) {
+    const std::span<char> bytes = state.bytes_of(parameter);
+    if (bytes.empty()) return;
+    std::memcpy(bytes.data(), received[rank].data() + read[rank], bytes.size());
+    read[rank] += bytes.size();
+  });
   std::tie(states...) = std::move(next);
 }
 

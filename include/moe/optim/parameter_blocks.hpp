@@ -8,23 +8,23 @@
 
 namespace moe::detail {
 
-/// Elements of a parameter that an optimizer works on at once: what its passes touch of them stays
-/// in L2, so memory is read and written once.
+/// Elements of a parameter that an optimizer updates at a time: its passes over them then stay in L2, and
+/// memory is read and written once.
 inline constexpr Index optimizer_block = 4096;
 
-/// Into how many lanes the blocks of a module are dealt, one after the other. A constant, so that
-/// what a lane adds up has the same bits on any number of threads.
+/// The number of lanes: block i of a module belongs to lane i mod optimizer_lanes. A constant, so that
+/// sums over a lane have the same bits on any number of threads.
 inline constexpr Index optimizer_lanes = 16;
 
-/// Whether passes over a module leave a parameter out: it is idle, or its gradient stands for zero
-/// without being stored so, the module being const.
+/// Whether passes over a module leave a parameter out: because it is idle, or because its gradient is
+/// stale and, the module being const, cannot be set to zeros.
 template <class Scalar>
 bool is_passed_by(const Parameter<Scalar>& parameter, Updates updates) {
   return is_idle(parameter, updates) || parameter.stored.is_stale();
 }
 
-/// Prepares the gradients of a module for passes over its parameters: to be read as they are, where
-/// nothing is passed by. Returns the scalars of the parameters that are not passed by. Throws
+/// Prepares the gradients of a module for passes over its parameters: stale ones of parameters that are
+/// not left out are set to zeros. Returns the number of scalars in these parameters. Throws
 /// std::invalid_argument, with no number changed, if a gradient has another shape than its value.
 template <class Module>
 Index prepare_gradients(Module& module, Updates updates) {
@@ -46,9 +46,9 @@ Index prepare_gradients(Module& module, Updates updates) {
   return scalars;
 }
 
-/// The number of tasks for passes over the given number of scalars. Every task walks over all
-/// parameters, and few of them at once make for short runs through memory, so there are two tasks a
-/// worker for balance and none without enough to do.
+/// The number of tasks for passes over the given number of scalars. Every task visits all parameters, and
+/// the blocks of one task are the farther apart the more tasks there are. So there are only two tasks a
+/// worker, for balance, and none with too little work.
 inline Index optimizer_tasks(Index scalars) {
   constexpr Index worth_a_task = Index{1} << 14;
   const Index workers = worker_count(element_work(scalars));
@@ -57,12 +57,11 @@ inline Index optimizer_tasks(Index scalars) {
 }
 
 /// Calls f(lane, index, parameter, first, count) for every block of every parameter that is not
-/// idle, the blocks of a lane in order, several lanes at once; index counts the parameters. An idle
-/// parameter's blocks are dealt all the same, so that leaving it out moves no other block to
-/// another lane. It is one parallel region for the whole module, since a layer of many experts has
-/// a thousand small parameters and waking the workers for each would cost more than the work. Does
-/// not allocate. Throws std::invalid_argument, before the first call, if a gradient has another
-/// shape than its value.
+/// idle, the blocks of a lane in order, several lanes at once; index counts the parameters. The blocks
+/// of idle parameters are counted too, so that leaving them out moves no other block to another lane.
+/// There is one parallel region for the whole module: a layer of many experts has thousands of small
+/// parameters, and waking the workers for each would take longer than the work. Does not allocate.
+/// Throws std::invalid_argument, before the first call, if a gradient has another shape than its value.
 template <class Module, class F>
 void for_each_parameter_block(Module& module, Updates updates, F&& f) {
   const Index tasks = optimizer_tasks(prepare_gradients(module, updates));
@@ -88,8 +87,8 @@ void for_each_parameter_block(Module& module, Updates updates, F&& f) {
   });
 }
 
-/// Calls f(index, parameter, worker) for every parameter that is not idle and that
-/// chosen(parameter) says yes to, several at once, in one parallel region like
+/// Calls f(index, parameter, worker) for every parameter that is not idle and for which
+/// chosen(parameter) is true, several at once, in one parallel region like
 /// for_each_parameter_block(). The gradients must be prepared. Does not allocate.
 template <class Module, class Chosen, class F>
 void for_each_whole_parameter(Module& module, Updates updates, Chosen&& chosen, F&& f) {

@@ -14,11 +14,11 @@
 
 namespace moe {
 
-/// How an optimizer updates one parameter where that differs from the others.
+/// How the update of a parameter differs from that of others.
 struct ParameterGroup {
-  double rate_factor = 1;  ///< of the learning rate, finite and at least 0
+  double rate_factor = 1;  ///< a factor of the learning rate, finite and at least 0
   std::optional<double> weight_decay =
-      std::nullopt;  ///< finite and at least 0; else the optimizer's
+      std::nullopt;  ///< finite and at least 0; without one, the optimizer's
 };
 
 /// The group of a parameter by its name, that of for_each_parameter(): "gate.weight",
@@ -30,18 +30,18 @@ struct ParameterGroup {
 ///       return {};
 ///     });
 ///
-/// The optimizer calls it once a parameter, at the next update, and again when an update gets
-/// parameters that lie elsewhere: those of another module, or of one that was moved. Groups are
-/// configuration: not saved with an optimizer's state, and there after loading it.
+/// The optimizer calls it once for each parameter, in the next update, and again in an update of other
+/// parameters or of a module that was moved in memory. Groups belong to the configuration: they are not
+/// saved with an optimizer's state, and loading a state does not change them.
 ///
-/// A parameter whose rate_factor is 0 is left alone: its value, what is remembered of it and the
-/// number of its updates stay. Backward computes its gradient nevertheless, and clipping counts it;
-/// see Parameter::trained for one that is to get none.
+/// For a rate_factor of 0 the value of the parameter, its state in the optimizer and the number of its
+/// updates do not change. Backward still computes its gradient, and clipping counts it; to have no
+/// gradient either, set Parameter::trained to false.
 using ParameterGroups = std::function<ParameterGroup(std::string_view name)>;
 
 namespace detail {
 
-/// The groups of the parameters of a module, resolved: what all optimizers share.
+/// The groups of all parameters of a module, for all optimizers.
 class ResolvedGroups {
  public:
   /// Of one parameter.
@@ -56,8 +56,8 @@ class ResolvedGroups {
     module_type_ = nullptr;
   }
 
-  /// What an update of a module begins with; `weight_decay` is the optimizer's. Throws
-  /// std::invalid_argument where a group or a learning rate is out of range.
+  /// Called first in an update of a module; `weight_decay` is the optimizer's. Throws
+  /// std::invalid_argument if a group or a learning rate is out of range.
   template <class Module>
   void match(const Module& module, std::string_view optimizer, double weight_decay,
              double learning_rate) {
@@ -69,7 +69,7 @@ class ResolvedGroups {
     return used() ? resolved_[to_size(parameter)].group : common_;
   }
 
-  /// Whether a parameter is left alone.
+  /// Whether a parameter's rate_factor is 0.
   bool is_fixed(Index parameter) const { return (*this)[parameter].rate_factor == 0; }
 
  private:
@@ -81,9 +81,9 @@ class ResolvedGroups {
 
   bool used() const { return groups_ != nullptr; }
 
-  /// Resolves the groups unless that was done for these parameters, in which case no name is put
-  /// together and nothing allocated. Throws std::invalid_argument, with nothing changed, where a
-  /// group is out of range.
+  /// Finds the groups of the parameters. If that was done before for the same parameters, it makes no
+  /// names and does not allocate. Throws std::invalid_argument, with nothing changed, if a group is out
+  /// of range.
   template <class Module>
   void resolve(const Module& module, std::string_view optimizer, double weight_decay) {
     common_.weight_decay = weight_decay;
@@ -122,7 +122,7 @@ class ResolvedGroups {
   template <class Module>
   static constexpr char type_tag = 0;
 
-  /// By type and address of the parameters, which is all that names depend on.
+  /// Compares the type of the module and the addresses of its parameters: the names depend on no more.
   template <class Module>
   bool is_resolved(const Module& module) const {
     if (module_type_ != &type_tag<Module>) return false;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -12,7 +13,15 @@
 #include "moe/optim/parameter_groups.hpp"
 #include "moe/parameter.hpp"
 
-namespace moe::detail {
+namespace moe {
+
+/// The shape of a matrix that an optimizer remembers of a parameter.
+struct StateShape {
+  Index rows;
+  Index columns;
+};
+
+namespace detail {
 
 /// What `{}` is, where a constructor also takes a configuration: a scalar type is the better match.
 enum class Defaults {};
@@ -75,6 +84,9 @@ class UpdateCounts {
     }
     return counts;
   }
+  /// As ParameterState has them: of every parameter a number is remembered.
+  static constexpr bool remembers(Index) { return true; }
+  static constexpr void set_remembered(Index, bool) {}
   /// The memory of what is remembered of a parameter.
   std::span<char> bytes_of(Index parameter) {
     return {reinterpret_cast<char*>(&of_parameter_[to_size(parameter)]), sizeof(Index)};
@@ -107,35 +119,41 @@ class UpdateCounts {
 };
 
 /// Which part of a parameter's shape a matrix has that is remembered of it.
-enum class StateShape { whole, rows_by_one, one_by_columns };
+enum class StatePart { whole, rows_by_one, one_by_columns };
 
 /// What an optimizer remembers of a module: a matrix for each parameter, of its shape or of a column
-/// or a row of it, in the order of for_each_parameter.
+/// or a row of it, in the order of for_each_parameter. The matrix of a parameter that was not `trained`
+/// in any call of match() is empty, 0 x 0, which stands for zeros.
 template <class Scalar>
 class ParameterState {
  public:
-  explicit ParameterState(StateShape shape = StateShape::whole) : shape_(shape) {}
+  explicit ParameterState(StatePart part = StatePart::whole) : part_(part) {}
 
-  /// The first call makes matrices of zeros; a later one throws std::invalid_argument if the module
-  /// has other parameters than at the first.
+  /// Makes matrices of zeros for the trained parameters that have none yet. A later call throws
+  /// std::invalid_argument if the module has other parameters than at the first.
   template <class Module>
   void match(const Module& module, std::string_view optimizer) {
     if (matrices_.empty()) {
       *this = zeros_for(module);
-    } else {
-      require_same_parameters(module, optimizer, known_);
+      return;
     }
+    require_same_parameters(module, optimizer, known_);
+    Index index = 0;
+    walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& p) {
+      const Index i = index++;
+      if (p.trained && !remembers(i)) set_remembered(i, true);
+    });
   }
 
   /// What is remembered of a module whose parameters are those of `change` now.
   template <class Module>
   ParameterState after(const Module& module, const ModelChange& change) const {
-    if (matrices_.empty()) return ParameterState(shape_);
+    if (matrices_.empty()) return ParameterState(part_);
     ParameterState state = zeros_for(module);
     for (Index i = 0; i < change.parameters(); ++i) {
       const auto [from, columns] = change[i];
-      if (from == fresh_source) continue;
-      if (columns.empty() || shape_ == StateShape::rows_by_one) {
+      if (from == fresh_source || !remembers(from)) continue;
+      if (columns.empty() || part_ == StatePart::rows_by_one) {
         state[i] = (*this)[from];
       } else {
         select_columns((*this)[from], columns, state[i]);
@@ -143,15 +161,28 @@ class ParameterState {
     }
     return state;
   }
+  bool remembers(Index parameter) const { return (*this)[parameter].size() > 0; }
+  /// Makes what is remembered of a parameter zeros, or empty.
+  void set_remembered(Index parameter, bool remembered) {
+    const StateShape shape = remembered ? shape_of(parameter) : StateShape{0, 0};
+    resize_to_zero((*this)[parameter], shape.rows, shape.columns);
+  }
   /// The memory of what is remembered of a parameter.
   std::span<char> bytes_of(Index parameter) { return detail::bytes_of((*this)[parameter]); }
 
-  /// Calls f(name, matrix) for every matrix, named "what.name of the parameter".
+  /// Calls f(name, matrix) for every matrix, named "what.name of the parameter", or f(name, matrix,
+  /// shape) where f takes the StateShape that the matrix has when it is not empty.
   template <class Module, class F>
   void for_each(const Module& module, std::string_view what, F&& f) {
     Index index = 0;
     walk_parameters(module, [&](const ParameterName& name, const auto&) {
-      f(std::string(what) + '.' + name.string(), (*this)[index++]);
+      const Index i = index++;
+      const std::string key = std::string(what) + '.' + name.string();
+      if constexpr (std::invocable<F&, const std::string&, Matrix<Scalar>&, StateShape>) {
+        f(key, (*this)[i], shape_of(i));
+      } else {
+        f(key, (*this)[i]);
+      }
     });
   }
 
@@ -163,19 +194,22 @@ class ParameterState {
  private:
   template <class Module>
   ParameterState zeros_for(const Module& module) const {
-    ParameterState state(shape_);
+    ParameterState state(part_);
     walk_parameters(module, [&](const ParameterName&, const Parameter<Scalar>& p) {
-      const Index rows = p.value.rows();
-      const Index columns = p.value.cols();
-      state.known_.push_back({rows, columns, p.structure});
-      state.matrices_.push_back(
-          detail::zeros<Scalar>(shape_ == StateShape::one_by_columns ? 1 : rows,
-                                shape_ == StateShape::rows_by_one ? 1 : columns));
+      state.known_.push_back({p.value.rows(), p.value.cols(), p.structure});
+      state.matrices_.emplace_back();
+      if (p.trained) state.set_remembered(state.size() - 1, true);
     });
     return state;
   }
 
-  StateShape shape_;
+  StateShape shape_of(Index parameter) const {
+    const KnownParameter& known = known_[to_size(parameter)];
+    return {part_ == StatePart::one_by_columns ? 1 : known.rows,
+            part_ == StatePart::rows_by_one ? 1 : known.columns};
+  }
+
+  StatePart part_;
   std::vector<KnownParameter> known_;
   std::vector<Matrix<Scalar>> matrices_;
 };
@@ -189,4 +223,5 @@ void match_states(const Module& module, std::string_view optimizer, ParameterSta
   updates.match(first.size());
 }
 
-}  // namespace moe::detail
+}  // namespace detail
+}  // namespace moe

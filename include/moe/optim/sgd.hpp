@@ -15,7 +15,8 @@ namespace moe {
 ///     w = (1 - η·weight_decay)·w - η·v      η the learning rate
 ///
 /// B. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. After the
-/// first update of a module no further one allocates; without momentum nothing is remembered.
+/// first update of a module no further one allocates, but for parameters that were not trained until
+/// then; without momentum nothing is remembered.
 ///
 /// Updates::lazy leaves an expert that got no token entirely alone, where a dense update decays its
 /// weights and moves them on by their momentum, which decays too.
@@ -72,8 +73,9 @@ class SGD {
   }
 
   /// What the optimizer remembers of a module, to be saved or restored: with momentum, calls
-  /// f(name, matrix) with "velocity.experts.3.up.weight" and so on. Throws std::invalid_argument if
-  /// the module is not that of the first update.
+  /// f(name, matrix) with "velocity.experts.3.up.weight" and so on; the matrix of a parameter that was
+  /// never trained is empty, 0 x 0, which stands for zeros. An f(name, matrix, shape) gets the StateShape
+  /// that it has otherwise. Throws std::invalid_argument if the module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     if (config_.momentum == 0) return;

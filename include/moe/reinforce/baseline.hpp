@@ -11,24 +11,23 @@
 #include "moe/reinforce/sampled_steps.hpp"
 
 /// \file
-/// Baselines: what is subtracted from a return, so that the sum of what was better and what was
-/// worse than expected remains: the expectation of the gradient stays, its variance falls ([W92],
-/// see returns.hpp; [R16], see schedule.hpp).
+/// Baselines: an expected return b that is subtracted from the return R_t, which lowers the variance of
+/// the gradient and not its expectation ([W92], see returns.hpp; [R16], see schedule.hpp).
 ///
-/// b in the advantage R_t - b never depends on the symbols whose probability it weighs. A
-/// sequence's return below is that of its first sampled step, and b is then the same at all its
-/// steps: right for rewards at the end. Where rewards come at every step, late steps have less to
-/// come, and of these baselines only the linear one knows.
+/// b in the advantage R_t - b never depends on the symbols whose log-probability the advantage
+/// multiplies. Except in LinearBaseline, b is an estimate of the return at the first sampled step of a
+/// sequence, and is the same at all its steps. This suits rewards at the end of a sequence. If rewards
+/// come at every step, the return falls along the sequence, and only LinearBaseline can follow.
 
 namespace moe {
 
 /// A baseline is a value: its settings and what it has learned.
 ///
-///     needs_greedy_rollout     whether SampledSteps::greedy_return() is used; costs a rollout
+///     needs_greedy_rollout     whether it uses SampledSteps::greedy_return(), which costs a rollout
 ///     check(samples)           const; throws std::invalid_argument for settings out of range
-///     predict(steps, b)        b_t of every sampled step, steps.count() of them, at least one;
-///                              changes nothing that later predictions depend on
-///     learn(steps, b)          once the update cannot fail any more, b being what predict() gave
+///     predict(steps, b)        sets b_t of every sampled step, steps.count() >= 1 of them; changes
+///                              nothing that later predictions depend on
+///     learn(steps, b)          called when the update can no longer fail, with the b of predict()
 ///
 /// One with parameters has visit_parameters, and learn() adds to their gradients.
 // clang-format off
@@ -46,38 +45,44 @@ concept BaselineFor =
 
 /// b = 0.
 struct NoBaseline {
+  /// See BaselineFor.
   static constexpr bool needs_greedy_rollout = false;
+  /// Any settings are possible.
   void check(Index) const {}
 
+  /// Zeros.
   template <Policy P>
   void predict(const SampledSteps<P>&, std::span<double> b) const {
     std::fill(b.begin(), b.end(), 0.0);
   }
+  /// Does nothing.
   template <Policy P>
   void learn(const SampledSteps<P>&, std::span<const double>) const {}
 };
 
-/// An exponential moving average. Two numbers, so that it can be saved and restored.
+/// An exponential moving average; its two numbers are all of its state, to save and restore.
 struct RunningMean {
-  double sum = 0;
-  double weight = 0;
+  double sum = 0;     ///< the weighted sum
+  double weight = 0;  ///< the sum of the weights
 
-  /// 0 before the first value.
+  /// The average of the values so far, 0 before the first.
   double mean() const { return weight > 0 ? sum / weight : 0; }
 
-  /// The older values lose `rate` of their weight, which is 1 in the end.
+  /// Adds a value: it gets the weight `rate`, and the older values lose `rate` of theirs.
   void add(double value, double rate) {
     sum += rate * (value - sum);
     weight += rate * (1 - weight);
   }
 };
 
-/// The mean return of the sequences in batches before.
+/// b = an exponential moving average of the mean return of earlier batches.
 struct RunningMeanBaseline {
-  double rate = 0.05;  ///< how much of the mean a batch replaces, in (0, 1]
+  double rate = 0.05;  ///< the weight of a new batch in the mean, in (0, 1]
   RunningMean mean{};  ///< its sum finite, its weight in [0, 1]
 
+  /// See BaselineFor.
   static constexpr bool needs_greedy_rollout = false;
+  /// Throws std::invalid_argument for a field out of range.
   void check(Index) const {
     detail::require(rate > 0 && rate <= 1, "RunningMeanBaseline.rate = ", rate,
                     ", must be in (0, 1]");
@@ -86,22 +91,25 @@ struct RunningMeanBaseline {
                     ", must be finite and in [0, 1]");
   }
 
+  /// The mean, 0 before the first update, at every step.
   template <Policy P>
   void predict(const SampledSteps<P>&, std::span<double> b) const {
     std::fill(b.begin(), b.end(), mean.mean());
   }
+  /// Adds the mean return of this batch.
   template <Policy P>
   void learn(const SampledSteps<P>& steps, std::span<const double>) {
     mean.add(steps.mean_return(), rate);
   }
 };
 
-/// b_t = w·h_t + c in the policy's state h_t, trained by squared error, with no gradient into the
-/// policy [R16 sec. 3.2.1]; needs a PolicyWithHidden with the same Scalar. w and c are parameters,
-/// "weight" and "bias", and start from 0.
+/// b_t = w·h_t + c of the policy's state h_t, trained by squared error, without a gradient to the policy
+/// [R16 sec. 3.2.1]. Needs a PolicyWithHidden with the same Scalar. w and c are parameters, "weight" and
+/// "bias", and are 0 initially.
 template <class Scalar = float>
 class LinearBaseline {
  public:
+  /// The configuration; the constructor checks it.
   struct Config {
     Index hidden = 0;  ///< W, the width of the policy's state, at least 1
   };
@@ -113,9 +121,12 @@ class LinearBaseline {
     linear_.bias.value.setZero();
   }
 
+  /// See BaselineFor.
   static constexpr bool needs_greedy_rollout = false;
+  /// The constructor has checked the configuration.
   void check(Index) const {}
 
+  /// b_t = w·h_t + c. Throws std::invalid_argument if h_t is not of Config.hidden numbers.
   template <PolicyWithHidden P>
   requires std::same_as<typename P::Scalar, Scalar>
   void predict(const SampledSteps<P>& steps, std::span<double> b) {
@@ -139,6 +150,7 @@ class LinearBaseline {
     linear_.backward(dy_, tape_);
   }
 
+  /// "weight" and "bias".
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     Linear<Scalar>::visit_parameters(self.linear_, visit);
@@ -157,35 +169,42 @@ class LinearBaseline {
   Matrix<Scalar> hidden_, dy_;
 };
 
-/// The return of what the policy writes for the same input when it takes the most probable symbol
+/// b = the return of the sequence that the policy writes for the same input with the most probable symbol
 /// at every step, without noise.
 ///
 /// S. Rennie, E. Marcheret, Y. Mroueh, J. Ross, V. Goel, "Self-critical Sequence Training for Image
 /// Captioning", CVPR 2017.
 struct GreedyBaseline {
+  /// See BaselineFor.
   static constexpr bool needs_greedy_rollout = true;
+  /// Any settings are possible.
   void check(Index) const {}
 
+  /// The return of the greedy sequence of the same input, at every step.
   template <Policy P>
   void predict(const SampledSteps<P>& steps, std::span<double> b) const {
     for (Index i = 0; i < steps.count(); ++i) {
       b[detail::to_size(i)] = steps.greedy_return(steps.input(i));
     }
   }
+  /// Does nothing.
   template <Policy P>
   void learn(const SampledSteps<P>&, std::span<const double>) const {}
 };
 
-/// The mean return of the other samples for the same input.
+/// b = the mean return of the other samples for the same input.
 ///
 /// W. Kool, H. van Hoof, M. Welling, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", 2019.
 struct LeaveOneOutBaseline {
+  /// See BaselineFor.
   static constexpr bool needs_greedy_rollout = false;
+  /// Throws std::invalid_argument unless there are at least two samples.
   void check(Index samples) const {
     detail::require(samples >= 2, "Reinforce::Config.samples = ", samples,
                     ", must be at least 2 for LeaveOneOutBaseline");
   }
 
+  /// The mean return of the other samples, at every step.
   template <Policy P>
   void predict(const SampledSteps<P>& steps, std::span<double> b) const {
     for (Index i = 0; i < steps.count(); ++i) {
@@ -197,12 +216,13 @@ struct LeaveOneOutBaseline {
       b[detail::to_size(i)] = sum / static_cast<double>(steps.samples() - 1);
     }
   }
+  /// Does nothing.
   template <Policy P>
   void learn(const SampledSteps<P>&, std::span<const double>) const {}
 };
 
-/// The baselines that come with the library, of which a Reinforce<P> has one: the linear one only
-/// where the policy shows its state.
+/// The baselines of the library, of which a Reinforce<P> has one; LinearBaseline only for a
+/// PolicyWithHidden.
 template <Policy P>
 using Baselines = std::conditional_t<
     PolicyWithHidden<P>,

@@ -7,7 +7,7 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// What a user sets of Reinforce, and the checks of it.
+/// The configuration of Reinforce, and its checks.
 
 namespace moe {
 
@@ -15,23 +15,24 @@ namespace moe {
 template <class Baseline>
 struct ReinforceConfig {
   Index end = 0;           ///< the symbol that ends a sequence
-  Index start = -1;        ///< what the policy reads at the first step, at least 0, it need not be
-                           ///< one of the V symbols; -1 stands for the end symbol
+  Index start = -1;        ///< the number that the policy reads at the first step, at least 0, not
+                           ///< necessarily one of the V symbols; -1 stands for the end symbol
   Index max_length = 0;    ///< the length limit, the end symbol included, in [1, 1,000,000]; a
-                           ///< rollout takes memory for R times as many symbols
+                           ///< rollout takes memory for R·max_length symbols
   double temperature = 1;  ///< τ > 0 of sampling and of REINFORCE's gradient
   double discount = 1;     ///< in [0, 1]
   Baseline baseline{};     ///< initially the first one, RunningMeanBaseline by default
   Index samples = 1;       ///< sequences sampled for an input; at least 2 for LeaveOneOutBaseline
 
-  /// R_t - b_t to mean 0 and standard deviation 1 over a batch's sampled steps, which changes their
-  /// scale and, by the batch's own mean, a little of their expectation.
+  /// Whether R_t - b_t is shifted to mean 0 and scaled to standard deviation 1 over the sampled steps of a
+  /// batch. This changes the scale of the gradient and, since the mean is that of the batch itself,
+  /// slightly its expectation.
   bool normalise = false;
 
-  /// β >= 0: the gradient of (β/N)·Σ_t (entropy of π_τ at a sampled step) is added, each step by
-  /// itself: no symbol gets credit for the entropy of later steps.
+  /// β >= 0: adds the gradient of (β/N)·Σ_t (entropy of π_τ at sampled step t). Each step counts by itself:
+  /// a symbol is not credited with the entropy of later steps.
   double entropy_bonus = 0;
-  std::uint64_t seed = 0;  ///< of the dice
+  std::uint64_t seed = 0;  ///< of the sampling
 };
 
 namespace detail {

@@ -16,7 +16,7 @@
 
 namespace moe::detail {
 
-/// What the gradient at a row needs besides the row.
+/// The weights and counts of the objective, the same for all rows.
 struct LogitsObjective {
   double temperature = 1;
   double entropy_bonus = 0;
@@ -26,8 +26,8 @@ struct LogitsObjective {
   double references = 1;        ///< and of that over references
 };
 
-/// The gradient at a sampled step: that of REINFORCE, less that of the entropy,
-/// ∂H/∂z = -(1/τ)·p ⊙ (log p + H). dx holds the exponentials.
+/// The gradient at a sampled step: that of REINFORCE minus that of the entropy,
+/// ∂H/∂z = -(1/τ)·p ⊙ (log p + H). On entry dx has the exponentials of the softmax.
 template <class Scalar>
 void sampled_row_gradient(const LogitsObjective& objective, const SoftmaxRow<Scalar>& softmax,
                           Index symbols, const Scalar* x, Index symbol, double advantage,
@@ -55,10 +55,9 @@ void sampled_row_gradient(const LogitsObjective& objective, const SoftmaxRow<Sca
   dx[symbol] -= static_cast<Scalar>(weighted / count);
 }
 
-/// dlogits, (steps·R) x V, and what the statistics need of the softmax: log_probability and
-/// entropy, R x max_length. `advantages` has one entry for each of `sampled`. Rows of padding are
-/// not read, and dlogits is 0 there.
-/// Throws std::invalid_argument for logits that are not finite and symbols of probability 0.
+/// Computes dlogits, (steps·R) x V, and for the statistics log_probability and entropy, R x max_length.
+/// `advantages` has an entry for each of `sampled`. Rows of padding are not read, and dlogits is 0
+/// there. Throws std::invalid_argument for logits that are not finite and symbols of probability 0.
 template <class Scalar>
 void make_dlogits(const LogitsObjective& objective, const Plan& plan, const Rollout& rollout,
                   const PackedRows& sampled, std::span<const double> advantages,

@@ -9,11 +9,11 @@
 #include "moe/reinforce/schedule.hpp"
 
 /// \file
-/// Which rows a batch has, and which of their symbols are a reference's.
+/// The rows of a batch, and which of their symbols are forced to be those of a reference.
 
 namespace moe::detail {
 
-/// The rows of an input: `samples` sampled ones, then one for the reference where it is trained.
+/// The rows of an input: `samples` sampled ones, then one of the reference if it is trained.
 struct Plan {
   Plan(const Objective& objective, Index samples_of_input)
       : prefix(objective.prefix),
@@ -32,8 +32,8 @@ struct Plan {
   double reference_weight;
 };
 
-/// Throws std::invalid_argument for an objective out of range, and for references that are not as
-/// many as inputs, are too long or hold what is no symbol.
+/// Throws std::invalid_argument for an objective out of range, for a number of references that is not
+/// that of the inputs, and for a reference that is too long or has a number that is not a symbol.
 template <class Baseline>
 void check_references(const ReinforceConfig<Baseline>& config, Index symbols, std::size_t inputs,
                       std::span<const std::vector<Index>> references, const Objective& objective) {
@@ -55,7 +55,7 @@ void check_references(const ReinforceConfig<Baseline>& config, Index symbols, st
   }
 }
 
-/// Puts the first `count` symbols of a reference and its end in place.
+/// Writes the first `count` symbols of a reference, of which the end symbol is the last, to a row.
 inline void force(std::span<const Index> reference, Index count, Index end, Index row,
                   Rollout& rollout) {
   const auto length = static_cast<Index>(reference.size()) + 1;

@@ -10,7 +10,7 @@
 #include "moe/random.hpp"
 
 /// \file
-/// What Reinforce needs of a network that writes sequences.
+/// The concept Policy: a network that writes sequences, for Reinforce.
 
 namespace moe {
 
@@ -18,30 +18,30 @@ namespace moe {
 /// the state of the agent, the next symbol the action.
 ///
 /// A batch has R = inputs·samples rows; row r writes for input r / samples, so an encoder need read
-/// each input once. What a row reads at a step is the symbol it wrote before (at the first step the
-/// start symbol), and a negative number where the row has ended. So `previous` says which rows are
-/// valid: the others are padding, their logits are not read, their rows of dlogits are 0, and they
-/// must reach neither a gate nor a loss. A policy that runs a layer over all rows at once hands it
-/// the mask that mark_valid() makes; one whose layers have no mask packs the rows, see PackedRows.
+/// each input only once. At each step a row reads the symbol that it wrote before (at the first step
+/// the start symbol), or a negative number if it has ended. So `previous` says which rows are valid:
+/// the others are padding. Their logits are not read, their rows of dlogits are 0, and they must reach
+/// neither a gate nor a loss. A policy that calls a layer with all rows passes it the mask made by
+/// mark_valid(); for layers without a mask it packs the rows, see PackedRows.
 ///
-///     symbols()                                        how many there are, V
-///     begin(inputs, samples, noise, state)             const; the state before the first step
-///     step(previous, state)                            const; R numbers to logits R x V; the state
-///                                                      moves on
-///     forward(inputs, samples, previous, noise, tape)  const; the steps of all rows at once,
-///                                                      previous being steps·R numbers, those of
-///                                                      step t from t·R on; logits (steps·R) x V
+///     symbols()                                        V, the number of symbols
+///     begin(inputs, samples, noise, state)             const; sets the state before the first step
+///     step(previous, state)                            const; R symbols to logits R x V; advances the
+///                                                      state
+///     forward(inputs, samples, previous, noise, tape)  const; all steps of all rows at once: previous
+///                                                      is steps·R numbers, those of step t from t·R
+///                                                      on; logits (steps·R) x V
 ///     backward(dlogits, tape)                          after forward: adds to the parameters'
 ///                                                      gradients. dlogits is 0 in padding
 ///
-/// Given the same numbers, step and forward give the same logits. `noise` is the key of whatever
-/// the policy draws: a mixture's gate, dropout. Without a key nothing is drawn, as in evaluation.
-/// With the same key forward must draw what the steps drew: step() counts the rows that it handed
-/// to a mixture before, padding too where a mask marks it, and passes their number on as
-/// NoiseKey::first_token.
+/// Given the same numbers, step and forward give the same logits. `noise` is the key of all random
+/// numbers of the policy: those of a mixture's gate, of dropout. Without a key nothing is drawn, as in
+/// evaluation. With the same key forward must draw the same numbers as the steps. For that, step()
+/// counts the rows that it passed to a mixture at earlier steps (padding too, if a mask marks it), and
+/// passes their number as NoiseKey::first_token.
 ///
-/// A logit of -infinity forbids a symbol. The losses of a MoELayer inside the policy are in its
-/// backward already, once and unscaled, whatever the objective.
+/// A logit of -infinity forbids a symbol. The backward of a MoELayer in the policy includes the layer's
+/// own losses, once and unscaled, whatever the objective.
 // clang-format off
 template <class P>
 concept Policy =
@@ -64,8 +64,8 @@ concept Policy =
       P::visit_parameters(trained, detail::AnyVisitor{});
     };
 
-/// A policy that shows its state, for LinearBaseline: hidden(tape), after forward, is one row for
-/// each row of the logits, (steps·R) x W; rows of padding may hold anything.
+/// A policy with access to its state, for LinearBaseline: hidden(tape), after forward, has a row for each
+/// row of the logits, (steps·R) x W; rows of padding may have any values.
 template <class P>
 concept PolicyWithHidden = Policy<P> && requires(const P& policy, const typename P::Tape& tape) {
   { policy.hidden(tape) } -> std::same_as<const Matrix<typename P::Scalar>&>;
@@ -79,7 +79,7 @@ template <class T>
 concept HasState = requires { typename T::State; };
 // clang-format on
 
-/// What Reinforce says when a class is no Policy: one message for each thing that can be missing.
+/// The compile errors for a class that is not a Policy: a message for each missing member.
 template <class P>
 constexpr bool check_policy_requirements() {
   static_assert(HasScalar<P>, "a policy must have a type Scalar");
@@ -129,8 +129,8 @@ constexpr bool check_policy_requirements() {
 
 }  // namespace detail
 
-/// The mask of padding: valid[i] = 1 where row i reads a symbol, 0 where it has ended, in the form
-/// that layers and SoftmaxCrossEntropy take. Keep it in the tape: it must outlive the pass.
+/// The mask of padding for layers and SoftmaxCrossEntropy: valid[i] = 1 if row i reads a symbol, 0 if it
+/// has ended. Store it in the tape: it must outlive the pass.
 inline void mark_valid(IndexSpan previous, std::vector<std::uint8_t>& valid) {
   valid.resize(previous.size());
   for (std::size_t i = 0; i < previous.size(); ++i) valid[i] = previous[i] >= 0 ? 1 : 0;

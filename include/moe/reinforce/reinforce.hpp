@@ -27,8 +27,8 @@
 
 namespace moe {
 
-/// REINFORCE [W92] for sequences, with the cross-entropy that it starts from and is annealed with
-/// [R16]. N sequences, S_n symbols in the n-th, V symbols to choose from, temperature τ:
+/// REINFORCE [W92] for sequences, combined with cross-entropy, from which training begins [R16]. N
+/// sequences, V symbols to choose from, temperature τ:
 ///
 ///     cross-entropy   (1/N) Σ_n Σ_t -log π(reference_t | ...)
 ///     REINFORCE       -(1/N) Σ_n Σ_t A_t·log π_τ(a_t | ...),            a_t sampled from π_τ
@@ -36,12 +36,12 @@ namespace moe {
 ///     A_t             discount^t·(R_t - b_t),   b_t see baseline.hpp
 ///     w.r.t. logits   (A_t / (N·τ))·(softmax(z_t / τ) - onehot(a_t))
 ///
-/// Both are means over sequences, not over symbols, so the expectation of the second's gradient is,
-/// exactly, that of the expected return Σ_t discount^t·r_t of a sequence (the factor discount^t,
-/// which many programs leave out, belongs to that). Where a sequence begins with a forced prefix, t
-/// counts from its end. The end symbol is a symbol like the others: its step is trained, no step
-/// after it is. So sequences of unequal length share a batch, and what pads the shorter ones takes
-/// no part in any sum, mean, entropy or normalisation.
+/// Both are means over sequences, not over symbols. So the expectation of REINFORCE's gradient is
+/// exactly the gradient of the expected return Σ_t discount^t·r_t of a sequence. (That includes the
+/// factor discount^t of A_t, which many programs leave out.) If a sequence begins with a forced prefix,
+/// t counts from the end of the prefix. The end symbol is a symbol like the others: its step is
+/// trained, and no step after it. So sequences of unequal length can share a batch: padding does not
+/// count in any sum, mean, entropy or normalisation.
 ///
 ///     moe::Reinforce<MyPolicy> reinforce({.end = 0, .max_length = 20,
 ///                                         .baseline = moe::LeaveOneOutBaseline{}, .samples = 4});
@@ -56,32 +56,33 @@ namespace moe {
 ///     }
 ///
 /// A reward is anything that can be called as reward(input, sequence, done) and returns a number;
-/// `sequence` is what was written so far, the end symbol included, and `done` says that nothing
-/// will follow, either because the end symbol was written or because the length limit was reached.
-/// It is called after every symbol, from one thread, in a fixed order; a score of the whole returns
-/// 0 until done.
+/// `sequence` has the symbols written so far, the end symbol included, and `done` is true after the
+/// end symbol or at the length limit. It is called after every symbol, from one thread, in a fixed
+/// order. For a score of the whole sequence return 0 until done.
 ///
-/// The only thing that changes from update to update is the baseline, see baseline() and
-/// set_baseline(). A linear one has parameters and needs an optimizer of its own:
+/// The baseline is the only state that changes from update to update, see baseline() and
+/// set_baseline(). A LinearBaseline has parameters and needs an optimizer of its own:
 ///
 ///     moe::zero_gradients(reinforce);                   // with those of the policy
 ///     if (statistics.sampled_steps > 0) baseline_adam.update(reinforce, 1e-2);
 ///
-/// The baseline is one of the library's; Reinforce<MyPolicy, MyBaseline> has one that you wrote.
+/// By default the baseline is one of the library's, see Baselines; with Reinforce<MyPolicy, MyBaseline>
+/// it is MyBaseline.
 template <class P, class... Own>
 class Reinforce {
   static_assert(detail::check_policy_requirements<P>());
   static_assert((BaselineFor<Own, P> && ...), "a baseline must have the verbs of BaselineFor");
 
  public:
-  using Scalar = typename P::Scalar;
-  using Input = typename P::Input;
+  using Scalar = typename P::Scalar;     ///< that of the policy
+  using Input = typename P::Input;       ///< that of the policy
   using Reference = std::vector<Index>;  ///< symbols, without the end symbol
+  /// A std::variant of the baselines it can have.
   using Baseline = std::conditional_t<sizeof...(Own) == 0, Baselines<P>, std::variant<Own...>>;
-  using Config = ReinforceConfig<Baseline>;
-  using Statistics = ReinforceStatistics;
+  using Config = ReinforceConfig<Baseline>;  ///< see ReinforceConfig
+  using Statistics = ReinforceStatistics;    ///< see ReinforceStatistics
 
-  /// The caller's scratch, and what an update left to look at.
+  /// The caller's scratch, and the sequences and figures of the last update.
   struct Tape {
     Rollout rollout;                      ///< the sequences, rows() = R
     std::vector<double> rewards;          ///< R x max_length
@@ -90,47 +91,50 @@ class Reinforce {
     std::vector<double> entropy;          ///< R x max_length, at sampled steps
     std::vector<double> advantages;       ///< A_t, one a sampled step, time-major
     Matrix<Scalar> dlogits;               ///< (steps·R) x V
-    typename P::Tape policy;
+    typename P::Tape policy;              ///< the policy's own
 
-    Rollout greedy;
-    std::vector<double> greedy_rewards, greedy_returns;
-    std::vector<double> baselines;  ///< one a sampled step
-    PackedRows sampled;             ///< the sampled steps among the rows of the logits
-    typename P::State state, greedy_state;
-    Matrix<Scalar> terms, greedy_terms;
+    Rollout greedy;                      ///< the greedy sequences, for GreedyBaseline
+    std::vector<double> greedy_rewards,  ///< inputs x max_length
+        greedy_returns;                  ///< inputs x max_length
+    std::vector<double> baselines;       ///< b_t, one a sampled step
+    PackedRows sampled;                  ///< the sampled steps among the rows of the logits
+    typename P::State state,             ///< the policy's state during the rollout
+        greedy_state;                    ///< and during the greedy one
+    Matrix<Scalar> terms,                ///< scratch
+        greedy_terms;                    ///< scratch
   };
 
   /// Throws std::invalid_argument for a configuration out of range.
   explicit Reinforce(Config config) : config_(detail::checked<Scalar>(std::move(config))) {}
 
-  /// Its baseline is that of now, its start a symbol.
+  /// The configuration, with the present baseline, and the end symbol in place of a `start` of -1.
   const Config& config() const { return config_; }
 
-  /// The baseline with what it has learned, to be saved: std::get<RunningMeanBaseline>(baseline())
-  /// has two numbers, a linear one has parameters.
+  /// The baseline with what it has learned, for example to save it: the `mean` of
+  /// std::get<RunningMeanBaseline>(baseline()), or the parameters of a LinearBaseline.
   const Baseline& baseline() const { return config_.baseline; }
 
-  /// Takes a baseline in the place of the one there is, with what the new one has learned. Throws
-  /// std::invalid_argument, nothing having changed, if it is out of range.
+  /// Replaces the baseline, for example by one that was saved. Throws std::invalid_argument, with nothing
+  /// changed, if it is out of range.
   void set_baseline(Baseline baseline) {
     std::visit([&](const auto& b) { b.check(config_.samples); }, baseline);
     config_.baseline = std::move(baseline);
   }
 
-  /// Adds to the policy's gradients those of the objective, to be minimised, and to those of the
-  /// baseline, if it has parameters, its own.
+  /// Adds the gradient of the objective, which is to be minimised, to the gradients of the policy, and
+  /// that of the baseline's squared error to its own, if it has parameters.
   ///
-  /// `references` has one for each input, and may be empty for {.reinforce = 1}. Give every update
-  /// its own key.step: with the same key the same sequences are sampled, and the policy draws the
-  /// same noise, in the rollout and in the gradient pass as well. Sample s of input i draws the
-  /// dice of token first_token + i·Config::samples + s, so the parts of a batch can draw what the
-  /// whole would.
+  /// `references` has a sequence for each input, or may be empty for {.reinforce = 1}. Give every update
+  /// its own key.step: the same key samples the same sequences, and the policy draws the same noise, in
+  /// the rollout and in the gradient pass. Sample s of input i is drawn as token
+  /// first_token + i·Config::samples + s, so that parts of a batch can draw the same symbols as the
+  /// whole.
   ///
-  /// Throws std::invalid_argument, nothing having been added to any gradient and the baseline
-  /// predicting what it did, for an empty batch, references that are not as many as inputs, too
-  /// long or hold a symbol that is out of range or forbidden, a reward, return, baseline or logit
-  /// that is not finite, and for logits of the wrong shape. The same holds for exceptions of the
-  /// reward and of all functions of the policy but backward.
+  /// Throws std::invalid_argument for an empty batch, for a number of references that is not that of the
+  /// inputs, for a reference that is too long or has a symbol that is out of range or forbidden, for a
+  /// reward, return, baseline or logit that is not finite, and for logits of the wrong shape. Then no
+  /// gradient was added and the baseline's predictions are unchanged. The same holds for exceptions of
+  /// the reward and of the policy, except of its backward().
   template <detail::RewardOf<Input> Reward>
   Statistics add_gradients(P& policy, std::span<const Input> inputs,
                            std::span<const Reference> references, Reward&& reward,
@@ -164,9 +168,8 @@ class Reinforce {
     return statistics;
   }
 
-  /// Sequences sampled for each input, Config::samples of them at the temperature, as
-  /// add_gradients() samples them for the same key. Throws std::invalid_argument for an empty
-  /// batch.
+  /// Samples Config::samples sequences for each input, at the temperature, as add_gradients() does with
+  /// the same key: tape.rollout. Throws std::invalid_argument for an empty batch.
   void sample(const P& policy, std::span<const Input> inputs, const NoiseKey& key,
               Tape& tape) const {
     check_batch(policy, inputs);
@@ -175,7 +178,8 @@ class Reinforce {
     detail::write_all(policy, inputs, key, sampling(key), tape.rollout, tape.state, tape.terms);
   }
 
-  /// The most probable symbol at every step, one sequence an input, without noise: evaluation.
+  /// Evaluation: writes a sequence for each input, with the most probable symbol at every step and without
+  /// noise: tape.rollout. Throws std::invalid_argument for an empty batch.
   void decode(const P& policy, std::span<const Input> inputs, Tape& tape) const {
     check_batch(policy, inputs);
     detail::reset(tape.rollout, static_cast<Index>(inputs.size()), 1, config_.max_length);

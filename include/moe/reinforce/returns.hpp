@@ -17,9 +17,9 @@
 
 namespace moe {
 
-/// The reward to go: returns[t] = rewards[t] + discount·returns[t + 1]. A step gets credit for what
-/// comes at it and after it, and none for what came before. Both have the same length, else
-/// std::invalid_argument; they may be the same memory.
+/// The reward to go: returns[t] = rewards[t] + discount·returns[t + 1]. A step is credited with the
+/// rewards at it and after it. Both have the same length, else std::invalid_argument; they may be the
+/// same memory.
 inline void rewards_to_go(std::span<const double> rewards, double discount,
                           std::span<double> returns) {
   detail::require(rewards.size() == returns.size(), "rewards_to_go: ", rewards.size(),
@@ -33,14 +33,14 @@ inline void rewards_to_go(std::span<const double> rewards, double discount,
 
 namespace detail {
 
-/// A reward: a number for (input, what was written so far, whether that is all of it).
+/// A reward: a number for (input, symbols so far, whether these are all).
 template <class Reward, class Input>
 concept RewardOf = requires(Reward& reward, const Input& input, std::span<const Index> sequence) {
   { reward(input, sequence, true) } -> std::convertible_to<double>;
 };
 
-/// Calls the reward after every symbol of the rows that have a sampled one, which a reference's has
-/// not. rewards is R x max_length.
+/// Calls the reward after every symbol of the rows that have a sampled symbol (a row of a reference has
+/// none). rewards is R x max_length.
 template <class Input, class Reward>
 void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& rollout,
                  std::vector<double>& rewards) {
@@ -50,7 +50,7 @@ void call_reward(std::span<const Input> inputs, Reward& reward, const Rollout& r
     const std::span<const Index> sequence = rollout.sequence(row);
     const Input& input = inputs[to_size(row / rollout.samples)];
     for (std::size_t t = 0; t < sequence.size(); ++t) {
-      const double value =
+      const auto value =
           static_cast<double>(reward(input, sequence.first(t + 1), t + 1 == sequence.size()));
       require(std::isfinite(value), "Reinforce: the reward of row ", row, " at step ", t, " is ",
               value);

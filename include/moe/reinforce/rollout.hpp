@@ -16,27 +16,26 @@
 
 namespace moe {
 
-/// The sequences of a batch, R = inputs·samples rows. Each holds the symbols as they were written,
-/// the end symbol last if it was written at all: a sequence that runs into the length limit is
-/// truncated and has none.
+/// The sequences of a batch, R = inputs·samples rows. Each has the symbols as they were written. The
+/// last is the end symbol, unless the sequence was truncated at the length limit.
 struct Rollout {
   Index samples = 0;     ///< rows of an input
   Index max_length = 0;  ///< the length limit
   Index steps = 0;       ///< length of the longest sequence
 
-  std::vector<Index> length;            ///< R, the end symbol included
-  std::vector<Index> forced;            ///< R, how many symbols, the first, are a reference's
+  std::vector<Index> length;  ///< R, the end symbol included
+  std::vector<Index> forced;  ///< R, the number of symbols at the beginning that are forced
   std::vector<std::uint8_t> truncated;  ///< R, 1 or 0
   std::vector<Index> symbols;           ///< R x max_length
   std::vector<double> log_probability;  ///< R x max_length, of each sampled symbol
-  std::vector<Index> previous;          ///< steps x R, what the policy read; negative in padding
+  std::vector<Index> previous;  ///< steps x R, the symbols the policy read; negative: padding
 
-  Index rows() const { return static_cast<Index>(length.size()); }
+  Index rows() const { return static_cast<Index>(length.size()); }  ///< R
 
-  /// Where step t of a row stands in symbols and log_probability.
+  /// The index of step t of a row in `symbols` and `log_probability`.
   std::size_t at(Index row, Index t) const { return detail::to_size(row * max_length + t); }
 
-  /// What a row has written.
+  /// The symbols of a row.
   std::span<const Index> sequence(Index row) const {
     return std::span(symbols).subspan(at(row, 0), detail::to_size(length[detail::to_size(row)]));
   }
@@ -62,7 +61,7 @@ double log_probability_at(double temperature, const SoftmaxRow<Scalar>& row, Sca
   return -row.loss(temperature == 1 ? x : x * static_cast<Scalar>(1 / temperature));
 }
 
-/// The class at which the running sum of `terms` passes `fraction` < 1 of the whole.
+/// The class at which the running sum of `terms` exceeds `fraction` (in [0, 1)) of the whole sum.
 template <class Scalar>
 Index draw(Index classes, const Scalar* terms, double fraction) {
   double total = 0;
@@ -77,7 +76,7 @@ Index draw(Index classes, const Scalar* terms, double fraction) {
     sum += static_cast<double>(terms[i]);
     if (sum > mark) return i;
   }
-  return largest;  // where the product rounded up to the whole
+  return largest;  // if the product was rounded up to the whole sum
 }
 
 /// Uniform in [0, 1) with 53 random bits.
@@ -116,7 +115,7 @@ inline bool is_live(const Rollout& rollout, Index row, Index t, Index end) {
          (t == 0 || rollout.symbols[rollout.at(row, t - 1)] != end);
 }
 
-/// Appends to rollout.previous what the rows read at step t. Returns whether any row goes on.
+/// Appends the symbols that the rows read at step t to rollout.previous. Returns whether any row goes on.
 inline bool read_previous(Rollout& rollout, Index t, const Sampling& sampling) {
   if (t == rollout.max_length) return false;
   bool any = false;
@@ -131,7 +130,7 @@ inline bool read_previous(Rollout& rollout, Index t, const Sampling& sampling) {
   return any;
 }
 
-/// Ends step t of a row, whose symbol is in its place.
+/// Updates the length of a row whose symbol of step t was written.
 inline void write(Rollout& rollout, Index row, Index t, Index end) {
   rollout.length[to_size(row)] = t + 1;
   rollout.steps = std::max(rollout.steps, t + 1);
@@ -139,7 +138,7 @@ inline void write(Rollout& rollout, Index row, Index t, Index end) {
       t + 1 == rollout.max_length && rollout.symbols[rollout.at(row, t)] != end;
 }
 
-/// All rows of a rollout whose symbols are all forced and in their places.
+/// Completes a rollout whose symbols are all forced and written.
 inline void read_all(Rollout& rollout, const Sampling& sampling) {
   for (Index t = 0; read_previous(rollout, t, sampling); ++t) {
     for (Index row = 0; row < rollout.rows(); ++row) {
@@ -148,7 +147,7 @@ inline void read_all(Rollout& rollout, const Sampling& sampling) {
   }
 }
 
-/// Has the policy write all rows; forced symbols are in their places. `terms` is scratch.
+/// Lets the policy write all rows, whose forced symbols are written. `terms` is scratch.
 template <Policy P>
 void write_all(const P& policy, std::span<const typename P::Input> inputs,
                const std::optional<NoiseKey>& noise, const Sampling& sampling, Rollout& rollout,

@@ -12,15 +12,16 @@
 
 namespace moe {
 
-/// What a baseline may look at: the sampled steps of an update, in the order of the rows of the
-/// logits, and their returns. Forced steps and padding are not among them. It refers to the tape of
-/// the update and is valid during the call that it is passed to.
+/// The argument of a baseline: the sampled steps of an update, in the order of the rows of the logits,
+/// and their returns. Forced steps and padding are not among them. It refers to the tape of the update
+/// and is valid only during the call.
 template <Policy P>
 class SampledSteps {
  public:
-  using Scalar = typename P::Scalar;
+  using Scalar = typename P::Scalar;  ///< that of the policy
 
-  /// `samples` sampled rows of each input; `greedy` is empty where no baseline needs it.
+  /// Refers to its arguments. `samples` is the number of sampled rows of each input; `greedy` is empty
+  /// unless the baseline needs it.
   SampledSteps(const Rollout& rollout, const PackedRows& sampled,
                const std::vector<double>& returns, Index samples, const Rollout& greedy,
                const std::vector<double>& greedy_returns, const P& policy,
@@ -34,21 +35,25 @@ class SampledSteps {
         policy_(policy),
         tape_(tape) {}
 
+  /// The number of sampled steps.
   Index count() const { return sampled_.count(); }
 
-  /// The i-th sampled step is step t(i) of row(i) of the rollout, which is for input(i).
+  /// The row of the i-th sampled step in the rollout.
   Index row(Index i) const { return sampled_.rows[detail::to_size(i)] % rollout_.rows(); }
+  /// Its step in the sequence.
   Index t(Index i) const { return sampled_.rows[detail::to_size(i)] / rollout_.rows(); }
+  /// Its input.
   Index input(Index i) const { return row(i) / rollout_.samples; }
 
   /// R_t of the i-th sampled step.
   double return_at(Index i) const { return returns_[rollout_.at(row(i), t(i))]; }
 
-  /// The number of sequences sampled for an input, and the row of the first of them.
+  /// The number of sequences sampled for an input.
   Index samples() const { return samples_; }
+  /// The first row of an input.
   Index first_row(Index input) const { return input * rollout_.samples; }
 
-  /// The return of a sequence: R at its first sampled step, of which it must have one.
+  /// The return of a sequence: R at its first sampled step. It must have one.
   double return_of(Index row) const { return detail::return_of(rollout_, returns_, row); }
 
   /// The mean of return_of() over the sequences that have a sampled step; there must be one.
@@ -63,14 +68,14 @@ class SampledSteps {
     return sum / static_cast<double>(sequences);
   }
 
-  /// The return of what the policy writes greedily for an input, after the same prefix. Only for
-  /// baselines with needs_greedy_rollout.
+  /// The return of the policy's greedy sequence for an input, after the same prefix. Only for baselines
+  /// with needs_greedy_rollout.
   double greedy_return(Index input) const {
     return detail::return_of(greedy_, greedy_returns_, input);
   }
 
-  /// The policy's state at the sampled steps, a row each, to `packed`. Throws std::invalid_argument
-  /// unless the policy has a row for each of the logits.
+  /// Copies the policy's state at the sampled steps to `packed` (count() x W). Throws
+  /// std::invalid_argument unless the policy has a row for each row of the logits.
   void pack_hidden(Matrix<Scalar>& packed) const requires PolicyWithHidden<P> {
     const Matrix<Scalar>& hidden = policy_.hidden(tape_);
     const Index rows = rollout_.steps * rollout_.rows();

@@ -8,24 +8,24 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// How REINFORCE is brought in after cross-entropy: from scratch it finds nothing to reinforce in a
-/// large space of sequences [R16].
+/// Schedules from cross-entropy to REINFORCE. From random weights, REINFORCE finds no sequence with a
+/// good reward among the many possible ones [R16].
 ///
 /// M. Ranzato, S. Chopra, M. Auli, W. Zaremba, "Sequence Level Training with Recurrent Neural
 /// Networks", ICLR 2016 (arXiv 1511.06732), cited as [R16].
 ///
-/// A schedule is a value: a function of the number of the update, counted from 1, so whoever
-/// resumes at an update needs nothing but its number.
+/// A schedule is a function of the number of the update, counted from 1, and has no other state: to
+/// resume training, only that number is needed.
 
 namespace moe {
 
-/// What one update trains: the sum of
+/// The objective of one update: the sum of
 ///
 ///     (1 - reinforce)·(cross-entropy of the references)
 ///     reinforce·(REINFORCE for sampled sequences, plus the cross-entropy of their prefix)
 ///
-/// each a mean over sequences. The first `prefix` symbols of a sampled sequence are the
-/// reference's.
+/// each a mean over sequences. The first `prefix` symbols of a sampled sequence are those of the
+/// reference.
 struct Objective {
   double reinforce = 0;  ///< in [0, 1]
   Index prefix = 0;      ///< at least 0
@@ -45,12 +45,12 @@ inline void check_rise(const char* name, Index rise, double highest) {
 
 }  // namespace detail
 
-/// Cross-entropy for `warm_up` updates; then either an update of cross-entropy or one of REINFORCE,
-/// the share p of the latter rising from 0 to `highest` in `rise` updates. Update i after the
-/// warm-up is one of REINFORCE when the whole part of p(1) + ... + p(i) grows, so after any update
-/// the number of those is that sum, rounded down.
+/// Cross-entropy for `warm_up` updates. Then each update is either one of cross-entropy or one of
+/// REINFORCE; the share p of the latter rises from 0 to `highest` in `rise` updates. Update i after the
+/// warm-up is one of REINFORCE if the integer part of p(1) + ... + p(i) grows with it: so far there were
+/// as many of these as that sum, rounded down.
 struct Alternation {
-  Index warm_up = 0;
+  Index warm_up = 0;   ///< updates of cross-entropy alone, at least 0
   Index rise = 1000;   ///< at least 1
   double highest = 1;  ///< in [0, 1]
 
@@ -69,11 +69,11 @@ struct Alternation {
   }
 };
 
-/// MIXER [R16 sec. 3.2.2]: cross-entropy for `warm_up` updates; then stages of `stage` updates, in
-/// which sampled sequences begin with max_length - shrink, max_length - 2·shrink, ... symbols of
-/// the reference, and in the end with none.
+/// MIXER [R16 sec. 3.2.2]: cross-entropy for `warm_up` updates; then stages of `stage` updates each. In
+/// stage i = 1, 2, ... sampled sequences begin with max_length - i·shrink symbols of the reference, in
+/// the last ones with none.
 struct ShrinkingPrefix {
-  Index warm_up = 0;
+  Index warm_up = 0;     ///< updates of cross-entropy alone, at least 0
   Index max_length = 0;  ///< symbols of the longest sequence, at least 1
   Index shrink = 1;      ///< [R16]'s Δ, at least 1
   Index stage = 1000;    ///< at least 1
@@ -92,10 +92,10 @@ struct ShrinkingPrefix {
   }
 };
 
-/// Cross-entropy for `warm_up` updates; then both at every update, the weight of REINFORCE rising
-/// from 0 to `highest` in `rise` updates.
+/// Cross-entropy for `warm_up` updates; then both in every update: the weight of REINFORCE rises from 0 to
+/// `highest` in `rise` updates.
 struct Blend {
-  Index warm_up = 0;
+  Index warm_up = 0;   ///< updates of cross-entropy alone, at least 0
   Index rise = 1000;   ///< at least 1
   double highest = 1;  ///< in [0, 1]
 
@@ -114,11 +114,13 @@ inline std::string to_string(const Alternation& schedule) {
                       " updates of cross-entropy, then a share of REINFORCE up to ",
                       schedule.highest, " within ", schedule.rise);
 }
+/// What a schedule does, in words.
 inline std::string to_string(const ShrinkingPrefix& schedule) {
   return detail::join("shrinking prefix: ", schedule.warm_up, " updates of cross-entropy, then ",
                       schedule.max_length, " symbols less ", schedule.shrink, " every ",
                       schedule.stage, " updates");
 }
+/// What a schedule does, in words.
 inline std::string to_string(const Blend& schedule) {
   return detail::join("blend: ", schedule.warm_up,
                       " updates of cross-entropy, then a weight of REINFORCE up to ",

@@ -7,11 +7,11 @@
 #include "moe/reinforce/sampled_steps.hpp"
 
 /// \file
-/// What an update of Reinforce tells of itself.
+/// The statistics of an update of Reinforce.
 
 namespace moe {
 
-/// Figures of one update. Those of sampled sequences are 0 where sampled_steps is.
+/// Figures of one update. Those of sampled sequences are 0 if sampled_steps is.
 struct ReinforceStatistics {
   Index sampled_steps = 0;    ///< symbols trained by REINFORCE
   Index forced_steps = 0;     ///< symbols trained by cross-entropy
@@ -23,7 +23,7 @@ struct ReinforceStatistics {
   double mean_length = 0;     ///< of sampled sequences, the end symbol included
   double truncated = 0;       ///< share of sampled sequences that ran into the length limit
   double baseline_error = 0;  ///< root of the mean squared R_t - b_t over sampled steps
-  double gradient_norm = 0;   ///< of all gradients in the policy after this update's were added
+  double gradient_norm = 0;   ///< of all gradients of the policy, after this update's were added
 };
 
 namespace detail {

@@ -11,7 +11,7 @@
 #include "moe/routing/shared_batch.hpp"
 
 /// \file
-/// The losses that keep experts in balance, and the figures by which a user watches them.
+/// The losses that keep experts in balance, and the figures that show how well they do.
 ///
 /// N. Shazeer, A. Mirhoseini, K. Maziarz, A. Davis, Q. Le, G. Hinton, J. Dean, "Outrageously Large
 /// Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", ICLR 2017 (arXiv 1701.06538),
@@ -21,8 +21,8 @@ namespace moe {
 
 namespace detail {
 
-/// Mean and population variance of values divided by the largest of their magnitudes, so that no
-/// power of them under- or overflows whatever their scale; all zero for none and where all are 0.
+/// Mean and population variance of values after division by the largest magnitude among them (`scale`),
+/// so that no power of them under- or overflows. All zero if there are no values or all are 0.
 struct ScaledMoments {
   double scale = 0;
   double mean = 0;
@@ -48,8 +48,8 @@ ScaledMoments scaled_moments(const Vector<Scalar>& values) {
 
 }  // namespace detail
 
-/// CV², the squared coefficient of variation: population variance / mean², whatever the scale of
-/// the values; 0 for fewer than two, and where their mean is 0.
+/// CV², the squared coefficient of variation: population variance / mean². 0 for fewer than two values,
+/// and if their mean is 0.
 template <class Scalar>
 Scalar cv_squared(const Vector<Scalar>& values) {
   if (values.size() < 2) return Scalar{0};
@@ -76,7 +76,9 @@ void cv_squared_backward(const Vector<Scalar>& values, Scalar factor, Vector<Sca
 
 /// The weights of the losses of importance and load [S17 eq. 7 and 11], each finite and at least 0.
 struct BalanceLossWeights {
+  /// w_importance
   double importance = 0;
+  /// w_load
   double load = 0;
 };
 
@@ -114,10 +116,11 @@ struct GateLosses {
   Scalar importance{0};   ///< [S17 eq. 7]
   Scalar load{0};         ///< [S17 eq. 11]
   Scalar switch_loss{0};  ///< of the batch, see TopKGate
-  Scalar sequence{0};     ///< its mean over sequences
+  Scalar sequence{0};     ///< the mean of the same loss over sequences
   Scalar z{0};            ///< of the router's logits
   Scalar threshold{0};    ///< [S17 eq. 20], BalancedGate's
 
+  /// All of them added up.
   Scalar sum() const { return importance + load + switch_loss + sequence + z + threshold; }
 };
 
@@ -126,8 +129,8 @@ struct GateLosses {
 /// unused_experts() above 0.
 template <class Scalar>
 struct Balance {
-  /// The sum of the gate's own losses, of the noisy ones w_importance·CV²(importance) +
-  /// w_load·CV²(load) [S17 eq. 7 and 11]; their gradient is part of every backward pass.
+  /// The sum of the gate's own losses; for a noisy gate w_importance·CV²(importance) +
+  /// w_load·CV²(load) [S17 eq. 7 and 11]. Every backward pass includes its gradient.
   Scalar loss{0};
   GateLosses<Scalar> losses;  ///< one by one
   Vector<Scalar> importance;  ///< E, Σ_t G_ti [S17 eq. 6]
@@ -137,7 +140,9 @@ struct Balance {
   IndexedVector<double> sums;   ///< scratch
   IndexedVector<Index> counts;  ///< scratch
 
+  /// The coefficient of variation of the importance.
   Scalar cv_importance() const { return std::sqrt(cv_squared(importance)); }
+  /// The coefficient of variation of the load.
   Scalar cv_load() const { return std::sqrt(cv_squared(load)); }
 
   /// The fullest expert's load over the mean; 1 in perfect balance, 0 when there is no load.
@@ -152,6 +157,7 @@ struct Balance {
     return static_cast<Scalar>(ratio);
   }
 
+  /// The number of experts that got no token.
   Index unused_experts() const {
     return std::count(tokens_per_expert.begin(), tokens_per_expert.end(), Index{0});
   }
@@ -159,7 +165,7 @@ struct Balance {
 
 namespace detail {
 
-/// to = from, which takes no memory where there is enough.
+/// to = from. Does not allocate if `to` has enough memory.
 template <class Scalar>
 void copy_balance(const Balance<Scalar>& from, Balance<Scalar>& to) {
   to.loss = from.loss;
@@ -172,8 +178,8 @@ void copy_balance(const Balance<Scalar>& from, Balance<Scalar>& to) {
 }
 
 /// Adds up importance and the tokens of every expert from the slots that a gate made: balance.sums
-/// and balance.tokens_per_expert. A running sum in Scalar would stop growing at some number of
-/// tokens, so the sums are kept in double. O(S + E).
+/// and balance.tokens_per_expert. A running sum of floats would stop growing at some number of
+/// tokens, so the sums are double. O(S + E).
 template <class Scalar>
 void sum_importance(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
   assign(balance.sums, routing.experts, 0.0);
@@ -198,7 +204,7 @@ void copy_numbers(const IndexedVector<Number>& from, Vector<Scalar>& to) {
   for (Index i = 0; i < to.size(); ++i) to[i] = static_cast<Scalar>(from[i]);
 }
 
-/// How many numbers measure_importance() and measure_balance() tell the sum of.
+/// The number of values that measure_importance() and measure_balance() sum over the processes.
 inline Index importance_figures(Index experts) { return 2 * experts; }
 inline Index balance_figures(Index experts) { return importance_figures(experts) + experts; }
 
@@ -213,7 +219,7 @@ void measure_importance(const Routing<Scalar>& routing, BatchSum& sum, Balance<S
 }
 
 /// Importance, the tokens of every expert and, as the load, how often each was chosen, over the whole
-/// batch; the load has no gradient. `sum` may have been told what the gate sums beside these.
+/// batch; the load has no gradient. The gate may have added its own values to `sum` before.
 template <class Scalar>
 void measure_balance(const Routing<Scalar>& routing, std::span<const Index> chosen, BatchSum& sum,
                      Balance<Scalar>& balance) {
@@ -238,7 +244,7 @@ void measure_balance_loss(const BalanceLossWeights& weights, double scale,
   }
   balance.loss = balance.losses.importance + balance.losses.load;
 }
-/// Zeros for a loss of weight 0.
+/// The gradients of balance.loss w.r.t. importance and load (E); zeros for a loss of weight 0.
 template <class Scalar>
 void balance_loss_backward(const Balance<Scalar>& balance, const BalanceLossWeights& weights,
                            double scale, Vector<Scalar>& dimportance, Vector<Scalar>& dload) {

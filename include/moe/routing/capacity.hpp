@@ -13,7 +13,8 @@
 #include "moe/routing/shared_selection.hpp"
 
 /// \file
-/// A limit to the tokens of an expert, and which of them are dropped where there are more.
+/// The capacity of experts: the largest number of tokens of each, and which choices are dropped when
+/// there are more.
 ///
 /// [G21] D. Lepikhin, H. Lee, Y. Xu, D. Chen, O. Firat, Y. Huang, M. Krikun, N. Shazeer, Z. Chen,
 /// "GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding", ICLR 2021
@@ -26,8 +27,8 @@
 
 namespace moe {
 
-/// In which order the choices of a batch take the places of their experts; those that find none are
-/// dropped.
+/// The order in which the choices of a batch take the places of their experts. A choice that finds no
+/// place left is dropped.
 enum class PlaceOrder {
   rows,            ///< token by token [F22]
   first_choices,   ///< all tokens' first choices, then all second ones, and so on [G21]
@@ -41,8 +42,8 @@ constexpr std::array<std::string_view, 4> enumerator_names(PlaceOrder) {
 
 namespace detail {
 
-/// The places of an expert: factor·T·K/E rounded up, so there is at least one where there are
-/// tokens, and at most T. (Megatron-Core does so; Mesh TensorFlow rounds down, but not below 4.)
+/// The places of an expert: factor·T·K/E rounded up, and at most T. So if there are tokens there is at
+/// least one place. (As in Megatron-Core; Mesh TensorFlow rounds down, but not below 4.)
 inline Index expert_capacity(double factor, Index tokens, Index top_k, Index experts) {
   const double places = factor * static_cast<double>(tokens) * static_cast<double>(top_k) /
                         static_cast<double>(experts);
@@ -50,7 +51,7 @@ inline Index expert_capacity(double factor, Index tokens, Index top_k, Index exp
   return static_cast<Index>(std::ceil(std::min(places * (1 - 1e-12), static_cast<double>(tokens))));
 }
 
-/// What drop_over_capacity() needs of memory.
+/// The scratch of drop_over_capacity().
 template <class Scalar>
 struct CapacityScratch {
   IndexedVector<Index> order;      ///< choices
@@ -58,13 +59,14 @@ struct CapacityScratch {
   IndexedVector<Index> tokens;     ///< T, by priority
   IndexedVector<Index> taken;      ///< E, or turns x E
 
-  // Where processes share a batch.
-  IndexedVector<Index> of_turn;    ///< turns x E, how many choices of all processes
+  // For a batch that processes share.
+  IndexedVector<Index> of_turn;    ///< turns x E, the number of choices of all processes
   SharedSelection<Scalar> shared;  ///< by weight
 };
 
-/// Drops the choices that find no place; one that was dropped before takes none. Ties of weights go
-/// to the lower token, and NaN comes last. O(T·K + E), and O(T·K·log(T·K)) by weight or token.
+/// Drops the choices that find no place; choices that were dropped before take none. Ties of weights go
+/// to the lower token, and NaN comes last. O(T·K + E), for largest_weight and best_tokens
+/// O(T·K·log(T·K)).
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<Scalar>& choices,
                         CapacityScratch<Scalar>& scratch) {
@@ -94,14 +96,14 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   }
 }
 
-/// Throws std::invalid_argument for an order that is not known where processes share a batch.
+/// Throws std::invalid_argument for an order that is not possible if processes share a batch.
 inline void check_shared_order(PlaceOrder how) {
   require(how != PlaceOrder::best_tokens,
           "PlaceOrder::best_tokens: a batch that several processes share has no such order; take"
           " first_choices or largest_weight");
 }
 
-/// What drop_over_capacity() calls of a SharedBatch. Throws as check_shared_order() does.
+/// The call of a SharedBatch that drop_over_capacity() makes. Throws as check_shared_order() does.
 template <class Scalar>
 SharedCall capacity_call(PlaceOrder how, Index top_k, Index experts) {
   check_shared_order(how);
@@ -110,8 +112,8 @@ SharedCall capacity_call(PlaceOrder how, Index top_k, Index experts) {
   return {SharedCall::sum_and_prefix, turns * experts};
 }
 
-/// The same where the choices may be of a part of a batch: places are those of all processes' tokens.
-/// Throws as check_shared_order() does.
+/// The same for choices that may be a part of a larger batch: the tokens of all processes share the
+/// places. Throws as check_shared_order() does.
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, const SharedBatch* batch,
                         Choices<Scalar>& choices, CapacityScratch<Scalar>& scratch) {

@@ -13,8 +13,8 @@
 
 namespace moe::detail {
 
-/// w = s of the chosen, s / (N + ε) if renormalised, N being (Σ_chosen s^p)^(1/p), or the softmax of c
-/// over the chosen. Where weights are renormalised after drops, the chosen are those left of them.
+/// The weights w of the chosen: s; if renormalised s / (N + ε) with N = (Σ_chosen s^p)^(1/p); or the
+/// softmax of c over the chosen. If weights are renormalised after drops, dropped choices do not count.
 template <class Scalar>
 class ChoiceWeights {
  public:
@@ -28,11 +28,11 @@ class ChoiceWeights {
                                     : static_cast<Scalar>(config.renormalise_epsilon)),
         scale_(static_cast<Scalar>(config.scale)) {}
 
-  /// Fills the weights of token t's choices, all of which are kept so far. They decide what is dropped.
+  /// Fills the weights of token t's choices, before drops; drops may depend on them.
   void forward(const RouterScores<Scalar>& router, Index t, Choices<Scalar>& choices) const {
     weigh(router, t, adds_up_to_one_ && (softmax_of_chosen_ || !after_drops_), choices);
   }
-  /// The weights of those that are left, if they are renormalised after drops; the others get 0.
+  /// If weights are renormalised after drops: sets those of the choices that are left; the others get 0.
   void renormalise(const RouterScores<Scalar>& router, Choices<Scalar>& choices) const {
     if (!after_drops_) return;
     const Work work = function_work(choices.size());
@@ -41,10 +41,10 @@ class ChoiceWeights {
     });
   }
 
-  /// Adds to `gradient` (N x E) what comes through the weights: ∂L/∂s of the chosen, or ∂L/∂c where
-  /// the weights are a softmax of the chosen. dweight (S) is the gradient w.r.t. the slots' weights.
-  /// With g that w.r.t. w, 0 where dropped: ds = g; renormalised,
-  /// ds = (g − Σ g·w·(s/N)^(p−1)) / (N + ε); and dc = w·(g − Σ g·w).
+  /// Adds the gradient through the weights to `gradient` (N x E): ∂L/∂s of the chosen, or ∂L/∂c if the
+  /// weights are a softmax of the chosen. dweight (S) is the gradient w.r.t. the slots' weights. Let g
+  /// be the gradient w.r.t. w, 0 for dropped choices. Then ds = g, or if renormalised
+  /// ds = (g − (s/N)^(p−1)·Σ g·w) / (N + ε); for the softmax dc = w·(g − Σ g·w).
   void backward(std::span<const Scalar> dweight, const RouterScores<Scalar>& router,
                 const Choices<Scalar>& choices, Matrix<Scalar>& gradient) const {
     const Work work = function_work(choices.size());

@@ -6,24 +6,23 @@
 #include "moe/routing/routing.hpp"
 
 /// \file
-/// What a gate chose, before some of it is dropped: the choices of a batch and their way into
-/// slots.
+/// The choices of a gate for a batch, some of which may be dropped, and the slots made of the others.
 
 namespace moe::detail {
 
-/// K choices of each token, those of token t being t·K onwards, the best first.
+/// K choices of each token: those of token t are t·K, ..., t·K + K − 1, the best first.
 template <class Scalar>
 struct Choices {
   Index top_k = 0;                     ///< K
   IndexedVector<Index> expert;         ///< T·K
   IndexedVector<Scalar> weight;        ///< T·K
-  IndexedVector<unsigned char> keeps;  ///< T·K, 0 where dropped
-  IndexedVector<Index> slot;           ///< T·K, of those kept
+  IndexedVector<unsigned char> keeps;  ///< T·K, 0 for dropped choices, else 1
+  IndexedVector<Index> slot;           ///< T·K, the slot of each choice that is not dropped
 
   Index size() const { return static_cast<Index>(expert.size()); }
   Index tokens() const { return size() / top_k; }
 
-  /// Keeps all.
+  /// Makes room for `tokens` tokens, with no choice dropped.
   void resize(Index tokens, Index active_experts) {
     top_k = active_experts;
     detail::resize(expert, tokens * top_k);
@@ -32,8 +31,8 @@ struct Choices {
   }
 };
 
-/// Fills the gate's part of a routing with the choices that are kept, experts ascending and weights
-/// times `scale`, and notes the slot of each. O(T·K·log(K)).
+/// Fills a routing with the choices that are not dropped, in ascending order of experts, with weights
+/// times `scale`; sets the slot of each choice. O(T·K·log(K)).
 template <class Scalar>
 void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<Scalar>& routing) {
   const Index tokens = choices.tokens();
@@ -46,7 +45,7 @@ void make_slots(Choices<Scalar>& choices, Scalar scale, Index experts, Routing<S
     routing.token_offsets[to_size(t) + 1] =
         routing.token_offsets[t] + std::count(begin, begin + top_k, 1);
   }
-  // As large as without drops, so that a batch that drops fewer finds the memory there.
+  // As large as without drops, so that a batch with fewer drops need not allocate.
   reserve(routing.expert, choices.size());
   reserve(routing.weight, choices.size());
   resize(routing.expert, routing.token_offsets.back());

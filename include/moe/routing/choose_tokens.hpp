@@ -11,13 +11,13 @@
 #include "moe/routing/shared_selection.hpp"
 
 /// \file
-/// The choice that runs the other way: each expert takes the tokens that score best with it.
+/// Experts choose tokens: each takes those that have the largest scores in its column.
 
 namespace moe::detail {
 
-/// How many of T tokens each of E experts takes when a token is to have `per_token` experts on
-/// average: per_token·T/E rounded down, but at least one, as long as there are tokens. (A share
-/// that is whole but for the rounding of per_token is that whole number.)
+/// The number of tokens that each of E experts takes if a token has `per_token` experts on average:
+/// per_token·T/E rounded down, but at least one if there are tokens. (The factor 1 + 1e-12 gives the
+/// whole number if only rounding errors in per_token put the share below it.)
 inline Index tokens_to_take(double per_token, Index tokens, Index experts) {
   const double share = per_token * static_cast<double>(tokens) / static_cast<double>(experts);
   return std::min(tokens, std::max(Index{1}, static_cast<Index>(share * (1 + 1e-12))));
@@ -32,10 +32,10 @@ struct TokenChoice {
   SharedSelection<Scalar> shared;         ///< where processes share a batch
 };
 
-/// Makes the slots in which each expert has the `count` tokens that are largest in its column of
-/// `scores` (T x E), count being from 1 to T, and 0 if T is. Ties go to the lower token, NaN counts
-/// as -infinity. Resizes the weights, but leaves their values to the gate. O(T·E) for scores in
-/// random order and a small count, see select_largest().
+/// Makes slots: each expert gets the `count` tokens with the largest values in its column of `scores`
+/// (T x E). 1 <= count <= T, or both are 0. Ties go to the lower token, NaN counts as -infinity.
+/// Resizes the weights, whose values the gate sets. O(T·E) for scores in random order and a small
+/// count, see select_largest().
 template <class Scalar>
 void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar>& choice,
                    Routing<Scalar>& routing) {
@@ -76,8 +76,8 @@ void choose_tokens(const Matrix<Scalar>& scores, Index count, TokenChoice<Scalar
   }
 }
 
-/// The same where the rows of `scores` may be a part of a batch: experts choose among the tokens of
-/// all processes, and the slots are those of the tokens here.
+/// The same if the rows of `scores` may be a part of a larger batch: experts choose among the tokens of
+/// all processes; the slots are those of this process's tokens.
 template <class Scalar>
 void choose_tokens(const Matrix<Scalar>& scores, Index count, const SharedBatch* batch,
                    TokenChoice<Scalar>& choice, Routing<Scalar>& routing) {

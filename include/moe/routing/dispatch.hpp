@@ -6,12 +6,12 @@
 #include "moe/routing/routing.hpp"
 
 /// \file
-/// The slots sorted by expert: what each expert computes on, and the way back from there.
+/// The slots sorted by expert, and the gradients of their weights in the order of the tokens again.
 
 namespace moe {
 
-/// The slots of a Routing in the order of their experts, and of their tokens in each: positions
-/// offsets[e] up to offsets[e + 1] are expert e's.
+/// The slots of a Routing sorted by expert, and those of an expert by token. Expert e has the positions
+/// offsets[e], ..., offsets[e + 1] − 1.
 template <class Scalar>
 struct Dispatch {
   IndexedVector<Index> offsets;          ///< E + 1
@@ -20,8 +20,11 @@ struct Dispatch {
   IndexedVector<Index> sorted_slot;      ///< S, the slot at each position
   IndexedVector<Index> sorted_position;  ///< S, the position of each slot
 
-  Index experts() const { return offsets.empty() ? 0 : static_cast<Index>(offsets.size()) - 1; }
-  Index slots() const { return static_cast<Index>(token.size()); }
+  Index experts() const {
+    return offsets.empty() ? 0 : static_cast<Index>(offsets.size()) - 1;
+  }                                                                 ///< E
+  Index slots() const { return static_cast<Index>(token.size()); }  ///< S
+  /// The number of slots of expert e.
   Index slots_of(Index e) const { return offsets[e + 1] - offsets[e]; }
 };
 
@@ -74,7 +77,7 @@ void sort_by_expert(const Routing<Scalar>& routing, Dispatch<Scalar>& dispatch) 
   }
 }
 
-/// The way back of the weights: dweight (S) by slot, from those by position.
+/// The backward of the weights: dweight (S, by slot) from the gradients by position (S).
 template <class Scalar>
 void sort_by_expert_backward(const Dispatch<Scalar>& dispatch, std::span<const Scalar> by_position,
                              IndexedVector<Scalar>& dweight) {

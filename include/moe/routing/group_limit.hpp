@@ -8,8 +8,7 @@
 #include "moe/routing/select_largest.hpp"
 
 /// \file
-/// The choice of a few groups of experts, to which a token's choice of experts is then limited, so
-/// that its experts live on few machines.
+/// Limits a token's experts to a few groups of experts, so that they are on few machines.
 ///
 /// [D2] DeepSeek-AI, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language
 /// Model", 2024 (arXiv 2405.04434), section 2.2.2.
@@ -17,9 +16,11 @@
 
 namespace moe {
 
-/// What a group of experts is worth to a token: the score of its best expert [D2], or the sum of
-/// those of its two best [D3], of its one where it has no two.
-enum class GroupScore { best, two_best };
+/// The score of a group of experts for a token, by which its groups are chosen.
+enum class GroupScore {
+  best,     ///< that of its best expert [D2]
+  two_best  ///< the sum of its two best ones [D3]; if it has one expert, that one's score
+};
 constexpr std::array<std::string_view, 2> enumerator_names(GroupScore) {
   return {"best", "two_best"};
 }
@@ -42,10 +43,10 @@ Scalar group_score(GroupScore how, const Scalar* scores, Index size) {
   return how == GroupScore::two_best && size > 1 ? first + second : first;
 }
 
-/// Puts -infinity in place of the scores of all groups but the `top_k` best; ties go to the lower
-/// group. Groups are runs of experts / groups experts. (Some published code puts 0 there, which is
-/// another choice once a bias makes scores negative.) `group` and `best` are scratch for `groups`
-/// numbers and `top_k` indices. O(experts + groups·log(groups)).
+/// Replaces the scores of all groups but the `top_k` best by -infinity; ties go to the lower group. A
+/// group is a run of experts / groups consecutive experts. (Some published code sets 0 instead, which
+/// chooses other experts once a bias makes scores negative.) `group` and `best` are scratch for
+/// `groups` numbers and `top_k` indices. O(experts + groups·log(groups)).
 template <class Scalar>
 void limit_to_groups(GroupScore how, Index experts, Index groups, Index top_k, Scalar* scores,
                      Scalar* group, Index* best) {

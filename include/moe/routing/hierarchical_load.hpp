@@ -5,15 +5,15 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// The load of experts behind two gates, a groups of b experts each, of the loads of both:
+/// The load of experts behind two levels of gates, a groups of b experts each:
 ///
 ///     Load_H[i,j] = Loadprimary_i · Load_i(X_i)_j / |X_i|, 0 where X_i is empty       [S17 eq. 14]
 ///
-/// X_i are the tokens of group i, whose number is a constant.
+/// X_i are the tokens of group i, whose number has no gradient.
 
 namespace moe::detail {
 
-/// load (a·b) = Load_H of the loads of the groups (a), of the experts in them (a·b) and of |X_i| (a).
+/// load (a·b) = Load_H, from the loads of the groups (a), those of the experts in them (a·b) and |X_i| (a).
 template <class Scalar>
 void hierarchical_load(const Vector<Scalar>& groups, const Vector<Scalar>& members,
                        const IndexedVector<Index>& group_tokens, Vector<Scalar>& load) {

@@ -11,9 +11,9 @@
 
 namespace moe::detail {
 
-/// factor (N x D) = 1 + size·u with u uniform in [-1, 1), keyed by (seed, step, row of x, column), or
-/// given; and jittered = x ⊙ factor over the N tokens of x: the noise of Switch Transformer's gate
-/// [F22 app. C, cited in capacity.hpp].
+/// The noise of Switch Transformer's gate [F22 app. C, cited in capacity.hpp]: factor (N x D) =
+/// 1 + size·u and jittered = x ⊙ factor over the N tokens of x. u is uniform in [-1, 1), keyed by (seed,
+/// step, row of x, column), or given.
 template <class Scalar>
 void jitter_input(double size, std::uint64_t seed, const NoiseSource& noise,
                   const ValidTokens& tokens, const MatrixRef<Scalar>& x, Matrix<Scalar>& factor,

@@ -10,8 +10,8 @@
 
 namespace moe {
 
-/// scores = x·W + b, x being N x D, a matrix or rows gathered from one, W D x E and b 1 x E, or empty
-/// where there is none. O(N·D·E).
+/// scores (N x E) = x·W + b. x is N x D, a matrix or rows gathered from one, W is D x E, and b is 1 x E,
+/// or empty if there is none. O(N·D·E).
 template <class Scalar>
 void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
                    const Parameter<Scalar>& weight, const Parameter<Scalar>& bias,
@@ -30,8 +30,8 @@ void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
   linear_scores(x, weight, Parameter<Scalar>(), scores);
 }
 
-/// Adds xᵀ·dscores to W's gradient and the sums of dscores' columns to b's, where they are trained,
-/// and dscores·Wᵀ to dx (N x D, a matrix or rows scattered in one).
+/// Adds xᵀ·dscores to W's gradient and the column sums of dscores to b's, if they are trained, and
+/// dscores·Wᵀ to dx (N x D, a matrix or scattered rows of one).
 template <class Scalar>
 void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
                             const Matrix<Scalar>& dscores, Parameter<Scalar>& weight,
@@ -61,7 +61,7 @@ inline constexpr Index softmax_block = 64;  ///< tokens in a task
 
 }  // namespace detail
 
-/// p = softmax of each row of scores; the two may be one matrix. NaN or +infinity in a row makes
+/// p = softmax of each row of scores (N x E); the two may be one matrix. NaN or +infinity in a row makes
 /// the whole row NaN.
 template <class Scalar>
 void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
@@ -82,8 +82,8 @@ void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
       });
 }
 
-/// Turns the gradient with respect to p into that with respect to the scores: p ⊙ (g − Σ_i p_i·g_i)
-/// in each row.
+/// Turns the gradient g with respect to p into that with respect to the scores, p ⊙ (g − Σ_i p_i·g_i) in
+/// each row.
 template <class Scalar>
 void softmax_rows_backward(const Matrix<Scalar>& p, Matrix<Scalar>& gradient) {
   const Index experts = p.cols();

@@ -13,11 +13,11 @@
 
 namespace moe::detail {
 
-/// What N rows leave behind on their way through a NoisyTopK of E experts. Several of them may
-/// share a tape, each with rows of its own.
+/// What a NoisyTopK of E experts saves of N rows for backward. Several of them may share a tape, each
+/// with rows of its own.
 template <class Scalar>
 struct NoisyTopKTape {
-  bool has_noise = false;      ///< else there is nothing but clean and best
+  bool has_noise = false;      ///< if false, only clean and best are filled
   Matrix<Scalar> clean;        ///< c, N x E
   Matrix<Scalar> raw;          ///< x·W_noise, N x E
   Matrix<Scalar> scale;        ///< s, N x E
@@ -25,17 +25,17 @@ struct NoisyTopKTape {
   Matrix<Scalar> noisy;        ///< h, N x E
   Matrix<Scalar> probability;  ///< P, N x E
 
-  /// N x min(K + 1, E): the experts of the largest h of each row, the largest first. The K-th and
-  /// the (K+1)-th are the thresholds that an expert outside and inside the top has to pass.
+  /// N x min(K + 1, E): the experts with the largest h of each row, the largest first. The K-th is the
+  /// threshold of experts outside the top K, the (K+1)-th that of experts inside.
   IndexedVector<Index> best;
 
   Matrix<Scalar> dclean;  ///< N x E
   Matrix<Scalar> draw;    ///< N x E
 };
 
-/// P(x, i) = Φ(z) with z = (c_i − kth_excluding(h, K, i)) / s_i. The threshold is the K-th largest h
-/// for an expert outside the top, the (K+1)-th for one inside; K < E. Calls for different rows may
-/// run at once.
+/// P(x, i) = Φ(z) with z = (c_i − kth_excluding(h, K, i)) / s_i [S17 eq. 9], K < E. The threshold
+/// kth_excluding is the K-th largest h for an expert outside the top K, the (K+1)-th for one inside.
+/// Calls for different rows may run at once.
 template <class Scalar>
 class LoadProbability {
  public:
@@ -58,9 +58,10 @@ class LoadProbability {
         probability, row_data(tape.clean, rows.first), row_data(tape.scale, rows.first));
   }
 
-  /// With l = ∂L/∂Load, j the expert whose h is the threshold and φ the normal density:
-  /// ∂P/∂c_i = φ(z)/s_i, ∂P/∂s_i = −φ(z)·z/s_i, ∂P/∂h_j = −φ(z)/s_i, and h_j = c_j + n_j·s_j passes
-  /// on to c_j and s_j. Overwrites the rows.
+  /// Sets rows of tape.dclean and tape.draw to the gradients w.r.t. c and s, given dload = ∂L/∂Load (E).
+  /// With j the expert whose h is the threshold and φ the normal density: ∂P/∂c_i = φ(z)/s_i,
+  /// ∂P/∂s_i = −φ(z)·z/s_i and ∂P/∂h_j = −φ(z)/s_i, which goes on to c_j and s_j by
+  /// h_j = c_j + n_j·s_j.
   void backward(Range rows, const Scalar* dload, const Routing<Scalar>& routing, Tape& tape) const {
     using P = Packet<Scalar>;
     using namespace Eigen::internal;
@@ -102,7 +103,7 @@ class LoadProbability {
   }
 
  private:
-  /// The threshold of each expert, in the places of the scores.
+  /// Sets rows of `threshold` (N x E) to the threshold of each expert.
   void set_thresholds(Range rows, const Routing<Scalar>& routing, const Tape& tape,
                       Matrix<Scalar>& threshold) const {
     for_each_row(rows, [&](Index row) {

@@ -18,9 +18,9 @@
 #include "moe/routing/select_largest.hpp"
 
 /// \file
-/// The mechanism of [S17 eq. 2-5 and 8-10]: linear scores with learned Gaussian noise, the K
-/// largest, a softmax over them, the probability of being among them, and the way back through all
-/// of it. What is made of importance and load is a gate's affair.
+/// Noisy top-k scores [S17 eq. 2-5 and 8-10]: linear scores with learned Gaussian noise, the K largest,
+/// a softmax over them, the probability of being among them, and the backward of all of it. The losses
+/// of importance and load are computed by the gates.
 
 namespace moe::detail {
 
@@ -53,15 +53,15 @@ void softmax_of_chosen_backward(const Routing<Scalar>& routing, Index top_k,
                       });
 }
 
-/// The weights W_g and W_noise, both zero at the start, and the passes of the rows that meet them:
+/// The weights W_g and W_noise, both zero initially, and the passes of rows of x through them:
 ///
 ///     c = x·W_g                       clean scores                     N x E
 ///     s = softplus(x·W_noise) + s0    scale of the noise               N x E
 ///     h = c + n ⊙ s                   n standard normal, keyed by (seed, step, token, expert)
 ///     G = softmax of h over its K largest, 0 elsewhere
 ///
-/// Calls for different rows of a tape may run at once, the backward ones if they are of different
-/// objects.
+/// Calls for different rows of a tape may run at once; backward calls only if they are of different
+/// objects, since they add to the gradients.
 template <class Scalar>
 class NoisyTopK {
  public:
@@ -81,7 +81,7 @@ class NoisyTopK {
         weight_(config.width, config.experts),
         noise_weight_(config.width, config.experts) {}
 
-  /// Makes room for N rows. The routing takes a row for a token.
+  /// Makes room for N rows, which are the tokens of the routing.
   void prepare(Index rows, bool has_noise, Tape& tape, Routing<Scalar>& routing) const {
     tape.has_noise = has_noise;
     resize(tape.clean, rows, experts());
@@ -101,8 +101,8 @@ class NoisyTopK {
     resize(routing.weight, rows * config_.top_k);
   }
 
-  /// Fills rows first, first + 1, ... of the tape and their slots of the routing from x. token[i]
-  /// keys the noise of row first + i; without a list it is the row itself.
+  /// Fills rows first, first + 1, ... of the tape, and their slots of the routing, from x. The noise of
+  /// row first + i is keyed by token[i], or by the row if `token` is null.
   void forward(const GatheredRows<Scalar>& x, const Index* token, const NoiseSource& noise,
                Index first, Tape& tape, Routing<Scalar>& routing) const {
     for_each_batch(x.count(), [&](Index begin, Index count) {
@@ -123,16 +123,16 @@ class NoisyTopK {
     add_many_scaled_rows(GatheredRows<Scalar>(tape.probability).slice(first, count), {}, load);
   }
 
-  /// Makes room for the way back of all rows.
+  /// Makes room for backward, of all rows.
   void prepare_backward(Tape& tape) const {
     resize(tape.dclean, tape.clean.rows(), experts());
     if (tape.has_noise) resize(tape.draw, tape.clean.rows(), experts());
   }
 
-  /// Takes dscore (a number a slot of the whole routing), the gradient with respect to the chosen h,
-  /// and dload (E), that with respect to the load of these rows. Adds to the gradients of the weights
-  /// and to dx (rows x D). At fixed noise and choice this is the exact derivative, that of the load
-  /// through its threshold included.
+  /// Takes dscore (S of the whole routing), the gradient with respect to the chosen h, and dload (E), the
+  /// gradient with respect to the load of these rows. Adds to the gradients of the weights and to dx
+  /// (rows x D). At fixed noise and choice this is the exact derivative; that of the load includes its
+  /// thresholds.
   void backward(const GatheredRows<Scalar>& x, Index first, const Scalar* dscore,
                 const Scalar* dload, Tape& tape, const Routing<Scalar>& routing,
                 const ScatteredRows<Scalar>& dx) {
@@ -140,7 +140,7 @@ class NoisyTopK {
       backward_batch(x.slice(begin, count), {first + begin, count}, dscore, dload, tape, routing,
                      dx.slice(begin, count));
     });
-    // They are in use, though their gradient is zero.
+    // The parameters count as used, though their gradient is zero.
     if (!tape.has_noise) accumulate(noise_weight_);
   }
 
@@ -158,8 +158,8 @@ class NoisyTopK {
     return tape.best.data() + row * candidates();
   }
 
-  /// Columns of other experts, of which `top_k` are chosen; fresh ones are zero, as at the start.
-  /// Copies of W_g's get noise.
+  /// Adds, copies and removes columns, as `sources` lists them; `top_k` is the new K. Fresh columns are
+  /// zero, as initially. Copies of W_g's columns get noise.
   void change_experts(const ExpertSources& sources, Index top_k, std::uint64_t seed,
                       double noise_stddev) {
     change_columns(sources, weight_, {}, noise_stddev, seed);
@@ -167,12 +167,13 @@ class NoisyTopK {
     config_.experts = sources.experts();
     config_.top_k = top_k;
   }
-  /// Those of another one of its shape. The noise stays: it belongs to a place, whoever is there.
+  /// Copies the weights of another one of the same shape. The seed of the noise does not change: it belongs
+  /// to the place of the gate.
   void take_weights(const NoisyTopK& other) {
     weight_ = other.weight_;
     noise_weight_ = other.noise_weight_;
   }
-  /// Adds to W_g, of which this is a copy.
+  /// Adds noise to W_g.
   void add_noise(double stddev, std::uint64_t seed) { add_normal(weight_.value, stddev, seed); }
 
   template <class Self, class Visitor>
@@ -183,9 +184,9 @@ class NoisyTopK {
 
  private:
   Index experts() const { return config_.experts; }
-  /// Rows in a task: what it needs of the tape stays in L1 and L2.
+  /// Rows of a task, so that their part of the tape stays in L1 and L2.
   Index block_rows() const { return std::clamp<Index>(4096 / experts(), 1, 64); }
-  /// Noise and probabilities take several functions of each score.
+  /// Noise and probabilities evaluate several functions for each score.
   Work work_of(Range rows, const Tape& tape) const {
     return tape.has_noise ? function_work(3 * scores_of(rows)) : element_work(scores_of(rows));
   }
@@ -198,8 +199,8 @@ class NoisyTopK {
   Index candidates() const { return std::min(config_.top_k + 1, experts()); }
   LoadProbability<Scalar> load_probability() const { return {experts(), config_.top_k}; }
 
-  /// Calls f(first, count) for rows, zero ones too, that go through all steps before the next ones
-  /// begin, so that each step finds near what the one before it left.
+  /// Calls f(first, count) for some rows at a time, at least once even without rows. f computes all steps of
+  /// these rows, so that each step finds the results of the one before in the cache.
   static void for_each_batch(Index rows, FunctionRef<void(Index, Index)> f) {
     const Index most = worker_count() * task_rows;
     Index first = 0;

@@ -12,7 +12,7 @@
 #include "moe/routing/shared_batch.hpp"
 
 /// \file
-/// What a caller says of a pass beside x, and which rows of x are tokens.
+/// The arguments of a pass beside x, and which rows of x are tokens.
 
 namespace moe {
 
@@ -20,8 +20,8 @@ namespace moe {
 ///
 ///     layer.forward(x, tape, {.step = step, .valid = valid});
 ///
-/// A row that is not valid is padding: it gets no slot, no gradient and no part in any loss or
-/// statistic, its numbers are not read, and a layer's y is act(0) there.
+/// A row that is not valid is padding: it gets no slot and no gradient, does not count in any loss or
+/// statistic, its numbers are not read, and its y is act(0).
 struct Pass {
   /// The number of the update: the same step draws the same noise.
   Step step;
@@ -31,16 +31,18 @@ struct Pass {
   std::span<const std::uint8_t> valid{};
   /// The larger batch that several processes share, or null where x is all of it.
   const SharedBatch* batch = nullptr;
-  /// Scales the gate's own losses, in tape.balance.loss and in backward(): 1/n for each of n
+  /// A factor of the gate's own losses, in tape.balance.loss and in backward(): 1/n for each of n
   /// micro-batches whose gradients add up to an update. Finite and at least 0.
   double loss_scale = 1;
-  /// The noise, if it is given instead of drawn: T x noise_columns() numbers of the gate, row by row.
+  /// T x noise_columns() numbers, row by row, for the gate to use as noise instead of drawing it; or
+  /// empty. See the gate for their range.
   std::span<const double> noise{};
 
+  /// What the pass's random numbers are keyed by.
   NoiseKey key() const { return {.step = step, .first_token = first_token}; }
 };
 
-/// A pass without noise, that of evaluate().
+/// A pass of evaluate(), without noise.
 struct EvaluationPass {
   std::span<const std::uint8_t> valid{};  ///< see Pass
   const SharedBatch* batch = nullptr;     ///< see Pass
@@ -58,8 +60,8 @@ inline NoiseSource noise_source(const Pass& pass, Index noise_columns) {
   return {pass.key(), pass.noise.empty() ? nullptr : pass.noise.data(), noise_columns};
 }
 
-/// The rows of x that are tokens, N of T. A gate computes with these alone: where it speaks of
-/// token i, that is the i-th of them.
+/// The rows of x that are tokens, N of T. A gate computes only with these: its token i is the i-th of
+/// them.
 struct ValidTokens {
   Index rows = 0;             ///< T
   Index count = 0;            ///< N
@@ -83,19 +85,19 @@ struct ValidTokens {
   }
 };
 
-/// Throws std::invalid_argument, `name` being the gate's or the layer's, where the flags are not one
-/// a row.
+/// Throws std::invalid_argument unless there are no flags or one a row. `name` is that of the gate or
+/// the layer.
 inline void check_valid(const char* name, std::span<const std::uint8_t> valid, Index rows) {
   require(valid.empty() || static_cast<Index>(valid.size()) == rows, name, ": Pass.valid has ",
           valid.size(), " entries, x has ", rows, " rows");
 }
 
-/// N of `rows` rows.
+/// N, the number of valid rows.
 inline Index count_valid(std::span<const std::uint8_t> valid, Index rows) {
   return rows - std::count(valid.begin(), valid.end(), std::uint8_t{0});
 }
 
-/// Of flags that check_valid() found to be one a row.
+/// Sets `tokens`. The flags must have passed check_valid().
 inline void find_valid_tokens(Index rows, std::span<const std::uint8_t> valid,
                               const SharedBatch* batch, ValidTokens& tokens) {
   tokens.rows = rows;
@@ -115,7 +117,7 @@ inline void find_valid_tokens(Index rows, std::span<const std::uint8_t> valid,
   tokens.batch_count = batch != nullptr ? batch->tokens() : tokens.count;
 }
 
-/// Turns the token_offsets of N tokens into those of T rows, in which padding has no slots.
+/// Turns the token_offsets of N tokens into those of T rows: padding has no slots.
 template <class Scalar>
 void insert_padding(const ValidTokens& tokens, Routing<Scalar>& routing) {
   if (tokens.all) return;
@@ -128,7 +130,8 @@ void insert_padding(const ValidTokens& tokens, Routing<Scalar>& routing) {
   }
 }
 
-/// Throws std::invalid_argument, `name` being the gate's or the layer's.
+/// Throws std::invalid_argument for a pass that does not fit `rows` rows. `name` is that of the gate or
+/// the layer.
 inline void check_pass(const char* name, const Pass& pass, Index rows) {
   require(std::isfinite(pass.loss_scale) && pass.loss_scale >= 0, name,
           ": Pass.loss_scale = ", pass.loss_scale, ", must be finite and at least 0");

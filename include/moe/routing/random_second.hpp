@@ -12,8 +12,9 @@
 
 namespace moe::detail {
 
-/// Keeps a token's second choice of two with probability 2·w: an expert of little weight would take a
-/// place from others. The noise given for a row ends with the number in [0, 1) to use instead of a draw.
+/// Drops the second of a token's two choices unless a random number in [0, 1) is below 2·w, w being its
+/// weight: a choice of small weight would take a place from others. If noise is given, the last number
+/// of a row is used instead of a draw.
 template <class Scalar>
 void drop_second_choices(std::uint64_t seed, const NoiseSource& noise, const ValidTokens& tokens,
                          Choices<Scalar>& choices) {

@@ -8,17 +8,17 @@
 #include "moe/routing/top_k_config.hpp"
 
 /// \file
-/// From logits to the scores that a top-k gate chooses by, and back.
+/// The scores by which a top-k gate chooses, from logits, and their backward.
 
 namespace moe::detail {
 
-/// What N tokens leave behind.
+/// The logits and scores of N tokens.
 template <class Scalar>
 struct RouterScores {
   Matrix<Scalar> logits;             ///< c, N x E
   Matrix<Scalar> scores;             ///< softmax(c), sigmoid(c) or sqrt(softplus(c)), N x E
-  Vector<Scalar> probability_scale;  ///< N, by which scores are multiplied to be P
-  Vector<Scalar> log_sum;  ///< N, log Σ_i e^c_i; without a softmax only if it is needed, else 0
+  Vector<Scalar> probability_scale;  ///< N, P is scores times this
+  Vector<Scalar> log_sum;  ///< N, log Σ_i e^c_i; without a softmax only if needed, else 0
 };
 
 /// Whether an expert's score depends on its own logit alone.
@@ -34,7 +34,7 @@ Scalar finite_inverse(Scalar sum) {
   return sum < std::numeric_limits<Scalar>::min() ? Scalar{0} : Scalar{1} / sum;
 }
 
-/// Fills all but the logits from the logits.
+/// Computes the rest of `router` from its logits.
 template <class Scalar>
 void score_logits(Score score, bool needs_log_sum, RouterScores<Scalar>& router) {
   using P = Packet<Scalar>;
@@ -86,7 +86,7 @@ void score_logits_backward(Score score, const RouterScores<Scalar>& router,
   parallel_for_blocks(router.scores.rows(), router_block, work, [&](Index first, Index count) {
     using namespace Eigen::internal;
     const P one = broadcast(Scalar{1});
-    // A root that is 0 to the last bit has no slope that could be told.
+    // The slope at a root that was rounded to 0 is not known.
     const P least = broadcast(std::numeric_limits<Scalar>::min());
     for (Index t = first; t < first + count; ++t) {
       Scalar* d = row_data(gradient, t);
@@ -107,8 +107,8 @@ void score_logits_backward(Score score, const RouterScores<Scalar>& router,
   });
 }
 
-/// Turns ∂L/∂P (E) of token t into ∂L/∂s. For scores that are no softmax, with P = s / S, S = Σ s:
-/// ds = (dP − Σ dP·P) / S; a softmax is P itself.
+/// Turns ∂L/∂P (E) of token t into ∂L/∂s. For a softmax P = s. For other scores P = s / S with S = Σ s,
+/// and ds = (dP − Σ dP·P) / S.
 template <class Scalar>
 void probability_backward(Score score, const RouterScores<Scalar>& router, Index t, Scalar* d) {
   using P = Packet<Scalar>;

@@ -12,8 +12,8 @@
 
 namespace moe::detail {
 
-/// The sum over tokens of log_sum², log_sum = log Σ_i e^c_i (N) of the logits c: the loss is its mean
-/// over the tokens of a batch.
+/// The sum over N tokens of log_sum², log_sum (N) being log Σ_i e^c_i of the logits c. The loss is its
+/// mean over the tokens of a batch.
 template <class Scalar>
 double router_z_loss_sum(const Vector<Scalar>& log_sum) {
   double squares = 0;
@@ -23,12 +23,12 @@ double router_z_loss_sum(const Vector<Scalar>& log_sum) {
   return squares;
 }
 
-/// dlogits += (2·weight/T)·log_sum·softmax(c), T being the tokens of the whole batch.
+/// dlogits += (2·weight/T)·log_sum·softmax(c), T being the number of tokens of the whole batch.
 template <class Scalar>
 void router_z_loss_backward(double weight, Index batch_tokens, const Matrix<Scalar>& logits,
                             const Vector<Scalar>& log_sum, Matrix<Scalar>& dlogits) {
   const Index tokens = logits.rows();
-  const Scalar twice = static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens));
+  const auto twice = static_cast<Scalar>(2 * weight / static_cast<double>(batch_tokens));
   parallel_for_blocks(tokens, 64, function_work(logits.size()), [&](Index first, Index count) {
     using namespace Eigen::internal;
     for (Index t = first; t < first + count; ++t) {

@@ -4,12 +4,12 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// Who goes where: the slots that a gate made, token by token.
+/// The result of a gate: the slots, token by token.
 
 namespace moe {
 
-/// The slots of a batch of T tokens (rows of x), a slot being one (token, expert) pair. A gate fills
-/// it; the slots of token t are token_offsets[t] up to token_offsets[t + 1], and there may be none.
+/// The slots of a batch of T tokens (rows of x), as a gate made them; a slot is one (token, expert) pair.
+/// Token t has the slots token_offsets[t], ..., token_offsets[t + 1] − 1; there may be none.
 template <class Scalar>
 struct Routing {
   Index experts = 0;                   ///< E
@@ -17,11 +17,12 @@ struct Routing {
   IndexedVector<Index> expert;         ///< S, the expert of each slot, ascending within a token
   IndexedVector<Scalar> weight;        ///< S, the gate's weight G of each slot
 
+  /// T
   Index tokens() const {
     return token_offsets.empty() ? 0 : static_cast<Index>(token_offsets.size()) - 1;
   }
-  Index slots() const { return static_cast<Index>(expert.size()); }
-  /// Those of token t.
+  Index slots() const { return static_cast<Index>(expert.size()); }  ///< S
+  /// The slots of token t.
   Range slots_of_token(Index t) const {
     return {token_offsets[t], token_offsets[t + 1] - token_offsets[t]};
   }

@@ -7,12 +7,12 @@
 #include "moe/kernels/simd.hpp"
 
 /// \file
-/// The choice that every top-k gate makes.
+/// The indices of the K largest scores.
 
 namespace moe {
 namespace detail {
 
-/// The scores of one token, ordered: larger first, ties to the lower expert, NaN last.
+/// An order of indices: larger scores first, of equal ones the lower index, NaN last.
 template <class Scalar>
 class ByScore {
  public:
@@ -22,7 +22,7 @@ class ByScore {
     const Scalar sb = key(b);
     return sa > sb || (sa == sb && a < b);
   }
-  // A NaN compares false with everything, which would leave the order to the sorting algorithm.
+  // A NaN compares false with everything, so the result would depend on the sorting algorithm.
   Scalar key(Index i) const {
     return std::isnan(scores_[i]) ? -std::numeric_limits<Scalar>::infinity() : scores_[i];
   }
@@ -31,7 +31,7 @@ class ByScore {
   const Scalar* scores_;
 };
 
-/// K up to which insertion is used, and the number of lanes that many scores are divided into.
+/// The largest K for which insertion is used, and the number of lanes into which scores are divided.
 inline constexpr Index select_few = 8;
 inline constexpr Index select_lanes = 16;
 static_assert(select_few <= select_lanes);
@@ -75,9 +75,9 @@ Scalar nth_largest(Index count, const Scalar* values, Index size) {
   return largest[count - 1];
 }
 
-/// select_largest() for a count of at most select_few, in O(size + count·size / select_lanes) for
-/// many scores: the count-th largest maximum of a lane is a bound that so many scores reach, all of
-/// them in lanes whose maximum does. So most scores are read once, by vector code.
+/// select_largest() for a count of at most select_few, in O(size + count·size / select_lanes) for many
+/// scores. `bound` is the count-th largest of the lanes' maxima, so at least `count` scores reach it,
+/// and all that do are in lanes whose maximum does. Only these few lanes are read again.
 template <class Scalar>
 void select_few_largest(const Scalar* scores, Index size, Index count, Index* best) {
   const ByScore<Scalar> before(scores);
@@ -103,8 +103,8 @@ void select_few_largest(const Scalar* scores, Index size, Index count, Index* be
   }
 }
 
-/// Puts indices in ascending order. A heap takes less to compile than std::sort, of which the few
-/// of a token would need little.
+/// Sorts indices in ascending order. A heap compiles faster than std::sort, and is as good for the few
+/// of a token.
 inline void sort_indices(Index* first, Index count) {
   std::make_heap(first, first + count);
   std::sort_heap(first, first + count);
@@ -112,9 +112,9 @@ inline void sort_indices(Index* first, Index count) {
 
 }  // namespace detail
 
-/// Puts the indices of the `count` largest of `size` scores into `best`, the largest first; ties go
-/// to the lower index, NaN counts as -infinity. O(size + count·log(count)·log(size / count)) for
-/// scores in random order.
+/// Writes the indices of the `count` largest of `size` scores to `best`, the largest first; ties go to
+/// the lower index, NaN counts as -infinity. 0 <= count <= size. O(size +
+/// count·log(count)·log(size / count)) for scores in random order.
 template <class Scalar>
 void select_largest(const Scalar* scores, Index size, Index count, Index* best) {
   if (count == 0) return;

@@ -3,7 +3,7 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// The selection bias of balance without a loss. [W24] and [D3] are cited in top_k_gate.hpp and
+/// The selection bias, which balances experts without a loss. [W24] is cited in top_k_gate.hpp, [D3] in
 /// group_limit.hpp.
 
 namespace moe::detail {
@@ -14,7 +14,7 @@ void move_selection_bias(const Vector<Scalar>& load, Scalar rate, Matrix<Scalar>
   double total = 0;
   for (Index i = 0; i < load.size(); ++i) total += static_cast<double>(load[i]);
   for (Index i = 0; i < load.size(); ++i) {
-    // Counts times E are exact, a mean would be rounded.
+    // load_i·E and Σ load are compared, which are exact; the mean load would be rounded.
     const double scaled = static_cast<double>(load[i]) * static_cast<double>(load.size());
     if (scaled < total) bias(0, i) += rate;
     if (scaled > total) bias(0, i) -= rate;

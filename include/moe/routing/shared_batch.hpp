@@ -8,52 +8,55 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// The batch that a gate's x is a part of, where several processes share one.
+/// A batch that several processes share, of which a gate's x is a part.
 
 namespace moe {
 
-/// A batch whose tokens are spread over several processes, each with a few rows of it: first those
-/// of process 0, then those of process 1, and so on. A gate that looks at a batch as a whole, for
-/// the sums of its losses or for a choice among tokens, finds it in Pass::batch; where that is null,
-/// x is all of the batch. mpi::ExpertParallel makes one.
+/// A batch whose rows are spread over several processes: first those of process 0, then those of process
+/// 1, and so on. A gate that computes something of a batch as a whole, the sums of its losses or a
+/// choice among tokens, finds it in Pass::batch; if that is null, x is all of the batch.
+/// mpi::ExpertParallel makes one.
 ///
-/// Sums and prefixes are collective: every process makes the same ones in the same order. They throw,
-/// on every process, when one of them has thrown since the call before. A gate uses the batch
-/// during the pass that it is given to; what backward() needs of it is in the gate's tape.
+/// Sums, prefixes and gathers are collective: every process makes the same calls in the same order. If
+/// a process has thrown since the call before, the call throws on every process. A gate uses the batch
+/// only during the forward() or evaluate() it is an argument of.
 class SharedBatch {
  public:
   virtual ~SharedBatch() = default;
 
-  virtual Index processes() const = 0;  ///< R, how many share the batch
-  virtual Index process() const = 0;    ///< which of them this one is
+  virtual Index processes() const = 0;  ///< R, the number of processes that share the batch
+  virtual Index process() const = 0;    ///< this process, in [0, R)
 
   virtual Index rows() const = 0;         ///< of all processes, padding included
-  virtual Index first_row() const = 0;    ///< the place of this process's first one among them
-  virtual Index tokens() const = 0;       ///< of all processes: rows that are no padding
-  virtual Index first_token() const = 0;  ///< the place of this process's first one among them
+  virtual Index first_row() const = 0;    ///< this process's first row among them
+  virtual Index tokens() const = 0;       ///< rows of all processes that are not padding
+  virtual Index first_token() const = 0;  ///< this process's first token among them
 
   /// Replaces each number by its sum over the processes, which has the same bits on all.
   virtual void sum(std::span<float> numbers) const = 0;
+  /// The same of doubles.
   virtual void sum(std::span<double> numbers) const = 0;
+  /// The same of whole numbers.
   virtual void sum(std::span<Index> numbers) const = 0;
 
   /// Replaces each number by its sum over the processes before this one, 0 in the first.
   virtual void prefix(std::span<Index> numbers) const = 0;
 
-  /// Both: `numbers` become those of prefix() and `sums`, as many, those of sum().
+  /// Both at once: `numbers` become the result of prefix(), and `sums`, of the same length, that of sum().
   virtual void sum_and_prefix(std::span<Index> numbers, std::span<Index> sums) const {
     std::copy(numbers.begin(), numbers.end(), sums.begin());
     sum(sums);
     prefix_agreed(numbers);
   }
 
-  /// `numbers` are a block for each process, of one length; every process fills its own, and gets those
-  /// of the others. After a sum() of at least as many numbers, as the next two.
+  /// `numbers` has a block for each process, all of one length. Every process fills its own block and
+  /// gets those of the others. Like the next two, only after a sum() of at least as many numbers.
   virtual void gather_agreed(std::span<Index> numbers) const = 0;
 
-  /// sum() and prefix() after a sum() of at least as many numbers since which no process can have
-  /// failed: spares finding out whether one did.
+  /// sum() after a sum() of at least as many numbers, if no process can have failed since: it need not
+  /// find out whether one did.
   virtual void sum_agreed(std::span<Index> numbers) const { sum(numbers); }
+  /// prefix() under the same conditions.
   virtual void prefix_agreed(std::span<Index> numbers) const { prefix(numbers); }
 };
 
@@ -68,11 +71,12 @@ struct SharedCall {
   bool operator==(const SharedCall&) const = default;
 };
 /// The calls before which a process can have failed, in their order, `none` at the end. A process that
-/// fails knows from these in which one the others wait, takes part in it and says so there; so that
-/// no process has to ask the others before a call. All else that a gate calls is `_agreed`.
+/// fails knows from this list in which call the others wait, and takes part in that call to tell them.
+/// So the processes need not ask each other before a call. All other calls of a gate are `_agreed`.
 using SharedCalls = std::array<SharedCall, 2>;
 
-/// Of a gate that makes a choice among the tokens of the batch, or none, and then sums its figures.
+/// The calls of a gate that makes a choice among the tokens of the batch, or none, and then sums a number
+/// of figures.
 inline SharedCalls shared_calls(const SharedCall& choice, Index figures) {
   const SharedCall sum{SharedCall::sum_of_figures, figures};
   return choice.kind == SharedCall::none ? SharedCalls{sum} : SharedCalls{choice, sum};

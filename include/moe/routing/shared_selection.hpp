@@ -21,7 +21,7 @@ namespace moe::detail {
 template <class Scalar>
 using OrderedBits = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
 
-/// The score as an unsigned number in the order of ByScore: NaN is -infinity, and -0 is 0.
+/// A score as an unsigned number in the order of ByScore: NaN becomes -infinity, and -0 becomes 0.
 template <class Scalar>
 OrderedBits<Scalar> ordered_bits(Scalar score) {
   using Bits = OrderedBits<Scalar>;
@@ -36,28 +36,29 @@ OrderedBits<Scalar> ordered_bits(Scalar score) {
 /// The `count` largest candidates of each of E experts over all processes of a batch, ties going to
 /// the lower token, NaN counting as -infinity.
 ///
-/// A radix select: every score is a number of a few digits, the most significant first. For each
-/// digit the processes count how many of an expert's candidates have which value and sum the counts;
-/// the one that the count-th largest has is known then, and only candidates with that go on. An
-/// expert is finished when all that are left are needed. Candidates that are equal in all digits go
-/// by the processes before this one, and then by token.
+/// A radix select: a score is a number of a few digits, and the search begins with the most significant
+/// one. For each digit the processes count, for each expert, the candidates with each value of the
+/// digit, and sum the counts. This gives the value that the digit of the count-th largest score has;
+/// larger candidates are taken, and the search goes on among those with that value. An expert is
+/// finished when all remaining candidates are taken. Candidates with equal scores are taken in the
+/// order of processes, then of tokens.
 ///
-/// As soon as few are left the processes show each other these, as different scores and how often
-/// each occurs, which ends the search. They do where all are sure to fit into a message, and once
-/// where they may not, after three digits; an expert of which one process has too many different
-/// scores goes on by digits.
+/// When few candidates remain, the processes send each other their lists of them (each different score
+/// and how often it occurs), which ends the search. They do so when the lists are sure to fit into a
+/// message, and try it once, after three digits, when they may not; an expert of which some process
+/// has too many different scores then goes on digit by digit.
 ///
-/// So what travels and what is kept is O(E·bins), whatever the number of processes and of their tokens:
-/// E·bins·8 bytes, the bins being 2048 down to 256, as many as fit into 1 MiB. The calls are, for
-/// scores of 32 bits and up to 64 experts, a sum of counts and at most three more. Else it takes that
-/// only where no process has more than a few different scores (up to 64, see most_scores()) of an
-/// expert that agree with its count-th largest in three digits: otherwise one for each digit and two.
+/// So messages and memory are O(E·bins), whatever the number of processes and tokens: E·bins·8 bytes,
+/// with as many bins as fit into 1 MiB, from 256 to 2048. For scores of 32 bits and up to 64 experts the
+/// collective calls are a sum of counts and at most three more. Otherwise it takes no more than that
+/// if no process has more than a few different scores (up to 64, see most_scores()) of an expert that
+/// agree with its count-th largest in three digits; if one does, a call for each digit and two more.
 template <class Scalar>
 class SharedSelection {
  public:
-  /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order,
-  /// but never two of an expert at once; it is called for each digit and a few times more. Collective:
-  /// `experts` and `count` are the same in all processes.
+  /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order, but
+  /// not from two threads at once for one expert; it is called for each digit and a few times more.
+  /// Collective: `experts` and `count` are the same in all processes.
   template <class ForEach>
   void find(Index experts, Index count, const SharedBatch& batch, ForEach&& for_each) {
     bounds_.assign(to_size(experts), {0, std::numeric_limits<Bits>::max(), count});
@@ -65,7 +66,7 @@ class SharedSelection {
     resize(row_, experts);
     std::iota(open_.begin(), open_.end(), Index{0});
     std::iota(row_.begin(), row_.end(), Index{0});
-    // Nothing after the first sum takes memory, or could fail otherwise.
+    // After the first sum nothing allocates or can fail in another way.
     reserve(shown_, batch.processes() * most_scores(first_call(experts).numbers, 1, batch));
     const int most = digit_bits(experts);
     int shift = width;
@@ -77,7 +78,7 @@ class SharedSelection {
       digit == 1 ? batch.sum(counts) : batch.sum_agreed(counts);
       const Index candidates = narrow(Index{1} << bits, shift);
       if (open_.empty() || shift == 0) break;
-      const Index open = static_cast<Index>(open_.size());
+      const auto open = static_cast<Index>(open_.size());
       const Index scores = most_scores(first_call(experts).numbers, open, batch);
       if (scores > 0 && (candidates <= scores || digit == 3)) show(scores, batch, for_each);
     }
@@ -87,12 +88,12 @@ class SharedSelection {
     for (std::size_t i = 0; i < open_.size(); ++i) bounds_[open_[i]].left -= counts_[i];
   }
 
-  /// What find() calls first.
+  /// The first call of a SharedBatch that find() makes.
   static SharedCall first_call(Index experts) {
     return {SharedCall::sum_of_counts, experts << digit_bits(experts)};
   }
 
-  /// Whether a candidate is among them. To be called once for each, in the order of the tokens.
+  /// Whether a candidate is among the `count` largest. Call it once for each, in the order of the tokens.
   bool takes(Index expert, Scalar score) {
     const Bits bits = ordered_bits(score);
     Bound& bound = bounds_[expert];
@@ -104,25 +105,25 @@ class SharedSelection {
   using Bits = OrderedBits<Scalar>;
   static constexpr int width = 8 * sizeof(Bits);
 
-  /// Numbers of a message: Communicator::most_bytes.
+  /// The number of values in a message of Communicator::most_bytes.
   static constexpr Index message = Index{1} << 17;
-  /// More bins for fewer sums, as long as the counts fit into one message.
+  /// The number of bins: as many as fit into one message, since more bins need fewer sums.
   static int digit_bits(Index experts) {
     int bits = 11;
     while (bits > 8 && experts << bits > message) --bits;
     return bits;
   }
 
-  /// Different scores of an expert that a process shows to the others: all that are looked through for
-  /// each candidate.
+  /// The largest number of different scores of an expert in the list of a process. It is searched for each
+  /// candidate, so it is small.
   static constexpr Index few_scores = 64;
-  /// How many of these there is room for: in a message, and where the counts of the first digit were.
+  /// The number of these for which there is room: in a message, and in the memory of the first digit's counts.
   static Index most_scores(Index counts, Index experts, const SharedBatch& batch) {
     return std::min(few_scores, std::min(message, counts) / (2 * batch.processes() * experts));
   }
   static constexpr Index all = std::numeric_limits<Index>::max();
 
-  /// Candidates above `highest` are taken, and of those from `lowest` on the first `left`.
+  /// Candidates above `highest` are taken, and of those from `lowest` to `highest` the first `left`.
   struct Bound {
     Bits lowest;
     Bits highest;
@@ -141,7 +142,8 @@ class SharedSelection {
     });
   }
 
-  /// counts (open experts x bins): how many candidates within the bounds have which digit.
+  /// Sets counts (open experts x bins) to the number of candidates within the bounds with each value of the
+  /// digit.
   template <class ForEach>
   void count_candidates(Index bins, int shift, ForEach&& for_each) {
     assign(counts_, static_cast<Index>(open_.size()) * bins, Index{0});
@@ -151,8 +153,8 @@ class SharedSelection {
     });
   }
 
-  /// Moves the bounds of the open experts to the digit of the last that they take. Returns how many
-  /// candidates of an expert there are at most within them.
+  /// Narrows the bounds of the open experts to the digit of the last candidate that they take. Returns the
+  /// largest number of candidates of an expert within its bounds.
   Index narrow(Index bins, int shift) {
     std::size_t open = 0;
     Index most = 0;
@@ -181,12 +183,12 @@ class SharedSelection {
     return most;
   }
 
-  /// The processes show each other the candidates within the bounds. Finishes the experts of which no
-  /// process has more than `scores` different ones.
+  /// The processes exchange lists of the candidates within the bounds. Finishes the experts of which no
+  /// process has more than `scores` different scores.
   template <class ForEach>
   void show(Index scores, const SharedBatch& batch, ForEach&& for_each) {
-    // counts: processes x open experts x scores pairs of a score's bits and how often it occurs, which
-    // is 0 behind the last pair, and -1 in the first where there were too many.
+    // counts: processes x open experts x scores pairs of a score's bits and the number of its candidates.
+    // That number is 0 after the last pair, and -1 in the first pair if there were too many scores.
     const Index list = 2 * scores;
     const Index block = static_cast<Index>(open_.size()) * list;
     assign(counts_, batch.processes() * block, Index{0});
@@ -214,8 +216,8 @@ class SharedSelection {
     open_.resize(open);
   }
 
-  /// Sets the bound of an expert to the score of the last that it takes; its lists are `block` apart.
-  /// Returns false, with nothing changed, if one is not whole.
+  /// Sets the bound of an expert to the score of the last candidate that it takes; its lists are `block` apart.
+  /// Returns false, with nothing changed, if a list is not complete.
   bool take_shown(const Index* lists, Index block, Index scores, const SharedBatch& batch,
                   Bound& bound) {
     shown_.clear();
@@ -244,7 +246,7 @@ class SharedSelection {
     return true;
   }
 
-  /// What a process shows.
+  /// The lists that the processes exchange.
   struct Shown {
     Bits bits;
     Index count;

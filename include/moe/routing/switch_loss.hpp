@@ -11,14 +11,14 @@
 #include "moe/routing/pass.hpp"
 
 /// \file
-/// The balance loss of today's models, E·Σ_i f_i·P_i [F22 eq. 4-6]: f_i the share of a batch, or of
-/// a sequence, that chose expert i, P_i its mean probability there. Only P has a gradient. [F22] is
-/// cited in capacity.hpp, [D3] in group_limit.hpp.
+/// The balance loss of Switch Transformer and most models since, E·Σ_i f_i·P_i [F22 eq. 4-6]: f_i is the
+/// share of a batch, or of a sequence, that chose expert i, and P_i the mean probability of expert i
+/// there. Only P has a gradient. [F22] is cited in capacity.hpp, [D3] in group_limit.hpp.
 
 namespace moe {
 
-/// What f_i counts. Published losses differ in nothing else, so their weights compare only for the
-/// same count. In perfect balance the loss is its weight times the sum of f.
+/// What f_i counts. Published losses differ in this, so their weights can be compared only for the same
+/// count. In perfect balance the loss is its weight times Σ f.
 enum class SwitchCount {
   per_slot,  ///< all K choices of a token, over T·K: Σ f = 1 (DeepSeek, Megatron-Core, MegaBlocks)
   per_token,  ///< all K choices of a token, over T: Σ f = K (Hugging Face: Mixtral, OLMoE, Qwen)
@@ -28,11 +28,14 @@ constexpr std::array<std::string_view, 3> enumerator_names(SwitchCount) {
   return {"per_slot", "per_token", "first_choice"};
 }
 
-/// How the rows of a batch of sequences of equal length are laid out. `time_major`: all sequences'
-/// first tokens, then all second ones, row = step·sequences + sequence, as in this library's
-/// models; a (time, batch, D) tensor of PyTorch. `sequence_major`: one whole sequence after the
-/// other, row = sequence·length + step; a (batch, time, D) tensor.
-enum class RowOrder { time_major, sequence_major };
+/// The order of the rows of a batch of sequences of equal length.
+enum class RowOrder {
+  /// The first tokens of all sequences, then the second ones, and so on: row = step·sequences +
+  /// sequence, as in moe::LSTM; a (time, batch, D) tensor of PyTorch.
+  time_major,
+  /// One whole sequence after the other: row = sequence·length + step; a (batch, time, D) tensor.
+  sequence_major
+};
 constexpr std::array<std::string_view, 2> enumerator_names(RowOrder) {
   return {"time_major", "sequence_major"};
 }
@@ -43,16 +46,17 @@ inline Index sequence_of(Index row, Index rows, Index sequences, RowOrder order)
   return order == RowOrder::time_major ? row % sequences : row / (rows / sequences);
 }
 
-/// The mean over sequences of E·Σ_i f_i·P_i, and what its gradient needs; with one sequence, the
-/// loss of the batch. A sequence's f and P are over its own tokens, padding left out, and one
-/// without tokens has no part in the mean.
+/// The mean over sequences of E·Σ_i f_i·P_i, and what its gradient needs. With one sequence it is the
+/// loss of the batch. f and P of a sequence are over its own valid tokens; a sequence without any does
+/// not count in the mean.
 template <class Scalar>
 class SwitchLoss {
  public:
-  /// score·scale, token by token, are the probabilities (N x E); of the choices (N·K) those of a
-  /// token stand together, the first one first. The rows of the batch must be a multiple of
-  /// `sequences`, which may span processes. Adds up what concerns the tokens here, and tells `sum`
-  /// what is to be summed over the batch before finish(). O(N·E).
+  /// The probabilities (N x E) are each row of `score` times its entry of `scale` (N). `choices` has the
+  /// K choices of token 0, the first choice first, then those of token 1, and so on (N·K). The rows of
+  /// the batch must be a multiple of `sequences`; a sequence may be spread over processes. Adds up the
+  /// tokens of this process, and adds to `sum` what must be summed over the batch before finish().
+  /// O(N·E).
   void accumulate(const Matrix<Scalar>& score, const Vector<Scalar>& scale,
                   std::span<const Index> choices, Index top_k, SwitchCount count, Index sequences,
                   RowOrder order, const ValidTokens& tokens, BatchSum& sum) {
@@ -76,7 +80,7 @@ class SwitchLoss {
     sum.add(total_.data(), total_.size());
   }
 
-  /// How many numbers accumulate() tells the sum of.
+  /// The number of values that accumulate() adds to `sum`.
   static Index figures(Index experts, Index sequences) { return sequences * (1 + 2 * experts); }
 
   /// The loss of the batch; 0 without tokens.
@@ -101,8 +105,8 @@ class SwitchLoss {
     return static_cast<Scalar>(loss / sequences);
   }
 
-  /// Adds weight·∂loss/∂probability of a token to dp (E): weight·E·f_i/T_s over the number of
-  /// sequences, T_s being the tokens of its sequence.
+  /// Adds weight·∂loss/∂probability of a token to dp (E), that is weight·E·f_i / (T_s·sequences), T_s
+  /// being the number of tokens of its sequence.
   void add_gradient(Scalar weight, Index token, Scalar* dp) const {
     const Index s = sequence_[token];
     const double tokens = tokens_[s] * static_cast<double>(sequences_with_tokens_);
@@ -113,10 +117,10 @@ class SwitchLoss {
   const Matrix<Scalar>& probability() const { return probability_; }  ///< P
 
  private:
-  /// Wide enough that a token's part is a few lines of memory.
+  /// Columns of a task: for each token a few cache lines.
   static constexpr Index columns = 512;
 
-  /// Sums of a few tokens in Scalar, and of these sums in double.
+  /// Adds up some tokens at a time in Scalar, and these sums in double.
   void sum_probabilities(const Matrix<Scalar>& score, const Vector<Scalar>& scale) {
     const Index tokens = score.rows();
     const Index sequences = total_.rows();

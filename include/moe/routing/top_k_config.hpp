@@ -10,14 +10,14 @@
 #include "moe/routing/switch_loss.hpp"
 
 /// \file
-/// The options of TopKGate. docs/gates.md says which make which model.
+/// The options of TopKGate. docs/gates.md lists those of published models.
 
 namespace moe {
 
-/// What experts are chosen by, and the weights made of, c being the logits.
+/// The scores by which experts are chosen and of which the weights are made; c are the logits.
 enum class Score {
   softmax,            ///< s = softmax(c) over all experts, before the choice
-  softmax_of_chosen,  ///< chosen by c, weighed by the softmax of the chosen c, after the choice
+  softmax_of_chosen,  ///< chosen by c; the weights are the softmax over the chosen c
   sigmoid,            ///< s = 1 / (1 + e^-c), each expert by itself
   sqrt_softplus,      ///< s = sqrt(log(1 + e^c)), each expert by itself (DeepSeek-V4)
 };
@@ -25,46 +25,49 @@ constexpr std::array<std::string_view, 4> enumerator_names(Score) {
   return {"softmax", "softmax_of_chosen", "sigmoid", "sqrt_softplus"};
 }
 
-/// TopKGate says what the letters stand for; by default it is the plainest gate: softmax,
-/// the K largest, no loss.
+/// The configuration of TopKGate, which defines the letters used here. By default: a softmax, the K
+/// largest, no loss.
 struct TopKConfig {
   Index width = 0;    ///< D; 0 inside a layer's configuration stands for the layer's width
   Index experts = 0;  ///< E
   Index top_k = 0;    ///< K, experts chosen for a token, 1 <= K <= E
 
-  bool bias = false;  ///< of the logits, a parameter that starts at zero
-  Score score = Score::softmax;
-  bool renormalise = false;  ///< w adds up to 1 over the chosen; softmax_of_chosen does so anyway
-  /// Added to the sum that weights are divided by where they are renormalised, >= 0: 1e-20 in
-  /// DeepSeek's and Hugging Face's code for sigmoids, 0 in most other models. It makes weights of
-  /// tiny scores add up to less than 1. With 0, scores that are all 0 get weights of 0.
+  bool bias = false;             ///< a bias of the logits, a parameter that is zero initially
+  Score score = Score::softmax;  ///< of s
+  bool renormalise =
+      false;  ///< divide w by its sum over the chosen; softmax_of_chosen does so anyway
+  /// ε >= 0, added to N, by which weights are divided if they are renormalised: 1e-20 in DeepSeek's and
+  /// Hugging Face's code for sigmoids, 0 in most other models. Weights of tiny scores then add up to
+  /// less than 1. With 0, scores that are all 0 get weights of 0.
   double renormalise_epsilon = 0;
-  double renormalise_norm = 1;  ///< p of the sum (Σ s^p)^(1/p) that weights are divided by, >= 1
-  bool renormalise_after_drops = false;  ///< over the choices that are left, and not before
+  double renormalise_norm = 1;           ///< p >= 1 of N = (Σ s^p)^(1/p)
+  bool renormalise_after_drops = false;  ///< renormalise once, over the choices left after drops
   double scale = 1;                      ///< of all weights, above 0
 
   Index groups = 1;        ///< divides E
-  Index top_k_groups = 1;  ///< groups that a token's experts are from, which must hold K
+  Index top_k_groups = 1;  ///< groups chosen for a token; they must have at least K experts
+  /// The score by which a token's groups are chosen.
   GroupScore group_score = GroupScore::best;
 
+  /// Whether there is a selection bias b, which update_selection_bias() moves: see TopKGate.
   bool selection_bias = false;
-  double bias_rate = 0.001;  ///< how far update_selection_bias() moves an entry, >= 0
+  double bias_rate = 0.001;  ///< by how much update_selection_bias() moves an entry, >= 0
 
   double jitter = 0;           ///< j is uniform in [1 - jitter, 1 + jitter), in [0, 1) [F22 app. C]
   bool random_second = false;  ///< K = 2: the second choice is kept with probability 2·w [G21]
 
-  double capacity_factor = 0;             ///< of training; 0: no limit
-  double evaluation_capacity_factor = 0;  ///< of evaluate(); 0: no limit
-  PlaceOrder place_order = PlaceOrder::rows;
+  double capacity_factor = 0;                 ///< of training; 0: no limit
+  double evaluation_capacity_factor = 0;      ///< of evaluate(); 0: no limit
+  PlaceOrder place_order = PlaceOrder::rows;  ///< which choices are dropped
 
   double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0
   double sequence_loss_weight = 0;                   ///< of its mean over sequences, >= 0
-  SwitchCount switch_count = SwitchCount::per_slot;  ///< f of both
-  Index sequences = 1;  ///< of a batch; only sequence_loss_weight needs it
-  RowOrder row_order = RowOrder::time_major;
-  double z_loss_weight = 0;  ///< >= 0
+  SwitchCount switch_count = SwitchCount::per_slot;  ///< what f counts in both
+  Index sequences = 1;                        ///< sequences of a batch, for sequence_loss_weight
+  RowOrder row_order = RowOrder::time_major;  ///< the order of the rows, for sequence_loss_weight
+  double z_loss_weight = 0;                   ///< of the router z-loss [Z22], >= 0
 
-  double init_stddev = 0.02;  ///< of W_g at the start, >= 0
+  double init_stddev = 0.02;  ///< standard deviation of the normal initial W_g, >= 0
 
   template <class Self, class Visitor>
   static constexpr void visit_fields(Self& self, Visitor visit) {

@@ -16,9 +16,9 @@
 #include "moe/routing/pass.hpp"
 
 /// \file
-/// Whether a backward pass is the derivative of its forward pass: for those who write networks, gates,
-/// policies and models of their own. Not part of moe/moe.hpp. All of it computes in double, by
-/// differences of fourth order, and takes some four forward passes for each number that is checked.
+/// Checks that a backward pass is the derivative of its forward pass, for networks, gates, policies and
+/// models of users. Not part of moe/moe.hpp. Everything is computed in double, by differences of fourth
+/// order, with about four forward passes for each number that is checked.
 ///
 ///     using Layer = moe::MoELayer<moe::Expert<MyNetwork, double>, MyGate<double>>;
 ///     Layer layer({...});
@@ -26,19 +26,19 @@
 ///     if (check.error > 1e-7) std::puts(check.text().c_str());
 ///
 /// Where a function has no derivative (a ReLU at 0, a tie between experts), differences of two widths
-/// disagree; such entries are left out and counted. Few are normal: if many are, take another x.
+/// disagree; such entries are left out and counted. A few are normal; if there are many, use another x.
 
 namespace moe {
 
-/// The entry of a gradient that is farthest from what differences say.
+/// The result of a check: the entry of a gradient that is farthest from its difference quotient.
 struct GradientCheck {
   std::string parameter;  ///< its name, or "x"
-  Index row = 0;
-  Index column = 0;
-  double gradient = 0;    ///< what backward() made of it
-  double difference = 0;  ///< what it should be
-  /// |gradient − difference| over the largest difference in the same parameter, or over a millionth of
-  /// the largest in all parameters where that is more. NaN where the gradient is NaN or infinite.
+  Index row = 0;          ///< of the entry
+  Index column = 0;       ///< of the entry
+  double gradient = 0;    ///< by backward()
+  double difference = 0;  ///< the difference quotient
+  /// |gradient − difference| over the largest |difference| in the same parameter, or over a millionth of
+  /// the largest in all parameters if that is more. NaN if the gradient is NaN or infinite.
   double error = 0;
   Index checked = 0;  ///< entries in all, those left out included
   Index kinks = 0;    ///< entries left out
@@ -53,12 +53,12 @@ struct GradientCheck {
 
 namespace detail {
 
-/// Differences of a loss by every entry of some matrices, beside the gradients that are checked.
+/// Difference quotients of a loss w.r.t. every entry of some matrices, and the gradients to check.
 class GradientComparison {
  public:
   explicit GradientComparison(FunctionRef<double()> loss) : loss_(loss) {}
 
-  /// Changes the entries of `value`, which the loss depends on, one by one, and sets them back.
+  /// Adds a matrix that the loss depends on. Changes its entries one by one, and restores them.
   void add(const std::string& name, Matrix<double>& value, const Matrix<double>& gradient) {
     Entry entry{name, gradient, Matrix<double>(value.rows(), value.cols()),
                 Matrix<double>(value.rows(), value.cols())};
@@ -144,7 +144,7 @@ void compare_parameters(Module& module, GradientComparison& comparison) {
   });
 }
 
-/// Weights of the numbers that a pass makes, so that the loss is a sum of them.
+/// Random weights, of the shape of y: the loss of a check is the weighted sum of y.
 inline Matrix<double> loss_weights_like(const Matrix<double>& y) {
   Matrix<double> weights(y.rows(), y.cols());
   fill_normal(weights, 1.0, 0x6C6F7373u);
@@ -153,9 +153,9 @@ inline Matrix<double> loss_weights_like(const Matrix<double>& y) {
 
 }  // namespace detail
 
-/// Checks the gradients of every trained parameter of a module: `loss` computes the loss with the
-/// parameters as they are, `backward` makes forward and backward passes that add its gradients. Both
-/// must draw the same noise each time. The gradients are left as they were checked.
+/// Checks the gradients of every trained parameter of a module: `loss` computes the loss with the present
+/// parameters, `backward` makes forward and backward passes that add its gradients. Both must draw the
+/// same noise each time. Afterwards the module has the gradients that were checked.
 template <class Module>
 GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss,
                               detail::FunctionRef<void()> backward) {
@@ -166,8 +166,8 @@ GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss
   return comparison.worst();
 }
 
-/// Checks a layer in double, and with it its gate and its experts' network: dx and the gradients of all
-/// trained parameters, of a weighted sum of y and the balance losses. x is T x D.
+/// Checks a layer of doubles with its gate and its experts' network. The loss is a weighted sum of y plus
+/// the balance losses; dx and the gradients of all trained parameters are checked. x is T x D.
 template <class Layer>
 GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& pass) {
   typename Layer::Tape tape;
@@ -185,10 +185,10 @@ GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& 
   return comparison.worst();
 }
 
-/// Checks a policy of doubles: the gradients of all trained parameters, of a weighted sum of the logits.
-/// `previous` is what its rows read, steps·R numbers with R = inputs·samples, negative in padding;
-/// `noise` is the key of what it draws. `balance_loss` returns the losses of mixtures inside, which
-/// their backward passes include, from the tape of a forward pass.
+/// Checks a policy of doubles: the gradients of all trained parameters, for a weighted sum of the logits as
+/// the loss. `previous` are the symbols that its rows read, steps·R numbers with R = inputs·samples,
+/// negative in padding; `noise` is the key of its random numbers. `balance_loss` returns, from the tape of
+/// a forward pass, the losses of mixtures in the policy, which their backward passes include.
 template <Policy P>
 GradientCheck check_policy_gradients(
     P& policy, std::span<const typename P::Input> inputs, Index samples,

@@ -9,27 +9,31 @@
 #include "moe/kernels/lanes.hpp"
 
 /// \file
-/// What a narrow format says, and how a matrix of it lies in memory.
+/// The concept of a narrow format, and the memory layout of a matrix in one.
 ///
-/// A matrix of K x N weights is cut into panels of panel_packets packets of columns. A panel is read
-/// from its first byte to its last by the product, k running inside:
+/// A matrix of K x N weights is divided into panels, each panel_packets SIMD packets of columns wide. A
+/// product reads a panel sequentially, in the order of k:
 ///
 ///     panel   ⌈K / block⌉ blocks
 ///     block   the scales of its columns, if the format has any, in float16; then block / group groups
 ///     group   for each column of the panel the codes of `group` steps of k, the lowest in the lowest
 ///             bits: 32 bits, or 16 where group is 1
 ///
-/// K is filled up with zero weights to whole blocks. The last panel is as many packets wide as its
-/// columns need.
+/// K is padded with zero weights to whole blocks. The last panel has only as many packets as its columns
+/// need.
 
 MOE_PACKETS_BEGIN
 
 namespace moe {
 
-/// What the product rounds the rows of x to: nothing, or 8-bit integers, a block of 32 with a float
-/// scale each, of which it makes exact integer sums. `int8` is faster, most of all for Int4, and
-/// rounds: results then differ from those of `float32` in the third digit or so.
-enum class Activations { float32, int8 };
+/// How a product uses the rows of x.
+enum class Activations {
+  float32,  ///< as they are
+  /// Rounded to 8-bit integers, with a float scale for each block of 32; sums of products in a block are
+  /// exact integers. Faster, most of all for Int4, but results differ from those of float32 in about
+  /// the third digit.
+  int8
+};
 
 namespace detail {
 
@@ -42,19 +46,19 @@ inline constexpr Index scaled_steps = 32;
 // clang-format off
 /// A format of narrow weights.
 ///
-///     name                  as it is said in files and messages
-///     Code                  an integer type that holds the code of one weight
-///     group, group_bytes    steps of k beside each other in a lane, and the bytes of a lane
-///     block                 steps of k that share a scale, or `group` where there are none
+///     name                  its name in files and messages
+///     Code                  an integer type for the code of one weight
+///     group, group_bytes    the steps of k that are stored in one lane, and the bytes of a lane
+///     block                 steps of k that share a scale, or `group` if there are no scales
 ///     scaled                whether there are scales
-///     encode(value, scale)  the code of a weight, its scale being 1 where there are none
+///     encode(value, scale)  the code of a weight; the scale is 1 if there are none
 ///     decode(code, scale)   the weight that a code stands for, exactly
 ///     get(lane, step), set(lane, step, code)    a code in its lane
-///     widen<step>(lane)     a packet of columns of a step of k: the weights, or where there are scales
-///                           what makes them by widened·scale - offset·scale, exactly
+///     widen<step>(lane)     a packet of columns of a step of k: the weights, or if there are scales
+///                           numbers of which widened·scale - offset·scale are the weights, exactly
 ///
-/// and, where scaled, that offset and scale(values, count): the scale of a block, a float that float16
-/// holds exactly.
+/// If scaled, also that `offset`, and scale(values, count): the scale of a block, a float that float16
+/// can represent exactly.
 template <class F>
 concept NarrowFormat = requires(const std::byte* lane, std::byte* changed, float value,
                                 typename F::Code code) {
@@ -77,13 +81,13 @@ inline void store_half(float value, std::byte* to) {
   const auto half = static_cast<Eigen::half>(value);
   std::memcpy(to, &half.x, sizeof(half.x));
 }
-/// A number as float16 holds it.
+/// A number rounded to float16.
 inline float round_to_half(float value) {
   return static_cast<float>(static_cast<Eigen::half>(value));
 }
 
-/// The code of a weight that stands for code·scale, in whole numbers from `least` to `most`; a tie is
-/// rounded away from 0.
+/// The code of a weight, for which the weight is about code·scale: a whole number from `least` to `most`;
+/// ties are rounded away from 0.
 inline std::int8_t scaled_code(float value, float scale, float least, float most) {
   if (scale == 0) return 0;
   return static_cast<std::int8_t>(std::clamp(std::round(value / scale), least, most));

@@ -21,9 +21,9 @@ namespace moe::detail {
 #define MOE_INTEGER_DOT_PAIRS
 #endif
 
-/// sum + Σ of the four products of each lane's bytes, of `unsigned_bytes` and of four signed ones that
-/// all lanes share, which store() has prepared in `bytes` bytes. The unsigned ones are at most 15 if
-/// they are `small`.
+/// Adds to each lane of a sum the four products of its bytes in `unsigned_bytes` with four signed bytes,
+/// which are the same for all lanes and which store() has prepared in `bytes` bytes. `small`: the
+/// unsigned bytes are at most 15.
 template <bool small>
 struct IntegerDot {
 #if defined(MOE_INTEGER_DOT_VNNI)
@@ -42,8 +42,8 @@ struct IntegerDot {
 #endif
   }
 #elif defined(MOE_INTEGER_DOT_PAIRS)
-  // Sums of two products of bytes overflow 16 bits, so bytes become numbers of 16 bits first: those with
-  // an even place and those with an odd one.
+  // A sum of two products of bytes can overflow 16 bits, so bytes are widened to 16 bits first, those at
+  // even places and those at odd places separately.
   static constexpr Index bytes = 8;
 
   static void store(const std::int8_t* four, std::byte* to) {

@@ -18,8 +18,8 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// R rows of C += `blocks` blocks of the rounded rows, from row `first` on, times V packets of a panel that
-/// is `packets` wide, from packet `v0` on.
+/// Adds to R rows of C: the rounded rows from `first` on times V packets of a panel, from packet `v0` on,
+/// over `blocks` blocks. The panel is `packets` packets wide.
 template <class Format, class Dot, Index R, Index V>
 MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const std::byte* panel,
                                Index packets, Index v0, Index blocks, float* const* c,
@@ -39,7 +39,7 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
     Lanes sum[to_size(R)][to_size(V)];
     MOE_UNROLL
     for (Index r = 0; r < R; ++r) {
-      // What the weights' codes are stored with is taken off once.
+      // Codes are stored as code + zero: zero·(sum of the row's codes) is subtracted once.
       const auto shift = static_cast<std::int32_t>(-Format::zero * rows.sum[first + r][block]);
       MOE_UNROLL
       for (Index v = 0; v < V; ++v) sum[r][v] = broadcast_lanes(shift);
@@ -72,8 +72,8 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
   }
 }
 
-/// C = A·B on the calling thread, the rows of A rounded to 8 bits: some rows after the other, for each
-/// all panels of B.
+/// C = A·B on the calling thread, with the rows of A rounded to 8 bits: some rows at a time, for these all
+/// panels of B.
 template <class Format>
 requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Format>>& product) {
   using Dot = IntegerDot<Format::zero <= 8>;

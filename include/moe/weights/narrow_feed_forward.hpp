@@ -11,9 +11,9 @@
 
 namespace moe {
 
-/// A FeedForward whose weights are narrow; its biases stay float. It computes what a FeedForward with the
-/// decoded weights does, with float activations to the last bit. Nothing of it is trained, but gradients
-/// with respect to x and to the slots' weights go through it.
+/// A FeedForward with narrow weights and biases of floats. Its results have the same bits as those of a
+/// FeedForward with the decoded weights, unless activations are rounded. Its weights are not trained, but it has the
+/// gradients with respect to x and to the slots' weights.
 template <detail::NarrowFormat Format>
 class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::NarrowWeight<Format>> {
   using Base = detail::FeedForwardPasses<float, detail::NarrowWeight<Format>>;
@@ -22,8 +22,8 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
   using typename Base::Config;
   using typename Base::Scalar;
 
-  /// Rounds the weights of a network. Throws std::invalid_argument, with the name of the weight after
-  /// `prefix`, where one cannot be narrowed.
+  /// Rounds the weights of a network. Throws std::invalid_argument, with `prefix` and the name of the
+  /// weight, if one cannot be narrowed.
   explicit NarrowFeedForward(const FeedForward<float>& network, const NarrowOptions& options = {},
                              const std::string& prefix = {})
       : Base(network.config()) {
@@ -39,8 +39,8 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
     freeze();
   }
 
-  /// Weights from elsewhere: weight(name, rows, columns) is a NarrowMatrix and bias(name, size) a Matrix
-  /// of one row, of these sizes.
+  /// A network of given weights: weight(name, rows, columns) returns a NarrowMatrix and bias(name, size) a
+  /// Matrix of one row, of these sizes.
   template <class WeightOf, class BiasOf>
   NarrowFeedForward(const Config& config, const NarrowOptions& options, WeightOf&& weight,
                     BiasOf&& bias)
@@ -57,7 +57,7 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
     freeze();
   }
 
-  /// Weights of a row's products.
+  /// Multiply-adds of a row.
   Index row_work() const {
     Index work = 0;
     visit_weights(*this, [&](std::string_view, const auto& weight) {
@@ -78,7 +78,7 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
       if constexpr (detail::is_parameter<std::remove_cvref_t<decltype(part)>>) visit(name, part);
     });
   }
-  /// visit(name, weight), a NarrowWeight with its `matrix`.
+  /// Calls visit(name, weight) for each weight, whose `matrix` is a NarrowMatrix.
   template <class Self, class Visitor>
   static void visit_weights(Self& self, Visitor visit) {
     Base::visit_parts(self, [&](std::string_view name, auto& part) {

@@ -4,8 +4,8 @@
 #include "moe/weights/narrow_product.hpp"
 
 /// \file
-/// gemm_serial(), and by it gemm(), with a B of narrow weights, by its operand(). Activations are rounded
-/// in A·B only: A·Bᵀ is for gradients.
+/// gemm_serial(), and with it gemm(), for an operand B of narrow weights. Activations are rounded in A·B
+/// only: A·Bᵀ is for gradients.
 ///
 ///     gemm(GemmNN<float, NarrowOperand<Int8>>{.a = x, .b = weight.operand(), .c = y});
 

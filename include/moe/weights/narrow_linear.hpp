@@ -8,28 +8,30 @@
 
 namespace moe {
 
-/// A Linear with narrow weights, to serve: y = x·weight + bias, the bias being float. Made by narrow().
-/// It is not trained, but the gradient with respect to x goes through it.
+/// A Linear with narrow weights for inference: y = x·weight + bias, with a bias of floats. Made by
+/// narrow(). It is not trained, but has the gradient with respect to x.
 template <detail::NarrowFormat Format>
 class NarrowLinear {
  public:
-  using Scalar = float;
+  using Scalar = float;  ///< the type of x and y
 
+  /// The caller's scratch.
   struct Tape {
     Matrix<float> y;   ///< T x outputs
     Matrix<float> dx;  ///< T x inputs
   };
 
-  /// Throws std::invalid_argument where a weight cannot be narrowed or the format has no such
-  /// activations.
+  /// Rounds the weights. Throws std::invalid_argument if one cannot be narrowed, or the format does not
+  /// support options.activations.
   explicit NarrowLinear(const Linear<float>& linear, const NarrowOptions& options = {})
       : weight_(linear.weight.value, "weight", options), bias_(linear.bias.value) {}
 
+  /// The narrow weight, inputs x outputs.
   const NarrowMatrix<Format>& weight() const { return weight_.matrix; }
-  Index inputs() const { return weight().rows(); }
-  Index outputs() const { return weight().cols(); }
+  Index inputs() const { return weight().rows(); }   ///< K of the product
+  Index outputs() const { return weight().cols(); }  ///< N of the product
 
-  /// Throws std::invalid_argument if x is not T x inputs or is a part of tape.y.
+  /// Returns tape.y (T x outputs). Throws std::invalid_argument if x is not T x inputs or overlaps tape.y.
   const Matrix<float>& evaluate(const MatrixRef<float>& x, Tape& tape) const {
     detail::require(x.cols() == inputs(), "NarrowLinear: x has ", x.cols(), " columns, the layer ",
                     inputs(), " inputs");
@@ -42,14 +44,15 @@ class NarrowLinear {
         .bias = {.values = bias_.size() > 0 ? bias_.data() : nullptr}});
     return tape.y;
   }
+  /// The same with a tape of its own, which allocates.
   Matrix<float> evaluate(const MatrixRef<float>& x) const {
     Tape tape;
     evaluate(x, tape);
     return std::move(tape.y);
   }
 
-  /// dx = dy·weightᵀ, the gradient with respect to x. Throws std::invalid_argument if dy is not
-  /// T x outputs or is a part of tape.dx.
+  /// Returns tape.dx = dy·weightᵀ (T x inputs), the gradient with respect to x. Throws
+  /// std::invalid_argument if dy is not T x outputs or overlaps tape.dx.
   const Matrix<float>& input_gradient(const MatrixRef<float>& dy, Tape& tape) const {
     detail::require(dy.cols() == outputs(), "NarrowLinear::input_gradient: dy has ", dy.cols(),
                     " columns, the layer ", outputs(), " outputs");
@@ -65,8 +68,8 @@ class NarrowLinear {
   Matrix<float> bias_;  ///< 1 x outputs; empty without one
 };
 
-/// A linear map with its weights rounded to a format: `moe::narrow<moe::Int8>(linear)`. Throws as the
-/// constructor of NarrowLinear does.
+/// Rounds the weights of a Linear to a format: `moe::narrow<moe::Int8>(linear)`. Throws as the constructor
+/// of NarrowLinear does.
 template <detail::NarrowFormat Format>
 NarrowLinear<Format> narrow(const Linear<float>& linear, const NarrowOptions& options = {}) {
   return NarrowLinear<Format>(linear, options);

@@ -18,18 +18,19 @@ namespace moe {
 
 namespace detail {
 
-// Where things are in a packed matrix, see format.hpp. `lanes` are the floats of a packet of the machine
-// that packed it.
+// Sizes and offsets in a packed matrix, see format.hpp. `lanes` is the number of floats in a packet of
+// the machine that packed it.
 
 /// Packets of the panel whose first column is `first`.
 constexpr Index narrow_packets(Index columns, Index first, Index lanes = lane_count) {
   return std::min(panel_packets, (columns - first + lanes - 1) / lanes);
 }
-/// Bytes of the scales of a packet of columns in a block, and of all of it.
+/// Bytes of the scales of a packet of columns in a block.
 template <class Format>
 constexpr Index narrow_scale_bytes(Index lanes = lane_count) {
   return Format::scaled ? 2 * lanes : 0;
 }
+/// Bytes of a packet of columns in a block, scales included.
 template <class Format>
 constexpr Index narrow_block_bytes(Index lanes = lane_count) {
   return narrow_scale_bytes<Format>(lanes) +
@@ -45,7 +46,7 @@ constexpr Index narrow_bytes(Index rows, Index columns, Index lanes = lane_count
          ((columns + lanes - 1) / lanes);
 }
 
-/// The same of this machine, as constants.
+/// These numbers for this machine, as constants.
 template <class Format>
 struct NarrowLayout {
   static constexpr Index panel_columns = panel_packets * lane_count;
@@ -54,7 +55,7 @@ struct NarrowLayout {
   static constexpr Index block_bytes = narrow_block_bytes<Format>();
 };
 
-/// The place of a block of the panel whose first column is `first`.
+/// The offset in bytes of a block of the panel whose first column is `first`.
 template <class Format>
 constexpr Index narrow_block_place(Index rows, Index columns, Index first, Index block,
                                    Index lanes = lane_count) {
@@ -62,11 +63,11 @@ constexpr Index narrow_block_place(Index rows, Index columns, Index first, Index
                                               block * narrow_packets(columns, first, lanes));
 }
 
-/// Where the lane of a weight is, and its scale.
+/// Where a weight is, and its scale.
 struct NarrowPlace {
-  Index lane;   ///< byte
-  Index step;   ///< in the lane
-  Index scale;  ///< byte
+  Index lane;   ///< offset of its lane in bytes
+  Index step;   ///< its step in the lane
+  Index scale;  ///< offset of its scale in bytes
 };
 template <class Format>
 constexpr NarrowPlace narrow_place(Index rows, Index columns, Index k, Index column,
@@ -81,7 +82,7 @@ constexpr NarrowPlace narrow_place(Index rows, Index columns, Index k, Index col
           k % Format::group, block + 2 * (column - first)};
 }
 
-/// A packed matrix in somebody else's memory, the operand B of a product.
+/// A view of a packed matrix, the operand B of a product.
 template <class Format>
 struct NarrowOperand {
   using Layout = NarrowLayout<Format>;
@@ -90,7 +91,7 @@ struct NarrowOperand {
   Index columns;  ///< N
   Activations activations = Activations::float32;
 
-  /// The panel that begins with a column, from a block of k on.
+  /// The memory of the panel whose first column is `column`, from a block of k on.
   const std::byte* panel(Index column, Index block = 0) const {
     MOE_ASSERT(column % Layout::panel_columns == 0);
     return data + narrow_block_place<Format>(rows, columns, column, block);
@@ -99,8 +100,8 @@ struct NarrowOperand {
 
 }  // namespace detail
 
-/// K x N weights in a narrow format, const once it is made. Copies share their memory. A product with
-/// it computes exactly what it would with decoded(), to the last bit, if activations are not rounded.
+/// K x N weights in a narrow format, not changed after construction. Copies share their memory. A product
+/// with it has the same bits as one with decoded(), unless activations are rounded.
 template <detail::NarrowFormat Format>
 class NarrowMatrix {
   using Operand = detail::NarrowOperand<Format>;
@@ -109,8 +110,8 @@ class NarrowMatrix {
  public:
   NarrowMatrix() = default;
 
-  /// Rounds weights (K x N). Throws std::invalid_argument, which says `name`, the place and the value,
-  /// where one is not finite, is too large for the format, or is so small that the scale of its block
+  /// Rounds weights (K x N). Throws std::invalid_argument, with `name`, the row, the column and the value,
+  /// if a weight is not finite, is too large for the format, or is so small that the scale of its block
   /// would be 0. O(K·N).
   explicit NarrowMatrix(const MatrixRef<float>& weights, std::string_view name = "a weight")
       : NarrowMatrix(weights.rows(), weights.cols()) {
@@ -121,8 +122,8 @@ class NarrowMatrix {
                         });
   }
 
-  /// Codes and scales that are there already: code(k, column) and, if the format has scales,
-  /// scale(block, column), each of which must be finite, and one that float16 holds.
+  /// Packs given codes and scales: code(k, column) and, if the format has scales, scale(block, column),
+  /// which must be finite and exact in float16.
   template <class CodeAt, class ScaleAt>
   NarrowMatrix(Index rows, Index columns, CodeAt&& code, ScaleAt&& scale)
       : NarrowMatrix(rows, columns) {
@@ -137,7 +138,7 @@ class NarrowMatrix {
     }
   }
 
-  /// Packed memory that is there already, bytes_of(rows, columns) of it.
+  /// Refers to packed memory, of bytes_of(rows, columns) bytes.
   NarrowMatrix(Index rows, Index columns, std::shared_ptr<const std::byte> packed)
       : rows_(rows), columns_(columns), data_(std::move(packed)) {}
 
@@ -148,17 +149,20 @@ class NarrowMatrix {
     std::copy_n(from.get(), bytes(), data);
   }
 
-  Index rows() const { return rows_; }
-  Index cols() const { return columns_; }
+  Index rows() const { return rows_; }     ///< K
+  Index cols() const { return columns_; }  ///< N
+  /// The bytes of a packed matrix of this size.
   static Index bytes_of(Index rows, Index columns) {
     return detail::narrow_bytes<Format>(rows, columns);
   }
-  Index bytes() const { return bytes_of(rows_, columns_); }
-  const std::byte* data() const { return data_.get(); }
+  Index bytes() const { return bytes_of(rows_, columns_); }  ///< of the packed memory
+  const std::byte* data() const { return data_.get(); }      ///< the packed memory, bytes() of it
+  /// The matrix as operand B of a product.
   Operand operand(Activations activations = Activations::float32) const {
     return {data_.get(), rows_, columns_, activations};
   }
 
+  /// The code of a weight.
   typename Format::Code code(Index k, Index column) const {
     const auto place = place_of(k, column);
     return Format::get(data() + place.lane, place.step);

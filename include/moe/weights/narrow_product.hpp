@@ -8,17 +8,17 @@
 #include "moe/weights/narrow_matrix.hpp"
 
 /// \file
-/// Products with narrow weights, whose results have the bits of the same products with the decoded
-/// weights: with few rows a packet is widened in a register, for each tile of rows anew; with many a
-/// strip is widened once for all rows, into L1.
+/// Products with narrow weights. Results have the same bits as products with the decoded weights. For few
+/// rows a packet is widened in a register, again for each tile of rows; for many rows a strip is widened
+/// into L1, once for all rows.
 
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// A tile that widens in registers: its sums, the scales and what is widened fill them. One row takes
-/// all packets of a panel, since each is a chain of multiply-adds; with 16 registers and scales more rows
-/// take two.
+/// A tile that widens in registers, which hold its sums, the scales and the widened weights. A tile of one
+/// row has all packets of a panel, since each packet is one chain of multiply-adds; a tile of more rows
+/// has two packets if there are only 16 registers and the format has scales.
 template <class Format>
 inline constexpr Index narrow_tile_rows = l2_feeds_tiles   ? 6
                                           : Format::scaled ? 4
@@ -27,7 +27,8 @@ template <class Format>
 constexpr Index narrow_tile_packets(Index rows) {
   return l2_feeds_tiles || rows == 1 || !Format::scaled ? panel_packets : 2;
 }
-/// Rows up to which that is faster than widening into L1: any, if it is one instruction.
+/// The largest number of rows for which this is faster than widening into L1: any, if widening is one
+/// instruction.
 template <class Format>
 inline constexpr Index few_narrow_rows = !Format::scaled  ? std::numeric_limits<Index>::max()
                                          : l2_feeds_tiles ? 24
@@ -42,7 +43,7 @@ EIGEN_ALWAYS_INLINE void for_each_constant(F&& f) {
   (std::make_index_sequence<to_size(count)>{});
 }
 
-/// The scales of a packet of columns in a block, which make weights of what is widened.
+/// The scales of a packet of columns in a block, which turn widened numbers into weights.
 template <class Format>
 struct Scales {
   Scales() = default;
@@ -64,8 +65,8 @@ requires Format::scaled struct Scales<Format> {
   }
 };
 
-/// R rows of C, from a column on, += the rows of A times V packets, from packet `first` on, of a panel
-/// that is `packets` wide, `blocks` whole blocks of it. The hardware prefetcher follows a panel by itself.
+/// Adds to R rows of C, from a column on: R rows of A times V packets of a panel, from packet `first` on,
+/// over `blocks` whole blocks. The panel is `packets` packets wide. The hardware prefetcher follows it.
 template <class Format, Index R, Index V>
 MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Index packets,
                               Index first, Index blocks, float* const* c, Index column) {
@@ -109,7 +110,7 @@ MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Ind
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// A narrow matrix as a source of packets, widened when they are packed.
+/// A narrow matrix as operand B of gemm_packed(), widened when it is packed.
 template <class Format>
 struct NarrowPackets {
   using Layout = NarrowLayout<Format>;
@@ -125,7 +126,7 @@ struct NarrowPackets {
     }
     return {buffer, stride};
   }
-  /// The whole width of the panel that the strip begins in: the strips after it need the rest.
+  /// Prefetches the panel in which the strip begins, in its whole width: the next strips need the rest.
   Prefetch<float> prefetch(const Strip& strip, Index first, Index count) const {
     constexpr Index at_once = strip_lines * 64;
     const Index column = strip.column / Layout::panel_columns * Layout::panel_columns;
@@ -135,8 +136,8 @@ struct NarrowPackets {
     return {reinterpret_cast<const float*>(place), at_once / 4, (bytes + at_once - 1) / at_once};
   }
 
-  /// Some steps, the first a multiple of `group`, of the packet of columns from `column` on: rows of
-  /// `stride` floats.
+  /// Widens some steps of the packet of columns from `column` on; the first step is a multiple of `group`.
+  /// Row i of `to`, with a distance of `stride` floats between rows, is step i.
   void widen(Range steps, Index column, float* to, Index stride) const {
     const Index first = column / Layout::panel_columns * Layout::panel_columns;
     const Index packets = narrow_packets(b.columns, first);
@@ -160,7 +161,7 @@ struct NarrowPackets {
   }
 };
 
-/// What is left of K beyond whole blocks: R rows of C += the rows of A times `steps` of a panel.
+/// The steps of k after the last whole block: adds to R rows of C the rows of A times `steps` of a panel.
 template <class Format>
 void narrow_rest(const float* const* a, Index rows, const NarrowOperand<Format>& b, Range steps,
                  Index column, Index packets, float* const* c) {
@@ -179,8 +180,8 @@ void narrow_rest(const float* const* a, Index rows, const NarrowOperand<Format>&
   }
 }
 
-/// The columns of a panel that a product computes: packets [first, last) of `packets`, or a part of the
-/// last one.
+/// The columns of a panel that a product computes: its packets [first, last), out of `packets`; of the last
+/// one perhaps only a part.
 struct PanelPart {
   Index column;  ///< of C, where the first packet begins
   Index width;
@@ -189,7 +190,7 @@ struct PanelPart {
   Index last;
 };
 
-/// Calls f(part, panel) for the panels that some columns are in. The first of them begins a packet.
+/// Calls f(part, panel) for the panels of a range of columns, which begins at the start of a packet.
 template <class Format, class F>
 void for_each_panel(const NarrowOperand<Format>& b, Range columns, F&& f) {
   using Layout = NarrowLayout<Format>;
@@ -206,8 +207,8 @@ void for_each_panel(const NarrowOperand<Format>& b, Range columns, F&& f) {
   }
 }
 
-/// Calls f(to) for some rows of C and a part of a panel: `to` are pointers to rows of whole packets, C
-/// itself or copies of it. Where the product `begins`, they hold the initial values of C.
+/// Calls f(to) for some rows of C and a part of a panel. `to` are pointers to rows of whole packets: the
+/// rows of C, or copies that are written back. If the product `begins`, they have the initial values of C.
 template <class Format, class F>
 void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range rows,
                      const PanelPart& part, bool begins, F&& f) {
@@ -235,8 +236,8 @@ void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range 
   }
 }
 
-/// Calls f(R, V, v) with constants R and V for tiles of `rows` rows that cover the packets of a part, v
-/// being the first packet of a tile, counted in the panel.
+/// Calls f(R, V, v), R and V constants, for tiles of `rows` rows that cover the packets of a part; v is the
+/// first packet of the tile, counted in the panel.
 template <class Format, class F>
 void for_each_narrow_tile(Index rows, const PanelPart& part, F&& f) {
   with_constant<narrow_tile_rows<Format>>(rows, [&](auto R) {
@@ -247,7 +248,7 @@ void for_each_narrow_tile(Index rows, const PanelPart& part, F&& f) {
   });
 }
 
-/// C = A·B for few rows: a panel after the other, each for all rows.
+/// C = A·B for few rows: one panel after the other, each for all rows.
 template <class Format>
 void gemm_narrow(const GemmNN<float, NarrowOperand<Format>>& product) {
   constexpr Index highest = narrow_tile_rows<Format>;
@@ -274,7 +275,7 @@ void gemm_narrow(const GemmNN<float, NarrowOperand<Format>>& product) {
   });
 }
 
-/// C = A·B on the calling thread with the activations as they are.
+/// C = A·B on the calling thread, without rounding of activations.
 template <class Format>
 void gemm_widening(const GemmNN<float, NarrowOperand<Format>>& product) {
   if (product.a.count() <= few_narrow_rows<Format>) return gemm_narrow(product);

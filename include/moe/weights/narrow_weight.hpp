@@ -10,7 +10,7 @@ namespace moe {
 
 /// How narrow weights are used.
 struct NarrowOptions {
-  Activations activations = Activations::float32;
+  Activations activations = Activations::float32;  ///< int8 only for formats with scales
 };
 
 namespace detail {
@@ -21,7 +21,7 @@ inline void check_activations(bool scaled, const char* format, Activations activ
           scaled ? " has float32 and int8" : " has float32 only");
 }
 
-/// A weight in the place of a Parameter: narrow, and never trained.
+/// A narrow weight, used where a trained network has a Parameter.
 template <class Format>
 struct NarrowWeight {
   NarrowMatrix<Format> matrix;
@@ -46,7 +46,7 @@ NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
 template <class Format>
 void add_weight_gradient(NarrowWeight<Format>&, const GatheredRows<float>&,
                          const GatheredRows<float>&, Range, Start, Precision) {}
-/// Nothing: the hardware prefetcher follows a packed matrix.
+/// Null, for no prefetch by software: the hardware prefetcher follows a packed matrix.
 template <class Format>
 const float* first_number(const NarrowWeight<Format>&) {
   return nullptr;

@@ -14,9 +14,9 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Some steps of some rows as codes from -127 to 127, each block of 32 steps with a scale, its largest
-/// magnitude over 127 (0 for a block of zeros). A block with a number that is not finite has a scale
-/// that is NaN. Steps beyond the last are filled up with 0.
+/// Some steps of some rows as codes from -127 to 127. Each block of 32 steps has a scale, which is its
+/// largest magnitude over 127; it is 0 for a block of zeros and NaN for a block with a number that is not
+/// finite. The last block is padded with 0.
 template <class Dot>
 struct RoundedRows {
   static constexpr Index most_rows = 32;
@@ -45,7 +45,7 @@ struct RoundedRows {
   static void round_block(const float* x, Index count, float& scale, std::int32_t& sum,
                           std::byte* to) {
     using namespace Eigen::internal;
-    // x - x is 0, or NaN where x is not finite, which a maximum may lose.
+    // x - x is 0, or NaN if x is not finite: a maximum may lose a NaN.
     Packet<float> largest = broadcast(0.0f);
     Packet<float> nothing = broadcast(0.0f);
     float values[to_size(scaled_steps)] = {};

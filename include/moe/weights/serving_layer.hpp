@@ -17,27 +17,27 @@
 
 namespace moe {
 
-/// A trained layer with its experts' weights rounded to a narrow format (BFloat16, Float16, Int8, Int4), to
-/// serve at the speed at which narrow weights are read. Gate and biases stay float.
+/// A trained layer for inference, with its experts' weights rounded to a narrow format (BFloat16, Float16,
+/// Int8, Int4), so that fewer bytes are read. Gate and biases are floats.
 ///
 ///     const moe::ServingLayer<decltype(layer), moe::Int8> served(layer);
 ///     const auto& y = served.evaluate(x, tape);
 ///
-/// With float activations, the default, y has the bits of the layer whose weights were rounded:
-/// MoELayer::evaluate() with decoded() in its experts' place. With NarrowOptions.activations = int8 the
-/// rows of x and the hidden rows are rounded too, in the products only, which is faster. In either case a
-/// token's y does not depend on the other tokens of the batch, unless the gate's choice does, nor on the
-/// number of threads. A const one may be used from several threads at once, each with its own tape.
+/// With float activations, the default, y has the same bits as that of a MoELayer with the decoded()
+/// weights. With NarrowOptions.activations = int8 products also round the rows of x and the hidden rows,
+/// which is faster. In both cases a token's y does not depend on the other tokens of the batch, unless the
+/// gate's choice does, nor on the number of threads. A const ServingLayer may be used from several threads
+/// at once, each with its own tape.
 ///
-/// `Layer` is a MoELayer of Expert<FeedForward>, in float and with its experts here, with any gate.
+/// `Layer` is a MoELayer of Expert<FeedForward> in float, with LocalDispatch and any gate.
 template <class Layer_, detail::NarrowFormat Format_>
 class ServingLayer {
  public:
-  using Layer = Layer_;
-  using Format = Format_;
-  using Gate = typename Layer::Gate;
-  using Scalar = float;
-  using Expert = detail::ExpertOf<NarrowFeedForward<Format>>;
+  using Layer = Layer_;                                        ///< the trained layer's type
+  using Format = Format_;                                      ///< of the weights
+  using Gate = typename Layer::Gate;                           ///< that of the layer
+  using Scalar = float;                                        ///< the type of x and y
+  using Expert = detail::ExpertOf<NarrowFeedForward<Format>>;  ///< an expert with narrow weights
 
  private:
   static_assert(std::is_same_v<Layer, MoELayer<moe::Expert<FeedForward>, Gate>>,
@@ -46,50 +46,55 @@ class ServingLayer {
   using Narrow = MoELayer<Expert, Gate>;
 
  public:
-  using Config = typename Narrow::Config;
-  using Tape = typename Narrow::Tape;
+  using Config = typename Narrow::Config;  ///< as MoELayer's
+  using Tape = typename Narrow::Tape;      ///< as MoELayer's
 
-  /// Rounds the weights of a layer; its experts need not stay. Throws std::invalid_argument, which names
-  /// the expert, the weight and the value, where one cannot be narrowed.
+  /// Rounds the weights of a layer, which it does not refer to afterwards. Throws std::invalid_argument,
+  /// which names the expert, the weight and the value, if one cannot be narrowed.
   explicit ServingLayer(const Layer& layer, const NarrowOptions& options = {})
       : ServingLayer(config_of(layer), layer.gate(), narrowed(layer, options), options) {}
 
-  /// From experts that are narrow already. Where their memory can change behind their back, as that of a
-  /// mapped file, `check` throws if it did; it is called before each pass. Throws std::invalid_argument
-  /// where the experts do not fit the configuration or the gate.
+  /// A layer of given narrow experts. `check` is called before each pass: if the experts' memory is that of
+  /// a mapped file, it can throw if the file has changed. Throws std::invalid_argument if the experts do
+  /// not fit the configuration or the gate.
   ServingLayer(const Config& config, Gate gate, std::vector<Expert> experts,
                const NarrowOptions& options = {}, std::function<void()> check = {})
       : options_(options),
         layer_(config, std::move(gate), std::move(experts)),
         check_(std::move(check)) {}
 
+  /// The configuration of the layer.
   const Config& config() const { return layer_.config(); }
+  /// How narrow weights are used.
   const NarrowOptions& options() const { return options_; }
   /// Whether the experts' memory can change behind their back.
   bool is_mapped() const { return check_ != nullptr; }
+  /// The gate.
   const Gate& gate() const { return layer_.gate(); }
+  /// The experts, with narrow weights.
   std::span<const Expert> experts() const { return layer_.experts(); }
 
-  /// y (T x D), as MoELayer::evaluate().
+  /// As MoELayer::evaluate(): returns y (T x D).
   const Matrix<float>& evaluate(const MatrixRef<float>& x, Tape& tape,
                                 const EvaluationPass& pass = {}) const {
     if (check_) check_();
     return layer_.evaluate(x, tape, pass);
   }
+  /// The same with a tape of its own, which allocates.
   Matrix<float> evaluate(const MatrixRef<float>& x) const {
     Tape tape;
     return evaluate(x, tape);
   }
 
-  // To train what is before it, and the gate if its parameters are `trained`; the experts are frozen.
-  // Rounded activations count as if they were not.
+  // For the training of modules before it, and of the gate if its parameters are `trained`; the experts
+  // are frozen. The gradient ignores the rounding of activations.
 
   /// As MoELayer::forward().
   const Matrix<float>& forward(const MatrixRef<float>& x, Tape& tape, const Pass& pass) const {
     if (check_) check_();
     return layer_.forward(x, tape, pass);
   }
-  /// As MoELayer::backward(): returns the gradient with respect to x (T x D) and adds to the gate's.
+  /// As MoELayer::backward(): returns the gradient with respect to x (T x D) and adds to those of the gate.
   const Matrix<float>& backward(const MatrixRef<float>& dy, Tape& tape) {
     if (check_) check_();
     return layer_.backward(dy, tape);
@@ -106,7 +111,7 @@ class ServingLayer {
     return bytes;
   }
 
-  /// The gate's parameters and the experts' biases, by the names they have in the layer.
+  /// The gate's parameters and the experts' biases, with the names that they have in the layer.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     Narrow::visit_parameters(self.layer_, visit);

@@ -30,18 +30,34 @@ TEST_CASE("model config: values, defaults and parts", "[io][pretrained]") {
   CHECK(!config.has("none"));
   CHECK(config.has("width"));
   CHECK(config.number("scale", 1) == 2.5);
+  CHECK(config.number("scale") == 2.5);
   CHECK(config.number("whole", 1) == 3);
   CHECK(config.number("none", 1) == 1);
   CHECK(config.flag("yes", false));
   CHECK(config.flag("none", true));
   CHECK(config.text("name") == "a");
   CHECK(config.text("none", "b") == "b");
+  CHECK(config.is_text("name"));
+  CHECK(!config.is_text("width"));
+  CHECK(!config.is_text("none"));
   CHECK(config.counts("list") == std::vector<Index>{0, 4});
   CHECK(config.counts("none").empty());
   CHECK(config.activation("act") == Activation::gelu_tanh);
   CHECK(config.part("inside").count("width") == 8);
+  CHECK(config.part("inside").keys() == std::vector<std::string>{"bad", "width"});
   CHECK_THROWS_WITH(config.part("inside").count("bad"),
                     Contains("\"inside.bad\" is \"x\", must be"));
+}
+
+TEST_CASE("model config: what is empty", "[io][pretrained]") {
+  const TemporaryFolder folder;
+  const io::ModelConfig config =
+      config_of(folder, R"({"none": null, "list": [], "object": {}, "full": [0], "flag": false})");
+  for (const char* key : {"missing", "none", "list", "object"}) CHECK(config.is_empty(key));
+  CHECK(!config.is_empty("full"));
+  CHECK(!config.is_empty("flag"));
+  CHECK_THROWS_WITH(config.number("missing"), Contains("has no \"missing\""));
+  CHECK_THROWS_WITH(config.number("flag"), Contains("\"flag\" is false, must be a number"));
 }
 
 TEST_CASE("model config: activations by their names", "[io][pretrained]") {

@@ -14,15 +14,16 @@
 
 namespace moe::io {
 
-/// The tensors of a folder as transformers saves a model: all in model.safetensors, or in several files
-/// (shards) that model.safetensors.index.json lists.
+/// The tensors in a folder in which transformers saved a model: all in model.safetensors, or in several files
+/// (shards) that are listed in model.safetensors.index.json.
 ///
-/// Every file is opened and its header checked at once. Throws std::runtime_error, which names the file and
-/// the tensor, if the folder has neither, a shard is missing or not in order, a name in the index leads out
-/// of the folder, or a tensor is not in the file that the index says. Of a shard's tensors only those in the
-/// index are there. const members may be called by several threads at once.
+/// The constructor opens every file and checks its header. It throws std::runtime_error, which names the file
+/// and the tensor, if the folder has neither file, a shard is missing or damaged, a name in the index leads
+/// out of the folder, or a tensor is not in the file that the index names. Tensors of a shard that are not in
+/// the index are ignored. const members may be called by several threads at once.
 class Checkpoint {
  public:
+  /// Opens the files of a folder.
   explicit Checkpoint(const std::string& folder) : folder_(folder) {
     const std::string whole = inside("model.safetensors");
     const std::string index = inside("model.safetensors.index.json");
@@ -36,10 +37,12 @@ class Checkpoint {
     }
   }
 
-  const std::string& folder() const { return folder_; }
-  bool has(const std::string& name) const { return file_of_.count(name) > 0; }
+  const std::string& folder() const { return folder_; }  ///< as given to the constructor
+  bool has(const std::string& name) const {
+    return file_of_.contains(name);
+  }  ///< whether there is a tensor of this name
 
-  /// The file that a tensor is in. Throws std::runtime_error if there is none of that name.
+  /// The file of a tensor. Throws std::runtime_error if there is no tensor of this name.
   const SafetensorsFile& file_of(const std::string& name) const {
     const auto found = file_of_.find(name);
     if (found == file_of_.end()) {
@@ -48,7 +51,7 @@ class Checkpoint {
     return files_[found->second];
   }
 
-  /// All names that begin with `prefix`, ascending.
+  /// All names that begin with `prefix`, sorted.
   std::vector<std::string> names(const std::string& prefix = {}) const {
     std::vector<std::string> names;
     for (auto named = file_of_.lower_bound(prefix);
@@ -84,7 +87,7 @@ class Checkpoint {
       const auto [place, is_new] = opened.try_emplace(file, files_.size());
       if (is_new) files_.emplace_back(inside(file));
       const SafetensorsFile& shard = files_[place->second];
-      if (shard.tensors().count(name) == 0) {
+      if (!shard.tensors().contains(name)) {
         detail::fail_file(path, detail::tensor_named(name), " is said to be in ", shard.path(),
                           ", which has none of that name");
       }

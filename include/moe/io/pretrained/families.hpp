@@ -13,7 +13,7 @@
 
 namespace moe::io {
 
-/// The families that are known, by the model_type of config.json.
+/// The families of the library, by the model_type in config.json.
 inline std::vector<Family> known_families() {
   return {
       {"mixtral", mixtral_mixtures},         {"olmoe", olmoe_mixtures},

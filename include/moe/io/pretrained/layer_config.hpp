@@ -10,13 +10,14 @@
 #include "moe/layer/moe_layer.hpp"
 
 /// \file
-/// The layer that computes what a mixture does.
+/// The configuration of a layer for a mixture.
 
 namespace moe::io {
 
-/// The types of layer that open_pretrained() reads: the second one where a model has shared experts.
+/// The type of layer for a mixture without shared experts.
 template <class Scalar = float>
 using RoutedLayer = MoELayer<Expert<FeedForward, Scalar>, TopKGate<Scalar>>;
+/// The type of layer for a mixture with shared experts.
 template <class Scalar = float>
 using SharedLayer = MoELayer<Expert<FeedForward, Scalar>, SharedExpertGate<TopKGate<Scalar>>>;
 
@@ -29,7 +30,7 @@ inline constexpr bool has_shared_gate = requires(typename Layer::Config& config)
   config.gate.routed;
 };
 
-/// Throws std::runtime_error, naming the type to ask for, if Layer cannot compute the mixture.
+/// Throws std::runtime_error, which names the type to use, if Layer cannot compute the mixture.
 template <class Layer>
 typename Layer::Config layer_config(const std::string& path, const io::Mixture& mixture) {
   typename Layer::Config config{.seed = 0};

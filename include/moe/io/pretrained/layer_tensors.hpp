@@ -15,11 +15,11 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// A layer out of the tensors of its mixture, and into them.
+/// Reads a layer from the tensors of its mixture, and writes it to them.
 
 namespace moe::detail {
 
-/// The places of a mixture by the names of the parameters.
+/// The places of a mixture, by the names of the layer's parameters.
 class PlacesByParameter {
  public:
   explicit PlacesByParameter(std::vector<Place> places) : places_(std::move(places)) {
@@ -30,12 +30,12 @@ class PlacesByParameter {
 
   const std::vector<Place>& all() const { return places_; }
 
-  /// Calls f(place, parameter) for each parameter of a layer. Throws std::invalid_argument if one has no
-  /// place or another shape.
-  template <class Layer, class F>
-  void for_each(Layer& layer, F&& f) const {
-    walk_parameters(layer, [&](const ParameterName& named, auto& parameter) {
-      const std::string name = named.string();
+  /// Calls f(place, parameter) for each parameter of a layer, or of a part of one, whose names begin with
+  /// `prefix`. Throws std::invalid_argument if one has no place or another shape.
+  template <class Module, class F>
+  void for_each(Module& module, const std::string& prefix, F&& f) const {
+    walk_parameters(module, [&](const ParameterName& named, auto& parameter) {
+      const std::string name = prefix + named.string();
       const auto found = by_name_.find(name);
       require(found != by_name_.end(), "parameter ", name,
               " of the layer is none of the mixture's");
@@ -57,7 +57,7 @@ class PlacesByParameter {
 class MixtureSource {
  public:
   /// Throws std::runtime_error, which names the file and the tensor, unless the checkpoint has exactly the
-  /// tensors that the mixture says, in one of its layouts.
+  /// tensors of the mixture, in one of its layouts.
   MixtureSource(const io::Checkpoint& checkpoint, const io::Mixture& mixture, bool shared_gate)
       : places_(checked_places(checkpoint, mixture, shared_gate)) {
     const auto stored = [&](const Place& place) {
@@ -66,24 +66,25 @@ class MixtureSource {
     };
     std::set<std::string> used;
     for (const Place& place : places_.all()) {
-      if (tensors_.count(place.tensor) > 0) continue;
+      if (tensors_.contains(place.tensor)) continue;
       const StoredTensor& tensor = tensors_.emplace(place.tensor, stored(place)).first->second;
       used.insert(tensor.tensors().begin(), tensor.tensors().end());
     }
     const std::string prefix = MixturePlaces(mixture, layout(checkpoint, mixture), false).prefix();
     for (const std::string& name : checkpoint.names(prefix)) {
-      if (used.count(name) > 0) continue;
+      if (used.contains(name)) continue;
       fail_file(checkpoint.file_of(name).path(), tensor_named(name),
                 " is none of the mixture that config.json describes");
     }
   }
 
-  /// Overwrites the parameters of a layer. Throws std::invalid_argument, with nothing changed, if it is not
-  /// of this shape.
-  template <class Layer>
-  void read(Layer& layer) const {
-    places_.for_each(layer, [](const Place&, const auto&) {});
-    places_.for_each(layer, [&](const Place& place, auto& parameter) {
+  /// Overwrites the parameters of a layer, or of the part of one whose names begin with `prefix`. Throws
+  /// std::invalid_argument, with nothing changed, if it has other
+  /// shapes.
+  template <class Module>
+  void read(Module& module, const std::string& prefix = {}) const {
+    places_.for_each(module, prefix, [](const Place&, const auto&) {});
+    places_.for_each(module, prefix, [&](const Place& place, auto& parameter) {
       const StoredTensor& tensor = tensors_.at(place.tensor);
       const auto read_rows = [&](Index first, Index count, auto* to) {
         tensor.read_rows(first, count, to);
@@ -93,7 +94,8 @@ class MixtureSource {
   }
 
  private:
-  /// The first layout whose router and experts are there, else the first, which then names what is missing.
+  /// The first layout whose router and experts the checkpoint has. If there is none, the first: reading it
+  /// throws with the name of the missing tensor.
   static const io::MixtureTensors& layout(const io::Checkpoint& checkpoint,
                                           const io::Mixture& mixture) {
     const auto is_there = [&](const io::MixtureTensors& tensors) {
@@ -105,13 +107,13 @@ class MixtureSource {
     return found == mixture.layouts.end() ? mixture.layouts.front() : *found;
   }
 
-  /// Not before the router is found to have as many experts as there would be places for.
+  /// The places, made only after the router was found to have as many experts: config.json may have any number.
   static std::vector<Place> checked_places(const io::Checkpoint& checkpoint,
                                            const io::Mixture& mixture, bool shared_gate) {
     const MixturePlaces places(mixture, layout(checkpoint, mixture), shared_gate);
     const Place router = places.router();
-    StoredTensor(checkpoint, router.tensor, router.shape, mixture.scale_rows,
-                 mixture.scale_columns);
+    const StoredTensor checked(checkpoint, router.tensor, router.shape, mixture.scale_rows,
+                               mixture.scale_columns);
     return places.all();
   }
 
@@ -119,7 +121,7 @@ class MixtureSource {
   std::map<std::string, StoredTensor> tensors_;
 };
 
-/// Adds the tensors of a layer under the names of its mixture to a file; each is made when it is written.
+/// Adds the tensors of a layer to a file, with the names of its mixture; each is made when it is written.
 template <class Layer>
 void add_mixture(SafetensorsWriter& writer, const io::Mixture& mixture, const Layer& layer,
                  bool shared_gate) {
@@ -133,7 +135,7 @@ void add_mixture(SafetensorsWriter& writer, const io::Mixture& mixture, const La
       MixturePlaces(mixture, mixture.layouts.front(), shared_gate).all());
   std::map<std::string, Tensor> tensors;
   std::size_t parameters = 0;
-  places.for_each(layer, [&](const Place& place, const auto& parameter) {
+  places.for_each(layer, {}, [&](const Place& place, const auto& parameter) {
     ++parameters;
     Tensor& tensor = tensors[place.tensor];
     tensor.shape = place.shape;

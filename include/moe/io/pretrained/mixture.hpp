@@ -11,59 +11,62 @@
 #include "moe/routing/top_k_config.hpp"
 
 /// \file
-/// What a family of models says of its mixtures: their shape, their gate, and what their tensors are called.
+/// The description of the mixtures of a family of models: their shapes, their gate, and the names of their
+/// tensors.
 
 namespace moe::io {
 
-/// The tensors of an expert, as names after a mixture's prefix. A name with "{}" in it, which stands for the
-/// number of the expert, is one tensor an expert, [out, in] as PyTorch's Linear has it; a name without
-/// is one tensor for all, [E, out, in]. Where gate and up are one name, that tensor has the H rows of
-/// gate and then those of up, and so has that of their biases. A name that ends in "_blocks" is one of
-/// MXFP4, whose scales are beside it under "_scales".
+/// The names of an expert's tensors, which follow the mixture's prefix. "{}" in a name stands for the number
+/// of the expert: there is one tensor for each expert, [out, in] as in PyTorch's Linear. A name without "{}"
+/// is one tensor for all experts, [E, out, in]. If gate and up have the same name, the tensor has the H rows
+/// of gate and then those of up, and likewise their biases. A name that ends in "_blocks" is a tensor of
+/// MXFP4, whose scales have the same name with "_scales".
 struct ExpertTensors {
   std::string gate{};  ///< W_1 of a gated network; else empty
-  std::string up{};
-  std::string down{};
-  /// The biases of a network that has some, [out] or [E, out].
+  std::string up{};    ///< W_3 of a gated network, else W_1
+  std::string down{};  ///< W_2
+  /// b_1 of a gated network with biases, [out] or [E, out], as the other biases; else empty.
   std::string gate_bias{};
-  std::string up_bias{};
-  std::string down_bias{};
-  bool in_out = false;       ///< the maps are [in, out] instead
-  bool interleaved = false;  ///< gate and up in one tensor take turns: g_0, u_0, g_1, u_1, ...
+  std::string up_bias{};    ///< b_3 of a gated network, else b_1
+  std::string down_bias{};  ///< b_2
+  bool in_out = false;      ///< whether the maps are [in, out] instead
+  bool interleaved =
+      false;  ///< whether gate and up in one tensor alternate: g_0, u_0, g_1, u_1, ...
 };
 
-/// The tensors of a mixture, as names after the prefix. The ones that a model does not have are empty.
+/// The names of a mixture's tensors, which follow the prefix; empty for tensors that a model does not have.
 struct MixtureTensors {
   std::string prefix{};                ///< "model.layers.{}.mlp.", with "{}" for the layer
   std::string router = "gate.weight";  ///< [E, D]
   std::string router_bias{};           ///< [E]
   std::string selection_bias{};        ///< [E]
-  ExpertTensors experts{};
-  /// Of one network that is all shared experts side by side: gate and up are [shared·H, D], down is
-  /// [D, shared·H].
+  ExpertTensors experts{};             ///< those that the gate chooses
+  /// Those of one network that has the hidden units of all shared experts: gate and up are [shared·H, D],
+  /// down is [D, shared·H].
   ExpertTensors shared{};
   std::string shared_gate{};  ///< [1, D]
 };
 
 /// One mixture of a model. The defaults are those of most families.
 struct Mixture {
-  Index layer = 0;   ///< which layer of the model it is in
-  Index width = 0;   ///< D
-  Index hidden = 0;  ///< H
-  Activation activation = Activation::silu;
+  Index layer = 0;                           ///< the layer of the model that it is in
+  Index width = 0;                           ///< D
+  Index hidden = 0;                          ///< H
+  Activation activation = Activation::silu;  ///< of the experts
   bool gated = true;            ///< two maps before the activation, as SwiGLU; else one
   bool bias = false;            ///< of the maps
   double limit = 0;             ///< as in FeedForward::Config
   double linear_offset = 0;     ///< likewise
   bool weighted_input = false;  ///< likewise
   TopKConfig gate{};            ///< E, K and how experts are chosen; no losses, no noise
-  Index shared = 0;             ///< experts of width H that every token uses
-  bool shared_gated = false;    ///< they have the weight sigmoid(x·w), w one vector for all
-  /// A tensor of type F8_E4M3 has a scale for each block of so many rows and columns.
+  Index shared = 0;             ///< the number of experts of width H that get every token
+  bool shared_gated = false;  ///< whether their weight is sigmoid(x·w), with one vector w for all
+  /// The rows of a block that has one scale in tensors of type F8_E4M3.
   Index scale_rows = 128;
+  /// The same for columns.
   Index scale_columns = 128;
-  /// How files may name and lay out all this. The first one that a checkpoint has the router and the experts
-  /// of is read; the first of all is written.
+  /// The layouts that files may have. Reading uses the first whose router and experts a checkpoint has;
+  /// writing uses the first.
   std::vector<MixtureTensors> layouts{};
 };
 
@@ -74,27 +77,29 @@ inline MixtureTensors projections(const std::string& prefix) {
                       .up = "experts.{}.up_proj.weight",
                       .down = "experts.{}.down_proj.weight"}};
 }
-/// And those that transformers gives any family since version 5, if it is told to: two tensors for all experts.
+/// The names that transformers 5 can use for any family: two tensors for all experts.
 inline MixtureTensors joint_projections(const std::string& prefix) {
   return {.prefix = prefix,
           .experts = {.gate = "experts.gate_up_proj",
                       .up = "experts.gate_up_proj",
                       .down = "experts.down_proj"}};
 }
-/// Those of a network that stands for the shared experts.
+/// The names of the network of the shared experts in most families.
 inline ExpertTensors shared_projections(const std::string& prefix) {
   return {.gate = prefix + "gate_proj.weight",
           .up = prefix + "up_proj.weight",
           .down = prefix + "down_proj.weight"};
 }
 
-/// A family: the model_type of its config.json, and what its mixtures are, in the order of the layers.
+/// A family of models: the model_type in its config.json, and a function for the mixtures of a model, in the
+/// order of the layers.
 struct Family {
-  std::string model_type;
-  std::function<std::vector<Mixture>(const ModelConfig&)> mixtures;
+  std::string model_type;  ///< in config.json
+  std::function<std::vector<Mixture>(const ModelConfig&)>
+      mixtures;  ///< makes the mixtures of a model
 };
 
-/// The same mixture in each layer from 0 up to `layers` for which is_mixture(layer).
+/// The same mixture in each of the layers 0, ..., layers − 1 for which is_mixture(layer).
 template <class Predicate>
 std::vector<Mixture> in_layers(Mixture mixture, Index layers, Predicate&& is_mixture) {
   std::vector<Mixture> mixtures;
@@ -103,6 +108,7 @@ std::vector<Mixture> in_layers(Mixture mixture, Index layers, Predicate&& is_mix
   }
   return mixtures;
 }
+/// The same mixture in each layer from 0 up to config's "num_hidden_layers".
 inline std::vector<Mixture> in_all_layers(const Mixture& mixture, const ModelConfig& config) {
   return in_layers(mixture, config.count("num_hidden_layers"), [](Index) { return true; });
 }
@@ -118,8 +124,8 @@ inline std::string numbered(std::string name, Index number) {
   return name;
 }
 
-/// Throws std::invalid_argument if a family leaves out the name of a tensor that its mixture must have, or
-/// describes one that has no place in a layer.
+/// Throws std::invalid_argument if a family does not name a tensor that its mixture must have, or names one
+/// that has no place in a layer.
 inline void check_family(const std::string& model_type, const io::Mixture& mixture) {
   const auto need = [&](bool condition, std::string_view what) {
     require(condition, "family ", model_type, ": ", what);

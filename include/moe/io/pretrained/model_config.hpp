@@ -12,11 +12,11 @@
 #include "moe/kernels/activations.hpp"
 
 /// \file
-/// The config.json of a model, of which nothing is believed.
+/// The config.json of a model. Every value is checked.
 
 namespace moe::detail {
 
-/// A whole file as JSON; throws std::runtime_error, which says why, where it cannot be.
+/// A whole file as JSON. Throws std::runtime_error, which says why, if it cannot be read.
 inline nlohmann::json read_json(const std::string& path) {
   const InputFile file(path);
   std::string text(file.size(), '\0');
@@ -32,25 +32,30 @@ inline nlohmann::json read_json(const std::string& path) {
 
 namespace moe::io {
 
-/// The settings of a model. A value that is null counts as one that is not there. What is read and is of
-/// another kind, out of range, or missing without a default throws std::runtime_error, which names the file,
-/// the key and the value.
+/// The settings of a model. A value that is null counts as missing. Reading a value that has another type, is
+/// out of range, or is missing and has no default throws std::runtime_error, which names the file, the key
+/// and the value.
 class ModelConfig {
  public:
+  /// Reads a config.json. Throws std::runtime_error if it cannot, or if the file is not a JSON
+  /// object.
   explicit ModelConfig(const std::string& path) : ModelConfig(path, detail::read_json(path), {}) {}
 
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return path_; }  ///< of the file
+  /// Whether there is a value.
   bool has(const std::string& key) const { return find(key) != nullptr; }
 
-  /// A whole number from 0 to 1,000,000: a width, a number of things.
+  /// A whole number from 0 to 1,000,000, such as a width or a number of layers.
   Index count(const std::string& key) const { return to_count(key, get(key)); }
+  /// The same, with a value if there is none.
   Index count(const std::string& key, Index otherwise) const {
     return has(key) ? count(key) : otherwise;
   }
-  /// Of experts: transformers 5 writes num_local_experts where older files have num_experts.
+  /// The number of experts: transformers 5 writes num_local_experts, older files have num_experts.
   Index experts() const {
     return count(has("num_local_experts") ? "num_local_experts" : "num_experts");
   }
+  /// A list of such numbers; empty if there is none.
   std::vector<Index> counts(const std::string& key) const {
     std::vector<Index> numbers;
     if (!has(key)) return numbers;
@@ -58,24 +63,33 @@ class ModelConfig {
     for (const nlohmann::json& number : get(key)) numbers.push_back(to_count(key, number));
     return numbers;
   }
-  double number(const std::string& key, double otherwise) const {
-    if (!has(key)) return otherwise;
+  /// A number.
+  double number(const std::string& key) const {
     if (!get(key).is_number()) refuse(key, get(key), "a number");
     return get(key).get<double>();
   }
+  /// The same, with a value if there is none.
+  double number(const std::string& key, double otherwise) const {
+    return has(key) ? number(key) : otherwise;
+  }
+  /// A flag, with a value if there is none.
   bool flag(const std::string& key, bool otherwise) const {
     if (!has(key)) return otherwise;
     if (!get(key).is_boolean()) refuse(key, get(key), "true or false");
     return get(key).get<bool>();
   }
+  /// Whether it is there and a text.
+  bool is_text(const std::string& key) const { return has(key) && get(key).is_string(); }
+  /// A text.
   std::string text(const std::string& key) const {
     if (!get(key).is_string()) refuse(key, get(key), "a text");
     return get(key).get<std::string>();
   }
+  /// The same, with a value if there is none.
   std::string text(const std::string& key, const std::string& otherwise) const {
     return has(key) ? text(key) : otherwise;
   }
-  /// The name of an activation function in Hugging Face's models.
+  /// An activation function, by its name in Hugging Face's models.
   Activation activation(const std::string& key) const {
     const std::string name = text(key);
     if (name == "silu" || name == "swish") return Activation::silu;
@@ -84,13 +98,22 @@ class ModelConfig {
     if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
     refuse(key, get(key), "silu, relu, gelu, gelu_new or gelu_pytorch_tanh");
   }
-  /// The settings inside of one.
+  /// The settings in a value that is an object.
   ModelConfig part(const std::string& key) const {
     if (!get(key).is_object()) refuse(key, get(key), "an object");
     return {path_, get(key), place_ + key + "."};
   }
 
-  /// Throws std::runtime_error: the file has a value that cannot be served.
+  /// The keys of all settings, null ones too, in alphabetical order.
+  std::vector<std::string> keys() const {
+    std::vector<std::string> keys;
+    for (const auto& setting : settings_.items()) keys.push_back(setting.key());
+    return keys;
+  }
+  /// Whether it is not there, or a list or an object without anything in it.
+  bool is_empty(const std::string& key) const { return !has(key) || get(key).empty(); }
+
+  /// Throws std::runtime_error: the value of `key` must be `needed`.
   [[noreturn]] void refuse(const std::string& key, std::string_view needed) const {
     refuse(key, get(key), needed);
   }

@@ -32,8 +32,8 @@ struct Axis {
 };
 inline Axis whole_axis(Index size) { return {size, 0, size, 1}; }
 
-/// A linear map, in x out. `experts` is 0 for a tensor of one network, else how many matrices it has,
-/// of which this is number `expert`.
+/// The place of a linear map, in x out. `experts` is 0 for a tensor of one network, otherwise the number of
+/// matrices of the tensor, of which this is number `expert`.
 inline Place place_of_map(std::string parameter, std::string tensor, Index experts, Index expert,
                           const Axis& in, const Axis& out, bool in_out) {
   const Axis& row = in_out ? in : out;
@@ -53,7 +53,7 @@ inline Place place_of_map(std::string parameter, std::string tensor, Index exper
   return place;
 }
 
-/// A bias of a linear map, likewise.
+/// The place of the bias of a linear map, likewise.
 inline Place place_of_bias(std::string parameter, std::string tensor, Index experts, Index expert,
                            const Axis& out) {
   Place place{.parameter = std::move(parameter),
@@ -69,7 +69,7 @@ inline Place place_of_bias(std::string parameter, std::string tensor, Index expe
 /// The places of one mixture in one of its layouts.
 class MixturePlaces {
  public:
-  /// `shared_gate` says whether the parameters are those of a layer with a SharedExpertGate.
+  /// `shared_gate` is whether the layer has a SharedExpertGate.
   MixturePlaces(const io::Mixture& mixture, const io::MixtureTensors& tensors, bool shared_gate)
       : mixture_(mixture),
         tensors_(tensors),
@@ -83,7 +83,7 @@ class MixturePlaces {
                         whole_axis(mixture_.width), whole_axis(mixture_.gate.experts), false);
   }
 
-  /// Of every parameter, the router's first.
+  /// The places of all parameters, the router's first.
   std::vector<Place> all() const {
     std::vector<Place> places{router()};
     const Index experts = mixture_.gate.experts;
@@ -107,13 +107,13 @@ class MixturePlaces {
   }
 
  private:
-  /// The hidden units of an expert in a network that may have those of others beside them.
+  /// The hidden units of an expert in a network that may also have those of other experts.
   struct Hidden {
     Index size = 0;
     Index first = 0;
   };
 
-  /// Number `expert` of `experts` in the tensors is number `number` of the layer.
+  /// Adds the places of expert `number` of the layer, which is expert `expert` of `experts` in the tensors.
   void add_expert(const io::ExpertTensors& names, Index number, Index expert, Index experts,
                   const Hidden& hidden, std::vector<Place>& places) const {
     const std::string parameter = "experts." + std::to_string(number) + '.';

@@ -6,11 +6,11 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// Which part of a tensor a parameter is, and the way there and back.
+/// The part of a tensor that is a parameter: reading and writing it.
 
 namespace moe::detail {
 
-/// Of a tensor as a matrix t (its last dimension being the columns) the parameter is
+/// A parameter p in a tensor, which is taken as a matrix t, its last dimension being the columns:
 ///
 ///     p(i, j) = t(first_row + i·row_step, first_column + j·column_step), or, transposed,
 ///     p(i, j) = t(first_row + j·row_step, first_column + i·column_step)
@@ -24,8 +24,8 @@ struct Slice {
   friend bool operator==(const Slice&, const Slice&) = default;
 };
 
-/// Fills p. Reads the tensor's rows in blocks, read_rows(first, count, Scalar* to), so that beside p no
-/// more than 2^16 numbers are in memory, or one row's where a row is longer.
+/// Fills p. Reads the tensor's rows in blocks, by read_rows(first, count, Scalar* to), so that no more than
+/// 2^16 numbers, or one row if it is longer, are in memory beside p.
 template <class Scalar, class ReadRows>
 void read_slice(const Slice& slice, Index tensor_columns, ReadRows&& read_rows, Matrix<Scalar>& p) {
   constexpr Index most = Index{1} << 16;
@@ -42,8 +42,8 @@ void read_slice(const Slice& slice, Index tensor_columns, ReadRows&& read_rows, 
     const Index row_stride = slice.row_step * tensor_columns;
     const Scalar* const from = numbers.data() + slice.first_column;
     if (slice.transposed) {
-      // A few columns at a time: rows that begin a large power of two apart compete for the same few places
-      // of a cache, those that are read and those that are written.
+      // A few columns at a time: rows whose distance is a multiple of a large power of two compete for the
+      // same few sets of a cache, both those that are read and those that are written.
       constexpr Index tile = 4;
       for (Index tile_first = 0; tile_first < columns; tile_first += tile) {
         const Index tile_end = std::min(tile_first + tile, columns);
@@ -62,7 +62,7 @@ void read_slice(const Slice& slice, Index tensor_columns, ReadRows&& read_rows, 
   }
 }
 
-/// Writes p to where read_slice() reads it.
+/// Writes p to the part of t that read_slice() reads.
 template <class Scalar>
 void write_slice(const Slice& slice, const Matrix<Scalar>& p, Matrix<Scalar>& tensor) {
   for (Index i = 0; i < p.rows(); ++i) {

@@ -13,23 +13,23 @@
 #include "moe/io/safetensors/widen.hpp"
 
 /// \file
-/// A tensor of a checkpoint in the numbers that it stands for, however it is stored.
+/// The numbers of a tensor of a checkpoint, whatever format it is stored in.
 
 namespace moe::detail {
 
-/// As a matrix, whose columns are the last dimension, in one of three ways:
+/// A tensor as a matrix, whose columns are the last dimension. It is stored in one of three formats:
 ///
 /// - numbers of 16 to 64 bits,
-/// - F8_E4M3, NAME_scale_inv having a factor for each block of scale_rows x scale_columns of each matrix,
-///   the last blocks smaller where they do not divide it (DeepSeek-AI 2024, arXiv 2412.19437, sec. 3.3),
-/// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits, the even ones
-///   in the low halves, and U8 NAME_scales [..., n/32] their factors, 2^(s - 127).
+/// - F8_E4M3, with a tensor NAME_scale_inv of factors, one for each block of scale_rows x scale_columns of
+///   each matrix; the last blocks may be smaller (DeepSeek-AI 2024, arXiv 2412.19437, sec. 3.3),
+/// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits, those with even
+///   places in the low halves, and U8 NAME_scales [..., n/32] are their factors, 2^(s - 127).
 ///
 /// The checkpoint must outlive it.
 class StoredTensor {
  public:
-  /// Throws std::runtime_error, which names the file, the tensor and both shapes, if there is none of
-  /// that name and shape, it is of another type, or its scales are missing or do not fit it.
+  /// Throws std::runtime_error, which names the file, the tensor and both shapes, if there is no tensor of this
+  /// name and shape, it has another type, or its scales are missing or do not fit it.
   StoredTensor(const io::Checkpoint& checkpoint, const std::string& name,
                const std::vector<std::uint64_t>& shape, Index scale_rows, Index scale_columns)
       : file_(&checkpoint.file_of(name)), name_(name), tensors_{name} {
@@ -56,10 +56,10 @@ class StoredTensor {
 
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
-  /// The names of the tensors that it is made of.
+  /// The names of the tensors of the file that it is read from.
   const std::vector<std::string>& tensors() const { return tensors_; }
 
-  /// Rows from `first` on, `count` of them.
+  /// Reads `count` rows from row `first` on.
   template <class Scalar>
   void read_rows(Index first, Index count, Scalar* to) const {
     if (kind_ == Kind::mxfp4) return read_mxfp4(first, count, to);
@@ -77,7 +77,7 @@ class StoredTensor {
   enum class Kind { numbers, scaled, mxfp4 };
   using Shape = std::vector<std::uint64_t>;
 
-  /// A shape with other dimensions in the place of its last one.
+  /// A shape with its last dimension replaced by others.
   static Shape with(Shape shape, const Shape& last) {
     shape.pop_back();
     shape.insert(shape.end(), last.begin(), last.end());
@@ -141,7 +141,7 @@ class StoredTensor {
   Kind kind_ = Kind::numbers;
   std::string scale_name_;
   const SafetensorsFile* scale_file_ = nullptr;
-  Index matrix_rows_ = 0;  ///< of one matrix, where the tensor has several
+  Index matrix_rows_ = 0;  ///< of one matrix, if the tensor has several
   Index scale_rows_ = 1;
   Index scale_columns_ = 1;
   Index scales_down_ = 0;  ///< rows of scales of one matrix

@@ -22,17 +22,17 @@
 #endif
 
 /// \file
-/// A file that appears under its name whole or not at all: it is written beside it, flushed to the
-/// disk and then renamed. If anything fails before, it is removed, and what had the name is
-/// untouched; after the rename nothing can fail. What is no regular file (a directory, a device, a
-/// FIFO, a socket) is not replaced, nor a symbolic link to such; another link is replaced by the
-/// file and not followed.
+/// A file that appears at its path whole or not at all: a temporary file in the same folder is written,
+/// flushed to the disk and then renamed. If anything fails before, the temporary is removed and the old
+/// file is unchanged; after the rename nothing can fail. Only a regular file is replaced, not a directory,
+/// a device, a FIFO or a socket, nor a symbolic link to one of these; another link is replaced by the file
+/// and not followed.
 
 namespace moe::detail {
 
 inline constexpr std::string_view not_written = "cannot be written";
 
-/// With what the standard library has: nothing makes sure that it is on the disk.
+/// By the standard library alone, which cannot flush a file to the disk.
 class PortableAtomicFile {
  public:
   explicit PortableAtomicFile(const std::string& path)
@@ -83,9 +83,9 @@ class PortableAtomicFile {
 
 #if MOE_HAS_POSIX_FILES
 
-/// The temporary is locked as long as its saver lives: one that can be locked was left by a saver
-/// that was killed, and the next save of the same path removes it. A file that is replaced hands on
-/// its permissions, and owner and group if the system lets it.
+/// The temporary is locked as long as the process that writes it lives: one that can be locked was left by a
+/// process that was killed, and the next save to the same path removes it. The new file gets the permissions
+/// of the file it replaces, and its owner and group if the system permits that.
 class PosixAtomicFile {
  public:
   explicit PosixAtomicFile(const std::string& path) : path_(path) {
@@ -110,7 +110,7 @@ class PosixAtomicFile {
     const auto* next = static_cast<const std::byte*>(data);
     while (size > 0) {
       const std::size_t count = std::min(size, buffer_size - buffered_);
-      // What is larger than the buffer need not be copied.
+      // Data larger than the buffer need not be copied.
       if (buffered_ == 0 && size >= buffer_size) return write_through(next, size);
       std::memcpy(buffer_.get() + buffered_, next, count);
       buffered_ += count;
@@ -126,8 +126,8 @@ class PosixAtomicFile {
     check(::fsync(file_.number()) == 0);
     check(::rename(temporary_.c_str(), path_.c_str()) == 0);
     file_ = Descriptor();
-    // The new name outlives a power failure only when its folder is on the disk too. Not every file
-    // system lets folders be flushed, and the file is whole either way.
+    // The rename survives a power failure only if the folder is flushed too. Not every file system can do
+    // that, and the file is whole either way.
     const Descriptor folder(::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.is_open()) ::fsync(folder.number());
   }
@@ -136,8 +136,8 @@ class PosixAtomicFile {
   static constexpr std::size_t buffer_size = 1 << 16;
   static constexpr mode_t permissions = 0777;
 
-  /// Locks a file for this saver alone. Where the file system has no locks nobody gets one, so
-  /// nothing is taken for abandoned there.
+  /// Locks a file for this process alone. On a file system without locks this fails, so no file counts as
+  /// abandoned there.
   static bool lock(int file) { return ::flock(file, LOCK_EX | LOCK_NB) == 0; }
 
   bool is_temporary(std::string_view name) const {
@@ -153,7 +153,7 @@ class PosixAtomicFile {
     return digits() && name.empty();
   }
 
-  /// Whatever cannot be looked at stays.
+  /// Removes abandoned temporaries; those that cannot be opened stay.
   void remove_abandoned() const {
     struct Close {
       void operator()(DIR* folder) const { ::closedir(folder); }
@@ -167,7 +167,7 @@ class PosixAtomicFile {
           ::openat(at, entry->d_name, O_RDWR | O_NONBLOCK | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC));
       struct stat opened {};
       struct stat named {};
-      // Between opening and locking its saver may have renamed it: then it is a good file by now.
+      // Between opening and locking, its process may have renamed it: then it is a finished file.
       if (file.is_open() && ::fstat(file.number(), &opened) == 0 && S_ISREG(opened.st_mode) &&
           lock(file.number()) && ::fstatat(at, entry->d_name, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
           named.st_dev == opened.st_dev && named.st_ino == opened.st_ino) {
@@ -178,7 +178,7 @@ class PosixAtomicFile {
 
   void create() {
     buffer_ = std::make_unique<std::byte[]>(buffer_size);
-    // Nobody else may read what replaces a file that nobody else may read.
+    // If the old file is private, the temporary must be so too.
     const mode_t mode = replaces_ ? 0600 : 0666;
     for (int attempt = 0;; ++attempt) {
       temporary_ = (folder_ == "." ? "" : folder_) + prefix_ + std::to_string(::getpid()) + '-' +
@@ -188,7 +188,7 @@ class PosixAtomicFile {
         if (errno == EEXIST && attempt < 1000) continue;
         fail_errno(path_, not_written, errno);
       }
-      // Another saver may take it for abandoned until it is locked, and remove it.
+      // Until it is locked, another process may take it for abandoned and remove it.
       const bool is_taken = !lock(file.number()) && errno == EWOULDBLOCK;
       struct stat status {};
       if (is_taken || (::fstat(file.number(), &status) == 0 && status.st_nlink == 0)) continue;
@@ -200,7 +200,7 @@ class PosixAtomicFile {
   void keep_owner() {
     struct stat status {};
     check(::fstat(file_.number(), &status) == 0);
-    // Permissions first: a file that was given away is no longer ours to change.
+    // Permissions first: after a change of owner this process may not change them.
     if ((status.st_mode & permissions) != (old_.st_mode & permissions)) {
       check(::fchmod(file_.number(), old_.st_mode & permissions) == 0);
     }

@@ -37,8 +37,9 @@ concept HasNamedConfig = requires(const Module& module) {
 }
 &&HasNamedFields<ConfigOf<Module>>;
 
-/// Calls f(name, config) for the outermost of a module and its parts that have a configuration of
-/// named fields: a layer's has its experts' and its gate's inside.
+/// Calls f(name, config) for a module that has a configuration with named fields, otherwise for the
+/// outermost of its parts that have one. (The configuration of a layer includes those of its experts and its
+/// gate.)
 template <class Module, class F>
 void walk_configs(const Module& module, const ParameterName& name, F& f) {
   if constexpr (HasNamedConfig<Module>) {
@@ -53,7 +54,7 @@ void walk_configs(const Module& module, const ParameterName& name, F& f) {
   }
 }
 
-/// Calls f(what the keys of its fields begin with, config) for the same.
+/// Calls f(prefix of the keys, config) for the same configurations.
 template <class Module, class F>
 void for_each_config(const Module& module, const std::string& prefix, F&& f) {
   const auto with_prefix = [&](const std::string& name, const auto& config) {
@@ -62,8 +63,8 @@ void for_each_config(const Module& module, const std::string& prefix, F&& f) {
   walk_configs(module, ParameterName(), with_prefix);
 }
 
-/// Throws std::invalid_argument for a number that is not finite, which could not be compared or, in
-/// JSON, be written.
+/// Throws std::invalid_argument for a number that is not finite: it could not be compared, nor written in
+/// JSON.
 template <class Config>
 void write_config(const Config& config, const std::string& prefix, SafetensorsMetadata& metadata) {
   for_each_named_field(config, [&]<class Field>(const std::string& name, const Field& field) {
@@ -75,7 +76,7 @@ void write_config(const Config& config, const std::string& prefix, SafetensorsMe
   });
 }
 
-/// The field that a text says, if it says one.
+/// The value of a field from its text, or nothing if the text is not a value of this type.
 template <class Field>
 std::optional<Field> field_of_text(std::string_view text) {
   if constexpr (std::is_same_v<Field, bool>) {
@@ -92,7 +93,7 @@ std::optional<Field> field_of_text(std::string_view text) {
     const auto number = field_of_text<std::underlying_type_t<Field>>(text);
     return number ? std::optional(static_cast<Field>(*number)) : std::nullopt;
   } else if constexpr (std::is_floating_point_v<Field>) {
-    // JSON allows white space around a number, and to its parser a zero is the end of the text.
+    // JSON allows white space around a number, and its parser takes a zero byte for the end of the text.
     if (text.find_first_not_of("0123456789+-.eE") != std::string_view::npos) return std::nullopt;
     const auto json = nlohmann::json::parse(text.begin(), text.end(), nullptr, false);
     if (!json.is_number()) return std::nullopt;
@@ -109,7 +110,7 @@ std::optional<Field> field_of_text(std::string_view text) {
   }
 }
 
-/// What field_of_text() takes, in words.
+/// What field_of_text() accepts, for messages.
 template <class Field>
 std::string expected_text() {
   if constexpr (std::is_same_v<Field, bool>) {
@@ -132,17 +133,17 @@ std::string expected_text() {
   }
 }
 
-/// The configuration of one module as a file says it.
+/// The configuration of a module in the metadata of a file.
 class SavedConfig {
  public:
-  /// `prefix` is what its keys begin with; all three must outlive this.
+  /// Its keys begin with `prefix`. It refers to all three arguments.
   SavedConfig(const std::string& path, const SafetensorsMetadata& metadata,
               const std::string& prefix)
       : path_(path), metadata_(metadata), prefix_(prefix) {}
 
-  /// Throws std::runtime_error, which names the field, if the file says another value than `config`
-  /// has, or none, or says something of a field that there is not. What the file does not say may be
-  /// anything, and so may seeds.
+  /// Throws std::runtime_error, which names the field, if a field in the file has another value than in
+  /// `config` or a text that is not a value, or is not in `config`. Fields that are not in the file, and seeds,
+  /// are not compared.
   template <class Config>
   void check(const Config& config) const {
     std::set<std::string> known;
@@ -156,7 +157,7 @@ class SavedConfig {
     check_known(known);
   }
 
-  /// Overwrites all named fields. Throws likewise, and where the file lacks one.
+  /// Overwrites all named fields. Throws likewise, and if a field is not in the file.
   template <class Config>
   void read(Config& config) const {
     std::set<std::string> known;
@@ -187,7 +188,7 @@ class SavedConfig {
   void check_known(const std::set<std::string>& known) const {
     for (auto said = metadata_.lower_bound(prefix_);
          said != metadata_.end() && said->first.starts_with(prefix_); ++said) {
-      if (known.count(said->first) > 0) continue;
+      if (known.contains(said->first)) continue;
       fail_file(path_, "has ", metadata_named(said->first),
                 ", a field that the module's configuration does not have");
     }
@@ -201,7 +202,7 @@ class SavedConfig {
 template <class Config>
 Config config_to_fill();
 
-/// Initialises a field that is to be overwritten.
+/// Initialises a field that will be overwritten.
 struct FieldToFill {
   template <class Field>
   operator Field() const {  // NOLINT(google-explicit-constructor)
@@ -213,7 +214,8 @@ struct FieldToFill {
   }
 };
 
-/// A configuration all of whose fields are to be overwritten; that of a Seed has no default.
+/// A configuration whose fields will all be overwritten. (Config{} would not compile, since a Seed has no
+/// default.)
 template <class Config>
 Config config_to_fill() {
   if constexpr (std::is_default_constructible_v<Config>) {

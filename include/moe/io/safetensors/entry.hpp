@@ -13,16 +13,16 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// What the format says of one tensor: its type, its shape and its place in the file.
+/// A tensor in a safetensors header: its type, its shape and its place in the file.
 
 namespace moe::detail {
 
-/// What a header says of one tensor.
+/// A tensor in a header.
 struct SafetensorsEntry {
   std::string type;
   std::vector<std::uint64_t> shape;
-  std::uint64_t begin = 0;  ///< in the data
-  std::uint64_t end = 0;
+  std::uint64_t begin = 0;  ///< offset of its first byte in the data
+  std::uint64_t end = 0;    ///< offset just behind its last byte
 };
 
 /// Bits of an element of a type, 0 for a type that is not known. These are the types of version 0.8
@@ -52,8 +52,8 @@ constexpr std::string_view element_type() {
   if constexpr (std::is_same_v<Element, Index>) return "I64";
 }
 
-/// Bits of a tensor of that shape; nothing if they cannot be counted. A size of zero empties the
-/// tensor, whatever the other sizes are.
+/// Bits of a tensor of this shape; nothing if the number overflows. With a size of zero it is 0, whatever the
+/// other sizes are.
 inline std::optional<std::uint64_t> tensor_bits(const std::vector<std::uint64_t>& shape,
                                                 std::uint64_t bits) {
   if (std::find(shape.begin(), shape.end(), 0u) != shape.end()) return 0;
@@ -73,7 +73,7 @@ inline std::string to_string(const std::vector<std::uint64_t>& numbers) {
   return text + "]";
 }
 
-/// The shape of a matrix in a file. One of a single row is a vector there, [N], as PyTorch's biases are.
+/// The shape of a matrix in a file. A single row is a vector there, [N], as PyTorch's biases are.
 template <class Scalar>
 std::vector<std::uint64_t> shape_of(const Matrix<Scalar>& matrix) {
   const auto columns = static_cast<std::uint64_t>(matrix.cols());
@@ -81,15 +81,15 @@ std::vector<std::uint64_t> shape_of(const Matrix<Scalar>& matrix) {
   return {static_cast<std::uint64_t>(matrix.rows()), columns};
 }
 
-/// Whether a tensor of shape `found` can be read where `needed` is: a vector may be [1,N] as well.
+/// Whether a tensor of shape `found` can be read as one of shape `needed`: a vector may also be [1,N].
 inline bool is_shape(const std::vector<std::uint64_t>& found,
                      const std::vector<std::uint64_t>& needed) {
   if (found.size() == 2 && needed.size() == 1) return found[0] == 1 && found[1] == needed[0];
   return found == needed;
 }
 
-/// Rows and columns of a tensor as a matrix: the last dimension, and all others together. What cannot
-/// be counted is below 0.
+/// Rows and columns of a tensor as a matrix: the columns are the last dimension, the rows all others together.
+/// A number that overflows is below 0.
 inline std::pair<Index, Index> as_matrix(std::vector<std::uint64_t> shape) {
   const auto counted = [](std::uint64_t size) {
     return size > static_cast<std::uint64_t>(INT64_MAX) ? Index{-1} : static_cast<Index>(size);

@@ -14,14 +14,14 @@
 #include "moe/io/safetensors/messages.hpp"
 
 /// \file
-/// The header of a safetensors file, of which nothing is believed.
+/// The header of a safetensors file. Everything in it is checked.
 
 namespace moe::detail {
 
 inline constexpr std::uint64_t longest_header = 100'000'000;
 
-/// Takes a header in as its JSON is parsed, so nothing is kept that does not belong there, however
-/// long or deep it is. Anything out of order throws std::runtime_error.
+/// Checks a header while its JSON is parsed, so that values of unknown keys are never stored, however long or
+/// deep they are. Throws std::runtime_error for anything that is not allowed.
 class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
  public:
   /// `path` is for messages and must outlive this.
@@ -94,7 +94,7 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
     if (is_skipped()) return true;
     if (place_ != Place::list) refuse(std::to_string(number));
     std::vector<std::uint64_t>& numbers = *key_ == shape ? entry_->second.shape : offsets_;
-    // A tensor of more dimensions than that is a waste of memory, not a tensor.
+    // No tensor has more dimensions; a list of millions of them would only take memory.
     if (numbers.size() == 64) {
       fail_file(path_, this_tensor(), ": ", *key_, " has more than 64 numbers");
     }
@@ -125,7 +125,7 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
   static constexpr std::string_view shape = "shape";
   static constexpr std::array keys{dtype, shape, std::string_view("data_offsets")};
 
-  /// What follows is the metadata or a tensor. A name that is there twice has no right meaning.
+  /// Begins the metadata or a tensor. A name that occurs twice is refused: either could be meant.
   void begin_entry(const std::string& name) {
     in_metadata_ = name == "__metadata__";
     if (in_metadata_) {
@@ -137,7 +137,7 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
     entry_ = entry;
   }
 
-  /// Whether the value that comes is, or is part of, that of a key we do not know.
+  /// Whether the next value is that of an unknown key, or a part of it.
   bool is_skipped() const {
     return skipped_depth_ > 0 || (place_ == Place::tensor && key_ == keys.end());
   }
@@ -152,7 +152,7 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
     return true;
   }
 
-  /// Something stands where it does not belong.
+  /// Throws: a value of this kind is not allowed here.
   bool refuse(std::string_view what) const {
     if (place_ == Place::top) {
       if (in_metadata_) fail_file(path_, "has metadata that is no object");
@@ -217,8 +217,8 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
   std::vector<std::uint64_t> offsets_;
 };
 
-/// The tensors in the order of their place must follow each other and end with the data, of which
-/// the file has `size` bytes.
+/// Throws unless the tensors, sorted by offset, follow each other without a gap and end with the data, which
+/// has `size` bytes.
 inline void check_offsets(const std::string& path,
                           const std::map<std::string, SafetensorsEntry>& tensors,
                           std::uint64_t size) {
@@ -246,13 +246,13 @@ inline void check_offsets(const std::string& path,
   require_file(end == size, path, "has ", size, " bytes of data, its tensors end at ", end);
 }
 
-/// Reads a header with `data` bytes of tensors behind it. In time it takes no more than sorting its
-/// tensors does, in memory some 200 bytes a tensor.
+/// Reads a header with `data` bytes of tensors after it, in the time to sort the tensors, with about 200 bytes
+/// of memory for each.
 inline void parse_header(const std::string& text, std::uint64_t data, SafetensorsHeader& header,
                          const std::string& path) {
   require_file(!text.empty() && text.front() == '{', path,
                "has a header that does not begin with {");
-  // To the parser a zero is the text's end, whatever follows. JSON has none: it writes \u0000.
+  // The parser would take a zero byte for the end of the text. JSON has none: it writes \u0000.
   const std::size_t zero = text.find('\0');
   require_file(zero == std::string::npos, path, "has a header that is no JSON: byte ", zero,
                " of it is zero");

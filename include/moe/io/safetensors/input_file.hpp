@@ -20,11 +20,11 @@
 #endif
 
 /// \file
-/// A file that is opened once and read from at any place, by several threads at once too.
+/// A file that is opened once and read at any offset, also by several threads at once.
 
 namespace moe::detail {
 
-/// With what the standard library has.
+/// By the standard library alone.
 class PortableInputFile {
  public:
   explicit PortableInputFile(const std::string& path) : path_(path) {
@@ -81,8 +81,8 @@ class PosixInputFile {
   /// Bytes that it had when it was opened.
   std::uint64_t size() const { return size_; }
 
-  /// The whole file as memory that is only read; null where the system cannot map it. What is written
-  /// to the file shows there, and where it was cut reading is a fault that ends the program: call
+  /// The whole file as memory that is only read; null if the system cannot map it. Later changes of the file
+  /// are visible, and access to a part that was cut off ends the program by a signal: call
   /// check_unchanged() before.
   std::shared_ptr<const std::byte> map() const {
     const std::size_t size = size_;
@@ -92,7 +92,7 @@ class PosixInputFile {
             [size](const std::byte* mapped) { ::munmap(const_cast<std::byte*>(mapped), size); }};
   }
 
-  /// Throws std::runtime_error if the file has another size, or was written to, since it was opened.
+  /// Throws std::runtime_error if the file has another size than when it was opened, or was written to.
   void check_unchanged() const {
     struct stat status {};
     if (::fstat(file_.number(), &status) != 0) fail_errno(path_, "cannot be read any more", errno);
@@ -117,7 +117,7 @@ class PosixInputFile {
   }
 
  private:
-  /// When something was written to the file, in nanoseconds.
+  /// The time of the last change of the file, in nanoseconds.
   static std::int64_t time_of_change(const struct stat& status) {
 #if defined(__APPLE__)
     const auto& time = status.st_mtimespec;

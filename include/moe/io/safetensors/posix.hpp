@@ -15,11 +15,11 @@
 #include <utility>
 
 /// \file
-/// What reading and writing have in common where the system is POSIX.
+/// What reading and writing have in common on POSIX systems.
 
 namespace moe::detail {
 
-/// A descriptor that is closed with this.
+/// A file descriptor, closed by the destructor.
 class Descriptor {
  public:
   Descriptor() = default;
@@ -40,7 +40,7 @@ class Descriptor {
   int number_ = -1;
 };
 
-/// What a name that is no regular file's stands for: "it is a directory".
+/// What a path is that is not a regular file, for messages: "it is a directory".
 inline std::string_view irregular_kind(mode_t mode) {
   if (S_ISDIR(mode)) return "it is a directory";
   if (S_ISFIFO(mode)) return "it is a FIFO";

@@ -22,33 +22,34 @@
 
 namespace moe {
 
-/// A file that was read and found to be in order.
+/// A safetensors file, opened and checked.
 ///
 ///     const moe::SafetensorsFile file("model.safetensors");
 ///     file.read_parameters(model);
 ///
-/// Nothing in the file is believed: the header must be valid JSON of at most 100 MB, every shape in
-/// agreement with its offsets, and the tensors must cover the rest of the file exactly, without
-/// overlap or hole. Else the constructor throws std::runtime_error, which names the file and, where
-/// one is to blame, the tensor.
+/// The constructor checks everything: the header must be valid JSON of at most 100 MB, every shape must
+/// agree with its offsets, and the tensors must cover the rest of the file exactly, without overlap or
+/// hole. Otherwise it throws std::runtime_error, which names the file and, if one is the cause, the
+/// tensor.
 ///
-/// What the Python package safetensors 0.8 reads is read, with these differences. It refuses a type
-/// that it does not know; here such a tensor only cannot be read, and its size is what its offsets
-/// say. It accepts, and this refuses: white space before the header's {, a tensor or metadata key
-/// that is there twice, a tensor as a list or a type as an object instead of what the format
-/// describes, and more than 64 dimensions. It refuses, and this accepts: sizes whose product
-/// overflows before a zero empties the tensor, and unknown values nested deeper than 127.
+/// It accepts the files that the Python package safetensors 0.8 accepts, with these differences. A file
+/// with a type that is not known is refused there; here only that tensor cannot be read, and its size is
+/// given by its offsets. Only the Python package accepts: white space before the header's {, a tensor or
+/// metadata key that occurs twice, a tensor as a list or a type as an object (which is not in the format),
+/// and more than 64 dimensions. Only this class accepts: sizes whose product overflows before a size of
+/// zero, and unknown values nested deeper than 127.
 ///
-/// The file is opened once. If its path is replaced meanwhile, as SafetensorsWriter does, all
-/// tensors still come from the file that was opened; a file that is written over in place is not
-/// protected from that, but if it shrinks, reading throws. Copies share the open file, which is
-/// closed with the last of them; const members may be called by several threads at once.
+/// The file is opened once. If the file at its path is replaced, as SafetensorsWriter does, tensors are
+/// still read from the file that was opened. If a file is written over in place, reading gives the new
+/// bytes, and throws if the file has become shorter. Copies share the open file, which is closed with the
+/// last of them; const members may be called by several threads at once.
 class SafetensorsFile {
  public:
-  using Tensor = detail::SafetensorsEntry;
+  using Tensor = detail::SafetensorsEntry;  ///< type, shape and offsets
 
-  /// Reads the header; a tensor is read by the members below. Throws std::runtime_error, which says
-  /// why, if the path cannot be opened or is no regular file's; never waits for a FIFO's writer.
+  /// Opens the file and reads its header, but no tensor. Throws std::runtime_error, which says why, if the
+  /// path cannot be opened or is not a regular file (a FIFO is refused at once), or if the header is not
+  /// correct.
   explicit SafetensorsFile(std::string path)
       : path_(std::move(path)), file_(std::make_shared<const detail::InputFile>(path_)) {
     require(file_->size() >= 8, "is no safetensors file: it has ", file_->size(),
@@ -69,29 +70,35 @@ class SafetensorsFile {
     data_begin_ = sizeof(length) + length;
   }
 
+  /// The path of the file.
   const std::string& path() const { return path_; }
+  /// The tensors by name.
   const std::map<std::string, Tensor>& tensors() const { return tensors_; }
+  /// The metadata by key.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
-  /// Throws std::runtime_error if there is none of that key.
+  /// The metadata of a key. Throws std::runtime_error if there is none.
   const std::string& metadata(const std::string& key) const {
     const auto found = metadata_.find(key);
     require(found != metadata_.end(), "has no metadata \"", key, "\"");
     return found->second;
   }
 
-  /// Throws std::runtime_error if there is none of that name.
+  /// The tensor of a name. Throws std::runtime_error if there is none.
   const Tensor& tensor(const std::string& name) const {
     const auto found = tensors_.find(name);
     require(found != tensors_.end(), "has no ", detail::tensor_named(name));
     return found->second;
   }
 
-  // Any tensor of type F64, F32, F16, BF16 or F8_E4M3, as float or double, whatever its shape. These
-  // throw std::runtime_error if there is none of that name or it is of another type.
+  /// \name Numbers of a tensor
+  ///
+  /// A tensor of type F64, F32, F16, BF16 or F8_E4M3 and of any shape, as float or double. These throw
+  /// std::runtime_error if there is no tensor of this name or it has another type.
+  /// \{
 
-  /// All of it: the last dimension becomes the columns, the others together the rows, [a,b,c] a·b x c. A
-  /// vector is one row, a number 1 x 1.
+  /// The whole tensor. Its last dimension becomes the columns, the others together the rows: [a,b,c]
+  /// becomes a·b x c. A vector is one row, a number 1 x 1.
   template <class Scalar>
   Matrix<Scalar> matrix(const std::string& name) const {
     const auto [rows, columns] = detail::as_matrix(tensor(name).shape);
@@ -102,7 +109,7 @@ class SafetensorsFile {
     return matrix;
   }
 
-  /// Calls f(first, numbers) for one block of it after the other, row-major: `numbers` is a
+  /// Calls f(first, numbers) for one block of the tensor after the other, row-major: `numbers` is a
   /// std::span<const Scalar> of at most 16384 numbers, the first of which is number `first` of the tensor.
   template <class Scalar, class F>
   void for_each_block(const std::string& name, F&& f) const {
@@ -116,8 +123,8 @@ class SafetensorsFile {
     }
   }
 
-  /// The numbers from `first` on, row-major, as many as `numbers` has room for. Throws
-  /// std::invalid_argument if the tensor has not as many.
+  /// Fills `numbers` with those of the tensor from number `first` on, row-major. Throws
+  /// std::invalid_argument if the tensor does not have as many.
   template <class Scalar>
   void read_range(const std::string& name, std::uint64_t first, std::span<Scalar> numbers) const {
     const Tensor& entry = tensor(name);
@@ -131,8 +138,10 @@ class SafetensorsFile {
     detail::widen(entry.type, stored.data(), numbers.size(), numbers.data());
   }
 
-  /// The bytes from `first` on of a tensor of any type, as many as `bytes` has room for. Throws
-  /// likewise.
+  /// \}
+
+  /// Fills `bytes` with those of a tensor of any type from byte `first` on. Throws std::runtime_error if
+  /// there is no tensor of this name, and std::invalid_argument if it does not have as many.
   void read_bytes(const std::string& name, std::uint64_t first, std::span<std::byte> bytes) const {
     const Tensor& entry = tensor(name);
     const std::uint64_t size = entry.end - entry.begin;
@@ -142,28 +151,31 @@ class SafetensorsFile {
     file_->read(data_begin_ + entry.begin + first, bytes.data(), bytes.size());
   }
 
-  /// The whole file mapped into memory, as long as the pointer or a copy of it lives; null where the
-  /// system cannot. Nothing is read until it is looked at. What is written to the file shows there, and
-  /// looking where it was cut is a fault that ends the program: call check_unchanged() before.
+  /// The whole file mapped into memory, as long as the pointer or a copy of it exists; null if the system
+  /// does not support that. Parts of the file are read when they are first used. Later changes of the file
+  /// are visible, and access to a part that was cut off ends the program by a signal: call
+  /// check_unchanged() before.
   std::shared_ptr<const std::byte> map() const { return file_->map(); }
-  /// Where in the file a tensor begins. Throws std::runtime_error if there is none of that name.
+  /// The offset of a tensor in the file, in bytes. Throws std::runtime_error if there is no tensor of this
+  /// name.
   std::uint64_t place_of(const std::string& name) const { return data_begin_ + tensor(name).begin; }
-  /// Throws std::runtime_error if the file has another size, or was written to, since it was opened. Where
-  /// files are not mapped it does nothing.
+  /// Throws std::runtime_error if the file has another size than when it was opened, or was written to. On
+  /// systems where files are not mapped it does nothing.
   void check_unchanged() const { file_->check_unchanged(); }
 
-  /// Throws std::runtime_error naming the tensor unless it is there, with this type and shape. A matrix of
-  /// one row is a vector in the file, [N], and may be [1,N] too.
+  /// Throws std::runtime_error, which names the tensor, unless it exists and has the type and shape of this
+  /// matrix. A matrix of one row is a vector in the file, [N], and may be [1,N] too.
   template <class Scalar>
   void check(const std::string& name, const Matrix<Scalar>& matrix) const {
     find(name, detail::element_type<Scalar>(), detail::shape_of(matrix));
   }
+  /// The same for whole numbers (I64), [N].
   void check(const std::string& name, std::span<const Index> numbers) const {
     find(name, detail::element_type<Index>(), {numbers.size()});
   }
 
-  /// Overwrites a matrix, whose shape must be the tensor's. Throws like check(), and when the file
-  /// cannot be read any more, the matrix being what it was.
+  /// Reads a tensor into a matrix of its shape. Throws as check() does, and std::runtime_error if the file
+  /// cannot be read any more; then the matrix is unchanged.
   template <class Scalar>
   void read(const std::string& name, Matrix<Scalar>& matrix) const {
     check(name, matrix);
@@ -171,7 +183,7 @@ class SafetensorsFile {
     copy(tensors_.at(name), read.data());
     matrix = std::move(read);
   }
-  /// Overwrites whole numbers, as many as the tensor has; throws likewise.
+  /// Reads a tensor of whole numbers, which must have as many as `numbers`. Throws likewise.
   void read(const std::string& name, std::span<Index> numbers) const {
     check(name, numbers);
     std::vector<Index> read(numbers.size());
@@ -179,13 +191,14 @@ class SafetensorsFile {
     std::copy(read.begin(), read.end(), numbers.begin());
   }
 
-  /// Like read_parameters(), after the configurations that SafetensorsWriter::add_module() stored were
-  /// compared: the module's and those of its parts. Throws std::runtime_error too, the module being
-  /// what it was, which names the first field that
-  /// - has another value in the file, or one that is no value of its type,
+  /// Compares the configurations that SafetensorsWriter::add_module() stored, the module's and those of its
+  /// parts, then does the same as read_parameters(). Throws std::runtime_error, with the module unchanged,
+  /// which names the first field that
+  /// - has another value in the file, or a text that is not a value of its type,
   /// - is in the file, but not in the configuration.
-  /// A field that the file does not have is passed by, so a file without configurations, or one older
-  /// than the field, loads as well; a seed may be another.
+  ///
+  /// A field that is not in the file is not compared, so files without configurations, or from before the
+  /// field existed, can be loaded. Seeds may differ.
   template <class Module>
   void read_module(Module& module, const std::string& prefix = {}) const {
     detail::for_each_config(module, prefix, [&](const std::string& keys, const auto& config) {
@@ -194,14 +207,14 @@ class SafetensorsFile {
     read_parameters(module, prefix);
   }
 
-  /// The configuration of a module that add_module() stored with this prefix, so that the module can
-  /// be made from the file:
+  /// The configuration of a module that add_module() stored with this prefix, to construct the module from
+  /// the file:
   ///
   ///     Layer layer(file.config<Layer>("layer."));
   ///     file.read_module(layer, "layer.");
   ///
-  /// Throws std::runtime_error, which names the field, if one is missing, is no value of its type or
-  /// is not in Module's configuration. Whether the values suit each other, the module checks.
+  /// Throws std::runtime_error, which names the field, if one is missing, has a text that is not a value of
+  /// its type, or is not in Module's configuration. Ranges are checked by the module's constructor.
   template <class Module>
   detail::ConfigOf<Module> config(const std::string& prefix = {}) const {
     using Config = detail::ConfigOf<Module>;
@@ -214,11 +227,10 @@ class SafetensorsFile {
     return config;
   }
 
-  /// Overwrites every parameter of a module by the tensor of its name, after `prefix`. All are read
-  /// first, so if one is missing or of another type or shape, or the file cannot be read any more,
-  /// std::runtime_error names it and the module is what it was. Tensors that the module has no use
-  /// for are left alone; gradients too. What configuration they were saved with does not matter here:
-  /// this is how training goes on with other losses for example.
+  /// Reads every parameter of a module from the tensor with its name, after `prefix`. If one is missing or has
+  /// another type or shape, or the file cannot be read any more, it throws std::runtime_error, which names
+  /// the tensor, with the module unchanged. Other tensors of the file are ignored, and gradients do not
+  /// change. Configurations are not compared: training can go on with other losses, for example.
   template <class Module>
   void read_parameters(Module& module, const std::string& prefix = {}) const {
     Waiting waiting;
@@ -229,22 +241,24 @@ class SafetensorsFile {
         module, [&](const ParameterName&, auto& parameter) { take(waiting, parameter.value); });
   }
 
-  /// Overwrites everything that an optimizer remembers of a module by the tensors of its names, after
-  /// `prefix`. All are read first, so if one is missing or of another shape, or counts updates below
-  /// 0, std::runtime_error names it and the optimizer is what it was. A module that the optimizer
-  /// does not belong to is std::invalid_argument.
+  /// Reads the whole state of an optimizer for a module from the tensors with its names, after `prefix`. If
+  /// one is missing or has another shape, or a count of updates below 0, it throws std::runtime_error, which
+  /// names the tensor, with the optimizer unchanged. Throws std::invalid_argument for a module that the
+  /// optimizer's state does not belong to. A tensor of shape [0,0] stands for the zeros of a parameter that was
+  /// never trained; zeros for one that is not trained here take no memory.
   template <class Optimizer, class Module>
   void read_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) const {
     Waiting waiting;
-    optimizer.for_each_state(module, [&](const std::string& name, const auto& state) {
-      read_ahead(prefix + name, state, waiting);
-    });
+    optimizer.for_each_state(module,
+                             [&](const std::string& name, const auto& state, const auto&... shape) {
+                               read_state_ahead(prefix + name, state, waiting, shape...);
+                             });
     optimizer.for_each_state(module,
                              [&](const std::string&, auto&& state) { take(waiting, state); });
   }
 
  private:
-  /// What was read and has not been put in its place yet, in the order of reading.
+  /// Tensors that were read and are still to be moved to their destinations, in the order of reading.
   struct Waiting {
     std::deque<Matrix<float>> floats;
     std::deque<Matrix<double>> doubles;
@@ -254,12 +268,10 @@ class SafetensorsFile {
   static auto& queue_of(Waiting& waiting, const Matrix<double>&) { return waiting.doubles; }
   static auto& queue_of(Waiting& waiting, std::span<Index>) { return waiting.counts; }
 
-  /// Reads the tensor of that name, which must fit `place`.
+  /// Reads the tensor of this name, which must fit `place`.
   template <class Scalar>
   void read_ahead(const std::string& name, const Matrix<Scalar>& place, Waiting& waiting) const {
-    check(name, place);
-    auto& read = queue_of(waiting, place).emplace_back(place.rows(), place.cols());
-    copy(tensors_.at(name), read.data());
+    read_shape_ahead(name, place, place.rows(), place.cols(), waiting);
   }
   void read_ahead(const std::string& name, std::span<Index> place, Waiting& waiting) const {
     check(name, place);
@@ -268,6 +280,28 @@ class SafetensorsFile {
     for (const Index number : read) {
       require(number >= 0, detail::tensor_named(name), " has ", number, ", must be at least 0");
     }
+  }
+
+  /// The same for an optimizer's matrix, which has this shape unless it is empty and stands for zeros.
+  template <class Scalar, class Shape>
+  void read_state_ahead(const std::string& name, const Matrix<Scalar>& place, Waiting& waiting,
+                        const Shape& shape) const {
+    const bool none = tensor(name).shape == std::vector<std::uint64_t>{0, 0};
+    Matrix<Scalar>& read =
+        read_shape_ahead(name, place, none ? 0 : shape.rows, none ? 0 : shape.columns, waiting);
+    if (place.size() == 0 && (read.array() == 0).all()) read.resize(0, 0);
+  }
+  template <class State>
+  void read_state_ahead(const std::string& name, const State& place, Waiting& waiting) const {
+    read_ahead(name, place, waiting);
+  }
+  template <class Scalar>
+  Matrix<Scalar>& read_shape_ahead(const std::string& name, const Matrix<Scalar>& place, Index rows,
+                                   Index columns, Waiting& waiting) const {
+    auto& read = queue_of(waiting, place).emplace_back(rows, columns);
+    check(name, read);
+    copy(tensors_.at(name), read.data());
+    return read;
   }
 
   template <class Scalar>
@@ -295,7 +329,7 @@ class SafetensorsFile {
     return found;
   }
 
-  /// How many numbers a tensor has, which must be of a type that can be widened.
+  /// The number of values of a tensor, which must be of a type that can be widened.
   std::uint64_t numbers_of(const Tensor& entry, const std::string& name) const {
     require(detail::is_widened(entry.type), detail::tensor_named(name), " is ",
             detail::plain(entry.type), ", needed is ", detail::widened_types);

@@ -10,7 +10,7 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// The numbers of a file's types as float or double. All but F64 as float lose nothing.
+/// Converts the numbers of a file's types to float or double: exactly, except F64 to float.
 
 namespace moe::detail {
 
@@ -65,7 +65,7 @@ void widen_each(const std::byte* from, std::size_t count, Scalar* to, Value&& va
   }
 }
 
-/// Writes `count` numbers of a type of the file, one of widened_types, to `to`.
+/// Converts `count` numbers of a type of the file, one of widened_types.
 template <class Scalar>
 void widen(std::string_view type, const std::byte* from, std::size_t count, Scalar* to) {
   const auto itself = [](auto number) { return number; };

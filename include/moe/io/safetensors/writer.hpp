@@ -27,12 +27,12 @@ namespace moe {
 ///     writer.set_metadata("step", "1000");
 ///     writer.write("model.safetensors");
 ///
-/// Tensors are not copied: they must live and stay unchanged until write(). In the file those of
+/// Tensors are not copied: they must exist and stay unchanged until write(). In the file, tensors with
 /// larger elements come first, so that each is aligned.
 class SafetensorsWriter {
  public:
-  /// A matrix of float (F32) or double (F64); one of a single row is a vector, [N]. Throws
-  /// std::invalid_argument if the name is taken or is "__metadata__", which the format keeps for itself.
+  /// Adds a matrix of float (F32) or double (F64); one of a single row becomes a vector, [N]. Throws
+  /// std::invalid_argument if the name was used before or is "__metadata__", which the format reserves.
   template <class Scalar>
   void add(const std::string& name, const Matrix<Scalar>& matrix) {
     add({name,
@@ -45,7 +45,7 @@ class SafetensorsWriter {
   template <class Scalar>
   void add(const std::string& name, Matrix<Scalar>&& matrix) = delete;  // would be gone by write()
 
-  /// Whole numbers (I64), in one dimension.
+  /// Adds whole numbers (I64), in one dimension.
   void add(const std::string& name, IndexSpan numbers) {
     add({name,
          detail::element_type<Index>(),
@@ -57,9 +57,9 @@ class SafetensorsWriter {
 
   void add(const std::string& name, std::vector<Index>&& numbers) = delete;
 
-  /// A tensor of any shape that make() returns, a Matrix<Scalar> with its numbers row-major. It is called
-  /// by write(), so that of the tensors that are made one at a time is in memory. Throws like add() of a
-  /// matrix, and write() throws std::invalid_argument if make() returns another number of numbers.
+  /// Adds a tensor of any shape, whose numbers make() returns, row-major, as a Matrix<Scalar> of any shape.
+  /// write() calls make(), so that only one of these tensors at a time is in memory. Throws as add() of a
+  /// matrix does, and write() throws std::invalid_argument if make() returns another number of values.
   template <class Scalar>
   void add_made(const std::string& name, std::vector<std::uint64_t> shape,
                 std::function<Matrix<Scalar>()> make) {
@@ -75,9 +75,9 @@ class SafetensorsWriter {
          }});
   }
 
-  /// A tensor of a type of the format, "BF16" for example, whose bytes make() returns. It is called by
-  /// write(), which throws std::invalid_argument if they are not as many as the shape takes. Throws like
-  /// add() of a matrix, and for a type that is not known.
+  /// Adds a tensor of a type of the format, "BF16" for example, whose bytes make() returns. write() calls
+  /// make(), and throws std::invalid_argument if the bytes are not as many as the shape needs. Throws as
+  /// add() of a matrix does, and for a type that is not known.
   void add_made_bytes(const std::string& name, std::string_view type,
                       std::vector<std::uint64_t> shape,
                       std::function<std::vector<std::byte>()> make) {
@@ -91,8 +91,8 @@ class SafetensorsWriter {
          }});
   }
 
-  /// Bytes that are in memory (U8, in one dimension), with zeros behind them to a multiple of 64. They
-  /// begin at a multiple of 64 in the file, so that they can be used where the file is mapped.
+  /// Adds bytes in memory (U8, in one dimension), padded with zeros to a multiple of 64. They begin at a
+  /// multiple of 64 in the file, so that they can be used in place if the file is mapped.
   void add_aligned_bytes(const std::string& name, std::span<const std::byte> bytes) {
     const std::size_t size = (bytes.size() + 63) / 64 * 64;
     add({name,
@@ -108,10 +108,10 @@ class SafetensorsWriter {
          true});
   }
 
-  /// Every parameter of a module by its name, after `prefix`, and as metadata the configuration that it
-  /// was made with, or those of its parts if it has none itself: a text for each field that has a name
-  /// (moe/config_fields.hpp), "layer.config.gate.experts" = "64". What has no name is not stored. Throws
-  /// std::invalid_argument if a name or a key is taken or a field is not finite.
+  /// Adds every parameter of a module by its name, after `prefix`, and as metadata the module's configuration,
+  /// or those of its parts if it has none: a text for each field that has a name (moe/config_fields.hpp),
+  /// "layer.config.gate.experts" = "64". Fields without a name are not stored. Throws
+  /// std::invalid_argument if a name or a key was used before, or a field is not finite.
   template <class Module>
   void add_module(const Module& module, const std::string& prefix = {}) {
     detail::SafetensorsMetadata configs;
@@ -119,7 +119,7 @@ class SafetensorsWriter {
       detail::write_config(config, keys, configs);
     });
     for (const auto& entry : configs) {
-      detail::require(metadata_.count(entry.first) == 0, "SafetensorsWriter: metadata \"",
+      detail::require(!metadata_.contains(entry.first), "SafetensorsWriter: metadata \"",
                       detail::plain(entry.first), "\" is there already");
     }
     add_parameters(module, prefix);
@@ -129,7 +129,8 @@ class SafetensorsWriter {
   template <class Module>
   void add_module(const Module&& module, const std::string& prefix = {}) = delete;
 
-  /// Every parameter of a module by its name, after `prefix`, without its configuration.
+  /// Adds every parameter of a module by its name, after `prefix`, without its configuration. Throws
+  /// std::invalid_argument if a name was used before.
   template <class Module>
   void add_parameters(const Module& module, const std::string& prefix = {}) {
     for_each_parameter(module, [&](const ParameterName& name, const auto& parameter) {
@@ -140,25 +141,26 @@ class SafetensorsWriter {
   template <class Module>
   void add_parameters(const Module&& module, const std::string& prefix = {}) = delete;
 
-  /// Everything that an optimizer remembers of a module, by its names, after `prefix`; zeros before
-  /// the first update.
+  /// Adds the whole state of an optimizer for a module by its names, after `prefix`; before the first update,
+  /// zeros.
   template <class Optimizer, class Module>
   void add_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) {
     optimizer.for_each_state(
         module, [&](const std::string& name, auto&& state) { add(prefix + name, state); });
   }
 
+  /// Sets the metadata of a key.
   void set_metadata(const std::string& key, const std::string& text) { metadata_[key] = text; }
 
-  /// Writes the file beside its place, flushes it and renames it: whatever happens, there is either
-  /// the whole new file or the old one, and after an exception the old one. A file that is replaced
-  /// hands on its permissions, and its owner and group where the system permits it; a new one gets
-  /// what the umask leaves. Temporaries of this path that killed processes left are removed.
+  /// Writes a temporary file in the same folder, flushes it and renames it: at any time the path has either
+  /// the whole old file or the whole new one, and after an exception the old one. The new file gets the
+  /// permissions of the file it replaces, and its owner and group if the system permits that; without an old
+  /// file, the permissions that the umask allows. Temporary files for this path that killed processes left
+  /// are removed.
   ///
-  /// Throws std::runtime_error, which says why, if the file cannot be written or if something else
-  /// than a file has its name (a directory, a device, a FIFO, a socket, or a symbolic link to
-  /// these; any other link is replaced, not followed), and std::invalid_argument for names or
-  /// metadata that are no UTF-8.
+  /// Throws std::runtime_error, which says why, if the file cannot be written, or if the path is not a
+  /// regular file but a directory, a device, a FIFO, a socket, or a symbolic link to one of these (other
+  /// links are replaced, not followed); and std::invalid_argument for names or metadata that are not UTF-8.
   void write(const std::string& path) const {
     std::vector<const Entry*> order;
     for (const Entry& entry : entries_) order.push_back(&entry);
@@ -207,7 +209,7 @@ class SafetensorsWriter {
   }
 
   void add(Entry entry) {
-    detail::require(entry.name != "__metadata__" && names_.count(entry.name) == 0,
+    detail::require(entry.name != "__metadata__" && !names_.contains(entry.name),
                     "SafetensorsWriter: ", detail::tensor_named(entry.name), " is there already");
     entries_.push_back(std::move(entry));
     try {
@@ -237,8 +239,7 @@ class SafetensorsWriter {
       offset += entry->size;
     }
     text += '}';
-    // Spaces, so that the tensors start where a file mapped into memory may be read as numbers. The
-    // header's length is ahead of it.
+    // Spaces, so that the tensors are aligned if the file is mapped. The header's length comes before it.
     const std::size_t alignment = !order.empty() && order.front()->aligned ? 64 : 8;
     text.append((alignment - (sizeof(std::uint64_t) + text.size()) % alignment) % alignment, ' ');
     return text;

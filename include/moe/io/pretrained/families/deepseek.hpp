@@ -8,8 +8,8 @@
 
 namespace moe::io {
 
-/// What DeepSeek's families have in common: fine-grained experts, some for all tokens, behind dense layers
-/// (Dai et al. 2024, "DeepSeekMoE", arXiv 2401.06066).
+/// What DeepSeek's families have in common: dense layers first, then mixtures of fine-grained experts with
+/// shared experts (Dai et al. 2024, "DeepSeekMoE", arXiv 2401.06066).
 inline std::vector<Mixture> deepseek_mixtures(const ModelConfig& config, const TopKConfig& gate) {
   Mixture mixture{.width = config.count("hidden_size"),
                   .hidden = config.count("moe_intermediate_size"),
@@ -54,7 +54,7 @@ inline std::vector<Mixture> deepseek_v2_mixtures(const ModelConfig& config) {
   if (config.text("scoring_func", "softmax") != "softmax") {
     config.refuse("scoring_func", "softmax");
   }
-  // DeepSeek's own code then leaves out the scale, Hugging Face's does not renormalise.
+  // Then DeepSeek's own code leaves out the scale, and Hugging Face's does not renormalise.
   if (config.flag("norm_topk_prob", false)) {
     config.refuse("norm_topk_prob", "false: the published definitions differ where it is true");
   }

@@ -8,7 +8,7 @@
 
 namespace moe::io {
 
-/// Meta 2025, "The Llama 4 herd", by the settings of the part that reads text.
+/// Meta 2025, "The Llama 4 herd"; `config` has the settings of the text model.
 inline std::vector<Mixture> llama4_text_mixtures(const ModelConfig& config) {
   Mixture mixture{.width = config.count("hidden_size"),
                   .hidden = config.count("intermediate_size"),
@@ -36,7 +36,7 @@ inline std::vector<Mixture> llama4_text_mixtures(const ModelConfig& config) {
   });
 }
 
-/// The same in a model that sees pictures too.
+/// The same in a multimodal model, whose settings of the text model are a part of config.json.
 inline std::vector<Mixture> llama4_mixtures(const ModelConfig& config) {
   return llama4_text_mixtures(config.part("text_config"));
 }

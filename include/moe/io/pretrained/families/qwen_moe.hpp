@@ -27,8 +27,8 @@ inline std::vector<Mixture> qwen3_moe_mixtures(const ModelConfig& config) {
   });
 }
 
-/// Yang et al. 2024, "Qwen2 Technical Report" (arXiv 2407.10671): with a wide expert for all tokens, which has
-/// a gate of its own.
+/// Yang et al. 2024, "Qwen2 Technical Report" (arXiv 2407.10671): with a wide shared expert, whose weight is
+/// a sigmoid.
 inline std::vector<Mixture> qwen2_moe_mixtures(const ModelConfig& config) {
   std::vector<Mixture> mixtures = qwen3_moe_mixtures(config);
   for (Mixture& mixture : mixtures) {

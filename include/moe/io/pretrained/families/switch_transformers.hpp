@@ -7,9 +7,9 @@
 
 namespace moe::io {
 
-/// Fedus, Zoph, Shazeer 2022, "Switch Transformers" (arXiv 2101.03961). The decoder's blocks are counted on
-/// after the encoder's. Files say how many tokens an expert may have of a sequence (expert_capacity); here no
-/// token is dropped.
+/// Fedus, Zoph, Shazeer 2022, "Switch Transformers" (arXiv 2101.03961). The numbers of the decoder's blocks
+/// follow those of the encoder's. Files have a capacity of experts in tokens of a sequence (expert_capacity);
+/// here no token is dropped.
 inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& config) {
   Mixture mixture{.width = config.count("d_model"),
                   .hidden = config.count("d_ff"),

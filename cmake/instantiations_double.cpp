@@ -1,2 +1,2 @@
-#define MOE_INSTANTIATE
+#define MOE_INSTANTIATE double
 #include <moe/instantiations.hpp>

@@ -1,0 +1,2 @@
+#define MOE_INSTANTIATE float
+#include <moe/instantiations.hpp>

@@ -1,0 +1,139 @@
+#pragma once
+
+#include <torch/custom_class.h>
+#include <torch/torch.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "moe/moe.hpp"
+#include "tensors.hpp"
+
+namespace examples {
+
+/// A MoELayer for PyTorch's autograd, without copies: parameters and gradients are tensors in the layer's
+/// memory, y and dx take the tape's, and x and dy are read where they are (one that is not contiguous is
+/// made so first, and the layer saves an x of its own). A gradient that is still held when the next
+/// backward pass begins keeps its memory, and the layer takes other. Passes may run in several threads;
+/// backward passes wait for each other.
+template <class Layer>
+class TorchLayer : public torch::CustomClassHolder {
+  using Scalar = typename Layer::Scalar;
+  using Tensor = torch::Tensor;
+  using Tensors = std::vector<Tensor>;
+  using Self = c10::intrusive_ptr<TorchLayer>;
+
+ public:
+  using Config = typename Layer::Config;
+
+  explicit TorchLayer(const Config& config) : layer_(std::make_shared<Layer>(config)) {
+    moe::for_each_parameter(*layer_, [&](const std::string& name, auto& parameter) {
+      entries_.push_back({name, &parameter, {}});
+    });
+  }
+
+  /// By name, in the order in which forward() takes them; a bias is 1 x N.
+  c10::Dict<std::string, Tensor> parameters() const {
+    c10::Dict<std::string, Tensor> tensors;
+    for (const Entry& entry : entries_) {
+      const Tensor tensor = share(entry.parameter->value, layer_);
+      tensors.insert(entry.name, tensor.requires_grad_(entry.parameter->trained));
+    }
+    return tensors;
+  }
+
+  /// y (T x D) of a training pass over x (T x D). `parameters` are those of parameters(), or others that
+  /// share their memory; one that requires no gradient is not trained. The gate's losses are part of the
+  /// backward pass. Throws c10::Error, or std::invalid_argument as MoELayer::forward() does.
+  static Tensor forward(const Self& self, const Tensor& x, const Tensors& parameters,
+                        std::int64_t step) {
+    return Function::apply(x, torch::TensorList(parameters), self, step);
+  }
+
+  /// y (T x D) without noise and without a graph, as MoELayer::evaluate().
+  Tensor evaluate(const Tensor& x) const {
+    typename Layer::Tape tape;
+    layer_->evaluate(view<Scalar>(x.contiguous()), tape);
+    return take(tape.y);
+  }
+
+ private:
+  /// What a gradient's tensor owns: the layer, whose memory it shows, or that memory.
+  struct Lent {
+    std::shared_ptr<Layer> layer;
+    moe::Matrix<Scalar> memory;
+  };
+  struct Entry {
+    std::string name;
+    moe::Parameter<Scalar>* parameter;
+    std::weak_ptr<Lent> lent;
+  };
+  struct Pass : torch::CustomClassHolder {
+    Self self;
+    typename Layer::Tape tape;
+  };
+
+  struct Function : torch::autograd::Function<Function> {
+    using Context = torch::autograd::AutogradContext;
+
+    static Tensor forward(Context* context, const Tensor& x, torch::TensorList parameters,
+                          const Self& self, std::int64_t step) {
+      self->check(parameters);
+      const auto pass = c10::make_intrusive<Pass>();
+      pass->self = self;
+      self->layer_->forward(view<Scalar>(x.contiguous()), pass->tape,
+                            {.step = static_cast<std::uint64_t>(step)});
+      context->save_for_backward(parameters.vec());
+      context->saved_data["pass"] = c10::IValue::make_capsule(pass);
+      return take(pass->tape.y);
+    }
+
+    static Tensors backward(Context* context, const Tensors& dy) {
+      TORCH_CHECK(!torch::GradMode::is_enabled(), "TorchLayer has no second derivatives");
+      const Tensors parameters = context->get_saved_variables();  // throws where one was changed
+      const auto pass =
+          c10::static_intrusive_pointer_cast<Pass>(context->saved_data["pass"].toCapsule());
+      return pass->self->backward(dy[0].contiguous(), parameters, pass->tape);
+    }
+  };
+
+  /// dx, the gradients, and nothing for `self` and `step`.
+  Tensors backward(const Tensor& dy, const Tensors& parameters, typename Layer::Tape& tape) {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      entries_[i].parameter->trained = parameters[i].requires_grad();
+      const auto lent = entries_[i].lent.lock();
+      if (lent) lent->memory.swap(entries_[i].parameter->gradient());
+    }
+    moe::zero_gradients(*layer_, moe::Updates::lazy);
+    layer_->backward(view<Scalar>(dy), tape);
+    Tensors gradients(1 + entries_.size() + 2);
+    gradients[0] = take(tape.dx);
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      if (!entries_[i].parameter->trained) continue;
+      const auto lent = std::make_shared<Lent>(Lent{layer_, {}});
+      gradients[1 + i] = share(entries_[i].parameter->gradient(), lent);
+      entries_[i].lent = lent;
+    }
+    return gradients;
+  }
+
+  void check(torch::TensorList parameters) const {
+    TORCH_CHECK(parameters.size() == entries_.size(), "TorchLayer: ", parameters.size(),
+                " parameters, must be ", entries_.size());
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      TORCH_CHECK(parameters[i].data_ptr() == entries_[i].parameter->value.data(),
+                  "TorchLayer: ", entries_[i].name, " is not in the layer's memory any more");
+    }
+  }
+
+  std::shared_ptr<Layer> layer_;
+  std::vector<Entry> entries_;
+  std::mutex mutex_;
+};
+
+}  // namespace examples

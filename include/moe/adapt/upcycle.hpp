@@ -1,0 +1,176 @@
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "moe/experts/expert_change.hpp"
+#include "moe/experts/feed_forward.hpp"
+#include "moe/gates/gate.hpp"
+#include "moe/layer/changed_experts.hpp"
+#include "moe/layer/moe_layer.hpp"
+#include "moe/random.hpp"
+
+/// \file
+/// A dense network becomes the experts of a layer.
+///
+/// [K23] A. Komatsuzaki, J. Puigcerver, J. Lee-Thorp, C. Riquelme Ruiz, B. Mustafa, J. Ainslie, Y. Tay,
+/// M. Dehghani, N. Houlsby, "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", ICLR
+/// 2023 (arXiv 2212.05055).
+/// [H24] E. He, A. Khattar, R. Prenger, V. Korthikanti, Z. Yan, T. Liu, S. Fan, A. Aithal, M. Shoeybi,
+/// B. Catanzaro, "Upcycling Large Language Models into Mixture of Experts", 2024 (arXiv 2410.07524).
+
+namespace moe {
+
+/// What upcycle() makes of a dense network of width D and H hidden units.
+template <class Gate>
+struct UpcycleConfig {
+  typename Gate::Config gate{};  ///< says how many experts there are, E; its width is 0 or D
+  /// G, parts of the network of H/G hidden units each, which are experts of their own: at least 1, and
+  /// divides H, E, and the top_k and the experts of a group that the gate's Config may have.
+  Index slices = 1;
+  /// Standard deviation of the normal noise on the parameters of all experts but the first G, finite and
+  /// at least 0. At 0 all copies are equal, and only the gate makes them differ in training.
+  double noise_stddev = 0;
+  Seed seed;  ///< of the gate's start and noise, and of the noise on copies
+};
+
+namespace detail {
+
+/// One of several equal parts of the hidden units of a network, as a network of its own. The weights to
+/// its output are multiplied by the number of parts, since each will have a weight of 1/slices.
+template <class Scalar>
+FeedForward<Scalar> slice_of(const FeedForward<Scalar>& dense, Index slice, Index slices) {
+  FeedForwardConfig config = dense.config();
+  config.hidden /= slices;
+  FeedForward<Scalar> part(config, 0);
+  std::vector<const Parameter<Scalar>*> whole;
+  walk_parameters(dense, [&](const ParameterName&, const auto& p) { whole.push_back(&p); });
+  auto next = whole.begin();
+  const Index first = slice * config.hidden;
+  walk_parameters(part, [&](const ParameterName&, Parameter<Scalar>& p) {
+    const Parameter<Scalar>& from = **next++;
+    p.trained = from.trained;
+    if (p.value.rows() != from.value.rows()) {
+      p.value = static_cast<Scalar>(slices) * from.value.middleRows(first, config.hidden);
+    } else if (p.value.cols() != from.value.cols()) {
+      p.value = from.value.middleCols(first, config.hidden);
+    } else {
+      p.value = from.value;
+    }
+  });
+  return part;
+}
+
+/// Gives the experts of a copy equal scores, those of the copy's first one.
+template <class Gate>
+void tie_slices(Gate& gate, Index slices, std::uint64_t seed) {
+  if (slices == 1) return;
+  if constexpr (ChangesExperts<Gate>) {
+    std::vector<Index> sources = same_sources(gate.experts());
+    for (Index& source : sources) source -= source % slices;
+    const ExpertSources all("upcycle", std::move(sources), gate.experts());
+    try {
+      gate.change_experts(all, seed, 0.0);
+    } catch (const std::invalid_argument& error) {
+      require(false, "upcycle: slices = ", slices, ", must be 1 with this gate: ", error.what());
+    }
+  } else {
+    require(false, "upcycle: slices = ", slices,
+            ", must be 1 with a gate that has no change_experts()");
+  }
+}
+
+/// Throws std::invalid_argument unless the slices can be taken, and are chosen as often as each other.
+template <class Gate>
+void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& config,
+                  Index experts) {
+  const Index slices = config.slices;
+  require(slices >= 1, "upcycle: slices = ", slices, ", must be at least 1");
+  const auto check_divides = [&](const char* of, Index number) {
+    require(number % slices == 0, "upcycle: slices = ", slices, ", must divide ", of, " = ",
+            number);
+  };
+  check_divides("the network's hidden", dense.hidden);
+  check_divides("the gate's experts", experts);
+  if constexpr (requires { Index{config.gate.top_k}; }) {
+    check_divides("the gate's top_k", config.gate.top_k);
+  }
+  if constexpr (requires { Index{config.gate.groups}; }) {
+    check_divides("the gate's experts / groups", experts / config.gate.groups);
+  }
+  require(slices == 1 || !dense.weighted_input, "upcycle: slices = ", slices,
+          ", must be 1 for a network with weighted_input");
+}
+
+}  // namespace detail
+
+/// A layer whose experts are copies of a dense network [K23], or slices of it [H24], and whose
+/// y at the start is the network's output:
+///
+///     auto layer = moe::upcycle<moe::TopKGate<>>(
+///         dense, {.gate = {.experts = 8, .top_k = 2, .renormalise = true}, .seed = 1});
+///
+/// Expert e is a copy of slice e mod G, with W_2 multiplied by G and b_2 as it is. G experts in a row,
+/// from a multiple of G on, are one copy of the network. Where G > 1 they start with the same scores, those
+/// that the gate drew for the first of them, so a token that gets one of them gets all, with one weight
+/// ("virtual groups" [H24]). Hence, without noise and up to rounding,
+///
+///     y_t = (sum of the weights of t's slots)·dense(x_t)
+///
+/// which is dense(x_t) where weights add up to 1:
+/// - NoisyTopKGate, HierarchicalGate, and TopKGate with `renormalise` or Score::softmax_of_chosen, a
+///   renormalise_epsilon of 0 and a scale of 1. The weights of a TopKGate without these add up to about K/E
+///   at first; a scale of E/K makes that about 1.
+/// - BalancedGate, for the tokens that an expert took.
+/// - SharedExpertGate, if its `scale`, taken for each shared expert, and the wrapped gate's weights add up
+///   to 1. ExpertChoiceGate's weights do not.
+///
+/// Two things break the sum of slices. In a noisy gate's training passes noise separates experts of equal
+/// scores, so a token may get one slice twice and another one not at all; evaluate() has no noise. And
+/// what drops single slots of a token, as a capacity does, drops slices. Where the network has
+/// weighted_input, the weight of a slot multiplies x: y is the network's where each token has one slot, of
+/// weight 1, and G must be 1.
+///
+/// The experts' configuration is the network's, with H/G hidden units; parameters that are not `trained`
+/// there are not in the copies. mpi::scatter_parameters() spreads such a layer over ranks. Throws
+/// std::invalid_argument for a field out of range, as the gate does for its Config, where a parameter of the
+/// network has another shape than its Config says, and for G > 1 where the network has weighted_input or the
+/// gate cannot give two experts one score: HierarchicalGate, ProductKeyGate, SharedExpertGate, and a gate
+/// without change_experts().
+template <class Gate>
+MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
+    const FeedForward<typename Gate::Scalar>& dense, const UpcycleConfig<Gate>& config) {
+  using Network = Expert<FeedForward, typename Gate::Scalar>;
+  using Layer = MoELayer<Network, Gate>;
+  detail::ChangeDraws{config.seed, config.noise_stddev}.check("upcycle");
+  detail::check_shapes(dense, "upcycle");
+  typename Layer::Config of_layer{.width = dense.config().width,
+                                  .expert = dense.config(),
+                                  .gate = config.gate,
+                                  .seed = config.seed};
+  of_layer = Layer::completed(of_layer);
+  Gate gate(of_layer.gate, derive_seed(config.seed, 0));
+  const Index experts = gate.experts();
+  detail::check_slices(dense.config(), config, experts);
+  detail::tie_slices(gate, config.slices, config.seed);
+  if constexpr (detail::ChangesExperts<Gate>) of_layer.gate = gate.config();  // completed too
+  of_layer.expert.hidden /= config.slices;
+
+  std::vector<FeedForward<typename Gate::Scalar>> slices;
+  for (Index s = 0; s < config.slices; ++s) {
+    slices.push_back(detail::slice_of(dense, s, config.slices));
+  }
+  std::vector<Network> copies;
+  copies.reserve(detail::to_size(experts));
+  for (Index e = 0; e < experts; ++e) {
+    copies.emplace_back(slices[detail::to_size(e % config.slices)], of_layer.width);
+    if (e < config.slices) continue;
+    detail::add_copy_noise(copies.back(), config.noise_stddev,
+                           derive_seed(config.seed, static_cast<std::uint64_t>(e) + 1));
+  }
+  return Layer(of_layer, std::move(gate), std::move(copies));
+}
+
+}  // namespace moe

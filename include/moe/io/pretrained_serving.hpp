@@ -1,0 +1,50 @@
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moe/io/pretrained.hpp"
+#include "moe/weights/serving_layer.hpp"
+
+/// \file
+/// A layer of a published model, rounded to narrow weights as it is read.
+
+namespace moe::io {
+
+/// The mixture of a layer of the model as a ServingLayer of RoutedLayer<> or SharedLayer<>:
+///
+///     using Served = moe::ServingLayer<moe::io::RoutedLayer<>, moe::Int8>;
+///     const auto served = moe::io::load_serving<Served>(model, 0);
+///
+/// One expert is read and rounded after the other, so that never more than one wide one is in memory. The
+/// result has the bits of ServingLayer(model.load_layer<Layer>(layer)). Throws std::runtime_error like
+/// Pretrained::load_layer(), and std::invalid_argument, which names the expert, the weight and the value,
+/// where one cannot be narrowed or the format has no such activations.
+template <class Serving>
+Serving load_serving(const Pretrained& model, Index layer, const NarrowOptions& options = {}) {
+  using Layer = typename Serving::Layer;
+  using Gate = typename Serving::Gate;
+  using Expert = typename Serving::Expert;
+  auto config = Layer::completed(model.layer_config<Layer>(layer));
+  const detail::MixtureSource source(model.checkpoint(), model.mixture(layer),
+                                     detail::has_shared_gate<Layer>);
+  Gate gate(config.gate, 0);
+  source.read(gate, "gate.");
+  FeedForward<float> wide(config.expert, 0);
+  std::vector<Expert> experts;
+  for (Index e = 0; e < gate.experts(); ++e) {
+    const std::string prefix = "experts." + std::to_string(e) + ".";
+    source.read(wide, prefix);
+    experts.emplace_back(typename Expert::Network(wide, options, prefix), config.width);
+  }
+  const typename Serving::Config of_serving{.width = config.width,
+                                            .expert = config.expert,
+                                            .gate = config.gate,
+                                            .identity_experts = config.identity_experts,
+                                            .output = config.output,
+                                            .seed = config.seed};
+  return Serving(of_serving, std::move(gate), std::move(experts), options);
+}
+
+}  // namespace moe::io

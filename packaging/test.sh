@@ -1,0 +1,57 @@
+#!/bin/sh
+# Makes a release of the tree as it is, uncommitted changes included, in build/packaging, and builds and
+# runs a program with its Conan package and with its vcpkg port:
+#
+#     sh packaging/test.sh
+#
+# Conan is the one of the system, else it is installed there from PyPI. The last line names what was not
+# there. Eigen and nlohmann-json are the system's, in a package of each made here, so that Conan needs no
+# network.
+set -eu
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+work=$root/build/packaging
+mkdir -p "$work"
+
+# A commit that no branch has.
+changed=$(git -C "$root" -c user.name=moe -c user.email=moe@localhost stash create)
+COMMIT=${changed:-HEAD} sh "$root/packaging/release.sh" "file://$work/release" https://localhost/moe "$work/release"
+
+missing=''
+conan=$(command -v conan || true)
+if [ -z "$conan" ]; then
+  conan=$work/venv/bin/conan
+  # Where there is no Python, or no network, the package is not tried.
+  [ -x "$conan" ] || { python3 -m venv "$work/venv" && "$work/venv/bin/pip" install -q 'conan>=2,<3'; } \
+    >"$work/pip.log" 2>&1 || conan=''
+fi
+if [ -n "$conan" ]; then
+  CONAN_HOME=$work/conan
+  export CONAN_HOME
+  "$conan" profile detect --force >/dev/null 2>&1
+  "$conan" remote disable '*' >/dev/null 2>&1
+  try_conan() {
+    "$conan" create "$@" -s compiler.cppstd=20 >"$work/conan.log" 2>&1 || {
+      tail -n 40 "$work/conan.log" >&2
+      exit 1
+    }
+  }
+  try_conan "$root/packaging/test/system" --name eigen --version 3.4.0
+  try_conan "$root/packaging/test/system" --name nlohmann_json --version 3.11.3
+  version=$(sed -n 's/^ *"\(.*\)":$/\1/p' "$work/release/conan/config.yml")
+  try_conan "$work/release/conan/all" --version "$version"
+  try_conan "$work/release/conan/all" --version "$version" -o 'moe/*:io=False' -o 'moe/*:openmp=False'
+  echo "Conan: the package $version was made, and a program with it, with and without its options"
+else
+  missing="$missing conan"
+fi
+
+if command -v vcpkg >/dev/null; then
+  vcpkg install 'moe[io]' --overlay-ports="$work/release/vcpkg" --x-install-root="$work/vcpkg" \
+    --no-binarycaching
+  test -e "$work/vcpkg"/*/share/moe/moe-config.cmake
+  echo "vcpkg: the port was installed"
+else
+  missing="$missing vcpkg"
+fi
+[ -z "$missing" ] || echo "Not found, and so not tried:$missing"

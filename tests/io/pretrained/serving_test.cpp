@@ -1,0 +1,52 @@
+#include "moe/io/pretrained_serving.hpp"
+
+#include <string>
+
+#include "../../support.hpp"
+#include "../../weights/formats.hpp"
+#include "changed_model.hpp"
+#include "golden.hpp"
+
+using namespace moe;
+using namespace moe::test;
+using Catch::Matchers::Contains;
+
+namespace {
+
+/// A layer that is narrowed as it is read has the bits of one that was read and then narrowed.
+template <class Layer, class Format>
+void check_serving(const std::string& name, Index number) {
+  INFO(name << " in " << Format::name);
+  using Serving = ServingLayer<Layer, Format>;
+  const io::Pretrained model = io::open_pretrained(golden(name));
+  const auto layer = model.load_layer<Layer>(number);
+  const auto served = io::load_serving<Serving>(model, number);
+  const auto x = random_matrix<float>(30, layer.config().width, 1);
+  CHECK(same_bits(served.evaluate(x), Serving(layer).evaluate(x)));
+  CHECK(relative_error(served.evaluate(x), layer.evaluate(x)) < 0.3);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("pretrained: a layer is narrowed as it is read", "[io][pretrained]",
+                   MOE_TEST_FORMATS) {
+  using Routed = io::RoutedLayer<float>;
+  using Shared = io::SharedLayer<float>;
+  check_serving<Routed, TestType>("mixtral", 1);
+  check_serving<Routed, TestType>("granitemoe", 0);
+  check_serving<Routed, TestType>("switch_transformers", 3);
+  check_serving<Routed, TestType>("gpt_oss", 0);
+  check_serving<Shared, TestType>("qwen2_moe", 1);
+  check_serving<Shared, TestType>("deepseek_v3", 1);
+  check_serving<Shared, TestType>("llama4", 1);
+}
+
+TEST_CASE("pretrained: what cannot be narrowed as it is read is refused", "[io][pretrained]") {
+  const io::Pretrained model = io::open_pretrained(golden("mixtral"));
+  using Routed = ServingLayer<io::RoutedLayer<float>, BFloat16>;
+  CHECK_THROWS_WITH(io::load_serving<Routed>(model, 1, {.activations = Activations::int8}),
+                    Contains("NarrowOptions.activations"));
+  CHECK_THROWS_WITH(io::load_serving<Routed>(model, 77), Contains("layer 77 is no mixture"));
+  using Shared = ServingLayer<io::SharedLayer<float>, BFloat16>;
+  CHECK_THROWS_WITH(io::load_serving<Shared>(model, 1), Contains("RoutedLayer"));
+}
