@@ -42,15 +42,14 @@ struct FeedForwardConfig {
   /// bits. Must be `full` with recompute, which saves nothing.
   Precision saved = Precision::full;
   /// What the operands of the products with the weights, forward and backward, are rounded to. With
-  /// bfloat16 the products of float layers round a copy of both operands to the nearest number of 8 bits
-  /// of precision (ties to even, NaN stays NaN, below 2^-126 becomes 0), and add up in float; weights,
-  /// biases, gradients, activations and y stay float. Where the processor has AVX512-BF16, and the
-  /// compiler may use it, vdpbf16ps adds two products at once, for experts with many tokens at up to
-  /// twice float's speed: it flushes results below 2^-126 to 0 and rounds otherwise than multiply-adds.
-  /// Elsewhere multiply-adds of the same rounded numbers, slower than `full`, give the same up to the
-  /// rounding of float sums. On one processor a token's bits still depend neither on the other
-  /// tokens nor on the number of threads. Must be `full` in double. Adapters' own products and
-  /// those of narrow weights are made as without it.
+  /// bfloat16 a copy of both is rounded to 8 bits of precision (to nearest even; NaN stays NaN, a
+  /// magnitude below 2^-126 becomes 0), and the sums are floats; weights, biases, gradients, activations
+  /// and y stay float. Where the program is compiled for AVX512-BF16, vdpbf16ps adds two products at
+  /// once: it takes results below 2^-126 for 0 and rounds sums otherwise than multiply-adds do. It is for
+  /// many tokens an expert: docs/layer.md says how many. Elsewhere multiply-adds of the same rounded
+  /// numbers give the same up to the rounding of sums. A token's bits depend neither on the
+  /// other tokens nor on the number of threads. Must be `full` unless Scalar is float. The products of
+  /// adapters' low-rank matrices, and those with narrow weights, are as without it.
   Precision products = Precision::full;
 
   template <class Self, class Visitor>

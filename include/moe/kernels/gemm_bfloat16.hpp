@@ -15,7 +15,7 @@
 /// differ in the rounding of sums. Nothing allocates and nothing throws.
 ///
 /// A and B are rounded anew in each product, B once for all rows of A, which few rows of A do not make up
-/// for: docs/performance.md has the figures.
+/// for: docs/experiments.md has the figures.
 
 MOE_PACKETS_BEGIN
 

@@ -3,6 +3,7 @@
 #include <string_view>
 #include <utility>
 
+#include "moe/kernels/bfloat16_rows.hpp"
 #include "moe/kernels/gemm_descriptor.hpp"
 #include "moe/weights/narrow_matrix.hpp"
 
@@ -46,7 +47,7 @@ NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
 template <class Format>
 void add_weight_gradient(NarrowWeight<Format>&, const GatheredRows<float>&,
                          const GatheredRows<float>&, Range, Start, Precision) {}
-/// Nothing: the hardware prefetcher follows a packed matrix.
+/// Null, for no prefetch by software: the hardware prefetcher follows a packed matrix.
 template <class Format>
 const float* first_number(const NarrowWeight<Format>&) {
   return nullptr;
