@@ -14,6 +14,8 @@ namespace adapt {
 inline void add_options(CLI::App& app, Options& o) {
   using language_model::at_least;
   language_model::add_training_options(app, o.base);
+  // The base is evaluated at its end alone, and a file of it is known by its number of updates.
+  for (const char* other : {"--evaluations", "--minutes"}) app.remove_option(app.get_option(other));
   app.add_option("--threads", o.base.threads, "threads; results do not depend on it")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();

@@ -18,7 +18,6 @@ using moe::Index;
 inline language_model::Options base_options() {
   language_model::Options o;
   o.epochs = 0.15;
-  o.evaluations = 1;
   o.csv = "adapt.csv";
   return o;
 }

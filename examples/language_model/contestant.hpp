@@ -90,8 +90,7 @@ Evaluation evaluate(const Model<Middle, Linear>& model, const Batches& batches, 
   return result;
 }
 
-/// A module's trained parameters that have certain names, as a module: for an optimizer of their own,
-/// which has no memory for the others.
+/// A module's parameters that have certain names, as a module: for an optimizer of their own.
 template <class Module, class Predicate>
 class ParametersWhere {
  public:
@@ -100,7 +99,7 @@ class ParametersWhere {
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     moe::for_each_parameter(self.module_, [&](const std::string& name, auto& parameter) {
-      if (parameter.trained && self.chosen_(name)) visit(name.c_str(), parameter);
+      if (self.chosen_(name)) visit(name.c_str(), parameter);
     });
   }
 

@@ -340,6 +340,13 @@ TEST_CASE("adapt: a way's row has its size, and the test part only where it may 
   CHECK_FALSE(without->perplexities.new_test);
   CHECK_FALSE(without->perplexities.old_test);
 
+  // Of FactoredAdam and of Adam for the experts, as counted above.
+  for (const auto& [factored, bytes] : {std::pair(true, 16524), std::pair(false, 21492)}) {
+    const auto all = train({"all weights", 1e-2, factored}, small_model(o), o, old_text, new_text);
+    REQUIRE(all);
+    CHECK(all->bytes == bytes);
+  }
+
   examples::interrupted = 1;
   CHECK_FALSE(train({"the gate", 1e-2, false}, model, o, old_text, new_text));
   examples::interrupted = 0;
