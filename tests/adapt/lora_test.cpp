@@ -472,6 +472,28 @@ TEST_CASE("lora: adapted experts can be copied and removed", "[adapt]") {
   });
 }
 
+TEST_CASE("lora: a layer whose experts came and went before is adapted as any", "[adapt]") {
+  Plain<double> layer(
+      {.width = 6, .expert = {.hidden = 9}, .gate = {.experts = 3, .top_k = 2}, .seed = 3});
+  layer.copy_experts({1}, {.seed = 4});
+  auto adapted = adapt(layer, LoraConfig{.rank = 2}, Seed{1});
+  Adam<double> adam({});
+  Adapted<double>::Tape tape;
+  const auto x = random_matrix(10, 6, 1);
+  const auto step = [&] {
+    zero_gradients(adapted);
+    adapted.forward(x, tape, {.step = 1});
+    adapted.backward(x, tape);
+    adam.update(adapted, 0.01);
+  };
+  step();
+  const ExpertChange change = adapted.copy_experts({0}, {.seed = 5});
+  adam.follow(adapted, adapted, change);
+  step();
+  CHECK(adapted.experts().size() == 5);
+  CHECK(adapted.config().gate.experts == 5);
+}
+
 TEST_CASE("lora: a configuration that is out of range is refused", "[adapt]") {
   const Plain<double> layer(
       {.width = 6, .expert = {.hidden = 9}, .gate = {.experts = 3, .top_k = 2}, .seed = 3});

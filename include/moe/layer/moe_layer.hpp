@@ -103,6 +103,7 @@ class MoELayer {
         gate_(policy_.together("MoELayer: the gate",
                                [&] { return checked(std::move(gate), config_); })),
         experts_(std::move(experts)) {
+    if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();
     policy_.place(config_, gate_, networks());
     policy_.together("MoELayer: the experts", [&] {
       const Range here = policy_.experts_here(networks());
@@ -114,6 +115,9 @@ class MoELayer {
                         expert.width(), ", Config.width = ", config_.width);
       }
     });
+    // They may be of a layer whose experts came and went.
+    mark_structure(gate_);
+    for (Expert& expert : experts_) mark_structure(expert);
   }
 
   /// The configuration with the layer's width in place of widths of 0. Throws std::invalid_argument for
