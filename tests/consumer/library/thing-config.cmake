@@ -1,3 +1,3 @@
 include(CMakeFindDependencyMacro)
-find_dependency(moe 0.1 CONFIG COMPONENTS ${thing_FIND_COMPONENTS})
+find_dependency(moe 0.2 CONFIG COMPONENTS ${thing_FIND_COMPONENTS})
 include("${CMAKE_CURRENT_LIST_DIR}/thing-targets.cmake")
