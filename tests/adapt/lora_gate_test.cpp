@@ -11,6 +11,7 @@
 #include "moe/gates/product_key_gate.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
+#include "moe/optim/adam.hpp"
 
 using namespace moe;
 using namespace moe::test;  // NOLINT(google-build-using-namespace)
@@ -60,6 +61,13 @@ LoraGate<Gate> adapted_gate(const LoraGateConfig& lora) {
   return adapted;
 }
 
+/// A gate that names no parameter.
+struct Unweighted : TopKGate<double> {
+  using TopKGate<double>::TopKGate;
+  template <class Self, class Visitor>
+  static void visit_parameters(Self&, Visitor) {}
+};
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate", "[adapt]",
@@ -68,7 +76,7 @@ TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate
                    SharedExpertGate<TopKGate<double>>) {
   using Gate = TestType;
   auto gate = adapted_gate<Gate>({.rank = 2, .alpha = 3});
-  Gate merged = detail::thawed(gate.merged());
+  Gate merged = detail::unfrozen(gate.merged(), gate.config().gate);
   const auto x = random_matrix(30, width, 1);
   typename LoraGate<Gate>::Tape tape;
   typename Gate::Tape merged_tape;
@@ -113,7 +121,7 @@ TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate
     for_each_parameter(gate, [](const std::string&, auto& p) {
       if (p.trained) p.value *= 1.1;
     });
-    merged = detail::thawed(gate.merged());
+    merged = detail::unfrozen(gate.merged(), gate.config().gate);
   }
   CHECK(gate.evaluate(x, tape).expert == merged.evaluate(x, merged_tape).expert);
 }
@@ -177,30 +185,117 @@ TEST_CASE("lora gate: losses and selection bias are the gate's own", "[adapt]") 
   CHECK(tape.balance.loss == 0);
   const Named before = values_of(gate);
   gate.update_selection_bias(tape);
+  Vector<double> load = Vector<double>::Zero(6);
+  load[2] = 1;
+  gate.update_selection_bias(load);
   CHECK(!same_bits(values_of(gate).at("selection_bias"), before.at("selection_bias")));
 }
 
-TEST_CASE("lora gate: what a user trains of the gate gets its gradient", "[adapt]") {
-  using Gate = NoisyTopKGate<double>;
+TEMPLATE_TEST_CASE("lora gate: what a user trains of the gate gets its gradient", "[adapt]",
+                   NoisyTopKGate<double>, HierarchicalGate<double>) {
+  using Gate = TestType;
   auto gate = adapted_gate<Gate>({.rank = 2});
   for_each_parameter(gate, [](const std::string&, auto& p) { p.trained = true; });
-  Gate merged = detail::thawed(gate.merged());
+  Gate merged = detail::unfrozen(gate.merged(), gate.config().gate);
   const auto x = random_matrix(20, width, 1);
-  LoraGate<Gate>::Tape tape;
-  Gate::Tape merged_tape;
-  gate.forward(x, tape, {.step = 1});
-  merged.forward(x, merged_tape, {.step = 1});
-  const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
-  Matrix<double> dx = Matrix<double>::Zero(20, width);
-  gate.backward(x, dweight, tape, dx);
-  merged.backward(x, dweight, merged_tape, dx);
-  const Named whole = gradients_of(merged);
-  for_each_parameter(gate, [&](const std::string& name, auto& p) {
-    INFO(name);
-    if (name == "weight" || name == "noise_weight") {
+  typename LoraGate<Gate>::Tape tape;
+  typename Gate::Tape merged_tape;
+  // The second time what is there is written over.
+  for (int pass = 0; pass < 2; ++pass) {
+    zero_gradients(gate, Updates::lazy);
+    zero_gradients(merged);
+    gate.forward(x, tape, {.step = 1});
+    merged.forward(x, merged_tape, {.step = 1});
+    const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+    Matrix<double> dx = Matrix<double>::Zero(20, width);
+    gate.backward(x, dweight, tape, dx);
+    merged.backward(x, dweight, merged_tape, dx);
+    const Named whole = gradients_of(merged);
+    Index compared = 0;
+    for_each_parameter(gate, [&](const std::string& name, auto& p) {
+      INFO(name);
+      if (name.find("lora") != std::string::npos) return;
+      ++compared;
       CHECK(relative_error(p.gradient(), whole.at(name)) < 1e-13);
+    });
+    CHECK(compared >= 2);
+  }
+  // What is lazy moves it.
+  Adam<double> adam({.updates = Updates::lazy});
+  const Named before = values_of(gate);
+  adam.update(gate, 0.1);
+  for (const auto& [name, value] : values_of(gate)) {
+    INFO(name);
+    if (name == "weight" || name == "primary.weight" || name == "primary.lora_A.weight") {
+      CHECK(!same_bits(value, before.at(name)));
     }
+  }
+}
+
+TEST_CASE("lora gate: adapters of secondary gates without tokens are passed by", "[adapt]") {
+  using Gate = HierarchicalGate<double>;
+  auto gate = adapted_gate<Gate>({.rank = 2});
+  // One token reaches two of the three groups.
+  const auto x = random_matrix(1, width, 1);
+  LoraGate<Gate>::Tape tape;
+  gate.forward(x, tape, {.step = 1});
+  const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+  Matrix<double> dx = Matrix<double>::Zero(1, width);
+  gate.backward(x, dweight, tape, dx);
+  Index idle = 0;
+  for_each_parameter(gate, [&](const std::string& name, const auto& p) {
+    if (name.ends_with("lora_B.weight")) idle += detail::is_idle(p, Updates::lazy) ? 1 : 0;
   });
+  CHECK(idle == 1);
+}
+
+TEST_CASE("lora gate: weights of another shape are refused before they are used", "[adapt]") {
+  using Gate = TopKGate<double>;
+  const auto x = random_matrix(20, width, 1);
+  for (const std::string transposed : {"weight", "lora_A.weight", "lora_B.weight"}) {
+    auto gate = adapted_gate<Gate>({.rank = 2});
+    for_each_parameter(gate, [&](const std::string& name, auto& p) {
+      if (name == transposed) p.value = Matrix<double>(p.value.transpose());
+    });
+    LoraGate<Gate>::Tape tape;
+    CHECK_THROWS_WITH(gate.evaluate(x, tape), Contains("LoraGate: " + transposed));
+    CHECK_THROWS_WITH(gate.forward(x, tape, {.step = 0}), Contains("LoraGate: " + transposed));
+    CHECK_THROWS_WITH(gate.merged(), Contains("LoraGate: " + transposed));
+  }
+}
+
+TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one", "[adapt]") {
+  using Gate = TopKGate<double>;
+  const auto run = [](Index experts, LoraGate<Gate>::Tape& tape) {
+    Gate::Config config = config_of<Gate>();
+    config.experts = experts;
+    LoraGate<Gate> gate({.gate = config, .lora = {.rank = 2}}, 3);
+    randomize(gate, 7, 0.4);
+    const auto x = random_matrix(30, width, 1);
+    gate.forward(x, tape, {.step = 1});
+    const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+    Matrix<double> dx = Matrix<double>::Zero(30, width);
+    gate.backward(x, dweight, tape, dx);
+    return gradients_of(gate);
+  };
+  LoraGate<Gate>::Tape used;
+  run(9, used);
+  LoraGate<Gate>::Tape fresh;
+  const Named expected = run(5, fresh);
+  for (const auto& [name, gradient] : run(5, used)) {
+    CHECK(same_bits(gradient, expected.at(name)));
+  }
+  const Named larger = run(9, fresh);
+  for (const auto& [name, gradient] : run(9, used)) {
+    CHECK(same_bits(gradient, larger.at(name)));
+  }
+}
+
+TEST_CASE("lora gate: a gate without weights to adapt is refused", "[adapt]") {
+  const Unweighted gate(config_of<TopKGate<double>>(), 1);
+  CHECK_THROWS_WITH(
+      LoraGate<Unweighted>(gate, LoraGateConfig{.rank = 3}, 1),
+      Contains("LoraGateConfig.rank = 3, but the gate has no parameter named weight"));
 }
 
 TEST_CASE("lora gate: in a layer, with adapters on the experts too", "[adapt]") {

@@ -509,6 +509,8 @@ TEST_CASE("lora: a configuration that is out of range is refused", "[adapt]") {
                              " = 4"));
   CHECK_THROWS_WITH(LoraFeedForward<double>({.width = 4, .network = {.hidden = 0}}, 0),
                     Contains("FeedForward::Config.hidden = 0"));
+  CHECK_THROWS_WITH(adapt(layer, LoraConfig{.up = false, .down = false}, Seed{1}),
+                    Contains("LoraConfig.rank = 8, but gate, up and down leave no map"));
   Plain<double> wrong = layer;
   for_each_parameter(wrong, [](const std::string& name, auto& p) {
     if (name == "experts.1.up.weight") p.value.resize(9, 6);

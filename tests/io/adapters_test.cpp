@@ -674,6 +674,35 @@ TEST_CASE("adapters: a module without any", "[io][adapt]") {
   CHECK_THROWS_AS(load_adapters(folder.file("a"), plain), std::invalid_argument);
 }
 
+TEST_CASE("adapters: trained parameters that would get lost are refused", "[io][adapt]") {
+  const TemporaryFolder folder;
+  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
+  const Layer layer(
+      {.width = 4, .expert = {.hidden = 3}, .gate = {.experts = 2, .top_k = 1}, .seed = 1});
+  for (const std::string trained : {"experts.1.up.bias", "experts.0.down.weight", "gate.weight"}) {
+    auto adapted = adapt(layer, LoraConfig{.rank = 2}, LoraGateConfig{.rank = 1}, Seed{1});
+    for_each_parameter(adapted, [&](const std::string& name, auto& p) {
+      p.trained = p.trained || name == trained;
+    });
+    CHECK_THROWS_WITH(save_adapters(folder.file("lost"), adapted),
+                      Contains(trained + " is trained and no part of an adapter"));
+    CHECK(folder.files().empty());
+  }
+}
+
+TEST_CASE("adapters: a prefix does not run into names", "[io][adapt]") {
+  const TemporaryFolder folder;
+  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
+  const Layer layer(
+      {.width = 4, .expert = {.hidden = 3}, .gate = {.experts = 2, .top_k = 1}, .seed = 1});
+  auto adapted = adapt(layer, LoraConfig{.rank = 2}, Seed{1});
+  CHECK_THROWS_WITH(save_adapters(folder.file("a"), adapted, "layers.4"),
+                    Contains("the prefix \"layers.4\" must end in '.'"));
+  save_adapters(folder.file("a"), adapted, "layers.4.");
+  CHECK_THROWS_WITH(load_adapters(folder.file("a"), adapted, "layers.4"),
+                    Contains("must end in '.'"));
+}
+
 TEST_CASE("adapters: what cannot be saved", "[io][adapt]") {
   const TemporaryFolder folder;
   const Adapted<float> layer = small_layer<float>();

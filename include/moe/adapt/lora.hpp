@@ -36,22 +36,13 @@ std::vector<Adapted> adapted_experts(std::span<const Expert> from, Index first,
 /// Those of a layer that are here.
 template <class Adapted, class Layer>
 std::vector<Adapted> adapted_experts(const Layer& layer, const LoraConfig& lora, Seed seed) {
-  const Index networks = layer.gate().experts() - layer.config().identity_experts;
-  return adapted_experts<Adapted>(
-      layer.experts(), layer.dispatch_policy().experts_here(networks).first, lora, seed,
-      [](const auto& network) -> const auto& { return network; });
-}
-
-/// The configuration of a layer with other experts or another gate.
-template <class To, class From, class ExpertConfig, class GateConfig>
-typename To::Config config_with(const From& layer, ExpertConfig expert, GateConfig gate) {
-  const auto& config = layer.config();
-  return {.width = config.width,
-          .expert = std::move(expert),
-          .gate = std::move(gate),
-          .identity_experts = config.identity_experts,
-          .output = config.output,
-          .seed = config.seed};
+  const auto& policy = layer.dispatch_policy();
+  return policy.together("adapt: the experts", [&] {
+    const Index networks = layer.gate().experts() - layer.config().identity_experts;
+    return adapted_experts<Adapted>(
+        layer.experts(), policy.experts_here(networks).first, lora, seed,
+        [](const auto& network) -> const auto& { return network; });
+  });
 }
 
 /// No parameter of a module is trained any more.
@@ -60,15 +51,16 @@ Module frozen(Module module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
     p.trained = false;
     p.stored.memory.resize(0, 0);
+    if (p.stored.state != GradientState::untracked) p.stored.state = GradientState::zero;
   });
   return module;
 }
 
-/// What is trained of a module as it was made: only its own state is not.
+/// A module of which is trained what is in a fresh one of this configuration.
 template <class Module>
-Module thawed(Module module) {
+Module unfrozen(Module module, const typename Module::Config& config) {
   std::vector<bool> trained;
-  const Module fresh(module.config(), 0);
+  const Module fresh(config, 0);
   walk_parameters(fresh,
                   [&](const ParameterName&, const auto& p) { trained.push_back(p.trained); });
   std::size_t next = 0;
@@ -93,11 +85,12 @@ MoELayer<Lora<FeedForward, Scalar>, Gate, Dispatch> adapt(
     Seed seed, Dispatch policy = Dispatch()) {
   using Adapted = Lora<FeedForward, Scalar>;
   using Layer = MoELayer<Adapted, Gate, Dispatch>;
-  return Layer(detail::config_with<Layer>(
-                   layer, LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
-                   layer.config().gate),
-               detail::frozen(layer.gate()), detail::adapted_experts<Adapted>(layer, lora, seed),
-               std::move(policy));
+  return Layer(
+      detail::config_with<Layer>(
+          layer.config(), LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
+          layer.config().gate),
+      detail::frozen(layer.gate()), detail::adapted_experts<Adapted>(layer, lora, seed),
+      std::move(policy));
 }
 
 /// The same with adapters on the gate's weights too.
@@ -108,23 +101,31 @@ MoELayer<Lora<FeedForward, Scalar>, LoraGate<Gate>, Dispatch> adapt(
   using Adapted = Lora<FeedForward, Scalar>;
   using Layer = MoELayer<Adapted, LoraGate<Gate>, Dispatch>;
   LoraGate<Gate> adapted(detail::frozen(layer.gate()), gate, derive_seed(seed, 0));
-  return Layer(detail::config_with<Layer>(
-                   layer, LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
-                   adapted.config()),
-               std::move(adapted), detail::adapted_experts<Adapted>(layer, lora, seed),
-               std::move(policy));
+  return Layer(
+      detail::config_with<Layer>(
+          layer.config(), LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
+          adapted.config()),
+      std::move(adapted), detail::adapted_experts<Adapted>(layer, lora, seed), std::move(policy));
 }
 
 namespace detail {
 
 template <class Gate>
-Gate merged_gate(const Gate& gate) {
-  return thawed(gate);
+Gate merged_gate(const Gate& gate, const typename Gate::Config& config) {
+  return unfrozen(gate, config);
 }
 template <class Gate>
-Gate merged_gate(const LoraGate<Gate>& gate) {
-  return thawed(gate.merged());
+Gate merged_gate(const LoraGate<Gate>& gate, const typename LoraGate<Gate>::Config& config) {
+  return unfrozen(gate.merged(), config.gate);
 }
+
+template <class Config>
+const Config& merged_gate_config(const Config& config) {
+  return config;
+}
+template <class Config>
+requires requires(const Config& config) { config.lora; }
+const auto& merged_gate_config(const Config& config) { return config.gate; }
 
 }  // namespace detail
 
@@ -135,14 +136,15 @@ auto merged(const MoELayer<Lora<FeedForward, Stored>, Gate, Dispatch>& layer,
             Dispatch policy = Dispatch()) {
   using Scalar = typename Lora<FeedForward, Stored>::Scalar;
   using Plain = Expert<FeedForward, Scalar>;
-  auto gate = detail::merged_gate(layer.gate());
+  auto gate = detail::merged_gate(layer.gate(), layer.config().gate);
   using Layer = MoELayer<Plain, decltype(gate), Dispatch>;
   std::vector<Plain> experts;
   experts.reserve(layer.experts().size());
   for (const auto& expert : layer.experts()) {
     experts.emplace_back(expert.network().merged(), layer.config().width);
   }
-  auto config = detail::config_with<Layer>(layer, layer.config().expert.network, gate.config());
+  const auto config = detail::config_with<Layer>(layer.config(), layer.config().expert.network,
+                                                 detail::merged_gate_config(layer.config().gate));
   return Layer(config, std::move(gate), std::move(experts), std::move(policy));
 }
 

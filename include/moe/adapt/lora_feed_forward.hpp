@@ -87,7 +87,10 @@ struct LoraBase {
   static Network make(const FeedForwardConfig& config, std::uint64_t seed) {
     return Network(config, seed);
   }
-  static void freeze(Weight& weight) { weight.trained = false; }
+  static void freeze(Weight& weight) {
+    weight.trained = false;
+    weight.stored.memory.resize(0, 0);
+  }
   /// The numbers that a weight stands for.
   static const Matrix<Scalar>& numbers(const Weight& weight) { return weight.value; }
 };
@@ -99,7 +102,8 @@ struct LoraBase {
 /// with rank 0 the bits are always the same.
 ///
 /// No gradient of W is computed, and optimizers take no memory for it; A·B is never formed. A row of a pass
-/// takes r·(inputs + outputs) more multiply-adds for each map with an adapter.
+/// takes r·(inputs + outputs) more multiply-adds for each map with an adapter, and on several workers, which
+/// share the columns of a product, r·inputs for each worker.
 ///
 /// Parameters: those of the FeedForward with their names and with `trained` false; and after each weight with
 /// an adapter, "up.weight" for example, "up.lora_A.weight" (A, inputs x r) and "up.lora_B.weight" (B, r x
@@ -133,6 +137,9 @@ class LoraFeedForward : public detail::FeedForwardPasses<
       : Base(network.config()),
         config_{network.config().width, network.config(),
                 detail::checked_lora("LoraConfig", lora)} {
+    const bool any = lora.up || lora.down || (lora.gate && network.config().gated);
+    detail::require(lora.rank == 0 || any, "LoraConfig.rank = ", lora.rank,
+                    ", but gate, up and down leave no map with an adapter");
     std::uint64_t stream = 0;
     Frozen::visit_parts(network, [&](std::string_view name, const auto& from) {
       Base::visit_parts(*this, [&](std::string_view part, auto& to) {
@@ -152,6 +159,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
 
   /// The network that computes the same, with weights W + factor·A·B.
   FeedForward<Scalar> merged() const {
+    detail::check_shapes(*this, "LoraFeedForward");
     FeedForward<Scalar> network(config_.network, 0);
     Base::visit_parts(*this, [&](std::string_view name, const auto& from) {
       FeedForward<Scalar>::visit_parameters(network, [&](std::string_view part, auto& to) {

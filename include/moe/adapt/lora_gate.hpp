@@ -85,7 +85,14 @@ class LoraGate {
                            text.substr(0, end),
                            {p.value.rows(), p.value.cols(), lora.rank, detail::lora_factor(lora),
                             derive_seed(seed, static_cast<std::uint64_t>(place))}});
+      // What is lazy passes by the same parts of the gate as without adapters.
+      if (p.stored.state != detail::GradientState::untracked) {
+        detail::track_gradients(adapters_.back().low_rank);
+      }
     });
+    detail::require(lora.rank == 0 || !adapters_.empty(),
+                    "LoraGate: LoraGateConfig.rank = ", lora.rank,
+                    ", but the gate has no parameter named weight");
   }
 
   /// The configuration as it is now.
@@ -96,6 +103,7 @@ class LoraGate {
 
   /// The gate that computes the same; what is trained of it is what is of gate().
   Adapted merged() const {
+    detail::check_shapes(*this, "LoraGate");
     Adapted gate = gate_;
     Matrix<Scalar> scaled;
     for_each_adapted(gate, [&](std::size_t i, Parameter<Scalar>& weight) {
@@ -129,7 +137,9 @@ class LoraGate {
     tape.gate->backward(x, dweight, static_cast<typename Adapted::Tape&>(tape), dx);
     add_own_gradients(tape);
     for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
-      low_rank_backward(weight.gradient(), adapters_[i].low_rank);
+      if (!detail::is_idle(weight, Updates::lazy)) {
+        low_rank_backward(weight.gradient(), adapters_[i].low_rank);
+      }
     });
   }
 
@@ -156,6 +166,14 @@ class LoraGate {
     gate.update_selection_bias(tape);
   }
   { gate_.update_selection_bias(tape); }
+  /// As the gate's, from a load (E) that several passes share.
+  void update_selection_bias(const Vector<Scalar>& load) requires requires(Adapted& gate) {
+    gate.update_selection_bias(load);
+  }
+  { gate_.update_selection_bias(load); }
+  /// As the gate's.
+  Index noise_columns() const requires requires(const Adapted& gate) { gate.noise_columns(); }
+  { return gate_.noise_columns(); }
   /// As the gate's.
   Index experts_together() const requires requires(const Adapted& gate) { gate.experts_together(); }
   { return gate_.experts_together(); }
@@ -214,6 +232,7 @@ class LoraGate {
   /// Puts the gate of a pass into its tape. It is a copy of what the gate is now, its loss weights and its
   /// selection bias too; only the memory of the gradients stays where it is.
   void prepare(Tape& tape) const {
+    detail::check_shapes(*this, "LoraGate");
     tape.sums.resize(adapters_.size());
     if (tape.gate.has_value()) {
       for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
@@ -222,10 +241,21 @@ class LoraGate {
     }
     tape.gate = gate_;
     for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
-      weight.stored.memory.swap(tape.sums[i].gradient);
-      weight.trained = true;
+      Matrix<Scalar>& memory = weight.stored.memory;
+      memory.swap(tape.sums[i].gradient);
+      // The tape may have been another gate's.
+      if (memory.rows() != weight.value.rows() || memory.cols() != weight.value.cols()) {
+        memory.resize(0, 0);
+      }
+      const detail::LowRank<Scalar>& adapter = adapters_[i].low_rank;
+      if (adapter.rank() > 0 && (adapter.a.trained || adapter.b.trained)) weight.trained = true;
       detail::add_low_rank(adapters_[i].low_rank, tape.sums[i].scaled_a, weight.value);
     });
+  }
+
+  using Holds = typename Accumulation<Scalar>::Holds;
+  static Start start_of(Holds holds) {
+    return holds == Holds::stale ? Start::zero : Start::accumulate;
   }
 
   /// dA += factor·G·Bᵀ and dB += factor·Aᵀ·G; G is scaled.
@@ -233,12 +263,13 @@ class LoraGate {
     if (w.rank() == 0) return;
     detail::scale_rows(w.factor, view(g));
     if (w.a.trained) {
-      detail::gemm(
-          GemmNT<Scalar>{.a = g, .b = w.b.value, .c = w.a.gradient(), .start = Start::accumulate});
+      const auto [memory, holds] = w.a.accumulate();
+      detail::gemm(GemmNT<Scalar>{.a = g, .b = w.b.value, .c = memory, .start = start_of(holds)});
     }
     if (w.b.trained) {
-      detail::gemm(GemmTN<Scalar>{
-          .a = w.a.value, .b = g, .c = view(w.b.gradient()), .start = Start::accumulate});
+      const auto [memory, holds] = w.b.accumulate();
+      detail::gemm(
+          GemmTN<Scalar>{.a = w.a.value, .b = g, .c = view(memory), .start = start_of(holds)});
     }
   }
 
@@ -251,7 +282,13 @@ class LoraGate {
     std::size_t next = 0;
     detail::walk_parameters(gate_, [&](const ParameterName&, Parameter<Scalar>& p) {
       Parameter<Scalar>& of_sum = *tape.parameters[next++];
-      if (p.trained) p.gradient() += of_sum.gradient();
+      if (!p.trained || detail::is_idle(of_sum, Updates::lazy)) return;
+      const auto [memory, holds] = p.accumulate();
+      if (holds == Holds::stale) {
+        memory = of_sum.gradient();
+      } else {
+        memory += of_sum.gradient();
+      }
     });
   }
 

@@ -36,26 +36,33 @@ struct LoraBase<Format> {
 }  // namespace detail
 
 /// A layer with narrow weights and with adapters on its experts; gate, biases and narrow weights are frozen.
-/// Before training, y is that of `layer`; gradients are those of a layer with the decoded weights. The narrow
-/// weights share their memory with those of `layer`, unless that is a mapped file, which could change: then
-/// they are copied.
+/// Before training, y is that of `layer`; gradients are those of a layer with the decoded weights, as if
+/// activations were not rounded. The narrow weights share their memory with those of `layer`, unless that is
+/// a mapped file, which could change: then they are copied.
 ///
-/// Throws std::invalid_argument for a configuration out of range.
+/// The narrow weights are not parameters, so save_module() does not store them, and a layer made from such a
+/// file has others: keep the file of the served layer, and save the adapters with save_adapters().
+///
+/// Throws std::invalid_argument for a configuration out of range, and std::runtime_error if a mapped file has
+/// changed.
 template <class Layer, detail::NarrowFormat Format>
 MoELayer<Lora<FeedForward, Format>, typename Layer::Gate> adapt(
     const ServingLayer<Layer, Format>& layer, const LoraConfig& lora, Seed seed) {
   using Adapted = Lora<FeedForward, Format>;
   using To = MoELayer<Adapted, typename Layer::Gate>;
-  return To(
+  layer.check_weights();
+  To adapted(
       detail::config_with<To>(
-          layer, LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
+          layer.config(), LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
           layer.config().gate),
       detail::frozen(layer.gate()),
       detail::adapted_experts<Adapted>(layer.experts(), 0, lora, seed, [&](const auto& network) {
         auto copy = network;
-        if (layer.is_mapped()) copy.hold_weights();
+        if (layer.is_mapped()) copy.own_weights();
         return copy;
       }));
+  layer.check_weights();
+  return adapted;
 }
 
 }  // namespace moe

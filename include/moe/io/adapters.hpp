@@ -52,6 +52,44 @@ inline constexpr bool is_lora_gate = false;
 template <class Gate>
 inline constexpr bool is_lora_gate<LoraGate<Gate>> = true;
 
+template <class Type>
+inline constexpr bool is_lora_network = false;
+template <class Stored>
+inline constexpr bool is_lora_network<LoraFeedForward<Stored>> = true;
+
+/// Throws std::invalid_argument if a part with adapters has other trained parameters, which the files of
+/// adapters do not have.
+template <class Module>
+void check_only_adapters_trained(const Module& module, const ParameterName& name) {
+  if constexpr (is_lora_network<Module> || is_lora_gate<Module>) {
+    walk_parameters(module, [&](const ParameterName& of, const auto& parameter) {
+      const std::string text = of.string();
+      const bool is_adapter = text.ends_with("lora_A.weight") || text.ends_with("lora_B.weight");
+      require(is_adapter || !parameter.trained,
+              "save_adapters: ", ParameterName(name, text).string(),
+              " is trained and no part of an adapter; save_parameters() saves it");
+    });
+  } else if constexpr (is_vector<Module>) {
+    Index index = 0;
+    for (const auto& element : module) {
+      check_only_adapters_trained(element, ParameterName(name, index++));
+    }
+  } else if constexpr (requires { module.network(); }) {
+    check_only_adapters_trained(module.network(), name);
+  } else if constexpr (!is_parameter<Module>) {
+    Module::visit_parameters(module, [&](std::string_view part, const auto& member) {
+      check_only_adapters_trained(member, ParameterName(name, part));
+    });
+  }
+}
+
+/// A map's name after a prefix. Throws std::invalid_argument where the two would run together.
+inline std::string prefixed_map(const std::string& prefix, const std::string& name) {
+  require(name.empty() || prefix.empty() || prefix.back() == '.', "adapters: the prefix \"",
+          plain(prefix), "\" must end in '.'");
+  return prefix + name;
+}
+
 /// What adapters were made with: that of an expert's maps, or of a gate.
 inline LoraGateConfig settings_of(const LoraGateConfig& config) { return config; }
 inline LoraGateConfig settings_of(const LoraConfig& config) {
@@ -295,7 +333,10 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 /// `prefix` must be its name. "r" and "lora_alpha" are those of most adapters, "rank_pattern" and
 /// "alpha_pattern" have those of the others.
 ///
-/// Throws std::invalid_argument if the module has no adapters, a name is empty or has anything but letters,
+/// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias that
+/// moved, must be saved by other means. Throws std::invalid_argument if the module has no adapters, an
+/// adapted expert or gate has a trained parameter that is no adapter's, the prefix of a name does not end in
+/// a dot, a name is empty or has anything but letters,
 /// digits, '_', '-' and '.', or an alpha is too large for the file, and std::runtime_error, which says why,
 /// if a file cannot be written.
 template <class Module>
@@ -304,10 +345,11 @@ void save_adapters(const std::string& folder, const Module& module,
   SafetensorsWriter writer;
   std::vector<std::pair<std::string, LoraGateConfig>> maps;
   detail::check_shapes(module, "save_adapters");
+  detail::check_only_adapters_trained(module, ParameterName());
   detail::for_each_adapter(
       module, [&]<class Scalar>(const std::string& name, const detail::LowRank<Scalar>& adapter,
                                 const LoraGateConfig& lora) {
-        const std::string map = prefix + name;
+        const std::string map = detail::prefixed_map(prefix, name);
         detail::require(detail::is_plain_name(map), "save_adapters: \"", detail::plain(map),
                         "\" must have ", detail::plain_names);
         maps.emplace_back(map, lora);
@@ -340,9 +382,12 @@ template <class Module>
 void load_adapters(const std::string& folder, Module& module, const std::string& prefix = {}) {
   const detail::AdapterConfig config(detail::file_in(folder, detail::adapter_config_file));
   const SafetensorsFile file(detail::file_in(folder, detail::adapter_tensors_file));
+  // Of a gate alone the prefix is its whole name.
+  const bool is_whole_name = !prefix.empty() && prefix.back() != '.';
+  const std::string begin = std::string(detail::adapter_key) + prefix + (is_whole_name ? "." : "");
   std::set<std::string> left;
   for (const auto& [name, tensor] : file.tensors()) {
-    if (name.starts_with(std::string(detail::adapter_key) + prefix)) left.insert(name);
+    if (name.starts_with(begin)) left.insert(name);
   }
   bool is_any = false;
   // All is looked at, and read, before the first is taken.
@@ -351,7 +396,7 @@ void load_adapters(const std::string& folder, Module& module, const std::string&
       module, [&]<class Scalar>(const std::string& name, detail::LowRank<Scalar>& adapter,
                                 const LoraGateConfig&) {
         is_any = true;
-        const std::string map = prefix + name;
+        const std::string map = detail::prefixed_map(prefix, name);
         const LoraGateConfig lora = config.of(map);
         if (lora.rank != adapter.rank()) {
           detail::fail_file(config.path(), "the rank of ", detail::plain(map), " is ", lora.rank,

@@ -99,22 +99,12 @@ class Pretrained {
     const auto config = layer_config<Layer>(layer);
     // Checked before a layer of the size in config.json is allocated.
     const detail::MixtureSource source(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>);
-    Layer loaded = made<Layer>(config, layer);
+    Layer loaded = detail::with_config(config_.path(), layer, [&] { return Layer(config); });
     source.read(loaded);
     return loaded;
   }
 
  private:
-  /// A layer of a configuration. Reports a field that is out of range as an error of config.json.
-  template <class Layer>
-  Layer made(const typename Layer::Config& config, Index layer) const {
-    try {
-      return Layer(config);
-    } catch (const std::invalid_argument& error) {
-      detail::fail_file(config_.path(), "layer ", layer, ": ", error.what());
-    }
-  }
-
   ModelConfig config_;
   Checkpoint checkpoint_;
   std::string model_type_;

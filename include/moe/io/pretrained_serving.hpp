@@ -26,25 +26,24 @@ Serving load_serving(const Pretrained& model, Index layer, const NarrowOptions& 
   using Layer = typename Serving::Layer;
   using Gate = typename Serving::Gate;
   using Expert = typename Serving::Expert;
-  auto config = Layer::completed(model.layer_config<Layer>(layer));
   const detail::MixtureSource source(model.checkpoint(), model.mixture(layer),
                                      detail::has_shared_gate<Layer>);
-  Gate gate(config.gate, 0);
+  const auto config = detail::with_config(model.config().path(), layer, [&] {
+    return Layer::completed(model.layer_config<Layer>(layer));
+  });
+  Gate gate =
+      detail::with_config(model.config().path(), layer, [&] { return Gate(config.gate, 0); });
+  FeedForward<float> wide = detail::with_config(
+      model.config().path(), layer, [&] { return FeedForward<float>(config.expert, 0); });
   source.read(gate, "gate.");
-  FeedForward<float> wide(config.expert, 0);
   std::vector<Expert> experts;
   for (Index e = 0; e < gate.experts(); ++e) {
     const std::string prefix = "experts." + std::to_string(e) + ".";
     source.read(wide, prefix);
     experts.emplace_back(typename Expert::Network(wide, options, prefix), config.width);
   }
-  const typename Serving::Config of_serving{.width = config.width,
-                                            .expert = config.expert,
-                                            .gate = config.gate,
-                                            .identity_experts = config.identity_experts,
-                                            .output = config.output,
-                                            .seed = config.seed};
-  return Serving(of_serving, std::move(gate), std::move(experts), options);
+  return Serving(detail::config_with<Serving>(config, config.expert, config.gate), std::move(gate),
+                 std::move(experts), options);
 }
 
 }  // namespace moe::io

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include "moe/kernels/activations.hpp"
 #include "moe/matrix.hpp"
 #include "moe/random.hpp"
@@ -31,6 +33,21 @@ struct MoELayerConfig {
     visit("seed", self.seed);
   }
 };
+
+namespace detail {
+
+/// The configuration of a layer with other experts or another gate.
+template <class To, class Config, class ExpertConfig, class GateConfig>
+typename To::Config config_with(const Config& config, ExpertConfig expert, GateConfig gate) {
+  return {.width = config.width,
+          .expert = std::move(expert),
+          .gate = std::move(gate),
+          .identity_experts = config.identity_experts,
+          .output = config.output,
+          .seed = config.seed};
+}
+
+}  // namespace detail
 
 /// How MoELayer::copy_experts() makes copies differ from their originals.
 struct CopyNoise {

@@ -67,8 +67,8 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
   }
 
   /// Copies the weights into memory of their own, as from a mapped file.
-  void hold_weights() {
-    visit_weights(*this, [](std::string_view, auto& weight) { weight.matrix.hold(); });
+  void own_weights() {
+    visit_weights(*this, [](std::string_view, auto& weight) { weight.matrix.own(); });
   }
 
   /// The biases.

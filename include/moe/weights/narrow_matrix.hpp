@@ -143,7 +143,7 @@ class NarrowMatrix {
       : rows_(rows), columns_(columns), data_(std::move(packed)) {}
 
   /// Copies the packed memory into memory of its own.
-  void hold() {
+  void own() {
     const std::shared_ptr<const std::byte> from = data_;
     std::byte* data = allocate();
     std::copy_n(from.get(), bytes(), data);

@@ -52,7 +52,9 @@ class ServingLayer {
   /// Rounds the weights of a layer, which it does not refer to afterwards. Throws std::invalid_argument,
   /// which names the expert, the weight and the value, if one cannot be narrowed.
   explicit ServingLayer(const Layer& layer, const NarrowOptions& options = {})
-      : ServingLayer(config_of(layer), layer.gate(), narrowed(layer, options), options) {}
+      : ServingLayer(
+            detail::config_with<Narrow>(layer.config(), layer.config().expert, layer.config().gate),
+            layer.gate(), narrowed(layer, options), options) {}
 
   /// A layer of given narrow experts. `check` is called before each pass: if the experts' memory is that of
   /// a mapped file, it can throw if the file has changed. Throws std::invalid_argument if the experts do
@@ -69,6 +71,10 @@ class ServingLayer {
   const NarrowOptions& options() const { return options_; }
   /// Whether the experts' memory can change behind their back.
   bool is_mapped() const { return check_ != nullptr; }
+  /// Throws if it changed, as each pass does before it begins.
+  void check_weights() const {
+    if (check_) check_();
+  }
   /// The gate.
   const Gate& gate() const { return layer_.gate(); }
   /// The experts, with narrow weights.
@@ -77,7 +83,7 @@ class ServingLayer {
   /// As MoELayer::evaluate(): returns y (T x D).
   const Matrix<float>& evaluate(const MatrixRef<float>& x, Tape& tape,
                                 const EvaluationPass& pass = {}) const {
-    if (check_) check_();
+    check_weights();
     return layer_.evaluate(x, tape, pass);
   }
   /// The same with a tape of its own, which allocates.
@@ -91,12 +97,12 @@ class ServingLayer {
 
   /// As MoELayer::forward().
   const Matrix<float>& forward(const MatrixRef<float>& x, Tape& tape, const Pass& pass) const {
-    if (check_) check_();
+    check_weights();
     return layer_.forward(x, tape, pass);
   }
   /// As MoELayer::backward(): returns the gradient with respect to x (T x D) and adds to those of the gate.
   const Matrix<float>& backward(const MatrixRef<float>& dy, Tape& tape) {
-    if (check_) check_();
+    check_weights();
     return layer_.backward(dy, tape);
   }
 
@@ -118,16 +124,6 @@ class ServingLayer {
   }
 
  private:
-  static Config config_of(const Layer& layer) {
-    const auto& config = layer.config();
-    return {.width = config.width,
-            .expert = config.expert,
-            .gate = config.gate,
-            .identity_experts = config.identity_experts,
-            .output = config.output,
-            .seed = config.seed};
-  }
-
   static std::vector<Expert> narrowed(const Layer& layer, const NarrowOptions& options) {
     std::vector<Expert> experts;
     experts.reserve(layer.experts().size());

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "moe/experts/feed_forward.hpp"
@@ -70,6 +72,17 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
     config.gate = mixture.gate;
   }
   return config;
+}
+
+/// make(), of a configuration from config.json: an argument out of range was so there. Throws
+/// std::runtime_error, which names the file and the layer.
+template <class F>
+auto with_config(const std::string& path, Index layer, F&& make) {
+  try {
+    return make();
+  } catch (const std::invalid_argument& error) {
+    fail_file(path, "layer ", layer, ": ", error.what());
+  }
 }
 
 }  // namespace moe::detail
