@@ -7,6 +7,7 @@
 #include "../allocation.hpp"
 #include "../experts/passes.hpp"
 #include "../naive_layer.hpp"
+#include "moe/gates/hierarchical_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
 #include "moe/optim/adam.hpp"
 
@@ -373,12 +374,23 @@ TEMPLATE_TEST_CASE("lora: a token has the same bits alone and in a batch", "[ada
   CHECK(same_bits(adapted.evaluate(x.middleRows(100, 333)), whole.middleRows(100, 333)));
 }
 
-TEST_CASE("lora: passes after the first do not allocate", "[adapt]") {
-  Plain<float> layer(
-      {.width = 24, .expert = {.hidden = 40}, .gate = {.experts = 4, .top_k = 2}, .seed = 5});
+TEMPLATE_TEST_CASE("lora: passes after the first do not allocate", "[adapt]", NoisyTopKGate<float>,
+                   HierarchicalGate<float>) {
+  typename TestType::Config gate;
+  if constexpr (requires { gate.groups; }) {
+    gate = {.groups = 2, .group_experts = 2, .top_k_groups = 2, .top_k = 1};
+  } else {
+    gate = {.experts = 4, .top_k = 2};
+  }
+  MoELayer<Expert<FeedForward>, TestType> layer(
+      {.width = 24, .expert = {.hidden = 40}, .gate = gate, .seed = 5});
   auto adapted = adapt(layer, LoraConfig{.rank = 4}, LoraGateConfig{.rank = 2}, Seed{1});
+  // One of the base too.
+  for_each_parameter(adapted, [](const std::string& name, auto& p) {
+    p.trained = p.trained || name == "gate.weight" || name == "gate.primary.weight";
+  });
   const auto x = random_matrix<float>(100, 24, 1);
-  decltype(adapted)::Tape tape;
+  typename decltype(adapted)::Tape tape;
   Adam<float> adam({});
   const auto step = [&](std::uint64_t number) {
     zero_gradients(adapted, Updates::lazy);

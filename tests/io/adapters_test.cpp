@@ -674,6 +674,35 @@ TEST_CASE("adapters: a module without any", "[io][adapt]") {
   CHECK_THROWS_AS(load_adapters(folder.file("a"), plain), std::invalid_argument);
 }
 
+TEST_CASE("adapters: an adapted layer in a file with its configuration", "[io][adapt]") {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("layer.safetensors");
+  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
+  const Layer layer({.width = 4,
+                     .expert = {.hidden = 3, .activation = Activation::silu},
+                     .gate = {.experts = 3, .top_k = 2},
+                     .seed = 1});
+  const LoraConfig lora{.rank = 2, .alpha = 5, .rank_stabilized = true, .up = false};
+  auto adapted = adapt(layer, lora, LoraGateConfig{.rank = 1, .alpha = 3}, Seed{1});
+  for_each_parameter(adapted, [](const std::string&, auto& p) {
+    if (p.trained) p.value = random_matrix(p.value.rows(), p.value.cols(), 4);
+  });
+  save_module(path, adapted);
+  using Adapted = decltype(adapted);
+  const SafetensorsFile file(path);
+  Adapted again(file.config<Adapted>());
+  file.read_module(again);
+  const auto x = random_matrix(10, 4, 1);
+  CHECK(same_bits(again.evaluate(x), adapted.evaluate(x)));
+  for_each_parameter(again, [](const std::string& name, const auto& p) {
+    CHECK(p.trained == (name.find("lora") != std::string::npos));
+  });
+  LoraConfig other = lora;
+  other.alpha = 6;
+  auto different = adapt(layer, other, LoraGateConfig{.rank = 1, .alpha = 3}, Seed{1});
+  CHECK_THROWS_WITH(load_module(path, different), Contains("config.expert.lora.alpha"));
+}
+
 TEST_CASE("adapters: trained parameters that would get lost are refused", "[io][adapt]") {
   const TemporaryFolder folder;
   using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
