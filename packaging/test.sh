@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes a release of the tree as it is, uncommitted changes included, in build/packaging, and builds and
-# runs a program with its Conan package and with its vcpkg port:
+# Makes a release of the tree as it is, new and changed files included, in build/packaging, builds and runs
+# programs with its Conan package, and installs its vcpkg port:
 #
 #     sh packaging/test.sh
 #
@@ -11,11 +11,20 @@ set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 work=$root/build/packaging
+if [ ! -e "$root/.git" ]; then
+  echo "The packages are not tried: without .git there is nothing to pack."
+  exit 0
+fi
 mkdir -p "$work"
 
-# A commit that no branch has.
-changed=$(git -C "$root" -c user.name=moe -c user.email=moe@localhost stash create)
-COMMIT=${changed:-HEAD}
+# A commit that no branch has, by an index of its own.
+GIT_INDEX_FILE=$work/index
+export GIT_INDEX_FILE
+git -C "$root" read-tree HEAD
+git -C "$root" add --all
+tree=$(git -C "$root" write-tree)
+unset GIT_INDEX_FILE
+COMMIT=$(git -C "$root" -c user.name=moe -c user.email=moe@localhost commit-tree -m "The tree as it is" "$tree")
 export COMMIT
 rm -rf "$work/release"
 sh "$root/packaging/release.sh" "file://$work/release" https://localhost/moe "$work/release"
