@@ -2,10 +2,11 @@
 # Makes the archive of a release out of the last commit, and fills its address and hashes into the Conan
 # recipe and the vcpkg port:
 #
-#     sh packaging/release.sh ARCHIVES HOMEPAGE [FOLDER]     (build/release)
+#     sh packaging/release.sh ARCHIVES HOMEPAGE [FOLDER]     (build/packages)
 #
 # ARCHIVES is the address of the folder in which the archive will be found, HOMEPAGE that of the project.
-# COMMIT is another commit than HEAD. The same commit gives the same archive.
+# build/packages is emptied first; a FOLDER must be empty or new. COMMIT is another commit than HEAD. The same
+# commit gives the same archive.
 set -eu
 
 fail() {
@@ -17,7 +18,7 @@ fail() {
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 archives=$1
 homepage=$2
-folder=${3:-$root/build/release}
+folder=${3:-$root/build/packages}
 commit=${COMMIT:-HEAD}
 # They go into sed's replacements and into quoted strings of Python, JSON and CMake.
 case $archives$homepage in
@@ -40,8 +41,11 @@ case $changes in
 esac
 
 name=moe-$version
-rm -rf "$folder"
-mkdir -p "$folder/conan" "$folder/vcpkg"
+# Only the script's own folder is emptied: a user may name any.
+[ $# -ge 3 ] || rm -rf "$folder"
+mkdir -p "$folder"
+[ -z "$(ls -A "$folder")" ] || fail "$folder is not empty"
+mkdir "$folder/conan" "$folder/vcpkg"
 # Without -n the time of compressing would be part of the archive.
 git -C "$root" archive --format=tar --prefix="$name/" "$commit" >"$folder/$name.tar"
 gzip -n -9 "$folder/$name.tar"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes a release of the tree as it is, uncommitted changes included, in build/packaging, and builds and
-# runs a program with its Conan package and with its vcpkg port:
+# Makes a release of the tree as it is, new and changed files included, in build/packaging, builds and runs
+# programs with its Conan package, and installs its vcpkg port:
 #
 #     sh packaging/test.sh
 #
@@ -11,11 +11,52 @@ set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 work=$root/build/packaging
+if [ ! -e "$root/.git" ]; then
+  echo "The packages are not tried: without .git there is nothing to pack."
+  exit 0
+fi
 mkdir -p "$work"
 
-# A commit that no branch has.
-changed=$(git -C "$root" -c user.name=moe -c user.email=moe@localhost stash create)
-COMMIT=${changed:-HEAD} sh "$root/packaging/release.sh" "file://$work/release" https://localhost/moe "$work/release"
+# A commit that no branch has, by an index of its own.
+GIT_INDEX_FILE=$work/index
+export GIT_INDEX_FILE
+git -C "$root" read-tree HEAD
+git -C "$root" add --all
+tree=$(git -C "$root" write-tree)
+unset GIT_INDEX_FILE
+COMMIT=$(git -C "$root" -c user.name=moe -c user.email=moe@localhost commit-tree -m "The tree as it is" "$tree")
+export COMMIT
+rm -rf "$work/release"
+sh "$root/packaging/release.sh" "file://$work/release" https://localhost/moe "$work/release"
+
+fail() {
+  echo "$0: $*" >&2
+  exit 1
+}
+
+# What is in a folder already is left alone, and what is in the build folders of CMake's presets.
+checkout=$work/checkout
+rm -rf "$checkout"
+mkdir -p "$checkout/packaging" "$checkout/build/release"
+cp "$root/packaging/release.sh" "$checkout/packaging"
+touch "$checkout/build/release/CMakeCache.txt"
+release_again() {
+  GIT_DIR=$(git -C "$root" rev-parse --absolute-git-dir) \
+    sh "$checkout/packaging/release.sh" "file://$work/release" https://localhost/moe "$@" 2>&1
+}
+if said=$(release_again "$checkout/build/release"); then
+  fail "release.sh took a folder that is not empty"
+fi
+case $said in
+  *"$checkout/build/release is not empty") ;;
+  *) fail "$said" ;;
+esac
+for time in first second; do
+  release_again >"$work/again.log" || fail "release.sh, the $time time: $(cat "$work/again.log")"
+done
+[ "$(ls -A "$checkout/build/release")" = CMakeCache.txt ] || fail "release.sh changed build/release"
+diff -r "$work/release" "$checkout/build/packages" || fail "the same commit gave something else"
+echo "release.sh: the same commit gave the same twice, and no other folder was touched"
 
 missing=''
 conan=$(command -v conan || true)

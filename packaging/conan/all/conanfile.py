@@ -49,6 +49,8 @@ class MoeConan(ConanFile):
 
     def package_info(self):
         self.cpp_info.set_property("cmake_file_name", "moe")
+        # All components together. By default the target would be moe::moe, which is the layer's own.
+        self.cpp_info.set_property("cmake_target_name", "moe::all")
         self.cpp_info.set_property("pkg_config_name", "moe-all")
 
         layer = self.cpp_info.components["layer"]

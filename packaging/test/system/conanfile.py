@@ -9,7 +9,7 @@ class SystemConan(ConanFile):
     def package_info(self):
         self.cpp_info.bindirs = []
         self.cpp_info.libdirs = []
-        self.cpp_info.includedirs = []
+        self.cpp_info.includedirs = ["/usr/include"]
         if self.name == "eigen":
             self.cpp_info.includedirs = ["/usr/include/eigen3"]
             self.cpp_info.set_property("cmake_file_name", "Eigen3")

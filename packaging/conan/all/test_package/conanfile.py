@@ -23,3 +23,5 @@ class TestPackageConan(ConanFile):
     def test(self):
         if can_run(self):
             self.run(join(self.cpp.build.bindir, "test_package"), env="conanrun")
+            if self.dependencies[self.tested_reference_str].options.io:
+                self.run(join(self.cpp.build.bindir, "test_package_io"), env="conanrun")
