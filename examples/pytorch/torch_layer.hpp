@@ -106,8 +106,10 @@ class TorchLayer : public torch::CustomClassHolder {
     const std::lock_guard lock(mutex_);
     for (std::size_t i = 0; i < entries_.size(); ++i) {
       entries_[i].parameter->trained = parameters[i].requires_grad();
-      const auto lent = entries_[i].lent.lock();
-      if (lent) lent->memory.swap(entries_[i].parameter->gradient());
+      if (const auto lent = entries_[i].lent.lock()) {
+        lent->memory.swap(entries_[i].parameter->gradient());
+        entries_[i].lent.reset();  // a second swap would take the memory back
+      }
     }
     moe::zero_gradients(*layer_, moe::Updates::lazy);
     layer_->backward(view<Scalar>(dy), tape);

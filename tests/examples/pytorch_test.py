@@ -59,6 +59,22 @@ class TensorsTest(unittest.TestCase):
         torch.autograd.grad(self.layer(self.x, 1), self.weight, 2 * self.dy)
         self.assertTrue(torch.equal(held, copy))
 
+    def test_a_held_gradient_of_a_frozen_parameter_is_not_overwritten_or_freed(self):
+        for is_unfrozen in (False, True):
+            with self.subTest(is_unfrozen=is_unfrozen):
+                self.setUp()
+                self.layer(self.x, 1).backward(self.dy)
+                held, copy = self.weight.grad, self.weight.grad.clone()
+                self.weight.requires_grad_(False)
+                self.layer(self.x, 2).backward(self.dy)
+                self.assertTrue(torch.equal(held, copy))
+                self.weight.requires_grad_(is_unfrozen)
+                trained = [p for p in self.layer.parameters() if p.requires_grad]
+                torch.autograd.grad(self.layer(self.x, 3), trained, 2 * self.dy)
+                others = [torch.randn(held.shape) for _ in range(99)]  # in what memory became free
+                self.assertTrue(torch.equal(held, copy))
+                del others
+
     def test_each_tensor_keeps_its_memory_alone(self):
         for make in (
             lambda: torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy)[0],
