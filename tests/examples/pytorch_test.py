@@ -62,16 +62,19 @@ class TensorsTest(unittest.TestCase):
     def test_a_held_gradient_of_a_frozen_parameter_is_not_overwritten_or_freed(self):
         for is_unfrozen in (False, True):
             with self.subTest(is_unfrozen=is_unfrozen):
-                self.setUp()
-                self.layer(self.x, 1).backward(self.dy)
-                held, copy = self.weight.grad, self.weight.grad.clone()
-                self.weight.requires_grad_(False)
-                self.layer(self.x, 2).backward(self.dy)
+                # Wide enough that memory of this size is taken again soon after it became free.
+                layer = MoE(width=64, hidden=64, experts=2, top_k=2)
+                x, dy = torch.randn(9, 64), torch.randn(9, 64)
+                weight = layer.experts.get_submodule("0").up.weight
+                layer(x, 1).backward(dy)
+                held, copy = weight.grad, weight.grad.clone()
+                weight.requires_grad_(False)
+                layer(x, 2).backward(dy)
                 self.assertTrue(torch.equal(held, copy))
-                self.weight.requires_grad_(is_unfrozen)
-                trained = [p for p in self.layer.parameters() if p.requires_grad]
-                torch.autograd.grad(self.layer(self.x, 3), trained, 2 * self.dy)
-                others = [torch.randn(held.shape) for _ in range(99)]  # in what memory became free
+                weight.requires_grad_(is_unfrozen)
+                trained = [p for p in layer.parameters() if p.requires_grad]
+                torch.autograd.grad(layer(x, 3), trained, 2 * dy)
+                others = [torch.randn(held.shape) for _ in range(99)]
                 self.assertTrue(torch.equal(held, copy))
                 del others
 
