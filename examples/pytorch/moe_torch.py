@@ -28,8 +28,9 @@ class MoE(torch.nn.Module):
 
     def forward(self, x, step=None):
         rows = x.reshape(-1, x.shape[-1])
+        parameters = [getattr(*place) for place in self.in_order]
         if step is None or not self.training:
-            y = self.layer.evaluate(rows)
+            y = self.layer.evaluate(rows, parameters)
         else:
-            y = self.layer.forward(rows, [getattr(*place) for place in self.in_order], step)
+            y = self.layer.forward(rows, parameters, step)
         return y.view(x.shape)

@@ -191,12 +191,14 @@ class TensorsTest(unittest.TestCase):
         refuses("expected scalar type Float but found Double",
                 lambda: self.layer(self.x.double(), 1))
         refuses("a tensor of shape \\[9\\].*must be T x D",
-                lambda: self.layer.layer.evaluate(torch.zeros(9)))
+                lambda: self.layer.layer.evaluate(torch.zeros(9), list(self.layer.parameters())))
         refuses("meta.*must be T x D.*on the CPU",
                 lambda: self.layer(torch.zeros(9, 6, device="meta"), 1))
         refuses("top_k = 5", lambda: MoE(width=6, hidden=5, experts=4, top_k=5))
         refuses("1 parameters, must be 17",
                 lambda: self.layer.layer.forward(self.x, [self.weight], 1))
+        refuses("1 parameters, must be 17",
+                lambda: self.layer.layer.evaluate(self.x, [self.weight]))
         refuses("no second derivatives",
                 lambda: torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy, create_graph=True))
         y = self.layer(self.x, 1)
@@ -206,9 +208,22 @@ class TensorsTest(unittest.TestCase):
         y = self.layer(self.x, 1)
         y.backward(self.dy)
         refuses("second time", lambda: y.backward(self.dy))
-        self.weight.data = self.weight.data.clone()
-        refuses("experts.0.up.weight is not in the layer's memory any more",
-                lambda: self.layer(self.x, 1))
+
+    def test_parameters_that_are_not_the_layers_any_more_are_refused(self):
+        data = self.weight.data
+        for other, message in (
+            (data.clone(), "experts.0.up.weight is not in the layer's memory any more"),
+            (data.double(), "experts.0.up.weight is not in the layer's memory any more"),
+            (data.t(), r"experts.0.up.weight has shape \[5, 6\] and strides \[1, 5\], must be 6 x 5"),
+            (data[:5], r"experts.0.up.weight has shape \[5, 5\] and strides \[5, 1\], must be 6 x 5"),
+            (torch.as_strided(data, (6, 5), (1, 6)), r"strides \[1, 6\], must be 6 x 5 and contiguous"),
+        ):
+            self.weight.data = other
+            for layer in (self.layer.train(), self.layer.eval()):
+                with self.assertRaisesRegex(RuntimeError, message):
+                    layer(self.x, 1)
+            self.weight.data = data
+            self.layer(self.x, 1)
 
 
 unittest.main(argv=sys.argv[:1])
