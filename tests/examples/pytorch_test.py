@@ -30,6 +30,10 @@ class TensorsTest(unittest.TestCase):
         inputs = list(self.layer.parameters())
         return [g.clone() for g in torch.autograd.grad(self.layer(self.x, 1), inputs, self.dy)]
 
+    def evaluate(self):
+        with torch.no_grad():
+            return self.layer(self.x)
+
     def test_parameters_are_named_as_in_a_state_dict_and_share_the_layers_memory(self):
         names = ["gate.weight"] + [
             f"experts.{e}.{part}" for e in range(4)
@@ -82,7 +86,7 @@ class TensorsTest(unittest.TestCase):
         for make in (
             lambda: torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy)[0],
             lambda: self.layer(self.x, 1),
-            lambda: self.layer(self.x),
+            lambda: self.layer.eval()(self.x),
             lambda: self.layer.layer.parameters()["gate.weight"],
         ):
             self.setUp()
@@ -130,11 +134,11 @@ class TensorsTest(unittest.TestCase):
                     self.assertTrue(torch.equal(a, b))
 
     def test_tensors_that_are_not_contiguous(self):
-        y = self.layer(self.x)
+        y = self.evaluate()
         expected = self.gradients()
         self.x = torch.stack([self.x, self.x], 2)[:, :, 1]
         self.dy = self.dy.t().contiguous().t()
-        self.assertTrue(torch.equal(self.layer(self.x), y))
+        self.assertTrue(torch.equal(self.evaluate(), y))
         for a, b in zip(self.gradients(), expected):
             self.assertTrue(torch.equal(a, b))
         # Rows that are all the same memory, as those of y.sum(0).backward(row) are.
@@ -161,7 +165,23 @@ class TensorsTest(unittest.TestCase):
         layer = MoE(width=6, hidden=5, experts=4, top_k=2, gate="NoisyTopK")
         self.assertTrue(torch.equal(layer(self.x, 1), layer(self.x, 1)))
         self.assertFalse(torch.equal(layer(self.x, 1), layer(self.x, 2)))
-        self.assertTrue(torch.equal(layer(self.x), layer.eval()(self.x, 1)))
+        y = layer.eval()(self.x)
+        self.assertTrue(torch.equal(layer(self.x, 1), y))
+        self.assertFalse(torch.equal(layer.train()(self.x, 1), y))
+
+    def test_a_training_pass_needs_a_step(self):
+        self.x.requires_grad_()
+        with self.assertRaisesRegex(ValueError, "step = None, must be a number in a training pass"):
+            self.layer(self.x)
+        y = self.layer(self.x, 0)
+        self.assertTrue(y.requires_grad)
+        for without_graph in (torch.no_grad(), torch.inference_mode()):
+            with without_graph:
+                self.assertTrue(torch.equal(self.layer(self.x), y))
+        for step in (None, 1):
+            evaluated = self.layer.eval()(self.x, step)
+            self.assertTrue(torch.equal(evaluated, y))
+            self.assertFalse(evaluated.requires_grad)
 
     def test_the_balance_losses_are_part_of_the_backward_pass(self):
         layer = MoE(width=6, hidden=5, experts=4, top_k=2, balance=0.5)
@@ -174,13 +194,13 @@ class TensorsTest(unittest.TestCase):
         y = self.layer(x, 1)
         y.sum().backward()
         self.assertEqual(y.shape, (0, 6))
-        self.assertEqual(self.layer(x).shape, (0, 6))
+        self.assertEqual(self.layer.eval()(x).shape, (0, 6))
         self.assertEqual(self.weight.grad.abs().max().item(), 0)
 
     def test_a_state_dict_is_copied_into_the_layer(self):
         other = MoE(width=6, hidden=5, experts=4, top_k=2, seed=2)
         other.load_state_dict(self.layer.state_dict())
-        self.assertTrue(torch.equal(other(self.x), self.layer(self.x)))
+        self.assertTrue(torch.equal(other.eval()(self.x), self.layer.eval()(self.x)))
 
     def test_what_is_wrong_is_named(self):
         def refuses(message, call):
