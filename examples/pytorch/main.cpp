@@ -161,8 +161,9 @@ void compare_times(const Shape& shape, std::int64_t tokens_per_expert, int threa
   };
   {
     const torch::NoGradGuard no_graph;
-    print("forward", medians(
-                         repetitions, [&] { ours.layer->evaluate(x); }, [&] { loop(x); }));
+    print("forward",
+          medians(
+              repetitions, [&] { ours.layer->evaluate(x, ours.parameters); }, [&] { loop(x); }));
   }
   print("step", medians(
                     repetitions, [&] { step(ours.parameters, ours); }, [&] { step(plain, loop); }));

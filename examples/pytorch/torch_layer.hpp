@@ -54,8 +54,10 @@ class TorchLayer : public torch::CustomClassHolder {
     return Function::apply(x, torch::TensorList(parameters), self, step);
   }
 
-  /// y (T x D) without noise and without a graph, as MoELayer::evaluate().
-  Tensor evaluate(const Tensor& x) const {
+  /// y (T x D) without noise and without a graph, as MoELayer::evaluate(). `parameters` are as for
+  /// forward(). Throws c10::Error, or std::invalid_argument as MoELayer::evaluate() does.
+  Tensor evaluate(const Tensor& x, const Tensors& parameters) const {
+    check(parameters);
     typename Layer::Tape tape;
     layer_->evaluate(view<Scalar>(x.contiguous()), tape);
     return take(tape.y);
@@ -106,8 +108,10 @@ class TorchLayer : public torch::CustomClassHolder {
     const std::lock_guard lock(mutex_);
     for (std::size_t i = 0; i < entries_.size(); ++i) {
       entries_[i].parameter->trained = parameters[i].requires_grad();
-      const auto lent = entries_[i].lent.lock();
-      if (lent) lent->memory.swap(entries_[i].parameter->gradient());
+      if (const auto lent = entries_[i].lent.lock()) {
+        lent->memory.swap(entries_[i].parameter->gradient());
+        entries_[i].lent.reset();  // a second swap would take the memory back
+      }
     }
     moe::zero_gradients(*layer_, moe::Updates::lazy);
     layer_->backward(view<Scalar>(dy), tape);
@@ -126,8 +130,15 @@ class TorchLayer : public torch::CustomClassHolder {
     TORCH_CHECK(parameters.size() == entries_.size(), "TorchLayer: ", parameters.size(),
                 " parameters, must be ", entries_.size());
     for (std::size_t i = 0; i < entries_.size(); ++i) {
-      TORCH_CHECK(parameters[i].data_ptr() == entries_[i].parameter->value.data(),
-                  "TorchLayer: ", entries_[i].name, " is not in the layer's memory any more");
+      const auto& value = entries_[i].parameter->value;
+      const Tensor& tensor = parameters[i];
+      TORCH_CHECK(tensor.data_ptr() == value.data(), "TorchLayer: ", entries_[i].name,
+                  " is not in the layer's memory any more");
+      TORCH_CHECK(tensor.sizes() == torch::IntArrayRef({value.rows(), value.cols()}) &&
+                      tensor.is_contiguous(),
+                  "TorchLayer: ", entries_[i].name, " has shape ", tensor.sizes(), " and strides ",
+                  tensor.strides(), ", must be ", value.rows(), " x ", value.cols(),
+                  " and contiguous");
     }
   }
 

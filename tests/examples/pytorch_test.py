@@ -30,6 +30,10 @@ class TensorsTest(unittest.TestCase):
         inputs = list(self.layer.parameters())
         return [g.clone() for g in torch.autograd.grad(self.layer(self.x, 1), inputs, self.dy)]
 
+    def evaluate(self):
+        with torch.no_grad():
+            return self.layer(self.x)
+
     def test_parameters_are_named_as_in_a_state_dict_and_share_the_layers_memory(self):
         names = ["gate.weight"] + [
             f"experts.{e}.{part}" for e in range(4)
@@ -59,11 +63,30 @@ class TensorsTest(unittest.TestCase):
         torch.autograd.grad(self.layer(self.x, 1), self.weight, 2 * self.dy)
         self.assertTrue(torch.equal(held, copy))
 
+    def test_a_held_gradient_of_a_frozen_parameter_is_not_overwritten_or_freed(self):
+        for is_unfrozen in (False, True):
+            with self.subTest(is_unfrozen=is_unfrozen):
+                # Wide enough that memory of this size is taken again soon after it became free.
+                layer = MoE(width=64, hidden=64, experts=2, top_k=2)
+                x, dy = torch.randn(9, 64), torch.randn(9, 64)
+                weight = layer.experts.get_submodule("0").up.weight
+                layer(x, 1).backward(dy)
+                held, copy = weight.grad, weight.grad.clone()
+                weight.requires_grad_(False)
+                layer(x, 2).backward(dy)
+                self.assertTrue(torch.equal(held, copy))
+                weight.requires_grad_(is_unfrozen)
+                trained = [p for p in layer.parameters() if p.requires_grad]
+                torch.autograd.grad(layer(x, 3), trained, 2 * dy)
+                others = [torch.randn(held.shape) for _ in range(99)]
+                self.assertTrue(torch.equal(held, copy))
+                del others
+
     def test_each_tensor_keeps_its_memory_alone(self):
         for make in (
             lambda: torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy)[0],
             lambda: self.layer(self.x, 1),
-            lambda: self.layer(self.x),
+            lambda: self.layer.eval()(self.x),
             lambda: self.layer.layer.parameters()["gate.weight"],
         ):
             self.setUp()
@@ -111,11 +134,11 @@ class TensorsTest(unittest.TestCase):
                     self.assertTrue(torch.equal(a, b))
 
     def test_tensors_that_are_not_contiguous(self):
-        y = self.layer(self.x)
+        y = self.evaluate()
         expected = self.gradients()
         self.x = torch.stack([self.x, self.x], 2)[:, :, 1]
         self.dy = self.dy.t().contiguous().t()
-        self.assertTrue(torch.equal(self.layer(self.x), y))
+        self.assertTrue(torch.equal(self.evaluate(), y))
         for a, b in zip(self.gradients(), expected):
             self.assertTrue(torch.equal(a, b))
         # Rows that are all the same memory, as those of y.sum(0).backward(row) are.
@@ -142,7 +165,23 @@ class TensorsTest(unittest.TestCase):
         layer = MoE(width=6, hidden=5, experts=4, top_k=2, gate="NoisyTopK")
         self.assertTrue(torch.equal(layer(self.x, 1), layer(self.x, 1)))
         self.assertFalse(torch.equal(layer(self.x, 1), layer(self.x, 2)))
-        self.assertTrue(torch.equal(layer(self.x), layer.eval()(self.x, 1)))
+        y = layer.eval()(self.x)
+        self.assertTrue(torch.equal(layer(self.x, 1), y))
+        self.assertFalse(torch.equal(layer.train()(self.x, 1), y))
+
+    def test_a_training_pass_needs_a_step(self):
+        self.x.requires_grad_()
+        with self.assertRaisesRegex(ValueError, "step = None, must be a number in a training pass"):
+            self.layer(self.x)
+        y = self.layer(self.x, 0)
+        self.assertTrue(y.requires_grad)
+        for without_graph in (torch.no_grad(), torch.inference_mode()):
+            with without_graph:
+                self.assertTrue(torch.equal(self.layer(self.x), y))
+        for step in (None, 1):
+            evaluated = self.layer.eval()(self.x, step)
+            self.assertTrue(torch.equal(evaluated, y))
+            self.assertFalse(evaluated.requires_grad)
 
     def test_the_balance_losses_are_part_of_the_backward_pass(self):
         layer = MoE(width=6, hidden=5, experts=4, top_k=2, balance=0.5)
@@ -155,13 +194,13 @@ class TensorsTest(unittest.TestCase):
         y = self.layer(x, 1)
         y.sum().backward()
         self.assertEqual(y.shape, (0, 6))
-        self.assertEqual(self.layer(x).shape, (0, 6))
+        self.assertEqual(self.layer.eval()(x).shape, (0, 6))
         self.assertEqual(self.weight.grad.abs().max().item(), 0)
 
     def test_a_state_dict_is_copied_into_the_layer(self):
         other = MoE(width=6, hidden=5, experts=4, top_k=2, seed=2)
         other.load_state_dict(self.layer.state_dict())
-        self.assertTrue(torch.equal(other(self.x), self.layer(self.x)))
+        self.assertTrue(torch.equal(other.eval()(self.x), self.layer.eval()(self.x)))
 
     def test_what_is_wrong_is_named(self):
         def refuses(message, call):
@@ -172,12 +211,14 @@ class TensorsTest(unittest.TestCase):
         refuses("expected scalar type Float but found Double",
                 lambda: self.layer(self.x.double(), 1))
         refuses("a tensor of shape \\[9\\].*must be T x D",
-                lambda: self.layer.layer.evaluate(torch.zeros(9)))
+                lambda: self.layer.layer.evaluate(torch.zeros(9), list(self.layer.parameters())))
         refuses("meta.*must be T x D.*on the CPU",
                 lambda: self.layer(torch.zeros(9, 6, device="meta"), 1))
         refuses("top_k = 5", lambda: MoE(width=6, hidden=5, experts=4, top_k=5))
         refuses("1 parameters, must be 17",
                 lambda: self.layer.layer.forward(self.x, [self.weight], 1))
+        refuses("1 parameters, must be 17",
+                lambda: self.layer.layer.evaluate(self.x, [self.weight]))
         refuses("no second derivatives",
                 lambda: torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy, create_graph=True))
         y = self.layer(self.x, 1)
@@ -187,9 +228,22 @@ class TensorsTest(unittest.TestCase):
         y = self.layer(self.x, 1)
         y.backward(self.dy)
         refuses("second time", lambda: y.backward(self.dy))
-        self.weight.data = self.weight.data.clone()
-        refuses("experts.0.up.weight is not in the layer's memory any more",
-                lambda: self.layer(self.x, 1))
+
+    def test_parameters_that_are_not_the_layers_any_more_are_refused(self):
+        data = self.weight.data
+        for other, message in (
+            (data.clone(), "experts.0.up.weight is not in the layer's memory any more"),
+            (data.double(), "experts.0.up.weight is not in the layer's memory any more"),
+            (data.t(), r"experts.0.up.weight has shape \[5, 6\] and strides \[1, 5\], must be 6 x 5"),
+            (data[:5], r"experts.0.up.weight has shape \[5, 5\] and strides \[5, 1\], must be 6 x 5"),
+            (torch.as_strided(data, (6, 5), (1, 6)), r"strides \[1, 6\], must be 6 x 5 and contiguous"),
+        ):
+            self.weight.data = other
+            for layer in (self.layer.train(), self.layer.eval()):
+                with self.assertRaisesRegex(RuntimeError, message):
+                    layer(self.x, 1)
+            self.weight.data = data
+            self.layer(self.x, 1)
 
 
 unittest.main(argv=sys.argv[:1])
