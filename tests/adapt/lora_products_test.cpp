@@ -55,6 +55,9 @@ TEST_CASE("lora: the products of an adapted layer are in bfloat16 where the laye
   auto layer = plain_layer(Precision::bfloat16);
   auto full = plain_layer(Precision::full);
   auto adapted = adapt(layer, lora, Seed{2});
+  for_each_parameter(adapted, [](const std::string& name, Parameter<float>& parameter) {
+    if (name.starts_with("experts.")) parameter.trained = true;
+  });
   const auto x = random_matrix<float>(40, 16, 2);
   const Named expected = pass(layer, x);
   const Named actual = pass(adapted, x);
@@ -62,8 +65,11 @@ TEST_CASE("lora: the products of an adapted layer are in bfloat16 where the laye
   // An adapter adds nothing at its start.
   CHECK(actual.at("y") == expected.at("y"));
   CHECK(unrounded.at("y") != expected.at("y"));
-  CHECK(relative_error(actual.at("dx"), expected.at("dx")) < 1e-6);
-  CHECK(relative_error(unrounded.at("dx"), expected.at("dx")) > 1e-4);
+  for (const std::string name : {"dx", "experts.0.up.weight", "experts.1.down.weight"}) {
+    INFO(name);
+    CHECK(relative_error(actual.at(name), expected.at(name)) < 1e-6);
+    CHECK(relative_error(unrounded.at(name), expected.at(name)) > 1e-4);
+  }
 }
 
 // With G the gradient of W + f·A·B, that of W is G, of A f·G·Bᵀ and of B f·Aᵀ·G.
@@ -79,7 +85,7 @@ TEST_CASE(
   const Named expected = pass(whole, x);
   const auto check = [](const Matrix<double>& rounded, const Matrix<double>& exact) {
     const double error = relative_error(rounded, exact);
-    CHECK(error < 0.02);
+    CHECK(error < 0.01);
     CHECK(error > 1e-4);
   };
   for (const std::string name : {"y", "dx"}) {
