@@ -5,8 +5,8 @@
 #     sh tests/compilers.sh [COMPILER...]     (g++-12 clang++-14 clang++-19)
 #
 # With each of them, and with libc++ where a clang has it, in C++20 and C++23, the latter without RTTI:
-# all headers, and a program of tests/consumer, which is also run; then that -fno-exceptions gets an error
-# that says so. The last line names what was not there. EIGEN is the folder of Eigen's headers
+# all headers, and a program of tests/consumer, which is also run; the products that need AVX512-BF16, which
+# other processors only compile; then that -fno-exceptions gets an error that says so. The last line names what was not there. EIGEN is the folder of Eigen's headers
 # (/usr/include/eigen3).
 set -eu
 
@@ -29,6 +29,15 @@ fi
   sed 's/.*/#include <&>/' >"$folder/headers.cpp"
 # What is instantiated is compiled, too.
 cat "$root/cmake/instantiations_float.cpp" >>"$folder/headers.cpp"
+
+cat >"$folder/pairs.cpp" <<'END'
+#include <moe/kernels/gemm_bfloat16.hpp>
+namespace moe::detail {
+template void gemm_bfloat16<PairWords>(const GemmNN<float>&);
+template void gemm_bfloat16<PairWords>(const GemmNT<float>&);
+template void gemm_bfloat16<PairWords>(const GemmTN<float>&);
+}  // namespace moe::detail
+END
 
 warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wold-style-cast -Wcast-qual
   -Wdouble-promotion -Wformat=2 -Wnon-virtual-dtor -Woverloaded-virtual -Wextra-semi -Wnull-dereference
@@ -58,6 +67,18 @@ try_all() {
   "$folder/program"
 }
 
+# The instructions for pairs of bfloat16 need not be there to be compiled, only known.
+try_pairs() {
+  name=$1
+  shift
+  set -- "$@" -march=x86-64-v4 -mavx512bf16
+  if printf '' | "$1" -march=x86-64-v4 -mavx512bf16 -x c++ -fsyntax-only - 2>/dev/null; then
+    try "$name, pairs of bfloat16" "$@" -std=c++20 -fsyntax-only "$folder/pairs.cpp"
+  else
+    missing="$missing AVX512-BF16($1)"
+  fi
+}
+
 # -fno-exceptions is refused, and the first thing said is why.
 try_without_exceptions() {
   "$1" -std=c++20 -fno-exceptions "-I$root/include" -isystem "$eigen" -fsyntax-only \
@@ -85,6 +106,7 @@ for compiler; do
     *) set -- "$@" -Wuseless-cast -Wlogical-op -Wduplicated-cond -Wduplicated-branches ;;
   esac
   try_all "$name" "$@"
+  try_pairs "$name" "$@"
   try_without_exceptions "$compiler"
   case $version in
     *clang*)

@@ -38,6 +38,11 @@ void for_each_form(const F& f) {
   });
 }
 
+/// Rows of A that take two blocks, and a depth for which such a block is cut in two, on any processor.
+constexpr Index cut_rows = 2 * left_rows - 1;
+template <class Words>
+constexpr Index cut_depth = (left_depth + 4) * Words::steps + 1;
+
 /// a·b by each form, between other numbers and at each place of a word.
 template <class Words>
 std::vector<float> products_of(float a, float b) {
@@ -144,10 +149,13 @@ TEMPLATE_TEST_CASE("bfloat16 gemm: shapes around the sizes of blocks", "[kernels
     for (const Index k : {panel_depth - 1, panel_depth + 1, 2 * panel_depth, 2 * panel_depth + 1}) {
       check(tile_rows + 3, task + 1, k, true);
     }
-    check(300, 50, 1101, false);  // several blocks of the depth, more rows than one has
-    check(1201, 20, 201, true);   // several blocks of rows
-    check(621, 5, 201, true);     // as many rows as fit, but for a packet that is not full
-    check(1, 17, 10001, false);
+    check(cut_rows, tile_columns<float> + 2, 2 * cut_depth<TestType>, false);
+    // Rows of 101 words lie 112 apart.
+    constexpr Index fitting = left_capacity / 112;
+    constexpr Index depth = 101 * TestType::steps;
+    check(2 * fitting - 41, 20, depth - 1, true);  // several blocks of rows
+    check(fitting, 5, depth, true);  // as many rows as fit, but for a packet that is not full
+    check(1, 17, (left_capacity / packet_size<float> + 1) * TestType::steps, false);
     check(2, 3 * task + 5, 65, true);
     check(130, 2 * task + 7, 40, true);
   });
@@ -155,9 +163,9 @@ TEMPLATE_TEST_CASE("bfloat16 gemm: shapes around the sizes of blocks", "[kernels
 
 TEMPLATE_TEST_CASE("bfloat16 gemm: a row has the same bits whatever rows it is multiplied with",
                    "[kernels][gemm]", FloatWords, BFloat16Words) {
-  constexpr Index total = 700;
+  constexpr Index total = 2 * left_rows + 150;
   const Index columns = GENERATE(as<Index>{}, 5, panel_columns<float> + 3);
-  const Index depth = GENERATE(as<Index>{}, 3, 901);
+  const Index depth = GENERATE(as<Index>{}, 3, 2 * cut_depth<TestType>);
   CAPTURE(columns, depth);
   const auto a = random_matrix<float>(total, depth, 1);
   const auto b = random_matrix<float>(depth, columns, 2);
@@ -175,7 +183,7 @@ TEMPLATE_TEST_CASE("bfloat16 gemm: a row has the same bits whatever rows it is m
       return c;
     };
     const Matrix<float> all = product(0, total);
-    for (const Index rows : {1, 2, 7, 9, 64, 300}) {
+    for (const Index rows : {Index{1}, Index{2}, Index{7}, Index{9}, Index{64}, cut_rows}) {
       CHECK(same_bits(product(13, rows), all.middleRows(13, rows)));
     }
   }
@@ -215,8 +223,8 @@ TEMPLATE_TEST_CASE("bfloat16 gemm: parts of C have the bits of the whole, and le
 
 TEMPLATE_TEST_CASE("bfloat16 gemm: the epilogue comes once for each element, when it is complete",
                    "[kernels][gemm]", FloatWords, BFloat16Words) {
-  const Index depth = GENERATE(as<Index>{}, 0, 9, 1101);
-  const Index rows = GENERATE(as<Index>{}, 3, 300);
+  const Index depth = GENERATE(as<Index>{}, 0, 9, cut_depth<TestType>);
+  const Index rows = GENERATE(as<Index>{}, 3, cut_rows);
   CAPTURE(depth, rows);
   const Index columns = panel_columns<float> + 21;
   const auto a = random_matrix<float>(rows, depth, 1);

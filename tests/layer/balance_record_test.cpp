@@ -56,6 +56,27 @@ TEST_CASE("balance record: figures worked by hand", "[layer]") {
   CHECK(moe::balance_record(tape_by_hand(), "middle", 7).drop_rate == 0);
 }
 
+TEST_CASE("balance record: the entropy leaves out tokens whose weights sum to 0 or less",
+          "[layer]") {
+  const auto entropy_with = [](std::vector<double> weights) {
+    auto tape = tape_by_hand();
+    for (std::size_t s = 0; s < weights.size(); ++s) tape.routing.weight[s] = weights[s];
+    return moe::balance_record(tape, "", 1).gate_entropy;
+  };
+  // Left of the three tokens: 0 and ln 4 - 3/4·ln 3, or ln 2 and the latter.
+  const double uneven = std::log(4.0) - 0.75 * std::log(3.0);
+  CHECK_THAT(entropy_with({0, 0}), Catch::Matchers::WithinAbs(uneven / 2, 1e-12));
+  CHECK_THAT(entropy_with({-0.5, -0.5}), Catch::Matchers::WithinAbs(uneven / 2, 1e-12));
+  CHECK_THAT(entropy_with({0.1, -0.3}), Catch::Matchers::WithinAbs(uneven / 2, 1e-12));
+  CHECK_THAT(entropy_with({0.5, 0.5, -0.8}),
+             Catch::Matchers::WithinAbs((std::log(2.0) + uneven) / 2, 1e-12));
+  CHECK(entropy_with({-1, -1, -1, -1, -1}) == 0);
+  // What the entropy is not defined for shows.
+  CHECK(std::isnan(entropy_with({0.7, -0.2})));
+  CHECK(std::isnan(entropy_with({std::numeric_limits<double>::quiet_NaN()})));
+  CHECK(std::isnan(entropy_with({-1, -1, std::numeric_limits<double>::quiet_NaN()})));
+}
+
 TEST_CASE("balance record: a header and rows of CSV", "[layer]") {
   CHECK(moe::BalanceRecord::csv_header() ==
         "step,layer,tokens,slots,loss,cv_importance,cv_load,max_over_mean_load,unused_experts,"

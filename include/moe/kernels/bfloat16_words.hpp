@@ -18,7 +18,7 @@
 ///     interleave(rows, stride, to)  those of rows that follow each other along K: `steps` rows
 ///                                 become one of words, the last packet filled up with zeros
 ///
-/// and round to nearest even; NaN stays NaN, and numbers below 2^-126 become 0, as the
+/// and round to nearest even; NaN stays NaN, and magnitudes below 2^-126 become 0, as the
 /// instruction has it. Beyond the end of K there are zeros.
 
 MOE_PACKETS_BEGIN
@@ -56,8 +56,6 @@ struct FloatWords {
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
-#define MOE_DOTS_BFLOAT16
-
 /// A word is two numbers of bfloat16, the first in the lower half, which vdpbf16ps multiplies and adds.
 struct PairWords {
   static constexpr Index steps = 2;

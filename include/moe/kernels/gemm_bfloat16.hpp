@@ -14,8 +14,8 @@
 /// Hence a row of C has the same bits whatever other rows are multiplied with it. Two processors may
 /// differ in the rounding of sums. Nothing allocates and nothing throws.
 ///
-/// A and B are rounded anew in each product, B once for all rows of A, which few rows of A do not make up
-/// for: docs/experiments.md has the figures.
+/// Each product rounds A and B again, B once for every block of rows of A. With few rows that takes longer
+/// than it saves: docs/experiments.md has the figures.
 
 MOE_PACKETS_BEGIN
 
@@ -26,15 +26,6 @@ constexpr Index round_up(Index count, Index unit) { return (count + unit - 1) / 
 /// Addresses that a tile of `depth` steps prefetches, as many at a time as it takes.
 inline Prefetch<float> prefetch_within(Index depth, const float* first, Index stride, Index count) {
   return {first, stride, count, (count * prefetch_stretch + depth - 1) / depth};
-}
-
-/// to[j][i] = from[i][j] of a packet of rows and columns.
-inline void transpose_square(const float* from, Index from_stride, float* to, Index to_stride) {
-  constexpr Index size = packet_size<float>;
-  Eigen::internal::PacketBlock<Packet<float>, static_cast<int>(size)> block;
-  for (Index i = 0; i < size; ++i) block.packet[i] = load(from + i * from_stride);
-  if constexpr (size > 1) Eigen::internal::ptranspose(block);
-  for (Index j = 0; j < size; ++j) store(to + j * to_stride, block.packet[j]);
 }
 
 /// B of A·B and of Aᵀ·B in words, from one of them on: rows that follow each other along K.
@@ -114,10 +105,14 @@ struct TransposedRows {
   }
 };
 
-/// Words of A that are packed at once: 256 KiB of L2, with the padding of its rows.
-inline constexpr Index left_rows = 256;
+/// Words of A that are packed at once, on the stack and in L2, with the padding of their rows: with AVX-512
+/// 256 rows of two panels, and fewer rows where a panel is deeper.
+inline constexpr Index left_capacity = 256 * (2 * 128 + 16);
+static_assert(left_capacity * static_cast<Index>(sizeof(float)) <= (Index{288} << 10));
 inline constexpr Index left_depth = 2 * panel_depth;
-inline constexpr Index left_capacity = left_rows * (left_depth + cache_line<float>);
+inline constexpr Index left_rows =
+    left_capacity / (left_depth + cache_line<float>) / packet_size<float> * packet_size<float>;
+static_assert(left_rows >= packet_size<float>);
 
 /// Calls pack_left(rows, words, stride, to) for blocks of A, M x K, to fill with words, and multiplies each
 /// with those of B.

@@ -78,6 +78,16 @@ void copy_transposed(const GatheredRows<Scalar>& rows, Index stride, Scalar* buf
   }
 }
 
+/// to[j][i] = from[i][j] of a packet of rows and columns.
+template <class Scalar>
+void transpose_square(const Scalar* from, Index from_stride, Scalar* to, Index to_stride) {
+  constexpr Index size = packet_size<Scalar>;
+  Eigen::internal::PacketBlock<Packet<Scalar>, static_cast<int>(size)> block;
+  for (Index i = 0; i < size; ++i) block.packet[i] = load(from + i * from_stride);
+  if constexpr (size > 1) Eigen::internal::ptranspose(block);
+  for (Index j = 0; j < size; ++j) store(to + j * to_stride, block.packet[j]);
+}
+
 /// to[j][i] = from[i][j], in square blocks of a packet that is no wider than a tile is high.
 template <class Scalar>
 void transpose_rows(ScatteredRows<Scalar> from, ScatteredRows<Scalar> to) {

@@ -29,9 +29,9 @@ struct BalanceRecord {
   double cv_load = 0;             ///< of the numbers of an expert's tokens, see Balance::load
   double max_over_mean_load = 0;  ///< the fullest expert over the mean
   Index unused_experts = 0;       ///< experts without a token
-  /// Σ_i −p_i·ln(p_i) in nats, p being the weights of a token's slots over their sum, which must be at
-  /// least 0: 0 where one expert has all the weight, ln(K) where K experts share it evenly. The mean over
-  /// the tokens with such a sum above 0.
+  /// Σ_i −p_i·ln(p_i) in nats, p being the weights of a token's slots, each at least 0, over their sum: 0
+  /// where one expert has all the weight, ln(K) where K experts share it evenly. The mean over the tokens
+  /// whose sum is above 0; NaN if one of these has a negative weight, or if any weight is NaN.
   double gate_entropy = 0;
   double unrouted_tokens = 0;  ///< share of the tokens that got no expert, 0 to 1
   double drop_rate = 0;        ///< share of the tokens' choices that found no place, 0 to 1
@@ -95,7 +95,7 @@ double mean_gate_entropy(const Routing<Scalar>& routing) {
     const Index end = of_token.first + of_token.count;
     double sum = 0;
     for (Index s = of_token.first; s < end; ++s) sum += static_cast<double>(routing.weight[s]);
-    if (sum == 0) continue;
+    if (sum <= 0) continue;
     ++counted;
     for (Index s = of_token.first; s < end; ++s) {
       const double p = static_cast<double>(routing.weight[s]) / sum;
