@@ -31,6 +31,10 @@ void run(const Options& o) {
 
   const double start = examples::seconds_now();
   const Model<Base> base = make_base(o, old_corpus, old_text);
+  if (examples::interrupted) {
+    std::puts("\ninterrupted before the first row");
+    return;
+  }
   print_header(o);
   const auto report = [&](const std::string& name, const Adapted& adapted) {
     std::puts(row(o, name, adapted).c_str());
