@@ -41,7 +41,8 @@ void for_each_form(const F& f) {
 /// Rows of A that take two blocks, and a depth for which such a block is cut in two, on any processor.
 constexpr Index cut_rows = 2 * left_rows - 1;
 template <class Words>
-constexpr Index cut_depth = (left_depth + 4) * Words::steps + 1;
+constexpr Index cut_depth = (left_depth + panel_depth) * Words::steps + 1;
+static_assert(left_rows * (left_depth + panel_depth) > left_capacity);
 
 /// a·b by each form, between other numbers and at each place of a word.
 template <class Words>

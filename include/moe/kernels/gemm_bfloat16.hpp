@@ -106,10 +106,10 @@ struct TransposedRows {
 };
 
 /// Words of A that are packed at once, on the stack and in L2, with the padding of their rows: with AVX-512
-/// 256 rows of two panels, and fewer rows where a panel is deeper.
-inline constexpr Index left_capacity = 256 * (2 * 128 + 16);
+/// 256 rows of two panels; where a panel is deeper, fewer rows of one.
+inline constexpr Index left_capacity = 256 * (256 + 16);
 static_assert(left_capacity * static_cast<Index>(sizeof(float)) <= (Index{288} << 10));
-inline constexpr Index left_depth = 2 * panel_depth;
+inline constexpr Index left_depth = round_up(256, panel_depth);
 inline constexpr Index left_rows =
     left_capacity / (left_depth + cache_line<float>) / packet_size<float> * packet_size<float>;
 static_assert(left_rows >= packet_size<float>);
