@@ -6,8 +6,8 @@
 #
 # With each of them, and with libc++ where a clang has it, in C++20 and C++23, the latter without RTTI:
 # all headers, and a program of tests/consumer, which is also run; the products that need AVX512-BF16, which
-# other processors only compile; then that -fno-exceptions gets an error that says so. The last line names what was not there. EIGEN is the folder of Eigen's headers
-# (/usr/include/eigen3).
+# other processors only compile; then that -fno-exceptions gets an error that says so. The last line names
+# what was not there. EIGEN is the folder of Eigen's headers (/usr/include/eigen3).
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)

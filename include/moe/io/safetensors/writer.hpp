@@ -164,9 +164,13 @@ class SafetensorsWriter {
   void write(const std::string& path) const {
     std::vector<const Entry*> order;
     for (const Entry& entry : entries_) order.push_back(&entry);
-    std::stable_sort(order.begin(), order.end(), [](const Entry* a, const Entry* b) {
-      return std::pair(a->aligned, detail::element_bits(a->type)) >
-             std::pair(b->aligned, detail::element_bits(b->type));
+    const auto key = [](const Entry* entry) {
+      return std::pair(entry->aligned, detail::element_bits(entry->type));
+    };
+    // Equal ones stay in the order of the vector. What std::stable_sort of GCC 12 calls is deprecated, of which
+    // clang 19 warns.
+    std::sort(order.begin(), order.end(), [&](const Entry* a, const Entry* b) {
+      return key(a) != key(b) ? key(a) > key(b) : a < b;
     });
     const std::string header = make_header(order);
     detail::require(header.size() <= detail::longest_header, "SafetensorsWriter: a header of ",
