@@ -107,7 +107,7 @@ struct TransposedRows {
 
 /// Words of A that are packed at once, on the stack and in L2, with the padding of their rows: with AVX-512
 /// 256 rows of two panels; where a panel is deeper, fewer rows of one.
-inline constexpr Index left_capacity = 256 * (256 + 16);
+inline constexpr Index left_capacity = Index{256} * (256 + 16);
 static_assert(left_capacity * static_cast<Index>(sizeof(float)) <= (Index{288} << 10));
 inline constexpr Index left_depth = round_up(256, panel_depth);
 inline constexpr Index left_rows =
