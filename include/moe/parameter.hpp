@@ -251,6 +251,15 @@ void check_shapes(const Module& module, std::string_view of) {
   });
 }
 
+/// Calls f(p, q) for the parameters of two modules that have as many, in their order. `of_second` is scratch.
+template <class First, class Second, class P, class F>
+void walk_together(First& first, Second& second, std::vector<P*>& of_second, F&& f) {
+  of_second.clear();
+  walk_parameters(second, [&](const ParameterName&, P& q) { of_second.push_back(&q); });
+  auto next = of_second.begin();
+  walk_parameters(first, [&](const ParameterName&, auto& p) { f(p, **next++); });
+}
+
 /// Throws std::invalid_argument unless two modules of a type have parameters of the same shapes. The
 /// message begins with `of`, which the name of the parameter in the module follows.
 template <class Module>

@@ -29,6 +29,26 @@ using test::TemporaryFolder;
 
 namespace {
 
+/// A model whose network() is no module.
+template <class Layer>
+struct NamedModel {
+  Layer layer;
+
+  static const char* network() { return "mixture"; }
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("layer", self.layer);
+  }
+};
+
+/// Numbers in whatever is trained.
+template <class Module>
+void randomize_adapters(Module& module) {
+  for_each_parameter(module, [seed = std::uint64_t{4}](const std::string&, auto& p) mutable {
+    if (p.trained) p.value = random_matrix(p.value.rows(), p.value.cols(), ++seed);
+  });
+}
+
 constexpr const char* config_file = "/adapter_config.json";
 constexpr const char* tensors_file = "/adapter_model.safetensors";
 
@@ -717,6 +737,21 @@ TEST_CASE("adapters: trained parameters that would get lost are refused", "[io][
                       Contains(trained + " is trained and no part of an adapter"));
     CHECK(folder.files().empty());
   }
+}
+
+TEST_CASE("adapters: a model that has a network() of its own", "[io][adapt]") {
+  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
+  using Adapted = MoELayer<Lora<FeedForward, double>, TopKGate<double>>;
+  const Layer layer(
+      {.width = 4, .expert = {.hidden = 3}, .gate = {.experts = 2, .top_k = 1}, .seed = 1});
+  const TemporaryFolder folder;
+  NamedModel<Adapted> model{adapt(layer, LoraConfig{.rank = 2}, Seed{1})};
+  randomize_adapters(model);
+  save_adapters(folder.file("a"), model);
+  NamedModel<Adapted> again{adapt(layer, LoraConfig{.rank = 2}, Seed{2})};
+  load_adapters(folder.file("a"), again);
+  const auto x = random_matrix(10, 4, 1);
+  CHECK(same_bits(again.layer.evaluate(x), model.layer.evaluate(x)));
 }
 
 TEST_CASE("adapters: a prefix does not run into names", "[io][adapt]") {

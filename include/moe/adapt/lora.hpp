@@ -59,12 +59,10 @@ Module frozen(Module module) {
 /// A module of which is trained what is in a fresh one of this configuration.
 template <class Module>
 Module unfrozen(Module module, const typename Module::Config& config) {
-  std::vector<bool> trained;
   const Module fresh(config, 0);
-  walk_parameters(fresh,
-                  [&](const ParameterName&, const auto& p) { trained.push_back(p.trained); });
-  std::size_t next = 0;
-  walk_parameters(module, [&](const ParameterName&, auto& p) { p.trained = trained[next++]; });
+  std::vector<const Parameter<typename Module::Scalar>*> of_fresh;
+  walk_together(module, fresh, of_fresh,
+                [](auto& p, const auto& as_made) { p.trained = as_made.trained; });
   return module;
 }
 
@@ -110,22 +108,25 @@ MoELayer<Lora<FeedForward, Scalar>, LoraGate<Gate>, Dispatch> adapt(
 
 namespace detail {
 
-template <class Gate>
-Gate merged_gate(const Gate& gate, const typename Gate::Config& config) {
-  return unfrozen(gate, config);
-}
-template <class Gate>
-Gate merged_gate(const LoraGate<Gate>& gate, const typename LoraGate<Gate>::Config& config) {
-  return unfrozen(gate.merged(), config.gate);
-}
+// The gate without adapters, and its configuration in that of a layer.
 
-template <class Config>
-const Config& merged_gate_config(const Config& config) {
+template <class Gate>
+const Gate& merged_gate(const Gate& gate) {
+  return gate;
+}
+template <class Gate>
+Gate merged_gate(const LoraGate<Gate>& gate) {
+  return gate.merged();
+}
+template <class Gate>
+const auto& merged_gate_config(const Gate&, const typename Gate::Config& config) {
   return config;
 }
-template <class Config>
-requires requires(const Config& config) { config.lora; }
-const auto& merged_gate_config(const Config& config) { return config.gate; }
+template <class Gate>
+const auto& merged_gate_config(const LoraGate<Gate>&,
+                               const typename LoraGate<Gate>::Config& config) {
+  return config.gate;
+}
 
 }  // namespace detail
 
@@ -136,15 +137,16 @@ auto merged(const MoELayer<Lora<FeedForward, Stored>, Gate, Dispatch>& layer,
             Dispatch policy = Dispatch()) {
   using Scalar = typename Lora<FeedForward, Stored>::Scalar;
   using Plain = Expert<FeedForward, Scalar>;
-  auto gate = detail::merged_gate(layer.gate(), layer.config().gate);
+  const auto& gate_config = detail::merged_gate_config(layer.gate(), layer.config().gate);
+  auto gate = detail::unfrozen(detail::merged_gate(layer.gate()), gate_config);
   using Layer = MoELayer<Plain, decltype(gate), Dispatch>;
   std::vector<Plain> experts;
   experts.reserve(layer.experts().size());
   for (const auto& expert : layer.experts()) {
     experts.emplace_back(expert.network().merged(), layer.config().width);
   }
-  const auto config = detail::config_with<Layer>(layer.config(), layer.config().expert.network,
-                                                 detail::merged_gate_config(layer.config().gate));
+  const auto config =
+      detail::config_with<Layer>(layer.config(), layer.config().expert.network, gate_config);
   return Layer(config, std::move(gate), std::move(experts), std::move(policy));
 }
 

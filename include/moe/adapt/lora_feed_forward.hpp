@@ -8,6 +8,7 @@
 #include "moe/adapt/lora_config.hpp"
 #include "moe/adapt/low_rank.hpp"
 #include "moe/experts/feed_forward.hpp"
+#include "moe/layer/layer_config.hpp"
 
 /// \file
 /// Lora<FeedForward>: an expert whose weights are frozen, with low-rank adapters that are trained.
@@ -71,6 +72,17 @@ void add_weight_gradient(LoraWeight<Scalar, Base>& weight,
   add_weight_gradient(weight.base, a, b, rows, start, products);
 }
 
+/// A copy of a parameter that is not trained, without its gradient.
+template <class Scalar>
+Parameter<Scalar> frozen_copy(const Parameter<Scalar>& from) {
+  Parameter<Scalar> copy;
+  copy.value = from.value;
+  copy.trained = false;
+  copy.stored.rows = from.stored.rows;
+  copy.stored.columns = from.stored.columns;
+  return copy;
+}
+
 /// What an adapted network is made from, by what its weights are stored in: a Scalar, or a narrow format
 /// (moe/adapt/narrow_lora.hpp).
 template <class Stored>
@@ -86,10 +98,6 @@ struct LoraBase {
   }
   static Network make(const FeedForwardConfig& config, std::uint64_t seed) {
     return Network(config, seed);
-  }
-  static void freeze(Weight& weight) {
-    weight.trained = false;
-    weight.stored.memory.resize(0, 0);
   }
   /// The numbers that a weight stands for.
   static const Matrix<Scalar>& numbers(const Weight& weight) { return weight.value; }
@@ -148,7 +156,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
             if (part == name) adapt(name, from, derive_seed(seed, stream++), to);
           }
         } else if constexpr (std::is_convertible_v<decltype(from), const Parameter<Scalar>&>) {
-          if (part == name) freeze(from, to);
+          if (part == name) to = detail::frozen_copy(from);
         }
       });
     });
@@ -179,11 +187,10 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   /// Multiply-adds of a row.
   Index row_work() const {
     Index work = 0;
-    Base::visit_parts(*this, [&](std::string_view name, const auto& part) {
+    Base::visit_parts(*this, [&](std::string_view, const auto& part) {
       if constexpr (std::is_same_v<decltype(part), const Weight&>) {
         work += config_.network.width * config_.network.hidden + part.low_rank.size();
       }
-      static_cast<void>(name);
     });
     return work;
   }
@@ -217,6 +224,15 @@ class LoraFeedForward : public detail::FeedForwardPasses<
       }
     });
   }
+  /// visit(map, adapter) for every map that can have one: "gate", "up" or "down".
+  template <class Self, class Visitor>
+  static void visit_adapters(Self& self, Visitor visit) {
+    Base::visit_parts(self, [&](std::string_view name, auto& part) {
+      if constexpr (!detail::is_parameter<std::remove_cvref_t<decltype(part)>>) {
+        visit(map_of(name), part.low_rank);
+      }
+    });
+  }
 
  private:
   /// "up" of "up.weight".
@@ -225,32 +241,24 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   }
   static Config completed(Config config) {
     if (config.width == 0) config.width = config.network.width;
-    if (config.network.width == 0) config.network.width = config.width;
-    detail::require(config.network.width == config.width,
-                    "LoraFeedForward::Config.network.width = ", config.network.width,
-                    ", must be 0 or Config.width = ", config.width);
+    detail::complete_width("LoraFeedForward", "network", config.width, config.network.width);
     return config;
   }
 
   void adapt(std::string_view name, const typename Frozen::Weight& from, std::uint64_t seed,
              Weight& to) {
-    to.base = from;
-    Frozen::freeze(to.base);
+    using detail::frozen_copy;
+    to.base = frozen_copy(from);
     const std::string_view map = map_of(name);
     const LoraConfig& lora = config_.lora;
-    if (!(map == "gate" ? lora.gate : map == "up" ? lora.up : lora.down)) return;
+    const bool has_adapter = map == "gate" ? lora.gate : map == "up" ? lora.up : lora.down;
+    if (lora.rank == 0 || !has_adapter) return;
     const bool is_down = map == "down";
     const FeedForwardConfig& network = config_.network;
-    if (lora.rank == 0) return;
     to.low_rank = {is_down ? network.hidden : network.width,
                    is_down ? network.width : network.hidden, lora.rank, detail::lora_factor(lora),
                    seed};
   }
-  static void freeze(const Parameter<Scalar>& from, Parameter<Scalar>& to) {
-    to.value = from.value;
-    to.trained = false;
-  }
-
   Index rank_column() const { return Base::parts_column() + Base::panels(); }
 
   Config config_;

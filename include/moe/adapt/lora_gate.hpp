@@ -13,6 +13,7 @@
 #include "moe/adapt/lora_config.hpp"
 #include "moe/adapt/low_rank.hpp"
 #include "moe/gates/gate.hpp"
+#include "moe/layer/layer_config.hpp"
 
 /// \file
 /// A gate whose weights are frozen, with low-rank adapters that are trained.
@@ -211,10 +212,7 @@ class LoraGate {
 
   static Config completed(Config config) {
     if (config.width == 0) config.width = config.gate.width;
-    if (config.gate.width == 0) config.gate.width = config.width;
-    detail::require(config.gate.width == config.width,
-                    "LoraGate::Config.gate.width = ", config.gate.width,
-                    ", must be 0 or Config.width = ", config.width);
+    detail::complete_width("LoraGate", "gate", config.width, config.gate.width);
     return config;
   }
 
@@ -249,13 +247,8 @@ class LoraGate {
       }
       const detail::LowRank<Scalar>& adapter = adapters_[i].low_rank;
       if (adapter.rank() > 0 && (adapter.a.trained || adapter.b.trained)) weight.trained = true;
-      detail::add_low_rank(adapters_[i].low_rank, tape.sums[i].scaled_a, weight.value);
+      detail::add_low_rank(adapter, tape.sums[i].scaled_a, weight.value);
     });
-  }
-
-  using Holds = typename Accumulation<Scalar>::Holds;
-  static Start start_of(Holds holds) {
-    return holds == Holds::stale ? Start::zero : Start::accumulate;
   }
 
   /// dA += factor·G·Bᵀ and dB += factor·Aᵀ·G; G is scaled.
@@ -263,31 +256,25 @@ class LoraGate {
     if (w.rank() == 0) return;
     detail::scale_rows(w.factor, view(g));
     if (w.a.trained) {
-      const auto [memory, holds] = w.a.accumulate();
-      detail::gemm(GemmNT<Scalar>{.a = g, .b = w.b.value, .c = memory, .start = start_of(holds)});
+      const bool replace = detail::accumulate(w.a, true);
+      detail::gemm(GemmNT<Scalar>{
+          .a = g, .b = w.b.value, .c = w.a.gradient(), .start = detail::start_of(replace)});
     }
     if (w.b.trained) {
-      const auto [memory, holds] = w.b.accumulate();
-      detail::gemm(
-          GemmTN<Scalar>{.a = w.a.value, .b = g, .c = view(memory), .start = start_of(holds)});
+      const bool replace = detail::accumulate(w.b, true);
+      detail::gemm(GemmTN<Scalar>{
+          .a = w.a.value, .b = g, .c = view(w.b.gradient()), .start = detail::start_of(replace)});
     }
   }
 
   /// Of what is trained of gate() after all.
   void add_own_gradients(Tape& tape) {
-    tape.parameters.clear();
-    detail::walk_parameters(*tape.gate, [&](const ParameterName&, Parameter<Scalar>& p) {
-      tape.parameters.push_back(&p);
-    });
-    std::size_t next = 0;
-    detail::walk_parameters(gate_, [&](const ParameterName&, Parameter<Scalar>& p) {
-      Parameter<Scalar>& of_sum = *tape.parameters[next++];
+    detail::walk_together(gate_, *tape.gate, tape.parameters, [](auto& p, auto& of_sum) {
       if (!p.trained || detail::is_idle(of_sum, Updates::lazy)) return;
-      const auto [memory, holds] = p.accumulate();
-      if (holds == Holds::stale) {
-        memory = of_sum.gradient();
+      if (detail::accumulate(p, true)) {
+        p.gradient() = of_sum.gradient();
       } else {
-        memory += of_sum.gradient();
+        p.gradient() += of_sum.gradient();
       }
     });
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "moe/kernels/gemm.hpp"
 #include "moe/parameter.hpp"
@@ -76,40 +77,30 @@ MatrixOperand<Scalar> rows_of_b(const LowRank<Scalar>& w, Range ranks) {
   return {row_data(w.b.value, ranks.first), ranks.count, columns, columns};
 }
 
-/// C = x·(factor·A·B) with the rows, the columns and the start of a product, whose own B, bias and epilogue
-/// come later.
-template <class Scalar, class Operand>
-void multiply_low_rank(const LowRank<Scalar>& w, const GemmNN<Scalar, Operand>& product) {
+/// C = x·(factor·A·B) of a GemmNN, C = dy·(factor·A·B)ᵀ of a GemmNT, with the rows, the columns and the start
+/// of the product, whose own B, bias and epilogue come later.
+template <template <class, class> class Form, class Scalar, class Operand>
+void multiply_low_rank(const LowRank<Scalar>& w, const Form<Scalar, Operand>& product) {
+  using Product = Form<Scalar, MatrixOperand<Scalar>>;
+  constexpr bool transposed = std::is_same_v<Product, GemmNT<Scalar>>;
+  const auto first = [&](Range ranks) {
+    return transposed ? rows_of_b(w, ranks) : columns_of_a(w, ranks);
+  };
+  const auto second = [&](Range ranks) {
+    return transposed ? columns_of_a(w, ranks) : rows_of_b(w, ranks);
+  };
   through_rank<Scalar>(
       w.factor, product.a.count(), w.rank(),
       [&](Range rows, Range ranks, MatrixView<Scalar> t) {
-        gemm_serial(GemmNN<Scalar>{
-            .a = product.a.slice(rows.first, rows.count), .b = columns_of_a(w, ranks), .c = t});
+        gemm_serial(
+            Product{.a = product.a.slice(rows.first, rows.count), .b = first(ranks), .c = t});
       },
       [&](Range rows, Range ranks, MatrixView<Scalar> t) {
-        gemm_serial(GemmNN<Scalar>{.a = t,
-                                   .b = rows_of_b(w, ranks),
-                                   .c = product.c.slice(rows.first, rows.count),
-                                   .columns = product.columns,
-                                   .start = ranks.first > 0 ? Start::accumulate : product.start});
-      });
-}
-
-/// C = dy·(factor·A·B)ᵀ likewise.
-template <class Scalar, class Operand>
-void multiply_low_rank(const LowRank<Scalar>& w, const GemmNT<Scalar, Operand>& product) {
-  through_rank<Scalar>(
-      w.factor, product.a.count(), w.rank(),
-      [&](Range rows, Range ranks, MatrixView<Scalar> t) {
-        gemm_serial(GemmNT<Scalar>{
-            .a = product.a.slice(rows.first, rows.count), .b = rows_of_b(w, ranks), .c = t});
-      },
-      [&](Range rows, Range ranks, MatrixView<Scalar> t) {
-        gemm_serial(GemmNT<Scalar>{.a = t,
-                                   .b = columns_of_a(w, ranks),
-                                   .c = product.c.slice(rows.first, rows.count),
-                                   .columns = product.columns,
-                                   .start = ranks.first > 0 ? Start::accumulate : product.start});
+        gemm_serial(Product{.a = t,
+                            .b = second(ranks),
+                            .c = product.c.slice(rows.first, rows.count),
+                            .columns = product.columns,
+                            .start = ranks.first > 0 ? Start::accumulate : product.start});
       });
 }
 
@@ -119,7 +110,7 @@ void multiply_low_rank(const LowRank<Scalar>& w, const GemmNT<Scalar, Operand>& 
 template <class Scalar>
 void add_low_rank_gradients(LowRank<Scalar>& w, const GatheredRows<Scalar>& x,
                             const GatheredRows<Scalar>& dy, MatrixView<Scalar> t, bool replace) {
-  const Start start = replace ? Start::zero : Start::accumulate;
+  const Start start = start_of(replace);
   const GatheredRows<Scalar> rows_of_t(t);
   if (w.b.trained) {
     gemm_serial(GemmNN<Scalar>{.a = x, .b = w.a.value, .c = t});

@@ -15,6 +15,12 @@ namespace moe {
 
 namespace detail {
 
+/// Narrow weights are never trained; the copy shares their memory.
+template <NarrowFormat Format>
+NarrowWeight<Format> frozen_copy(const NarrowWeight<Format>& from) {
+  return from;
+}
+
 template <NarrowFormat Format>
 struct LoraBase<Format> {
   using Scalar = float;
@@ -29,7 +35,6 @@ struct LoraBase<Format> {
   static Network make(const FeedForwardConfig& config, std::uint64_t seed) {
     return Network(FeedForward<float>(config, seed));
   }
-  static void freeze(Weight&) {}
   static Matrix<float> numbers(const Weight& weight) { return weight.matrix.decoded(); }
 };
 

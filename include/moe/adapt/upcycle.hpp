@@ -45,12 +45,9 @@ FeedForward<Scalar> slice_of(const FeedForward<Scalar>& dense, Index slice, Inde
   FeedForwardConfig config = dense.config();
   config.hidden /= slices;
   FeedForward<Scalar> part(config, 0);
-  std::vector<const Parameter<Scalar>*> whole;
-  walk_parameters(dense, [&](const ParameterName&, const auto& p) { whole.push_back(&p); });
-  auto next = whole.begin();
   const Index first = slice * config.hidden;
-  walk_parameters(part, [&](const ParameterName&, Parameter<Scalar>& p) {
-    const Parameter<Scalar>& from = **next++;
+  std::vector<const Parameter<Scalar>*> whole;
+  walk_together(part, dense, whole, [&](auto& p, const auto& from) {
     p.trained = from.trained;
     if (p.value.rows() != from.value.rows()) {
       p.value = static_cast<Scalar>(slices) * from.value.middleRows(first, config.hidden);

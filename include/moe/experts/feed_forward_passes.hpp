@@ -330,8 +330,6 @@ class FeedForwardPasses {
     return {block.weight + row, 1};
   }
 
-  static Start start_of(bool replace) { return replace ? Start::zero : Start::accumulate; }
-
   /// Calls f(W, A, B) for every weight, whose gradient is Aᵀ·B: in the order of gradient_rows().
   template <class F>
   void for_each_weight_product(const Block& block, const MatrixRef<Scalar>& dy, F&& f) {

@@ -1,13 +1,10 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <cstddef>
+#include <concepts>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <map>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <string>
@@ -18,7 +15,7 @@
 #include <vector>
 
 #include "moe/adapt/lora.hpp"
-#include "moe/io/pretrained/model_config.hpp"
+#include "moe/io/adapters/adapter_config.hpp"
 #include "moe/io/safetensors.hpp"
 
 /// \file
@@ -43,44 +40,75 @@ inline std::string file_in(const std::string& folder, std::string_view name) {
   return (std::filesystem::path(folder) / name).string();
 }
 
-template <class Type>
-inline constexpr bool is_lora_weight = false;
-template <class Scalar, class Base>
-inline constexpr bool is_lora_weight<LoraWeight<Scalar, Base>> = true;
-template <class Type>
-inline constexpr bool is_lora_gate = false;
-template <class Gate>
-inline constexpr bool is_lora_gate<LoraGate<Gate>> = true;
+/// What adapters were made with: that of an expert's maps, or of a gate.
+inline LoraGateConfig settings_of(const LoraGateConfig& config) { return config; }
+inline LoraGateConfig settings_of(const LoraConfig& config) {
+  return {.rank = config.rank, .alpha = config.alpha, .rank_stabilized = config.rank_stabilized};
+}
 
 template <class Type>
 inline constexpr bool is_lora_network = false;
 template <class Stored>
 inline constexpr bool is_lora_network<LoraFeedForward<Stored>> = true;
+template <class Type>
+inline constexpr bool is_lora_gate = false;
+template <class Gate>
+inline constexpr bool is_lora_gate<LoraGate<Gate>> = true;
+template <class Type>
+concept LoraExpert = requires {
+  typename Type::Network;
+}
+&&is_lora_network<typename Type::Network>&&
+    std::derived_from<Type, ExpertOf<typename Type::Network>>;
+
+/// Calls f(name, part) for every adapted network and gate in a module.
+template <class Module, class F>
+void walk_adapted(Module& module, const ParameterName& name, F& f) {
+  using Type = std::remove_const_t<Module>;
+  if constexpr (is_lora_network<Type> || is_lora_gate<Type>) {
+    f(name, module);
+  } else if constexpr (LoraExpert<Type>) {
+    walk_adapted(module.network(), name, f);
+  } else if constexpr (is_vector<Type>) {
+    Index index = 0;
+    for (auto& element : module) walk_adapted(element, ParameterName(name, index++), f);
+  } else if constexpr (!is_parameter<Type>) {
+    Type::visit_parameters(module, [&](std::string_view part, auto& member) {
+      walk_adapted(member, ParameterName(name, part), f);
+    });
+  }
+}
+template <class Module, class F>
+void for_each_adapted(Module& module, F&& f) {
+  walk_adapted(module, ParameterName(), f);
+}
 
 /// Throws std::invalid_argument if a part with adapters has other trained parameters, which the files of
 /// adapters do not have.
 template <class Module>
-void check_only_adapters_trained(const Module& module, const ParameterName& name) {
-  if constexpr (is_lora_network<Module> || is_lora_gate<Module>) {
-    walk_parameters(module, [&](const ParameterName& of, const auto& parameter) {
-      const std::string text = of.string();
+void check_only_adapters_trained(const Module& module) {
+  for_each_adapted(module, [](const ParameterName& name, const auto& part) {
+    walk_parameters(part, [&](const ParameterName& of_part, const auto& parameter) {
+      const std::string text = of_part.string();
       const bool is_adapter = text.ends_with("lora_A.weight") || text.ends_with("lora_B.weight");
       require(is_adapter || !parameter.trained,
               "save_adapters: ", ParameterName(name, text).string(),
               " is trained and no part of an adapter; save_parameters() saves it");
     });
-  } else if constexpr (is_vector<Module>) {
-    Index index = 0;
-    for (const auto& element : module) {
-      check_only_adapters_trained(element, ParameterName(name, index++));
-    }
-  } else if constexpr (requires { module.network(); }) {
-    check_only_adapters_trained(module.network(), name);
-  } else if constexpr (!is_parameter<Module>) {
-    Module::visit_parameters(module, [&](std::string_view part, const auto& member) {
-      check_only_adapters_trained(member, ParameterName(name, part));
-    });
-  }
+  });
+}
+
+/// Calls f(name of the map, LowRank, LoraGateConfig) for every adapter in a module whose rank is not 0.
+template <class Module, class F>
+void for_each_adapter(Module& module, F&& f) {
+  for_each_adapted(module, [&](const ParameterName& name, auto& part) {
+    const LoraGateConfig lora = settings_of(part.config().lora);
+    std::remove_cvref_t<decltype(part)>::visit_adapters(
+        part, [&](std::string_view map, auto& low_rank) {
+          if (low_rank.rank() == 0) return;
+          f(map.empty() ? name.string() : ParameterName(name, map).string(), low_rank, lora);
+        });
+  });
 }
 
 /// A map's name after a prefix. Throws std::invalid_argument where the two would run together.
@@ -88,49 +116,6 @@ inline std::string prefixed_map(const std::string& prefix, const std::string& na
   require(name.empty() || prefix.empty() || prefix.back() == '.', "adapters: the prefix \"",
           plain(prefix), "\" must end in '.'");
   return prefix + name;
-}
-
-/// What adapters were made with: that of an expert's maps, or of a gate.
-inline LoraGateConfig settings_of(const LoraGateConfig& config) { return config; }
-inline LoraGateConfig settings_of(const LoraConfig& config) {
-  return {.rank = config.rank, .alpha = config.alpha, .rank_stabilized = config.rank_stabilized};
-}
-
-/// Calls f(name of the map, LowRank, LoraGateConfig) for every adapter in a module whose rank is not 0;
-/// `settings` are those of the module that it is a part of.
-template <class Module, class F>
-void walk_adapters(Module& module, const ParameterName& name, const LoraGateConfig& settings,
-                   F& f) {
-  using Type = std::remove_const_t<Module>;
-  if constexpr (is_lora_weight<Type>) {
-    if (module.low_rank.rank() > 0) f(name.string(), module.low_rank, settings);
-  } else if constexpr (is_lora_gate<Type>) {
-    Type::visit_adapters(module, [&](std::string_view part, auto& low_rank) {
-      if (low_rank.rank() == 0) return;
-      f(part.empty() ? name.string() : ParameterName(name, part).string(), low_rank,
-        module.config().lora);
-    });
-  } else if constexpr (is_vector<Type>) {
-    Index index = 0;
-    for (auto& element : module) walk_adapters(element, ParameterName(name, index++), settings, f);
-  } else if constexpr (!is_parameter<Type>) {
-    const auto walk = [&](const LoraGateConfig& of_parts) {
-      Type::visit_parameters(module, [&](std::string_view part, auto& member) {
-        walk_adapters(member, ParameterName(name, part), of_parts, f);
-      });
-    };
-    if constexpr (requires { settings_of(module.network().config().lora); }) {
-      walk(settings_of(module.network().config().lora));
-    } else if constexpr (requires { settings_of(module.config().lora); }) {
-      walk(settings_of(module.config().lora));
-    } else {
-      walk(settings);
-    }
-  }
-}
-template <class Module, class F>
-void for_each_adapter(Module& module, F&& f) {
-  walk_adapters(module, ParameterName(), LoraGateConfig(), f);
 }
 
 /// The tensors of a map's adapter.
@@ -143,163 +128,6 @@ inline std::pair<std::string, std::string> adapter_tensors(const std::string& ma
 template <class Scalar>
 std::vector<std::uint64_t> transposed_shape(const Matrix<Scalar>& matrix) {
   return {static_cast<std::uint64_t>(matrix.cols()), static_cast<std::uint64_t>(matrix.rows())};
-}
-
-inline constexpr std::string_view plain_names = "letters, digits, '_', '-' and '.' only";
-/// Whether PEFT, to which names in its patterns are regular expressions, takes a text for itself.
-inline bool is_plain_name(std::string_view name) {
-  constexpr std::string_view plain_characters =
-      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.";
-  return !name.empty() && name.find_first_not_of(plain_characters) == std::string_view::npos;
-}
-
-/// The settings of adapters in a file. Settings that are missing or null have PEFT's defaults; rank and alpha
-/// must not be missing.
-class AdapterConfig {
- public:
-  /// Throws std::runtime_error, which names the key, for a setting that the library does not have.
-  explicit AdapterConfig(const std::string& path) : settings_(path) {
-    if (settings_.text("peft_type") != "LORA") settings_.refuse("peft_type", "\"LORA\"");
-    if (settings_.text("bias", "none") != "none") settings_.refuse("bias", "\"none\"");
-    for (const char* key : {"use_dora", "use_qalora", "fan_in_fan_out", "lora_bias"}) {
-      if (settings_.flag(key, false)) settings_.refuse(key, "false");
-    }
-    for (const char* key : {"modules_to_save", "layer_replication", "target_parameters",
-                            "alora_invocation_tokens", "trainable_token_indices", "use_bdlora",
-                            "arrow_config", "kasa_config", "monteclora_config"}) {
-      if (!settings_.is_empty(key)) settings_.refuse(key, "null or empty");
-    }
-    // Others subtract from the frozen weight what the adapter starts with.
-    if (settings_.is_text("init_lora_weights")) {
-      const std::string start = settings_.text("init_lora_weights");
-      if (start != "gaussian" && start != "orthogonal" && start != "eva") {
-        settings_.refuse("init_lora_weights",
-                         "true, false, \"gaussian\", \"orthogonal\" or \"eva\"");
-      }
-    }
-    is_stabilized_ = settings_.flag("use_rslora", false);
-    rank_patterns_ = patterns("rank_pattern");
-    alpha_patterns_ = patterns("alpha_pattern");
-  }
-
-  /// The settings of a map.
-  LoraGateConfig of(const std::string& map) const {
-    const auto [ranks, rank_key] = place(map, "r", rank_patterns_);
-    const auto [alphas, alpha_key] = place(map, "lora_alpha", alpha_patterns_);
-    const Index rank = ranks->count(rank_key);
-    if (rank == 0) ranks->refuse(rank_key, "at least 1");
-    return {.rank = rank, .alpha = alphas->number(alpha_key), .rank_stabilized = is_stabilized_};
-  }
-
-  const std::string& path() const { return settings_.path(); }
-
- private:
-  std::optional<io::ModelConfig> patterns(const std::string& key) const {
-    if (settings_.is_empty(key)) return std::nullopt;
-    io::ModelConfig patterns = settings_.part(key);
-    for (const std::string& pattern : patterns.keys()) {
-      const std::string_view name = std::string_view(pattern).substr(pattern.starts_with('^'));
-      if (is_plain_name(name)) continue;
-      fail_file(path(), '"', key, "\" has \"", plain(pattern), "\", must have ", plain_names);
-    }
-    return patterns;
-  }
-
-  /// The pattern of a map. A pattern is for the module with this name and for those whose name ends in it after
-  /// a dot; with ^ it is for the first only.
-  std::pair<const io::ModelConfig*, std::string> place(
-      const std::string& map, const char* key,
-      const std::optional<io::ModelConfig>& patterns) const {
-    if (!patterns.has_value()) return {&settings_, key};
-    std::string found;
-    const auto look_for = [&](const std::string& pattern) {
-      if (!patterns->has(pattern)) return;
-      // PEFT takes the one that the file has first.
-      if (!found.empty()) {
-        fail_file(path(), "\"", found, "\" and \"", pattern, "\" are both patterns of ",
-                  plain(map));
-      }
-      found = pattern;
-    };
-    look_for('^' + map);
-    look_for(map);
-    for (std::size_t dot = map.find('.'); dot != std::string::npos; dot = map.find('.', dot + 1)) {
-      look_for(map.substr(dot + 1));
-    }
-    if (found.empty()) return {&settings_, key};
-    return {&*patterns, found};
-  }
-
-  io::ModelConfig settings_;
-  bool is_stabilized_ = false;
-  std::optional<io::ModelConfig> rank_patterns_{};
-  std::optional<io::ModelConfig> alpha_patterns_{};
-};
-
-/// A number as JSON; a whole number without a fraction, 16 and not 16.0, as in PEFT.
-inline nlohmann::json plain_number(double value) {
-  if (value != std::round(value) || std::abs(value) > 1e15) return value;
-  return static_cast<std::int64_t>(value);
-}
-
-/// The value of a setting that most maps have.
-template <class Value>
-Value commonest(const std::map<Value, Index>& counts) {
-  const auto most =
-      std::max_element(counts.begin(), counts.end(),
-                       [](const auto& a, const auto& b) { return a.second < b.second; });
-  return most->first;
-}
-
-/// adapter_config.json of adapters by their maps.
-inline nlohmann::json adapter_config(
-    const std::vector<std::pair<std::string, LoraGateConfig>>& maps) {
-  // PEFT has one flag for all.
-  const bool is_stabilized = std::all_of(
-      maps.begin(), maps.end(), [](const auto& map) { return map.second.rank_stabilized; });
-  const auto alpha_of = [&](const LoraGateConfig& lora) {
-    if (lora.rank_stabilized == is_stabilized) return lora.alpha;
-    return lora_factor(lora) * static_cast<double>(lora.rank);
-  };
-  std::map<Index, Index> ranks;
-  std::map<double, Index> alphas;
-  for (const auto& [map, lora] : maps) {
-    ++ranks[lora.rank];
-    ++alphas[alpha_of(lora)];
-    require(std::isfinite(alpha_of(lora)), "save_adapters: alpha of ", map, " is ", alpha_of(lora),
-            ", must be finite");
-  }
-  const Index rank = commonest(ranks);
-  const double alpha = commonest(alphas);
-
-  nlohmann::json targets = nlohmann::json::array();
-  nlohmann::json rank_pattern = nlohmann::json::object();
-  nlohmann::json alpha_pattern = nlohmann::json::object();
-  std::string expression;
-  bool is_ambiguous = false;
-  for (const auto& [map, lora] : maps) {
-    targets.push_back(map);
-    // A module in the list stands for all whose names end in it after a dot: "gate" for the gated experts'
-    // "experts.0.gate" too. An expression stands for whole names.
-    is_ambiguous = is_ambiguous || map.find('.') == std::string::npos;
-    if (!expression.empty()) expression += '|';
-    for (const char c : map) expression += c == '.' ? std::string("\\.") : std::string(1, c);
-    if (lora.rank != rank) rank_pattern['^' + map] = lora.rank;
-    if (alpha_of(lora) != alpha) alpha_pattern['^' + map] = plain_number(alpha_of(lora));
-  }
-  return {{"peft_type", "LORA"},
-          {"task_type", nullptr},
-          {"base_model_name_or_path", nullptr},
-          {"inference_mode", true},
-          {"bias", "none"},
-          {"fan_in_fan_out", false},
-          {"use_rslora", is_stabilized},
-          {"lora_dropout", 0.0},
-          {"r", rank},
-          {"lora_alpha", plain_number(alpha)},
-          {"target_modules", is_ambiguous ? nlohmann::json(expression) : targets},
-          {"rank_pattern", rank_pattern},
-          {"alpha_pattern", alpha_pattern}};
 }
 
 /// What all adapters of a folder have whose map is_one(). Throws std::runtime_error, which calls them those
@@ -336,16 +164,15 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 /// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias that
 /// moved, must be saved by other means. Throws std::invalid_argument if the module has no adapters, an
 /// adapted expert or gate has a trained parameter that is no adapter's, the prefix of a name does not end in
-/// a dot, a name is empty or has anything but letters,
-/// digits, '_', '-' and '.', or an alpha is too large for the file, and std::runtime_error, which says why,
-/// if a file cannot be written.
+/// a dot, a name is empty or has anything but letters, digits, '_', '-' and '.', or an alpha is too large for
+/// the file; and std::runtime_error, which says why, if a file cannot be written.
 template <class Module>
 void save_adapters(const std::string& folder, const Module& module,
                    const std::string& prefix = {}) {
   SafetensorsWriter writer;
   std::vector<std::pair<std::string, LoraGateConfig>> maps;
   detail::check_shapes(module, "save_adapters");
-  detail::check_only_adapters_trained(module, ParameterName());
+  detail::check_only_adapters_trained(module);
   detail::for_each_adapter(
       module, [&]<class Scalar>(const std::string& name, const detail::LowRank<Scalar>& adapter,
                                 const LoraGateConfig& lora) {

@@ -25,7 +25,7 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Words of so many numbers along K.
+/// How many words hold a count of numbers along K.
 template <class Words>
 constexpr Index word_count(Index numbers) {
   return (numbers + Words::steps - 1) / Words::steps;

@@ -28,6 +28,13 @@ inline Prefetch<float> prefetch_within(Index depth, const float* first, Index st
   return {first, stride, count, (count * prefetch_stretch + depth - 1) / depth};
 }
 
+/// Some of the numbers of K that are in a range of words.
+template <class Words>
+Range numbers_of(Range words, Index depth) {
+  const Index first = words.first * Words::steps;
+  return {first, std::min(words.count * Words::steps, depth - first)};
+}
+
 /// B of A·B and of Aᵀ·B in words, from one of them on: rows that follow each other along K.
 template <class Words>
 struct InterleavedRows {
@@ -56,8 +63,7 @@ struct InterleavedRows {
 
  private:
   Range numbers(const Strip& strip, Index first, Index count) const {
-    const Index begin = (first_word + strip.k + first) * Words::steps;
-    return {begin, std::min(count * Words::steps, b.count() - begin)};
+    return numbers_of<Words>({first_word + strip.k + first, count}, b.count());
   }
 };
 
@@ -74,13 +80,12 @@ struct TransposedRows {
     constexpr Index row_stride = panel_depth + cache_line<float>;
     alignas(64) float words[to_size(size * row_stride)];
     const Index stride = strip.packets * size;
-    const Index begin = (first_word + strip.k) * Words::steps;
-    const Index numbers = std::min(strip.depth * Words::steps, b.columns - begin);
+    const Range numbers = numbers_of<Words>({first_word + strip.k, strip.depth}, b.columns);
     for (Index j = 0; j < stride; j += size) {
       for (Index i = 0; i < size; ++i) {
         float* to = words + i * row_stride;
         if (j + i < strip.width) {
-          Words::round_row(numbers, b.row(strip.column + j + i) + begin, to);
+          Words::round_row(numbers.count, b.row(strip.column + j + i) + numbers.first, to);
         } else {
           std::fill_n(to, strip.depth, 0.0f);
         }
@@ -146,13 +151,6 @@ void gemm_words(Index depth, const GemmNN<float, Source>& product, const PackLef
       gemm_packed(part);
     }
   });
-}
-
-/// Some of the numbers of K that are in a range of words.
-template <class Words>
-Range numbers_of(Range words, Index depth) {
-  const Index first = words.first * Words::steps;
-  return {first, std::min(words.count * Words::steps, depth - first)};
 }
 
 /// The words of rows that run along K.

@@ -17,6 +17,8 @@ namespace moe::detail {
 
 /// The initial value of an element of C: zero, or what C holds.
 enum class Start { zero, accumulate };
+/// That of a gradient which a pass writes over, or adds to.
+constexpr Start start_of(bool replace) { return replace ? Start::zero : Start::accumulate; }
 
 /// A row of values that is added to all rows of C, times a factor of each row: one more product, before the
 /// others, of a column of factors and a row of values. Null values are no bias.

@@ -125,14 +125,8 @@ class MoELayer {
   static Config completed(Config config) {
     detail::require(config.width >= 1, "MoELayer::Config.width = ", config.width,
                     ", must be at least 1");
-    if (config.expert.width == 0) config.expert.width = config.width;
-    if (config.gate.width == 0) config.gate.width = config.width;
-    detail::require(config.expert.width == config.width,
-                    "MoELayer::Config.expert.width = ", config.expert.width,
-                    ", must be 0 or Config.width = ", config.width);
-    detail::require(config.gate.width == config.width,
-                    "MoELayer::Config.gate.width = ", config.gate.width,
-                    ", must be 0 or Config.width = ", config.width);
+    detail::complete_width("MoELayer", "expert", config.width, config.expert.width);
+    detail::complete_width("MoELayer", "gate", config.width, config.gate.width);
     detail::require_activation("MoELayer::Config.output", config.output);
     return config;
   }

@@ -77,7 +77,7 @@ void sort_by_expert(const Routing<Scalar>& routing, Dispatch<Scalar>& dispatch) 
   }
 }
 
-/// The backward of the weights: dweight (S, by slot) from the gradients by position (S).
+/// The backward of the weights: dweight (S, by slot) from the gradients sorted by expert (S).
 template <class Scalar>
 void sort_by_expert_backward(const Dispatch<Scalar>& dispatch, std::span<const Scalar> by_position,
                              IndexedVector<Scalar>& dweight) {

@@ -268,10 +268,8 @@ class NoisyTopK {
     gemm(GemmNT<Scalar>{.a = dscore, .b = weight.value, .c = dx, .start = Start::accumulate});
     if (!weight.trained) return;
     const bool replace = accumulate(weight, true);
-    gemm(GemmTN<Scalar>{.a = x,
-                        .b = dscore,
-                        .c = view(weight.gradient()),
-                        .start = replace ? Start::zero : Start::accumulate});
+    gemm(GemmTN<Scalar>{
+        .a = x, .b = dscore, .c = view(weight.gradient()), .start = start_of(replace)});
   }
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
