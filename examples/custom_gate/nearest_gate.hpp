@@ -24,14 +24,22 @@ class NearestGate {
   struct Config {
     Index width = 0;    ///< D; a layer fills it in
     Index experts = 0;  ///< E, at least 1
+
+    /// With names the fields are saved with the gate, and compared when it is loaded.
+    template <class Self, class Visitor>
+    static constexpr void visit_fields(Self& self, Visitor visit) {
+      visit("width", self.width);
+      visit("experts", self.experts);
+    }
   };
 
-  NearestGate(const Config& config, std::uint64_t seed) {
+  NearestGate(const Config& config, std::uint64_t seed) : config_(config) {
     if (config.experts < 1) throw std::invalid_argument("NearestGate::Config.experts is below 1");
     centre_ = moe::Parameter<Scalar>(config.experts, config.width);
     moe::fill_normal(centre_.value, Scalar{1}, seed);
   }
-  Index experts() const { return centre_.value.rows(); }
+  const Config& config() const { return config_; }
+  Index experts() const { return config_.experts; }
 
   /// Training and serving are the same here: there is no noise.
   void forward(const moe::MatrixRef<Scalar>& x, Tape& tape, const moe::Pass& pass) const {
@@ -47,13 +55,14 @@ class NearestGate {
   void backward(const moe::MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 moe::Matrix<Scalar>& dx) {
     const Scalar scale = Scalar{2} / static_cast<Scalar>(centre_.value.cols());
+    const bool trained = centre_.trained;  // false: the centres are frozen, and dx is still needed
     for (Index t = 0; t < x.rows(); ++t) {
       const moe::Range slots = tape.routing.slots_of_token(t);
       for (Index slot = slots.first; slot < slots.first + slots.count; ++slot) {
         const Index e = tape.routing.expert[slot];
         const Scalar slope =
             scale * tape.routing.weight[slot] * dweight[static_cast<std::size_t>(slot)];
-        centre_.gradient().row(e) += slope * (x.row(t) - centre_.value.row(e));
+        if (trained) centre_.gradient().row(e) += slope * (x.row(t) - centre_.value.row(e));
         dx.row(t) -= slope * (x.row(t) - centre_.value.row(e));
       }
     }
@@ -85,8 +94,10 @@ class NearestGate {
       }
       routing.token_offsets.push_back(routing.slots());
     }
+    moe::count_slots(routing, tape.balance);
   }
 
+  Config config_;
   moe::Parameter<Scalar> centre_;  ///< E x D
 };
 

@@ -31,6 +31,11 @@
 #pragma GCC diagnostic ignored "-Wunused-variable"
 #pragma GCC diagnostic ignored "-Wunused-but-set-variable"
 
+namespace moe::test::layer {
+#include "layer_4.inc"
+#include "layer_7.inc"
+}  // namespace moe::test::layer
+
 namespace {
 
 /// What most blocks are about.
@@ -87,8 +92,40 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
     CHECK(after.at("gate.weight") != before.at("gate.weight"));
   }
   {
-#include "layer_4.inc"
+#include "layer_6.inc"
     adam.update(layer, rate);
+  }
+}
+
+TEST_CASE("documents: a model and a network of one's own in layer.md", "[documents]") {
+  namespace own = moe::test::layer;
+  {
+    own::Classifier model(
+        {.inputs = 12,
+         .classes = 3,
+         .mixture = {
+             .width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1}});
+    own::Classifier::Tape tape;
+    moe::Adam<float> adam;
+    const auto x = moe::test::random_matrix<float>(30, 12, 2);
+    std::vector<moe::Index> labels(30);
+    for (moe::Index t = 0; t < 30; ++t) x.row(t).head(3).maxCoeff(&labels[moe::detail::to_size(t)]);
+    double first = 0;
+    double last = 0;
+    for (std::uint64_t step = 1; step <= 300; ++step) {
+#include "layer_5.inc"
+      if (step == 1) first = loss;
+      last = loss;
+    }
+    CHECK(last < 0.1 * first);
+    CHECK(model.config().mixture.gate.experts == model.mixture().gate().experts());
+  }
+  {
+    using own::ProductNetwork;
+#include "layer_8.inc"
+    CHECK(check.error < 1e-8);
+    CHECK(check.checked == 24 + 2 * 4 * 3 + 3 * 2 * 16);
+    CHECK(check.kinks == 0);
   }
 }
 

@@ -210,6 +210,13 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
   };
   change_tensor(path, bad, name, "", {}, {});
   refused("has no tensor \"experts.1.up.weight\"");
+  {
+    SafetensorsWriter writer;
+    const auto layer = make_layer();
+    writer.add_module(layer, "mixture.");
+    writer.write(bad);
+    refused("load_serving() reads the file of one layer");
+  }
   change_tensor(path, bad, name + ".scale", "", {}, {});
   refused("has no tensor \"experts.1.up.weight.scale\"");
   change_tensor(path, bad, name + ".scale", "F16", {1, 71}, std::vector<std::byte>(142));

@@ -7,6 +7,8 @@
 # PROGRAM is moe_mpi_stops, which is given a folder, the numbers 1 to COUNT as seeds, and the timeout in
 # seconds. What it prints is shown for a run that fails. The time allowed after the stop is the timeout
 # and one second. (Of a rank that is killed the launcher ends the others, so nobody says a thing.)
+# On a busy machine the others can time out before a rank stops: such a run is made again with a longer
+# timeout.
 set -eu
 
 count=$1
@@ -34,14 +36,14 @@ lives() {
   esac
 }
 
-allowed=$(($(hundredths "$timeout") + 100))
-longest=0
-status=0
-seed=0
-while [ $seed -lt "$count" ]; do
-  seed=$((seed + 1))
+# run_once TIMEOUT COMMAND... sets `problem`, and `elapsed` after the stop; both times in hundredths of a
+# second.
+run_once() {
+  patience=$1
+  allowed=$((patience + 100))
+  shift
   rm -f "$folder"/*
-  "$@" "$folder" $seed "$timeout" >"$folder/output" 2>&1 &
+  "$@" "$folder" $seed "$((patience / 100)).$(printf '%02d' $((patience % 100)))" >"$folder/output" 2>&1 &
   launcher=$!
 
   set_now
@@ -77,6 +79,8 @@ while [ $seed -lt "$count" ]; do
     elif grep -q ', stopped, ' "$folder/output" && ! grep -q 'for a rank that never came' "$folder/output"; then
       problem="nobody said why"
     fi
+  elif grep -q 'for a rank that never came' "$folder/output"; then
+    problem="a rank waited in vain before one stopped"
   else
     problem="no rank stopped"
   fi
@@ -85,12 +89,24 @@ while [ $seed -lt "$count" ]; do
     kill -KILL "$process" 2>/dev/null || true
   done
   wait $launcher 2>/dev/null || true
-  if [ $elapsed -gt $longest ]; then longest=$elapsed; fi
+}
+
+longest=0
+status=0
+seed=0
+while [ $seed -lt "$count" ]; do
+  seed=$((seed + 1))
+  run_once "$(hundredths "$timeout")" "$@"
+  while [ "$problem" = "a rank waited in vain before one stopped" ] && [ "$patience" -lt 1600 ]; do
+    run_once $((2 * patience)) "$@"
+  done
+  late=$((elapsed - patience))
+  if [ $late -gt $longest ]; then longest=$late; fi
   if [ -n "$problem" ]; then
     echo "seed $seed: $problem, $elapsed hundredths of a second after the stop"
     cat "$folder/output"
     status=1
   fi
 done
-echo "$count stops, the others ended within $longest hundredths of a second, allowed were $allowed"
+echo "$count stops, the others ended within $longest hundredths of a second after the timeout, allowed were 100"
 exit $status

@@ -58,8 +58,8 @@ TEST_CASE("report: shares and probabilities of 2^24 + 2 tokens are right to floa
   const Vector<float> scale = Vector<float>::Ones(many);
   const std::vector<Index> choices(detail::to_size(many), 0);
   detail::SwitchLoss<float> loss;
-  detail::ValidTokens tokens;
-  detail::find_valid_tokens(many, {}, nullptr, tokens);
+  ValidTokens tokens;
+  find_valid_tokens(many, {}, nullptr, tokens);
   detail::BatchSum sum(nullptr);
   loss.accumulate(score, scale, choices, 1, SwitchCount::per_slot, 1, RowOrder::time_major, tokens,
                   sum);

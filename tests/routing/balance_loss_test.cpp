@@ -118,3 +118,22 @@ TEMPLATE_TEST_CASE("balance loss: NaN is reported as NaN", "[routing]", float, d
   cv_squared_backward(vector<TestType>({1, nan, 2}), TestType{1}, gradient);
   CHECK(gradient.array().isNaN().all());
 }
+
+TEST_CASE("balance: the figures of a gate of one's own, from its slots", "[routing]") {
+  // Three tokens: one to experts 0 and 2, one to none, one to expert 2.
+  Routing<double> routing;
+  routing.experts = 4;
+  routing.token_offsets = {0, 2, 2, 3};
+  routing.expert = {0, 2, 2};
+  routing.weight = {0.25, 0.5, 1.0};
+  Balance<double> balance;
+  balance.loss = 3;
+  for (int pass = 0; pass < 2; ++pass) {  // the second replaces the first
+    count_slots(routing, balance);
+    CHECK(balance.importance == (Vector<double>(4) << 0.25, 0, 1.5, 0).finished());
+    CHECK(balance.load == (Vector<double>(4) << 1, 0, 2, 0).finished());
+    CHECK(balance.tokens_per_expert == IndexedVector<Index>{1, 0, 2, 0});
+    CHECK(balance.unused_experts() == 2);
+    CHECK(balance.loss == 3);
+  }
+}

@@ -12,8 +12,8 @@ TEMPLATE_TEST_CASE("input jitter: a factor for every number, by its key", "[rout
   const Matrix<S> x = random_matrix<S>(70, 6, 1);
   Matrix<S> factor;
   Matrix<S> jittered;
-  detail::ValidTokens tokens;
-  detail::find_valid_tokens(70, {}, nullptr, tokens);
+  ValidTokens tokens;
+  find_valid_tokens(70, {}, nullptr, tokens);
   detail::jitter_input<S>(0.5, 9, {.key = {.step = 4, .first_token = 3}}, tokens, x, factor,
                           jittered);
   CHECK(same_bits(jittered, Matrix<S>(x.cwiseProduct(factor))));

@@ -12,9 +12,9 @@ Scalar measure(detail::SwitchLoss<Scalar>& loss, const Matrix<Scalar>& score,
                const Vector<Scalar>& scale, const Indices& choices, SwitchCount count,
                Index sequences = 1, RowOrder order = RowOrder::time_major,
                std::span<const std::uint8_t> valid = {}) {
-  detail::ValidTokens tokens;
+  ValidTokens tokens;
   const Index rows = valid.empty() ? score.rows() : static_cast<Index>(valid.size());
-  detail::find_valid_tokens(rows, valid, nullptr, tokens);
+  find_valid_tokens(rows, valid, nullptr, tokens);
   const Index top_k =
       score.rows() > 0 ? static_cast<Index>(choices.size()) / score.rows() : Index{1};
   detail::BatchSum sum(nullptr);

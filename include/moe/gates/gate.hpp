@@ -25,7 +25,7 @@ struct GateTape {
   bool trained = false;     ///< whether the last pass was a forward() that ended well
 
   // Saved by the library's gates, see detail::GateBase.
-  detail::ValidTokens tokens;  ///< the rows of x that are not padding
+  ValidTokens tokens;  ///< the rows of x that are not padding
   double loss_scale = 1;       ///< Pass::loss_scale
 };
 

@@ -139,7 +139,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   }
   void route(const MatrixRef<Scalar>& x, bool has_noise, const detail::NoiseSource& noise,
              const SharedBatch* batch, Tape& tape) const {
-    const detail::ValidTokens& tokens = tape.tokens;
+    const ValidTokens& tokens = tape.tokens;
     top_k_.prepare(tokens.count, has_noise, tape, tape.routing);
     top_k_.forward(tokens.rows_of(x), tokens.row_list(), noise, 0, tape, tape.routing);
     detail::insert_padding(tokens, tape.routing);

@@ -263,9 +263,18 @@ Serving load_serving(const std::string& path, const NarrowOptions& options = {})
   using Gate = typename Serving::Gate;
   using Expert = typename Serving::Expert;
   using Network = typename Expert::Network;
+  static_assert(detail::is_all_named<typename Gate::Config>(),
+                "a layer is made from the configuration in its file: write visit_fields for the "
+                "gate's Config");
   auto file = std::make_shared<const SafetensorsFile>(path);
   auto config = detail::config_to_fill<Config>();
   const std::string config_prefix = "config.";
+  if (!file->metadata().contains("config.width")) {
+    detail::fail_file(
+        path,
+        "has no metadata \"config.width\": load_serving() reads the file of one "
+        "layer, saved by save_module() or save_serving(), not that of a model around it");
+  }
   detail::SavedConfig(path, file->metadata(), config_prefix).read(config);
   const auto said = file->metadata().find("serving.format");
   const bool is_wide = said == file->metadata().end();

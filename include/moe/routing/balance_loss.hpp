@@ -229,6 +229,20 @@ void measure_balance(const Routing<Scalar>& routing, std::span<const Index> chos
   copy_numbers(balance.counts, balance.load);
 }
 
+}  // namespace detail
+
+/// For a gate of your own: sets importance, load (the number of tokens) and tokens_per_expert to what the
+/// slots of `routing` say. The losses are left as they are. The rows are those of this process, not of a
+/// batch that several processes share. O(S + E).
+template <class Scalar>
+void count_slots(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
+  detail::sum_importance(routing, balance);
+  detail::copy_numbers(balance.sums, balance.importance);
+  detail::copy_numbers(balance.tokens_per_expert, balance.load);
+}
+
+namespace detail {
+
 /// Sets balance.loss and balance.losses, `scale` being Pass::loss_scale. A loss of weight 0 is not
 /// computed: its value might be NaN.
 template <class Scalar>

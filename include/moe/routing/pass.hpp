@@ -60,8 +60,22 @@ inline NoiseSource noise_source(const Pass& pass, Index noise_columns) {
   return {pass.key(), pass.noise.empty() ? nullptr : pass.noise.data(), noise_columns};
 }
 
-/// The rows of x that are tokens, N of T. A gate computes only with these: its token i is the i-th of
-/// them.
+/// Throws std::invalid_argument unless there are no flags or one a row. `name` is that of the gate or
+/// the layer.
+inline void check_valid(const char* name, std::span<const std::uint8_t> valid, Index rows) {
+  require(valid.empty() || static_cast<Index>(valid.size()) == rows, name, ": Pass.valid has ",
+          valid.size(), " entries, x has ", rows, " rows");
+}
+
+/// N, the number of valid rows.
+inline Index count_valid(std::span<const std::uint8_t> valid, Index rows) {
+  return rows - std::count(valid.begin(), valid.end(), std::uint8_t{0});
+}
+
+}  // namespace detail
+
+/// The rows of x that are tokens, N of T: those that are not padding. A gate computes only with these: its
+/// token i is the i-th of them.
 struct ValidTokens {
   Index rows = 0;             ///< T
   Index count = 0;            ///< N
@@ -85,37 +99,28 @@ struct ValidTokens {
   }
 };
 
-/// Throws std::invalid_argument unless there are no flags or one a row. `name` is that of the gate or
-/// the layer.
-inline void check_valid(const char* name, std::span<const std::uint8_t> valid, Index rows) {
-  require(valid.empty() || static_cast<Index>(valid.size()) == rows, name, ": Pass.valid has ",
-          valid.size(), " entries, x has ", rows, " rows");
-}
-
-/// N, the number of valid rows.
-inline Index count_valid(std::span<const std::uint8_t> valid, Index rows) {
-  return rows - std::count(valid.begin(), valid.end(), std::uint8_t{0});
-}
-
-/// Sets `tokens`. The flags must have passed check_valid().
+/// Sets `tokens` to the rows whose flag in Pass::valid is not 0, to all rows if there are no flags. T flags,
+/// or none; `batch` is Pass::batch. O(T).
 inline void find_valid_tokens(Index rows, std::span<const std::uint8_t> valid,
                               const SharedBatch* batch, ValidTokens& tokens) {
   tokens.rows = rows;
-  tokens.count = count_valid(valid, rows);
+  tokens.count = detail::count_valid(valid, rows);
   tokens.all = tokens.count == rows;
   if (tokens.all) {
     tokens.list.clear();
   } else {
-    resize(tokens.list, tokens.count);
+    detail::resize(tokens.list, tokens.count);
     Index token = 0;
     for (Index row = 0; row < rows; ++row) {
-      if (valid[to_size(row)] != 0) tokens.list[token++] = row;
+      if (valid[detail::to_size(row)] != 0) tokens.list[token++] = row;
     }
   }
   tokens.batch_rows = batch != nullptr ? batch->rows() : rows;
   tokens.first_row = batch != nullptr ? batch->first_row() : 0;
   tokens.batch_count = batch != nullptr ? batch->tokens() : tokens.count;
 }
+
+namespace detail {
 
 /// Turns the token_offsets of N tokens into those of T rows: padding has no slots.
 template <class Scalar>

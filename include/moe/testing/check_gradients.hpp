@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "moe/function_ref.hpp"
@@ -170,6 +171,8 @@ GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss
 /// the balance losses; dx and the gradients of all trained parameters are checked. x is T x D.
 template <class Layer>
 GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& pass) {
+  static_assert(std::is_same_v<typename Layer::Scalar, double>,
+                "gradients are checked in double: take a MoELayer<Expert<Network, double>>");
   typename Layer::Tape tape;
   const Matrix<double> weights = detail::loss_weights_like(layer.forward(x, tape, pass));
   const auto loss = [&] {

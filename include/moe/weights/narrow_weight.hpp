@@ -18,7 +18,8 @@ namespace detail {
 
 inline void check_activations(bool scaled, const char* format, Activations activations) {
   require(activations == Activations::float32 || (activations == Activations::int8 && scaled),
-          "NarrowOptions.activations = ", static_cast<int>(activations), ", ", format,
+          "NarrowOptions.activations = ",
+          activations == Activations::int8 ? "int8" : "an unknown value", ", ", format,
           scaled ? " has float32 and int8" : " has float32 only");
 }
 
