@@ -51,8 +51,11 @@ TEST_CASE("pretrained: golden models of routed experts", "[io][pretrained]") {
   check_golden<Layer>("gpt_oss", 0);
 }
 
-TEST_CASE("pretrained: golden models with shared experts", "[io][pretrained]") {
+TEST_CASE("pretrained: golden models in the type for any mixture", "[io][pretrained]") {
   using Layer = io::SharedLayer<double>;
+  check_golden<Layer>("mixtral", 1);
+  check_golden<Layer>("granitemoe", 0);
+  check_golden<Layer>("gpt_oss", 0);
   check_golden<Layer>("qwen2_moe", 1);
   check_golden<Layer>("deepseek_v2", 1);
   check_golden<Layer>("deepseek_v3", 1);
