@@ -88,7 +88,7 @@ MODELS = {
     "switch_transformers": (
         "SwitchTransformersConfig",
         dict(d_model=WIDTH, d_kv=2, d_ff=HIDDEN, num_heads=2, num_layers=2, num_sparse_encoder_layers=1,
-             num_decoder_layers=2, num_sparse_decoder_layers=2, num_experts=3, expert_capacity=8,
+             num_decoder_layers=2, num_sparse_decoder_layers=2, num_experts=3, expert_capacity=1,
              vocab_size=3, router_bias=True, decoder_start_token_id=0),
         "decoder.block.1.layer.2.mlp", {},
     ),
