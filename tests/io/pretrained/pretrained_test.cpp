@@ -1,6 +1,8 @@
 #include "moe/io/pretrained.hpp"
 
+#include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -78,6 +80,54 @@ TEST_CASE("pretrained: the weights of narrow files are exactly what was rounded"
   check("granitemoe", input, 25, granite.at("experts.2.up.weight"));
   check("granitemoe", "model.layers.1.block_sparse_moe.output_linear.weight", 12,
         granite.at("experts.2.down.weight"));
+}
+
+TEST_CASE(
+    "pretrained: Llama 4 in FP8 has a tensor for each map of each expert, with scales of rows or "
+    "one",
+    "[io][pretrained]") {
+  const ChangedModel model("llama4");
+  const std::string prefix = "language_model.model.layers.1.feed_forward.";
+  std::map<std::string, Matrix<float>> scale_of;
+  SafetensorsWriter writer;
+  const auto add = [&](const std::string& map, std::uint64_t out, std::uint64_t in, bool rows) {
+    Matrix<float>& scale = scale_of[map];
+    scale = random_matrix<float>(rows ? static_cast<Index>(out) : 1, 1, scale_of.size());
+    writer.add_made_bytes(prefix + map + ".weight", "F8_E4M3", {out, in}, [=] {
+      std::vector<std::byte> codes(out * in);
+      for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = std::byte(i * 7 % 127);
+      return codes;
+    });
+    writer.add_made<float>(prefix + map + ".weight_scale",
+                           rows ? std::vector<std::uint64_t>{out, 1} : std::vector<std::uint64_t>{},
+                           [scale] { return scale; });
+    if (!rows)
+      writer.add_made<float>(prefix + map + ".input_scale", {1}, [scale] { return scale; });
+  };
+  const Matrix<float> router = random_matrix<float>(3, 6, 1);
+  writer.add(prefix + "router.weight", router);
+  for (const std::string expert : {"experts.0.", "experts.1.", "experts.2.", "shared_expert."}) {
+    for (const std::string map : {"gate_proj", "up_proj", "down_proj"}) {
+      const bool is_down = map == "down_proj";
+      add(expert + map, is_down ? 6 : 5, is_down ? 5 : 6, expert != "shared_expert.");
+    }
+  }
+  writer.write(model.file(whole));
+  const SafetensorsFile file(model.file(whole));
+  const Named layer = values_of(io::open_pretrained(model.folder()).load_layer<Shared>(1));
+  CHECK(layer.at("gate.routed.weight") == router.transpose().cast<double>());
+  for (const auto& [map, scale] : scale_of) {
+    Matrix<double> expected = file.matrix<double>(prefix + map + ".weight");
+    for (Index row = 0; row < expected.rows(); ++row) {
+      expected.row(row) *= static_cast<double>(scale(scale.rows() == 1 ? 0 : row, 0));
+    }
+    // The shared expert is the first of the layer.
+    const std::string expert = map.starts_with("shared")
+                                   ? "experts.0."
+                                   : "experts." + std::to_string(map[8] - '0' + 1) + ".";
+    const std::string part = map.substr(map.rfind('.') + 1);
+    CHECK(layer.at(expert + part.substr(0, part.find('_')) + ".weight") == expected.transpose());
+  }
 }
 
 TEST_CASE("pretrained: a double is rounded to a float", "[io][pretrained]") {
@@ -203,7 +253,13 @@ TEST_CASE("pretrained: a tensor that is missing, left over, of another type or s
     const ChangedModel model("deepseek_v3");
     const std::string scale = "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv";
     model.rename(whole, scale, "other");
-    fails<Shared>(model, 1, "has no tensor \"" + scale + "\"");
+    fails<Shared>(model, 1,
+                  "has no tensor \"" + scale + "\" and no tensor \"" +
+                      scale.substr(0, scale.size() - 4) + "\"");
+    // Another name for the same.
+    model.rename(whole, "other", scale.substr(0, scale.size() - 4));
+    CHECK(values_of(io::open_pretrained(model.folder()).load_layer<Shared>(1)) ==
+          values_of(io::open_pretrained(golden("deepseek_v3")).load_layer<Shared>(1)));
   }
   {
     const ChangedModel model("deepseek_v3");
