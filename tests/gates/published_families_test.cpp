@@ -96,7 +96,7 @@ TEST_CASE("published gates: gpt-oss", "[routing][gate]") {
       {.width = 5, .experts = 128, .top_k = 4, .bias = true, .score = Score::softmax_of_chosen});
 }
 
-TEST_CASE("published gates: Granite, Aria and JetMoE", "[routing][gate]") {
+TEST_CASE("published gates: Granite, Aria, JetMoE and Cohere2-MoE", "[routing][gate]") {
   for (const auto& [experts, top_k] : {std::pair<Index, Index>{40, 8}, {64, 6}, {8, 2}}) {
     check_softmax_of_chosen(
         {.width = 5, .experts = experts, .top_k = top_k, .score = Score::softmax_of_chosen});
@@ -196,6 +196,7 @@ Two check_two(const TopKConfig& config, Index places, bool prioritised, bool nor
   Two counted;
   for (std::uint64_t seed = 1; seed <= 6; ++seed) {
     Case c(config, 16, seed);
+    if (config.bias) fill_normal(parameter(c.gate, "bias"), 0.6, seed + 1);
     const auto& routing = c.gate.forward(c.x, c.tape, c.key);
     const auto bits_of = [&](std::uint64_t stream, Index t, Index i) {
       const auto words = philox({static_cast<std::uint32_t>(i / 4), static_cast<std::uint32_t>(t),
@@ -205,8 +206,11 @@ Two check_two(const TopKConfig& config, Index places, bool prioritised, bool nor
     };
     std::vector<Row> p;
     std::vector<std::vector<Index>> two;
-    for (const Row& row : c.logits(c.x)) {
+    for (Row row : c.logits(c.x)) {
       const Index t = static_cast<Index>(p.size());
+      for (Index i = 0; i < config.experts && config.bias; ++i) {
+        row[at(i)] += parameter(c.gate, "bias")(0, i);
+      }
       p.push_back(softmax(row));
       two.push_back(top(p.back(), 2));
       if (config.drawn_second) {
@@ -260,6 +264,7 @@ Two check_two(const TopKConfig& config, Index places, bool prioritised, bool nor
 }  // namespace
 
 TEST_CASE("published gates: NLLB-MoE with each policy for second experts", "[routing][gate]") {
+  // With batch_prioritized_routing and router_bias, and without both.
   for (const bool prioritised : {false, true}) {
     for (const std::string policy : {"all", "random", "sampling"}) {
       INFO(policy << (prioritised ? ", prioritised" : ""));
@@ -267,6 +272,7 @@ TEST_CASE("published gates: NLLB-MoE with each policy for second experts", "[rou
           {.width = 5,
            .experts = 4,
            .top_k = 2,
+           .bias = prioritised,
            .renormalise = true,
            .renormalise_after_drops = true,
            .random_second = policy == "random",
