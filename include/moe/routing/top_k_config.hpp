@@ -70,7 +70,8 @@ struct TopKConfig {
   double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0
   double sequence_loss_weight = 0;                   ///< of its mean over sequences, >= 0
   SwitchCount switch_count = SwitchCount::per_slot;  ///< what f counts in both
-  /// The sequences of a batch, for sequence_loss_weight and for capacity.
+  /// The sequences of a batch, for sequence_loss_weight, capacity and evaluation_capacity. With the last,
+  /// evaluate() refuses rows that are not a multiple of it.
   Index sequences = 1;
   RowOrder row_order = RowOrder::time_major;  ///< the order of the rows, for the same
   double z_loss_weight = 0;                   ///< of the router z-loss [Z22], >= 0
