@@ -84,4 +84,5 @@ TEST_CASE("pretrained: golden models in the type for any mixture", "[io][pretrai
   check_golden<Layer>("deepseek_v3", 1);
   check_golden<Layer>("glm4_moe", 1);
   check_golden<Layer>("llama4", 1);
+  check_golden<Layer>("llama4_fp8", 1);
 }
