@@ -406,8 +406,8 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
   refuse([](Config& c) { c.width = 0; }, "SharedExpertGate::Config.width = 0, must be at least 1");
   refuse([](Config& c) { c.shared = -1; },
          "SharedExpertGate::Config.shared = -1, must be at least 0");
-  const auto none = [](bool tied) {
-    return [tied](Config& c) { c.shared = 0, c.gated = true, c.tied = tied; };
+  const auto none = [](bool is_tied) {
+    return [is_tied](Config& c) { c.shared = 0, c.gated = true, c.tied = is_tied; };
   };
   const std::string nothing_to_weigh =
       "SharedExpertGate::Config.gated = true with shared = 0, whose weights it makes";
