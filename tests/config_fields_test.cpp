@@ -195,8 +195,8 @@ TEMPLATE_TEST_CASE("config fields: those of every module have names", "", NoisyT
 TEST_CASE("config fields: every field of every gate and layer counts") {
   using Layer = MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<float>>>;
   const Layer::Config config{.seed = 1};
-  // Width; the expert's ten; the gate's five and its routed one's 27; identity_experts, output and seed.
-  CHECK(fields_of(config).size() == 1 + 11 + 5 + 27 + 3);
+  // Width; the expert's ten; the gate's five and its routed one's 30; identity_experts, output and seed.
+  CHECK(fields_of(config).size() == 1 + 11 + 5 + 30 + 3);
   const std::vector<std::string> names = names_of(config);
   CHECK(names[1] == "expert.width");
   CHECK(names[12] == "gate.width");

@@ -247,6 +247,28 @@ TEST_CASE("random: deviates do not depend on how many are made at once", "[rando
   for (std::size_t i = 0; i < 32; ++i) CHECK(normals[i] == standard_normal(bits[i]));
 }
 
+TEST_CASE("random: Gumbel deviates are the quantiles of their bits", "[random]") {
+  double sum = 0;
+  double squares = 0;
+  constexpr std::uint32_t count = 1u << 20;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const std::uint32_t bits = i * 4096u + (i >> 9);
+    const double u = (std::floor(bits / 512.0) + 0.5) / 8388608;
+    const double deviate = static_cast<double>(standard_gumbel(bits));
+    REQUIRE(std::abs(deviate + std::log(-std::log(u))) < 2e-6);
+    sum += deviate;
+    squares += deviate * deviate;
+  }
+  // Euler's constant and pi² / 6. The bits are in equal steps, so these are the sums of an integral.
+  const double mean = sum / count;
+  CHECK(std::abs(mean - 0.57721566) < 1e-4);
+  CHECK(std::abs(squares / count - mean * mean - 1.64493407) < 1e-3);
+  CHECK(std::abs(standard_gumbel(0) + 2.81f) < 0.01f);
+  CHECK(std::abs(standard_gumbel(0xFFFFFFFF) - 16.64f) < 0.01f);
+  CHECK(standard_gumbel(511) == standard_gumbel(0));
+  CHECK(standard_gumbel(512) > standard_gumbel(0));
+}
+
 TEST_CASE("random: the portable logarithm agrees with the standard one", "[random]") {
   double worst = 0.0;
   for (double exponent = -125.9; exponent < 127.9; exponent += 1.0 / 1024) {

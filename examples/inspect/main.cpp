@@ -45,14 +45,14 @@ moe::Matrix<float> rows_of(const Options& o, Index width) {
   return x;
 }
 
-template <class Layer>
 void route(const moe::io::Pretrained& model, const moe::io::Mixture& mixture, const Options& o) {
+  using Layer = moe::io::SharedLayer<>;  // opens every model
   double start = examples::seconds_now();
   const auto layer = model.load_layer<Layer>(mixture.layer);
   std::printf("\nlayer %td, read in %.2f s\n", mixture.layer, examples::seconds_now() - start);
 
   const moe::Matrix<float> x = rows_of(o, mixture.width);
-  typename Layer::Tape tape;
+  Layer::Tape tape;
   layer.evaluate(x, tape);
   // The best of several: the first one takes memory.
   double best = 1e30;
@@ -88,11 +88,7 @@ void run(const Options& o) {
   list(model);
   if (model.mixtures().empty()) return;
   const moe::io::Mixture& mixture = o.layer < 0 ? model.mixtures().front() : model.mixture(o.layer);
-  if (mixture.shared > 0) {
-    route<moe::io::SharedLayer<>>(model, mixture, o);
-  } else {
-    route<moe::io::RoutedLayer<>>(model, mixture, o);
-  }
+  route(model, mixture, o);
 }
 
 }  // namespace inspect

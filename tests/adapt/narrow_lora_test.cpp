@@ -1,6 +1,8 @@
 #include "moe/adapt/narrow_lora.hpp"
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../naive_layer.hpp"
 #include "../temporary_folder.hpp"
@@ -50,6 +52,19 @@ void fill_adapters(Module& module) {
     fill_normal(p.value, 0.2f, std::hash<std::string>{}(name));
   });
 }
+
+/// A user's module with layers in it.
+template <class Part>
+struct Model {
+  Parameter<float> before;
+  std::vector<Part> layers;
+
+  template <class Self, class Visitor>
+  static void visit_parameters(Self& self, Visitor visit) {
+    visit("before", self.before);
+    visit("layers", self.layers);
+  }
+};
 
 }  // namespace
 
@@ -110,6 +125,32 @@ TEST_CASE("narrow lora: a mapped file may change once its layer is adapted", "[a
   if (served.is_mapped()) CHECK_THROWS_AS(served.evaluate(x), std::runtime_error);
   CHECK(same_bits(adapted.evaluate(x), y));
   CHECK(!Served(layer).is_mapped());
+}
+
+TEST_CASE("narrow lora: a module with narrow weights is not saved without them", "[adapt][io]") {
+  using Served = ServingLayer<Layer, Int8>;
+  using Adapted = decltype(adapt(std::declval<const Served&>(), LoraConfig{}, Seed{1}));
+  const TemporaryFolder folder;
+  const std::string path = folder.file("module.safetensors");
+  const Layer layer = make_layer(true);
+  const Served served(layer);
+  const Adapted adapted = adapt(served, LoraConfig{.rank = 2}, Seed{2});
+  const std::string what =
+      " has narrow weights, which are no parameters and would not be in the file;"
+      " save_serving() saves a ServingLayer, save_adapters() the adapters on one";
+  const std::string begin = "moe: SafetensorsWriter::add_module: ";
+  CHECK_THROWS_WITH(save_module(path, adapted), begin + "experts.0" + what);
+  CHECK_THROWS_WITH(save_module(path, served), begin + "experts.0" + what);
+  CHECK_THROWS_AS(save_module(path, served), std::invalid_argument);
+  const auto& network = adapted.experts()[0].network();
+  CHECK_THROWS_WITH(save_module(path, network), begin + "the module" + what);
+  const Model<Adapted> model{Parameter<float>(3, 4), {adapted}};
+  CHECK_THROWS_WITH(save_module(path, model), begin + "layers.0.experts.0" + what);
+  CHECK(folder.files().empty());
+  // Wide adapters, a wide layer, and the parameters alone are saved.
+  CHECK_NOTHROW(save_module(path, adapt(layer, LoraConfig{.rank = 2}, Seed{2})));
+  CHECK_NOTHROW(save_module(path, merged(adapted)));
+  CHECK_NOTHROW(save_parameters(path, adapted));
 }
 
 TEST_CASE("narrow lora: an expert from a configuration and a seed", "[adapt]") {

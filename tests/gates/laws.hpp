@@ -177,6 +177,11 @@ struct TopKLaw : GateLaw<TopKGate<Scalar>> {
       for (Index i = 0; gate.config().jitter > 0 && i < x.cols(); ++i) {
         drawn.push_back(2 * word(1, row, i) - 1);
       }
+      for (Index i = 0; gate.config().drawn_second && i < gate.experts(); ++i) {
+        const auto words = detail::noise_words(derive_seed(seed, 3), pass.key(), row, i / 4);
+        drawn.push_back(
+            static_cast<double>(standard_gumbel(words[static_cast<std::size_t>(i % 4)])));
+      }
       if (gate.config().random_second) drawn.push_back(word(2, row, 0));
     }
     return drawn;
@@ -224,7 +229,8 @@ struct SoftmaxOfChosenLaw : TopKLaw<Scalar> {
             .experts = 6,
             .top_k = 2,
             .score = Score::softmax_of_chosen,
-            .capacity_factor = 0.8,
+            .drawn_second = true,
+            .capacity = 2,
             .place_order = PlaceOrder::largest_weight,
             .sequence_loss_weight = 0.3,
             .switch_count = SwitchCount::first_choice,

@@ -289,6 +289,8 @@ TEMPLATE_TEST_CASE(
   // Each sequence alone has the loss of a batch; one without tokens has no part in the mean.
   auto config = TestType::config();
   config.capacity_factor = config.z_loss_weight = config.switch_loss_weight = 0;
+  config.capacity = 0;
+  config.drawn_second = false;  // by the number of the row, which is another one here
   config.sequences = 3;
   config.sequence_loss_weight = 0.6;
   auto alone = config;

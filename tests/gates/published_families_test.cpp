@@ -96,7 +96,7 @@ TEST_CASE("published gates: gpt-oss", "[routing][gate]") {
       {.width = 5, .experts = 128, .top_k = 4, .bias = true, .score = Score::softmax_of_chosen});
 }
 
-TEST_CASE("published gates: Granite, Aria and JetMoE", "[routing][gate]") {
+TEST_CASE("published gates: Granite, Aria, JetMoE and Cohere2-MoE", "[routing][gate]") {
   for (const auto& [experts, top_k] : {std::pair<Index, Index>{40, 8}, {64, 6}, {8, 2}}) {
     check_softmax_of_chosen(
         {.width = 5, .experts = experts, .top_k = top_k, .score = Score::softmax_of_chosen});
@@ -184,32 +184,69 @@ TEST_CASE("published gates: DBRX with a norm of 2", "[routing][gate]") {
 
 namespace {
 
-/// The two largest probabilities of each token, whose first choices take places before all second
-/// ones, in the order of their rows or of their largest probability; what is left of a token's two is
-/// divided by its sum, or not.
-Index check_two(const TopKConfig& config, Index places, bool prioritised, bool normalises) {
+/// The two largest probabilities of each token, or the largest and one that is drawn. First choices take
+/// places before all second ones, in the order of their rows or of their largest probability; what is left
+/// of a token's two is divided by its sum, or not. Counts what has no place, and second choices that are not
+/// the second largest or are dropped by chance.
+struct Two {
   Index dropped = 0;
+  Index by_chance = 0;
+};
+Two check_two(const TopKConfig& config, Index places, bool prioritised, bool normalises) {
+  Two counted;
   for (std::uint64_t seed = 1; seed <= 6; ++seed) {
     Case c(config, 16, seed);
+    if (config.bias) fill_normal(parameter(c.gate, "bias"), 0.6, seed + 1);
     const auto& routing = c.gate.forward(c.x, c.tape, c.key);
+    const auto bits_of = [&](std::uint64_t stream, Index t, Index i) {
+      const auto words = philox({static_cast<std::uint32_t>(i / 4), static_cast<std::uint32_t>(t),
+                                 static_cast<std::uint32_t>(seed), 0},
+                                derive_seed(seed, stream));
+      return words[at(i % 4)];
+    };
     std::vector<Row> p;
-    for (const Row& row : c.logits(c.x)) p.push_back(softmax(row));
+    std::vector<std::vector<Index>> two;
+    for (Row row : c.logits(c.x)) {
+      const Index t = static_cast<Index>(p.size());
+      for (Index i = 0; i < config.experts && config.bias; ++i) {
+        row[at(i)] += parameter(c.gate, "bias")(0, i);
+      }
+      p.push_back(softmax(row));
+      two.push_back(top(p.back(), 2));
+      if (config.drawn_second) {
+        Row noisy = row;
+        for (Index i = 0; i < config.experts; ++i) {
+          const double u = ((bits_of(3, t, i) >> 9) + 0.5) / 8388608;
+          noisy[at(i)] -= std::log(-std::log(u));
+        }
+        noisy[at(two.back()[0])] = -std::numeric_limits<double>::infinity();
+        const Index drawn = top(noisy, 1)[0];
+        counted.by_chance += drawn != two.back()[1];
+        two.back()[1] = drawn;
+      }
+      const double second = p.back()[at(two.back()[1])];
+      if (config.random_second && !(2 * second > static_cast<double>(uniform(bits_of(2, t, 0))))) {
+        ++counted.by_chance;
+        two.back().pop_back();
+      }
+    }
     std::vector<Index> order;
     for (Index t = 0; t < 16; ++t) order.push_back(t);
     if (prioritised) {
       std::sort(order.begin(), order.end(), [&](Index a, Index b) {
-        return p[at(a)][at(top(p[at(a)], 1)[0])] > p[at(b)][at(top(p[at(b)], 1)[0])];
+        return p[at(a)][at(two[at(a)][0])] > p[at(b)][at(two[at(b)][0])];
       });
     }
     std::vector<Index> filled(at(config.experts), 0);
     Slots slots;
     for (std::size_t k = 0; k < 2; ++k) {
       for (const Index t : order) {
-        const Index e = top(p[at(t)], 2)[k];
+        if (k >= two[at(t)].size()) continue;
+        const Index e = two[at(t)][k];
         if (filled[at(e)]++ < places) {
           slots[{t, e}] = p[at(t)][at(e)];
         } else {
-          ++dropped;
+          ++counted.dropped;
         }
       }
     }
@@ -221,34 +258,42 @@ Index check_two(const TopKConfig& config, Index places, bool prioritised, bool n
     }
     c.check(routing, slots, 0);
   }
-  return dropped;
+  return counted;
 }
 
 }  // namespace
 
-TEST_CASE("published gates: NLLB-MoE", "[routing][gate]") {
+TEST_CASE("published gates: NLLB-MoE with each policy for second experts", "[routing][gate]") {
+  // With batch_prioritized_routing and router_bias, and without both.
   for (const bool prioritised : {false, true}) {
-    const Index dropped = check_two(
-        {.width = 5,
-         .experts = 4,
-         .top_k = 2,
-         .renormalise = true,
-         .renormalise_after_drops = true,
-         .capacity_factor = 1,
-         .place_order = prioritised ? PlaceOrder::best_tokens : PlaceOrder::first_choices},
-        8, prioritised, true);  // 2·⌈16 / 4⌉
-    CHECK(dropped > 10);
+    for (const std::string policy : {"all", "random", "sampling"}) {
+      INFO(policy << (prioritised ? ", prioritised" : ""));
+      const Two counted = check_two(
+          {.width = 5,
+           .experts = 4,
+           .top_k = 2,
+           .bias = prioritised,
+           .renormalise = true,
+           .renormalise_after_drops = true,
+           .random_second = policy == "random",
+           .drawn_second = policy == "sampling",
+           .capacity_factor = 1,
+           .place_order = prioritised ? PlaceOrder::best_tokens : PlaceOrder::first_choices},
+          8, prioritised, true);  // 2·⌈16 / 4⌉
+      CHECK(counted.dropped > (policy == "random" ? 2 : 10));
+      CHECK((policy == "all" ? counted.by_chance == 0 : counted.by_chance > 20));
+    }
   }
 }
 
 TEST_CASE("published gates: V-MoE", "[routing][gate]") {
-  const Index dropped = check_two({.width = 5,
-                                   .experts = 4,
-                                   .top_k = 2,
-                                   .capacity_factor = 0.5,
-                                   .place_order = PlaceOrder::best_tokens},
-                                  4, true, false);  // 0.5·2·16 / 4
-  CHECK(dropped > 40);
+  const Two counted = check_two({.width = 5,
+                                 .experts = 4,
+                                 .top_k = 2,
+                                 .capacity_factor = 0.5,
+                                 .place_order = PlaceOrder::best_tokens},
+                                4, true, false);  // 0.5·2·16 / 4
+  CHECK(counted.dropped > 40);
 }
 
 TEST_CASE("published gates: Mistral 4", "[routing][gate]") {

@@ -168,12 +168,14 @@ TEST_CASE("published gates: OLMoE", "[routing][gate]") {
 }
 
 TEST_CASE("published gates: Qwen1.5-MoE and Qwen2-MoE", "[routing][gate]") {
-  check_softmax({.width = 5,
-                 .experts = 60,
-                 .top_k = 4,
-                 .switch_loss_weight = 0.001,
-                 .switch_count = SwitchCount::per_token},
-                0.001 * 60 / 12, 0);
+  for (const auto& [experts, top_k] : {std::pair<Index, Index>{60, 4}, {64, 8}}) {
+    check_softmax({.width = 5,
+                   .experts = experts,
+                   .top_k = top_k,
+                   .switch_loss_weight = 0.001,
+                   .switch_count = SwitchCount::per_token},
+                  0.001 * static_cast<double>(experts) / 12, 0);
+  }
 }
 
 TEST_CASE("published gates: Qwen3-MoE", "[routing][gate]") {

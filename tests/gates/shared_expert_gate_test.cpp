@@ -161,6 +161,47 @@ TEST_CASE("shared expert gate: a layer is the sum of the shared networks and the
   }
 }
 
+TEST_CASE("shared expert gate: without shared experts a layer has the bits of the wrapped gate's",
+          "[routing][gate]") {
+  using Network = Expert<FeedForward, double>;
+  using Layer = MoELayer<Network, SharedExpertGate<TopKGate<double>>>;
+  using Plain = MoELayer<Network, TopKGate<double>>;
+  const TopKConfig routed{.experts = 4,
+                          .top_k = 2,
+                          .renormalise = true,
+                          .jitter = 0.1,
+                          .capacity_factor = 0.75,
+                          .switch_loss_weight = 0.3};
+  Layer layer({.width = 4,
+               .expert = {.hidden = 3},
+               .gate = {.shared = 0, .scale = 0.5, .routed = routed},
+               .seed = 5});
+  Plain plain({.width = 4, .expert = {.hidden = 3}, .gate = routed, .seed = 5});
+  CHECK(layer.gate().experts() == 4);
+  CHECK(layer.gate().shared_experts() == 0);
+  // Both draw the same initial numbers, under names that differ in "routed." only.
+  for (const auto& [name, value] : values_of(plain)) {
+    const bool of_gate = name.starts_with("gate.");
+    CHECK(values_of(layer).at(of_gate ? "gate.routed." + name.substr(5) : name) == value);
+  }
+  const Matrix<double> x = random_matrix(23, 4, 1);
+  const Matrix<double> dy = random_matrix(23, 4, 2);
+  std::vector<std::uint8_t> valid(23, 1);
+  valid[3] = valid[22] = 0;
+  Layer::Tape tape;
+  Plain::Tape plain_tape;
+  CHECK(same_bits(layer.evaluate(x), plain.evaluate(x)));
+  CHECK(same_bits(layer.forward(x, tape, {.step = 3, .valid = valid}),
+                  plain.forward(x, plain_tape, {.step = 3, .valid = valid})));
+  CHECK(tape.routing().slots() < 42);
+  CHECK(tape.balance().loss == plain_tape.balance().loss);
+  CHECK(same_bits(layer.backward(dy, tape), plain.backward(dy, plain_tape)));
+  CHECK(same_bits(parameter(layer, "gate.routed.weight").gradient(),
+                  parameter(plain, "gate.weight").gradient()));
+  CHECK(same_bits(parameter(layer, "experts.2.up.weight").gradient(),
+                  parameter(plain, "experts.2.up.weight").gradient()));
+}
+
 TEMPLATE_TEST_CASE("shared expert gate: shared slots come first, routed ones are shifted",
                    "[routing][gate]", float, double) {
   using S = TestType;
@@ -363,8 +404,15 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
     CHECK_THROWS_WITH(Noisy<float>(config, 0), "moe: " + message);
   };
   refuse([](Config& c) { c.width = 0; }, "SharedExpertGate::Config.width = 0, must be at least 1");
-  refuse([](Config& c) { c.shared = 0; },
-         "SharedExpertGate::Config.shared = 0, must be at least 1");
+  refuse([](Config& c) { c.shared = -1; },
+         "SharedExpertGate::Config.shared = -1, must be at least 0");
+  const auto none = [](bool is_tied) {
+    return [is_tied](Config& c) { c.shared = 0, c.gated = true, c.tied = is_tied; };
+  };
+  const std::string nothing_to_weigh =
+      "SharedExpertGate::Config.gated = true with shared = 0, whose weights it makes";
+  refuse(none(false), nothing_to_weigh);
+  refuse(none(true), nothing_to_weigh);
   refuse([](Config& c) { c.routed.width = 5; },
          "SharedExpertGate::Config.routed.width = 5, must be 0 or Config.width = 4");
   refuse([](Config& c) { c.routed.top_k = 7; },

@@ -18,7 +18,8 @@ Index check_gradients(const TopKConfig& config, Index tokens, double weights = 0
                 << config.top_k << ", groups " << config.groups << "/" << config.top_k_groups
                 << ", bias " << config.bias << ", selection bias " << config.selection_bias
                 << ", jitter " << config.jitter << ", random second " << config.random_second
-                << ", capacity " << config.capacity_factor << ", order "
+                << ", drawn second " << config.drawn_second << ", capacity "
+                << config.capacity_factor << " or " << config.capacity << ", order "
                 << static_cast<int>(config.place_order) << ", losses " << config.switch_loss_weight
                 << " " << config.sequence_loss_weight << " " << config.z_loss_weight << ", count "
                 << static_cast<int>(config.switch_count) << ", weights times " << weights
@@ -142,9 +143,12 @@ TEST_CASE("top-k gate: gradients are derivatives for every choice and drop", "[r
                  .selection_bias = bias,
                  .jitter = drops % 2 == 0 ? 0.3 : 0,
                  .random_second = drops >= 2,
-                 .capacity_factor = drops == 0 ? 0 : 0.8,
+                 .drawn_second = drops % 3 == 1 && !bias,
+                 .capacity_factor = drops == 0 || drops == 3 ? 0 : 0.8,
+                 .capacity = drops == 3 ? 1 : 0,
                  .place_order = static_cast<PlaceOrder>(std::max(0, drops - 1)),
-                 .switch_loss_weight = bias ? 0.4 : 0.0},
+                 .switch_loss_weight = bias ? 0.4 : 0.0,
+                 .sequences = drops == 3 ? 2 : 1},
                 6);
           }
         }

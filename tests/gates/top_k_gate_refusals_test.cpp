@@ -47,6 +47,29 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
         c.top_k = 3;
       },
       "random_second with top_k = 3, must be 2");
+  refuse(
+      [](Config& c) {
+        c.drawn_second = true;
+        c.top_k = 1;
+      },
+      "drawn_second with top_k = 1, must be 2");
+  refuse([](Config& c) { c.drawn_second = c.selection_bias = true; },
+         "drawn_second with selection_bias, which would have no part in the draw");
+  refuse([](Config& c) { c.capacity = -1; }, "capacity = -1, must be at least 0");
+  refuse([](Config& c) { c.evaluation_capacity = -1; },
+         "evaluation_capacity = -1, must be at least 0");
+  refuse(
+      [](Config& c) {
+        c.capacity = 3;
+        c.capacity_factor = 1.5;
+      },
+      "capacity = 3, but capacity_factor = 1.5; one of them must be 0");
+  refuse(
+      [](Config& c) {
+        c.evaluation_capacity = 3;
+        c.evaluation_capacity_factor = 2;
+      },
+      "evaluation_capacity = 3, but evaluation_capacity_factor = 2; one of them must be 0");
   refuse([](Config& c) { c.place_order = static_cast<PlaceOrder>(4); },
          "place_order = 4, must be one of the 4 orders");
   refuse([](Config& c) { c.switch_count = static_cast<SwitchCount>(3); },
@@ -122,6 +145,22 @@ TEST_CASE("top-k gate: the tape of a gate of another shape or with other losses 
   other.forward(random_matrix(6, 5, 2), others, {.step = 0});
   CHECK_THROWS_AS(test::gate_dx(gate, x, std::vector<double>(others.routing.weight.size()), others),
                   std::invalid_argument);
+}
+
+TEST_CASE("top-k gate: rows that are no whole sequences are refused where each has a capacity",
+          "[routing][gate]") {
+  const TopKGate<double> gate({.width = 5,
+                               .experts = 3,
+                               .top_k = 1,
+                               .capacity = 2,
+                               .evaluation_capacity = 2,
+                               .sequences = 2},
+                              1);
+  TopKTape<double> tape;
+  const std::string message = "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2";
+  CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}), message);
+  CHECK_THROWS_WITH(gate.evaluate(random_matrix(7, 5, 2), tape), message);
+  CHECK_NOTHROW(gate.evaluate(random_matrix(0, 5, 2), tape));
 }
 
 TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served without their loss",

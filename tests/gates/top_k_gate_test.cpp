@@ -73,6 +73,92 @@ TEST_CASE("top-k gate: a second choice is kept as often as twice its weight", "[
   CHECK(tape.routing.slots() == 40);
 }
 
+TEST_CASE("top-k gate: a second choice is drawn as often as the softmax of the others says",
+          "[routing][gate]") {
+  TopKGate<double> gate({.width = 1, .experts = 4, .top_k = 2, .drawn_second = true}, 3);
+  parameter(gate, "weight").value << 0, std::log(8.0), std::log(2.0), 0;  // 1 : 8 : 2 : 1
+  TopKTape<double> tape;
+  const Matrix<double> ones = Matrix<double>::Ones(20000, 1);
+  const auto& routing = gate.forward(ones, tape, {.step = 0});
+  double drawn[4] = {};
+  for (Index t = 0; t < 20000; ++t) {
+    CHECK(tape.choices.expert[2 * t] == 1);
+    drawn[tape.choices.expert[2 * t + 1]] += 1.0 / 20000;
+  }
+  const double expected[] = {0.25, 0, 0.5, 0.25};
+  for (std::size_t e = 0; e < 4; ++e) CHECK(std::abs(drawn[e] - expected[e]) < 0.014);
+  // The weights are those of the softmax over all, whatever was drawn.
+  const double of_expert[] = {1 / 12.0, 8 / 12.0, 2 / 12.0, 1 / 12.0};
+  for (std::size_t s = 0; s < 40; ++s) {
+    CHECK_THAT(routing.weight[s], Catch::Matchers::WithinRel(of_expert[routing.expert[s]], 1e-12));
+  }
+  // By row, step and seed; evaluation takes the two largest.
+  TopKTape<double> other;
+  gate.forward(ones.topRows(9000), other, {.step = 0, .first_token = 11000});
+  CHECK(std::equal(other.choices.expert.begin(), other.choices.expert.end(),
+                   tape.choices.expert.begin() + 22000));
+  gate.forward(ones, other, {.step = 1});
+  CHECK(other.choices.expert != tape.choices.expert);
+  gate.evaluate(ones, other);
+  for (Index t = 0; t < 20000; ++t) CHECK(other.choices.expert[2 * t + 1] == 2);
+}
+
+TEST_CASE("top-k gate: a second choice drawn with given noise, worked by hand", "[routing][gate]") {
+  // Logits 3, 1, 0.5, 0 and Gumbel deviates 9, 0, 1, 2: without expert 0 the largest sum is 2 of expert 3.
+  TopKConfig config{
+      .width = 1, .experts = 4, .top_k = 2, .renormalise = true, .drawn_second = true};
+  TopKTape<double> tape;
+  const auto chosen = [&](const std::vector<double>& noise, double x = 1) {
+    TopKGate<double> gate(config, 0);
+    CHECK(gate.noise_columns() == static_cast<Index>(noise.size()));
+    parameter(gate, "weight").value << 3, 1, 0.5, 0;
+    gate.forward(Matrix<double>::Constant(1, 1, x), tape, {.step = 0, .noise = noise});
+    return Indices(tape.choices.expert.begin(), tape.choices.expert.end());
+  };
+  CHECK(chosen({9, 0, 1, 2}) == Indices{0, 3});
+  CHECK_THAT(tape.choices.weight[0], Catch::Matchers::WithinRel(1 / (1 + std::exp(-3.0)), 1e-14));
+  CHECK_THAT(tape.choices.weight[1], Catch::Matchers::WithinRel(1 / (1 + std::exp(3.0)), 1e-14));
+  CHECK(chosen({0, 0, 0.5, 0}) == Indices{0, 1});  // a tie goes to the lower expert
+  CHECK(chosen({9, 0, 1, 2}, std::nan("")) == Indices{0, 1});
+  // Groups {0, 1} and {2, 3}: an expert outside of the chosen group is not drawn.
+  config.groups = 2;
+  CHECK(chosen({9, 0, 1, 2}) == Indices{0, 1});
+  // Between the deviates of the jitter and the number that decides whether the choice stays.
+  config.groups = 1;
+  config.jitter = 0.1;
+  config.random_second = true;
+  CHECK(chosen({0, 9, 0, 1, 2, 0}) == Indices{0, 3});
+  CHECK(tape.choices.keeps[1] == 1);
+  CHECK(chosen({0, 9, 0, 1, 2, 0.999}) == Indices{0, 3});
+  CHECK(tape.choices.keeps[1] == 0);
+}
+
+TEST_CASE("top-k gate: a capacity in tokens of a sequence, in training and in evaluation",
+          "[routing][gate]") {
+  // Rows of two sequences, of which all tokens choose expert 0.
+  TopKConfig config{.width = 1,
+                    .experts = 2,
+                    .top_k = 1,
+                    .capacity = 1,
+                    .evaluation_capacity = 2,
+                    .sequences = 2,
+                    .row_order = RowOrder::sequence_major};
+  TopKGate<double> gate(config, 0);
+  parameter(gate, "weight").value << 1, 0;
+  const Matrix<double> x = Matrix<double>::Ones(6, 1);
+  TopKTape<double> tape;
+  CHECK(gate.forward(x, tape, {.step = 0}).token_offsets == Indices{0, 1, 1, 1, 2, 2, 2});
+  CHECK(gate.evaluate(x, tape).token_offsets == Indices{0, 1, 2, 2, 3, 4, 4});
+  CHECK(tape.balance.load[0] == 6);
+  CHECK(tape.balance.tokens_per_expert[0] == 4);
+  config.row_order = RowOrder::time_major;
+  config.capacity = 0;
+  TopKGate<double> by_time(config, 0);
+  parameter(by_time, "weight").value << 1, 0;
+  CHECK(by_time.forward(x, tape, {.step = 0}).slots() == 6);
+  CHECK(by_time.evaluate(x, tape).token_offsets == Indices{0, 1, 2, 3, 4, 4, 4});
+}
+
 TEST_CASE("top-k gate: evaluation sees training without jitter, drops and capacity",
           "[routing][gate]") {
   TopKGate<double> gate(everything(), 1);

@@ -120,19 +120,57 @@ TEST_CASE("published layers: Llama 4", "[layer]") {
       });
 }
 
-TEST_CASE("published layers: Qwen2-MoE, whose shared expert is 3 times as wide", "[layer]") {
-  check_published<Layer>(
-      {.width = 4,
-       .expert = {.hidden = 2, .activation = Activation::silu, .gated = true},
-       .gate = {.shared = 3, .gated = true, .tied = true, .routed = {.experts = 5, .top_k = 2}},
-       .seed = 1},
-      [](const Named& w, const Row& x) {
-        const double gate = sigmoid(times(x, w.at("gate.shared_weight"))[0]);
-        Row y = scaled(gate, wide_swiglu(w, 3, x));
-        const Row p = softmax(times(x, w.at("gate.routed.weight")));
-        for (const Index e : top(p, 2)) add(scaled(p[at(e)], swiglu(w, 3 + e, x)), y);
-        return y;
-      });
+TEST_CASE("published layers: DeepSeek-V3 and GLM-4-MoE, whose shared expert is n times as wide",
+          "[layer]") {
+  for (const Index n : {1, 2}) {
+    check_published<Layer>({.width = 4,
+                            .expert = {.hidden = 2, .activation = Activation::silu, .gated = true},
+                            .gate = {.shared = n,
+                                     .routed = {.experts = 5,
+                                                .top_k = 2,
+                                                .score = Score::sigmoid,
+                                                .renormalise = true,
+                                                .renormalise_epsilon = 1e-20,
+                                                .scale = 2.5,
+                                                .selection_bias = true}},
+                            .seed = 1},
+                           [&](const Named& w, const Row& x) {
+                             Row s = times(x, w.at("gate.routed.weight"));
+                             for (double& v : s) v = sigmoid(v);
+                             Row choice = s;
+                             add(row_of(w.at("gate.routed.selection_bias"), 0), choice);
+                             const auto chosen = top(choice, 2);
+                             const double sum = s[at(chosen[0])] + s[at(chosen[1])];
+                             Row y = wide_swiglu(w, n, x);
+                             for (const Index e : chosen) {
+                               add(scaled(2.5 * s[at(e)] / sum, swiglu(w, n + e, x)), y);
+                             }
+                             return y;
+                           });
+  }
+}
+
+TEST_CASE("published layers: Qwen2-MoE and Qwen3-Next, whose shared expert is 3 times as wide",
+          "[layer]") {
+  for (const bool renormalise : {false, true}) {
+    check_published<Layer>(
+        {.width = 4,
+         .expert = {.hidden = 2, .activation = Activation::silu, .gated = true},
+         .gate = {.shared = 3,
+                  .gated = true,
+                  .tied = true,
+                  .routed = {.experts = 5, .top_k = 2, .renormalise = renormalise}},
+         .seed = 1},
+        [&](const Named& w, const Row& x) {
+          const double gate = sigmoid(times(x, w.at("gate.shared_weight"))[0]);
+          Row y = scaled(gate, wide_swiglu(w, 3, x));
+          const Row p = softmax(times(x, w.at("gate.routed.weight")));
+          const auto chosen = top(p, 2);
+          const double sum = renormalise ? p[at(chosen[0])] + p[at(chosen[1])] : 1;
+          for (const Index e : chosen) add(scaled(p[at(e)] / sum, swiglu(w, 3 + e, x)), y);
+          return y;
+        });
+  }
 }
 
 TEST_CASE("published layers: Cohere2-MoE, the average of shared and routed experts", "[layer]") {

@@ -96,6 +96,16 @@ TEST_CASE("expert parallel: equals the layer of one process behind a softmax gat
                       .place_order = order,
                       .switch_loss_weight = 0.3},
                      2.0);
+    check_gate<Gate>(
+        {.experts = 4,
+         .top_k = 2,
+         .drawn_second = true,
+         .capacity = 2,
+         .evaluation_capacity = 1,
+         .place_order = order,
+         .sequences = 3,
+         .row_order = order == PlaceOrder::rows ? RowOrder::time_major : RowOrder::sequence_major},
+        2.0);
   }
   for (const RowOrder order : {RowOrder::time_major, RowOrder::sequence_major}) {
     check_gate<Gate>({.experts = 4,

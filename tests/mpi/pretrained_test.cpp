@@ -28,5 +28,6 @@ void check_model(const std::string& name, Index number) {
 TEST_CASE("mpi: a published model is read by several processes, each its own experts", "[mpi]") {
   check_model<io::RoutedLayer<double>>("mixtral", 1);
   check_model<io::RoutedLayer<double>>("granitemoe", 0);
+  check_model<io::SharedLayer<double>>("mixtral", 1);
   check_model<io::SharedLayer<double>>("deepseek_v2", 1);
 }

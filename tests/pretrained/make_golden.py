@@ -88,7 +88,7 @@ MODELS = {
     "switch_transformers": (
         "SwitchTransformersConfig",
         dict(d_model=WIDTH, d_kv=2, d_ff=HIDDEN, num_heads=2, num_layers=2, num_sparse_encoder_layers=1,
-             num_decoder_layers=2, num_sparse_decoder_layers=2, num_experts=3, expert_capacity=8,
+             num_decoder_layers=2, num_sparse_decoder_layers=2, num_experts=3, expert_capacity=1,
              vocab_size=3, router_bias=True, decoder_start_token_id=0),
         "decoder.block.1.layer.2.mlp", {},
     ),
@@ -110,6 +110,13 @@ MODELS = {
         dict(intermediate_size=HIDDEN, intermediate_size_mlp=4, num_local_experts=3, head_dim=2,
              num_experts_per_tok=1, interleave_moe_layer_step=2),
         1, {},
+    ),
+    # As FP8 files of Llama 4 are: a tensor for each map of each expert, with scales of rows.
+    "llama4_fp8": (
+        "Llama4TextConfig",
+        dict(intermediate_size=HIDDEN, intermediate_size_mlp=4, num_local_experts=3, head_dim=2,
+             num_experts_per_tok=1, interleave_moe_layer_step=2),
+        1, dict(fp8_rows=True),
     ),
 }
 
@@ -135,6 +142,7 @@ def make_model(name):
     model_class = {
         "switch_transformers": transformers.SwitchTransformersForConditionalGeneration,
         "llama4": transformers.Llama4ForCausalLM,
+        "llama4_fp8": transformers.Llama4ForCausalLM,
     }.get(name, transformers.AutoModelForCausalLM)
     if model_class is transformers.AutoModelForCausalLM:
         model = model_class.from_config(config, experts_implementation="eager")
@@ -174,7 +182,7 @@ def fp8(weight, block):
             scale[i, j] = (weight[part].abs().max() / 448).float()
             narrow[part] = (weight[part] / scale[i, j].double()).to(torch.float8_e4m3fn)
             weight[part] = narrow[part].double() * scale[i, j].double()
-    return narrow, scale
+    return narrow.contiguous(), scale
 
 
 def mxfp4(weight):
@@ -208,6 +216,23 @@ def narrow(model, storage):
             for part, weight in weights.items():
                 values, scale = fp8(weight, storage["fp8_block"])
                 replaced[f"{name}{part}.weight"] = {"weight": values, "weight_scale_inv": scale}
+        if "fp8_rows" in storage and hasattr(layer.feed_forward, "experts"):
+            name = f"model.layers.{i}.feed_forward."
+            experts = layer.feed_forward.experts
+            gate_up, down = {}, {}
+            for e in range(experts.down_proj.shape[0]):
+                gate, up = experts.gate_up_proj[e].T.chunk(2)
+                for part, weight, of in (("gate_proj", gate, gate_up), ("up_proj", up, gate_up),
+                                         ("down_proj", experts.down_proj[e].T, down)):
+                    values, scale = fp8(weight, (1, weight.shape[1]))
+                    of |= {f"{e}.{part}.weight": values, f"{e}.{part}.weight_scale": scale}
+            replaced[f"{name}experts.gate_up_proj"] = gate_up
+            replaced[f"{name}experts.down_proj"] = down
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(layer.feed_forward.shared_expert, part).weight
+                values, scale = fp8(weight, tuple(weight.shape))
+                replaced[f"{name}shared_expert.{part}.weight"] = {
+                    "weight": values, "weight_scale": scale[0], "input_scale": torch.full((1,), 0.5)}
         if "mxfp4" in storage:
             for part in ("gate_up_proj", "down_proj"):
                 weight = getattr(layer.mlp.experts, part)
@@ -239,7 +264,7 @@ def save(model, folder, replaced, storage, name):
         config["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(storage["fp8_block"])}
         file.write_text(json.dumps(config, indent=2) + "\n")
-    if name == "llama4":
+    if name.startswith("llama4"):
         # Published checkpoints are of the model that sees pictures too.
         file = folder / "config.json"
         config = {"model_type": "llama4", "text_config": json.loads(file.read_text())}

@@ -1,5 +1,8 @@
 #include "moe/routing/capacity.hpp"
 
+#include <cstdint>
+#include <vector>
+
 #include "../support.hpp"
 
 using namespace moe;
@@ -13,14 +16,15 @@ constexpr PlaceOrder all_orders[] = {PlaceOrder::rows, PlaceOrder::first_choices
 
 template <class Scalar>
 Flags kept(PlaceOrder how, Index capacity, Index experts, Index top_k, const Indices& expert,
-           const std::vector<Scalar>& weight, const Flags& before = {}) {
+           const std::vector<Scalar>& weight, const Flags& before = {},
+           const detail::PlaceSequences& sequences = {}) {
   detail::Choices<Scalar> choices;
   choices.resize(static_cast<Index>(expert.size()) / top_k, top_k);
   choices.expert = expert;
   choices.weight = weight;
   if (!before.empty()) choices.keeps = before;
   detail::CapacityScratch<Scalar> scratch;
-  detail::drop_over_capacity(how, capacity, experts, choices, scratch);
+  detail::drop_over_capacity(how, capacity, experts, sequences, choices, scratch);
   return choices.keeps;
 }
 
@@ -80,6 +84,41 @@ TEMPLATE_TEST_CASE("capacity: what was dropped before takes no place", "[routing
   for (const auto how : all_orders) {
     CHECK(kept(how, 2, 2, 2, expert, weight, before) == Flags{1, 0, 1, 1, 0, 1});
   }
+}
+
+TEMPLATE_TEST_CASE("capacity: each sequence has places of its own", "[routing]", float, double) {
+  using S = TestType;
+  detail::ValidTokens tokens;
+  const auto kept_of = [&](PlaceOrder how, Index capacity, RowOrder order,
+                           const std::vector<std::uint8_t>& valid, const Indices& expert,
+                           const std::vector<S>& weight, Index top_k = 1) {
+    detail::find_valid_tokens(static_cast<Index>(valid.size()), valid, nullptr, tokens);
+    return kept(how, capacity, 2, top_k, expert, weight, {}, {2, order, &tokens});
+  };
+  // Two sequences of three rows, all of which choose expert 1: rows 0, 2, 4 and 1, 3, 5, or 0 to 2 and 3 to 5.
+  const std::vector<std::uint8_t> all(6, 1);
+  const Indices one(6, 1);
+  const std::vector<S> up = {1, 2, 3, 4, 5, 6};
+  for (const auto how : {PlaceOrder::rows, PlaceOrder::first_choices}) {
+    CHECK(kept_of(how, 1, RowOrder::time_major, all, one, up) == Flags{1, 1, 0, 0, 0, 0});
+    CHECK(kept_of(how, 2, RowOrder::time_major, all, one, up) == Flags{1, 1, 1, 1, 0, 0});
+    CHECK(kept_of(how, 1, RowOrder::sequence_major, all, one, up) == Flags{1, 0, 0, 1, 0, 0});
+  }
+  for (const auto how : {PlaceOrder::largest_weight, PlaceOrder::best_tokens}) {
+    CHECK(kept_of(how, 1, RowOrder::time_major, all, one, up) == Flags{0, 0, 0, 0, 1, 1});
+    CHECK(kept_of(how, 1, RowOrder::sequence_major, all, one, up) == Flags{0, 0, 1, 0, 0, 1});
+  }
+  // Tokens in rows 1, 2, 3 and 5 only.
+  const std::vector<std::uint8_t> some = {0, 1, 1, 1, 0, 1};
+  const Indices four(4, 1);
+  CHECK(kept_of(PlaceOrder::rows, 1, RowOrder::time_major, some, four, {1, 1, 1, 1}) ==
+        Flags{1, 1, 0, 0});
+  CHECK(kept_of(PlaceOrder::rows, 1, RowOrder::sequence_major, some, four, {1, 1, 1, 1}) ==
+        Flags{1, 0, 1, 0});
+  // Two choices of two tokens for each sequence: rows 0 and 1, and 2 and 3.
+  CHECK(kept_of(PlaceOrder::first_choices, 1, RowOrder::sequence_major, {1, 1, 1, 1},
+                {0, 1, 1, 0, 1, 0, 1, 0}, std::vector<S>(8, S{1}),
+                2) == Flags{1, 0, 1, 0, 1, 1, 0, 0});
 }
 
 TEMPLATE_TEST_CASE("capacity: equal weights go by row, NaN last", "[routing]", float, double) {

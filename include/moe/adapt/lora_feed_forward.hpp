@@ -133,6 +133,8 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   using typename Base::Scalar;
   using Config = LoraFeedForwardConfig;      ///< see LoraFeedForwardConfig
   using Network = typename Frozen::Network;  ///< that is adapted
+  /// Whether the frozen weights are narrow, and so no parameters.
+  static constexpr bool has_narrow_weights = !std::is_floating_point_v<Stored>;
 
   /// Fresh weights with fresh adapters. Throws std::invalid_argument for a configuration out of range.
   LoraFeedForward(const Config& config, std::uint64_t seed)

@@ -193,6 +193,8 @@ class ExpertOf {
 
   /// Whether the network can be split into columns and uses the library's own products.
   static constexpr bool fused = FusedNetwork<Net>;
+  /// Whether the network has narrow weights, which visit_parameters() does not visit.
+  static constexpr bool has_narrow_weights = requires { requires Net::has_narrow_weights; };
 
   /// Dense rows for a plain network, one a worker.
   struct Scratch {

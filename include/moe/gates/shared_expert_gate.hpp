@@ -28,7 +28,9 @@ namespace moe {
 /// Experts 0, ..., shared − 1 get every token, with the weight `scale`, or, if `gated`,
 /// scale·sigmoid(x·W_shared). W_shared has a column for each of them, or one for all if `tied`. It is
 /// zero initially, so that these weights are scale/2. Expert e of the wrapped gate is expert
-/// shared + e here. A token without a slot from the wrapped gate still has its shared experts.
+/// shared + e here. A token without a slot from the wrapped gate still has its shared experts. With
+/// shared = 0 the slots are those of the wrapped gate, to the bit, so that one type of layer serves for models
+/// with and without shared experts.
 ///
 /// tape.balance is that of the wrapped gate, for the routed experts only: its vectors have
 /// routed().experts() entries. (The load of a shared expert is always T.)
@@ -53,11 +55,12 @@ class SharedExpertGate
 
   /// The configuration; the constructor checks it.
   struct Config {
-    Index width = 0;     ///< D; 0 inside a layer's configuration stands for the layer's width
-    Index shared = 1;    ///< experts that every token uses, at least 1
-    bool gated = false;  ///< their weights are sigmoid(x·W_shared) instead of 1, times `scale`
-    bool tied = false;   ///< if gated: W_shared has one column, and all of them one weight
-    double scale = 1;    ///< of their weights, above 0
+    Index width = 0;   ///< D; 0 inside a layer's configuration stands for the layer's width
+    Index shared = 1;  ///< experts that every token uses, at least 0
+    /// Their weights are sigmoid(x·W_shared) instead of 1, times `scale`; false if there are none.
+    bool gated = false;
+    bool tied = false;  ///< if gated: W_shared has one column, and all of them one weight
+    double scale = 1;   ///< of their weights, above 0
     typename RoutedGate::Config routed{};  ///< the wrapped gate's; width 0 stands for D
 
     template <class Self, class Visitor>
@@ -192,13 +195,17 @@ class SharedExpertGate
  private:
   static Config completed(Config config) {
     detail::check_at_least_one(name, "width", config.width);
-    detail::check_at_least_one(name, "shared", config.shared);
+    detail::require(config.shared >= 0, "SharedExpertGate::Config.shared = ", config.shared,
+                    ", must be at least 0");
     if (config.routed.width == 0) config.routed.width = config.width;
     detail::require(config.routed.width == config.width,
                     "SharedExpertGate::Config.routed.width = ", config.routed.width,
                     ", must be 0 or Config.width = ", config.width);
     detail::require(config.gated || !config.tied,
                     "SharedExpertGate::Config.tied = true without gated, whose weights it ties");
+    detail::require(
+        config.shared > 0 || !config.gated,
+        "SharedExpertGate::Config.gated = true with shared = 0, whose weights it makes");
     const auto scale = static_cast<Scalar>(config.scale);
     detail::require(std::isfinite(scale) && scale > 0,
                     "SharedExpertGate::Config.scale = ", config.scale,

@@ -49,6 +49,10 @@ namespace moe {
 /// before that, drops and the random second choice are decided by s, or by the softmax over top for
 /// softmax_of_chosen.
 ///
+/// With Config.drawn_second the second of top is drawn in training: it is expert i with the probability
+/// softmax(c)_i among the experts other than the first, in the chosen groups. Weights and losses are those of
+/// the experts that were drawn.
+///
 /// The selection bias b [W24; D3] is added to the scores for the choice of experts and groups, not for
 /// the weights. Only update_selection_bias() changes it: it is a Parameter that is not trained, so
 /// it is saved in checkpoints, as "selection_bias", and optimizers leave it alone. Initially it is
@@ -103,11 +107,12 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is that of the initial W_g,
-  /// of the jitter and of the random second choice.
+  /// of the jitter and of what is random about the second choice.
   TopKGate(const Config& config, std::uint64_t seed)
       : config_(checked(config)),
         jitter_seed_(derive_seed(seed, 1)),
         second_seed_(derive_seed(seed, 2)),
+        draw_seed_(derive_seed(seed, 3)),
         weight_(config.width, config.experts),
         bias_(1, config.bias ? config.experts : 0),
         selection_bias_(1, config.selection_bias ? config.experts : 0) {
@@ -119,10 +124,10 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }  ///< E
   /// The number of values of Pass::noise for a row of x. With a jitter, D values in [-1, 1), which are
-  /// (j − 1) / Config.jitter; then, with a random second choice, a value in [0, 1): the choice stays
-  /// if it is below 2·w.
+  /// (j − 1) / Config.jitter; then, with a drawn second choice, E Gumbel deviates, which are added to c;
+  /// then, with a random one, a value in [0, 1): the choice stays if it is below 2·w.
   Index noise_columns() const {
-    return (config_.jitter > 0 ? config_.width : 0) + (config_.random_second ? 1 : 0);
+    return draw_column() + (config_.drawn_second ? experts() : 0) + (config_.random_second ? 1 : 0);
   }
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
@@ -133,20 +138,20 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     if (weights.sequence > 0) {
       figures += detail::SwitchLoss<Scalar>::figures(experts(), config_.sequences);
     }
-    const double factor = training ? config_.capacity_factor : config_.evaluation_capacity_factor;
+    const Limit limit = training ? training_limit() : evaluation_limit();
+    const Index sequences = limit.capacity > 0 ? config_.sequences : 1;
     const detail::SharedCall choice =
-        factor > 0 ? detail::capacity_call<Scalar>(config_.place_order, config_.top_k, experts())
-                   : detail::SharedCall{};
+        limit.exists() ? detail::capacity_call<Scalar>(config_.place_order, config_.top_k,
+                                                       experts(), sequences)
+                       : detail::SharedCall{};
     return detail::shared_calls(choice, figures);
   }
 
-  /// Throws std::invalid_argument if there is a loss by sequence and the batch's rows are not a multiple
-  /// of Config.sequences.
+  /// Throws std::invalid_argument if there is a loss or a capacity by sequence and the batch's rows are not a
+  /// multiple of Config.sequences.
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
-    const Index rows = pass.batch != nullptr ? pass.batch->rows() : x.rows();
-    detail::require(config_.sequence_loss_weight == 0 || rows % config_.sequences == 0,
-                    "TopKGate: x has ", rows,
-                    " rows, not a multiple of Config.sequences = ", config_.sequences);
+    if (config_.sequence_loss_weight == 0 && config_.capacity == 0) return;
+    check_sequences(pass.batch != nullptr ? pass.batch->rows() : x.rows());
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
@@ -252,6 +257,25 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return weights;
   }
 
+  /// The places of an expert: a capacity in each sequence, or one by a factor in the batch.
+  struct Limit {
+    Index capacity = 0;
+    double factor = 0;
+    bool exists() const { return capacity > 0 || factor > 0; }
+  };
+  Limit training_limit() const { return {config_.capacity, config_.capacity_factor}; }
+  Limit evaluation_limit() const {
+    return {config_.evaluation_capacity, config_.evaluation_capacity_factor};
+  }
+
+  void check_sequences(Index rows) const {
+    detail::require(rows % config_.sequences == 0, "TopKGate: x has ", rows,
+                    " rows, not a multiple of Config.sequences = ", config_.sequences);
+  }
+
+  /// The first column of Pass::noise with deviates for the drawn second choice.
+  Index draw_column() const { return config_.jitter > 0 ? config_.width : 0; }
+
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
     const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
     if (config_.jitter > 0) {
@@ -262,20 +286,21 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
       detail::resize(tape.jitter, 0, 0);
       linear_scores(tape.tokens.rows_of(x), weight_, bias_, tape.router.logits);
     }
-    choose(tape);
+    choose(config_.drawn_second ? &noise : nullptr, tape);
     if (config_.random_second) {
       detail::drop_second_choices(second_seed_, noise, tape.tokens, tape.choices);
     }
-    make_routing(config_.capacity_factor, pass.batch, tape);
+    make_routing(training_limit(), pass.batch, tape);
     measure_losses(loss_weights(), pass.batch, tape);
   }
 
   /// With the capacity of evaluation; the loss by sequence is left out where T is not a multiple of
-  /// Config.sequences.
+  /// Config.sequences. Throws std::invalid_argument there if the capacity is by sequence.
   void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
+    if (config_.evaluation_capacity > 0) check_sequences(tape.tokens.batch_rows);
     linear_scores(tape.tokens.rows_of(x), weight_, bias_, tape.router.logits);
-    choose(tape);
-    make_routing(config_.evaluation_capacity_factor, pass.batch, tape);
+    choose(nullptr, tape);
+    make_routing(evaluation_limit(), pass.batch, tape);
     measure_losses(evaluation_weights(tape.tokens.batch_rows), pass.batch, tape);
   }
 
@@ -304,7 +329,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
 
   // The choice of experts, and their weights.
 
-  void choose(Tape& tape) const {
+  /// Given noise, the second choices are drawn.
+  void choose(const detail::NoiseSource* noise, Tape& tape) const {
     const Index tokens = tape.router.logits.rows();
     detail::score_logits(config_.score, config_.z_loss_weight > 0, tape.router);
     tape.choices.resize(tokens, config_.top_k);
@@ -318,15 +344,22 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     }
     const detail::ChoiceWeights<Scalar> weights(config_);
     constexpr Index block = detail::router_block;
-    parallel_for((tokens + block - 1) / block, element_work(2 * tape.router.scores.size()),
-                 [&](Index task, Index worker) {
-                   auto& scratch = tape.scratch[worker];
-                   for (Index t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
-                     select_largest(choice_scores(tape, t, scratch), experts(), config_.top_k,
-                                    &tape.choices.expert[t * config_.top_k]);
-                     weights.forward(tape.router, t, tape.choices);
-                   }
-                 });
+    const Work work = noise != nullptr ? function_work(tape.router.scores.size())
+                                       : element_work(2 * tape.router.scores.size());
+    parallel_for((tokens + block - 1) / block, work, [&](Index task, Index worker) {
+      auto& scratch = tape.scratch[worker];
+      for (Index t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
+        const Scalar* scores = choice_scores(tape, t, scratch);
+        Index* chosen = &tape.choices.expert[t * config_.top_k];
+        select_largest(scores, experts(), config_.top_k, chosen);
+        if (noise != nullptr) {
+          detail::draw_second_choice(draw_seed_, *noise, tape.tokens.row_of(t), draw_column(),
+                                     experts(), detail::row_data(tape.router.logits, t), scores,
+                                     chosen);
+        }
+        weights.forward(tape.router, t, tape.choices);
+      }
+    });
   }
 
   /// s + b of the experts in the chosen groups, -infinity of the others.
@@ -348,12 +381,17 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
 
   // The choices that become slots.
 
-  void make_routing(double capacity_factor, const SharedBatch* batch, Tape& tape) const {
-    if (capacity_factor > 0) {
-      const Index capacity = detail::expert_capacity(capacity_factor, tape.tokens.batch_count,
-                                                     config_.top_k, experts());
-      detail::drop_over_capacity(config_.place_order, capacity, experts(), batch, tape.choices,
-                                 tape.capacity);
+  void make_routing(const Limit& limit, const SharedBatch* batch, Tape& tape) const {
+    if (limit.exists()) {
+      const bool by_sequence = limit.capacity > 0;
+      const Index capacity = by_sequence
+                                 ? limit.capacity
+                                 : detail::expert_capacity(limit.factor, tape.tokens.batch_count,
+                                                           config_.top_k, experts());
+      const detail::PlaceSequences sequences{by_sequence ? config_.sequences : 1, config_.row_order,
+                                             &tape.tokens};
+      detail::drop_over_capacity(config_.place_order, capacity, experts(), sequences, batch,
+                                 tape.choices, tape.capacity);
     }
     detail::ChoiceWeights<Scalar>(config_).renormalise(tape.router, tape.choices);
     detail::make_slots(tape.choices, static_cast<Scalar>(config_.scale), experts(), tape.routing);
@@ -415,6 +453,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   Config config_;
   std::uint64_t jitter_seed_;
   std::uint64_t second_seed_;
+  std::uint64_t draw_seed_;
   Parameter<Scalar> weight_;          ///< W_g, D x E
   Parameter<Scalar> bias_;            ///< b_g, 1 x E; empty without one
   Parameter<Scalar> selection_bias_;  ///< b, 1 x E; empty without one

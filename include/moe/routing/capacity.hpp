@@ -8,9 +8,11 @@
 #include <string_view>
 
 #include "moe/routing/choices.hpp"
+#include "moe/routing/pass.hpp"
 #include "moe/routing/select_largest.hpp"
 #include "moe/routing/shared_batch.hpp"
 #include "moe/routing/shared_selection.hpp"
+#include "moe/routing/switch_loss.hpp"
 
 /// \file
 /// The capacity of experts: the largest number of tokens of each, and which choices are dropped when
@@ -51,24 +53,36 @@ inline Index expert_capacity(double factor, Index tokens, Index top_k, Index exp
   return static_cast<Index>(std::ceil(std::min(places * (1 - 1e-12), static_cast<double>(tokens))));
 }
 
+/// The sequences of a batch, if each has places of its own.
+struct PlaceSequences {
+  Index count = 1;  ///< if not 1, of a number of rows that is a multiple of it
+  RowOrder order = RowOrder::time_major;  ///< of the rows
+  const ValidTokens* tokens = nullptr;  ///< the rows of the choices' tokens; null for one sequence
+
+  Index of(Index token) const {
+    return count == 1 ? 0 : sequence_of_token(*tokens, token, count, order);
+  }
+};
+
 /// The scratch of drop_over_capacity().
 template <class Scalar>
 struct CapacityScratch {
   IndexedVector<Index> order;      ///< choices
   IndexedVector<Scalar> priority;  ///< T, of tokens
   IndexedVector<Index> tokens;     ///< T, by priority
-  IndexedVector<Index> taken;      ///< E, or turns x E
+  IndexedVector<Index> taken;      ///< sequences x E, or turns x sequences x E
 
   // For a batch that processes share.
-  IndexedVector<Index> of_turn;    ///< turns x E, the number of choices of all processes
+  IndexedVector<Index> of_turn;    ///< as large, the number of choices of all processes
   SharedSelection<Scalar> shared;  ///< by weight
 };
 
-/// Drops the choices that find no place; choices that were dropped before take none. Ties of weights go
-/// to the lower token, and NaN comes last. O(T·K + E), for largest_weight and best_tokens
-/// O(T·K·log(T·K)).
+/// Drops the choices that find no place of the `capacity` of an expert in each sequence; choices that were
+/// dropped before take none. Ties of weights go to the lower token, and NaN comes last. O(T·K + E), for
+/// largest_weight and best_tokens O(T·K·log(T·K)).
 template <class Scalar>
-void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<Scalar>& choices,
+void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
+                        const PlaceSequences& sequences, Choices<Scalar>& choices,
                         CapacityScratch<Scalar>& scratch) {
   resize(scratch.order, choices.size());
   std::iota(scratch.order.begin(), scratch.order.end(), Index{0});
@@ -88,11 +102,12 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, Choices<S
   } else if (how == PlaceOrder::largest_weight) {
     std::sort(scratch.order.begin(), scratch.order.end(), ByScore<Scalar>(choices.weight.data()));
   }
-  assign(scratch.taken, experts, Index{0});
+  assign(scratch.taken, sequences.count * experts, Index{0});
   for (const Index choice : scratch.order) {
     const auto c = to_size(choice);
     if (choices.keeps[c] == 0) continue;
-    if (++scratch.taken[choices.expert[c]] > capacity) choices.keeps[c] = 0;
+    const Index place = sequences.of(choice / choices.top_k) * experts + choices.expert[c];
+    if (++scratch.taken[place] > capacity) choices.keeps[c] = 0;
   }
 }
 
@@ -105,48 +120,55 @@ inline void check_shared_order(PlaceOrder how) {
 
 /// The call of a SharedBatch that drop_over_capacity() makes. Throws as check_shared_order() does.
 template <class Scalar>
-SharedCall capacity_call(PlaceOrder how, Index top_k, Index experts) {
+SharedCall capacity_call(PlaceOrder how, Index top_k, Index experts, Index sequences = 1) {
   check_shared_order(how);
-  if (how == PlaceOrder::largest_weight) return SharedSelection<Scalar>::first_call(experts);
+  const Index counts = sequences * experts;
+  if (how == PlaceOrder::largest_weight) return SharedSelection<Scalar>::first_call(counts);
   const Index turns = how == PlaceOrder::first_choices ? top_k : 1;
-  return {SharedCall::sum_and_prefix, turns * experts};
+  return {SharedCall::sum_and_prefix, turns * counts};
 }
 
 /// The same for choices that may be a part of a larger batch: the tokens of all processes share the
 /// places. Throws as check_shared_order() does.
 template <class Scalar>
-void drop_over_capacity(PlaceOrder how, Index capacity, Index experts, const SharedBatch* batch,
+void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
+                        const PlaceSequences& sequences, const SharedBatch* batch,
                         Choices<Scalar>& choices, CapacityScratch<Scalar>& scratch) {
-  if (batch == nullptr) return drop_over_capacity(how, capacity, experts, choices, scratch);
+  if (batch == nullptr) {
+    return drop_over_capacity(how, capacity, experts, sequences, choices, scratch);
+  }
   check_shared_order(how);
+  // Each expert of each sequence has places of its own.
+  const Index counts = sequences.count * experts;
+  const auto count_of = [&](Index choice) {
+    return sequences.of(choice / choices.top_k) * experts + choices.expert[choice];
+  };
   if (how == PlaceOrder::largest_weight) {
-    scratch.shared.find(experts, capacity, *batch, [&](auto&& visit) {
-      for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
-        if (choices.keeps[c] != 0) visit(choices.expert[c], choices.weight[c]);
+    scratch.shared.find(counts, capacity, *batch, [&](auto&& visit) {
+      for (Index c = 0; c < choices.size(); ++c) {
+        if (choices.keeps[c] != 0) visit(count_of(c), choices.weight[c]);
       }
     });
-    for (std::size_t c = 0; c < choices.keeps.size(); ++c) {
+    for (Index c = 0; c < choices.size(); ++c) {
       if (choices.keeps[c] == 0) continue;
-      if (!scratch.shared.takes(choices.expert[c], choices.weight[c])) choices.keeps[c] = 0;
+      if (!scratch.shared.takes(count_of(c), choices.weight[c])) choices.keeps[c] = 0;
     }
     return;
   }
   // Places go turn by turn: first choices, second ones, ..., or all in one turn.
   const Index turns = how == PlaceOrder::first_choices ? choices.top_k : 1;
-  const auto place_of = [&](Index choice) {
-    return choice % turns * experts + choices.expert[choice];
-  };
-  assign(scratch.taken, turns * experts, Index{0});
+  const auto place_of = [&](Index choice) { return choice % turns * counts + count_of(choice); };
+  assign(scratch.taken, turns * counts, Index{0});
   for (Index c = 0; c < choices.size(); ++c) {
     if (choices.keeps[c] != 0) ++scratch.taken[place_of(c)];
   }
-  resize(scratch.of_turn, turns * experts);
+  resize(scratch.of_turn, turns * counts);
   batch->sum_and_prefix(std::span<Index>(scratch.taken), std::span<Index>(scratch.of_turn));
-  for (Index e = 0; e < experts && turns > 1; ++e) {
+  for (Index i = 0; i < counts && turns > 1; ++i) {
     Index before = 0;
     for (Index turn = 0; turn < turns; ++turn) {
-      scratch.taken[turn * experts + e] += before;
-      before += scratch.of_turn[turn * experts + e];
+      scratch.taken[turn * counts + i] += before;
+      before += scratch.of_turn[turn * counts + i];
     }
   }
   for (Index c = 0; c < choices.size(); ++c) {

@@ -45,6 +45,11 @@ namespace detail {
 inline Index sequence_of(Index row, Index rows, Index sequences, RowOrder order) {
   return order == RowOrder::time_major ? row % sequences : row / (rows / sequences);
 }
+/// That of a token, whose batch's rows are a multiple of `sequences`.
+inline Index sequence_of_token(const ValidTokens& tokens, Index token, Index sequences,
+                               RowOrder order) {
+  return sequence_of(tokens.first_row + tokens.row_of(token), tokens.batch_rows, sequences, order);
+}
 
 /// The mean over sequences of E·Σ_i f_i·P_i, and what its gradient needs. With one sequence it is the
 /// loss of the batch. f and P of a sequence are over its own valid tokens; a sequence without any does
@@ -67,8 +72,7 @@ class SwitchLoss {
     resize_to_zero(total_, sequences, score.cols());
     resize(sequence_, score.rows());
     for (Index t = 0; t < score.rows(); ++t) {
-      sequence_[t] =
-          sequence_of(tokens.first_row + tokens.row_of(t), tokens.batch_rows, sequences, order);
+      sequence_[t] = sequence_of_token(tokens, t, sequences, order);
       tokens_[sequence_[t]] += 1;
     }
     for (Index c = 0; c < top_k * score.rows(); c += step) {

@@ -55,16 +55,25 @@ struct TopKConfig {
 
   double jitter = 0;           ///< j is uniform in [1 - jitter, 1 + jitter), in [0, 1) [F22 app. C]
   bool random_second = false;  ///< K = 2: the second choice is kept with probability 2·w [G21]
+  /// K = 2: in training the second choice is drawn, with the probabilities softmax(c), by Gumbel noise, as in
+  /// NLLB-MoE's code; not with a selection bias, which would have no part in it.
+  bool drawn_second = false;
 
-  double capacity_factor = 0;                 ///< of training; 0: no limit
-  double evaluation_capacity_factor = 0;      ///< of evaluate(); 0: no limit
+  double capacity_factor = 0;             ///< of training; 0: no limit
+  double evaluation_capacity_factor = 0;  ///< of evaluate(); 0: no limit
+  /// The places of an expert in training as a number of tokens, in each of the batch's `sequences` (Switch
+  /// Transformer's expert_capacity at Hugging Face); 0: capacity_factor's, which are those of the batch.
+  Index capacity = 0;
+  Index evaluation_capacity = 0;  ///< the same of evaluate(); 0: evaluation_capacity_factor's
   PlaceOrder place_order = PlaceOrder::rows;  ///< which choices are dropped
 
   double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0
   double sequence_loss_weight = 0;                   ///< of its mean over sequences, >= 0
   SwitchCount switch_count = SwitchCount::per_slot;  ///< what f counts in both
-  Index sequences = 1;                        ///< sequences of a batch, for sequence_loss_weight
-  RowOrder row_order = RowOrder::time_major;  ///< the order of the rows, for sequence_loss_weight
+  /// The sequences of a batch, for sequence_loss_weight, capacity and evaluation_capacity. With the last,
+  /// evaluate() refuses rows that are not a multiple of it.
+  Index sequences = 1;
+  RowOrder row_order = RowOrder::time_major;  ///< the order of the rows, for the same
   double z_loss_weight = 0;                   ///< of the router z-loss [Z22], >= 0
 
   double init_stddev = 0.02;  ///< standard deviation of the normal initial W_g, >= 0
@@ -88,8 +97,11 @@ struct TopKConfig {
     visit("bias_rate", self.bias_rate);
     visit("jitter", self.jitter);
     visit("random_second", self.random_second);
+    visit("drawn_second", self.drawn_second);
     visit("capacity_factor", self.capacity_factor);
     visit("evaluation_capacity_factor", self.evaluation_capacity_factor);
+    visit("capacity", self.capacity);
+    visit("evaluation_capacity", self.evaluation_capacity);
     visit("place_order", self.place_order);
     visit("switch_loss_weight", self.switch_loss_weight);
     visit("sequence_loss_weight", self.sequence_loss_weight);
@@ -138,8 +150,21 @@ inline const TopKConfig& checked(const TopKConfig& config) {
           ", must be in [0, 1)");
   require(!config.random_second || config.top_k == 2,
           "TopKGate::Config.random_second with top_k = ", config.top_k, ", must be 2");
+  require(!config.drawn_second || config.top_k == 2,
+          "TopKGate::Config.drawn_second with top_k = ", config.top_k, ", must be 2");
+  require(
+      !config.drawn_second || !config.selection_bias,
+      "TopKGate::Config.drawn_second with selection_bias, which would have no part in the draw");
   check_at_least_zero(gate, "Config.capacity_factor", config.capacity_factor);
   check_at_least_zero(gate, "Config.evaluation_capacity_factor", config.evaluation_capacity_factor);
+  const auto check_capacity = [](const char* field, Index capacity, double factor) {
+    require(capacity >= 0, "TopKGate::Config.", field, " = ", capacity, ", must be at least 0");
+    require(capacity == 0 || factor == 0, "TopKGate::Config.", field, " = ", capacity, ", but ",
+            field, "_factor = ", factor, "; one of them must be 0");
+  };
+  check_capacity("capacity", config.capacity, config.capacity_factor);
+  check_capacity("evaluation_capacity", config.evaluation_capacity,
+                 config.evaluation_capacity_factor);
   require(config.place_order >= PlaceOrder::rows && config.place_order <= PlaceOrder::best_tokens,
           "TopKGate::Config.place_order = ", static_cast<int>(config.place_order),
           ", must be one of the 4 orders");

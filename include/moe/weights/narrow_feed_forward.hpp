@@ -21,6 +21,7 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
  public:
   using typename Base::Config;
   using typename Base::Scalar;
+  static constexpr bool has_narrow_weights = true;  ///< which are no parameters
 
   /// Rounds the weights of a network. Throws std::invalid_argument, with `prefix` and the name of the
   /// weight, if one cannot be narrowed.

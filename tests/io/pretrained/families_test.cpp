@@ -206,6 +206,13 @@ TEST_CASE("families: Switch Transformer's two stacks", "[io][pretrained]") {
   CHECK(mixtures_of("switch_transformers", with(switch_base, R"("num_sparse_encoder_layers": 12,
                                          "num_sparse_decoder_layers": 0)"))
             .size() == 12);
+  CHECK(mixtures[0].gate.capacity == 64);
+  CHECK(mixtures[0].gate.evaluation_capacity == 64);
+  const std::string small = with(switch_base, R"("expert_capacity": 8)");
+  CHECK(mixtures_of("switch_transformers", small)[8].gate.capacity == 8);
+  CHECK(mixtures_of("switch_transformers", small)[8].gate.evaluation_capacity == 8);
+  fails("switch_transformers", with(switch_base, R"("expert_capacity": 0)"),
+        "\"expert_capacity\" is 0, must be at least 1");
   CHECK(!mixtures[0].gate.bias);
   CHECK(
       mixtures_of("switch_transformers", with(switch_base, R"("router_bias": true)"))[0].gate.bias);

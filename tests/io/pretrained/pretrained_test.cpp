@@ -1,6 +1,8 @@
 #include "moe/io/pretrained.hpp"
 
+#include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -80,6 +82,54 @@ TEST_CASE("pretrained: the weights of narrow files are exactly what was rounded"
         granite.at("experts.2.down.weight"));
 }
 
+TEST_CASE(
+    "pretrained: Llama 4 in FP8 has a tensor for each map of each expert, with scales of rows or "
+    "one",
+    "[io][pretrained]") {
+  const ChangedModel model("llama4");
+  const std::string prefix = "language_model.model.layers.1.feed_forward.";
+  std::map<std::string, Matrix<float>> scale_of;
+  SafetensorsWriter writer;
+  const auto add = [&](const std::string& map, std::uint64_t out, std::uint64_t in, bool rows) {
+    Matrix<float>& scale = scale_of[map];
+    scale = random_matrix<float>(rows ? static_cast<Index>(out) : 1, 1, scale_of.size());
+    writer.add_made_bytes(prefix + map + ".weight", "F8_E4M3", {out, in}, [=] {
+      std::vector<std::byte> codes(out * in);
+      for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = std::byte(i * 7 % 127);
+      return codes;
+    });
+    writer.add_made<float>(prefix + map + ".weight_scale",
+                           rows ? std::vector<std::uint64_t>{out, 1} : std::vector<std::uint64_t>{},
+                           [scale] { return scale; });
+    if (!rows)
+      writer.add_made<float>(prefix + map + ".input_scale", {1}, [scale] { return scale; });
+  };
+  const Matrix<float> router = random_matrix<float>(3, 6, 1);
+  writer.add(prefix + "router.weight", router);
+  for (const std::string expert : {"experts.0.", "experts.1.", "experts.2.", "shared_expert."}) {
+    for (const std::string map : {"gate_proj", "up_proj", "down_proj"}) {
+      const bool is_down = map == "down_proj";
+      add(expert + map, is_down ? 6 : 5, is_down ? 5 : 6, expert != "shared_expert.");
+    }
+  }
+  writer.write(model.file(whole));
+  const SafetensorsFile file(model.file(whole));
+  const Named layer = values_of(io::open_pretrained(model.folder()).load_layer<Shared>(1));
+  CHECK(layer.at("gate.routed.weight") == router.transpose().cast<double>());
+  for (const auto& [map, scale] : scale_of) {
+    Matrix<double> expected = file.matrix<double>(prefix + map + ".weight");
+    for (Index row = 0; row < expected.rows(); ++row) {
+      expected.row(row) *= static_cast<double>(scale(scale.rows() == 1 ? 0 : row, 0));
+    }
+    // The shared expert is the first of the layer.
+    const std::string expert = map.starts_with("shared")
+                                   ? "experts.0."
+                                   : "experts." + std::to_string(map[8] - '0' + 1) + ".";
+    const std::string part = map.substr(map.rfind('.') + 1);
+    CHECK(layer.at(expert + part.substr(0, part.find('_')) + ".weight") == expected.transpose());
+  }
+}
+
 TEST_CASE("pretrained: a double is rounded to a float", "[io][pretrained]") {
   const io::Pretrained model = io::open_pretrained(golden("mixtral"));
   const auto narrow = model.load_layer<io::RoutedLayer<float>>(0);
@@ -102,9 +152,6 @@ TEST_CASE("pretrained: a layer of another configuration keeps its options", "[io
 }
 
 TEST_CASE("pretrained: the type to ask for is named", "[io][pretrained]") {
-  CHECK_THROWS_WITH(io::open_pretrained(golden("mixtral")).load_layer<Shared>(0),
-                    Contains("config.json: layer 0 has no shared experts: ask for "
-                             "moe::io::RoutedLayer"));
   CHECK_THROWS_WITH(io::open_pretrained(golden("deepseek_v2")).load_layer<Routed>(1),
                     Contains("config.json: layer 1 has shared experts, 2 of them: ask for "
                              "moe::io::SharedLayer"));
@@ -206,7 +253,13 @@ TEST_CASE("pretrained: a tensor that is missing, left over, of another type or s
     const ChangedModel model("deepseek_v3");
     const std::string scale = "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv";
     model.rename(whole, scale, "other");
-    fails<Shared>(model, 1, "has no tensor \"" + scale + "\"");
+    fails<Shared>(model, 1,
+                  "has no tensor \"" + scale + "\" and no tensor \"" +
+                      scale.substr(0, scale.size() - 4) + "\"");
+    // Another name for the same.
+    model.rename(whole, "other", scale.substr(0, scale.size() - 4));
+    CHECK(values_of(io::open_pretrained(model.folder()).load_layer<Shared>(1)) ==
+          values_of(io::open_pretrained(golden("deepseek_v3")).load_layer<Shared>(1)));
   }
   {
     const ChangedModel model("deepseek_v3");
@@ -272,6 +325,8 @@ TEST_CASE("pretrained: a family that does not say all is told what", "[io][pretr
   with([](Mixture& m) { m.scale_columns = 0; }, "Mixture.scale_rows and scale_columns must be at");
   with([](Mixture& m) { m.gate.bias = true; }, "MixtureTensors.router_bias is empty");
   with([](Mixture& m) { m.shared_gated = true; }, "MixtureTensors.shared_gate is empty");
+  with([](Mixture& m) { m.shared_gated = true, m.shared = 0; },
+       "Mixture.shared_gated is true, but there are no shared experts");
   with([](Mixture& m) { m.bias = true; }, "the mixture has biases, MixtureTensors has no names");
   with([](Mixture& m) { m.bias = true, m.shared = 2; }, "of several shared experts side by side");
   with_name(

@@ -74,6 +74,7 @@ TEST_CASE("pretrained: a layer is saved as transformers saves it", "[io][pretrai
   check_saved<Routed>("granitemoe", 0, "model.layers.0.block_sparse_moe.");
   check_saved<Routed>("switch_transformers", 1, "encoder.block.1.layer.1.mlp.");
   check_saved<Routed>("switch_transformers", 2, "decoder.block.0.layer.2.mlp.");
+  check_saved<Shared>("mixtral", 1, "model.layers.1.block_sparse_moe.");
   check_saved<Shared>("qwen2_moe", 1, "model.layers.1.mlp.");
   check_saved<Shared>("deepseek_v2", 1, "model.layers.1.mlp.");
   check_saved<Shared>("glm4_moe", 1, "model.layers.1.mlp.");
@@ -88,6 +89,7 @@ TEST_CASE("pretrained: a saved layer of any family is loaded again, to the bit",
   check_loaded_again<Routed>("gpt_oss", 0);
   check_loaded_again<Routed>("granitemoe", 1);
   check_loaded_again<Routed>("switch_transformers", 3);
+  check_loaded_again<Shared>("gpt_oss", 0);
   check_loaded_again<Shared>("qwen2_moe", 1);
   check_loaded_again<Shared>("deepseek_v2", 1);
   check_loaded_again<Shared>("deepseek_v3", 1);

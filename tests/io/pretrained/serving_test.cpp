@@ -35,6 +35,7 @@ TEMPLATE_TEST_CASE("pretrained: a layer is narrowed as it is read", "[io][pretra
   check_serving<Routed, TestType>("granitemoe", 0);
   check_serving<Routed, TestType>("switch_transformers", 3);
   check_serving<Routed, TestType>("gpt_oss", 0);
+  check_serving<Shared, TestType>("mixtral", 1);
   check_serving<Shared, TestType>("qwen2_moe", 1);
   check_serving<Shared, TestType>("deepseek_v3", 1);
   check_serving<Shared, TestType>("llama4", 1);
@@ -50,6 +51,6 @@ TEST_CASE("pretrained: what cannot be narrowed as it is read is refused", "[io][
   changed.set("num_experts_per_tok", 5);
   CHECK_THROWS_WITH(io::load_serving<Routed>(io::open_pretrained(changed.folder()), 1),
                     Contains("config.json: layer 1: ") && Contains("top_k = 5"));
-  using Shared = ServingLayer<io::SharedLayer<float>, BFloat16>;
-  CHECK_THROWS_WITH(io::load_serving<Shared>(model, 1), Contains("RoutedLayer"));
+  const io::Pretrained deepseek = io::open_pretrained(golden("deepseek_v2"));
+  CHECK_THROWS_WITH(io::load_serving<Routed>(deepseek, 1), Contains("SharedLayer"));
 }

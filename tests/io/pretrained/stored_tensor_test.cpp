@@ -1,8 +1,10 @@
 #include "moe/io/pretrained/stored_tensor.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -95,6 +97,61 @@ TEST_CASE("stored tensors: each of several matrices has blocks of its own", "[io
   CHECK(rows.col(1) == expected);
 }
 
+TEST_CASE("stored tensors: F8_E4M3 with one scale, or one for each row, column or matrix",
+          "[io][pretrained]") {
+  // Two matrices of 2 x 3 ones, and what the scales make of them.
+  const auto read = [](const std::string& scale_name, const std::string& shape,
+                       const Matrix<float>& scales) {
+    INFO(shape);
+    Tensors tensors;
+    tensors.add("w", "F8_E4M3", "[2,2,3]", std::string(12, '\x38'));
+    tensors.add(scale_name, "F32", shape, bytes_of(scales));
+    const io::Checkpoint checkpoint = tensors.open();
+    const StoredTensor stored(checkpoint, "w", {2, 2, 3}, 128, 128);
+    CHECK(stored.tensors() == std::vector<std::string>{"w", scale_name});
+    const Matrix<double> rows = all_rows(stored);
+    for (Index r = 0; r < 4; ++r) {
+      double row[3];
+      stored.read_rows(r, 1, row);
+      CHECK(std::equal(row, row + 3, rows.row(r).data()));
+    }
+    return rows;
+  };
+  const Matrix<double> ones = Matrix<double>::Ones(4, 3);
+  const Matrix<float> one = Matrix<float>::Constant(1, 1, 0.25f);
+  for (const std::string name : {"w_scale", "w_scale_inv"}) {
+    CHECK(read(name, "[]", one) == 0.25 * ones);
+    CHECK(read(name, "[1]", one) == 0.25 * ones);
+    CHECK(read(name, "[2,1,1]", Matrix<float>{{2, 5}}) ==
+          Matrix<double>{{2, 2, 2}, {2, 2, 2}, {5, 5, 5}, {5, 5, 5}});
+    CHECK(read(name, "[2,2,1]", Matrix<float>{{2, 3, 5, 7}}) ==
+          Matrix<double>{{2, 2, 2}, {3, 3, 3}, {5, 5, 5}, {7, 7, 7}});
+    CHECK(read(name, "[2,1,3]", Matrix<float>{{2, 3, 5, 7, 11, 13}}) ==
+          Matrix<double>{{2, 3, 5}, {2, 3, 5}, {7, 11, 13}, {7, 11, 13}});
+  }
+}
+
+TEST_CASE("stored tensors: the scale of a map's input is not used and not left over",
+          "[io][pretrained]") {
+  Tensors tensors;
+  tensors.add("up.weight", "F8_E4M3", "[1,2]", "\x38\x40");
+  const Matrix<float> two = Matrix<float>::Constant(1, 1, 2.0f);
+  tensors.add("up.weight_scale", "F32", "[1]", bytes_of(two));
+  tensors.add("up.input_scale", "F32", "[1]", bytes_of(7 * two));
+  tensors.add("down.weight", "F8_E4M3", "[1,2]", "\x38\x40");
+  tensors.add("down.weight_scale_inv", "F32", "[]", bytes_of(two));
+  tensors.add("down.activation_scale", "F32", "[]", bytes_of(7 * two));
+  const io::Checkpoint checkpoint = tensors.open();
+  const StoredTensor up(checkpoint, "up.weight", {1, 2}, 128, 128);
+  CHECK(all_rows(up) == Matrix<double>{{2, 4}});
+  CHECK(std::set<std::string>(up.tensors().begin(), up.tensors().end()) ==
+        std::set<std::string>{"up.weight", "up.weight_scale", "up.input_scale"});
+  const StoredTensor down(checkpoint, "down.weight", {1, 2}, 128, 128);
+  CHECK(all_rows(down) == Matrix<double>{{2, 4}});
+  CHECK(std::set<std::string>(down.tensors().begin(), down.tensors().end()) ==
+        std::set<std::string>{"down.weight", "down.weight_scale_inv", "down.activation_scale"});
+}
+
 TEST_CASE("stored tensors: MXFP4 by its definition", "[io][pretrained]") {
   // All 16 codes, 0 to 15 in the first 8 bytes, low halves first; then the same backwards.
   std::string codes;
@@ -132,6 +189,13 @@ TEST_CASE("stored tensors: another shape, another type and missing scales are na
   tensors.add("vector_scale_inv", "F32", "[1]", std::string(4, '\0'));
   tensors.add("odd", "F8_E4M3", "[2,3]", std::string(6, '\0'));
   tensors.add("odd_scale_inv", "F32", "[2,3]", std::string(24, '\0'));
+  tensors.add("twice", "F8_E4M3", "[2,3]", std::string(6, '\0'));
+  tensors.add("twice_scale", "F32", "[1]", std::string(4, '\0'));
+  tensors.add("twice_scale_inv", "F32", "[1,1]", std::string(4, '\0'));
+  tensors.add("turned", "F8_E4M3", "[2,3]", std::string(6, '\0'));
+  tensors.add("turned_scale", "F32", "[3,1]", std::string(12, '\0'));
+  tensors.add("flat", "F8_E4M3", "[2,3]", std::string(6, '\0'));
+  tensors.add("flat_scale", "F32", "[2]", std::string(8, '\0'));
   tensors.add("whole", "F8_E4M3", "[2,3]", std::string(6, '\0'));
   tensors.add("whole_scale_inv", "I32", "[1,1]", std::string(4, '\0'));
   tensors.add("a_blocks", "U8", "[1,1,16]", std::string(16, '\0'));
@@ -149,9 +213,19 @@ TEST_CASE("stored tensors: another shape, another type and missing scales are na
   fails("f32", {6}, "has shape [2,3], needed is [6]");
   fails("none", {1}, "has no tensor \"none\"");
   fails("i32", {2, 3}, "tensor \"i32\" is I32, needed is F64, F32, F16, BF16 or F8_E4M3");
-  fails("f8", {2, 3}, "has no tensor \"f8_scale_inv\"");
-  fails("vector", {3}, "tensor \"vector\" is F8_E4M3 of shape [3], which has no blocks");
-  fails("odd", {2, 3}, "tensor \"odd_scale_inv\" has shape [2,3], needed is [1,1]");
+  fails("f8", {2, 3},
+        "has no tensor \"f8_scale_inv\" and no tensor \"f8_scale\", one of which must be the "
+        "scales of "
+        "tensor \"f8\"");
+  fails("twice", {2, 3},
+        "has both tensor \"twice_scale_inv\" and tensor \"twice_scale\", of which one must be the "
+        "scales of tensor \"twice\"");
+  fails("vector", {3}, "tensor \"vector\" is F8_E4M3 of shape [3], which is no map");
+  const std::string needed =
+      ", needed is [1,1] for blocks of 128 x 128, [2,1] for rows, [1,3] for columns, [1,1] or [1]";
+  fails("odd", {2, 3}, "tensor \"odd_scale_inv\" has shape [2,3]" + needed);
+  fails("turned", {2, 3}, "tensor \"turned_scale\" has shape [3,1]" + needed);
+  fails("flat", {2, 3}, "tensor \"flat_scale\" has shape [2]" + needed);
   fails("whole", {2, 3}, "tensor \"whole_scale_inv\" is I32, needed is");
   fails("a_blocks", {1, 32}, "has no tensor \"a_scales\"");
   fails("b_blocks", {1, 32}, "tensor \"b_scales\" has shape [1,2], needed is [1,1]");

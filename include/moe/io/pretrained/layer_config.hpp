@@ -19,7 +19,7 @@ namespace moe::io {
 /// The type of layer for a mixture without shared experts.
 template <class Scalar = float>
 using RoutedLayer = MoELayer<Expert<FeedForward, Scalar>, TopKGate<Scalar>>;
-/// The type of layer for a mixture with shared experts.
+/// The type of layer for any mixture, with shared experts or without.
 template <class Scalar = float>
 using SharedLayer = MoELayer<Expert<FeedForward, Scalar>, SharedExpertGate<TopKGate<Scalar>>>;
 
@@ -50,11 +50,6 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
   config.expert.linear_offset = mixture.linear_offset;
   config.expert.weighted_input = mixture.weighted_input;
   if constexpr (has_shared_gate<Layer>) {
-    if (mixture.shared == 0) {
-      fail_file(path, "layer ", mixture.layer,
-                " has no shared experts: ask for moe::io::RoutedLayer, "
-                "MoELayer<Expert<FeedForward>, TopKGate<>>");
-    }
     config.gate.shared = mixture.shared;
     config.gate.gated = mixture.shared_gated;
     config.gate.tied = mixture.shared_gated;

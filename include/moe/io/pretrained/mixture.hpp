@@ -142,6 +142,8 @@ inline void check_family(const std::string& model_type, const io::Mixture& mixtu
        "Mixture.scale_rows and scale_columns must be at least 1");
   need(!mixture.bias || mixture.shared <= 1,
        "of several shared experts side by side there is one bias, which cannot be each one's");
+  need(!mixture.shared_gated || mixture.shared > 0,
+       "Mixture.shared_gated is true, but there are no shared experts");
   for (const io::MixtureTensors& names : mixture.layouts) {
     need(!names.router.empty(), "MixtureTensors.router is empty");
     need(!mixture.gate.bias || !names.router_bias.empty(), "MixtureTensors.router_bias is empty");

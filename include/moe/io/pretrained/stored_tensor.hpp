@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -20,8 +22,11 @@ namespace moe::detail {
 /// A tensor as a matrix, whose columns are the last dimension. It is stored in one of three formats:
 ///
 /// - numbers of 16 to 64 bits,
-/// - F8_E4M3, with a tensor NAME_scale_inv of factors, one for each block of scale_rows x scale_columns of
-///   each matrix; the last blocks may be smaller (DeepSeek-AI 2024, arXiv 2412.19437, sec. 3.3),
+/// - F8_E4M3, with a tensor NAME_scale_inv or NAME_scale of factors: one for each block of scale_rows x
+///   scale_columns of each matrix, the last of which may be smaller (DeepSeek-AI 2024, arXiv 2412.19437, sec.
+///   3.3), [..., blocks down, blocks across]; one for each row, [..., rows, 1], or column, [..., 1, columns];
+///   one for each matrix, [..., 1, 1]; or a single one, [] or [1]. Beside them there may be a factor by
+///   which other programs round the input of the map, which is not used,
 /// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits, those with even
 ///   places in the low halves, and U8 NAME_scales [..., n/32] are their factors, 2^(s - 127).
 ///
@@ -29,7 +34,7 @@ namespace moe::detail {
 class StoredTensor {
  public:
   /// Throws std::runtime_error, which names the file, the tensor and both shapes, if there is no tensor of this
-  /// name and shape, it has another type, or its scales are missing or do not fit it.
+  /// name and shape, it has another type, or its scales are missing, there twice or do not fit it.
   StoredTensor(const io::Checkpoint& checkpoint, const std::string& name,
                const std::vector<std::uint64_t>& shape, Index scale_rows, Index scale_columns)
       : file_(&checkpoint.file_of(name)), name_(name), tensors_{name} {
@@ -93,26 +98,67 @@ class StoredTensor {
                  to_string(tensor.shape), ", needed is ", to_string(shape));
   }
 
-  void read_scales(const io::Checkpoint& checkpoint, const Shape& shape, Index scale_rows,
-                   Index scale_columns) {
+  void read_scales(const io::Checkpoint& checkpoint, const Shape& shape, Index block_rows,
+                   Index block_columns) {
     kind_ = Kind::scaled;
-    scale_rows_ = scale_rows;
-    scale_columns_ = scale_columns;
-    scale_name_ = name_ + "_scale_inv";
-    scale_file_ = &checkpoint.file_of(scale_name_);
-    const auto blocks = [](std::uint64_t size, Index block) {
-      return (size + static_cast<std::uint64_t>(block) - 1) / static_cast<std::uint64_t>(block);
-    };
-    Shape scales = shape;
+    find_scales(checkpoint);
     require_file(shape.size() >= 2, file_->path(), tensor_named(name_), " is F8_E4M3 of shape ",
-                 to_string(shape), ", which has no blocks");
-    matrix_rows_ = static_cast<Index>(shape[shape.size() - 2]);
-    scales[shape.size() - 2] = blocks(shape[shape.size() - 2], scale_rows);
-    scales.back() = blocks(shape.back(), scale_columns);
-    check(*scale_file_, scale_name_, scale_file_->tensor(scale_name_).type, scales);
-    scales_down_ = static_cast<Index>(scales[shape.size() - 2]);
+                 to_string(shape), ", which is no map");
+    const Shape& scales = scale_file_->tensor(scale_name_).shape;
+    const auto rows = static_cast<Index>(shape[shape.size() - 2]);
+    const auto columns = static_cast<Index>(shape.back());
+    const auto shape_of = [&](Index down, Index across) {
+      const auto blocks = [](Index size, Index block) {
+        return static_cast<std::uint64_t>((size + block - 1) / std::max<Index>(1, block));
+      };
+      return with(with(shape, {}), {blocks(rows, down), blocks(columns, across)});
+    };
+    matrix_rows_ = rows;
+    const std::pair<Index, Index> sizes[] = {
+        {block_rows, block_columns}, {1, columns}, {rows, 1}, {rows, columns}};
+    const auto size = std::find_if(std::begin(sizes), std::end(sizes), [&](const auto& each) {
+      return shape_of(each.first, each.second) == scales;
+    });
+    if (size != std::end(sizes)) {
+      scale_rows_ = size->first;
+      scale_columns_ = size->second;
+      scales_down_ = static_cast<Index>(scales[scales.size() - 2]);
+    } else if (scales.empty() || scales == Shape{1}) {
+      matrix_rows_ = scale_rows_ = as_matrix(shape).first;
+      scale_columns_ = columns;
+      scales_down_ = 1;
+    } else {
+      fail_file(scale_file_->path(), tensor_named(scale_name_), " has shape ", to_string(scales),
+                ", needed is ", to_string(shape_of(block_rows, block_columns)), " for blocks of ",
+                block_rows, " x ", block_columns, ", ", to_string(shape_of(1, columns)),
+                " for rows, ", to_string(shape_of(rows, 1)), " for columns, ",
+                to_string(shape_of(rows, columns)), " or [1]");
+    }
     scales_ = scale_file_->matrix<float>(scale_name_);
     tensors_.push_back(scale_name_);
+  }
+
+  /// Files of block scales and of transformers call the factors NAME_scale_inv, those of compressed-tensors
+  /// and most others NAME_scale.
+  void find_scales(const io::Checkpoint& checkpoint) {
+    const std::string inverse = name_ + "_scale_inv";
+    scale_name_ = name_ + "_scale";
+    const bool is_inverse = checkpoint.has(inverse);
+    if (is_inverse == checkpoint.has(scale_name_)) {
+      fail_file(file_->path(), "has ", is_inverse ? "both " : "no ", tensor_named(inverse),
+                is_inverse ? " and " : " and no ", tensor_named(scale_name_),
+                is_inverse ? ", of which one must be the scales of "
+                           : ", one of which must be the scales of ",
+                tensor_named(name_));
+    }
+    if (is_inverse) scale_name_ = inverse;
+    scale_file_ = &checkpoint.file_of(scale_name_);
+    constexpr std::string_view weight = ".weight";
+    if (!name_.ends_with(weight)) return;
+    for (const char* of_input : {".input_scale", ".activation_scale"}) {
+      const std::string unused = name_.substr(0, name_.size() - weight.size()) + of_input;
+      if (checkpoint.has(unused)) tensors_.push_back(unused);
+    }
   }
 
   template <class Scalar>

@@ -18,6 +18,36 @@
 #include "moe/io/safetensors/header.hpp"
 #include "moe/parameter.hpp"
 
+namespace moe::detail {
+
+/// A network, or an expert with one, whose narrow weights visit_parameters() does not visit.
+template <class Module>
+concept HasNarrowWeights = requires {
+  requires Module::has_narrow_weights;
+};
+
+/// Throws std::invalid_argument, which names the part of the module, if one has narrow weights.
+template <class Module>
+void check_no_narrow_weights(const Module& module, const ParameterName& name) {
+  if constexpr (HasNarrowWeights<Module>) {
+    const std::string part = name.string();
+    require(false, "SafetensorsWriter::add_module: ", part.empty() ? "the module" : part,
+            " has narrow weights, which are no parameters and would not be in the file;"
+            " save_serving() saves a ServingLayer, save_adapters() the adapters on one");
+  } else if constexpr (is_vector<Module>) {
+    Index index = 0;
+    for (const auto& element : module) {
+      check_no_narrow_weights(element, ParameterName(name, index++));
+    }
+  } else if constexpr (!is_parameter<Module>) {
+    Module::visit_parameters(module, [&](std::string_view part, const auto& member) {
+      check_no_narrow_weights(member, ParameterName(name, part));
+    });
+  }
+}
+
+}  // namespace moe::detail
+
 namespace moe {
 
 /// Collects tensors and writes them to a file.
@@ -111,9 +141,11 @@ class SafetensorsWriter {
   /// Adds every parameter of a module by its name, after `prefix`, and as metadata the module's configuration,
   /// or those of its parts if it has none: a text for each field that has a name (moe/config_fields.hpp),
   /// "layer.config.gate.experts" = "64". Fields without a name are not stored. Throws
-  /// std::invalid_argument if a name or a key was used before, or a field is not finite.
+  /// std::invalid_argument if a name or a key was used before, a field is not finite, or a part of the module
+  /// has narrow weights: they are no parameters, and the file would lack them.
   template <class Module>
   void add_module(const Module& module, const std::string& prefix = {}) {
+    detail::check_no_narrow_weights(module, ParameterName());
     detail::SafetensorsMetadata configs;
     detail::for_each_config(module, prefix, [&](const std::string& keys, const auto& config) {
       detail::write_config(config, keys, configs);

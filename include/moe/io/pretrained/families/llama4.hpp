@@ -27,6 +27,13 @@ inline std::vector<Mixture> llama4_text_mixtures(const ModelConfig& config) {
                                            .in_out = true},
                                .shared = shared_projections("shared_expert.")});
   }
+  // Files of FP8 have a tensor for each map of each expert.
+  for (const std::string model : {"language_model.model", "model"}) {
+    MixtureTensors tensors = projections(model + ".layers.{}.feed_forward.");
+    tensors.router = "router.weight";
+    tensors.shared = shared_projections("shared_expert.");
+    mixture.layouts.push_back(tensors);
+  }
   const std::vector<Index> layers = config.counts("moe_layers");
   const Index step = config.count("interleave_moe_layer_step", 1);
   if (step == 0) config.refuse("interleave_moe_layer_step", "at least 1");

@@ -8,8 +8,8 @@
 namespace moe::io {
 
 /// Fedus, Zoph, Shazeer 2022, "Switch Transformers" (arXiv 2101.03961). The numbers of the decoder's blocks
-/// follow those of the encoder's. Files have a capacity of experts in tokens of a sequence (expert_capacity);
-/// here no token is dropped.
+/// follow those of the encoder's. The places of an expert, expert_capacity, are those of a sequence, in training
+/// and in evaluation; the gate's Config.sequences and row_order say what a sequence is, by default the batch.
 inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& config) {
   Mixture mixture{.width = config.count("d_model"),
                   .hidden = config.count("d_ff"),
@@ -18,6 +18,9 @@ inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& conf
   mixture.gate.experts = config.count("num_experts");
   mixture.gate.top_k = 1;
   mixture.gate.bias = config.flag("router_bias", false);
+  mixture.gate.capacity = config.count("expert_capacity", 64);
+  if (mixture.gate.capacity == 0) config.refuse("expert_capacity", "at least 1");
+  mixture.gate.evaluation_capacity = mixture.gate.capacity;
   std::vector<Mixture> mixtures;
   const auto add_stack = [&](const std::string& stack, Index blocks, Index sparse,
                              const std::string& part) {
