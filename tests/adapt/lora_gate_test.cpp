@@ -264,11 +264,49 @@ TEST_CASE("lora gate: weights of another shape are refused before they are used"
   }
 }
 
-TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one", "[adapt]") {
+TEST_CASE("lora gate: backward refuses adapters that got another shape after forward", "[adapt]") {
   using Gate = TopKGate<double>;
-  const auto run = [](Index experts, LoraGate<Gate>::Tape& tape) {
-    Gate::Config config = config_of<Gate>();
-    config.experts = experts;
+  const auto x = random_matrix(20, width, 1);
+  for (const std::string transposed : {"weight", "lora_A.weight", "lora_B.weight"}) {
+    auto gate = adapted_gate<Gate>({.rank = 2});
+    LoraGate<Gate>::Tape tape;
+    gate.forward(x, tape, {.step = 0});
+    for_each_parameter(gate, [&](const std::string& name, auto& p) {
+      if (name == transposed) p.value = Matrix<double>(p.value.transpose());
+    });
+    Matrix<double> dx = Matrix<double>::Zero(20, width);
+    CHECK_THROWS_WITH(gate.backward(x, std::vector<double>(40, 1), tape, dx),
+                      Contains("LoraGate: " + transposed));
+    CHECK(dx.isZero(0));
+  }
+}
+
+// The tape has a gate, which fits the tape always; the one of the call did not have to.
+TEST_CASE("lora gate: backward on the tape of another gate is refused", "[adapt]") {
+  using Gate = TopKGate<double>;
+  auto gate = adapted_gate<Gate>({.rank = 2});
+  Gate::Config config = config_of<Gate>();
+  config.experts = 4;
+  LoraGate<Gate> smaller({.gate = config, .lora = {.rank = 2}}, 3);
+  const auto x = random_matrix(20, width, 1);
+  LoraGate<Gate>::Tape tape;
+  gate.forward(x, tape, {.step = 0});
+  Matrix<double> dx = Matrix<double>::Zero(20, width);
+  CHECK_THROWS_WITH(smaller.backward(x, std::vector<double>(40, 1), tape, dx),
+                    Contains("the tape is another gate's"));
+  CHECK(dx.isZero(0));
+}
+
+TEMPLATE_TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one",
+                   "[adapt]", TopKGate<double>, HierarchicalGate<double>) {
+  using Gate = TestType;
+  const auto run = [](Index experts, typename LoraGate<Gate>::Tape& tape) {
+    typename Gate::Config config = config_of<Gate>();
+    if constexpr (requires { config.group_experts; }) {
+      config.groups = experts;
+    } else {
+      config.experts = experts;
+    }
     LoraGate<Gate> gate({.gate = config, .lora = {.rank = 2}}, 3);
     randomize(gate, 7, 0.4);
     const auto x = random_matrix(30, width, 1);
@@ -278,9 +316,9 @@ TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new o
     gate.backward(x, dweight, tape, dx);
     return gradients_of(gate);
   };
-  LoraGate<Gate>::Tape used;
+  typename LoraGate<Gate>::Tape used;
   run(9, used);
-  LoraGate<Gate>::Tape fresh;
+  typename LoraGate<Gate>::Tape fresh;
   const Named expected = run(5, fresh);
   for (const auto& [name, gradient] : run(5, used)) {
     CHECK(same_bits(gradient, expected.at(name)));

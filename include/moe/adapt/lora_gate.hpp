@@ -148,8 +148,8 @@ class LoraGate {
   void check_tape(const Tape& tape) const {
     detail::require(tape.gate.has_value() && tape.trained,
                     "LoraGate::backward without a forward pass on this tape");
-    if constexpr (requires { gate_.check_tape(tape); }) tape.gate->check_tape(tape);
     detail::check_shapes(*this, "LoraGate");
+    if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
   }
 
   // What the gate has of the following.
