@@ -61,6 +61,16 @@ LoraGate<Gate> adapted_gate(const LoraGateConfig& lora) {
   return adapted;
 }
 
+/// A gate that computes the gradient of its weights by itself.
+struct ByItself : TopKGate<double> {
+  using TopKGate<double>::TopKGate;
+  void backward(const MatrixRef<double>& x, std::span<const double> dweight, Tape& tape,
+                Matrix<double>& dx) {
+    for_each_parameter(*this, [](const std::string&, auto& p) { p.stored.factors = nullptr; });
+    TopKGate<double>::backward(x, dweight, tape, dx);
+  }
+};
+
 /// A gate that names no parameter.
 struct Unweighted : TopKGate<double> {
   using TopKGate<double>::TopKGate;
@@ -73,7 +83,7 @@ struct Unweighted : TopKGate<double> {
 TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate", "[adapt]",
                    NoisyTopKGate<double>, TopKGate<double>, HierarchicalGate<double>,
                    BalancedGate<double>, ExpertChoiceGate<double>, ProductKeyGate<double>,
-                   SharedExpertGate<TopKGate<double>>) {
+                   SharedExpertGate<TopKGate<double>>, ByItself) {
   using Gate = TestType;
   auto gate = adapted_gate<Gate>({.rank = 2, .alpha = 3});
   Gate merged = detail::unfrozen(gate.merged(), gate.config().gate);
@@ -96,6 +106,11 @@ TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate
     gate.backward(x, of_slots, tape, dx);
     merged.backward(x, of_slots, merged_tape, needed);
     CHECK(relative_error(dx, needed) < 1e-13);
+    // The gradient of the sum is not formed.
+    for_each_parameter(*tape.gate, [](const std::string& name, const auto& p) {
+      INFO(name);
+      CHECK((p.stored.memory.size() == 0) == !std::is_same_v<Gate, ByItself>);
+    });
 
     const Named whole = gradients_of(merged);
     const Named values = values_of(gate);

@@ -62,13 +62,13 @@ void scale_rows(double factor, MatrixView<Scalar> rows) {
 /// t = factor·x·A.
 template <class Scalar>
 void multiply_by_a(const LowRank<Scalar>& w, const GatheredRows<Scalar>& x, MatrixView<Scalar> t) {
-  gemm_serial(GemmNN<Scalar>{.a = x, .b = w.a.value, .c = t});
+  gemm(GemmNN<Scalar>{.a = x, .b = w.a.value, .c = t});
   scale_rows(w.factor, t);
 }
 /// t = factor·dy·Bᵀ.
 template <class Scalar>
 void multiply_by_b(const LowRank<Scalar>& w, const GatheredRows<Scalar>& dy, MatrixView<Scalar> t) {
-  gemm_serial(GemmNT<Scalar>{.a = dy, .b = w.b.value, .c = t});
+  gemm(GemmNT<Scalar>{.a = dy, .b = w.b.value, .c = t});
   scale_rows(w.factor, t);
 }
 
@@ -97,15 +97,14 @@ void add_low_rank_gradients(LowRank<Scalar>& w, const GatheredRows<Scalar>& x,
   const Range of_a = common_range(rows, {0, x.width()});
   const Range of_b = common_range(rows, {first_of_b, dy.width()});
   if (w.a.trained && of_a.count > 0) {
-    gemm_serial(
-        GemmTN<Scalar>{.a = x, .b = t_b, .c = view(w.a.gradient()), .rows = of_a, .start = start});
+    gemm(GemmTN<Scalar>{.a = x, .b = t_b, .c = view(w.a.gradient()), .rows = of_a, .start = start});
   }
   if (w.b.trained && of_b.count > 0) {
-    gemm_serial(GemmTN<Scalar>{.a = t_a,
-                               .b = dy,
-                               .c = view(w.b.gradient()),
-                               .columns = {of_b.first - first_of_b, of_b.count},
-                               .start = start});
+    gemm(GemmTN<Scalar>{.a = t_a,
+                        .b = dy,
+                        .c = view(w.b.gradient()),
+                        .columns = {of_b.first - first_of_b, of_b.count},
+                        .start = start});
   }
 }
 
