@@ -247,6 +247,23 @@ TEMPLATE_TEST_CASE("lora gate: what a user trains of the gate gets its gradient"
   }
 }
 
+TEMPLATE_TEST_CASE("lora gate: a second pass adds to the gradients", "[adapt]", TopKGate<double>,
+                   NoisyTopKGate<double>, HierarchicalGate<double>) {
+  auto gate = adapted_gate<TestType>({.rank = 2});
+  const auto x = random_matrix(20, width, 1);
+  typename LoraGate<TestType>::Tape tape;
+  Matrix<double> dx = Matrix<double>::Zero(20, width);
+  gate.forward(x, tape, {.step = 1});
+  const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+  gate.backward(x, dweight, tape, dx);
+  const Named once = gradients_of(gate);
+  gate.backward(x, dweight, tape, dx);
+  for (const auto& [name, gradient] : gradients_of(gate)) {
+    INFO(name);
+    CHECK((gradient - 2 * once.at(name)).norm() <= 1e-14 * once.at(name).norm());
+  }
+}
+
 TEST_CASE("lora gate: adapters of secondary gates without tokens are passed by", "[adapt]") {
   using Gate = HierarchicalGate<double>;
   auto gate = adapted_gate<Gate>({.rank = 2});
@@ -315,7 +332,9 @@ TEST_CASE("lora gate: backward on the tape of another gate is refused", "[adapt]
 TEMPLATE_TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one",
                    "[adapt]", TopKGate<double>, HierarchicalGate<double>) {
   using Gate = TestType;
-  const auto run = [](Index experts, typename LoraGate<Gate>::Tape& tape) {
+  // The weights of the gate too, whose gradients take memory in the tape.
+  const bool all_trained = GENERATE(false, true);
+  const auto run = [&](Index experts, typename LoraGate<Gate>::Tape& tape) {
     typename Gate::Config config = config_of<Gate>();
     if constexpr (requires { config.group_experts; }) {
       config.groups = experts;
@@ -324,6 +343,8 @@ TEMPLATE_TEST_CASE("lora gate: the tape of a gate with more experts is as good a
     }
     LoraGate<Gate> gate({.gate = config, .lora = {.rank = 2}}, 3);
     randomize(gate, 7, 0.4);
+    for_each_parameter(gate,
+                       [&](const std::string&, auto& p) { p.trained = p.trained || all_trained; });
     const auto x = random_matrix(30, width, 1);
     gate.forward(x, tape, {.step = 1});
     const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);

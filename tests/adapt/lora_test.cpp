@@ -305,6 +305,36 @@ TEST_CASE("lora: what a user trains of the base gets its gradient", "[adapt]") {
   });
 }
 
+TEST_CASE("lora: what a user trains of one expert alone gets its gradient", "[adapt]") {
+  Plain<double> layer(
+      {.width = 6, .expert = {.hidden = 9}, .gate = {.experts = 3, .top_k = 2}, .seed = 3});
+  randomize(layer, 5, 0.3);
+  const auto x = random_matrix(20, 6, 1);
+  const auto gradients = [&](auto module) {
+    typename decltype(module)::Tape tape;
+    module.forward(x, tape, {.step = 1});
+    module.backward(x, tape);
+    return gradients_of(module);
+  };
+  const Named whole = gradients(layer);
+  for (const Index rank : {0, 2}) {
+    auto adapted = adapt(layer, LoraConfig{.rank = rank}, Seed{1});
+    const Named alone = gradients(adapted);
+    for_each_parameter(adapted, [](const std::string& name, auto& p) {
+      p.trained = p.trained || name == "experts.1.up.weight" || name == "experts.2.down.bias";
+    });
+    // B is zero, so that all others are those of the layer.
+    for (const auto& [name, gradient] : gradients(adapted)) {
+      INFO(name);
+      if (name == "experts.1.up.weight" || name == "experts.2.down.bias") {
+        CHECK(relative_error(gradient, whole.at(name)) < 1e-13);
+      } else {
+        CHECK(same_bits(gradient, alone.at(name)));
+      }
+    }
+  }
+}
+
 TEST_CASE("lora: one of the two matrices can be frozen", "[adapt]") {
   for (const std::string frozen : {"lora_A.weight", "lora_B.weight"}) {
     auto network = random_network<double>(forms(6, 9)[0], {.rank = 2});

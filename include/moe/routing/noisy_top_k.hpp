@@ -12,6 +12,7 @@
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
+#include "moe/routing/linear_scores.hpp"
 #include "moe/routing/load_probability.hpp"
 #include "moe/routing/pass.hpp"
 #include "moe/routing/routing.hpp"
