@@ -60,6 +60,7 @@ class Passes {
   template <class Module>
   void backward(Module& module, const Matrix<Scalar>& dy, const Matrix<Scalar>& weight) {
     const ExpertBlock<Scalar> rows = block(weight);
+    scratch_.setConstant(std::numeric_limits<Scalar>::quiet_NaN());  // other experts had it since
     if constexpr (PreparedNetwork<Module>) module.prepare_hidden_backward(rows, dy);
     with_scratch(module, [&](auto&... scratch) {
       module.hidden_backward(rows, dy, {0, module.columns()}, scratch...);
