@@ -1,6 +1,6 @@
 /// What does adapting cost, beside training all weights?
 ///
-/// An update of 64 experts, D 512, H 2048, each with a fixed number of tokens: clear gradients, forward,
+/// An update of 8 or 64 experts, D 512, H 2048, each with a fixed number of tokens: clear gradients, forward,
 /// backward, Adam. In a row all parties take turns. `all` is the time with all weights trained, `lora_x`
 /// and so on the share of it that a party takes: low-rank adapters on all maps of all experts, with frozen
 /// weights in float and in Int8. `_state` is the memory of its optimizer over that for all weights.
@@ -20,7 +20,6 @@ using Layer = bench::FixedLayer<float>;
 
 constexpr Index width = 512;
 constexpr Index hidden = 2048;
-constexpr Index experts = 64;
 
 /// A layer and what trains it.
 template <class Module>
@@ -51,8 +50,9 @@ class Training {
 
 void update(benchmark::State& state) {
   const Index threads = state.range(0);
-  const Index tokens = state.range(1) * experts;
-  const moe::LoraConfig lora{.rank = state.range(2)};
+  const Index experts = state.range(1);
+  const Index tokens = state.range(2) * experts;
+  const moe::LoraConfig lora{.rank = state.range(3)};
   if (bench::lacks_memory(state, 4e9)) return;
   bench::use_threads(static_cast<int>(threads));
   const Layer layer({.width = width,
@@ -75,10 +75,12 @@ void update(benchmark::State& state) {
 }
 
 void grid(benchmark::internal::Benchmark* b) {
-  bench::row(b)->ArgNames({"threads", "tokens", "rank"});
+  bench::row(b)->ArgNames({"threads", "experts", "tokens", "rank"});
   for (const Index threads : {1, 2}) {
-    for (const Index tokens : {4, 32, 128}) b->Args({threads, tokens, 8});
-    b->Args({threads, 32, 64});
+    for (const Index experts : {8, 64}) {
+      for (const Index tokens : {4, 32, 128}) b->Args({threads, experts, tokens, 8});
+      b->Args({threads, experts, 32, 64});
+    }
   }
 }
 BENCHMARK(update)->Apply(grid);

@@ -3,7 +3,6 @@
 #include <torch/custom_class.h>
 #include <torch/torch.h>
 
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "moe/moe.hpp"
+#include "parameter_tensors.hpp"
 #include "tensors.hpp"
 
 namespace examples {
@@ -30,21 +30,11 @@ class TorchLayer : public torch::CustomClassHolder {
  public:
   using Config = typename Layer::Config;
 
-  explicit TorchLayer(const Config& config) : layer_(std::make_shared<Layer>(config)) {
-    moe::for_each_parameter(*layer_, [&](const std::string& name, auto& parameter) {
-      entries_.push_back({name, &parameter, {}});
-    });
-  }
+  explicit TorchLayer(const Config& config)
+      : layer_(std::make_shared<Layer>(config)), parameters_(layer_) {}
 
   /// By name, in the order in which forward() takes them; a bias is 1 x N.
-  c10::Dict<std::string, Tensor> parameters() const {
-    c10::Dict<std::string, Tensor> tensors;
-    for (const Entry& entry : entries_) {
-      const Tensor tensor = share(entry.parameter->value, layer_);
-      tensors.insert(entry.name, tensor.requires_grad_(entry.parameter->trained));
-    }
-    return tensors;
-  }
+  c10::Dict<std::string, Tensor> parameters() const { return parameters_.by_name(); }
 
   /// y (T x D) of a training pass over x (T x D). `parameters` are those of parameters(), or others that
   /// share their memory; one that requires no gradient is not trained. The gate's losses are part of the
@@ -57,23 +47,13 @@ class TorchLayer : public torch::CustomClassHolder {
   /// y (T x D) without noise and without a graph, as MoELayer::evaluate(). `parameters` are as for
   /// forward(). Throws c10::Error, or std::invalid_argument as MoELayer::evaluate() does.
   Tensor evaluate(const Tensor& x, const Tensors& parameters) const {
-    check(parameters);
+    parameters_.check(parameters);
     typename Layer::Tape tape;
     layer_->evaluate(view<Scalar>(x.contiguous()), tape);
     return take(tape.y);
   }
 
  private:
-  /// What a gradient's tensor owns: the layer, whose memory it shows, or that memory.
-  struct Lent {
-    std::shared_ptr<Layer> layer;
-    moe::Matrix<Scalar> memory;
-  };
-  struct Entry {
-    std::string name;
-    moe::Parameter<Scalar>* parameter;
-    std::weak_ptr<Lent> lent;
-  };
   struct Pass : torch::CustomClassHolder {
     Self self;
     typename Layer::Tape tape;
@@ -84,7 +64,7 @@ class TorchLayer : public torch::CustomClassHolder {
 
     static Tensor forward(Context* context, const Tensor& x, torch::TensorList parameters,
                           const Self& self, std::int64_t step) {
-      self->check(parameters);
+      self->parameters_.check(parameters);
       const auto pass = c10::make_intrusive<Pass>();
       pass->self = self;
       self->layer_->forward(view<Scalar>(x.contiguous()), pass->tape,
@@ -106,44 +86,16 @@ class TorchLayer : public torch::CustomClassHolder {
   /// dx, the gradients, and nothing for `self` and `step`.
   Tensors backward(const Tensor& dy, const Tensors& parameters, typename Layer::Tape& tape) {
     const std::lock_guard lock(mutex_);
-    for (std::size_t i = 0; i < entries_.size(); ++i) {
-      entries_[i].parameter->trained = parameters[i].requires_grad();
-      if (const auto lent = entries_[i].lent.lock()) {
-        lent->memory.swap(entries_[i].parameter->gradient());
-        entries_[i].lent.reset();  // a second swap would take the memory back
-      }
-    }
-    moe::zero_gradients(*layer_, moe::Updates::lazy);
+    parameters_.begin_backward(parameters);
     layer_->backward(view<Scalar>(dy), tape);
-    Tensors gradients(1 + entries_.size() + 2);
-    gradients[0] = take(tape.dx);
-    for (std::size_t i = 0; i < entries_.size(); ++i) {
-      if (!entries_[i].parameter->trained) continue;
-      const auto lent = std::make_shared<Lent>(Lent{layer_, {}});
-      gradients[1 + i] = share(entries_[i].parameter->gradient(), lent);
-      entries_[i].lent = lent;
-    }
+    Tensors gradients = {take(tape.dx)};
+    parameters_.append_gradients(gradients);
+    gradients.resize(gradients.size() + 2);
     return gradients;
   }
 
-  void check(torch::TensorList parameters) const {
-    TORCH_CHECK(parameters.size() == entries_.size(), "TorchLayer: ", parameters.size(),
-                " parameters, must be ", entries_.size());
-    for (std::size_t i = 0; i < entries_.size(); ++i) {
-      const auto& value = entries_[i].parameter->value;
-      const Tensor& tensor = parameters[i];
-      TORCH_CHECK(tensor.data_ptr() == value.data(), "TorchLayer: ", entries_[i].name,
-                  " is not in the layer's memory any more");
-      TORCH_CHECK(tensor.sizes() == torch::IntArrayRef({value.rows(), value.cols()}) &&
-                      tensor.is_contiguous(),
-                  "TorchLayer: ", entries_[i].name, " has shape ", tensor.sizes(), " and strides ",
-                  tensor.strides(), ", must be ", value.rows(), " x ", value.cols(),
-                  " and contiguous");
-    }
-  }
-
   std::shared_ptr<Layer> layer_;
-  std::vector<Entry> entries_;
+  ParameterTensors<Layer> parameters_;
   std::mutex mutex_;
 };
 

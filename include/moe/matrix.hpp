@@ -75,6 +75,17 @@ struct Range {
   Index count = 0;  ///< how many there are, >= 0
 };
 
+namespace detail {
+
+/// What is in both; where nothing is, no fewer than the larger `first` are in front of it.
+inline Range common_range(Range a, Range b) {
+  const Index first = std::max(a.first, b.first);
+  const Index end = std::min(a.first + a.count, b.first + b.count);
+  return {first, std::max<Index>(0, end - first)};
+}
+
+}  // namespace detail
+
 /// `count` whole rows from row `first` on.
 template <class Scalar>
 MatrixView<Scalar> rows_of(Matrix<Scalar>& matrix, Index first, Index count) {

@@ -41,6 +41,17 @@ enum class GradientState : unsigned char {
   added_to,
 };
 
+/// Takes the two factors of a matrix's gradient, xᵀ·dy, in the place of their product.
+template <class Scalar>
+class GradientFactors {
+ public:
+  /// x is n x rows, dy n x columns of the matrix. Called any number of times in a pass.
+  virtual void add(const GatheredRows<Scalar>& x, const GatheredRows<Scalar>& dy) = 0;
+
+ protected:
+  ~GradientFactors() = default;
+};
+
 /// A gradient as it is stored. Without memory it stands for zero.
 template <class Scalar>
 struct StoredGradient {
@@ -48,6 +59,7 @@ struct StoredGradient {
   Index rows = 0;         ///< of the value, as the module made it
   Index columns = 0;
   GradientState state = GradientState::untracked;
+  GradientFactors<Scalar>* factors = nullptr;  ///< gets what linear_scores_backward() would add
 
   bool is_stale() const { return memory.size() == 0 || state == GradientState::stale; }
 };

@@ -61,6 +61,16 @@ LoraGate<Gate> adapted_gate(const LoraGateConfig& lora) {
   return adapted;
 }
 
+/// A gate that computes the gradient of its weights by itself.
+struct ByItself : TopKGate<double> {
+  using TopKGate<double>::TopKGate;
+  void backward(const MatrixRef<double>& x, std::span<const double> dweight, Tape& tape,
+                Matrix<double>& dx) {
+    for_each_parameter(*this, [](const std::string&, auto& p) { p.stored.factors = nullptr; });
+    TopKGate<double>::backward(x, dweight, tape, dx);
+  }
+};
+
 /// A gate that names no parameter.
 struct Unweighted : TopKGate<double> {
   using TopKGate<double>::TopKGate;
@@ -73,7 +83,7 @@ struct Unweighted : TopKGate<double> {
 TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate", "[adapt]",
                    NoisyTopKGate<double>, TopKGate<double>, HierarchicalGate<double>,
                    BalancedGate<double>, ExpertChoiceGate<double>, ProductKeyGate<double>,
-                   SharedExpertGate<TopKGate<double>>) {
+                   SharedExpertGate<TopKGate<double>>, ByItself) {
   using Gate = TestType;
   auto gate = adapted_gate<Gate>({.rank = 2, .alpha = 3});
   Gate merged = detail::unfrozen(gate.merged(), gate.config().gate);
@@ -96,6 +106,11 @@ TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate
     gate.backward(x, of_slots, tape, dx);
     merged.backward(x, of_slots, merged_tape, needed);
     CHECK(relative_error(dx, needed) < 1e-13);
+    // The gradient of the sum is not formed.
+    for_each_parameter(*tape.gate, [](const std::string& name, const auto& p) {
+      INFO(name);
+      CHECK((p.stored.memory.size() == 0) == !std::is_same_v<Gate, ByItself>);
+    });
 
     const Named whole = gradients_of(merged);
     const Named values = values_of(gate);
@@ -232,6 +247,23 @@ TEMPLATE_TEST_CASE("lora gate: what a user trains of the gate gets its gradient"
   }
 }
 
+TEMPLATE_TEST_CASE("lora gate: a second pass adds to the gradients", "[adapt]", TopKGate<double>,
+                   NoisyTopKGate<double>, HierarchicalGate<double>) {
+  auto gate = adapted_gate<TestType>({.rank = 2});
+  const auto x = random_matrix(20, width, 1);
+  typename LoraGate<TestType>::Tape tape;
+  Matrix<double> dx = Matrix<double>::Zero(20, width);
+  gate.forward(x, tape, {.step = 1});
+  const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+  gate.backward(x, dweight, tape, dx);
+  const Named once = gradients_of(gate);
+  gate.backward(x, dweight, tape, dx);
+  for (const auto& [name, gradient] : gradients_of(gate)) {
+    INFO(name);
+    CHECK((gradient - 2 * once.at(name)).norm() <= 1e-14 * once.at(name).norm());
+  }
+}
+
 TEST_CASE("lora gate: adapters of secondary gates without tokens are passed by", "[adapt]") {
   using Gate = HierarchicalGate<double>;
   auto gate = adapted_gate<Gate>({.rank = 2});
@@ -264,13 +296,55 @@ TEST_CASE("lora gate: weights of another shape are refused before they are used"
   }
 }
 
-TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one", "[adapt]") {
+TEST_CASE("lora gate: backward refuses adapters that got another shape after forward", "[adapt]") {
   using Gate = TopKGate<double>;
-  const auto run = [](Index experts, LoraGate<Gate>::Tape& tape) {
-    Gate::Config config = config_of<Gate>();
-    config.experts = experts;
+  const auto x = random_matrix(20, width, 1);
+  for (const std::string transposed : {"weight", "lora_A.weight", "lora_B.weight"}) {
+    auto gate = adapted_gate<Gate>({.rank = 2});
+    LoraGate<Gate>::Tape tape;
+    gate.forward(x, tape, {.step = 0});
+    for_each_parameter(gate, [&](const std::string& name, auto& p) {
+      if (name == transposed) p.value = Matrix<double>(p.value.transpose());
+    });
+    Matrix<double> dx = Matrix<double>::Zero(20, width);
+    CHECK_THROWS_WITH(gate.backward(x, std::vector<double>(40, 1), tape, dx),
+                      Contains("LoraGate: " + transposed));
+    CHECK(dx.isZero(0));
+  }
+}
+
+// The tape has a gate, which fits the tape always; the one of the call did not have to.
+TEST_CASE("lora gate: backward on the tape of another gate is refused", "[adapt]") {
+  using Gate = TopKGate<double>;
+  auto gate = adapted_gate<Gate>({.rank = 2});
+  Gate::Config config = config_of<Gate>();
+  config.experts = 4;
+  LoraGate<Gate> smaller({.gate = config, .lora = {.rank = 2}}, 3);
+  const auto x = random_matrix(20, width, 1);
+  LoraGate<Gate>::Tape tape;
+  gate.forward(x, tape, {.step = 0});
+  Matrix<double> dx = Matrix<double>::Zero(20, width);
+  CHECK_THROWS_WITH(smaller.backward(x, std::vector<double>(40, 1), tape, dx),
+                    Contains("the tape is another gate's"));
+  CHECK(dx.isZero(0));
+}
+
+TEMPLATE_TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one",
+                   "[adapt]", TopKGate<double>, HierarchicalGate<double>) {
+  using Gate = TestType;
+  // The weights of the gate too, whose gradients take memory in the tape.
+  const bool all_trained = GENERATE(false, true);
+  const auto run = [&](Index experts, typename LoraGate<Gate>::Tape& tape) {
+    typename Gate::Config config = config_of<Gate>();
+    if constexpr (requires { config.group_experts; }) {
+      config.groups = experts;
+    } else {
+      config.experts = experts;
+    }
     LoraGate<Gate> gate({.gate = config, .lora = {.rank = 2}}, 3);
     randomize(gate, 7, 0.4);
+    for_each_parameter(gate,
+                       [&](const std::string&, auto& p) { p.trained = p.trained || all_trained; });
     const auto x = random_matrix(30, width, 1);
     gate.forward(x, tape, {.step = 1});
     const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
@@ -278,9 +352,9 @@ TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new o
     gate.backward(x, dweight, tape, dx);
     return gradients_of(gate);
   };
-  LoraGate<Gate>::Tape used;
+  typename LoraGate<Gate>::Tape used;
   run(9, used);
-  LoraGate<Gate>::Tape fresh;
+  typename LoraGate<Gate>::Tape fresh;
   const Named expected = run(5, fresh);
   for (const auto& [name, gradient] : run(5, used)) {
     CHECK(same_bits(gradient, expected.at(name)));

@@ -158,8 +158,10 @@ TEMPLATE_TEST_CASE("lora: at the start it computes what the layer does", "[adapt
 
 TEST_CASE("lora: an adapter starts as PEFT's does, by the seed and the expert's number",
           "[adapt]") {
-  const Plain<double> layer(
-      {.width = 400, .expert = {.hidden = 3}, .gate = {.experts = 3, .top_k = 1}, .seed = 3});
+  const Plain<double> layer({.width = 400,
+                             .expert = {.hidden = 3, .gated = true},
+                             .gate = {.experts = 3, .top_k = 1},
+                             .seed = 3});
   const auto first = values_of(adapt(layer, LoraConfig{.rank = 6}, Seed{1}));
   const auto again = values_of(adapt(layer, LoraConfig{.rank = 6}, Seed{1}));
   const auto other = values_of(adapt(layer, LoraConfig{.rank = 6}, Seed{2}));
@@ -167,6 +169,7 @@ TEST_CASE("lora: an adapter starts as PEFT's does, by the seed and the expert's 
   CHECK(same_bits(a, again.at("experts.0.up.lora_A.weight")));
   CHECK(!same_bits(a, other.at("experts.0.up.lora_A.weight")));
   CHECK(!same_bits(a, first.at("experts.1.up.lora_A.weight")));
+  CHECK(!same_bits(a, first.at("experts.0.gate.lora_A.weight")));
   // Uniform in ±1/√400: its largest is near that, its variance a third of the square.
   CHECK(a.cwiseAbs().maxCoeff() <= 0.05);
   CHECK(a.cwiseAbs().maxCoeff() > 0.0495);
@@ -300,6 +303,36 @@ TEST_CASE("lora: what a user trains of the base gets its gradient", "[adapt]") {
     }
     if (name == "down.weight" || name == "up.bias") CHECK(p.gradient().isZero(0));
   });
+}
+
+TEST_CASE("lora: what a user trains of one expert alone gets its gradient", "[adapt]") {
+  Plain<double> layer(
+      {.width = 6, .expert = {.hidden = 9}, .gate = {.experts = 3, .top_k = 2}, .seed = 3});
+  randomize(layer, 5, 0.3);
+  const auto x = random_matrix(20, 6, 1);
+  const auto gradients = [&](auto module) {
+    typename decltype(module)::Tape tape;
+    module.forward(x, tape, {.step = 1});
+    module.backward(x, tape);
+    return gradients_of(module);
+  };
+  const Named whole = gradients(layer);
+  for (const Index rank : {0, 2}) {
+    auto adapted = adapt(layer, LoraConfig{.rank = rank}, Seed{1});
+    const Named alone = gradients(adapted);
+    for_each_parameter(adapted, [](const std::string& name, auto& p) {
+      p.trained = p.trained || name == "experts.1.up.weight" || name == "experts.2.down.bias";
+    });
+    // B is zero, so that all others are those of the layer.
+    for (const auto& [name, gradient] : gradients(adapted)) {
+      INFO(name);
+      if (name == "experts.1.up.weight" || name == "experts.2.down.bias") {
+        CHECK(relative_error(gradient, whole.at(name)) < 1e-13);
+      } else {
+        CHECK(same_bits(gradient, alone.at(name)));
+      }
+    }
+  }
 }
 
 TEST_CASE("lora: one of the two matrices can be frozen", "[adapt]") {
@@ -444,6 +477,45 @@ TEST_CASE("lora: an optimizer moves the adapters alone, and merging keeps what w
   CHECK(relative_error(plain.evaluate(x), adapted.evaluate(x)) < 1e-12);
   CHECK(trained_of(plain) == trained_of(layer));
   CHECK(plain.config().expert.hidden == 12);
+}
+
+TEST_CASE("lora: of a merged layer is trained what is trained of a fresh one", "[adapt]") {
+  const MoELayer<Expert<FeedForward, double>, TopKGate<double>> layer(
+      {.width = 6,
+       .expert = {.hidden = 9},
+       .gate = {.experts = 3, .top_k = 2, .score = Score::sigmoid, .selection_bias = true},
+       .seed = 3});
+  const auto trained = trained_of(layer);
+  REQUIRE(trained.at("gate.weight"));
+  REQUIRE(!trained.at("gate.selection_bias"));
+  CHECK(trained_of(merged(adapt(layer, LoraConfig{}, Seed{1}))) == trained);
+  CHECK(trained_of(merged(adapt(layer, LoraConfig{}, LoraGateConfig{}, Seed{1}))) == trained);
+}
+
+TEST_CASE("lora: the gate of a layer in training is frozen without its gradients", "[adapt]") {
+  MoELayer<Expert<FeedForward, double>, HierarchicalGate<double>> layer(
+      {.width = 6,
+       .expert = {.hidden = 9},
+       .gate = {.groups = 2, .group_experts = 2, .top_k_groups = 2, .top_k = 1},
+       .seed = 3});
+  randomize(layer, 5, 0.3);
+  decltype(layer)::Tape tape;
+  const auto x = random_matrix(20, 6, 1);
+  layer.forward(x, tape, {.step = 1});
+  layer.backward(x, tape);
+  auto adapted = adapt(layer, LoraConfig{.rank = 2}, Seed{1});
+  Index parameters = 0;
+  for_each_parameter(adapted, [&](const std::string& name, auto& p) {
+    if (!name.starts_with("gate.")) return;
+    INFO(name);
+    ++parameters;
+    CHECK(p.stored.memory.size() == 0);
+    CHECK(std::as_const(p).gradient().isZero(0));
+    // What a user trains of it after all waits for its first gradient.
+    p.trained = true;
+    if (name.find("secondary") != std::string::npos) CHECK(detail::is_idle(p, Updates::lazy));
+  });
+  CHECK(parameters >= 4);
 }
 
 TEST_CASE("lora: a bfloat16 tape and an identity expert work as without adapters", "[adapt]") {

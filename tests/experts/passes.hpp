@@ -42,9 +42,11 @@ class Passes {
   const Matrix<Scalar>& forward(const Module& module, const Matrix<Scalar>& weight,
                                 bool save = true) {
     const ExpertBlock<Scalar> rows = block(weight);
+    if constexpr (PreparedNetwork<Module>) module.prepare_hidden(rows);
     with_scratch(module, [&](auto&... scratch) {
       module.hidden(rows, {0, module.columns()}, save, scratch...);
     });
+    if constexpr (PreparedNetwork<Module>) module.prepare_output(rows);
     y.setZero();
     module.output(rows, {0, x_.width()}, view(y));
     return y;
@@ -58,9 +60,12 @@ class Passes {
   template <class Module>
   void backward(Module& module, const Matrix<Scalar>& dy, const Matrix<Scalar>& weight) {
     const ExpertBlock<Scalar> rows = block(weight);
+    scratch_.setConstant(std::numeric_limits<Scalar>::quiet_NaN());  // other experts had it since
+    if constexpr (PreparedNetwork<Module>) module.prepare_hidden_backward(rows, dy);
     with_scratch(module, [&](auto&... scratch) {
       module.hidden_backward(rows, dy, {0, module.columns()}, scratch...);
     });
+    if constexpr (PreparedNetwork<Module>) module.prepare_output_backward(rows);
     module.add_gradients(rows, dy, {0, module.gradient_rows()});
     dx.setZero();
     module.output_backward(rows, {0, x_.width()}, view(dx));

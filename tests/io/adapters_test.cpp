@@ -767,6 +767,20 @@ TEST_CASE("adapters: a prefix does not run into names", "[io][adapt]") {
                     Contains("must end in '.'"));
 }
 
+TEST_CASE("adapters: the whole name of a gate is not the beginning of another's", "[io][adapt]") {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("a");
+  using Gate = LoraGate<TopKGate<float>>;
+  Gate gate({.width = 4, .gate = {.experts = 3, .top_k = 2}, .lora = {.rank = 2}}, 1);
+  save_adapters(path, gate, "router");
+  rewrite_tensors(path, [](Tensors& tensors) {
+    tensors["base_model.model.router2.lora_A.weight"] = Matrix<float>::Ones(2, 4);
+  });
+  Gate again({.width = 4, .gate = {.experts = 3, .top_k = 2}, .lora = {.rank = 2}}, 2);
+  load_adapters(path, again, "router");
+  CHECK(bytes_of(again).at("lora_A.weight") == bytes_of(gate).at("lora_A.weight"));
+}
+
 TEST_CASE("adapters: what cannot be saved", "[io][adapt]") {
   const TemporaryFolder folder;
   const Adapted<float> layer = small_layer<float>();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string_view>
 #include <type_traits>
@@ -36,6 +37,16 @@ template <class Scalar, class Base>
 struct LoraWeight {
   Base base;  ///< K x N
   LowRank<Scalar> low_rank{};
+  Index column = 0;  ///< of an expert's scratch, where t_a and t_b are
+
+  /// n x r, factor·(the rows that the matrix multiplies)·A.
+  MatrixView<Scalar> t_a(const MatrixView<Scalar>& scratch) const {
+    return columns_of(scratch, column, low_rank.rank());
+  }
+  /// n x r, factor·(the gradient w.r.t. these rows' product)·Bᵀ.
+  MatrixView<Scalar> t_b(const MatrixView<Scalar>& scratch) const {
+    return columns_of(scratch, column + low_rank.rank(), low_rank.rank());
+  }
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
@@ -55,13 +66,15 @@ const Scalar* first_number(const LoraWeight<Scalar, Base>& weight) {
 
 /// The low rank comes first: then the other product's epilogue finds the whole sum.
 template <class Scalar, class Base, class Product>
-void multiply_by(const LoraWeight<Scalar, Base>& weight, const Product& product,
-                 Precision products) {
-  if (weight.low_rank.rank() == 0) return multiply_by(weight.base, product, products);
-  multiply_low_rank(weight.low_rank, product);
+void multiply_by(const LoraWeight<Scalar, Base>& weight, const MatrixView<Scalar>& scratch,
+                 const Product& product, Precision products) {
+  if (weight.low_rank.rank() == 0) return multiply_by(weight.base, scratch, product, products);
+  constexpr bool transposed = std::is_same_v<Product, GemmNT<Scalar, decltype(product.b)>>;
+  multiply_low_rank(weight.low_rank, transposed ? weight.t_b(scratch) : weight.t_a(scratch),
+                    product);
   Product rest = product;
   rest.start = Start::accumulate;
-  multiply_by(weight.base, rest, products);
+  multiply_by(weight.base, scratch, rest, products);
 }
 
 template <class Scalar, class Base>
@@ -110,8 +123,7 @@ struct LoraBase {
 /// with rank 0 the bits are always the same.
 ///
 /// No gradient of W is computed, and optimizers take no memory for it; A·B is never formed. A row of a pass
-/// takes r·(inputs + outputs) more multiply-adds for each map with an adapter, and on several workers, which
-/// share the columns of a product, r·inputs for each worker.
+/// takes r·(inputs + outputs) more multiply-adds for each map with an adapter.
 ///
 /// Parameters: those of the FeedForward with their names and with `trained` false; and after each weight with
 /// an adapter, "up.weight" for example, "up.lora_A.weight" (A, inputs x r) and "up.lora_B.weight" (B, r x
@@ -150,12 +162,12 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     const bool any = lora.up || lora.down || (lora.gate && network.config().gated);
     detail::require(lora.rank == 0 || any, "LoraConfig.rank = ", lora.rank,
                     ", but gate, up and down leave no map with an adapter");
-    std::uint64_t stream = 0;
+    Index number = 0;
     Frozen::visit_parts(network, [&](std::string_view name, const auto& from) {
       Base::visit_parts(*this, [&](std::string_view part, auto& to) {
         if constexpr (std::is_same_v<decltype(to), Weight&>) {
           if constexpr (std::is_convertible_v<decltype(from), const typename Frozen::Weight&>) {
-            if (part == name) adapt(name, from, derive_seed(seed, stream++), to);
+            if (part == name) adapt(name, from, number++, seed, to);
           }
         } else if constexpr (std::is_convertible_v<decltype(from), const Parameter<Scalar>&>) {
           if (part == name) to = detail::frozen_copy(from);
@@ -197,21 +209,57 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     return work;
   }
 
-  /// That of a FeedForward, and room for a row of x·A; see FusedNetwork.
-  Index scratch_width() const { return Base::odd_lines(rank_column() + config_.lora.rank); }
+  /// That of a FeedForward, and room for x·A and dy·Bᵀ of every map; see FusedNetwork.
+  Index scratch_width() const { return Base::odd_lines(rank_column(Base::pre_parts() + 1)); }
+
+  // These fill that room; see PreparedNetwork.
+
+  bool prepares() const { return config_.lora.rank > 0; }
+  void prepare_hidden(const Block& block) const {
+    Base::for_each_first_weight(*this, block, [&](const Weight& weight, MatrixView<Scalar>) {
+      multiply_by_a(weight, block.x, block);
+    });
+  }
+  void prepare_output(const Block& block) const {
+    multiply_by_a(this->down_, Base::hidden_of(block), block);
+  }
+  void prepare_hidden_backward(const Block& block, const MatrixRef<Scalar>& dy) const {
+    if (config_.network.recompute) prepare_hidden(block);
+    multiply_by_b(this->down_, block.rows_of(dy), block);
+  }
+  void prepare_output_backward(const Block& block) const {
+    Base::for_each_first_weight(*this, block, [&](const Weight& weight, MatrixView<Scalar> dpre) {
+      multiply_by_b(weight, dpre, block);
+      if (weight.low_rank.b.trained && !config_.network.recompute) {
+        multiply_by_a(weight, block.x, block);
+      }
+    });
+    if (this->down_.low_rank.b.trained) prepare_output(block);
+  }
+
+  /// Rows of the gradients of what is trained: of the weights, if one is trained, and of the adapters.
+  Index gradient_rows() const {
+    Index rows = weight_rows();
+    visit_adapters(
+        *this, [&](std::string_view, const auto& low_rank) { rows += low_rank.gradient_rows(); });
+    // Biases are of the first range, which there must be.
+    return std::max<Index>(1, rows);
+  }
 
   /// Adds to the gradients of what is trained, or writes over them; see FusedNetwork.
   void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
                      bool replace = false) {
-    Base::add_gradients(block, dy, rows, replace);
-    // One call of a block does them all: they share the room.
-    if (rows.first > 0) return;
-    const MatrixView<Scalar> t = columns_of(block.scratch, rank_column(), config_.lora.rank);
+    Index first = weight_rows();
+    Base::add_gradients(block, dy, detail::common_range(rows, {0, first}), replace);
     Base::for_each_weight_product(
         block, dy,
         [&](Weight& weight, const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b) {
-          if (weight.low_rank.rank() == 0) return;
-          detail::add_low_rank_gradients(weight.low_rank, a, b, t, replace);
+          const Index count = weight.low_rank.gradient_rows();
+          const Range own = detail::common_range(rows, {first, count});
+          detail::add_low_rank_gradients(weight.low_rank, a, b, weight.t_a(block.scratch),
+                                         weight.t_b(block.scratch), {own.first - first, own.count},
+                                         detail::start_of(replace));
+          first += count;
         });
   }
 
@@ -247,8 +295,9 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     return config;
   }
 
-  void adapt(std::string_view name, const typename Frozen::Weight& from, std::uint64_t seed,
-             Weight& to) {
+  /// Puts an adapter on the map of this number.
+  void adapt(std::string_view name, const typename Frozen::Weight& from, Index number,
+             std::uint64_t seed, Weight& to) {
     using detail::frozen_copy;
     to.base = frozen_copy(from);
     const std::string_view map = map_of(name);
@@ -259,9 +308,37 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     const FeedForwardConfig& network = config_.network;
     to.low_rank = {is_down ? network.hidden : network.width,
                    is_down ? network.width : network.hidden, lora.rank, detail::lora_factor(lora),
-                   seed};
+                   derive_seed(seed, static_cast<std::uint64_t>(number))};
+    to.column = rank_column(number);
   }
-  Index rank_column() const { return Base::parts_column() + Base::panels(); }
+
+  /// Of the scratch, from which on a map has room.
+  Index rank_column(Index map) const {
+    return Base::parts_column() + Base::panels() + 2 * config_.lora.rank * map;
+  }
+  /// Of Base::gradient_rows(), filled up so that the others begin at a block.
+  Index weight_rows() const {
+    bool is_any_trained = false;
+    Base::visit_parts(*this, [&](std::string_view, const auto& part) {
+      if constexpr (std::is_same_v<decltype(part), const Weight&>) {
+        if constexpr (detail::is_parameter<typename Frozen::Weight>) {
+          is_any_trained = is_any_trained || part.base.trained;
+        }
+      }
+    });
+    return is_any_trained ? detail::LowRank<Scalar>::in_blocks(Base::gradient_rows()) : 0;
+  }
+
+  static void multiply_by_a(const Weight& weight, const GatheredRows<Scalar>& rows,
+                            const Block& block) {
+    if (weight.low_rank.rank() == 0) return;
+    detail::multiply_by_a(weight.low_rank, rows, weight.t_a(block.scratch));
+  }
+  static void multiply_by_b(const Weight& weight, const GatheredRows<Scalar>& rows,
+                            const Block& block) {
+    if (weight.low_rank.rank() == 0) return;
+    detail::multiply_by_b(weight.low_rank, rows, weight.t_b(block.scratch));
+  }
 
   Config config_;
 };

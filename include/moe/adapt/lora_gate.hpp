@@ -24,8 +24,9 @@ namespace moe {
 /// the clean scores, in HierarchicalGate those of the primary and of every secondary gate. Noise, losses
 /// and the choice are those of the gate. With rank 0 it gives the same bits as the gate.
 ///
-/// A pass computes the sum in its tape, O(r·D·E): a gate is small beside the experts. Backward computes the
-/// gradients of A and B from that of the sum.
+/// A pass computes the sum in its tape, O(r·D·E). Backward computes the gradients of A and B from x and from the
+/// gradient of the scores, and not that of the sum, D x E. A gate that does not compute the latter by
+/// linear_scores_backward() has it computed all the same, and A's and B's from it.
 ///
 /// Parameters: those of the gate with their names and with `trained` false; and for each "weight" a
 /// "lora_A.weight" (A, D x r) and a "lora_B.weight" (B, r x E), with the same prefix. A user may set
@@ -53,10 +54,24 @@ class LoraGate {
 
   /// The gate's tape, and the gate whose weights are the sums.
   struct Tape : Adapted::Tape {
-    /// Memory that stays from pass to pass.
-    struct Sum {
-      Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B
+    /// Memory that stays from pass to pass, and the gradients of an adapter.
+    struct Sum final : detail::GradientFactors<Scalar> {
+      Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B, where a gate computes it
       Matrix<Scalar> scaled_a;  ///< D x r, factor·A
+      Matrix<Scalar> t_a, t_b;  ///< T x r, see add_low_rank_gradients()
+      detail::LowRank<Scalar>* adapter = nullptr;  ///< of the call of backward()
+      bool is_whole = false;  ///< whether W_g is trained too, which needs `gradient`
+
+      void add(const GatheredRows<Scalar>& x, const GatheredRows<Scalar>& dy) override {
+        const Index rank = adapter->rank();
+        detail::resize(t_a, x.count(), rank);
+        detail::resize(t_b, x.count(), rank);
+        if (adapter->b.trained) detail::multiply_by_a(*adapter, x, view(t_a));
+        if (adapter->a.trained) detail::multiply_by_b(*adapter, dy, view(t_b));
+        const bool replace = detail::accumulate(*adapter, true);
+        detail::add_low_rank_gradients(*adapter, x, dy, view(t_a), view(t_b),
+                                       {0, adapter->gradient_rows()}, detail::start_of(replace));
+      }
     };
     std::optional<Adapted> gate;                   ///< with the sums for weights
     std::vector<Sum> sums{};                       ///< one an adapter
@@ -135,10 +150,17 @@ class LoraGate {
                 Matrix<Scalar>& dx) {
     check_tape(tape);
     zero_gradients(*tape.gate);
+    for_each_adapted(gate_, [&](std::size_t i, const Parameter<Scalar>& weight) {
+      tape.sums[i].is_whole = weight.trained;
+      tape.sums[i].adapter = &adapters_[i].low_rank;
+    });
+    for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
+      weight.stored.factors = tape.sums[i].is_whole ? nullptr : &tape.sums[i];
+    });
     tape.gate->backward(x, dweight, static_cast<typename Adapted::Tape&>(tape), dx);
     add_own_gradients(tape);
     for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
-      if (!detail::is_idle(weight, Updates::lazy)) {
+      if (weight.stored.memory.size() > 0 && !detail::is_idle(weight, Updates::lazy)) {
         low_rank_backward(weight.gradient(), adapters_[i].low_rank);
       }
     });
@@ -148,8 +170,8 @@ class LoraGate {
   void check_tape(const Tape& tape) const {
     detail::require(tape.gate.has_value() && tape.trained,
                     "LoraGate::backward without a forward pass on this tape");
-    if constexpr (requires { gate_.check_tape(tape); }) tape.gate->check_tape(tape);
     detail::check_shapes(*this, "LoraGate");
+    if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
   }
 
   // What the gate has of the following.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "moe/experts/expert.hpp"
 #include "moe/kernels/gemm.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
@@ -32,6 +33,15 @@ struct LowRank {
   Index rank() const { return a.value.cols(); }
   Index size() const { return a.size() + b.size(); }
 
+  /// Rows of the gradients as add_low_rank_gradients() takes them, of A and of the transposed B; both are filled
+  /// up, so that no two ranges of them write to one cache line of B.
+  Index gradient_rows() const {
+    return rank() == 0 ? 0 : in_blocks(a.value.rows()) + in_blocks(b.value.cols());
+  }
+  static Index in_blocks(Index rows) {
+    return (rows + gradient_block_rows - 1) / gradient_block_rows * gradient_block_rows;
+  }
+
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
     if (self.rank() == 0) return;
@@ -46,81 +56,55 @@ void scale_rows(double factor, MatrixView<Scalar> rows) {
   rows *= static_cast<Scalar>(factor);
 }
 
-/// Calls first(rows, ranks, t) and second(rows, ranks, t) for parts of a product's rows and of the rank:
-/// t is on the stack, and what first() leaves in it second() finds times the factor.
-template <class Scalar, class First, class Second>
-void through_rank(double factor, Index rows, Index rank, First&& first, Second&& second) {
-  constexpr Index most = 64;
-  alignas(64) Scalar memory[to_size(most * most)];
-  for (Index row = 0; row < rows; row += most) {
-    for (Index r = 0; r < rank; r += most) {
-      const Range of_rows{row, std::min(most, rows - row)};
-      const Range ranks{r, std::min(most, rank - r)};
-      const MatrixView<Scalar> t(memory, of_rows.count, ranks.count,
-                                 Eigen::OuterStride<>(ranks.count));
-      first(of_rows, ranks, t);
-      scale_rows(factor, t);
-      second(of_rows, ranks, t);
-    }
-  }
+// A product with the matrix is two. The first, n x r, is computed once, before the second, whose columns may be
+// split.
+
+/// t = factor·x·A.
+template <class Scalar>
+void multiply_by_a(const LowRank<Scalar>& w, const GatheredRows<Scalar>& x, MatrixView<Scalar> t) {
+  gemm(GemmNN<Scalar>{.a = x, .b = w.a.value, .c = t});
+  scale_rows(w.factor, t);
+}
+/// t = factor·dy·Bᵀ.
+template <class Scalar>
+void multiply_by_b(const LowRank<Scalar>& w, const GatheredRows<Scalar>& dy, MatrixView<Scalar> t) {
+  gemm(GemmNT<Scalar>{.a = dy, .b = w.b.value, .c = t});
+  scale_rows(w.factor, t);
 }
 
-/// Some columns of A.
-template <class Scalar>
-MatrixOperand<Scalar> columns_of_a(const LowRank<Scalar>& w, Range ranks) {
-  return {w.a.value.data() + ranks.first, w.a.value.rows(), ranks.count, w.rank()};
-}
-/// Some rows of B.
-template <class Scalar>
-MatrixOperand<Scalar> rows_of_b(const LowRank<Scalar>& w, Range ranks) {
-  const Index columns = w.b.value.cols();
-  return {row_data(w.b.value, ranks.first), ranks.count, columns, columns};
-}
-
-/// C = x·(factor·A·B) of a GemmNN, C = dy·(factor·A·B)ᵀ of a GemmNT, with the rows, the columns and the start
-/// of the product, whose own B, bias and epilogue come later.
+/// C = t·B of a GemmNN, C = t·Aᵀ of a GemmNT, with the columns and the start of the product, whose own B, bias
+/// and epilogue come later.
 template <template <class, class> class Form, class Scalar, class Operand>
-void multiply_low_rank(const LowRank<Scalar>& w, const Form<Scalar, Operand>& product) {
+void multiply_low_rank(const LowRank<Scalar>& w, const MatrixView<Scalar>& t,
+                       const Form<Scalar, Operand>& product) {
   using Product = Form<Scalar, MatrixOperand<Scalar>>;
   constexpr bool transposed = std::is_same_v<Product, GemmNT<Scalar>>;
-  const auto first = [&](Range ranks) {
-    return transposed ? rows_of_b(w, ranks) : columns_of_a(w, ranks);
-  };
-  const auto second = [&](Range ranks) {
-    return transposed ? columns_of_a(w, ranks) : rows_of_b(w, ranks);
-  };
-  through_rank<Scalar>(
-      w.factor, product.a.count(), w.rank(),
-      [&](Range rows, Range ranks, MatrixView<Scalar> t) {
-        gemm_serial(
-            Product{.a = product.a.slice(rows.first, rows.count), .b = first(ranks), .c = t});
-      },
-      [&](Range rows, Range ranks, MatrixView<Scalar> t) {
-        gemm_serial(Product{.a = t,
-                            .b = second(ranks),
-                            .c = product.c.slice(rows.first, rows.count),
-                            .columns = product.columns,
-                            .start = ranks.first > 0 ? Start::accumulate : product.start});
-      });
+  gemm_serial(Product{.a = t,
+                      .b = transposed ? w.a.value : w.b.value,
+                      .c = product.c,
+                      .columns = product.columns,
+                      .start = product.start});
 }
 
-/// Adds the gradients of A and B, if they are trained. With G = xᵀ·dy, the gradient of the sum of the
-/// matrices, dA = factor·G·Bᵀ and dB = factor·Aᵀ·G; G itself is not formed. t is n x r of scratch. With
-/// `replace` the gradients are written over.
+/// Adds to the gradients of A and B, if they are trained, or writes over them: some of their gradient_rows().
+/// With G = xᵀ·dy, the gradient of the sum of the matrices, dA = factor·G·Bᵀ = xᵀ·t_b and
+/// dB = factor·Aᵀ·G = t_aᵀ·dy; t_a = factor·x·A and t_b = factor·dy·Bᵀ are n x r, and G is not formed.
 template <class Scalar>
 void add_low_rank_gradients(LowRank<Scalar>& w, const GatheredRows<Scalar>& x,
-                            const GatheredRows<Scalar>& dy, MatrixView<Scalar> t, bool replace) {
-  const Start start = start_of(replace);
-  const GatheredRows<Scalar> rows_of_t(t);
-  if (w.b.trained) {
-    gemm_serial(GemmNN<Scalar>{.a = x, .b = w.a.value, .c = t});
-    scale_rows(w.factor, t);
-    gemm_serial(GemmTN<Scalar>{.a = rows_of_t, .b = dy, .c = view(w.b.gradient()), .start = start});
+                            const GatheredRows<Scalar>& dy, const MatrixView<Scalar>& t_a,
+                            const MatrixView<Scalar>& t_b, Range rows, Start start) {
+  const Index first_of_b = w.in_blocks(x.width());
+  const Range of_a = common_range(rows, {0, x.width()});
+  const Range of_b = common_range(rows, {first_of_b, dy.width()});
+  if (w.a.trained && of_a.count > 0) {
+    gemm(GemmTN<Scalar>{.a = x, .b = t_b, .c = view(w.a.gradient()), .rows = of_a, .start = start});
   }
-  if (w.a.trained) {
-    gemm_serial(GemmNT<Scalar>{.a = dy, .b = w.b.value, .c = t});
-    scale_rows(w.factor, t);
-    gemm_serial(GemmTN<Scalar>{.a = x, .b = rows_of_t, .c = view(w.a.gradient()), .start = start});
+  if (w.b.trained && of_b.count > 0) {
+    gemm(GemmTN<Scalar>{.a = t_a,
+                        .b = dy,
+                        .c = view(w.b.gradient()),
+                        .columns = {of_b.first - first_of_b, of_b.count},
+                        .start = start});
   }
 }
 

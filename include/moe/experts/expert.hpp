@@ -29,6 +29,9 @@ inline constexpr Index expert_block_rows = 128;
 template <class Scalar>
 inline constexpr Index expert_block_columns = detail::panel_columns<Scalar>;
 
+/// Ranges of the rows of a network's gradients begin at multiples of this number.
+inline constexpr Index gradient_block_rows = 64;
+
 /// n rows of one expert that are computed together.
 template <class Scalar>
 struct ExpertBlock {
@@ -98,7 +101,7 @@ concept PlainNetwork = requires(const N& network, N& trained,
 /// The second half, add_gradients and weight_gradients are called after all columns of the first half
 /// are computed. Ranges begin at multiples of expert_block_columns. hidden and output may have one
 /// argument more: a pointer to the network that is called next in the same way, or null, so that they
-/// can prefetch its weights.
+/// can prefetch its weights. A PreparedNetwork computes before a half what all of its columns need.
 // clang-format off
 template <class N>
 concept FusedNetwork =
@@ -115,6 +118,26 @@ concept FusedNetwork =
       network.output_backward(block, Range{}, out);
       trained.add_gradients(block, in, Range{}, true);
       network.weight_gradients(block, in, dweight);
+    };
+
+/// A FusedNetwork that fills columns of its scratch before a half of a pass, in which all columns of the
+/// half read them. The rows are split.
+///
+///     prepares() const                       whether there is anything to fill; if not, none is called
+///     prepare_hidden(block) const            before hidden()
+///     prepare_output(block) const            before output()
+///     prepare_hidden_backward(block, dy) const
+///     prepare_output_backward(block) const   before output_backward() and add_gradients()
+template <class N>
+concept PreparedNetwork =
+    FusedNetwork<N> &&
+    requires(const N& network, const ExpertBlock<typename N::Scalar>& block,
+             const MatrixRef<typename N::Scalar>& in) {
+      { network.prepares() } -> std::same_as<bool>;
+      network.prepare_hidden(block);
+      network.prepare_output(block);
+      network.prepare_hidden_backward(block, in);
+      network.prepare_output_backward(block);
     };
 
 /// Either kind of network.

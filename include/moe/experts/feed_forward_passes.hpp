@@ -93,9 +93,10 @@ void add_weight_gradient(Parameter<Scalar>& weight,
       products);
 }
 
-/// C = A·W or A·Wᵀ, whose operand B is operand(W).
-template <class Weight, class Product>
-void multiply_by(const Weight&, const Product& product, Precision products) {
+/// C = A·W or A·Wᵀ, whose operand B is operand(W). `scratch` has the rows of A.
+template <class Weight, class Product, class Scalar>
+void multiply_by(const Weight&, const MatrixView<Scalar>& /*scratch*/, const Product& product,
+                 Precision products) {
   gemm_serial(product, products);
 }
 
@@ -140,14 +141,15 @@ class FeedForwardPasses {
 
   void output(const Block& block, Range columns, MatrixView<Scalar> y,
               const FeedForwardPasses* next = nullptr) const {
-    multiply(down_, GemmNN<Scalar, Operand>{
-                        .a = hidden_of(block),
-                        .b = operand(down_),
-                        .c = block.rows_of(y),
-                        .columns = columns,
-                        .start = Start::accumulate,
-                        .bias = {.values = values_of(down_bias_), .factors = output_factors(block)},
-                        .prefetch_next = next != nullptr ? first_number(next->down_) : nullptr});
+    multiply(block, down_,
+             GemmNN<Scalar, Operand>{
+                 .a = hidden_of(block),
+                 .b = operand(down_),
+                 .c = block.rows_of(y),
+                 .columns = columns,
+                 .start = Start::accumulate,
+                 .bias = {.values = values_of(down_bias_), .factors = output_factors(block)},
+                 .prefetch_next = next != nullptr ? first_number(next->down_) : nullptr});
   }
 
   // With u = dy·W_2ᵀ: ⟨u, a⟩ is the weight's gradient but for the bias's share, and w·u that of a, from
@@ -161,24 +163,23 @@ class FeedForwardPasses {
     const auto epilogue = [&](Index row, Index rows, Index column, Index width) {
       activate_backward(block, pre, columns, {row, rows}, column, width);
     };
-    multiply(down_, GemmNT<Scalar, Operand>{.a = block.rows_of(dy),
-                                            .b = operand(down_),
-                                            .c = u,
-                                            .columns = columns,
-                                            .epilogue = epilogue});
+    multiply(block, down_,
+             GemmNT<Scalar, Operand>{.a = block.rows_of(dy),
+                                     .b = operand(down_),
+                                     .c = u,
+                                     .columns = columns,
+                                     .epilogue = epilogue});
   }
 
   void output_backward(const Block& block, Range columns, MatrixView<Scalar> dx) const {
-    const MatrixView<Scalar> dpre = pre_of(block);
-    for (Index part = 0; part < pre_parts(); ++part) {
-      const Weight& weight = config_.gated && part == 0 ? gate_ : up_;
-      multiply(weight,
-               GemmNT<Scalar, Operand>{.a = columns_of(dpre, part * config_.hidden, config_.hidden),
+    for_each_first_weight(*this, block, [&](const Weight& weight, MatrixView<Scalar> dpre) {
+      multiply(block, weight,
+               GemmNT<Scalar, Operand>{.a = dpre,
                                        .b = operand(weight),
                                        .c = block.rows_of(dx),
                                        .columns = columns,
                                        .start = Start::accumulate});
-    }
+    });
   }
 
   // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, of those that are trained. With
@@ -193,10 +194,10 @@ class FeedForwardPasses {
     for_each_weight_product(
         block, dy,
         [&](Weight& weight, const GatheredRows<Scalar>& a, const GatheredRows<Scalar>& b) {
-          const Index from = std::max(rows.first, first);
-          const Index to = std::min(rows.first + rows.count, first + a.width());
-          if (from < to) {
-            add_weight_gradient(weight, a, b, {from - first, to - from}, start, config_.products);
+          const Range own = common_range(rows, {first, a.width()});
+          if (own.count > 0) {
+            add_weight_gradient(weight, a, b, {own.first - first, own.count}, start,
+                                config_.products);
           }
           first += a.width();
         });
@@ -330,15 +331,21 @@ class FeedForwardPasses {
     return {block.weight + row, 1};
   }
 
+  /// Calls f(W, dpre) for the weights that multiply x; dpre is of these pre-activations, n x H.
+  template <class Self, class F>
+  static void for_each_first_weight(Self& derived, const Block& block, F&& f) {
+    auto& self = static_cast<Same<Self>&>(derived);
+    const Index hidden = self.config_.hidden;
+    const MatrixView<Scalar> dpre = self.pre_of(block);
+    if (self.config_.gated) f(self.gate_, columns_of(dpre, 0, hidden));
+    f(self.up_, columns_of(dpre, (self.pre_parts() - 1) * hidden, hidden));
+  }
   /// Calls f(W, A, B) for every weight, whose gradient is Aᵀ·B: in the order of gradient_rows().
   template <class F>
   void for_each_weight_product(const Block& block, const MatrixRef<Scalar>& dy, F&& f) {
-    const MatrixView<Scalar> dpre = pre_of(block);
-    const auto part = [&](Index i) {
-      return GatheredRows<Scalar>(columns_of(dpre, i * config_.hidden, config_.hidden));
-    };
-    if (config_.gated) f(gate_, block.x, part(0));
-    f(up_, block.x, part(pre_parts() - 1));
+    for_each_first_weight(*this, block, [&](Weight& weight, MatrixView<Scalar> dpre) {
+      f(weight, block.x, GatheredRows<Scalar>(dpre));
+    });
     f(down_, GatheredRows<Scalar>(hidden_of(block)), block.rows_of(dy));
   }
 
@@ -362,8 +369,8 @@ class FeedForwardPasses {
 
   /// Every product with a weight, forward and with respect to the input.
   template <class Product>
-  void multiply(const Weight& weight, const Product& product) const {
-    multiply_by(weight, product, config_.products);
+  void multiply(const Block& block, const Weight& weight, const Product& product) const {
+    multiply_by(weight, block.scratch, product, config_.products);
   }
 
   /// Columns of the pre-activations (n x pre_width()).
@@ -372,29 +379,32 @@ class FeedForwardPasses {
     const ScatteredRows<Scalar> first(columns_of(pre, 0, config_.hidden));
     if (config_.gated) {
       const ScatteredRows<Scalar> linear(columns_of(pre, config_.hidden, config_.hidden));
-      multiply(gate_, GemmNN<Scalar, Operand>{.a = block.x,
-                                              .b = operand(gate_),
-                                              .c = first,
-                                              .columns = columns,
-                                              .bias = {.values = first_values_of(gate_bias_)},
-                                              .prefetch_next = first_number(up_)});
-      multiply(up_, GemmNN<Scalar, Operand>{
-                        .a = block.x,
-                        .b = operand(up_),
-                        .c = linear,
-                        .columns = columns,
-                        .bias = {.values = first_values_of(up_bias_)},
-                        .epilogue = epilogue,
-                        .prefetch_next = next != nullptr ? first_number(next->gate_) : nullptr});
+      multiply(block, gate_,
+               GemmNN<Scalar, Operand>{.a = block.x,
+                                       .b = operand(gate_),
+                                       .c = first,
+                                       .columns = columns,
+                                       .bias = {.values = first_values_of(gate_bias_)},
+                                       .prefetch_next = first_number(up_)});
+      multiply(block, up_,
+               GemmNN<Scalar, Operand>{
+                   .a = block.x,
+                   .b = operand(up_),
+                   .c = linear,
+                   .columns = columns,
+                   .bias = {.values = first_values_of(up_bias_)},
+                   .epilogue = epilogue,
+                   .prefetch_next = next != nullptr ? first_number(next->gate_) : nullptr});
     } else {
-      multiply(up_, GemmNN<Scalar, Operand>{
-                        .a = block.x,
-                        .b = operand(up_),
-                        .c = first,
-                        .columns = columns,
-                        .bias = {.values = first_values_of(up_bias_)},
-                        .epilogue = epilogue,
-                        .prefetch_next = next != nullptr ? first_number(next->up_) : nullptr});
+      multiply(block, up_,
+               GemmNN<Scalar, Operand>{
+                   .a = block.x,
+                   .b = operand(up_),
+                   .c = first,
+                   .columns = columns,
+                   .bias = {.values = first_values_of(up_bias_)},
+                   .epilogue = epilogue,
+                   .prefetch_next = next != nullptr ? first_number(next->up_) : nullptr});
     }
   }
 

@@ -48,10 +48,9 @@ struct ExpertTape {
 
   /// A part of the work of a group of experts, see ExpertPass::for_each_group().
   struct Task {
-    enum Kind { hidden, output, add_gradients } kind;
-    Index block;  ///< of a hidden task or of gradients
-    Range
-        rows;  ///< of the block in a hidden task, of the tokens in an output task, or of the gradients
+    enum Kind { prepare, hidden, output, add_gradients } kind;
+    Index block;  ///< but for an output task
+    Range rows;   ///< of the block, of the tokens in an output task, or of the gradients
     Range columns;
   };
   struct Slice {
@@ -102,12 +101,14 @@ class ExpertPass {
     if (save) resize(tape_.saved, slots_.slots(), padded_stride<Scalar>(tape_.saved_width));
     if (slots_.slots() == 0) return;
     for_each_group([&] {
+      prepare(x, [](const auto& network, const Block& block) { network.prepare_hidden(block); });
       plan_hidden(true);
       perform([&](const Task& task, Scratch& scratch) {
         expert_of(task).hidden(block_of(x, task.block).slice(task.rows), task.columns, save,
                                scratch, expert_after(task));
       });
       tape_.tasks.clear();
+      prepare(x, [](const auto& network, const Block& block) { network.prepare_output(block); });
       plan_output(x.cols());
       perform([&](const Task& task, Scratch&) {
         for_each_slice_of(x, task.rows, [&](const Slice& slice, const Block& block) {
@@ -127,6 +128,9 @@ class ExpertPass {
     if (slots_.slots() == 0) return;
     for_each_group([&] {
       if (!Expert::fused) mark_group(experts);
+      prepare(x, [&](const auto& network, const Block& block) {
+        network.prepare_hidden_backward(block, dy);
+      });
       // A plain network adds to its gradients in the first half, so its rows stay together.
       plan_hidden(Expert::fused);
       perform([&](const Task& task, Scratch& scratch) {
@@ -135,6 +139,9 @@ class ExpertPass {
       });
       tape_.tasks.clear();
       if (Expert::fused) mark_group(experts);
+      prepare(x, [](const auto& network, const Block& block) {
+        network.prepare_output_backward(block);
+      });
       plan_gradients();
       plan_output(x.cols());
       perform([&](const Task& task, Scratch&) {
@@ -275,10 +282,12 @@ class ExpertPass {
 
   void plan_gradients() const {
     for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
-      if (!is_trained(experts_[to_size(tape_.slices[i].expert)])) continue;
-      cut(first_expert().gradient_rows(), pieces_of(tape_.slices[i].count), 64, [&](Range rows) {
-        tape_.tasks.push_back({Task::add_gradients, i, rows, {}});
-      });
+      const Expert& expert = experts_[to_size(tape_.slices[i].expert)];
+      if (!is_trained(expert)) continue;
+      cut(expert.gradient_rows(), pieces_of(tape_.slices[i].count), gradient_block_rows,
+          [&](Range rows) {
+            tape_.tasks.push_back({Task::add_gradients, i, rows, {}});
+          });
     }
   }
 
@@ -330,6 +339,24 @@ class ExpertPass {
       const Index last =
           std::lower_bound(begin, begin + slice.count, tokens.first + tokens.count) - begin;
       if (first < last) f(slice, block_of(x, i).slice({first, last - first}));
+    }
+  }
+
+  /// Calls f(network, block) for all rows of the group, if the networks prepare.
+  template <class F>
+  void prepare([[maybe_unused]] const MatrixRef<Scalar>& x, [[maybe_unused]] F&& f) const {
+    if constexpr (PreparedNetwork<typename Expert::Network>) {
+      if (!first_expert().network().prepares()) return;
+      for (Index i = 0; i < static_cast<Index>(tape_.slices.size()); ++i) {
+        const Index count = tape_.slices[i].count;
+        cut(count, pieces_of(count), 16, [&](Range rows) {
+          tape_.tasks.push_back({Task::prepare, i, rows, {}});
+        });
+      }
+      perform([&](const Task& task, Scratch&) {
+        f(expert_of(task).network(), block_of(x, task.block).slice(task.rows));
+      });
+      tape_.tasks.clear();
     }
   }
 

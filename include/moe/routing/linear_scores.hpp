@@ -30,6 +30,21 @@ void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
   linear_scores(x, weight, Parameter<Scalar>(), scores);
 }
 
+namespace detail {
+
+/// Adds xᵀ·dscores to W's gradient, or hands the two to its GradientFactors, if W is trained.
+template <class Scalar>
+void add_linear_gradient(const GatheredRows<Scalar>& x, const GatheredRows<Scalar>& dscores,
+                         Parameter<Scalar>& weight) {
+  if (!weight.trained) return;
+  if (weight.stored.factors != nullptr) return weight.stored.factors->add(x, dscores);
+  const bool replace = accumulate(weight, true);
+  gemm(GemmTN<Scalar>{
+      .a = x, .b = dscores, .c = view(weight.gradient()), .start = start_of(replace)});
+}
+
+}  // namespace detail
+
 /// Adds xᵀ·dscores to W's gradient and the column sums of dscores to b's, if they are trained, and
 /// dscores·Wᵀ to dx (N x D, a matrix or scattered rows of one).
 template <class Scalar>
@@ -42,9 +57,7 @@ void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
   if (bias.size() > 0 && bias.trained) {
     detail::add_column_sums(GatheredRows<Scalar>(dscores), bias.gradient());
   }
-  if (!weight.trained) return;
-  detail::gemm(detail::GemmTN<Scalar>{
-      .a = x, .b = dscores, .c = view(weight.gradient()), .start = detail::Start::accumulate});
+  detail::add_linear_gradient<Scalar>(x, dscores, weight);
 }
 /// The same without a bias.
 template <class Scalar>

@@ -12,6 +12,7 @@
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
+#include "moe/routing/linear_scores.hpp"
 #include "moe/routing/load_probability.hpp"
 #include "moe/routing/pass.hpp"
 #include "moe/routing/routing.hpp"
@@ -266,10 +267,7 @@ class NoisyTopK {
   static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
                              Parameter<Scalar>& weight, const ScatteredRows<Scalar>& dx) {
     gemm(GemmNT<Scalar>{.a = dscore, .b = weight.value, .c = dx, .start = Start::accumulate});
-    if (!weight.trained) return;
-    const bool replace = accumulate(weight, true);
-    gemm(GemmTN<Scalar>{
-        .a = x, .b = dscore, .c = view(weight.gradient()), .start = start_of(replace)});
+    add_linear_gradient<Scalar>(x, dscore, weight);
   }
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
