@@ -47,13 +47,14 @@ void run(const cookbook::FashionMnist& data, moe::Index count, moe::Index expert
   cookbook::Pictures batch;
   std::uint64_t step = 0;
   for (std::uint64_t epoch = 0; epoch < 5; ++epoch) {
+    const double rate = 3e-3 * (1 - static_cast<double>(epoch) / 5);
     for (const auto rows : moe::Batches({.rows = count, .batch_rows = 100, .seed = 4}, epoch)) {
       moe::gather_rows(data.training.pixels, rows, batch.pixels);
       moe::gather_rows(data.training.labels, rows, batch.labels);
       loss.forward(network.forward(batch.pixels, ++step), batch.labels, of_loss);
       moe::zero_gradients(network);
       network.backward(loss.backward(of_loss));
-      adam.update(network, 1e-3);
+      adam.update(network, rate);
     }
     const Matrix logits = network.evaluate(data.validation.pixels);
     std::printf("%2td experts, epoch %d: %.2f %% of the validation part\n", experts,
