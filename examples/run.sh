@@ -24,10 +24,10 @@ esac
 folder=$program
 if [ "${1-}" = cookbook ]; then
   folder=cookbook
-  [ $# -ge 2 ] && [ -f "$root/examples/cookbook/$2.cpp" ] || {
+  if [ $# -lt 2 ] || [ ! -f "$root/examples/cookbook/$2.cpp" ]; then
     echo "$0: cookbook and one of $(cd "$root/examples/cookbook" && echo *.cpp | sed 's/\.cpp//g')" >&2
     exit 1
-  }
+  fi
   program=$2
   shift 2
 fi

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <iterator>
 #include <moe/moe.hpp>
 #include <stdexcept>
 #include <string>
@@ -22,12 +23,19 @@ struct FashionMnist {
   Pictures test;        ///< 10,000
 };
 
-/// Pictures `range` of a pair of files, whose bytes begin with headers of 16 and 8.
+/// Pictures `range` of the contents of a pair of files, which begin with headers of 16 and 8 bytes. Throws
+/// std::runtime_error where they end before.
 inline Pictures pictures_of(const std::string& pixels, const std::string& labels,
                             moe::Range range) {
   const moe::Index size = 28 * 28;
+  const moe::Index end = range.first + range.count;
+  if (std::ssize(pixels) < 16 + end * size || std::ssize(labels) < 8 + end) {
+    throw std::runtime_error("Fashion-MNIST: " + std::to_string(pixels.size()) +
+                             " bytes of pixels and " + std::to_string(labels.size()) +
+                             " of labels are too few for " + std::to_string(end) + " pictures");
+  }
   const auto byte = [](const std::string& bytes, moe::Index at) {
-    return static_cast<unsigned char>(bytes.at(static_cast<std::size_t>(at)));
+    return static_cast<unsigned char>(bytes[static_cast<std::size_t>(at)]);
   };
   Pictures pictures{moe::Matrix<float>(range.count, size), {}};
   for (moe::Index i = 0; i < range.count * size; ++i) {
@@ -41,7 +49,7 @@ inline Pictures pictures_of(const std::string& pixels, const std::string& labels
 
 /// Reads Fashion-MNIST (H. Xiao, K. Rasul, R. Vollgraf, 2017, arXiv 1708.07747) as Debian's package
 /// dataset-fashion-mnist has it. Throws std::runtime_error, which names the package, where a file cannot be
-/// read, and std::out_of_range where one is cut short.
+/// read, and another where one is cut short.
 inline FashionMnist read_fashion_mnist(const std::string& folder) {
   const auto read = [&](const char* name) {
     try {
