@@ -53,7 +53,10 @@ class Residual {
     Matrix<Scalar> dx;             ///< T x D, the gradient with respect to x
 
     /// The losses and figures of balance of the last pass, if the module is a mixture.
-    const auto& balance() const { return module.balance(); }
+    const auto& balance() const requires requires(const typename Module::Tape& tape) {
+      tape.balance();
+    }
+    { return module.balance(); }
   };
 
   /// Constructs the module from its configuration. Throws what the module's constructor throws.
