@@ -3,6 +3,7 @@
 #
 #     sh examples/run.sh [language_model | adapt | pronounce | custom_gate | routing_map | inspect | pytorch] [arguments]
 #     sh examples/run.sh expert_parallel [--ranks N] [arguments for the program]
+#     sh examples/run.sh cookbook RECIPE [arguments], a recipe being a file of examples/cookbook
 #
 # Without a name it is language_model. `sh examples/run.sh pronounce --help` lists that program's
 # arguments. N, or RANKS in the environment, is the number of expert_parallel's processes, 2 without
@@ -19,6 +20,19 @@ case ${1-} in
     shift
     ;;
 esac
+
+folder=$program
+if [ "${1-}" = cookbook ]; then
+  folder=cookbook
+  if [ $# -lt 2 ] || [ ! -f "$root/examples/cookbook/$2.cpp" ]; then
+    echo "$0: cookbook and one of $(cd "$root/examples/cookbook" && echo *.cpp | sed 's/\.cpp//g')" >&2
+    exit 1
+  fi
+  program=$2
+  shift 2
+fi
+target=$program
+[ "$folder" != cookbook ] || target=cookbook_$program
 
 ranks=
 packages=
@@ -42,10 +56,10 @@ fi
 sh "$root/cmake/install_packages.sh" ${packages:+"$packages"}
 echo "Building in $build"
 (cd "$root" && cmake --preset release >/dev/null)
-cmake --build "$build" --target "$program" --parallel "$(getconf _NPROCESSORS_ONLN)"
+cmake --build "$build" --target "$target" --parallel "$(getconf _NPROCESSORS_ONLN)"
 
 # Programs run in the caller's folder, so that paths are the caller's.
-set -- "$build/examples/$program/$program" "$@"
+set -- "$build/examples/$folder/$program" "$@"
 
 # exec, so that Ctrl-C reaches the program.
 [ -n "$ranks" ] || exec "$@"

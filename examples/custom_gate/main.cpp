@@ -7,41 +7,13 @@
 #include <moe/moe.hpp>
 #include <moe/testing/check_gradients.hpp>
 
+#include "../common/clouds.hpp"
 #include "nearest_gate.hpp"
 
 namespace custom_gate {
 
 template <class Scalar>
 using Layer = moe::MoELayer<moe::Expert<moe::FeedForward, Scalar>, NearestGate<Scalar>>;
-
-constexpr Index width = 8;
-
-/// Clouds of tokens, each with a linear map of its own from x to y: easy for a mixture that distinguishes
-/// the clouds, and hard for any other model of its size.
-class Clouds {
- public:
-  static constexpr Index count = 6;
-
-  Clouds() : centres_(count, width), maps_(count * width, width) {
-    moe::fill_normal(centres_, 1.5f, 1);
-    moe::fill_normal(maps_, 0.35f, 2);
-  }
-
-  void draw(Index tokens, std::uint64_t seed, moe::Matrix<float>& x, moe::Matrix<float>& y) const {
-    x.resize(tokens, width);
-    y.resize(tokens, width);
-    moe::fill_normal(x, 0.5f, seed);
-    for (Index t = 0; t < tokens; ++t) {
-      const Index cloud = t % count;
-      x.row(t) += centres_.row(cloud);
-      y.row(t).noalias() = x.row(t) * maps_.middleRows(cloud * width, width);
-    }
-  }
-
- private:
-  moe::Matrix<float> centres_;
-  moe::Matrix<float> maps_;
-};
 
 /// The largest error of the gradients of a layer with the gate, in double, against differences.
 moe::GradientCheck check_gate() {
@@ -58,8 +30,11 @@ int run() {
   const moe::GradientCheck check = check_gate();
   std::printf("%s\n\n", check.text().c_str());
 
-  Layer<float> layer({.width = width, .expert = {.hidden = 32}, .gate = {.experts = 8}, .seed = 3});
-  const Clouds clouds;
+  Layer<float> layer({.width = examples::Clouds::width,
+                      .expert = {.hidden = 32},
+                      .gate = {.experts = 8},
+                      .seed = 3});
+  const examples::Clouds clouds;
   moe::Matrix<float> x;
   moe::Matrix<float> y;
   Layer<float>::Tape tape;
@@ -81,8 +56,7 @@ int run() {
       std::printf("\n");
     }
   }
-  clouds.draw(6000, 99, x, y);
-  const double left = static_cast<double>((layer.evaluate(x) - y).squaredNorm() / y.squaredNorm());
+  const double left = examples::unexplained(layer, clouds);
   std::printf("\non tokens never seen, %.1f %% of y's squares are left unexplained\n", 100 * left);
   const bool good = check.error < 1e-7 && left < 0.05;
   std::printf("%s\n", good ? "The gate has learned." : "The gate has not learned.");

@@ -1,9 +1,7 @@
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
@@ -11,6 +9,8 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "../common/gzip_file.hpp"
 
 /// \file
 /// Texts of many documents: the glosses of WordNet, or the lines of files. gcide.hpp has another.
@@ -32,31 +32,9 @@ inline std::uint64_t hash_of(std::string_view text) {
   return hash ^ (hash >> 32);
 }
 
-inline std::ifstream open(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw std::runtime_error("cannot read " + path.string());
-  return file;
-}
-
-/// A word of a command of the shell, whatever is in it.
-inline std::string shell_word(std::string_view word) {
-  std::string text = "'";
-  for (const char c : word) text += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return text + "'";
-}
-
-/// What a command of the shell prints. Throws std::runtime_error, which says `failure`, when it fails.
-inline std::string output_of(const std::string& command, const std::string& failure) {
-  std::FILE* pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) throw std::runtime_error(failure);
-  std::string text;
-  std::array<char, 1 << 16> buffer;
-  while (const std::size_t size = std::fread(buffer.data(), 1, buffer.size(), pipe)) {
-    text.append(buffer.data(), size);
-  }
-  if (pclose(pipe) != 0) throw std::runtime_error(failure);
-  return text;
-}
+using examples::open;
+using examples::output_of;
+using examples::shell_word;
 
 /// The definitions of WordNet: on a line of data.noun and its sisters, what follows "| ". The hash
 /// is that of the synset's part of speech and offset.

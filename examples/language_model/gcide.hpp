@@ -16,12 +16,6 @@
 
 namespace language_model {
 
-/// What is in a file that gzip can read. Throws std::runtime_error when gzip cannot.
-inline std::string read_gzip(const std::string& path) {
-  open(path);  // for its error
-  return output_of("gzip -dc < " + shell_word(path), "gzip cannot read " + path);
-}
-
 /// Where the parenthesis or bracket that is open at `from` closes; npos if it does not.
 inline std::size_t closing(std::string_view text, std::size_t from, char open, char close) {
   int depth = 0;
@@ -90,7 +84,7 @@ inline std::vector<Document> read_gcide(const std::string& path) {
     const std::uint64_t hash = hash_of(text.substr(0, text.find_first_of(" .,;:-")));
     documents.push_back({hash, std::move(text)});
   };
-  const std::string file = read_gzip(path);
+  const std::string file = examples::read_gzip(path);
   for (std::size_t from = 0; from < file.size();) {
     const std::size_t end = std::min(file.find('\n', from), file.size());
     const std::string_view line = std::string_view(file).substr(from, end - from);

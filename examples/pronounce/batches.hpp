@@ -63,7 +63,7 @@ class Batches {
     epoch_ = epoch;
     const std::uint64_t seed = moe::derive_seed(seed_, static_cast<std::uint64_t>(epoch));
     shuffled_ = pairs_;
-    shuffle(shuffled_, seed);
+    moe::shuffle(shuffled_, seed);
     // Sorted by length within some batches' worth of words, so that no batch is of one kind only.
     const std::size_t pool = 32 * static_cast<std::size_t>(words_);
     for (std::size_t first = 0; first < shuffled_.size(); first += pool) {
@@ -76,17 +76,7 @@ class Batches {
     }
     order_.resize(static_cast<std::size_t>(count()));
     for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = static_cast<Index>(i);
-    shuffle(order_, moe::derive_seed(seed, 1));
-  }
-
-  /// Fisher-Yates; std::shuffle's result depends on the standard library.
-  template <class Value>
-  static void shuffle(std::vector<Value>& values, std::uint64_t seed) {
-    for (std::size_t i = values.size(); i > 1; --i) {
-      const auto bits = moe::philox({static_cast<std::uint32_t>(i), 0, 0, 0}, seed);
-      const std::uint64_t wide = (std::uint64_t{bits[0]} << 32) | bits[1];
-      std::swap(values[i - 1], values[static_cast<std::size_t>(wide % i)]);
-    }
+    moe::shuffle(order_, moe::derive_seed(seed, 1));
   }
 
   const std::vector<Entry>& entries_;

@@ -148,6 +148,21 @@ TEST_CASE("documents: training.md", "[documents]") {
   CHECK_THAT(moved("gate.noise_weight"), Catch::Matchers::WithinAbs(0.03, 1e-3));
 }
 
+TEST_CASE("documents: training.md, batches and accuracy", "[documents]") {
+  const auto pictures = moe::test::random_matrix<float>(40, 12, 2);
+  const std::vector<moe::Index> labels(40, 1);
+  const moe::Matrix<float> logits = pictures.leftCols(2);
+  const std::uint64_t epoch = 0;
+  moe::Matrix<float> x;
+  std::vector<moe::Index> batch_labels;
+#include "training_4.inc"
+  CHECK(x.rows() == 40 % 16);  // the last batch
+  CHECK(batch_labels == std::vector<moe::Index>(8, 1));
+  double right = 0;
+  for (moe::Index i = 0; i < 40; ++i) right += logits(i, 1) > logits(i, 0) ? 1 : 0;
+  CHECK_THAT(share, Catch::Matchers::WithinAbs(right / 40, 1e-12));
+}
+
 TEST_CASE("documents: gates.md", "[documents]") {
   {
     auto [layer, tape, adam, x, dy, valid, step, rate, decay] =

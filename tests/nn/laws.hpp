@@ -13,6 +13,7 @@
 #include "moe/nn/embedding.hpp"
 #include "moe/nn/linear.hpp"
 #include "moe/nn/lstm.hpp"
+#include "moe/nn/residual.hpp"
 #include "moe/nn/rms_norm.hpp"
 
 /// \file
@@ -35,7 +36,8 @@ struct ModuleLaw {
   using Tape = typename Module::Tape;
   using Input = Matrix<Scalar>;
   static constexpr bool evaluates_as_trained = true;
-  static constexpr bool copies_x = true;  // so that forward takes its tape's own y
+  static constexpr bool copies_x = true;     // so that forward takes its tape's own y
+  static constexpr bool knows_width = true;  // so that it knows a tape of another width
   static constexpr double largest_scale = 10;
   static std::string rows_were(Index rows) { return "x had " + std::to_string(rows); }
   static Input input(const Shape& shape, std::uint64_t seed, double scale = 1) {
@@ -112,6 +114,7 @@ struct DropoutLaw : ModuleLaw<Dropout<Scalar>, Scalar> {
   static constexpr const char* name = "Dropout";
   static constexpr bool evaluates_as_trained = false;
   static constexpr bool copies_x = false;
+  static constexpr bool knows_width = false;
   static constexpr Shape large{301, 67, 67};
   static std::string columns_were(const Shape& shape) {
     return "x had " + std::to_string(shape.outputs);
@@ -148,6 +151,26 @@ struct RMSNormLaw : ModuleLaw<RMSNorm<Scalar>, Scalar> {
   static Shape other(const Shape& shape) { return {shape.rows, shape.inputs, shape.outputs + 2}; }
 };
 
+/// Around an RMSNorm.
+template <class Scalar>
+struct ResidualLaw : ModuleLaw<Residual<RMSNorm<Scalar>>, Scalar> {
+  using Norm = RMSNormLaw<Scalar>;
+  using Module = Residual<RMSNorm<Scalar>>;
+  static constexpr const char* name = "Residual";
+  static constexpr bool copies_x = false;
+  static constexpr bool knows_width = false;
+  static constexpr Shape large = Norm::large;
+  static std::string columns_were(const Shape& shape) {
+    return "x had " + std::to_string(shape.outputs);
+  }
+
+  static Module make(const Shape& shape) { return Module(Norm::make(shape)); }
+  static Matrix<Scalar> input(const Shape& shape, std::uint64_t seed, double scale = 1) {
+    return Norm::input(shape, seed, scale);
+  }
+  static Shape other(const Shape& shape) { return Norm::other(shape); }
+};
+
 /// Its x are ids, words of a vocabulary of shape.inputs.
 template <class Scalar>
 struct EmbeddingLaw : ModuleLaw<Embedding<Scalar>, Scalar> {
@@ -176,15 +199,17 @@ struct EmbeddingLaw : ModuleLaw<Embedding<Scalar>, Scalar> {
 template <class Law>
 inline constexpr bool has_dx = std::is_same_v<typename Law::Input, Matrix<typename Law::Scalar>>;
 
-using NNModules =
-    std::tuple<LinearLaw<float>, LinearLaw<double>, LinearLaw<double, false>, LSTMLaw<float>,
-               LSTMLaw<double>, DropoutLaw<float>, DropoutLaw<double>, EmbeddingLaw<float>,
-               EmbeddingLaw<double>, RMSNormLaw<float>, RMSNormLaw<double>>;
-using NNModulesInDouble = std::tuple<LinearLaw<double>, LinearLaw<double, false>, LSTMLaw<double>,
-                                     DropoutLaw<double>, EmbeddingLaw<double>, RMSNormLaw<double>>;
+using NNModules = std::tuple<LinearLaw<float>, LinearLaw<double>, LinearLaw<double, false>,
+                             LSTMLaw<float>, LSTMLaw<double>, DropoutLaw<float>, DropoutLaw<double>,
+                             EmbeddingLaw<float>, EmbeddingLaw<double>, RMSNormLaw<float>,
+                             RMSNormLaw<double>, ResidualLaw<float>, ResidualLaw<double>>;
+using NNModulesInDouble =
+    std::tuple<LinearLaw<double>, LinearLaw<double, false>, LSTMLaw<double>, DropoutLaw<double>,
+               EmbeddingLaw<double>, RMSNormLaw<double>, ResidualLaw<double>>;
 using NNModulesOfMatrices =
     std::tuple<LinearLaw<double>, LinearLaw<float>, LSTMLaw<double>, LSTMLaw<float>,
-               DropoutLaw<double>, DropoutLaw<float>, RMSNormLaw<double>, RMSNormLaw<float>>;
+               DropoutLaw<double>, DropoutLaw<float>, RMSNormLaw<double>, RMSNormLaw<float>,
+               ResidualLaw<double>, ResidualLaw<float>>;
 
 /// Gradients by the parameters' names.
 template <class Scalar, class Module>

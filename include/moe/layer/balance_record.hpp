@@ -65,16 +65,18 @@ template <std::integral Number>
 void append_csv(Number value, std::string& row) {
   row += std::to_string(value);
 }
-inline void append_csv(double value, std::string& row) {
+/// With a number of significant digits, at most 17, and a point whatever the locale.
+inline void append_number(double value, int significant, std::string& text) {
   if (std::isnan(value)) {
-    row += "nan";
+    text += "nan";
     return;
   }
   char digits[32];
-  const auto end =
-      std::to_chars(digits, digits + sizeof(digits), value, std::chars_format::general, 9);
-  row.append(digits, end.ptr);
+  const auto end = std::to_chars(digits, digits + sizeof(digits), value, std::chars_format::general,
+                                 significant);
+  text.append(digits, end.ptr);
 }
+inline void append_csv(double value, std::string& row) { append_number(value, 9, row); }
 inline void append_csv(const std::string& value, std::string& row) {
   if (value.find_first_of(",\"\r\n") == value.npos) {
     row += value;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "moe/matrix.hpp"
+#include "moe/nn/gather_rows.hpp"
 
 namespace moe {
 
@@ -28,8 +29,7 @@ struct PackedRows {
   void pack(const Matrix<Scalar>& padded, Matrix<Scalar>& packed) const {
     check(padded.rows());
     detail::require(&packed != &padded, "PackedRows::pack: a matrix cannot be packed into itself");
-    detail::resize(packed, count(), padded.cols());
-    for (Index i = 0; i < count(); ++i) packed.row(i) = padded.row(rows[detail::to_size(i)]);
+    detail::copy_rows<Scalar>(padded, rows, packed);
   }
 
   /// padded[rows[i]] = packed[i]; the other rows of the T are 0. unpack() of gradients is the backward of

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "moe/kernels/softmax.hpp"
+#include "moe/nn/targets.hpp"
 #include "moe/parallel.hpp"
 
 namespace moe {
@@ -38,7 +39,8 @@ class SoftmaxCrossEntropy {
   /// in `valid`.
   Scalar forward(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
                  std::span<const std::uint8_t> valid = {}) const {
-    const Index counted = check(logits, targets, valid);
+    const Index counted =
+        detail::count_targets("SoftmaxCrossEntropy", logits.rows(), logits.cols(), targets, valid);
     detail::require_apart("SoftmaxCrossEntropy::forward", "logits", logits, {tape.dlogits});
     detail::resize(tape.dlogits, logits.rows(), logits.cols());
     tape.trained = true;
@@ -56,7 +58,8 @@ class SoftmaxCrossEntropy {
   /// The loss, with the same bits as in forward(), without its gradient.
   Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
                   std::span<const std::uint8_t> valid = {}) const {
-    const Index counted = check(logits, targets, valid);
+    const Index counted =
+        detail::count_targets("SoftmaxCrossEntropy", logits.rows(), logits.cols(), targets, valid);
     tape.trained = false;
     return run(logits, targets, valid, counted, tape.losses, nullptr);
   }
@@ -72,32 +75,6 @@ class SoftmaxCrossEntropy {
   static void visit_parameters(Self&, Visitor) {}
 
  private:
-  /// The target of a row, negative where the row is ignored.
-  static Index target_of(std::span<const Index> targets, std::span<const std::uint8_t> valid,
-                         Index t) {
-    const bool ignored = !valid.empty() && valid[detail::to_size(t)] == 0;
-    return ignored ? -1 : targets[detail::to_size(t)];
-  }
-
-  /// Returns the number of tokens that count.
-  static Index check(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
-                     std::span<const std::uint8_t> valid) {
-    const auto count = static_cast<Index>(targets.size());
-    detail::require(count == logits.rows(), "SoftmaxCrossEntropy: ", count, " targets for ",
-                    logits.rows(), " rows of logits");
-    detail::require(valid.empty() || valid.size() == targets.size(),
-                    "SoftmaxCrossEntropy: valid has ", valid.size(), " entries for ", logits.rows(),
-                    " rows of logits");
-    Index counted = 0;
-    for (Index t = 0; t < count; ++t) {
-      const Index target = target_of(targets, valid, t);
-      detail::require(target < logits.cols(), "SoftmaxCrossEntropy: target ", target,
-                      " is outside the ", logits.cols(), " classes");
-      counted += target >= 0;
-    }
-    return counted;
-  }
-
   /// `dlogits` may be null.
   static Scalar run(const MatrixRef<Scalar>& logits, std::span<const Index> targets,
                     std::span<const std::uint8_t> valid, Index counted, std::vector<double>& losses,
@@ -105,14 +82,15 @@ class SoftmaxCrossEntropy {
     const Index classes = logits.cols();
     detail::resize(losses, logits.rows());
     const Index block = std::max<Index>(1, (Index{1} << 14) / std::max<Index>(1, classes));
-    parallel_for_blocks(
-        logits.rows(), block, function_work(logits.size()), [&](Index first, Index count) {
-          for (Index t = first; t < first + count; ++t) {
-            losses[detail::to_size(t)] = run_row(
-                classes, logits.data() + t * logits.outerStride(), target_of(targets, valid, t),
-                counted, dlogits != nullptr ? dlogits + t * classes : nullptr);
-          }
-        });
+    parallel_for_blocks(logits.rows(), block, function_work(logits.size()),
+                        [&](Index first, Index count) {
+                          for (Index t = first; t < first + count; ++t) {
+                            losses[detail::to_size(t)] =
+                                run_row(classes, logits.data() + t * logits.outerStride(),
+                                        detail::target_of(targets, valid, t), counted,
+                                        dlogits != nullptr ? dlogits + t * classes : nullptr);
+                          }
+                        });
     double sum = 0;
     for (const double loss : losses) sum += loss;
     return static_cast<Scalar>(counted == 0 ? 0.0 : sum / static_cast<double>(counted));
