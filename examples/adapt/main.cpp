@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "../common/csv_file.hpp"
+#include "../common/help.hpp"
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
 #include "adaptation.hpp"
@@ -60,10 +61,12 @@ void run(const Options& o) {
 int main(int argc, char** argv) {
   CLI::App app(
       "Trains the language model with a sparse mixture of experts on a text, then adapts it to "
-      "another text in several ways, and compares them on held-out text of both.\n"
-      "Ctrl-C ends the program early and still shows the rows of the ways that are done.");
+      "another text in several ways, and compares them on held-out text of both. Ctrl-C ends the "
+      "program early and still shows the rows of the ways that are done.");
   adapt::Options options;
   adapt::add_options(app, options);
+  examples::set_help(app, {"--data", "--new-data", "--base", "--epochs", "--updates", "--ways",
+                           "--rank", "--alpha", "--no-test", "--seed", "--threads", "--csv"});
   CLI11_PARSE(app, argc, argv);
   examples::catch_interrupts();
   const moe::FlushDenormals flush;

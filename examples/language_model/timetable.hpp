@@ -23,15 +23,14 @@ class Timetable {
   /// Begins the next update, `seconds` after the first one was begun.
   void next(double seconds) {
     ++update_;
-    if (options_.minutes > 0) {
-      // How many updates there will be is an estimate that gets better; the learning rate and the
-      // evaluations follow it.
-      fraction_ = seconds / (60 * options_.minutes);
-      total_ = std::max({update_, options_.warm_up + 1,
-                         static_cast<Index>(static_cast<double>(update_) / fraction_)});
-    } else {
-      fraction_ = static_cast<double>(update_) / static_cast<double>(total_);
-    }
+    place(seconds);
+  }
+
+  /// Goes on after an update, of which update(), evaluations() and the seconds were these.
+  void resume(Index update, Index evaluations, double seconds) {
+    update_ = update;
+    evaluations_ = evaluations;
+    if (update > 0) place(seconds);
   }
 
   Index update() const { return update_; }
@@ -48,6 +47,9 @@ class Timetable {
                                   .total = total_ + 1}(update_);
   }
 
+  /// How many were due.
+  Index evaluations() const { return evaluations_; }
+
   /// To be asked once an update.
   bool evaluation_is_due() {
     if (fraction_ * static_cast<double>(options_.evaluations) <
@@ -59,6 +61,19 @@ class Timetable {
   }
 
  private:
+  /// How far the update is, and how many there will be.
+  void place(double seconds) {
+    if (options_.minutes > 0) {
+      // How many updates there will be is an estimate that gets better; the learning rate and the
+      // evaluations follow it.
+      fraction_ = seconds / (60 * options_.minutes);
+      total_ = std::max({update_, options_.warm_up + 1,
+                         static_cast<Index>(static_cast<double>(update_) / fraction_)});
+    } else {
+      fraction_ = static_cast<double>(update_) / static_cast<double>(total_);
+    }
+  }
+
   const Options& options_;
   Index batches_;
   Index update_ = 0;

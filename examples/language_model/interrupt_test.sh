@@ -1,0 +1,52 @@
+#!/bin/sh
+# A training that is interrupted and goes on ends with the numbers of one that is not.
+#     sh interrupt_test.sh FOLDER PROGRAM [arguments]     the folder is made anew; two evaluations or more
+set -eu
+
+folder=$1
+shift
+rm -rf "$folder"
+mkdir -p "$folder"
+cd "$folder"
+
+fail() {
+  echo "$1" >&2
+  cat "$folder"/*.log >&2
+  exit 1
+}
+
+# Perplexities and the balance of a model in a CSV, without what depends on time.
+figures() { awk -F, '{ print $1, $2, $3, $6, $7, $10, $11, $12, $13 }' "$1" | sort -u; }
+
+"$@" --csv whole.csv --picture whole.svg >whole.log
+
+# In the background a shell keeps Ctrl-C from its programs, but this one catches it itself.
+"$@" --csv parts.csv --picture parts.svg --checkpoint training.safetensors >first.log &
+program=$!
+# The first row says that the training is under way.
+until [ -s training.safetensors ]; do
+  kill -0 "$program" 2>/dev/null || fail "the training ended before it was interrupted"
+  sleep 0.02
+done
+kill -s INT "$program"
+wait "$program" || fail "Ctrl-C ended the program with $?"
+grep -q "^interrupted after update [1-9][0-9]* of " first.log || fail "it was not interrupted"
+! grep -q "| sparse" first.log || fail "the test part was read before the end"
+
+# Options that change the outcome are refused.
+if "$@" --seed 77 --csv other.csv --checkpoint training.safetensors >other.log 2>&1; then
+  fail "another seed went on from the training"
+fi
+grep -q "is another training" other.log || fail "another seed has another error"
+
+"$@" --csv parts.csv --picture parts.svg --checkpoint training.safetensors >second.log
+grep -q "^goes on from training.safetensors, after update [1-9]" second.log || fail "it began anew"
+
+# The row at the interruption is one that the whole training has not.
+figures whole.csv >whole.figures
+figures parts.csv >parts.figures
+missing=$(comm -23 whole.figures parts.figures)
+[ -z "$missing" ] || fail "other numbers: $missing"
+more=$(comm -13 whole.figures parts.figures | wc -l)
+[ "$more" -le 2 ] || fail "$more rows that the whole training has not"
+cmp whole.svg parts.svg || fail "another picture"
