@@ -384,11 +384,18 @@ TEST_CASE("adapt: the base is written once and read by who asks for the same",
   moe::save_parameters(o.base_file, trained);
   CHECK_THROWS_WITH(make_base(o, corpus, text), Contains("no settings"));
 
-  // Ctrl-C: nothing is written.
+  // Ctrl-C: no base is written, and the next call goes on.
   Options interrupted = o;
   interrupted.base_file = folder.file("interrupted.safetensors");
   examples::interrupted = 1;
   make_base(interrupted, corpus, text);
   examples::interrupted = 0;
   CHECK_FALSE(std::filesystem::exists(interrupted.base_file));
+  CHECK(std::filesystem::exists(interrupted.base_file + ".part"));
+  Options changed = interrupted;
+  changed.base.seed = 2;
+  CHECK_THROWS_WITH(make_base(changed, corpus, text), Contains(".part is another training"));
+  CHECK(is_equal(values_of(make_base(interrupted, corpus, text)), values_of(trained)));
+  CHECK(std::filesystem::exists(interrupted.base_file));
+  CHECK_FALSE(std::filesystem::exists(interrupted.base_file + ".part"));
 }
