@@ -5,7 +5,6 @@
 #include <moe/io/safetensors.hpp>
 #include <string>
 
-#include "../language_model/checkpoint.hpp"
 #include "../language_model/timetable.hpp"
 #include "adaptation.hpp"
 
@@ -21,12 +20,13 @@ inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text
   language_model::Contestant<Base> contestant(language_model::sparse_config<Base>(
       o.base, language_model::frequencies_of(corpus.train, corpus.vocabulary.size())));
   language_model::Timetable timetable(o.base, text.training.count());
-  double start = examples::seconds_now();
-  if (checkpoint.exists()) {
-    start -= checkpoint.read(
-        timetable, [&](const moe::SafetensorsFile& file) { contestant.load(file, "base."); });
-    std::printf("the base goes on from %s\n", checkpoint.path().c_str());
-  }
+  const language_model::Place place =
+      checkpoint.read([&](const moe::SafetensorsFile& file, const language_model::Place&) {
+        contestant.load(file, "base.");
+        std::printf("the base goes on from %s\n", checkpoint.path().c_str());
+      });
+  timetable.resume(place);
+  const double start = examples::seconds_now() - place.seconds;
   examples::ProgressBar progress;
   Batches::Batch batch;
   while (!timetable.is_over() && !examples::interrupted) {
@@ -42,11 +42,28 @@ inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text
   std::printf("the base: %td updates on the old text in %.0f s\n", timetable.update(),
               contestant.seconds());
   if (examples::interrupted && checkpoint.is_wanted()) {
-    checkpoint.write(timetable, examples::seconds_now() - start,
+    checkpoint.write(timetable.place(examples::seconds_now() - start),
                      [&](moe::SafetensorsWriter& writer) { contestant.save(writer, "base."); });
     std::printf("the same command goes on from %s\n", checkpoint.path().c_str());
   }
   return contestant.model();
+}
+
+/// All that decides the weights of the base.
+inline std::string base_settings(const Options& o, const Corpus& corpus, const Text& text) {
+  return language_model::training_settings(
+      o.base, corpus, language_model::Timetable(o.base, text.training.count()).total());
+}
+
+/// Where the training of a way is saved: beside the file of the base, if there is one. `settings` are
+/// those of the base and of the new text.
+inline language_model::Checkpoint checkpoint_of(const std::string& name, const Way& way,
+                                                const Options& o, const std::string& settings) {
+  if (o.base_file.empty()) return {};
+  return {o.base_file + "." + name + ".part",
+          settings + language_model::print(
+                         " way=%s rate=%g warm_up=%td updates=%td rank=%td alpha=%g", name.c_str(),
+                         way.learning_rate, o.warm_up, o.updates, o.rank, o.alpha)};
 }
 
 /// The base of the options' file, or a new one, which is written there. What Ctrl-C leaves of its
@@ -54,8 +71,7 @@ inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text
 /// is that of another base.
 inline Model<Base> make_base(const Options& o, const Corpus& corpus, const Text& text) {
   constexpr const char* key = "base";
-  const language_model::Timetable timetable(o.base, text.training.count());
-  const std::string settings = language_model::training_settings(o.base, corpus, timetable.total());
+  const std::string settings = base_settings(o, corpus, text);
   if (o.base_file.empty()) return train_base(o, corpus, text, {});
   if (!std::filesystem::exists(o.base_file)) {
     const language_model::Checkpoint checkpoint(o.base_file + ".part", settings);

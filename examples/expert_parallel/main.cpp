@@ -98,13 +98,15 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
                                         std::to_string(threads) + " threads");
   }
 
-  double start = examples::seconds_now();
   language_model::Timetable timetable(o, data->training.count());
+  language_model::Place place;
   ranks.communicator().attempt("the checkpoint", [&] {
-    if (!checkpoint.exists()) return;
-    start -= checkpoint.read(
-        timetable, [&](const moe::SafetensorsFile& file) { model.load(file, "sparse."); });
+    place = checkpoint.read([&](const moe::SafetensorsFile& file, const language_model::Place&) {
+      model.load(file, "sparse.");
+    });
   });
+  timetable.resume(place);
+  const double start = examples::seconds_now() - place.seconds;
   const Index first_update = timetable.update();
   ranks.communicator().agree("the checkpoints", {{"the number of updates", first_update}});
   if (ranks.is_root() && first_update > 0) {
@@ -113,7 +115,7 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   }
   const auto save = [&] {
     ranks.communicator().attempt("saving the training", [&] {
-      checkpoint.write(timetable, examples::seconds_now() - start,
+      checkpoint.write(timetable.place(examples::seconds_now() - start),
                        [&](moe::SafetensorsWriter& writer) { model.save(writer, "sparse."); });
     });
   };

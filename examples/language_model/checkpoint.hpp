@@ -56,15 +56,14 @@ class Checkpoint {
   bool is_wanted() const { return !path_.empty(); }
   bool exists() const { return is_wanted() && std::filesystem::exists(path_); }
 
-  /// Writes what add(writer) adds, and where the training is, `seconds` after its beginning. At any
-  /// time the path has the whole old file or the whole new one. Throws std::runtime_error where it
-  /// cannot be written.
+  /// Writes what add(writer) adds, and where the training is. At any time the path has the whole old
+  /// file or the whole new one. Throws std::runtime_error where it cannot be written.
   template <class Add>
-  void write(const Timetable& timetable, double seconds, Add&& add) const {
+  void write(const Place& place, Add&& add) const {
     if (!is_wanted()) return;
     moe::SafetensorsWriter writer;
-    const std::vector<Index> counts{timetable.update(), timetable.evaluations()};
-    const moe::Matrix<double> elapsed = moe::Matrix<double>::Constant(1, 1, seconds);
+    const std::vector<Index> counts{place.update, place.evaluations};
+    const moe::Matrix<double> elapsed = moe::Matrix<double>::Constant(1, 1, place.seconds);
     writer.add("training.counts", counts);
     writer.add("training.seconds", elapsed);
     writer.set_metadata(what, settings_);
@@ -72,10 +71,11 @@ class Checkpoint {
     writer.write(path_);
   }
 
-  /// Takes up what write() left: calls read(file) and sets the timetable. Returns the seconds. Throws
-  /// std::runtime_error for a file that is damaged or of other settings.
+  /// Takes up what write() left: calls read(file, place) and returns the place, the beginning where there
+  /// is no file. Throws std::runtime_error for a file that is damaged or of other settings.
   template <class Read>
-  double read(Timetable& timetable, Read&& read) const {
+  Place read(Read&& read) const {
+    if (!exists()) return {};
     const moe::SafetensorsFile file = open_with_settings(path_, what, settings_);
     std::vector<Index> counts(2);
     moe::Matrix<double> elapsed(1, 1);
@@ -84,9 +84,9 @@ class Checkpoint {
     if (counts[0] < 0 || counts[1] < 0 || !(elapsed(0, 0) >= 0)) {
       throw std::runtime_error(path_ + ": training.counts or training.seconds is below 0");
     }
-    timetable.resume(counts[0], counts[1], elapsed(0, 0));
-    read(file);
-    return elapsed(0, 0);
+    const Place place{counts[0], counts[1], elapsed(0, 0)};
+    read(file, place);
+    return place;
   }
 
  private:

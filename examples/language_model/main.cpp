@@ -197,7 +197,6 @@ void compare(const Options& o) {
 
   print_beginning(o, corpus, std::to_string(o.threads) + " threads");
 
-  double start = seconds_now();
   Timetable timetable(o, training.count());
   std::vector<LoadMap> load_maps;
   for (const Figures& figures : figures_of(competitors)) load_maps.emplace_back(figures.experts);
@@ -205,19 +204,19 @@ void compare(const Options& o) {
   if (!o.checkpoint.empty()) {
     checkpoint = {o.checkpoint, comparison_settings(o, corpus, timetable.total())};
   }
-  if (checkpoint.exists()) {
-    start -= checkpoint.read(timetable, [&](const moe::SafetensorsFile& file) {
-      for (std::size_t i = 0; i < competitors.size(); ++i) {
-        const std::string prefix = competitors[i]->figures().name + ".";
-        competitors[i]->load(file, prefix);
-        load_maps[i].resume(timetable.update(), file.matrix<double>(prefix + "load"));
-      }
-    });
-    std::printf("goes on from %s, after update %td of %td\n", o.checkpoint.c_str(),
-                timetable.update(), timetable.total());
-  }
+  const Place place = checkpoint.read([&](const moe::SafetensorsFile& file, const Place& reached) {
+    for (std::size_t i = 0; i < competitors.size(); ++i) {
+      const std::string prefix = competitors[i]->figures().name + ".";
+      competitors[i]->load(file, prefix);
+      load_maps[i].resume(reached.update, file.matrix<double>(prefix + "load"));
+    }
+    std::printf("goes on from %s, after update %td of %td\n", o.checkpoint.c_str(), reached.update,
+                timetable.total());
+  });
+  timetable.resume(place);
+  const double start = seconds_now() - place.seconds;
   const auto save = [&] {
-    checkpoint.write(timetable, seconds_now() - start, [&](moe::SafetensorsWriter& writer) {
+    checkpoint.write(timetable.place(seconds_now() - start), [&](moe::SafetensorsWriter& writer) {
       for (std::size_t i = 0; i < competitors.size(); ++i) {
         const std::string prefix = competitors[i]->figures().name + ".";
         competitors[i]->save(writer, prefix);

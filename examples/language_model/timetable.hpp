@@ -10,6 +10,13 @@
 
 namespace language_model {
 
+/// Where a training is.
+struct Place {
+  Index update = 0;       ///< the last one that was made
+  Index evaluations = 0;  ///< how many were due
+  double seconds = 0;     ///< since the first update was begun
+};
+
 /// It lasts for a number of readings of the text or for a time, as the options say.
 class Timetable {
  public:
@@ -23,15 +30,16 @@ class Timetable {
   /// Begins the next update, `seconds` after the first one was begun.
   void next(double seconds) {
     ++update_;
-    place(seconds);
+    estimate(seconds);
   }
 
-  /// Goes on after an update, of which update(), evaluations() and the seconds were these.
-  void resume(Index update, Index evaluations, double seconds) {
-    update_ = update;
-    evaluations_ = evaluations;
-    if (update > 0) place(seconds);
+  /// Goes on from where place() was.
+  void resume(const Place& place) {
+    update_ = place.update;
+    evaluations_ = place.evaluations;
+    if (update_ > 0) estimate(place.seconds);
   }
+  Place place(double seconds) const { return {update_, evaluations_, seconds}; }
 
   Index update() const { return update_; }
   Index total() const { return total_; }
@@ -47,9 +55,6 @@ class Timetable {
                                   .total = total_ + 1}(update_);
   }
 
-  /// How many were due.
-  Index evaluations() const { return evaluations_; }
-
   /// To be asked once an update.
   bool evaluation_is_due() {
     if (fraction_ * static_cast<double>(options_.evaluations) <
@@ -62,7 +67,7 @@ class Timetable {
 
  private:
   /// How far the update is, and how many there will be.
-  void place(double seconds) {
+  void estimate(double seconds) {
     if (options_.minutes > 0) {
       // How many updates there will be is an estimate that gets better; the learning rate and the
       // evaluations follow it.

@@ -66,13 +66,16 @@ struct Training {
 };
 
 void write(const Checkpoint& checkpoint, Training& training) {
-  checkpoint.write(training.timetable, 12.5,
+  checkpoint.write(training.timetable.place(12.5),
                    [&](moe::SafetensorsWriter& writer) { training.model.save(writer, "a."); });
 }
 double read(const Checkpoint& checkpoint, Training& training) {
-  return checkpoint.read(training.timetable, [&](const moe::SafetensorsFile& file) {
+  const Place place = checkpoint.read([&](const moe::SafetensorsFile& file, const Place& reached) {
     training.model.load(file, "a.");
+    CHECK(reached.seconds == 12.5);
   });
+  training.timetable.resume(place);
+  return place.seconds;
 }
 
 bool have_same_weights(const Contestant<Flat>& a, const Contestant<Flat>& b) {
@@ -119,12 +122,12 @@ TEST_CASE("language model: a training that goes on ends in the numbers of an unb
     Training second(o, text);
     CHECK(read(checkpoint, second) == 12.5);
     CHECK(second.timetable.update() == updates);
-    CHECK(second.timetable.evaluations() == first.timetable.evaluations());
+    CHECK(second.timetable.place(0).evaluations == first.timetable.place(0).evaluations);
     CHECK(second.model.figures().loss == first.model.figures().loss);
     CHECK(second.model.seconds() == first.model.seconds());
     while (!second.timetable.is_over()) second.update();
     CHECK(second.timetable.update() == 13);
-    CHECK(second.timetable.evaluations() == 5);
+    CHECK(second.timetable.place(0).evaluations == 5);
     CHECK(have_same_weights(second.model, whole.model));
     CHECK(second.model.figures().loss == whole.model.figures().loss);
   }
@@ -164,6 +167,7 @@ TEST_CASE("language model: a checkpoint of another training is refused",
   // Without a path.
   write(Checkpoint(), training);
   CHECK_FALSE(Checkpoint().exists());
+  CHECK(Checkpoint().read([](const moe::SafetensorsFile&, const Place&) { FAIL(); }).update == 0);
   // A damaged file.
   std::filesystem::resize_file(path, 20);
   CHECK_THROWS_AS(read(checkpoint, training), std::runtime_error);
