@@ -84,6 +84,7 @@ extern "C" inline void on_bench_interrupt(int) {
 inline int run(int argc, char** argv) {
   std::vector<char*> arguments(argv, argv + argc);
   const std::size_t rows = count_rows(arguments);
+  if (rows == 0) return 0;  // which count_rows() has said
   // Before the user's, which may be to list the rows.
   std::string measure = "--benchmark_list_tests=false";
   arguments.insert(arguments.begin() + 1, measure.data());

@@ -36,7 +36,7 @@ class HelpFormatter : public CLI::FormatterBase {
         ++hidden;
         continue;
       }
-      append(options, left_of(*option, all), option->get_description());
+      append(options, left_of(*option), right_of(*option, all));
     }
     text += "\n" + usage + "\n" + options;
     if (hidden > 0) {
@@ -50,22 +50,28 @@ class HelpFormatter : public CLI::FormatterBase {
   static constexpr std::size_t width = 100;
   static constexpr std::size_t indent = 31;  // of the second column
 
-  /// "  --seed=1" or "  --data TEXT"; where all is told, also the type of a default, the range, and the
-  /// options that it needs or cannot be with.
-  static std::string left_of(const CLI::Option& option, bool all) {
+  /// "  --seed=1", or "  --data TEXT" where there is no default.
+  static std::string left_of(const CLI::Option& option) {
     std::string text = "  " + option.get_name(option.get_positional(), !option.get_positional());
-    const bool is_flag = option.get_type_size() == 0;
+    if (option.get_type_size() == 0) return text;  // a flag
+    const std::string type = option.get_type_name();
     const std::string value = option.get_default_str();
-    if (!is_flag) {
-      const std::string type = option.get_type_name();
-      if (all || value.empty()) text += " " + (all ? type : type.substr(0, type.find(':')));
-      if (!value.empty()) text += "=" + value;
-      if (option.get_expected_max() > 1) text += " ...";
-    }
-    if (!all) return text;
-    for (const CLI::Option* other : option.get_needs()) text += " needs " + other->get_name();
-    for (const CLI::Option* other : option.get_excludes()) text += " not with " + other->get_name();
-    return text;
+    text += value.empty() ? " " + type.substr(0, type.find(':')) : "=" + value;
+    return text + (option.get_expected_max() > 1 ? " ..." : "");
+  }
+
+  /// What it does; where all is told, with its type or range and the options that it needs or cannot be
+  /// with.
+  static std::string right_of(const CLI::Option& option, bool all) {
+    if (!all) return option.get_description();
+    const std::string type = option.get_type_size() == 0 ? "" : option.get_type_name();
+    std::string details = type.substr(type.find(':') + 1);
+    const auto add = [&](const char* what, const std::string& name) {
+      details += (details.empty() ? "" : ", ") + std::string(what) + name;
+    };
+    for (const CLI::Option* other : option.get_needs()) add("needs ", other->get_name());
+    for (const CLI::Option* other : option.get_excludes()) add("not with ", other->get_name());
+    return option.get_description() + (details.empty() ? "" : " (" + details + ")");
   }
 
   /// Adds `right` in lines that begin in the column after `left`, or below where that is too long.

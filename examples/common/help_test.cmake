@@ -20,6 +20,8 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
   return()
 endif()
 
+cmake_minimum_required(VERSION 3.25)
+
 # What a program prints for an argument, and how many lines.
 function(ask argument text_variable lines_variable)
   execute_process(COMMAND "${PROGRAM}" ${argument} OUTPUT_VARIABLE text ERROR_VARIABLE errors
