@@ -48,7 +48,7 @@ void add_options(CLI::App& app, Options& o) {
                  "picture of the experts' load in training (SVG); \"\": none")
       ->capture_default_str();
   app.add_option("--threads", o.threads,
-                 "half of them for each model (in a study, models at a time)")
+                 "half for each model (study: models at a time); results are the same")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   app.add_option("--groups", o.groups,
@@ -71,7 +71,7 @@ void add_options(CLI::App& app, Options& o) {
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--serve", o.serve,
-                 "evaluate with weights rounded to this format too; all: to each")
+                 "evaluate the sparse model rounded to this format too; all: to each")
       ->check(CLI::IsMember(serving_choices()));
 
   auto* study = app.add_option("--study", o.study,

@@ -192,9 +192,9 @@ int run(int argc, char** argv) {
   for_each_option(options, [&](const char* name, auto& value, const char* what) {
     app.add_option(std::string("--") + name, value, what)->capture_default_str();
   });
-  examples::set_help(app, {"--model", "--full", "--resume", "--dictionary", "--evaluate-every",
-                           "--no-test", "--csv", "--threads", "--updates", "--cross-entropy",
-                           "--experts", "--top_k", "--schedule", "--seed"});
+  examples::set_help(
+      app, {"--model", "--full", "--resume", "--evaluate-every", "--no-test", "--csv", "--threads",
+            "--updates", "--cross-entropy", "--experts", "--schedule", "--seed"});
   CLI11_PARSE(app, argc, argv);
   check_options(options);
 #ifdef _OPENMP

@@ -1,29 +1,20 @@
 #include "../../examples/common/terminal.hpp"
 
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <string>
 
 #include "../../examples/common/csv_file.hpp"
 #include "../../examples/common/svg.hpp"
 #include "../catch.hpp"
+#include "../io/files.hpp"
 #include "../temporary_folder.hpp"
 
 /// \file
 /// What the examples share: the time that is left, CSV files and pictures.
 
 using Catch::Matchers::Contains;
+using moe::test::read_all;
 using moe::test::TemporaryFolder;
-
-namespace {
-
-std::string content_of(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-}  // namespace
 
 TEST_CASE("examples: times as a clock has them", "[examples]") {
   CHECK(examples::clock_time(0) == "0:00");
@@ -31,6 +22,7 @@ TEST_CASE("examples: times as a clock has them", "[examples]") {
   CHECK(examples::clock_time(59.6) == "1:00");
   CHECK(examples::clock_time(65.4) == "1:05");
   CHECK(examples::clock_time(3599) == "59:59");
+  CHECK(examples::clock_time(3600) == "1:00:00");
   CHECK(examples::clock_time(3725) == "1:02:05");
   CHECK(examples::clock_time(-3) == "0:00");
 }
@@ -53,13 +45,13 @@ TEST_CASE("examples: a CSV goes on below its rows", "[examples]") {
   const std::string path = folder.file("a.csv");
   { examples::CsvFile(path, "a,b").add("1,2"); }
   { examples::CsvFile(path, "a,b", true).add("3,4"); }
-  CHECK(content_of(path) == "a,b\n1,2\n3,4\n");
+  CHECK(read_all(path) == "a,b\n1,2\n3,4\n");
   { examples::CsvFile(path, "a,b").add("5,6"); }
-  CHECK(content_of(path) == "a,b\n5,6\n");
+  CHECK(read_all(path) == "a,b\n5,6\n");
   // Where it has gone, it begins anew.
   std::filesystem::remove(path);
   { examples::CsvFile(path, "a,b", true).add("7,8"); }
-  CHECK(content_of(path) == "a,b\n7,8\n");
+  CHECK(read_all(path) == "a,b\n7,8\n");
   CHECK_THROWS_AS(examples::CsvFile(folder.file("none/a.csv"), "a"), std::runtime_error);
   CHECK_THROWS_AS(examples::CsvFile(folder.file("none/a.csv"), "a", true), std::runtime_error);
 }
