@@ -23,9 +23,12 @@ moe::Balance<float> balance_of(std::vector<Index> tokens) {
 TEST_CASE("language model: two columns of the load become one when there are too many",
           "[examples][language_model]") {
   LoadMap map(2);
-  for (Index update = 0; update < 64; ++update) map.add(balance_of({1, 3}));
+  for (Index update = 0; update < 64; ++update) map.add(balance_of({update % 2 * 2, 3}));
   CHECK(map.updates_per_column() == 1);
   CHECK(map.tokens().rows() == 64);
+  LoadMap full(2);  // goes on before its columns are halved
+  full.resume(64, map.tokens());
+  CHECK(full.updates_per_column() == 1);
   map.add(balance_of({6, 0}));
   CHECK(map.updates() == 65);
   CHECK(map.updates_per_column() == 2);
