@@ -16,6 +16,7 @@
 #include <moe/mpi/expert_parallel.hpp>
 
 #include "measure.hpp"
+#include "progress.hpp"
 
 namespace {
 
@@ -177,13 +178,6 @@ void add_rows(int ranks) {
   }
 }
 
-/// Prints nothing: for all ranks but one.
-class Silent : public benchmark::BenchmarkReporter {
- public:
-  bool ReportContext(const Context&) override { return true; }
-  void ReportRuns(const std::vector<Run>&) override {}
-};
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -193,14 +187,11 @@ int main(int argc, char** argv) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     add_rows(ranks);
-    int arguments = rank == 0 ? argc : 1;  // the others write no file
+    if (rank == 0) return bench::run(argc, argv);
+    int arguments = 1;  // the others write no file
     benchmark::Initialize(&arguments, argv);
-    Silent silent;
-    if (rank == 0) {
-      benchmark::RunSpecifiedBenchmarks();
-    } else {
-      benchmark::RunSpecifiedBenchmarks(&silent);
-    }
+    bench::Silent silent;
+    benchmark::RunSpecifiedBenchmarks(&silent);
     return 0;
   });
 }

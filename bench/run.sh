@@ -62,9 +62,14 @@ for name in $names; do
   [ "$name" != exchange ] || launcher='mpirun -n 2'
   [ -x "$build/bench/bench_$name" ] || { echo ": not built, there is no MPI"; continue; }
   # Written under another name first, so that a result is a whole one.
+  # On a terminal the program draws a bar over this line.
+  : >"$out/$name.log"
+  errors="$out/$name.log"
+  [ ! -t 2 ] || errors=/dev/tty
   # shellcheck disable=SC2086  # several words or none
   $launcher "$build/bench/bench_$name" --benchmark_out="$out/$name.part" --benchmark_out_format=json \
-    >"$out/$name.log" 2>&1 || { echo; cat "$out/$name.log"; exit 1; }
+    >>"$out/$name.log" 2>>"$errors" || { echo; cat "$out/$name.log"; exit 1; }
+  [ ! -t 2 ] || printf '\rRunning %s' "$name"
   mv "$out/$name.part" "$out/$name.json"
   awk -f "$root/bench/rows.awk" "$out/$name.json" >"$out/$name.tsv"
   echo ": $(($(date +%s) - start)) s"

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "../common/terminal.hpp"
+#include "../language_model/checkpoint.hpp"
 #include "../language_model/contestant.hpp"
 #include "../language_model/corpus.hpp"
 #include "../language_model/mixture.hpp"
@@ -73,10 +74,12 @@ struct Adapted {
 };
 
 /// Trains what is not frozen of a model on the new text. Nothing, if Ctrl-C came before the last
-/// update.
+/// update. What was reached is then in the checkpoint, from which the next call goes on; at the end the
+/// whole training is.
 template <class Middle>
 std::optional<Adapted> train(const Way& way, Model<Middle> model, const Options& o,
-                             const Text& old_text, const Text& new_text) {
+                             const Text& old_text, const Text& new_text,
+                             const language_model::Checkpoint& checkpoint = {}) {
   auto config = language_model::sparse_config<Middle>(o.base, {});
   config.factored = way.factored;
   language_model::Contestant<Middle> contestant(std::move(config), std::move(model));
@@ -84,25 +87,37 @@ std::optional<Adapted> train(const Way& way, Model<Middle> model, const Options&
       .peak = way.learning_rate, .warm_up = std::min(o.warm_up, o.updates), .total = o.updates + 1};
   examples::ProgressBar progress;
   Batches::Batch batch;
-  double clocks = 0;
-  for (Index update = 1; update <= o.updates; ++update) {
-    if (examples::interrupted) return std::nullopt;
+  const language_model::Place place =
+      checkpoint.read([&](const moe::SafetensorsFile& file, const language_model::Place&) {
+        contestant.load(file, "adapted.");
+      });
+  double processor_seconds = place.seconds;
+  const auto save = [&](Index update) {
+    checkpoint.write({update, 0, processor_seconds},
+                     [&](moe::SafetensorsWriter& writer) { contestant.save(writer, "adapted."); });
+  };
+  for (Index update = place.update + 1; update <= o.updates; ++update) {
+    if (examples::interrupted) {
+      save(update - 1);
+      return std::nullopt;
+    }
     const Index index = (update - 1) % new_text.training.count();
     new_text.training.get(index, batch);
     if (index == 0) contestant.start_epoch();
     const std::clock_t start = std::clock();
     contestant.update(batch, static_cast<std::uint64_t>(update), learning_rate(update));
-    clocks += static_cast<double>(std::clock() - start);
+    processor_seconds += static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
     if (!progress.is_due()) continue;
     progress.draw(static_cast<double>(update) / static_cast<double>(o.updates),
                   language_model::print("%s  %td/%td  loss %.3f", way.name.c_str(), update,
                                         o.updates, contestant.figures().loss));
   }
   progress.clear();
+  if (place.update < o.updates) save(o.updates);
   return Adapted{.trained = contestant.figures().parameters,
                  .bytes = contestant.training_bytes(),
                  .seconds = contestant.seconds(),
-                 .processor_seconds = clocks / CLOCKS_PER_SEC,
+                 .processor_seconds = processor_seconds,
                  .perplexities = evaluate(contestant.model(), o, old_text, new_text)};
 }
 

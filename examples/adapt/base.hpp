@@ -3,10 +3,8 @@
 #include <cstdio>
 #include <filesystem>
 #include <moe/io/safetensors.hpp>
-#include <stdexcept>
 #include <string>
 
-#include "../language_model/study_runs.hpp"
 #include "../language_model/timetable.hpp"
 #include "adaptation.hpp"
 
@@ -15,28 +13,22 @@
 
 namespace adapt {
 
-/// All that decides the weights of the base.
-inline std::string base_settings(const language_model::Options& o, const Corpus& corpus,
-                                 Index updates) {
-  return language_model::configuration_of({.experts = o.experts,
-                                           .top_k = o.top_k,
-                                           .hidden = o.hidden,
-                                           .importance_weight = o.importance_weight,
-                                           .load_weight = o.load_weight,
-                                           .seed = o.seed,
-                                           .updates = updates},
-                                          o) +
-         language_model::name_of(corpus);
-}
-
-/// Ctrl-C ends the training early; then nothing is written.
-inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text& text) {
+/// The base as far as it is trained. Ctrl-C ends the training early; what was reached is then in the
+/// checkpoint, from which the next call goes on.
+inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text& text,
+                              const language_model::Checkpoint& checkpoint) {
   language_model::Contestant<Base> contestant(language_model::sparse_config<Base>(
       o.base, language_model::frequencies_of(corpus.train, corpus.vocabulary.size())));
   language_model::Timetable timetable(o.base, text.training.count());
+  const language_model::Place place =
+      checkpoint.read([&](const moe::SafetensorsFile& file, const language_model::Place&) {
+        contestant.load(file, "base.");
+        std::printf("the base goes on from %s\n", checkpoint.path().c_str());
+      });
+  timetable.resume(place);
+  const double start = examples::seconds_now() - place.seconds;
   examples::ProgressBar progress;
   Batches::Batch batch;
-  const double start = examples::seconds_now();
   while (!timetable.is_over() && !examples::interrupted) {
     timetable.next(examples::seconds_now() - start);
     text.training.get(timetable.batch(), batch);
@@ -49,32 +41,51 @@ inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text
   progress.clear();
   std::printf("the base: %td updates on the old text in %.0f s\n", timetable.update(),
               contestant.seconds());
+  if (examples::interrupted && checkpoint.is_wanted()) {
+    checkpoint.write(timetable.place(examples::seconds_now() - start),
+                     [&](moe::SafetensorsWriter& writer) { contestant.save(writer, "base."); });
+    std::printf("the same command goes on from %s\n", checkpoint.path().c_str());
+  }
   return contestant.model();
 }
 
-/// The base of the options' file, or a new one, which is written there. Throws std::runtime_error
-/// where the file is that of another base.
+/// All that decides the weights of the base.
+inline std::string base_settings(const Options& o, const Corpus& corpus, const Text& text) {
+  return language_model::training_settings(
+      o.base, corpus, language_model::Timetable(o.base, text.training.count()).total());
+}
+
+/// Where the training of a way is saved: beside the file of the base, if there is one. `settings` are
+/// those of the base and of the new text.
+inline language_model::Checkpoint checkpoint_of(const std::string& name, const Way& way,
+                                                const Options& o, const std::string& settings) {
+  if (o.base_file.empty()) return {};
+  return {o.base_file + "." + name + ".part",
+          settings + language_model::print(
+                         " way=%s rate=%g warm_up=%td updates=%td rank=%td alpha=%g", name.c_str(),
+                         way.learning_rate, o.warm_up, o.updates, o.rank, o.alpha)};
+}
+
+/// The base of the options' file, or a new one, which is written there. What Ctrl-C leaves of its
+/// training is beside it, in a file whose name ends with ".part". Throws std::runtime_error where a file
+/// is that of another base.
 inline Model<Base> make_base(const Options& o, const Corpus& corpus, const Text& text) {
   constexpr const char* key = "base";
-  const language_model::Timetable timetable(o.base, text.training.count());
-  const std::string settings = base_settings(o.base, corpus, timetable.total());
-  if (o.base_file.empty() || !std::filesystem::exists(o.base_file)) {
-    Model<Base> model = train_base(o, corpus, text);
-    if (o.base_file.empty() || examples::interrupted) return model;
+  const std::string settings = base_settings(o, corpus, text);
+  if (o.base_file.empty()) return train_base(o, corpus, text, {});
+  if (!std::filesystem::exists(o.base_file)) {
+    const language_model::Checkpoint checkpoint(o.base_file + ".part", settings);
+    Model<Base> model = train_base(o, corpus, text, checkpoint);
+    if (examples::interrupted) return model;
     moe::SafetensorsWriter writer;
     writer.add_parameters(model);
     writer.set_metadata(key, settings);
     writer.write(o.base_file);
+    std::filesystem::remove(checkpoint.path());
     std::printf("it is in %s\n", o.base_file.c_str());
     return model;
   }
-  const moe::SafetensorsFile file(o.base_file);
-  const auto found = file.metadata().find(key);
-  if (found == file.metadata().end() || found->second != settings) {
-    throw std::runtime_error(o.base_file + " is another base. It has\n  " +
-                             (found == file.metadata().end() ? "no settings" : found->second) +
-                             "\nand the options say\n  " + settings);
-  }
+  const moe::SafetensorsFile file = language_model::open_with_settings(o.base_file, key, settings);
   Model<Base> model(
       language_model::sparse_config<Base>(
           o.base, std::vector<double>(static_cast<std::size_t>(corpus.vocabulary.size())))

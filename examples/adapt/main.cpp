@@ -5,10 +5,13 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../common/csv_file.hpp"
+#include "../common/help.hpp"
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
 #include "adaptation.hpp"
@@ -42,15 +45,26 @@ void run(const Options& o) {
     csv.add(csv_row(o, name, adapted));
   };
   report("before", {.perplexities = evaluate(base, o, old_text, new_text)});
+  const std::string settings = o.base_file.empty() ? ""
+                                                   : base_settings(o, old_corpus, old_text) +
+                                                         language_model::name_of(new_corpus);
+  std::vector<language_model::Checkpoint> checkpoints;
   for (const std::string& name : all_ways()) {
     const bool is_chosen = std::find(o.ways.begin(), o.ways.end(), name) != o.ways.end();
     if (!is_chosen || examples::interrupted) continue;
     with_way(name, base, o, [&](const Way& way, auto model) {
-      const auto adapted = train(way, std::move(model), o, old_text, new_text);
+      const auto& checkpoint = checkpoints.emplace_back(checkpoint_of(name, way, o, settings));
+      const auto adapted = train(way, std::move(model), o, old_text, new_text, checkpoint);
       if (adapted) report(way.name, *adapted);
     });
   }
-  if (examples::interrupted) std::puts("\ninterrupted: a way that was not at its end has no row");
+  if (examples::interrupted) {
+    std::printf("\ninterrupted: a way that was not at its end has no row%s\n",
+                o.base_file.empty() ? "" : "; the same command goes on");
+  } else {
+    // Until all ways are done the trainings stay, so that none is made again.
+    for (const auto& checkpoint : checkpoints) std::filesystem::remove(checkpoint.path());
+  }
   std::printf("\n%.0f s after reading the texts; every row is in %s\n",
               examples::seconds_now() - start, o.base.csv.c_str());
 }
@@ -60,10 +74,12 @@ void run(const Options& o) {
 int main(int argc, char** argv) {
   CLI::App app(
       "Trains the language model with a sparse mixture of experts on a text, then adapts it to "
-      "another text in several ways, and compares them on held-out text of both.\n"
-      "Ctrl-C ends the program early and still shows the rows of the ways that are done.");
+      "another text in several ways, and compares them on held-out text of both. Ctrl-C ends the "
+      "program early and still shows the rows of the ways that are done.");
   adapt::Options options;
   adapt::add_options(app, options);
+  examples::set_help(app, {"--data", "--new-data", "--base", "--epochs", "--updates", "--ways",
+                           "--rank", "--alpha", "--no-test", "--seed", "--threads", "--csv"});
   CLI11_PARSE(app, argc, argv);
   examples::catch_interrupts();
   const moe::FlushDenormals flush;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <string>
@@ -10,8 +11,11 @@ namespace examples {
 /// cannot be written.
 class CsvFile {
  public:
-  CsvFile(const std::string& path, const std::string& header) : path_(path), file_(path) {
-    add(header);
+  /// An empty file but for the header; or, where a program goes on, the file that is there, with its
+  /// rows.
+  CsvFile(const std::string& path, const std::string& header, bool goes_on = false)
+      : path_(path), file_(path, goes_on ? std::ios::app : std::ios::trunc) {
+    if (!goes_on || std::filesystem::file_size(path) == 0) add(header);
   }
 
   void add(const std::string& row) {

@@ -34,13 +34,14 @@ class LivePlot {
   /// Whether the last plot is old enough for another.
   bool is_due() const { return visible_ && seconds_now() - drawn_at_ >= 0.3; }
 
-  /// The plot, and a line of text under it.
-  void draw(const std::string& text) {
+  /// The plot, and under it the time that is left when `fraction` of the work is done, and a text.
+  void draw(double fraction, const std::string& text) {
     if (!visible_) return;
     clear();
     drawn_at_ = seconds_now();
     const std::string lines = drawn();
-    std::fputs((lines + text).c_str(), stderr);
+    const std::string left = time_left_.text(fraction);
+    std::fputs((lines + left + (left.empty() ? "" : "  ") + text).c_str(), stderr);
     lines_ = std::count(lines.begin(), lines.end(), '\n');
   }
 
@@ -94,6 +95,7 @@ class LivePlot {
   bool visible_;
   std::ptrdiff_t lines_ = -1;  ///< of the last plot; negative when none is drawn
   double drawn_at_ = 0;
+  TimeLeft time_left_;
 };
 
 }  // namespace examples

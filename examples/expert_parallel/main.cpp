@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "../common/csv_file.hpp"
+#include "../common/help.hpp"
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
+#include "../language_model/checkpoint.hpp"
 #include "../language_model/command_line.hpp"
 #include "../language_model/contestant.hpp"
 #include "../language_model/corpus.hpp"
@@ -61,14 +63,28 @@ void check_same_text(const Corpus& corpus, const Ranks& ranks) {
                               {"the vocabulary", corpus.vocabulary.size()}});
 }
 
+/// A rank's own part of the training: it goes on with as many ranks.
+language_model::Checkpoint checkpoint_of(const Options& o, const Ranks& ranks, const Corpus& corpus,
+                                         Index updates) {
+  if (o.checkpoint.empty()) return {};
+  const language_model::BatchPart part = ranks.part();
+  return {o.checkpoint + ".rank" + std::to_string(part.index),
+          language_model::training_settings(o, corpus, o.minutes > 0 ? 0 : updates) +
+              language_model::print(" minutes=%g rank=%td ranks=%td", o.minutes, part.index,
+                                    part.count)};
+}
+
 void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   const int threads = o.threads > 0 ? o.threads : ranks.default_threads();
   examples::use_threads(threads);
   std::optional<Data> data;
   std::optional<examples::CsvFile> csv;
+  language_model::Checkpoint checkpoint;
   ranks.communicator().attempt("the beginning", [&] {
     data.emplace(o, ranks);
-    if (ranks.is_root()) csv.emplace(o.csv, language_model::csv_header);
+    checkpoint = checkpoint_of(o, ranks, data->corpus,
+                               language_model::Timetable(o, data->training.count()).total());
+    if (ranks.is_root()) csv.emplace(o.csv, language_model::csv_header, checkpoint.exists());
   });
   const Corpus& corpus = data->corpus;
   check_same_text(corpus, ranks);
@@ -82,8 +98,27 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
                                         std::to_string(threads) + " threads");
   }
 
-  const double start = examples::seconds_now();
   language_model::Timetable timetable(o, data->training.count());
+  language_model::Place place;
+  ranks.communicator().attempt("the checkpoint", [&] {
+    place = checkpoint.read([&](const moe::SafetensorsFile& file, const language_model::Place&) {
+      model.load(file, "sparse.");
+    });
+  });
+  timetable.resume(place);
+  const double start = examples::seconds_now() - place.seconds;
+  const Index first_update = timetable.update();
+  ranks.communicator().agree("the checkpoints", {{"the number of updates", first_update}});
+  if (ranks.is_root() && first_update > 0) {
+    std::printf("goes on from %s, after update %td of %td\n", checkpoint.path().c_str(),
+                first_update, timetable.total());
+  }
+  const auto save = [&] {
+    ranks.communicator().attempt("saving the training", [&] {
+      checkpoint.write(timetable.place(examples::seconds_now() - start),
+                       [&](moe::SafetensorsWriter& writer) { model.save(writer, "sparse."); });
+    });
+  };
   Meter meter(ranks);
   Index evaluated_at = -1;
   Evaluation latest;
@@ -114,10 +149,19 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
       if (timetable.evaluation_is_due()) {
         progress.clear();
         evaluate_now();
+        save();
       }
     }
   }
+  if (!timetable.is_over()) save();
   if (evaluated_at != timetable.update()) evaluate_now();
+  if (!timetable.is_over() && checkpoint.is_wanted()) {
+    if (ranks.is_root()) {
+      std::printf("\ninterrupted after update %td of %td; the same command goes on from %s\n",
+                  timetable.update(), timetable.total(), o.checkpoint.c_str());
+    }
+    return;
+  }
 
   const double seconds = examples::seconds_now() - start;
   const Evaluation result = language_model::evaluate(model.model(), data->test, o.sequences, ranks);
@@ -126,7 +170,7 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
     language_model::print_result(model.figures(), latest, result);
     csv->add(language_model::csv_row("test", model.figures(), timetable, o, result));
   }
-  const double slots = static_cast<double>(timetable.update()) *
+  const double slots = static_cast<double>(timetable.update() - first_update) *
                        static_cast<double>(o.sequences * o.steps / ranks.part().count) *
                        static_cast<double>(o.top_k);
   print_communication(ranks, meter, model.model().middle().layer().dispatch_policy().placement(),
@@ -141,16 +185,18 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
 
 int run(int argc, char** argv, const Ranks& ranks) {
   CLI::App app(
-      "Trains the language model with a sparse mixture of experts on several processes, its\n"
-      "experts spread over them:\n"
+      "Trains the language model with a sparse mixture of experts on several processes, its "
+      "experts "
+      "spread over them:\n"
       "    mpirun -n 2 expert_parallel\n"
-      "SIGINT, SIGTERM or SIGUSR1 to any of them ends the training early and still shows the\n"
+      "SIGINT, SIGTERM or SIGUSR1 to any of them ends the training early and still shows the "
       "results.");
   Options options = language_model::word_options();
   options.threads = 0;
   options.csv = "expert_parallel.csv";
   bool progress = false;
   language_model::add_training_options(app, options);
+  language_model::add_checkpoint_option(app, options);
   app.get_option("--sequences")
       ->description("sequences in a batch of all processes together; each gets as many of them");
   app.get_option("--top-k")->description("experts K used for a token");
@@ -160,6 +206,8 @@ int run(int argc, char** argv, const Ranks& ranks) {
       ->default_str("the machine's cores over its processes");
   app.add_flag("--progress", progress,
                "draw a progress bar where standard error is no terminal, as under mpirun");
+  examples::set_help(app, {"--data", "--experts", "--top-k", "--epochs", "--minutes", "--sequences",
+                           "--checkpoint", "--seed", "--threads", "--csv", "--progress"});
   int code = -1;
   try {
     app.parse(argc, argv);

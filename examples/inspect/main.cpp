@@ -10,6 +10,7 @@
 #include <moe/moe.hpp>
 #include <string>
 
+#include "../common/help.hpp"
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
 #include "routes.hpp"
@@ -116,6 +117,8 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(0.0, 1e7))
       ->capture_default_str();
   app.add_option("--threads", o.threads, "all cores if left out")->check(CLI::Range(1.0, 1024.0));
+  examples::set_help(
+      app, {"--layer", "--tokens", "--seed", "--rows", "--tensor", "--show", "--threads"});
   CLI11_PARSE(app, argc, argv);
   if (o.threads > 0) examples::use_threads(o.threads);
   try {

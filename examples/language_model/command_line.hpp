@@ -56,7 +56,7 @@ inline void add_training_options(CLI::App& app, Options& o) {
       ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--top-k", o.top_k,
-                 "experts K used for a token; the dense model has as many and uses them all")
+                 "experts K used for a token; the dense model has K and uses them all")
       ->check(at_least(1))
       ->capture_default_str();
   app.add_option("--sequences", o.sequences, "sequences in a batch")
@@ -109,6 +109,11 @@ inline void add_training_options(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--seed", o.seed, "of the weights, the noise and dropout")->capture_default_str();
   app.add_option("--csv", o.csv, "file for every row, to plot")->capture_default_str();
+}
+
+inline void add_checkpoint_option(CLI::App& app, Options& o) {
+  app.add_option("--checkpoint", o.checkpoint,
+                 "save the training here, and go on from it if it is there");
 }
 
 }  // namespace language_model

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <moe/io/safetensors.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,6 +26,11 @@ class Competitor {
   virtual Figures figures() const = 0;
   virtual void update(const Batches::Batch& batch, const Timetable& timetable) = 0;
   virtual Evaluation evaluate(const Batches& text, Index sequences) const = 0;
+  /// Of the last update's batch.
+  virtual const moe::Balance<float>& balance() const = 0;
+  /// See Contestant.
+  virtual void save(moe::SafetensorsWriter& writer, const std::string& prefix) = 0;
+  virtual void load(const moe::SafetensorsFile& file, const std::string& prefix) = 0;
   /// See serve() in serving.hpp.
   virtual Served serve(const Serving& serving, const Batches& validation, const Batches& test,
                        Index sequences) const = 0;
@@ -44,6 +50,13 @@ class CompetitorOf final : public Competitor {
   Figures figures() const override { return contestant_.figures(); }
   void update(const Batches::Batch& batch, const Timetable& timetable) override {
     contestant_.update(batch, timetable);
+  }
+  const moe::Balance<float>& balance() const override { return contestant_.balance(); }
+  void save(moe::SafetensorsWriter& writer, const std::string& prefix) override {
+    contestant_.save(writer, prefix);
+  }
+  void load(const moe::SafetensorsFile& file, const std::string& prefix) override {
+    contestant_.load(file, prefix);
   }
   Evaluation evaluate(const Batches& text, Index sequences) const override {
     return language_model::evaluate(contestant_.model(), text, sequences);

@@ -152,6 +152,8 @@ class Contestant {
   }
 
   const Model<Middle>& model() const { return model_; }
+  /// Of the last update's batch.
+  const moe::Balance<float>& balance() const { return tape_.balance(); }
   double seconds() const { return seconds_; }
 
   Figures figures() const {
@@ -180,8 +182,9 @@ class Contestant {
     const double loss = team_.mean(
         model_.train(batch.input, batch.target, state_, tape_, {.step = step}, team_.part()));
     team_.finish_gradients(model_, config_.clip, updates);
-    for_each_optimizer(
-        [&](auto& optimizer, auto& module) { optimizer.update(module, learning_rate); });
+    for_each_optimizer([&](const char*, auto& optimizer, auto& module) {
+      optimizer.update(module, learning_rate);
+    });
     model_.after_update(tape_);
     seconds_ += seconds_now() - start;
     loss_ = tokens_ > 0 ? 0.98 * loss_ + 0.02 * loss : loss;
@@ -191,7 +194,7 @@ class Contestant {
   /// Memory of the gradients and of what the optimizers remember, in bytes, after an update.
   Index training_bytes() {
     Index numbers = parameters_;
-    for_each_optimizer([&](auto& optimizer, auto& module) {
+    for_each_optimizer([&](const char*, auto& optimizer, auto& module) {
       optimizer.for_each_state(module, [&](const std::string&, const auto& state) {
         if constexpr (requires { state.rows(); }) numbers += state.size();
       });
@@ -199,7 +202,46 @@ class Contestant {
     return numbers * static_cast<Index>(sizeof(float));
   }
 
+  /// Adds everything that the next updates depend on, under names that begin with `prefix`: the model, the
+  /// optimizers, what the LSTMs carry on, and the figures. It is not copied, and must stay until the file
+  /// is written. Of several processes, this one's. `Writer` is a moe::SafetensorsWriter, which not all who
+  /// train need.
+  template <class Writer>
+  void save(Writer& writer, const std::string& prefix) {
+    progress_ << seconds_, tokens_, loss_;
+    writer.add_parameters(model_, prefix + "model.");
+    for_each_optimizer([&](const std::string& name, auto& optimizer, auto& module) {
+      writer.add_optimizer(optimizer, module, prefix + name);
+    });
+    for_each_number(
+        [&](const std::string& name, const auto& numbers) { writer.add(prefix + name, numbers); });
+  }
+
+  /// Takes up what save() added, for updates of the same bits. Throws std::runtime_error where something is
+  /// missing or has another size; then the contestant is not to be trained. `File` is a
+  /// moe::SafetensorsFile.
+  template <class File>
+  void load(const File& file, const std::string& prefix) {
+    file.read_parameters(model_, prefix + "model.");
+    for_each_optimizer([&](const std::string& name, auto& optimizer, auto& module) {
+      file.read_optimizer(optimizer, module, prefix + name);
+    });
+    for_each_number(
+        [&](const std::string& name, auto& numbers) { file.read(prefix + name, numbers); });
+    seconds_ = progress_(0, 0);
+    tokens_ = progress_(0, 1);
+    loss_ = progress_(0, 2);
+  }
+
  private:
+  /// What is saved besides model and optimizers.
+  template <class F>
+  void for_each_number(F&& f) {
+    Model<Middle>::for_each_of_state(
+        state_, [&](const char* name, auto& matrix) { f(std::string("state.") + name, matrix); });
+    f("progress", progress_);
+  }
+
   void set_rates() {
     const auto groups = [expert = config_.expert_rate, noise = config_.noise_rate,
                          threshold = config_.threshold_rate,
@@ -214,7 +256,7 @@ class Contestant {
     factored_adam_.set_groups(groups);
   }
 
-  /// Calls f(optimizer, the parameters that it is for) for each.
+  /// Calls f(name, optimizer, the parameters that it is for) for each.
   template <class F>
   void for_each_optimizer(F&& f) {
     const auto is_factored = [this](std::string_view name) {
@@ -222,8 +264,8 @@ class Contestant {
     };
     ParametersWhere factored(model_, is_factored);
     ParametersWhere others(model_, std::not_fn(is_factored));
-    if (config_.factored) f(factored_adam_, factored);
-    f(adam_, others);
+    if (config_.factored) f("factored_adam.", factored_adam_, factored);
+    f("adam.", adam_, others);
   }
 
   Config config_;
@@ -238,6 +280,7 @@ class Contestant {
   double seconds_ = 0;
   double tokens_ = 0;
   double loss_ = 0;
+  moe::Matrix<double> progress_{1, 3};  ///< the last three, to be saved
 };
 
 /// What the options say of every contestant; name and middle are left.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdio>
 #include <map>
 #include <set>
 #include <string>
@@ -23,11 +24,46 @@ struct Ending {
   double share = 0;  ///< of the expert's tokens, each counted by its weight
 };
 
-/// The most frequent endings of an expert's contexts, the most frequent first.
+/// A token that was routed to an expert, in brackets between what was read before and what follows.
+struct Surrounded {
+  double weight = 0;  ///< the gate's, of the expert
+  std::string text;
+};
+
+/// The contexts of an expert.
 struct Contexts {
   std::size_t expert = 0;
-  std::vector<Ending> endings;
+  double share = 0;                   ///< of all slots, the expert's
+  std::vector<Ending> endings;        ///< the most frequent ones, the most frequent first
+  std::vector<Surrounded> strongest;  ///< those of the largest weights, the largest first
 };
+
+/// The last `count` words or characters (of ASCII) of what was read; fewer if there are not as many.
+inline std::string last_units(const std::string& read, Unit unit, std::size_t count) {
+  if (unit == Unit::character) return read.substr(read.size() - std::min(read.size(), count));
+  std::size_t from = read.size();
+  for (; count > 0 && from > 0; --count) from = read.rfind(' ', from - 1);
+  return from < read.size() ? read.substr(from + 1) : "";
+}
+
+/// Keeps the `most` contexts of the largest weights, of equal ones the first, and each text once. Makes
+/// the text only of one that is among them.
+template <class MakeText>
+void keep_strongest(std::vector<Surrounded>& kept, std::size_t most, double weight,
+                    MakeText&& make_text) {
+  if (kept.size() == most && !(weight > kept.back().weight)) return;
+  Surrounded added{weight, make_text()};
+  const auto known = std::find_if(
+      kept.begin(), kept.end(), [&](const Surrounded& other) { return other.text == added.text; });
+  if (known != kept.end()) {
+    if (known->weight >= weight) return;
+    kept.erase(known);
+  }
+  const auto place = std::find_if(kept.begin(), kept.end(),
+                                  [&](const Surrounded& other) { return weight > other.weight; });
+  kept.insert(place, std::move(added));
+  if (kept.size() > most) kept.pop_back();
+}
 
 /// The contexts of up to `count` experts that have the fewest, so that one sees what each is for: those
 /// whose five most frequent endings are the largest share of their tokens, but of experts that are
@@ -37,12 +73,15 @@ std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches
                                        const Vocabulary& vocabulary, Index sequences, Index batches,
                                        std::size_t count) {
   constexpr std::size_t endings_shown = 5;
-  const auto ending_of = [&](const std::string& read) {
-    if (vocabulary.unit() == Unit::word) return read.substr(read.rfind(' ') + 1);
-    return read.substr(read.size() - std::min<std::size_t>(read.size(), 4));
-  };
-  std::vector<std::map<std::string, double>> weights(
-      static_cast<std::size_t>(model.middle().experts()));
+  constexpr std::size_t strongest_shown = 3;
+  const Unit unit = vocabulary.unit();
+  const std::size_t units_of_ending = unit == Unit::word ? 1 : 4;
+  const std::size_t units_before = unit == Unit::word ? 4 : 16;
+  const auto experts = static_cast<std::size_t>(model.middle().experts());
+  std::vector<std::map<std::string, double>> weights(experts);
+  std::vector<std::vector<Surrounded>> strongest(experts);
+  std::vector<double> slots_of(experts, 0);
+  double all_slots = 0;
   std::vector<std::string> read(static_cast<std::size_t>(sequences));
   auto state = model.initial_state(sequences);
   typename Model<Middle>::Tape tape;
@@ -53,12 +92,24 @@ std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches
     const moe::Routing<float>& routing = tape.middle.layer.routing();
     for (std::size_t token = 0; token < batch.input.size(); ++token) {
       std::string& before = read[token % read.size()];
+      const std::size_t length = before.size();
       before += vocabulary.written(batch.input[token], "\n");
-      const std::string ending = ending_of(before);
+      const std::string ending = last_units(before, unit, units_of_ending);
+      const auto surrounded = [&] {
+        const std::string earlier = before.substr(0, length);
+        const std::string own = before.substr(length);
+        const std::size_t gap = unit == Unit::word ? 1 : 0;  // the blank before a word
+        return last_units(earlier, unit, units_before) + own.substr(0, gap) + "[" +
+               own.substr(gap) + "]" + vocabulary.written(batch.target[token], "\n");
+      };
       const moe::Range slots = routing.slots_of_token(static_cast<Index>(token));
       for (Index slot = slots.first; slot < slots.first + slots.count; ++slot) {
-        weights[static_cast<std::size_t>(routing.expert[slot])][ending] +=
-            static_cast<double>(routing.weight[slot]);
+        const auto expert = static_cast<std::size_t>(routing.expert[slot]);
+        const auto weight = static_cast<double>(routing.weight[slot]);
+        weights[expert][ending] += weight;
+        keep_strongest(strongest[expert], strongest_shown, weight, surrounded);
+        ++slots_of[expert];
+        ++all_slots;
       }
     }
   }
@@ -66,7 +117,7 @@ std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches
   std::vector<std::pair<double, Contexts>> ranked;
   for (std::size_t expert = 0; expert < weights.size(); ++expert) {
     if (weights[expert].empty()) continue;
-    Contexts contexts{expert, {}};
+    Contexts contexts{expert, slots_of[expert] / all_slots, {}, std::move(strongest[expert])};
     double total = 0;
     for (const auto& [ending, weight] : weights[expert]) {
       contexts.endings.push_back({ending, weight});
@@ -90,16 +141,35 @@ std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches
   return result;
 }
 
-/// A line for each expert.
+/// A text in a cell of a table in Markdown: the end of a document is a paragraph sign.
+inline std::string in_cell(const std::string& text) {
+  std::string shown;
+  for (const char c : text.substr(std::min(text.size(), text.find_first_not_of(' ')))) {
+    shown += c == '\n' ? "\u00b6" : c == '|' ? "/" : c == '`' ? "'" : std::string(1, c);
+  }
+  return "`" + shown + "`";
+}
+
+/// A table in Markdown with a line for each expert, as table 9 of the paper.
 inline void print_contexts(const std::vector<Contexts>& all) {
+  std::puts(
+      "| expert | of all slots | after, by frequency | tokens of its largest weights |\n"
+      "| -----: | -----------: | ------------------- | ----------------------------- |");
   for (const Contexts& contexts : all) {
-    std::printf("expert %4zu after", contexts.expert);
+    std::string endings;
     for (const Ending& ending : contexts.endings) {
-      std::string shown;
-      for (const char c : ending.text) shown += c == ' ' ? '_' : c == '\n' ? '|' : c;
-      std::printf("  %s %.0f%%", shown.c_str(), 100 * ending.share);
+      std::string blanks_shown = ending.text;
+      std::replace(blanks_shown.begin(), blanks_shown.end(), ' ', '_');
+      char share[32];
+      std::snprintf(share, sizeof share, " %.0f %%", 100 * ending.share);
+      endings += (endings.empty() ? "" : ", ") + in_cell(blanks_shown) + share;
     }
-    std::puts("");
+    std::string strongest;
+    for (const Surrounded& context : contexts.strongest) {
+      strongest += (strongest.empty() ? "" : ", ") + in_cell(context.text);
+    }
+    std::printf("| %6zu | %10.2f %% | %s | %s |\n", contexts.expert, 100 * contexts.share,
+                endings.c_str(), strongest.c_str());
   }
 }
 

@@ -17,14 +17,17 @@
 #include <vector>
 
 #include "../common/csv_file.hpp"
+#include "../common/help.hpp"
 #include "../common/live_plot.hpp"
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
+#include "checkpoint.hpp"
 #include "command_line.hpp"
 #include "competitor.hpp"
 #include "contestant.hpp"
 #include "contexts.hpp"
 #include "corpus.hpp"
+#include "load_map.hpp"
 #include "mixture.hpp"
 #include "options.hpp"
 #include "report.hpp"
@@ -40,10 +43,12 @@ using examples::use_threads;
 
 void add_options(CLI::App& app, Options& o) {
   add_training_options(app, o);
-  app.add_option(
-         "--threads", o.threads,
-         "threads, half of them for each model (in a study, models at a time); results do not "
-         "depend on it")
+  add_checkpoint_option(app, o);
+  app.add_option("--picture", o.picture,
+                 "picture of the experts' load in training (SVG); \"\": none")
+      ->capture_default_str();
+  app.add_option("--threads", o.threads,
+                 "half for each model (study: models at a time); results are the same")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   app.add_option("--groups", o.groups,
@@ -66,16 +71,14 @@ void add_options(CLI::App& app, Options& o) {
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--serve", o.serve,
-                 "evaluate the sparse model once more at the end, with weights rounded to this "
-                 "format; all: to each of them")
+                 "evaluate the sparse model rounded to this format too; all: to each")
       ->check(CLI::IsMember(serving_choices()));
 
-  auto* study =
-      app.add_option("--study", o.study,
-                     "folder: train every model of the tables in README.md instead, as many at a "
-                     "time as there are threads; what is in the folder is not trained again");
-  for (const char* other : {"--experts", "--top-k", "--epochs", "--minutes", "--importance-weight",
-                            "--load-weight", "--evaluations", "--seed", "--csv", "--serve"}) {
+  auto* study = app.add_option("--study", o.study,
+                               "folder: train the models of README.md's tables that are not in it");
+  for (const char* other :
+       {"--experts", "--top-k", "--epochs", "--minutes", "--importance-weight", "--load-weight",
+        "--evaluations", "--seed", "--csv", "--serve", "--checkpoint", "--picture"}) {
     study->excludes(app.get_option(other));
   }
   app.add_option("--study-tables", o.tables, "which of the study's tables")
@@ -163,9 +166,29 @@ void side_by_side(std::size_t count, int threads, F f) {
   use_threads(threads);
 }
 
+/// All that decides the weights of the models after the last update.
+std::string comparison_settings(const Options& o, const Corpus& corpus, Index updates) {
+  // Where a time decides how many updates there are, their number is an estimate.
+  return training_settings(o, corpus, o.minutes > 0 ? 0 : updates) +
+         print(" minutes=%g groups=%td group_experts=%td", o.minutes, o.groups, o.group_experts);
+}
+
+/// Of the models whose gates have a choice.
+void write_picture(const std::string& path, const Competitors& competitors,
+                   const std::vector<LoadMap>& load_maps) {
+  std::vector<std::pair<std::string, LoadMap>> models;
+  for (std::size_t i = 0; i < competitors.size(); ++i) {
+    const Figures figures = competitors[i]->figures();
+    if (figures.active < figures.experts) models.emplace_back(figures.name, load_maps[i]);
+  }
+  if (path.empty() || models.empty()) return;
+  load_picture(models).write(path);
+  std::printf("the experts' load in training is in %s\n", path.c_str());
+}
+
 void compare(const Options& o) {
   use_threads(o.threads);
-  examples::CsvFile csv(o.csv, csv_header);
+  examples::CsvFile csv(o.csv, csv_header, Checkpoint(o.checkpoint, "").exists());
   const Corpus corpus = read_corpus(o);
   const Batches training(corpus.train, o.sequences, o.steps);
   const Batches validation(corpus.validation, o.sequences, o.steps);
@@ -174,8 +197,33 @@ void compare(const Options& o) {
 
   print_beginning(o, corpus, std::to_string(o.threads) + " threads");
 
-  const double start = seconds_now();
   Timetable timetable(o, training.count());
+  std::vector<LoadMap> load_maps;
+  for (const Figures& figures : figures_of(competitors)) load_maps.emplace_back(figures.experts);
+  Checkpoint checkpoint;
+  if (!o.checkpoint.empty()) {
+    checkpoint = {o.checkpoint, comparison_settings(o, corpus, timetable.total())};
+  }
+  const Place place = checkpoint.read([&](const moe::SafetensorsFile& file, const Place& reached) {
+    for (std::size_t i = 0; i < competitors.size(); ++i) {
+      const std::string prefix = competitors[i]->figures().name + ".";
+      competitors[i]->load(file, prefix);
+      load_maps[i].resume(reached.update, file.matrix<double>(prefix + "load"));
+    }
+    std::printf("goes on from %s, after update %td of %td\n", o.checkpoint.c_str(), reached.update,
+                timetable.total());
+  });
+  timetable.resume(place);
+  const double start = seconds_now() - place.seconds;
+  const auto save = [&] {
+    checkpoint.write(timetable.place(seconds_now() - start), [&](moe::SafetensorsWriter& writer) {
+      for (std::size_t i = 0; i < competitors.size(); ++i) {
+        const std::string prefix = competitors[i]->figures().name + ".";
+        competitors[i]->save(writer, prefix);
+        writer.add(prefix + "load", load_maps[i].tokens());
+      }
+    });
+  };
   Index evaluated_at = 0;
   std::vector<Evaluation> latest(competitors.size());
   const auto evaluate_all = [&] {
@@ -200,15 +248,25 @@ void compare(const Options& o) {
       const std::vector<Figures> figures = figures_of(competitors);
       for (std::size_t i = 0; i < figures.size(); ++i) {
         plot.add(i, timetable.fraction(), figures[i].loss);
+        load_maps[i].add(competitors[i]->balance());
       }
-      if (plot.is_due()) plot.draw(progress_text(timetable, figures));
+      if (plot.is_due()) plot.draw(timetable.fraction(), progress_text(timetable, figures));
       if (timetable.evaluation_is_due()) {
         plot.clear();
         evaluate_all();
+        save();
       }
     }
   }
+  if (!timetable.is_over()) save();
   if (evaluated_at != timetable.update()) evaluate_all();
+  if (!timetable.is_over() && checkpoint.is_wanted()) {
+    // The test part is left for the end of the training.
+    std::printf("\ninterrupted after update %td of %td; the same command goes on from %s\n",
+                timetable.update(), timetable.total(), o.checkpoint.c_str());
+    write_picture(o.picture, competitors, load_maps);
+    return;
+  }
 
   print_result_header(timetable, seconds_now() - start);
   std::vector<Evaluation> results(competitors.size());
@@ -221,9 +279,14 @@ void compare(const Options& o) {
   if (!o.serve.empty()) {
     std::printf("\nThe sparse model with narrow weights; ratios to float32\n\n%s\n", served_header);
     std::vector<Served> rows;
-    for (const Serving& serving : servings_of(o.serve)) {
+    examples::ProgressBar progress;
+    const std::vector<Serving> servings = servings_of(o.serve);
+    for (const Serving& serving : servings) {
+      progress.draw(static_cast<double>(rows.size()) / static_cast<double>(servings.size()),
+                    serving.format);
       rows.push_back(competitors.back()->serve(serving, validation, test, o.sequences));
       const Served& served = rows.back();
+      progress.clear();
       std::puts(served_row(served, rows.front()).c_str());
       std::fflush(stdout);
       Figures figures = competitors.back()->figures();
@@ -239,10 +302,11 @@ void compare(const Options& o) {
                 competitor->sample(corpus.vocabulary, length, o.seed).c_str());
   }
   std::printf(
-      "What is routed to the six experts of the sparse model that have the fewest contexts:\n");
+      "What is routed to the six experts of the sparse model that have the fewest contexts\n\n");
   print_contexts(competitors.back()->contexts(validation, corpus.vocabulary, o.sequences,
                                               200000 / (o.sequences * o.steps) + 1, 6));
   std::printf("\nevery row is in %s\n", o.csv.c_str());
+  write_picture(o.picture, competitors, load_maps);
 }
 
 void study(const Options& o) {
@@ -266,8 +330,8 @@ void study(const Options& o) {
 int main(int argc, char** argv) {
   CLI::App app(
       "Trains a language model with a sparse mixture of experts on real text, beside a dense model "
-      "of the same operations a character, and compares them on held-out text.\n"
-      "Ctrl-C ends the training early and still shows the results.");
+      "of the same operations a character, and compares them on held-out text. Ctrl-C ends the "
+      "training early and still shows the results.");
   // The other options' defaults depend on these.
   const auto is_given = [&](std::string_view option) {
     return std::find(argv, argv + argc, option) != argv + argc;
@@ -279,10 +343,12 @@ int main(int argc, char** argv) {
   auto* words = app.add_flag("--words", asked,
                              "the paper's model of words, by default on WordNet's definitions");
   app.add_flag("--full", asked,
-               "a whole reading of the text, and a third model of 1024 experts behind a "
-               "hierarchical gate")
+               "one reading of the text, and a third model of 1024 grouped experts")
       ->excludes(words);
   language_model::add_options(app, options);
+  examples::set_help(
+      app, {"--words", "--full", "--data", "--experts", "--top-k", "--epochs", "--minutes",
+            "--serve", "--study", "--checkpoint", "--seed", "--threads", "--csv", "--picture"});
   CLI11_PARSE(app, argc, argv);
   examples::catch_interrupts();
   const moe::FlushDenormals flush;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <moe/moe.hpp>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -120,6 +121,17 @@ class Model {
   State initial_state(Index sequences) const {
     return {first_.layer().initial_state(sequences), middle().initial_state(sequences),
             second_.layer().initial_state(sequences)};
+  }
+
+  /// Calls f(name, matrix) for all that a state carries.
+  template <class F>
+  static void for_each_of_state(State& state, F&& f) {
+    static_assert(std::is_empty_v<typename Middle::State>,
+                  "only what the LSTMs carry is known here");
+    f("first.hidden", state.first.hidden);
+    f("first.cell", state.first.cell);
+    f("second.hidden", state.second.hidden);
+    f("second.cell", state.second.cell);
   }
 
   /// Multiply-adds a token in the layers between embedding and softmax, which is how the paper

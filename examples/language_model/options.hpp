@@ -55,6 +55,8 @@ struct Options {
   std::uint64_t seed = 1;
   int threads = static_cast<int>(moe::worker_count());
   std::string csv = "language_model.csv";
+  std::string picture = "language_model.svg";  ///< of the load in training; empty: none
+  std::string checkpoint;  ///< file that a training is saved in and goes on from; empty: none
   std::string serve;  ///< format to serve the trained sparse model in, or "all"; empty: it is not
 
   // the study

@@ -10,6 +10,13 @@
 
 namespace language_model {
 
+/// Where a training is.
+struct Place {
+  Index update = 0;       ///< the last one that was made
+  Index evaluations = 0;  ///< how many were due
+  double seconds = 0;     ///< since the first update was begun
+};
+
 /// It lasts for a number of readings of the text or for a time, as the options say.
 class Timetable {
  public:
@@ -23,16 +30,16 @@ class Timetable {
   /// Begins the next update, `seconds` after the first one was begun.
   void next(double seconds) {
     ++update_;
-    if (options_.minutes > 0) {
-      // How many updates there will be is an estimate that gets better; the learning rate and the
-      // evaluations follow it.
-      fraction_ = seconds / (60 * options_.minutes);
-      total_ = std::max({update_, options_.warm_up + 1,
-                         static_cast<Index>(static_cast<double>(update_) / fraction_)});
-    } else {
-      fraction_ = static_cast<double>(update_) / static_cast<double>(total_);
-    }
+    estimate(seconds);
   }
+
+  /// Goes on from where place() was.
+  void resume(const Place& place) {
+    update_ = place.update;
+    evaluations_ = place.evaluations;
+    if (update_ > 0) estimate(place.seconds);
+  }
+  Place place(double seconds) const { return {update_, evaluations_, seconds}; }
 
   Index update() const { return update_; }
   Index total() const { return total_; }
@@ -59,6 +66,19 @@ class Timetable {
   }
 
  private:
+  /// How far the update is, and how many there will be.
+  void estimate(double seconds) {
+    if (options_.minutes > 0) {
+      // How many updates there will be is an estimate that gets better; the learning rate and the
+      // evaluations follow it.
+      fraction_ = seconds / (60 * options_.minutes);
+      total_ = std::max({update_, options_.warm_up + 1,
+                         static_cast<Index>(static_cast<double>(update_) / fraction_)});
+    } else {
+      fraction_ = static_cast<double>(update_) / static_cast<double>(total_);
+    }
+  }
+
   const Options& options_;
   Index batches_;
   Index update_ = 0;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../common/csv_file.hpp"
+#include "../common/help.hpp"
 #include "../common/terminal.hpp"
 #include "dictionary.hpp"
 #include "options.hpp"
@@ -70,7 +71,7 @@ void train(const Options& options, const Surroundings& s) {
   Trainer trainer(options, dictionary.train);
   if (file) trainer.load(*file);
   std::optional<examples::CsvFile> csv;
-  if (!s.csv.empty()) csv.emplace(s.csv, csv_header);
+  if (!s.csv.empty()) csv.emplace(s.csv, csv_header, !s.resume.empty());
   std::printf("%zu words to train on, %zu for validation, %zu for the test; %td parameters\n",
               dictionary.train.size(), dictionary.validation.size(), dictionary.test.size(),
               moe::parameter_count(trainer.network()));
@@ -164,8 +165,9 @@ Options first_options(int argc, char** argv) {
 int run(int argc, char** argv) {
   CLI::App app(
       "Learns to pronounce English words from the CMU dictionary: cross-entropy first, then "
-      "REINFORCE as well. With words, it pronounces them instead.\n"
-      "Ctrl-C ends the training and saves the model.");
+      "REINFORCE as well. With words, it pronounces them instead. Ctrl-C ends the training and "
+      "saves "
+      "the model.");
   Options options = first_options(argc, argv);
   Surroundings s;
   app.add_option("words", s.words, "words to pronounce with the trained model");
@@ -190,6 +192,9 @@ int run(int argc, char** argv) {
   for_each_option(options, [&](const char* name, auto& value, const char* what) {
     app.add_option(std::string("--") + name, value, what)->capture_default_str();
   });
+  examples::set_help(
+      app, {"--model", "--full", "--resume", "--evaluate-every", "--no-test", "--csv", "--threads",
+            "--updates", "--cross-entropy", "--experts", "--schedule", "--seed"});
   CLI11_PARSE(app, argc, argv);
   check_options(options);
 #ifdef _OPENMP

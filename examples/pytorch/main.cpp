@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "../common/help.hpp"
+#include "../common/terminal.hpp"
 #include "loop.hpp"
 #include "torch_layer.hpp"
 
@@ -136,8 +138,9 @@ std::pair<double, double> medians(int repetitions, First&& first, Second&& secon
   return {median(times[0]), median(times[1])};
 }
 
-void compare_times(const Shape& shape, std::int64_t tokens_per_expert, int threads,
-                   int repetitions) {
+/// Two rows, in place of the bar.
+void compare_times(const Shape& shape, std::int64_t tokens_per_expert, int threads, int repetitions,
+                   examples::ProgressBar& progress) {
   torch::set_num_threads(threads);
   torch::manual_seed(3);
   Ours<float> ours(shape);
@@ -154,6 +157,7 @@ void compare_times(const Shape& shape, std::int64_t tokens_per_expert, int threa
     forward(x).backward(dy);
   };
   const auto print = [&](const char* pass, const std::pair<double, double>& times) {
+    progress.clear();
     std::printf("| %-7s | %7d | %3d | %16d | %8.2f | %8.2f | %6.2f x |\n", pass, threads,
                 static_cast<int>(shape.experts), static_cast<int>(tokens_per_expert), times.first,
                 times.second, times.second / times.first);
@@ -194,7 +198,10 @@ int run(int argc, char** argv) {
   app.add_option("--threads", threads, "threads of the table's rows")->check(CLI::PositiveNumber);
   app.add_option("--repetitions", repetitions, "of which each time is the median")
       ->check(CLI::PositiveNumber);
+  examples::set_help(app, {"--width", "--hidden", "--experts", "--top-k", "--tokens", "--threads",
+                           "--repetitions"});
   CLI11_PARSE(app, argc, argv);
+  examples::catch_interrupts();
 
   const double in_double = difference_from_loop<double>();
   const double in_float = difference_from_loop<float>();
@@ -209,12 +216,17 @@ int run(int argc, char** argv) {
               static_cast<int>(shape.top_k));
   std::printf("| pass    | threads |   E | tokens an expert |   moe ms |  loop ms | loop/moe |\n");
   std::printf("| ------- | ------: | --: | ---------------: | -------: | -------: | -------: |\n");
-  for (const int count : threads) {
-    for (const std::int64_t e : experts) {
-      shape.experts = e;
-      for (const std::int64_t n : tokens) compare_times(shape, n, count, repetitions);
-    }
+  examples::ProgressBar progress;
+  const std::size_t shapes = threads.size() * experts.size() * tokens.size();
+  for (std::size_t i = 0; i < shapes && !examples::interrupted; ++i) {
+    progress.draw(static_cast<double>(i) / static_cast<double>(shapes),
+                  std::to_string(i) + "/" + std::to_string(shapes) + " shapes");
+    shape.experts = experts[i / tokens.size() % experts.size()];
+    compare_times(shape, tokens[i % tokens.size()], threads[i / (tokens.size() * experts.size())],
+                  repetitions, progress);
   }
+  progress.clear();
+  if (examples::interrupted) std::printf("\ninterrupted: the rows above are whole\n");
   return 0;
 }
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../common/help.hpp"
 #include "../common/terminal.hpp"
 #include "network.hpp"
 #include "picture.hpp"
@@ -107,7 +108,9 @@ void run(const Options& o) {
   const Matrix grid = centres();
   const Matrix grid_targets = targets_of(grid);
 
+  examples::ProgressBar progress;
   const auto draw = [&](std::uint64_t step) {
+    progress.clear();
     const Matrix y = network.evaluate(grid, served);
     const double error = (y - grid_targets).squaredNorm() / static_cast<double>(y.rows());
     const auto& balance = served.mixture.balance();
@@ -136,9 +139,12 @@ void run(const Options& o) {
     const Matrix error = network.forward(x, tape, {.step = step}) - targets_of(x);
     moe::zero_gradients(network);
     network.backward(error * (2 / static_cast<float>(o.points)), tape);
-    const double left = 1 - static_cast<double>(step) / static_cast<double>(o.updates);
-    adam.update(network, 1e-2 * left);
+    const double done = static_cast<double>(step) / static_cast<double>(o.updates);
+    adam.update(network, 1e-2 * (1 - done));
+    if (progress.is_due()) progress.draw(done, std::to_string(step) + " updates");
   }
+  progress.clear();
+  if (examples::interrupted) std::puts("interrupted: the picture ends with the last row above");
   picture.add(1, {"the target", greys_of(grid_targets)});
   picture.write(o.file);
   std::printf("the picture is in %s\n", o.file.c_str());
@@ -166,6 +172,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--seed", o.network.seed, "of the weights and the noise")->capture_default_str();
   app.add_option("--file", o.file, "where the picture goes")->capture_default_str();
+  examples::set_help(app, {"--experts", "--top-k", "--hidden", "--updates", "--seed", "--file"});
   CLI11_PARSE(app, argc, argv);
   examples::catch_interrupts();
   try {

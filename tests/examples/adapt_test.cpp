@@ -349,6 +349,21 @@ TEST_CASE("adapt: a way's row has its size, and the test part only where it may 
 
   examples::interrupted = 1;
   CHECK_FALSE(train({"the gate", 1e-2, false}, model, o, old_text, new_text));
+  // Where there is a file it goes on from there, and at its end there is nothing more to do.
+  const TemporaryFolder folder;
+  const language_model::Checkpoint checkpoint(folder.file("way.part"), "way=gate");
+  CHECK_FALSE(train({"the gate", 1e-2, false}, model, o, old_text, new_text, checkpoint));
+  CHECK(checkpoint.exists());
+  examples::interrupted = 0;
+  const auto resumed = train({"the gate", 1e-2, false}, model, o, old_text, new_text, checkpoint);
+  examples::interrupted = 1;
+  const auto again = train({"the gate", 1e-2, false}, model, o, old_text, new_text, checkpoint);
+  for (const auto& late : {resumed, again}) {
+    REQUIRE(late);
+    CHECK(late->perplexities.new_validation == adapted->perplexities.new_validation);
+    CHECK(late->bytes == adapted->bytes);
+    CHECK(late->processor_seconds == resumed->processor_seconds);
+  }
   examples::interrupted = 0;
 
   const Adapted figures{96, 1234567, 2.25, 1.5, {3.5, 4.25, {}}};
@@ -384,11 +399,18 @@ TEST_CASE("adapt: the base is written once and read by who asks for the same",
   moe::save_parameters(o.base_file, trained);
   CHECK_THROWS_WITH(make_base(o, corpus, text), Contains("no settings"));
 
-  // Ctrl-C: nothing is written.
+  // Ctrl-C: no base is written, and the next call goes on.
   Options interrupted = o;
   interrupted.base_file = folder.file("interrupted.safetensors");
   examples::interrupted = 1;
   make_base(interrupted, corpus, text);
   examples::interrupted = 0;
   CHECK_FALSE(std::filesystem::exists(interrupted.base_file));
+  CHECK(std::filesystem::exists(interrupted.base_file + ".part"));
+  Options changed = interrupted;
+  changed.base.seed = 2;
+  CHECK_THROWS_WITH(make_base(changed, corpus, text), Contains(".part is another training"));
+  CHECK(is_equal(values_of(make_base(interrupted, corpus, text)), values_of(trained)));
+  CHECK(std::filesystem::exists(interrupted.base_file));
+  CHECK_FALSE(std::filesystem::exists(interrupted.base_file + ".part"));
 }

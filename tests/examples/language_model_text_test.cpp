@@ -118,7 +118,54 @@ TEST_CASE("language model: contexts are those of the experts that were asked",
     sum += ending.share;
   }
   CHECK(sum < 1);
+  CHECK(contexts[0].share == 0.5);
+  // All weights are a half, so the first three texts stay: what was read, the token, what follows.
+  REQUIRE(contexts[0].strongest.size() == 3);
+  CHECK(contexts[0].strongest[0].text == "[a]a");
+  CHECK(contexts[0].strongest[1].text == "a[a]a");
+  CHECK(contexts[0].strongest[2].text == "aa[a]b");
+  CHECK(contexts[0].strongest[0].weight == 0.5);
   CHECK(typical_contexts(model, batches, vocabulary, 1, 9, 0).empty());
+}
+
+TEST_CASE("language model: the contexts of the largest weights are kept, each once",
+          "[examples][language_model]") {
+  std::vector<Surrounded> kept;
+  int made = 0;
+  const auto add = [&](double weight, const std::string& text) {
+    keep_strongest(kept, 2, weight, [&] {
+      ++made;
+      return text;
+    });
+  };
+  const auto texts = [&] {
+    std::string all;
+    for (const Surrounded& one : kept) all += one.text;
+    return all;
+  };
+  add(0.5, "a");
+  add(0.7, "b");
+  CHECK(texts() == "ba");
+  add(0.5, "c");  // not more than the last one
+  CHECK(made == 2);
+  add(0.6, "b");  // known, with a larger weight
+  CHECK(texts() == "ba");
+  add(0.9, "a");
+  CHECK(texts() == "ab");
+  add(0.8, "d");
+  CHECK(texts() == "ad");
+  CHECK(kept[1].weight == 0.8);
+}
+
+TEST_CASE("language model: the last words or characters of what was read",
+          "[examples][language_model]") {
+  CHECK(last_units(" one two three", Unit::word, 1) == "three");
+  CHECK(last_units(" one two three", Unit::word, 2) == "two three");
+  CHECK(last_units(" one two three", Unit::word, 9) == "one two three");
+  CHECK(last_units("", Unit::word, 2).empty());
+  CHECK(last_units("abcdef", Unit::character, 4) == "cdef");
+  CHECK(last_units("ab", Unit::character, 4) == "ab");
+  CHECK(in_cell(" a|b`c\n") == "`a/b'c\u00b6`");
 }
 
 TEST_CASE("examples: a plot has its highest value above and later curves in front", "[examples]") {
