@@ -3,8 +3,7 @@
 # Eigen anew for each of a hundred; here a precompiled header has Eigen. Nothing is instantiated, so
 # nothing need be optimised.
 
-# Those of io/ have the header of nlohmann-json from a precompiled one too: most of them include it, and it
-# takes longer than all else in them.
+# Those of io/ have the header of nlohmann-json from a precompiled one too, since most of them include it.
 
 function(moe_verify_headers name verified)
   set(sources)
