@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../naive_layer.hpp"
+#include "../sanitized.hpp"
 #include "gates.hpp"
 #include "moe/gates/balanced_gate.hpp"
 #include "moe/gates/expert_choice_gate.hpp"
@@ -346,7 +347,7 @@ using GateLawsOf =
 using GateLawsInDouble = GateLawsOf<double>;
 // In double where the tests are optimised, in float where sanitizers look for faults of memory, so that
 // .ci/run has both: to compile these is what takes longest.
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MOE_TEST_SANITIZED)
 using GateLaws = GateLawsOf<float>;
 #else
 using GateLaws = GateLawsInDouble;

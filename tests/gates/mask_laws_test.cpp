@@ -48,7 +48,7 @@ std::vector<double> compacted_noise(const typename Law::Gate& gate,
 
 /// The routing of the valid rows alone; padding must have no slots.
 template <class Scalar>
-Routing<Scalar> compacted(Routing<Scalar> routing, const Mask& valid) {
+Routing<Scalar> compacted_routing(Routing<Scalar> routing, const Mask& valid) {
   IndexedVector<Index> offsets{0};
   REQUIRE(routing.tokens() == static_cast<Index>(valid.size()));
   for (Index row = 0; row < routing.tokens(); ++row) {
@@ -79,7 +79,7 @@ TEMPLATE_LIST_TEST_CASE("gates: a masked pass is that over the valid rows", "[ga
       spoil_padding(valid, x);
       pass.valid = valid;
       GateRun<TestType> masked(gate, x, r, pass);
-      CHECK(same_routing(compacted(masked.tape.routing, valid), expected.tape.routing));
+      CHECK(same_routing(compacted_routing(masked.tape.routing, valid), expected.tape.routing));
       CHECK(same_balance(masked.tape.balance, expected.tape.balance));
       CHECK(same_bits(compacted(masked.dx, valid), expected.dx));
       CHECK(same_bits(test::gradients_of(masked.gate), test::gradients_of(expected.gate)));
@@ -92,7 +92,7 @@ TEMPLATE_LIST_TEST_CASE("gates: a masked pass is that over the valid rows", "[ga
       typename TestType::Tape compact;
       gate.evaluate(x, served, {.valid = valid});
       gate.evaluate(compacted(x, valid), compact);
-      CHECK(same_routing(compacted(served.routing, valid), compact.routing));
+      CHECK(same_routing(compacted_routing(served.routing, valid), compact.routing));
       CHECK(same_balance(served.balance, compact.balance));
     }
   }

@@ -37,7 +37,7 @@ TEMPLATE_LIST_TEST_CASE("experts come and go: what cannot be changes nothing", "
 }
 
 TEMPLATE_TEST_CASE("experts come and go: only in whole groups, or in whole rows of product keys",
-                   "[layer][change]", HierarchicalLaw, ProductKeyLaw) {
+                   "[layer][change]", change::HierarchicalLaw, change::ProductKeyLaw) {
   auto layer = make_layer<TestType>(3);
   const Values before = values_of(layer);
   const auto whole = Catch::Matchers::Contains("only whole groups");

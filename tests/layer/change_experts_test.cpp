@@ -218,13 +218,14 @@ TEST_CASE("experts come and go: fresh columns are as a gate starts with", "[laye
   };
   CHECK(fresh_of(make_layer<NoisyLaw>(4), "weight").isZero(0));
   CHECK(fresh_of(make_layer<NoisyLaw>(4), "noise_weight").isZero(0));
-  CHECK(fresh_of(make_layer<TopKLaw>(4), "bias").isZero(0));
-  CHECK(fresh_of(make_layer<TopKLaw>(4), "selection_bias").isZero(0));
-  const Matrix<double> normal = fresh_of(make_layer<TopKLaw>(4), "weight");
+  CHECK(fresh_of(make_layer<change::TopKLaw>(4), "bias").isZero(0));
+  CHECK(fresh_of(make_layer<change::TopKLaw>(4), "selection_bias").isZero(0));
+  const Matrix<double> normal = fresh_of(make_layer<change::TopKLaw>(4), "weight");
   CHECK(std::abs(normal.norm() / std::sqrt(5.0 * 40) - 0.02) < 0.003);
-  CHECK((fresh_of(make_layer<BalancedLaw>(4), "threshold").array() == 1.0 / 44).all());
-  for (const Matrix<double>& uniform : {fresh_of(make_layer<BalancedLaw>(4), "weight"),
-                                        fresh_of(make_layer<ExpertChoiceLaw>(4), "weight")}) {
+  CHECK((fresh_of(make_layer<change::BalancedLaw>(4), "threshold").array() == 1.0 / 44).all());
+  for (const Matrix<double>& uniform :
+       {fresh_of(make_layer<change::BalancedLaw>(4), "weight"),
+        fresh_of(make_layer<change::ExpertChoiceLaw>(4), "weight")}) {
     CHECK(uniform.cwiseAbs().maxCoeff() <= 1 / std::sqrt(5.0));
     CHECK(std::abs(uniform.norm() / std::sqrt(5.0 * 40) - 1 / std::sqrt(15.0)) < 0.03);
     CHECK(!same_bits(uniform.col(0), uniform.col(1)));

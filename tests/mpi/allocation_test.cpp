@@ -8,10 +8,11 @@
 #include <cstring>
 #include <new>
 
+#include "../sanitized.hpp"
 #include "errors.hpp"
 #include "whole.hpp"
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__GLIBC__) && !defined(MOE_TEST_SANITIZED)
 
 namespace {
 

@@ -1,0 +1,55 @@
+# moe_compile_together(VARIABLE SOURCE...): puts up to twelve tests of a folder into one generated source file, each
+# in a namespace of its own, since they instantiate the same templates, and the list of these files into the
+# variable. With -DMOE_TEST_TOGETHER=OFF each is compiled alone, which is faster for who changes one of them.
+
+option(MOE_TEST_TOGETHER "Compile several files of tests as one" ON)
+
+function(moe_compile_together variable)
+  if(NOT MOE_TEST_TOGETHER)
+    set(${variable} ${ARGN} PARENT_SCOPE)
+    return()
+  endif()
+
+  # One folder's sources are next to each other.
+  set(files)
+  set(count 0)
+  set(previous)
+  foreach(source IN LISTS ARGN)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${source}")
+    cmake_path(ABSOLUTE_PATH source)
+    cmake_path(GET source PARENT_PATH folder)
+    cmake_path(GET source STEM name)
+    if(count EQUAL 12 OR NOT folder STREQUAL previous)
+      cmake_path(RELATIVE_PATH folder BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" OUTPUT_VARIABLE file)
+      set(file "${CMAKE_CURRENT_BINARY_DIR}/together/${file}/${name}.cpp")
+      list(APPEND files "${file}")
+      list(LENGTH files index)
+      set(includes_${index})
+      set(tests_${index})
+      set(count 0)
+      set(previous "${folder}")
+    endif()
+    math(EXPR count "${count} + 1")
+
+    # In a namespace nothing may be included that was not included before it.
+    file(STRINGS "${source}" lines REGEX "^#include (<.*>|\".*\\.hpp\")")
+    foreach(line IN LISTS lines)
+      string(REGEX REPLACE "^#include \"(.*)\"$" "\\1" path "${line}")
+      cmake_path(ABSOLUTE_PATH path BASE_DIRECTORY "${folder}" NORMALIZE)
+      if(EXISTS "${path}")
+        set(line "#include \"${path}\"")
+      endif()
+      list(APPEND includes_${index} "${line}\n")
+    endforeach()
+    string(APPEND tests_${index} "\nnamespace ${name} {\n#include \"${source}\"\n}\n")
+  endforeach()
+
+  set(index 0)
+  foreach(file IN LISTS files)
+    math(EXPR index "${index} + 1")
+    list(REMOVE_DUPLICATES includes_${index})
+    list(JOIN includes_${index} "" includes)
+    file(CONFIGURE OUTPUT "${file}" CONTENT "${includes}${tests_${index}}" @ONLY)
+  endforeach()
+  set(${variable} ${files} PARENT_SCOPE)
+endfunction()
