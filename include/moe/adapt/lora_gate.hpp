@@ -24,8 +24,8 @@ namespace moe {
 /// the clean scores, in HierarchicalGate those of the primary and of every secondary gate. Noise, losses
 /// and the choice are those of the gate. With rank 0 it gives the same bits as the gate.
 ///
-/// A pass computes the sum in its tape, O(r·D·E): a gate is small beside the experts. Backward computes the
-/// gradients of A and B from that of the sum.
+/// A pass computes W_g + factor·A·B in its tape, in O(r·D·E), since a gate is small beside the
+/// experts. Backward computes the gradients of A and B from the gradient of that sum.
 ///
 /// Parameters: those of the gate with their names and with `trained` false; and for each "weight" a
 /// "lora_A.weight" (A, D x r) and a "lora_B.weight" (B, r x E), with the same prefix. A user may set
@@ -58,8 +58,8 @@ class LoraGate {
       Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B
       Matrix<Scalar> scaled_a;  ///< D x r, factor·A
     };
-    std::optional<Adapted> gate;                   ///< with the sums for weights
-    std::vector<Sum> sums{};                       ///< one an adapter
+    std::optional<Adapted> gate;                   ///< a copy whose weights are the sums
+    std::vector<Sum> sums{};                       ///< one per adapter
     std::vector<Parameter<Scalar>*> parameters{};  ///< those of `gate`
   };
 
@@ -70,8 +70,8 @@ class LoraGate {
     detail::walk_parameters(gate_, [](const ParameterName&, auto& p) { p.trained = false; });
   }
 
-  /// Fresh adapters on a gate, of which this is a copy; what is trained of it stays so. Throws
-  /// std::invalid_argument for a configuration out of range.
+  /// A copy of a gate with fresh adapters. Its parameters stay trained or frozen as they are.
+  /// Throws std::invalid_argument for a configuration out of range.
   LoraGate(Adapted gate, const LoraGateConfig& lora, std::uint64_t seed)
       : config_{gate.config().width, gate.config(), detail::checked_lora("LoraGateConfig", lora)},
         gate_(std::move(gate)) {
@@ -86,7 +86,7 @@ class LoraGate {
                            text.substr(0, end),
                            {p.value.rows(), p.value.cols(), lora.rank, detail::lora_factor(lora),
                             derive_seed(seed, static_cast<std::uint64_t>(place))}});
-      // What is lazy passes by the same parts of the gate as without adapters.
+      // So that lazy updates skip the same parts of the gate as without adapters.
       if (p.stored.state != detail::GradientState::untracked) {
         detail::track_gradients(adapters_.back().low_rank);
       }
@@ -102,7 +102,8 @@ class LoraGate {
   /// The frozen gate.
   const Adapted& gate() const { return gate_; }
 
-  /// The gate that computes the same; what is trained of it is what is of gate().
+  /// The gate that computes the same, with weights W_g + factor·A·B. It trains the parameters that
+  /// gate() trains.
   Adapted merged() const {
     detail::check_shapes(*this, "LoraGate");
     Adapted gate = gate_;
@@ -129,8 +130,8 @@ class LoraGate {
     return tape.routing;
   }
 
-  /// As the gate's, with the gradients of the adapters in the place of those of the weights. The
-  /// parameters must be those of forward().
+  /// As the gate's, but with the gradients of A and B instead of those of W_g. The parameters must
+  /// have the values that they had in forward().
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
@@ -152,7 +153,7 @@ class LoraGate {
     detail::check_shapes(*this, "LoraGate");
   }
 
-  // What the gate has of the following.
+  // Each of the following exists only if the gate has it.
 
   /// As the gate's.
   void set_loss_weights(const LossWeights& weights) requires requires(Adapted& gate) {
@@ -167,7 +168,7 @@ class LoraGate {
     gate.update_selection_bias(tape);
   }
   { gate_.update_selection_bias(tape); }
-  /// As the gate's, from a load (E) that several passes share.
+  /// As the gate's, given a load (E) that was summed over several passes.
   void update_selection_bias(const Vector<Scalar>& load) requires requires(Adapted& gate) {
     gate.update_selection_bias(load);
   }
@@ -194,8 +195,8 @@ class LoraGate {
       }
     });
   }
-  /// visit(part, adapter) for every adapter: `part` is what is in front of ".weight" in the gate's names,
-  /// or empty.
+  /// visit(part, adapter) for every adapter: `part` is the name of its weight in the gate without
+  /// ".weight", or empty for "weight".
   template <class Self, class Visitor>
   static void visit_adapters(Self& self, Visitor visit) {
     for (auto& adapter : self.adapters_) visit(std::string_view(adapter.part), adapter.low_rank);
@@ -216,7 +217,7 @@ class LoraGate {
     return config;
   }
 
-  /// Calls f(i, weight) for those weights of such a gate that adapter i is added to.
+  /// Calls f(i, weight) for every adapter i and the weight of `gate` that it is added to.
   template <class F>
   void for_each_adapted(Adapted& gate, F&& f) const {
     Index number = 0;
@@ -227,8 +228,9 @@ class LoraGate {
     });
   }
 
-  /// Puts the gate of a pass into its tape. It is a copy of what the gate is now, its loss weights and its
-  /// selection bias too; only the memory of the gradients stays where it is.
+  /// Makes the tape's gate: a copy of the gate as it is now, its loss weights and its selection
+  /// bias included, with the adapters added to its weights. Only the memory of the gradients is
+  /// reused.
   void prepare(Tape& tape) const {
     detail::check_shapes(*this, "LoraGate");
     tape.sums.resize(adapters_.size());
@@ -267,7 +269,7 @@ class LoraGate {
     }
   }
 
-  /// Of what is trained of gate() after all.
+  /// Adds the gradients of those parameters of gate() that are trained.
   void add_own_gradients(Tape& tape) {
     detail::walk_together(gate_, *tape.gate, tape.parameters, [](auto& p, auto& of_sum) {
       if (!p.trained || detail::is_idle(of_sum, Updates::lazy)) return;
