@@ -67,21 +67,22 @@ class Pretrained {
       if (mixture.layer == layer) return mixture;
       layers += (layers.empty() ? "" : ", ") + std::to_string(mixture.layer);
     }
-    detail::fail_file(config_.path(), "layer ", layer, " is no mixture, those are ",
+    detail::fail_file(config_.path(), "layer ", layer, " is not a mixture, the mixtures are ",
                       layers.empty() ? "none" : layers);
   }
 
-  /// The configuration of a layer that computes the same as that of the model. The gate's losses and noise and
-  /// the capacity of experts in training are left out: set them as needed. Throws std::runtime_error if there
-  /// is no such mixture, or if Layer cannot compute it; then it names the type that can.
+  /// The configuration of a layer that computes the same as this layer of the model. The gate's
+  /// losses and noise and the capacity of experts in training are left out: set them as needed.
+  /// Throws std::runtime_error if there is no such mixture, or if Layer cannot compute it; the
+  /// message then names the type that can.
   template <class Layer>
   typename Layer::Config layer_config(Index layer) const {
     return detail::layer_config<Layer>(config_.path(), mixture(layer));
   }
 
   /// Reads a layer's parameters, converted to its Scalar. If the layer is spread over several processes, each
-  /// reads its own experts. Beside the layer it takes memory for 2^16 numbers, or for a row of a tensor if
-  /// that has more.
+  /// reads its own experts. Besides the layer, reading takes memory for 2^16 numbers, or for a row
+  /// of a tensor if a row has more.
   ///
   /// Throws std::runtime_error, with nothing changed, unless every parameter has a tensor of a known type and
   /// of the shape that follows from config.json, and the mixture has no other tensors; the message names the
@@ -92,8 +93,9 @@ class Pretrained {
     detail::MixtureSource(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>).read(into);
   }
 
-  /// A new layer with these parameters. Throws std::runtime_error, which names the file, as layer_config()
-  /// and read_layer() do, and if a number in config.json is out of range for a layer.
+  /// A new layer with the parameters of a layer of the model. Throws std::runtime_error, which
+  /// names the file, as layer_config() and read_layer() do, and if a number in config.json is out
+  /// of range for a layer.
   template <class Layer>
   Layer load_layer(Index layer) const {
     const auto config = layer_config<Layer>(layer);

@@ -41,8 +41,8 @@ struct MixtureTensors {
   std::string router_bias{};           ///< [E]
   std::string selection_bias{};        ///< [E]
   ExpertTensors experts{};             ///< those that the gate chooses
-  /// Those of one network that has the hidden units of all shared experts: gate and up are [shared·H, D],
-  /// down is [D, shared·H].
+  /// The tensors of one network that has the hidden units of all shared experts: gate and up are
+  /// [shared·H, D], down is [D, shared·H].
   ExpertTensors shared{};
   std::string shared_gate{};  ///< [1, D]
 };
@@ -124,8 +124,8 @@ inline std::string numbered(std::string name, Index number) {
   return name;
 }
 
-/// Throws std::invalid_argument if a family does not name a tensor that its mixture must have, or names one
-/// that has no place in a layer.
+/// Throws std::invalid_argument if a family does not name a tensor that its mixture must have, or
+/// if it has biases and several shared experts.
 inline void check_family(const std::string& model_type, const io::Mixture& mixture) {
   const auto need = [&](bool condition, std::string_view what) {
     require(condition, "family ", model_type, ": ", what);
@@ -141,7 +141,8 @@ inline void check_family(const std::string& model_type, const io::Mixture& mixtu
   need(mixture.scale_rows >= 1 && mixture.scale_columns >= 1,
        "Mixture.scale_rows and scale_columns must be at least 1");
   need(!mixture.bias || mixture.shared <= 1,
-       "of several shared experts side by side there is one bias, which cannot be each one's");
+       "Mixture.shared must be at most 1 with biases, since a tensor has one bias for all shared "
+       "experts");
   for (const io::MixtureTensors& names : mixture.layouts) {
     need(!names.router.empty(), "MixtureTensors.router is empty");
     need(!mixture.gate.bias || !names.router_bias.empty(), "MixtureTensors.router_bias is empty");
