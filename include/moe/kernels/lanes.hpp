@@ -9,14 +9,15 @@
 #include "moe/kernels/simd.hpp"
 
 /// \file
-/// Registers of 32-bit lanes, one for each float of a packet, with which narrow numbers are widened and
-/// made.
+/// Registers of 32-bit lanes, one for each float of a packet, for widening narrow numbers and for
+/// rounding to them.
 
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The integers beside a packet of floats; one integer where packets are off.
+/// The packet of integers with as many lanes as a packet of floats; one integer where Eigen's
+/// packets are switched off.
 template <class P>
 struct LanesOf {
   using type = typename Eigen::internal::unpacket_traits<P>::integer_packet;
@@ -27,10 +28,10 @@ struct LanesOf<float> {
 };
 using Lanes = typename LanesOf<Packet<float>>::type;
 
-/// Floats in a packet, and 32-bit integers beside them.
+/// The number of floats in a packet, and of 32-bit integers.
 inline constexpr Index lane_count = packet_size<float>;
 
-// Templates over the type of the lanes, since only the branch that fits it must compile.
+// Templates over the type of the lanes, since only the branch for that type must compile.
 
 template <class L = Lanes>
 EIGEN_ALWAYS_INLINE L load_lanes(const std::byte* from) {
@@ -57,7 +58,7 @@ EIGEN_ALWAYS_INLINE L shift_left(const L& lanes) {
     return Eigen::internal::plogical_shift_left<bits>(lanes);
   }
 }
-/// Fills up with the sign.
+/// An arithmetic shift: the free bits get the sign.
 template <int bits, class L>
 EIGEN_ALWAYS_INLINE L shift_right(const L& lanes) {
   if constexpr (bits == 0) {
@@ -110,9 +111,9 @@ EIGEN_ALWAYS_INLINE L field(const L& lanes) {
   return Eigen::internal::pand(shift_right<first>(lanes), broadcast_lanes((1 << bits) - 1));
 }
 
-// Bytes become floats by being put into the fraction of 32768, where each counts as its number: that
-// is two instructions, where a shift, a mask and a conversion are three. It takes a fused multiply-add,
-// which subtracts the 32768 without rounding.
+// A byte becomes a float when it is put into the fraction of 32768, which gives 32768 + byte: two
+// instructions instead of a shift, a mask and a conversion. A fused multiply-add must then subtract
+// the 32768, which it does without rounding.
 #if defined(EIGEN_VECTORIZE_FMA) && \
     (defined(EIGEN_VECTORIZE_AVX512) ? defined(__AVX512BW__) : defined(EIGEN_VECTORIZE_AVX2))
 #define MOE_SHUFFLES_BYTES
@@ -121,8 +122,8 @@ EIGEN_ALWAYS_INLINE L field(const L& lanes) {
 #ifdef MOE_SHUFFLES_BYTES
 inline constexpr float byte_base = 32768;
 
-/// Which byte goes into each byte of a lane: the byte `step` of the lane into the second, none into the
-/// others. A shuffle counts in four lanes.
+/// The indices of a shuffle that puts byte `step` of a lane into its second byte, and zeros into
+/// the others. A shuffle counts bytes within groups of four lanes.
 template <int step>
 inline constexpr auto byte_index = [] {
   std::array<std::uint8_t, sizeof(Lanes)> bytes{};
