@@ -52,10 +52,10 @@ TEMPLATE_TEST_CASE("experts come and go: only in whole groups, or in whole rows 
 TEST_CASE("experts come and go: shared ones stay", "[layer][change]") {
   auto layer = make_layer<SharedLaw>(4);
   const Values before = values_of(layer);
-  const auto shared = Catch::Matchers::Contains("of 2 shared ones");
+  const auto shared = Catch::Matchers::Contains("of 2 shared experts");
   CHECK_THROWS_WITH(layer.remove_experts({1}), shared);
   CHECK_THROWS_WITH(layer.copy_experts({0}, {.seed = 1}),
-                    Catch::Matchers::Contains("one of 2 shared ones"));
+                    Catch::Matchers::Contains("one of 2 shared experts"));
   CHECK(same_values(values_of(layer), before));
 }
 

@@ -217,7 +217,7 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
   Careless harmful({.width = 3, .expert = {.hidden = 4}, .gate = {.shrinks_dx = true}, .seed = 0});
   harmful.forward(x, tape, {.step = 0});
   CHECK_THROWS_WITH(harmful.backward(x, tape),
-                    "moe: MoELayer: the gate left a dx of 1 x 3 for an x of 6 x 3");
+                    "moe: MoELayer: the gate changed dx to 1 x 3, must be as x, 6 x 3");
 
   // A gate without a gradient need not touch dx: the experts' share is in it.
   Careless layer({.width = 3, .expert = {.hidden = 4}, .seed = 0});
