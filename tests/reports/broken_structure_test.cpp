@@ -77,8 +77,9 @@ TEST_CASE("report: an expert of the same shape may take another's place", "[repo
   CHECK_THROWS_WITH(
       replaced(2, wide)(),
       "moe: MoELayer::replace_expert: experts.2.up.weight would be 8 x 5, and is 3 x 5");
-  CHECK_THROWS_WITH(replaced(4, layer.experts()[0])(),
-                    "moe: MoELayer::replace_expert: expert 4 of 4");
+  CHECK_THROWS_WITH(
+      replaced(4, layer.experts()[0])(),
+      "moe: MoELayer::replace_expert: expert = 4, must be one of this process and below 4");
 }
 
 TEST_CASE("report: a weight that was not transposed is named", "[reports]") {
