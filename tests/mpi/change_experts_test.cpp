@@ -203,7 +203,7 @@ TEST_CASE("expert parallel: a change that cannot be, or that ranks disagree on, 
   const ExpertChange second = layer.remove_experts({0});
   CHECK_THAT(error_of([&] { adam.follow(layer, layer, first); }), contains("Adam::follow"));
   CHECK_THAT(error_of([&] { adam.follow(layer, layer, second); }),
-             contains("a change before this one was not followed"));
+             contains("follow() was not called for a change before this one"));
 }
 
 TEST_CASE("expert parallel: a tape of before a change is refused", "[mpi][change]") {

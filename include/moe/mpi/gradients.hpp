@@ -41,7 +41,8 @@ struct Resident {
   }
 };
 
-/// The part of a module that has certain residences; a module itself, which refers to the whole one.
+/// The part of a module that has certain residences; it is a module itself, and refers to the whole
+/// module.
 template <class Module, Residence... residences>
 class PartOf {
  public:
@@ -152,7 +153,7 @@ class GradientSum {
     Counts counts;
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, const Parameter<Scalar>& p) {
-          // With the flag of each.
+          // One more for the parameter's flag.
           std::int64_t& count = std::is_same_v<Scalar, float> ? counts.floats : counts.doubles;
           if (p.trained) count += p.gradient().size() + 1;
         });
