@@ -47,8 +47,8 @@ Index prepare_gradients(Module& module, Updates updates) {
 }
 
 /// The number of tasks for passes over the given number of scalars. Every task visits all parameters, and
-/// the blocks of one task are the farther apart the more tasks there are. So there are only two tasks a
-/// worker, for balance, and none with too little work.
+/// the blocks of one task are the farther apart the more tasks there are. So there are only two
+/// tasks per worker, for balance, and no task with too little work.
 inline Index optimizer_tasks(Index scalars) {
   constexpr Index worth_a_task = Index{1} << 14;
   const Index workers = worker_count(element_work(scalars));
