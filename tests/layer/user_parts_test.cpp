@@ -201,8 +201,8 @@ TEST_CASE("layer: a gate's faulty routing is refused", "[layer]") {
       CHECK(gradient.cwiseAbs().maxCoeff() == 0);
     }
   };
-  refuse([](auto& gate) { gate.first_expert = 3; }, "moe: Routing.expert = 3 with 3 experts");
-  refuse([](auto& gate) { gate.first_expert = -1; }, "moe: Routing.expert = -1 with 3 experts");
+  refuse([](auto& gate) { gate.first_expert = 3; }, "moe: Routing.expert = 3, must be in [0, 3)");
+  refuse([](auto& gate) { gate.first_expert = -1; }, "moe: Routing.expert = -1, must be in [0, 3)");
   refuse([](auto& gate) { gate.claimed_experts = 4; },
          "moe: MoELayer: the gate's routing has 4 experts, the layer has 3");
   refuse([](auto& gate) { gate.extra_tokens = 1; },
