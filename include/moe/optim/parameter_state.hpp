@@ -88,7 +88,7 @@ class UpdateCounts {
   /// The same functions as those of ParameterState: a number is remembered for every parameter.
   static constexpr bool remembers(Index) { return true; }
   static constexpr void set_remembered(Index, bool) {}
-  /// The memory of what is remembered of a parameter.
+  /// The memory of a parameter's state.
   std::span<char> bytes_of(Index parameter) {
     return {reinterpret_cast<char*>(&of_parameter_[to_size(parameter)]), sizeof(Index)};
   }
@@ -163,12 +163,12 @@ class ParameterState {
     return state;
   }
   bool remembers(Index parameter) const { return (*this)[parameter].size() > 0; }
-  /// Makes what is remembered of a parameter zeros, or empty.
+  /// Sets the state of a parameter to zeros, or makes it empty.
   void set_remembered(Index parameter, bool remembered) {
     const StateShape shape = remembered ? shape_of(parameter) : StateShape{0, 0};
     resize_to_zero((*this)[parameter], shape.rows, shape.columns);
   }
-  /// The memory of what is remembered of a parameter.
+  /// The memory of a parameter's state.
   std::span<char> bytes_of(Index parameter) { return detail::bytes_of((*this)[parameter]); }
 
   /// Calls f(name, matrix) for every matrix, named "what.name of the parameter", or f(name, matrix,
