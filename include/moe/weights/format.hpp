@@ -37,10 +37,10 @@ enum class Activations {
 
 namespace detail {
 
-/// Columns of a panel in packets.
+/// The width of a panel, in packets of columns.
 inline constexpr Index panel_packets = 4;
 
-/// Weights of a column that share a scale, and activations of a row too.
+/// The number of weights of a column, and of activations of a row, that share a scale.
 inline constexpr Index scaled_steps = 32;
 
 // clang-format off
@@ -57,8 +57,8 @@ inline constexpr Index scaled_steps = 32;
 ///     widen<step>(lane)     a packet of columns of a step of k: the weights, or if there are scales
 ///                           numbers of which widened·scale - offset·scale are the weights, exactly
 ///
-/// If scaled, also that `offset`, and scale(values, count): the scale of a block, a float that float16
-/// can represent exactly.
+/// If there are scales, also `offset`, and scale(values, count), which returns the scale of a
+/// block: a float that float16 can represent exactly.
 template <class F>
 concept NarrowFormat = requires(const std::byte* lane, std::byte* changed, float value,
                                 typename F::Code code) {

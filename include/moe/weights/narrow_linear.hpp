@@ -9,7 +9,7 @@
 namespace moe {
 
 /// A Linear with narrow weights for inference: y = x·weight + bias, with a bias of floats. Made by
-/// narrow(). It is not trained, but has the gradient with respect to x.
+/// narrow(). Its weight is not trained, but it has the gradient with respect to x.
 template <detail::NarrowFormat Format>
 class NarrowLinear {
  public:

@@ -16,9 +16,10 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// A tile that widens in registers, which hold its sums, the scales and the widened weights. A tile of one
-/// row has all packets of a panel, since each packet is one chain of multiply-adds; a tile of more rows
-/// has two packets if there are only 16 registers and the format has scales.
+/// The size of a tile that widens in registers: these hold its sums, the scales and the widened
+/// weights. A tile of one row has all packets of a panel, since each packet is one chain of
+/// multiply-adds; a tile of more rows has two packets if there are only 16 registers and the format
+/// has scales.
 template <class Format>
 inline constexpr Index narrow_tile_rows = l2_feeds_tiles   ? 6
                                           : Format::scaled ? 4
@@ -27,8 +28,8 @@ template <class Format>
 constexpr Index narrow_tile_packets(Index rows) {
   return l2_feeds_tiles || rows == 1 || !Format::scaled ? panel_packets : 2;
 }
-/// The largest number of rows for which this is faster than widening into L1: any, if widening is one
-/// instruction.
+/// The largest number of rows for which widening in registers is faster than widening into L1: no
+/// limit if widening is one instruction.
 template <class Format>
 inline constexpr Index few_narrow_rows = !Format::scaled  ? std::numeric_limits<Index>::max()
                                          : l2_feeds_tiles ? 24
@@ -66,7 +67,8 @@ requires Format::scaled struct Scales<Format> {
 };
 
 /// Adds to R rows of C, from a column on: R rows of A times V packets of a panel, from packet `first` on,
-/// over `blocks` whole blocks. The panel is `packets` packets wide. The hardware prefetcher follows it.
+/// over `blocks` whole blocks. The panel is `packets` packets wide. The hardware prefetcher follows
+/// the panel.
 template <class Format, Index R, Index V>
 MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Index packets,
                               Index first, Index blocks, float* const* c, Index column) {
@@ -208,7 +210,8 @@ void for_each_panel(const NarrowOperand<Format>& b, Range columns, F&& f) {
 }
 
 /// Calls f(to) for some rows of C and a part of a panel. `to` are pointers to rows of whole packets: the
-/// rows of C, or copies that are written back. If the product `begins`, they have the initial values of C.
+/// rows of C, or copies that are written back. If the product `begins`, the rows first get the
+/// initial values of C.
 template <class Format, class F>
 void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range rows,
                      const PanelPart& part, bool begins, F&& f) {
