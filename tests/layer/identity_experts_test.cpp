@@ -154,8 +154,9 @@ TEST_CASE("identity experts: the tape of a layer with another number of them is 
   const Matrix<double> x = random_matrix(6, 3, 1);
   Layer<double>::Tape tape;
   one.forward(x, tape, {.step = 0});
-  CHECK_THROWS_WITH(two.backward(x, tape),
-                    "moe: MoELayer::backward: the tape is another layer's, of 4 experts that are not the"
-                    " identity");
+  CHECK_THROWS_WITH(
+      two.backward(x, tape),
+      "moe: MoELayer::backward: the tape is another layer's, of 4 experts that are not the"
+      " identity");
   CHECK_NOTHROW(one.backward(x, tape));
 }
