@@ -26,7 +26,7 @@ namespace moe {
 
 using Eigen::Index;
 
-/// Dense and row-major, one token a row: the memory of a NumPy array or a PyTorch tensor.
+/// Dense and row-major, one token per row: the memory of a NumPy array or a PyTorch tensor.
 template <class Scalar>
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
