@@ -29,7 +29,8 @@ struct GateTape {
   double loss_scale = 1;       ///< Pass::loss_scale
 };
 
-/// A gate makes a Routing, and takes the gradient of the loss w.r.t. its weights in backward.
+/// A gate makes a Routing, and takes the gradient of the loss w.r.t. the slots' weights in
+/// backward.
 ///
 ///     forward(x, tape, pass)           const; training: sets tape.routing and tape.balance
 ///     evaluate(x, tape, pass)          const; serving: the same without noise; pass is an

@@ -15,7 +15,7 @@
 
 namespace moe {
 
-/// Hierarchical noisy top-k gating [S17 App. B] over a groups of b experts each, in one flat
+/// Hierarchical noisy top-k gating [S17 App. B] over `a` groups of `b` experts each, in one flat
 /// routing over E = a·b experts, expert j of group i being i·b + j.
 ///
 ///     y = Σ_i Σ_j Gprimary_i(x) · G_i,j(x) · E_i,j(x)                                 [S17 eq. 12]
@@ -31,7 +31,7 @@ namespace moe {
 ///
 /// Scores cost O(T·D·(a + top_k_groups·b)), those of a flat gate O(T·D·a·b); memory is the same
 /// without the factor D. With 131,072 experts in groups of 256 a token has a thousand scores. A group
-/// without tokens takes next to no time, in lazy updates too (Updates::lazy).
+/// without tokens takes almost no time, in lazy updates too (Updates::lazy).
 ///
 /// A token with NaN or infinity in x gets as many experts as any other, but its weights and the losses
 /// are NaN.

@@ -95,11 +95,10 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
 
   /// The scores of one kind of keys, N rows.
   struct Keys : detail::NoisyTopKTape<Scalar> {
-    Routing<Scalar> routing;  ///< the Kr or Kc largest of each token
-    IndexedVector<Index>
-        place;             ///< S, for each slot of the gate the slot of `routing` that has its key
-    Vector<Scalar> load;   ///< Loadrow (a) or Loadcolumn (b)
-    Vector<Scalar> dload;  ///< the gradient w.r.t. the load
+    Routing<Scalar> routing;       ///< the Kr or Kc largest of each token
+    IndexedVector<Index> place;    ///< S, the slot of `routing` with each slot's key
+    Vector<Scalar> load;           ///< Loadrow (a) or Loadcolumn (b)
+    Vector<Scalar> dload;          ///< the gradient w.r.t. the load
     IndexedVector<Scalar> dscore;  ///< the gradient w.r.t. the noisy scores in `routing`
   };
 
