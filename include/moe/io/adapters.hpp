@@ -163,11 +163,12 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 /// "lora_alpha" have the values of most adapters, "rank_pattern" and "alpha_pattern" those of the
 /// others.
 ///
-/// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias that
-/// moved, must be saved by other means. Throws std::invalid_argument if the module has no adapters, an
-/// adapted expert or gate has a trained parameter that is no adapter's, the prefix of a name does not end in
-/// a dot, a name is empty or has anything but letters, digits, '_', '-' and '.', or an alpha is too large for
-/// the file; and std::runtime_error, which says why, if a file cannot be written.
+/// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias
+/// that has changed, must be saved separately. Throws std::invalid_argument if the module has no
+/// adapters, an adapted expert or gate has a trained parameter that does not belong to an adapter,
+/// the prefix of a name does not end in a dot, a name is empty or has anything but letters, digits,
+/// '_', '-' and '.', or an alpha is too large for the file; and std::runtime_error, which says why,
+/// if a file cannot be written.
 template <class Module>
 void save_adapters(const std::string& folder, const Module& module,
                    const std::string& prefix = {}) {
