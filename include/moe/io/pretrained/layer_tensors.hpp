@@ -78,8 +78,7 @@ class MixtureSource {
   }
 
   /// Overwrites the parameters of a layer, or of the part of one whose names begin with `prefix`. Throws
-  /// std::invalid_argument, with nothing changed, if it has other
-  /// shapes.
+  /// std::invalid_argument, with nothing changed, if a shape differs.
   template <class Module>
   void read(Module& module, const std::string& prefix = {}) const {
     places_.for_each(module, prefix, [](const Place&, const auto&) {});
