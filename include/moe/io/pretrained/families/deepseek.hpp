@@ -62,7 +62,7 @@ inline std::vector<Mixture> deepseek_v2_mixtures(const ModelConfig& config) {
   return deepseek_mixtures(config, gate);
 }
 
-/// DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), GLM-4.5 has the same gate
+/// DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437). GLM-4.5 has the same gate
 /// (arXiv 2508.06471).
 inline std::vector<Mixture> deepseek_v3_mixtures(const ModelConfig& config) {
   if (config.text("scoring_func", "sigmoid") != "sigmoid") {
