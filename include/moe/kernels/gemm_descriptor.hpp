@@ -90,7 +90,7 @@ struct GemmNN {
   Start start = Start::zero;
   Bias<Scalar> bias{};  ///< N values and maybe M factors
   Epilogue epilogue{};
-  const Scalar* prefetch_next = nullptr;  ///< B of the next product, if that is one like this
+  const Scalar* prefetch_next = nullptr;  ///< B of the next product, if it is of this kind
 
   Range column_range() const { return range_within(columns, c.width()); }
 };

@@ -58,7 +58,7 @@ EIGEN_ALWAYS_INLINE L shift_left(const L& lanes) {
     return Eigen::internal::plogical_shift_left<bits>(lanes);
   }
 }
-/// An arithmetic shift: the free bits get the sign.
+/// An arithmetic shift: the upper bits get the sign.
 template <int bits, class L>
 EIGEN_ALWAYS_INLINE L shift_right(const L& lanes) {
   if constexpr (bits == 0) {

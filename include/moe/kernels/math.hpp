@@ -92,7 +92,8 @@ Packet<Scalar> normal_density(const Packet<Scalar>& x) {
               moe::detail::exp<Scalar>(pmul(pmul(broadcast(Scalar{-0.5}), x), x)));
 }
 
-/// Φ, its distribution function, with a small relative error in the lower tail too.
+/// Φ, the distribution function of the standard normal, with a small relative error in the lower
+/// tail too.
 ///
 /// In float Φ(-√2·u) = erfc(u)/2 = t·exp(p(t) - u²)/2 with t = 1/(1 + u/2); the polynomial p was
 /// fitted to log(erfc(u)·exp(u²)/t) at Chebyshev nodes of t in (0.07, 1], to 9e-8 everywhere.
