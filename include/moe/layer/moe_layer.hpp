@@ -188,10 +188,10 @@ class MoELayer {
   ///
   /// For gates that have change_experts(), see Gate. The experts that stay keep their order and every
   /// bit, and so do their columns of the gate; gradients are zero afterwards, and config() has the new
-  /// number of experts. backward() refuses a tape of before the change. Pass the returned change to
-  /// the optimizer: optimizer.follow(model, layer, change). Each throws std::invalid_argument, with
-  /// nothing changed, if the gate or its Config cannot have these experts, or if `experts` is empty or
-  /// names one that does not exist.
+  /// number of experts. backward() refuses a tape from before the change. Pass the returned change
+  /// to the optimizer: optimizer.follow(model, layer, change). Each throws std::invalid_argument,
+  /// with nothing changed, if the gate or its Config cannot have these experts, or if `experts` is
+  /// empty or names one that does not exist.
   /// \{
 
   /// Adds `count` fresh experts behind the others. Equal seeds draw equal numbers: give every layer
