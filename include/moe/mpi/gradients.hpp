@@ -275,11 +275,11 @@ class GradientSum {
   Numbers packed_;
 };
 
-/// Sums the gradients of replicated parameters over the ranks. Call it once an update, after the last
-/// backward pass and before clipping. It leaves out the parameters of an ExpertParallel, whose backward()
-/// has summed the gate's gradients, and whose experts' gradients are complete. Gradients are those of a
-/// loss of the whole batch, so nothing is divided. The sums have the same bits on all ranks, so the
-/// copies stay equal. Collective.
+/// Sums the gradients of replicated parameters over the ranks. Call it once per update, after the
+/// last backward pass and before clipping. It leaves out the parameters of an ExpertParallel, whose
+/// backward() has summed the gate's gradients, and whose experts' gradients are complete. Gradients
+/// are those of a loss of the whole batch, so nothing is divided. The sums have the same bits on
+/// all ranks, so the copies stay equal. Collective.
 template <class Module>
 void sum_gradients(Module& module, const Communicator& communicator) {
   PartOf<Module, Residence::replicated> copies(module);

@@ -18,9 +18,9 @@ struct RankBatch {
   IndexedVector<Index> rank_rows;    ///< R
   IndexedVector<Index> rank_tokens;  ///< R
   Index rows = 0;                    ///< of all ranks
-  Index first_row = 0;               ///< this rank's first one among these
+  Index first_row = 0;               ///< this rank's first row among them
   Index tokens = 0;                  ///< rows of all ranks that are not padding
-  Index first_token = 0;             ///< this rank's first one among these
+  Index first_token = 0;             ///< this rank's first token among them
 
   detail::SharedCalls calls{};  ///< the gate's calls of the batch; none if it does not name them
   std::size_t called = 0;       ///< the number of these calls that were made
