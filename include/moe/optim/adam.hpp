@@ -27,7 +27,7 @@ namespace moe {
 /// the closest relative, leaves rows alone in the same way, but uses the optimizer's t for all of
 /// them.
 ///
-/// Runs at the speed of memory: four reads and three writes per parameter. After the first update
+/// Limited by memory bandwidth: four reads and three writes per parameter. After the first update
 /// of a module, later updates do not allocate, except for parameters that were not trained until
 /// then.
 template <class Scalar = float>

@@ -44,10 +44,10 @@ struct FactoredMatrix {
 /// first update moves the second element by 1000·η. A lower learning rate than Adam's helps.
 ///
 /// N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018
-/// (arXiv 1804.04235) is a year later. Adafactor factors v in the same way, but does not correct the bias
-/// and lets β2 rise with t instead, adds its constant to g² and not to the root, scales an update
-/// down whose root mean square is above 1, and takes steps relative to the size of the weights.
-/// FactoredAdam has none of this.
+/// (arXiv 1804.04235) appeared a year later. Adafactor factors v in the same way, but does not
+/// correct the bias and lets β2 rise with t instead, adds its constant to g² and not to the root,
+/// scales an update down whose root mean square is above 1, and takes steps relative to the size of
+/// the weights. FactoredAdam has none of this.
 ///
 /// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the sums of
 /// squares limit the range of gradients: in float up to 1e16, and below 1e-19 they count less and less.

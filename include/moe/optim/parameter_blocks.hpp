@@ -58,10 +58,11 @@ inline Index optimizer_tasks(Index scalars) {
 
 /// Calls f(lane, index, parameter, first, count) for every block of every parameter that is not
 /// idle, the blocks of a lane in order, several lanes at once; index counts the parameters. The blocks
-/// of idle parameters are counted too, so that leaving them out moves no other block to another lane.
-/// There is one parallel region for the whole module: a layer of many experts has thousands of small
-/// parameters, and waking the workers for each would take longer than the work. Does not allocate.
-/// Throws std::invalid_argument, before the first call, if a gradient has another shape than its value.
+/// of idle parameters are counted too, so that no other block moves to another lane when they are
+/// left out. There is one parallel region for the whole module: a layer of many experts has
+/// thousands of small parameters, and waking the workers for each would take longer than the work.
+/// Does not allocate. Throws std::invalid_argument, before the first call, if a gradient has
+/// another shape than its value.
 template <class Module, class F>
 void for_each_parameter_block(Module& module, Updates updates, F&& f) {
   const Index tasks = optimizer_tasks(prepare_gradients(module, updates));
