@@ -255,9 +255,8 @@ class SharedSelection {
   };
 
   IndexedVector<Bound> bounds_;  ///< E
-  IndexedVector<Index>
-      open_;  ///< the experts whose last taken candidate is not known yet, ascending
-  IndexedVector<Index> row_;  ///< E, their places in open_, -1 for the others
+  IndexedVector<Index> open_;    ///< the experts whose search goes on, ascending
+  IndexedVector<Index> row_;     ///< E, their places in open_, -1 for the others
   IndexedVector<Index> counts_;
   IndexedVector<Shown> shown_;
 };
