@@ -30,7 +30,7 @@
 ///     };
 ///
 /// A field that is left out, or visited twice, does not compile. The names of enumerators, whose values
-/// must be 0, 1, 2, ..., are returned by a function beside the enumeration, which is found by
+/// must be 0, 1, 2, ..., are returned by a function next to the enumeration, which is found by
 /// argument-dependent lookup:
 ///
 ///     enum class Norm { none, layer };

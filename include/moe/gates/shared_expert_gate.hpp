@@ -12,7 +12,7 @@
 #include "moe/routing/linear_scores.hpp"
 
 /// \file
-/// Experts that every token uses, beside those that a gate chooses.
+/// Experts that every token uses, in addition to those that a gate chooses.
 
 namespace moe {
 
