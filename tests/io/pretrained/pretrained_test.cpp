@@ -121,8 +121,8 @@ TEST_CASE("pretrained: a layer of another shape is refused and stays what it was
   Routed layer(config);
   const Named before = values_of(layer);
   CHECK_THROWS_WITH(model.read_layer(0, layer),
-                    Contains("parameter experts.0.gate.weight of the layer is 6 x 4, that of the "
-                             "mixture is 6 x 5"));
+                    Contains("parameter experts.0.gate.weight of the layer is 6 x 4, in the "
+                             "mixture it is 6 x 5"));
   CHECK(values_of(layer) == before);
   config.expert.hidden = 5;
   config.expert.bias = true;
