@@ -41,7 +41,7 @@ enum class GradientState : unsigned char {
   added_to,
 };
 
-/// A gradient as it is stored. Without memory the gradient is zero.
+/// A gradient as it is stored. Without memory it stands for zero.
 template <class Scalar>
 struct StoredGradient {
   Matrix<Scalar> memory;  ///< rows x columns, or empty

@@ -110,9 +110,9 @@ struct LoraBase {
 /// x·W becomes x·W + factor·(x·A)·B. B is zero initially, so that the network computes the same as
 /// the FeedForward; with rank 0 its results always have the same bits.
 ///
-/// No gradient of W is computed, and optimizers take no memory for it; A·B is never formed. An
-/// adapter takes r·(inputs + outputs) multiply-adds for each row of a pass. Where several workers
-/// share the columns of a product, each of them computes x·A, which takes r·inputs.
+/// No gradient of W is computed, and optimizers take no memory for it; A·B is never formed. A row of a pass
+/// takes r·(inputs + outputs) more multiply-adds for each map with an adapter, and on several workers, which
+/// share the columns of a product, r·inputs for each worker.
 ///
 /// Parameters: those of the FeedForward, under the same names, with `trained` false; and after each
 /// weight with an adapter, "up.weight" for example, "up.lora_A.weight" (A, inputs x r) and
@@ -133,7 +133,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   using typename Base::Block;
   using typename Base::Scalar;
   using Config = LoraFeedForwardConfig;      ///< see LoraFeedForwardConfig
-  using Network = typename Frozen::Network;  ///< the network that is adapted
+  using Network = typename Frozen::Network;  ///< that is adapted
 
   /// Fresh weights with fresh adapters. Throws std::invalid_argument for a configuration out of range.
   LoraFeedForward(const Config& config, std::uint64_t seed)
@@ -196,14 +196,14 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     return work;
   }
 
-  /// The scratch of a FeedForward and a row of x·A (r); see FusedNetwork.
+  /// That of a FeedForward, and room for a row of x·A; see FusedNetwork.
   Index scratch_width() const { return Base::odd_lines(rank_column() + config_.lora.rank); }
 
   /// Adds to the gradients of the trained parameters, or overwrites them; see FusedNetwork.
   void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
                      bool replace = false) {
     Base::add_gradients(block, dy, rows, replace);
-    // One call for a block computes the gradients of all adapters, since they share the scratch t.
+    // One call of a block does them all: they share the room.
     if (rows.first > 0) return;
     const MatrixView<Scalar> t = columns_of(block.scratch, rank_column(), config_.lora.rank);
     Base::for_each_weight_product(

@@ -24,8 +24,8 @@ namespace moe {
 /// the clean scores, in HierarchicalGate those of the primary and of every secondary gate. Noise, losses
 /// and the choice are those of the gate. With rank 0 it gives the same bits as the gate.
 ///
-/// A pass computes W_g + factor·A·B in its tape, in O(r·D·E), since a gate is small compared with
-/// the experts. Backward computes the gradients of A and B from the gradient of that sum.
+/// A pass computes the sum in its tape, O(r·D·E): a gate is small beside the experts. Backward computes the
+/// gradients of A and B from that of the sum.
 ///
 /// Parameters: those of the gate with their names and with `trained` false; and for each "weight" a
 /// "lora_A.weight" (A, D x r) and a "lora_B.weight" (B, r x E), with the same prefix. A user may set

@@ -46,9 +46,8 @@ void scale_rows(double factor, MatrixView<Scalar> rows) {
   rows *= static_cast<Scalar>(factor);
 }
 
-/// Calls first(rows, ranks, t) and second(rows, ranks, t) for blocks of at most 64 of a product's
-/// rows and at most 64 ranks. t (rows x ranks) is on the stack: first() fills it, then it is
-/// multiplied by the factor, then second() reads it.
+/// Calls first(rows, ranks, t) and second(rows, ranks, t) for parts of a product's rows and of the rank:
+/// t is on the stack, and what first() leaves in it second() finds times the factor.
 template <class Scalar, class First, class Second>
 void through_rank(double factor, Index rows, Index rank, First&& first, Second&& second) {
   constexpr Index most = 64;
@@ -78,8 +77,8 @@ MatrixOperand<Scalar> rows_of_b(const LowRank<Scalar>& w, Range ranks) {
   return {row_data(w.b.value, ranks.first), ranks.count, columns, columns};
 }
 
-/// C = x·(factor·A·B) for a GemmNN, C = dy·(factor·A·B)ᵀ for a GemmNT, with the rows, the columns
-/// and the start of `product`. Its own B, bias and epilogue are not used here.
+/// C = x·(factor·A·B) of a GemmNN, C = dy·(factor·A·B)ᵀ of a GemmNT, with the rows, the columns and the start
+/// of the product, whose own B, bias and epilogue come later.
 template <template <class, class> class Form, class Scalar, class Operand>
 void multiply_low_rank(const LowRank<Scalar>& w, const Form<Scalar, Operand>& product) {
   using Product = Form<Scalar, MatrixOperand<Scalar>>;

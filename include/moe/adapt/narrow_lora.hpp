@@ -45,9 +45,8 @@ struct LoraBase<Format> {
 /// activations were not rounded. The narrow weights share their memory with those of `layer`,
 /// unless those are in a mapped file, which could change: then they are copied.
 ///
-/// The narrow weights are not parameters, so save_module() does not store them, and a layer made
-/// from such a file has other narrow weights: keep the file of the served layer, and save the
-/// adapters with save_adapters().
+/// The narrow weights are not parameters, so save_module() does not store them, and a layer made from such a
+/// file has others: keep the file of the served layer, and save the adapters with save_adapters().
 ///
 /// Throws std::invalid_argument for a configuration out of range, and std::runtime_error if a mapped file has
 /// changed.

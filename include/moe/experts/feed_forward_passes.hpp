@@ -338,8 +338,7 @@ class FeedForwardPasses {
     return {block.weight + row, 1};
   }
 
-  /// Calls f(W, A, B) for every weight W, whose gradient is Aᵀ·B, in the order in which
-  /// gradient_rows() counts their rows.
+  /// Calls f(W, A, B) for every weight, whose gradient is Aᵀ·B: in the order of gradient_rows().
   template <class F>
   void for_each_weight_product(const Block& block, const MatrixRef<Scalar>& dy, F&& f) {
     const MatrixView<Scalar> dpre = pre_of(block);

@@ -56,8 +56,8 @@ class SharedExpertGate
     Index width = 0;     ///< D; 0 inside a layer's configuration stands for the layer's width
     Index shared = 1;    ///< experts that every token uses, at least 1
     bool gated = false;  ///< their weights are sigmoid(x·W_shared) instead of 1, times `scale`
-    bool tied = false;   ///< if gated: W_shared has one column, and all weights are equal
-    double scale = 1;    ///< factor of the weights, above 0
+    bool tied = false;   ///< if gated: W_shared has one column, and all of them one weight
+    double scale = 1;    ///< of their weights, above 0
     typename RoutedGate::Config routed{};  ///< the wrapped gate's; width 0 stands for D
 
     template <class Self, class Visitor>
@@ -198,7 +198,7 @@ class SharedExpertGate
                     "SharedExpertGate::Config.routed.width = ", config.routed.width,
                     ", must be 0 or Config.width = ", config.width);
     detail::require(config.gated || !config.tied,
-                    "SharedExpertGate::Config.tied = true, must be false without gated");
+                    "SharedExpertGate::Config.tied = true without gated, whose weights it ties");
     const auto scale = static_cast<Scalar>(config.scale);
     detail::require(std::isfinite(scale) && scale > 0,
                     "SharedExpertGate::Config.scale = ", config.scale,

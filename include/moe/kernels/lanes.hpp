@@ -111,9 +111,9 @@ EIGEN_ALWAYS_INLINE L field(const L& lanes) {
   return Eigen::internal::pand(shift_right<first>(lanes), broadcast_lanes((1 << bits) - 1));
 }
 
-// A byte becomes a float when it is put into the fraction of 32768, which gives 32768 + byte: two
-// instructions instead of a shift, a mask and a conversion. A fused multiply-add must then subtract
-// the 32768, which it does without rounding.
+// Bytes become floats by being put into the fraction of 32768, where each counts as its number: that
+// is two instructions, where a shift, a mask and a conversion are three. It takes a fused multiply-add,
+// which subtracts the 32768 without rounding.
 #if defined(EIGEN_VECTORIZE_FMA) && \
     (defined(EIGEN_VECTORIZE_AVX512) ? defined(__AVX512BW__) : defined(EIGEN_VECTORIZE_AVX2))
 #define MOE_SHUFFLES_BYTES
@@ -122,8 +122,8 @@ EIGEN_ALWAYS_INLINE L field(const L& lanes) {
 #ifdef MOE_SHUFFLES_BYTES
 inline constexpr float byte_base = 32768;
 
-/// The indices of a shuffle that puts byte `step` of a lane into its second byte, and zeros into
-/// the others. A shuffle counts bytes within groups of four lanes.
+/// Which byte goes into each byte of a lane: the byte `step` of the lane into the second, none into the
+/// others. A shuffle counts in four lanes.
 template <int step>
 inline constexpr auto byte_index = [] {
   std::array<std::uint8_t, sizeof(Lanes)> bytes{};

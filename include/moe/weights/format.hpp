@@ -57,8 +57,8 @@ inline constexpr Index scaled_steps = 32;
 ///     widen<step>(lane)     a packet of columns of a step of k: the weights, or if there are scales
 ///                           numbers of which widened·scale - offset·scale are the weights, exactly
 ///
-/// If there are scales, also `offset`, and scale(values, count), which returns the scale of a
-/// block: a float that float16 can represent exactly.
+/// If scaled, also that `offset`, and scale(values, count): the scale of a block, a float that float16
+/// can represent exactly.
 template <class F>
 concept NarrowFormat = requires(const std::byte* lane, std::byte* changed, float value,
                                 typename F::Code code) {

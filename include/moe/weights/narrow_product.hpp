@@ -16,10 +16,9 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The size of a tile that widens in registers: these hold its sums, the scales and the widened
-/// weights. A tile of one row has all packets of a panel, since each packet is one chain of
-/// multiply-adds; a tile of more rows has two packets if there are only 16 registers and the format
-/// has scales.
+/// A tile that widens in registers, which hold its sums, the scales and the widened weights. A tile of one
+/// row has all packets of a panel, since each packet is one chain of multiply-adds; a tile of more rows
+/// has two packets if there are only 16 registers and the format has scales.
 template <class Format>
 inline constexpr Index narrow_tile_rows = l2_feeds_tiles   ? 6
                                           : Format::scaled ? 4
@@ -28,8 +27,8 @@ template <class Format>
 constexpr Index narrow_tile_packets(Index rows) {
   return l2_feeds_tiles || rows == 1 || !Format::scaled ? panel_packets : 2;
 }
-/// The largest number of rows for which widening in registers is faster than widening into L1: no
-/// limit if widening is one instruction.
+/// The largest number of rows for which this is faster than widening into L1: any, if widening is one
+/// instruction.
 template <class Format>
 inline constexpr Index few_narrow_rows = !Format::scaled  ? std::numeric_limits<Index>::max()
                                          : l2_feeds_tiles ? 24

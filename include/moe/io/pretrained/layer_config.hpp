@@ -51,7 +51,7 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
   if constexpr (has_shared_gate<Layer>) {
     if (mixture.shared == 0) {
       fail_file(path, "layer ", mixture.layer,
-                " has no shared experts: use moe::io::RoutedLayer, "
+                " has no shared experts: ask for moe::io::RoutedLayer, "
                 "MoELayer<Expert<FeedForward>, TopKGate<>>");
     }
     config.gate.shared = mixture.shared;

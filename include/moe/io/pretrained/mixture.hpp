@@ -141,8 +141,7 @@ inline void check_family(const std::string& model_type, const io::Mixture& mixtu
   need(mixture.scale_rows >= 1 && mixture.scale_columns >= 1,
        "Mixture.scale_rows and scale_columns must be at least 1");
   need(!mixture.bias || mixture.shared <= 1,
-       "Mixture.shared must be at most 1 with biases, since a tensor has one bias for all shared "
-       "experts");
+       "of several shared experts side by side there is one bias, which cannot be each one's");
   for (const io::MixtureTensors& names : mixture.layouts) {
     need(!names.router.empty(), "MixtureTensors.router is empty");
     need(!mixture.gate.bias || !names.router_bias.empty(), "MixtureTensors.router_bias is empty");

@@ -22,9 +22,8 @@ namespace moe::detail {
 /// - numbers of 16 to 64 bits,
 /// - F8_E4M3, with a tensor NAME_scale_inv of factors, one for each block of scale_rows x scale_columns of
 ///   each matrix; the last blocks may be smaller (DeepSeek-AI 2024, arXiv 2412.19437, sec. 3.3),
-/// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits,
-///   those at even positions in the low halves of bytes, and U8 NAME_scales [..., n/32] are their
-///   factors, 2^(s - 127).
+/// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits, those with even
+///   places in the low halves, and U8 NAME_scales [..., n/32] are their factors, 2^(s - 127).
 ///
 /// The checkpoint must outlive this object.
 class StoredTensor {
@@ -47,7 +46,7 @@ class StoredTensor {
     } else {
       check(*file_, name, tensor.type, shape);
       require_file(is_widened(tensor.type), file_->path(), tensor_named(name), " is ",
-                   plain(tensor.type), ", must be ", widened_types);
+                   plain(tensor.type), ", needed is ", widened_types);
       if (tensor.type == "F8_E4M3") read_scales(checkpoint, shape, scale_rows, scale_columns);
     }
     const auto [rows, columns] = as_matrix(shape);
@@ -89,9 +88,9 @@ class StoredTensor {
                     const Shape& shape) {
     const SafetensorsEntry& tensor = file.tensor(name);
     require_file(tensor.type == type, file.path(), tensor_named(name), " is ", plain(tensor.type),
-                 ", must be ", type);
+                 ", needed is ", type);
     require_file(tensor.shape == shape, file.path(), tensor_named(name), " has shape ",
-                 to_string(tensor.shape), ", must be ", to_string(shape));
+                 to_string(tensor.shape), ", needed is ", to_string(shape));
   }
 
   void read_scales(const io::Checkpoint& checkpoint, const Shape& shape, Index scale_rows,
@@ -106,7 +105,7 @@ class StoredTensor {
     };
     Shape scales = shape;
     require_file(shape.size() >= 2, file_->path(), tensor_named(name_), " is F8_E4M3 of shape ",
-                 to_string(shape), ", must have at least 2 dimensions");
+                 to_string(shape), ", which has no blocks");
     matrix_rows_ = static_cast<Index>(shape[shape.size() - 2]);
     scales[shape.size() - 2] = blocks(shape[shape.size() - 2], scale_rows);
     scales.back() = blocks(shape.back(), scale_columns);

@@ -8,8 +8,8 @@
 namespace moe::io {
 
 /// Fedus, Zoph, Shazeer 2022, "Switch Transformers" (arXiv 2101.03961). The numbers of the decoder's blocks
-/// follow those of the encoder's. In these models an expert takes at most expert_capacity tokens of
-/// a sequence; here no token is dropped.
+/// follow those of the encoder's. Files have a capacity of experts in tokens of a sequence (expert_capacity);
+/// here no token is dropped.
 inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& config) {
   Mixture mixture{.width = config.count("d_model"),
                   .hidden = config.count("d_ff"),
