@@ -162,8 +162,8 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
       });
 }
 
-/// Reads a packed tensor. If `mapped` is not null and the layout is that of this machine, the
-/// result refers to the mapped file.
+/// A packed tensor. If `mapped` is not null and the layout is that of this machine, it refers to the mapped
+/// file.
 template <class Format>
 NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string& name, Index rows,
                                  Index columns, Index lanes,
