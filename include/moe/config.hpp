@@ -52,7 +52,7 @@
 #define MOE_NOINLINE
 #endif
 
-/// MOE_PACKETS_BEGIN and MOE_PACKETS_END stand around templates that have SIMD vectors (packets) for
+/// MOE_PACKETS_BEGIN and MOE_PACKETS_END enclose templates that have SIMD vectors (packets) as
 /// template arguments: they turn off GCC's warning that it ignores the attributes of such types.
 #if defined(__GNUC__)
 // clang-format off
@@ -69,9 +69,9 @@
 
 namespace moe::detail {
 
-static_assert(sizeof(Eigen::Index) >= 8, "moe counts in 64 bits");
+static_assert(sizeof(Eigen::Index) >= 8, "moe needs a 64-bit Eigen::Index");
 
-/// A piece of a message: a text, a whole number, or a number.
+/// A piece of a message: a text, a whole number, or a floating-point number.
 class Part {
  public:
   template <class T>
@@ -126,8 +126,8 @@ std::string join(const Parts&... parts) {
   return join_parts({Part(parts)...});
 }
 
-/// One function that throws for all messages: inlined into each, they would be a tenth of the code that
-/// a program compiles.
+/// One function throws for all checks: inlined into each of them, the code that throws would be a
+/// tenth of what a program compiles.
 #if defined(__GNUC__)
 [[gnu::noinline, gnu::cold]]
 #endif

@@ -30,7 +30,7 @@
 ///     };
 ///
 /// A field that is left out, or visited twice, does not compile. The names of enumerators, whose values
-/// must be 0, 1, 2, ..., are returned by a function beside the enumeration, which is found by
+/// must be 0, 1, 2, ..., are returned by a function next to the enumeration, which is found by
 /// argument-dependent lookup:
 ///
 ///     enum class Norm { none, layer };
@@ -61,12 +61,13 @@ constexpr std::size_t field_count() {
   }
 }
 
-/// Calls call(field) for each field of an aggregate of at most most_fields. C++20 has no other way to reach
-/// fields without their names than to bind as many as there are.
+/// Calls call(field) for each field of an aggregate of at most most_fields. C++20 reaches fields
+/// without their names only by a structured binding of exactly as many names.
 template <class Type, class F>
 void with_fields(const Type& value, F&& call) {
   constexpr std::size_t count = field_count<Type>();
-  static_assert(count <= most_fields, "a configuration of more than 24 fields");
+  static_assert(count <= most_fields,
+                "a configuration without visit_fields must have at most 24 fields");
   const auto each = [&](const auto&... field) { (call(field), ...); };
   if constexpr (count == 1) {
     const auto& [a] = value;
@@ -153,7 +154,7 @@ union Unmade {
   Type value;
 };
 
-/// Any visitor, to ask whether a type has visit_fields.
+/// A visitor that takes any field, for the check whether a type has visit_fields.
 struct AnyFieldVisitor {
   template <class Field>
   constexpr void operator()(std::string_view, Field&) const {}

@@ -11,8 +11,8 @@ namespace moe {
 namespace detail {
 
 /// The settings in the calling thread's floating-point control register (x86: MXCSR without its exception
-/// flags; 64-bit ARM: FPCR): the rounding mode, and the treatment of denormal numbers. 0 on processors
-/// for which it is not known.
+/// flags; 64-bit ARM: FPCR): the rounding mode, and the treatment of denormal numbers. 0 on other
+/// processors.
 inline std::uint64_t float_control() {
 #if defined(__SSE__) || defined(_M_X64)
   return _mm_getcsr() & ~unsigned{_MM_EXCEPT_MASK};
@@ -59,8 +59,8 @@ class FloatControl {
 
 }  // namespace detail
 
-/// As long as it exists, denormal numbers (for float those below 1.2e-38) count as 0 on the calling thread,
-/// and in the library's workers for it:
+/// As long as it exists, denormal numbers (for float those below 1.2e-38) count as 0 on the calling
+/// thread, and on the library's workers while they work for that thread:
 ///
 ///     const moe::FlushDenormals flush;
 ///     for (...) { ... }  // the training

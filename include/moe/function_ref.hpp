@@ -25,7 +25,7 @@ class FunctionRef<Result(Arguments...)> {
       : call_([](void* object, Arguments... arguments) -> Result {
           auto& callable = *reinterpret_cast<std::remove_reference_t<F>*>(object);
           if constexpr (std::is_void_v<Result>) {
-            callable(arguments...);  // whatever it returns
+            callable(arguments...);  // and drop its result
           } else {
             return callable(arguments...);
           }

@@ -2,9 +2,10 @@
 
 /// \file
 /// Explicit instantiations of what programs use most, in float and double. With MOE_EXTERN_TEMPLATES, moe.hpp
-/// includes this file, and the compiler does not instantiate them: for each of the two types another file must
-/// be compiled with MOE_INSTANTIATE, defined as that type, and with the same flags. CMake's moe::compiled is
-/// such a library, and defines MOE_EXTERN_TEMPLATES for the targets that link it.
+/// includes this file, and the compiler does not instantiate them: for each of the two types
+/// another file must be compiled with MOE_INSTANTIATE defined as that type, and with the same
+/// flags. CMake's moe::compiled is such a library, and defines MOE_EXTERN_TEMPLATES for the targets
+/// that link it.
 
 #include "moe/experts/expert.hpp"
 #include "moe/experts/feed_forward.hpp"
@@ -30,8 +31,8 @@
 #endif
 
 // A function that is not inline is neither instantiated nor compiled where it is extern. The members of
-// a class are inline: they are instantiated all the same, so that they can be inlined, and are compiled
-// no further.
+// a class are inline: they are still instantiated, so that they can be inlined, but no object code
+// is made for them.
 #define MOE_INSTANTIATIONS(Scalar)                                                        \
   MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNN<Scalar>&);            \
   MOE_EXTERN template void detail::gemm_serial<Scalar>(const GemmNT<Scalar>&);            \

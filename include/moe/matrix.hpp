@@ -26,7 +26,7 @@ namespace moe {
 
 using Eigen::Index;
 
-/// Dense and row-major, one token a row: the memory of a NumPy array or a PyTorch tensor.
+/// Dense and row-major, one token per row: the memory of a NumPy array or a PyTorch tensor.
 template <class Scalar>
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
@@ -39,10 +39,10 @@ using Vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
 template <class Scalar>
 using MatrixRef = Eigen::Ref<const Matrix<Scalar>>;
 
-/// Somebody else's memory seen as a matrix, to write and to read.
+/// A view, as a matrix, of memory that it does not own, to read and to write.
 template <class Scalar>
 using MatrixView = Eigen::Map<Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
-/// Somebody else's memory seen as a matrix, to read only.
+/// A view, as a matrix, of memory that it does not own, to read only.
 template <class Scalar>
 using ConstMatrixView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned, Eigen::OuterStride<>>;
 
@@ -93,7 +93,7 @@ MatrixView<Scalar> rows_of(Matrix<Scalar>& matrix, Index first, Index count) {
   return {matrix.data() + first * matrix.cols(), count, matrix.cols(),
           Eigen::OuterStride<>(matrix.cols())};
 }
-/// The same of a matrix that is only read.
+/// The same for a matrix that is only read.
 template <class Scalar>
 ConstMatrixView<Scalar> rows_of(const Matrix<Scalar>& matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());
@@ -105,13 +105,13 @@ template <class Scalar>
 MatrixView<Scalar> view(Matrix<Scalar>& matrix) {
   return rows_of(matrix, 0, matrix.rows());
 }
-/// The same of a matrix that is only read.
+/// The same for a matrix that is only read.
 template <class Scalar>
 ConstMatrixView<Scalar> view(const Matrix<Scalar>& matrix) {
   return rows_of(matrix, 0, matrix.rows());
 }
 
-/// The same of a view.
+/// The same for a view.
 template <class Scalar>
 MatrixView<Scalar> rows_of(MatrixView<Scalar> matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());
@@ -125,7 +125,7 @@ MatrixView<Scalar> columns_of(MatrixView<Scalar> matrix, Index first, Index coun
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
   return {matrix.data() + first, matrix.rows(), count, Eigen::OuterStride<>(matrix.outerStride())};
 }
-/// The same of a view that is only read.
+/// The same for a view that is only read.
 template <class Scalar>
 ConstMatrixView<Scalar> columns_of(ConstMatrixView<Scalar> matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
@@ -134,8 +134,8 @@ ConstMatrixView<Scalar> columns_of(ConstMatrixView<Scalar> matrix, Index first, 
 
 namespace detail {
 
-/// What GatheredRows and ScatteredRows have in common: `Rows` is one of them, `Entry` its number, const
-/// where rows are only read.
+/// What GatheredRows and ScatteredRows have in common: `Rows` is one of them, `Entry` the type of
+/// its numbers, const where rows are only read.
 template <class Rows, class Entry>
 class ListedRows {
  public:
@@ -198,7 +198,7 @@ class GatheredRows : public detail::ListedRows<GatheredRows<Scalar>, const Scala
 template <class Scalar>
 class ScatteredRows : public detail::ListedRows<ScatteredRows<Scalar>, Scalar> {
  public:
-  /// `count` rows of `width` numbers each; where they start, GatheredRows says.
+  /// `count` rows of `width` numbers each, which start where those of GatheredRows do.
   ScatteredRows(Scalar* data, Index stride, Index count, Index width, const Index* list = nullptr)
       : detail::ListedRows<ScatteredRows, Scalar>(data, stride, count, width, list) {}
 
@@ -252,7 +252,7 @@ MOE_NOINLINE void resize(std::vector<Value>& vector, Index size) {
   vector.resize(to_size(size));
 }
 
-/// Matrices or vectors of one value.
+/// These set all elements to one value.
 template <class Scalar>
 MOE_NOINLINE void resize_to_zero(Matrix<Scalar>& matrix, Index rows, Index columns) {
   resize(matrix, rows, columns);
@@ -306,17 +306,19 @@ MOE_NOINLINE inline void require_apart(std::string_view verb, std::string_view a
                                        const MemoryRange& of_argument,
                                        std::initializer_list<MemoryRange> written) {
   for (const MemoryRange& range : written) {
-    require(!of_argument.overlaps(range), verb, ": ", argument,
-            " lies in this tape's own memory, which the pass writes to; give it a copy, or a tape "
-            "of its own");
+    require(
+        !of_argument.overlaps(range), verb, ": ", argument,
+        " lies in this tape's own memory, which the pass writes to; pass a copy, or use another "
+        "tape");
   }
 }
 
-/// to = from, which may be all of `to`. Throws std::invalid_argument if it is another part of it.
+/// to = from, which may be all of `to`. Throws std::invalid_argument if `from` is a part of `to`,
+/// but not all of it.
 template <class Scalar>
 void copy_matrix(const MatrixRef<Scalar>& from, Matrix<Scalar>& to) {
   if (from.data() == to.data() && from.rows() == to.rows() && from.cols() == to.cols()) return;
-  require_apart("the copy of an argument for backward", "it", from, {to});
+  require_apart("copying an argument for backward", "the argument", from, {to});
   resize(to, from.rows(), from.cols());
   for (Index i = 0; i < from.rows(); ++i) {
     std::copy_n(row_data(from, i), from.cols(), row_data(to, i));

@@ -14,10 +14,10 @@
 /// The only file that uses threads: those of OpenMP if the program is compiled with it, else none.
 ///
 /// Work is split by what it writes, and the terms of every sum are added in one order, so the number
-/// of threads (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result. Workers also
-/// take over the calling thread's rounding mode and its treatment of denormals. Compile all files of
-/// a program with OpenMP or all without: these are inline functions, and the linker takes one copy
-/// of each.
+/// of threads (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result. Workers
+/// also compute with the calling thread's rounding mode and its treatment of denormals. Compile all
+/// files of a program with OpenMP or all without: these are inline functions, and the linker keeps
+/// one copy of each.
 
 namespace moe {
 
@@ -63,8 +63,8 @@ inline void parallel_for(Index count, detail::FunctionRef<void(Index, Index)> f)
   for (Index i = 0; i < count; ++i) f(i, Index{0});
 }
 
-/// The work of a loop, measured in multiply-adds of a matrix product, of which a core does about twenty
-/// to fifty a nanosecond.
+/// The work of a loop, measured in multiply-adds of a matrix product, of which a core does about
+/// twenty to fifty per nanosecond.
 struct Work {
   Index multiply_adds = 0;  ///< of the whole loop
 };
@@ -76,7 +76,7 @@ constexpr Work function_work(Index elements) { return {64 * elements}; }
 
 /// A loop with less work than this stays on the calling thread: to wake other threads takes
 /// microseconds, and milliseconds where other programs use the cores too, since OpenMP's threads wait
-/// for each other in a busy loop. bench/threads.cpp measures from which work on two threads are
+/// for each other in a busy loop. bench/threads.cpp measures the work from which two threads are
 /// faster than one.
 inline constexpr Work least_shared_work{Index{1} << 20};
 

@@ -21,10 +21,10 @@ namespace moe {
 /// to its decay and momentum.
 ///
 /// A layer tracks the gradients of its experts, so a user's network need not, and a
-/// HierarchicalGate tracks those of its secondary gates. A gradient written by hand into one of
-/// these that got no token is not seen by lazy functions. The gradients of all other modules, other
-/// gates included, are not tracked and always count as added to. Lazy zeroing does not touch the
-/// memory of tracked gradients: backward writes over it, as after PyTorch's
+/// HierarchicalGate tracks those of its secondary gates. Lazy functions do not see a gradient that
+/// was written by hand into an expert or a secondary gate without tokens. The gradients of all
+/// other modules, other gates included, are not tracked and always count as added to. Lazy zeroing
+/// does not touch the memory of tracked gradients: backward writes over it, as after PyTorch's
 /// zero_grad(set_to_none=True). (A plain network, which can only add, finds zeros there.)
 enum class Updates {
   dense,  ///< all parameters
@@ -35,9 +35,9 @@ namespace detail {
 
 /// What is known of a gradient without reading its numbers.
 enum class GradientState : unsigned char {
-  untracked,  ///< nothing: nobody tracks it
+  untracked,  ///< nothing is known
   zero,       ///< nothing was added since it was zero
-  stale,  ///< it stands for zero, but its memory holds old numbers, for whoever adds to write over
+  stale,  ///< the gradient is zero; its memory holds old numbers, which the next pass overwrites
   added_to,
 };
 
@@ -56,7 +56,7 @@ class GradientFactors {
 template <class Scalar>
 struct StoredGradient {
   Matrix<Scalar> memory;  ///< rows x columns, or empty
-  Index rows = 0;         ///< of the value, as the module made it
+  Index rows = 0;         ///< of the value, as constructed
   Index columns = 0;
   GradientState state = GradientState::untracked;
   GradientFactors<Scalar>* factors = nullptr;  ///< gets what linear_scores_backward() would add
@@ -66,8 +66,8 @@ struct StoredGradient {
 
 }  // namespace detail
 
-/// A gradient that is only read. Where a gradient has no memory and stands for zero, the strides are 0
-/// and every element is the same zero.
+/// A gradient that is only read. Where a gradient is zero and its memory is missing or stale, the
+/// strides are 0 and every element is the same zero.
 template <class Scalar>
 using GradientView = Eigen::Map<const Matrix<Scalar>, Eigen::Unaligned,
                                 Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>;
@@ -78,7 +78,7 @@ struct Accumulation {
   /// What the memory of a gradient holds.
   enum class Holds {
     zero,   ///< zeros: add
-    stale,  ///< old numbers: write over them, all of them
+    stale,  ///< old numbers: overwrite all of them
     sum,    ///< what other passes added: add
   };
   Matrix<Scalar>& memory;  ///< of the shape of the value
@@ -87,24 +87,24 @@ struct Accumulation {
 
 /// A trained matrix and the gradient of the loss with respect to it, of the same shape. A bias is
 /// 1 x N. Backward passes add to the gradient; zero_gradients() sets it to zero. New values may be
-/// assigned to both, but the shape must stay what the module made it.
+/// assigned to both, but their shape must not change.
 ///
-/// The memory of a gradient comes with the first backward pass, so a module that is only evaluated
-/// takes none for gradients.
+/// The memory of a gradient is allocated in the first backward pass, so a module that is only
+/// evaluated takes none for gradients.
 ///
 /// A parameter that is not `trained` belongs to the module's state without being a weight: it is
 /// named, saved and loaded like the others, but no gradient is computed for it, and clipping, the
-/// optimizers and their weight decay leave it alone, and have no memory for one that was never trained.
-/// Only the module itself changes it. To freeze a
-/// part of a model, set `trained` to false in its parameters: backward then leaves out the products
-/// for their gradients, and zero_gradients() releases the memory of these gradients.
+/// optimizers and their weight decay leave it alone. Optimizers take no memory for a parameter that
+/// was never trained. Only the module itself changes it. To freeze a part of a model, set `trained`
+/// to false in its parameters: backward then leaves out the products for their gradients, and
+/// zero_gradients() releases the memory of these gradients.
 template <class Scalar>
 struct Parameter {
   Matrix<Scalar> value;                   ///< rows x columns
   bool trained = true;                    ///< whether it is a weight, see above
   detail::StoredGradient<Scalar> stored;  ///< the library's own: see gradient()
   /// The library's own: a number that a layer gives to its parameters whenever experts are added,
-  /// copied or removed. An optimizer compares it to the one its moments belong to.
+  /// copied or removed. An optimizer compares it to the number at its last update or follow().
   std::uint64_t structure = 0;
 
   Parameter() = default;
@@ -115,8 +115,8 @@ struct Parameter {
   /// Numbers in the value: rows · columns.
   Index size() const { return value.size(); }
 
-  /// The gradient, to read and to write. One that has no memory yet, or old numbers, is set to zeros
-  /// first, so this may take memory and throw std::bad_alloc.
+  /// The gradient, to read and to write. A gradient that has no memory yet, or stale numbers, is
+  /// set to zeros first, so this may allocate and throw std::bad_alloc.
   Matrix<Scalar>& gradient() {
     if (stored.is_stale()) {
       detail::resize_to_zero(stored.memory, stored.rows, stored.columns);
@@ -126,9 +126,10 @@ struct Parameter {
   }
 
   /// The gradient for a backward pass that can write over stale numbers. A pass that can only add
-  /// uses gradient(); in an expert the layer does both. Call it right before adding, since from then
-  /// on the memory counts as the gradient, and only if the parameter is trained. May take memory
-  /// and throw std::bad_alloc; the gradient then still has its old value.
+  /// uses gradient(); for the network of an expert, the layer has called accumulate() already. Call
+  /// it right before adding, since from then on the memory counts as the gradient, and only if the
+  /// parameter is trained. May take memory and throw std::bad_alloc; the gradient then still has
+  /// its old value.
   ///
   ///     const auto [memory, holds] = weight.accumulate();
   ///     if (holds == moe::Accumulation<Scalar>::Holds::stale) memory = dweight;
@@ -155,9 +156,9 @@ struct Parameter {
   }
 };
 
-/// A parameter's name in the dotted form of a PyTorch state dict, "experts.3.up.weight". It is put
-/// together only when it is converted, so walking over the parameters takes no memory. Valid only inside
-/// the call that received it.
+/// A parameter's name in the dotted form of a PyTorch state dict, "experts.3.up.weight". The string
+/// is made only when the name is converted, so walking over the parameters does not allocate. Valid
+/// only inside the call that received it.
 class ParameterName {
  public:
   ParameterName() = default;
@@ -206,7 +207,7 @@ class ParameterVisitor {
   F& f_;
 };
 
-/// Any visitor, for concepts that require visit_parameters.
+/// A visitor that takes any member, for concepts that require visit_parameters.
 struct AnyVisitor {
   template <class Member>
   void operator()(std::string_view, Member&) const {}
@@ -251,8 +252,8 @@ void walk_parameters(Module& module, F&& f) {
   visit_parameters(module, ParameterName(), f);
 }
 
-/// Throws std::invalid_argument if a parameter was given a value of another shape than the module made,
-/// such as a weight of PyTorch that was not transposed. `of` names the module.
+/// Throws std::invalid_argument if the value of a parameter no longer has its original shape, such
+/// as a weight of PyTorch that was not transposed. `of` names the module.
 template <class Module>
 void check_shapes(const Module& module, std::string_view of) {
   walk_parameters(module, [&](const ParameterName& name, const auto& p) {
@@ -263,7 +264,8 @@ void check_shapes(const Module& module, std::string_view of) {
   });
 }
 
-/// Calls f(p, q) for the parameters of two modules that have as many, in their order. `of_second` is scratch.
+/// Calls f(p, q) for the parameters of two modules with the same number of parameters, in their
+/// order. `of_second` is scratch.
 template <class First, class Second, class P, class F>
 void walk_together(First& first, Second& second, std::vector<P*>& of_second, F&& f) {
   of_second.clear();
@@ -272,8 +274,8 @@ void walk_together(First& first, Second& second, std::vector<P*>& of_second, F&&
   walk_parameters(first, [&](const ParameterName&, auto& p) { f(p, **next++); });
 }
 
-/// Throws std::invalid_argument unless two modules of a type have parameters of the same shapes. The
-/// message begins with `of`, which the name of the parameter in the module follows.
+/// Throws std::invalid_argument unless two modules of a type have parameters of the same shapes.
+/// The message begins with `of`, followed by the name of the parameter in the module.
 template <class Module>
 void check_same_shapes(const Module& there, const Module& here, std::string_view of) {
   std::vector<std::pair<Index, Index>> shapes;
@@ -285,10 +287,11 @@ void check_same_shapes(const Module& there, const Module& here, std::string_view
     const auto [rows, columns] =
         next < shapes.size() ? shapes[next++] : std::pair<Index, Index>{0, 0};
     if (rows == p.value.rows() && columns == p.value.cols()) return;
-    fail({Part(of), Part(name.string()), Part(" would be "), Part(rows), Part(" x "), Part(columns),
-          Part(", and is "), Part(p.value.rows()), Part(" x "), Part(p.value.cols())});
+    fail({Part(of), Part(name.string()), Part(" would become "), Part(rows), Part(" x "),
+          Part(columns), Part(", must be "), Part(p.value.rows()), Part(" x "),
+          Part(p.value.cols())});
   });
-  require(next == shapes.size(), of, ": other parameters");
+  require(next == shapes.size(), of, ": the numbers of parameters differ");
 }
 
 /// Whether an update leaves a parameter out.

@@ -17,8 +17,8 @@ namespace moe {
 
 namespace detail {
 
-/// Philox 4x32-10 of N counters, word by word, in the form that compilers turn into vector code. Of
-/// words in 64 bits only the lower 32 count.
+/// Philox 4x32-10 of N counters, word by word, in the form that compilers turn into vector code. If
+/// a Word has 64 bits, only the lower 32 count.
 template <class Word, std::size_t N>
 constexpr void philox_lanes(std::array<std::array<Word, N>, 4>& counters, std::uint64_t key) {
   auto key_low = static_cast<std::uint32_t>(key);
@@ -93,7 +93,7 @@ struct NoiseKey {
 
 namespace detail {
 
-/// What four columns of one row of noise are made from: (step, token, column / 4).
+/// The counter of four columns of one row of noise: (step, token, column / 4).
 inline std::array<std::uint32_t, 4> noise_counter(const NoiseKey& key, Index row,
                                                   Index column_block) {
   return {static_cast<std::uint32_t>(column_block),
@@ -117,7 +117,7 @@ EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
   const double sum = product + addend;
   const double rest = sum - product;
   const double error = (product - (sum - rest)) + (addend - rest);
-  // Without a branch, and with nothing that the oldest vector instructions lack.
+  // Without a branch, and with operations that even the oldest vector instructions have.
   const auto bits = std::bit_cast<std::uint64_t>(sum);
   const auto error_bits = std::bit_cast<std::uint64_t>(error);
   const std::uint64_t magnitude = error_bits << 1;
@@ -205,7 +205,7 @@ std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) 
   return normal;
 }
 
-/// One standard normal deviate, as standard_normals() makes it of the same bits.
+/// One standard normal deviate: the one that standard_normals() makes of these bits.
 inline float standard_normal(std::uint32_t bits) { return standard_normals(std::array{bits})[0]; }
 
 namespace detail {
@@ -271,7 +271,7 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
     for (Index lane = 0; lane < used; ++lane) {
       const float* from = normals.data() + 4 * lane;
       Scalar* to = n + place[lane];
-      if (width[lane] == 4) {  // nearly always, and then a constant
+      if (width[lane] == 4) {  // nearly always, and the count is then a constant
         copy(from, 4, to);
       } else {
         copy(from, width[lane], to);

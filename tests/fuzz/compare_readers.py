@@ -211,8 +211,8 @@ def documented(ours, theirs, file):
         return "a key that is there twice: refused here"
     for words, why in [
         ("does not begin with {", "white space before {"),
-        ("is no object", "a list for a tensor"),
-        ("dtype is no text", "an object for a dtype"),
+        ("is not an object", "a list for a tensor"),
+        ("dtype is not a string", "an object for a dtype"),
         ("more than 64 numbers", "more than 64 dimensions"),
     ]:
         if words in refused:

@@ -356,8 +356,8 @@ TEST_CASE("top-k gate: the best tokens' places are refused in a shared batch", "
                           .place_order = PlaceOrder::best_tokens};
   const TopKGate<double> gate(config, 0);
   const std::string message =
-      "moe: PlaceOrder::best_tokens: a batch that several processes share has no such order; take"
-      " first_choices or largest_weight";
+      "moe: PlaceOrder::best_tokens: not possible in a batch that several processes share; use "
+      "first_choices or largest_weight";
   CHECK_THROWS_WITH(gate.shared_calls(true, 4), message);
   struct Alone final : SharedBatch {
     Index processes() const override { return 1; }

@@ -570,9 +570,9 @@ TEST_CASE("adapters: files that are not there or not in order", "[io][adapt]") {
   CHECK_THAT(refusal([](const std::string& path) {
                std::filesystem::resize_file(path + config_file, 20);
              }),
-             Contains("is no JSON"));
+             Contains("is not JSON"));
   CHECK_THAT(refusal([](const std::string& path) { write_config(path, json::array({1})); }),
-             Contains("is no object"));
+             Contains("is not an object"));
 }
 
 TEST_CASE("adapters: settings that cannot be served", "[io][adapt]") {
@@ -580,7 +580,7 @@ TEST_CASE("adapters: settings that cannot be served", "[io][adapt]") {
              Contains("\"peft_type\" is \"ADALORA\", must be \"LORA\""));
   CHECK_THAT(refusal_of("peft_type", nullptr), Contains("has no \"peft_type\""));
   CHECK_THAT(refusal_of("bias", "all"), Contains("\"bias\" is \"all\", must be \"none\""));
-  CHECK_THAT(refusal_of("bias", 3), Contains("\"bias\" is 3, must be a text"));
+  CHECK_THAT(refusal_of("bias", 3), Contains("\"bias\" is 3, must be a string"));
   for (const char* key : {"use_dora", "use_qalora", "fan_in_fan_out", "lora_bias"}) {
     CHECK_THAT(refusal_of(key, true),
                Contains('"' + std::string(key) + "\" is true, must be false"));
@@ -663,18 +663,19 @@ TEST_CASE("adapters: tensors that do not fit the module", "[io][adapt]") {
   CHECK_THAT(rewritten([](Tensors& tensors) {
                tensors[some_a] = Matrix<float>(tensors[some_a].transpose());
              }),
-             Contains(std::string(some_a) + "\" has shape [4,2], needed is [2,4]"));
-  CHECK_THAT(rewritten([](Tensors& tensors) {
-               tensors["base_model.model.experts.3.up.lora_A.weight"] = Matrix<float>::Ones(2, 4);
-             }),
-             Contains("tensor \"base_model.model.experts.3.up.lora_A.weight\" is of an adapter "
-                      "that the module does not have"));
+             Contains(std::string(some_a) + "\" has shape [4,2], must be [2,4]"));
+  CHECK_THAT(
+      rewritten([](Tensors& tensors) {
+        tensors["base_model.model.experts.3.up.lora_A.weight"] = Matrix<float>::Ones(2, 4);
+      }),
+      Contains("tensor \"base_model.model.experts.3.up.lora_A.weight\" belongs to an adapter "
+               "that the module does not have"));
   CHECK_THAT(
       refusal([](const std::string&) {}, small_layer<float>({.rank = 2, .alpha = 5, .up = false})),
-      Contains("experts.0.up.lora_A.weight\" is of an adapter that the module does not have"));
+      Contains("experts.0.up.lora_A.weight\" belongs to an adapter that the module does not have"));
   CHECK_THAT(
       refusal([](const std::string&) {}, small_layer<float>({.rank = 2, .alpha = 5}, {.rank = 0})),
-      Contains("gate.lora_A.weight\" is of an adapter that the module does not have"));
+      Contains("gate.lora_A.weight\" belongs to an adapter that the module does not have"));
 }
 
 TEST_CASE("adapters: a module without any", "[io][adapt]") {
@@ -734,7 +735,7 @@ TEST_CASE("adapters: trained parameters that would get lost are refused", "[io][
       p.trained = p.trained || name == trained;
     });
     CHECK_THROWS_WITH(save_adapters(folder.file("lost"), adapted),
-                      Contains(trained + " is trained and no part of an adapter"));
+                      Contains(trained + " is trained but not part of an adapter"));
     CHECK(folder.files().empty());
   }
 }
@@ -811,7 +812,7 @@ TEST_CASE("adapters: what cannot be saved", "[io][adapt]") {
 
   std::ofstream(folder.file("file")) << "x";
   CHECK_THROWS_AS(save_adapters(folder.file("file"), layer), std::runtime_error);
-  CHECK_THROWS_WITH(save_adapters(folder.file("file/a"), layer), Contains("cannot be made"));
+  CHECK_THROWS_WITH(save_adapters(folder.file("file/a"), layer), Contains("cannot be created"));
   CHECK(test::read_all(folder.file("file")) == "x");
   std::filesystem::create_directories(path + tensors_file);
   CHECK_THROWS_WITH(save_adapters(path, layer), Contains("adapter_model.safetensors"));

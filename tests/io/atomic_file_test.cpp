@@ -154,7 +154,7 @@ TEMPLATE_TEST_CASE("atomic file: what is no file is not replaced", "[io]",
   const auto fails = [&](const std::string& what) {
     CHECK_THROWS_WITH(save<TestType>(path, "new"),
                       Contains("a: cannot be written: it is " +
-                               (says_which ? what : std::string("no regular file"))));
+                               (says_which ? what : std::string("not a regular file"))));
     CHECK(folder.files() == std::vector<std::string>{"a"});
   };
   fs::create_directory(path);

@@ -55,7 +55,7 @@ TEST_CASE("safetensors: one tensor of an unknown type does not keep the others f
   CHECK(file.tensors().at("u").type == "F31");
   CHECK(file.tensors().at("u").end == 7);
   CHECK_THROWS_WITH(file.check("u", Matrix<float>(1, 3)),
-                    Catch::Matchers::Contains("tensor \"u\" is F31, needed is F32"));
+                    Catch::Matchers::Contains("tensor \"u\" is F31, must be F32"));
   const SafetensorsFile metadata((corpus / "read" / "metadata_null").string());
   CHECK(metadata.metadata().empty());
   CHECK(metadata.tensors().count("a") == 1);

@@ -30,7 +30,7 @@ TEMPLATE_TEST_CASE("input file: why it cannot be read", "[io]", detail::Portable
     CHECK_THROWS_AS((TestType(path)), std::runtime_error);
   };
   const auto is_no_file = [&](const std::string& what) {
-    fails("it is " + (says_which ? what : std::string("no regular file")));
+    fails("it is " + (says_which ? what : std::string("not a regular file")));
     fs::remove(path);
   };
   fails("No such file or directory");

@@ -107,7 +107,7 @@ TEST_CASE("safetensors: a file that does not fit leaves the module as it was", "
   Linear<float> wider({.inputs = 3, .outputs = 4}, 2);
   const Linear<float> before = wider;
   CHECK_THROWS_WITH(load_parameters(path, wider),
-                    Contains("tensor \"weight\" has shape [3,2], needed is [3,4]"));
+                    Contains("tensor \"weight\" has shape [3,2], must be [3,4]"));
   CHECK(same_bits(wider.weight.value, before.weight.value));
 
   // Of two parameters the second is wrong: the first must not have been touched.
@@ -118,8 +118,7 @@ TEST_CASE("safetensors: a file that does not fit leaves the module as it was", "
   mixed.add("weight", wider.weight.value);
   mixed.add("bias", zeros);
   mixed.write(path);
-  CHECK_THROWS_WITH(load_parameters(path, other),
-                    Contains("tensor \"bias\" is F64, needed is F32"));
+  CHECK_THROWS_WITH(load_parameters(path, other), Contains("tensor \"bias\" is F64, must be F32"));
   CHECK(same_bits(other.weight.value, other_before.weight.value));
 
   SafetensorsWriter lacking;

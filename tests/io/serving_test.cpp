@@ -220,20 +220,20 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
   change_tensor(path, bad, name + ".scale", "", {}, {});
   refused("has no tensor \"experts.1.up.weight.scale\"");
   change_tensor(path, bad, name + ".scale", "F16", {1, 71}, std::vector<std::byte>(142));
-  refused("\"experts.1.up.weight.scale\" is F16 [1,71], needed is F16 [2,71]");
+  refused("\"experts.1.up.weight.scale\" is F16 [1,71], must be F16 [2,71]");
   change_tensor(path, bad, name, "U8", {37, 71}, bytes_of(name));
-  refused("\"experts.1.up.weight\" is U8 [37,71], needed is I8 [37,71]");
+  refused("\"experts.1.up.weight\" is U8 [37,71], must be I8 [37,71]");
   auto codes = bytes_of(name);
   codes[71 * 3 + 5] = std::byte{0x80};
   change_tensor(path, bad, name, "I8", {37, 71}, codes);
-  refused("\"experts.1.up.weight\" has -128 at [3,5], which is no weight of int8");
+  refused("\"experts.1.up.weight\" has -128 at [3,5], which is not a weight of int8");
   auto scales = bytes_of(name + ".scale");
   scales[2 * (71 + 4)] = std::byte{0x00};
   scales[2 * (71 + 4) + 1] = std::byte{0x7C};
   change_tensor(path, bad, name + ".scale", "F16", {2, 71}, scales);
-  refused("\"experts.1.up.weight.scale\" has inf at [1,4], which is no weight of int8");
+  refused("\"experts.1.up.weight.scale\" has inf at [1,4], which is not a weight of int8");
   CHECK_THROWS_WITH(load_serving<Served<Int4>>(path),
-                    Contains("has weights in int8, needed is int4"));
+                    Contains("has weights in int8, must be int4"));
   CHECK_THROWS_WITH(load_serving<Served<Int8>>(folder.file("none")), Contains("cannot be read"));
 
   const Served<BFloat16> halves(make_layer());
@@ -243,7 +243,7 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
   infinite[1] = std::byte{0x7F};
   change_tensor(path, bad, name, "BF16", {37, 71}, infinite);
   CHECK_THROWS_WITH(load_serving<Served<BFloat16>>(bad),
-                    Contains("has inf at [0,0], which is no weight of bfloat16"));
+                    Contains("has inf at [0,0], which is not a weight of bfloat16"));
 
   save_serving(path, served, Packing::packed);
   {
@@ -253,9 +253,9 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
     writer.set_metadata("serving.layout", "version 7, lanes 16");
     writer.write(bad);
   }
-  refused("has the layout \"version 7, lanes 16\", known is \"version 1, lanes ");
+  refused("has the layout \"version 7, lanes 16\", must be \"version 1, lanes ");
   change_tensor(path, bad, name, "U8", {64}, std::vector<std::byte>(64));
-  refused("\"experts.1.up.weight\" is U8 [64], needed is U8 [");
+  refused("\"experts.1.up.weight\" is U8 [64], must be U8 [");
   // Cut off.
   std::filesystem::copy_file(path, bad, std::filesystem::copy_options::overwrite_existing);
   std::filesystem::resize_file(bad, std::filesystem::file_size(bad) - 64);
@@ -296,8 +296,9 @@ TEST_CASE("safetensors writer: bytes that do not fit their shape", "[io]") {
   CHECK_THROWS_WITH(writer.add_made_bytes("w", "F99", {2}, [] { return std::vector<std::byte>(); }),
                     Contains("type F99 is not known"));
   CHECK_THROWS_WITH(writer.add_made_bytes("w", "F4", {3}, [] { return std::vector<std::byte>(); }),
-                    Contains("takes no whole bytes"));
+                    Contains("does not take a whole number of bytes"));
   writer.add_made_bytes("w", "I8", {3}, [] { return std::vector<std::byte>(2); });
   const TemporaryFolder folder;
-  CHECK_THROWS_WITH(writer.write(folder.file("file")), Contains("takes 3 bytes, 2 were made"));
+  CHECK_THROWS_WITH(writer.write(folder.file("file")),
+                    Contains("takes 3 bytes, make() returned 2 bytes"));
 }

@@ -127,15 +127,17 @@ TEST_CASE("identity experts: stay behind networks that come and go", "[layer][ch
   layer.remove_experts({3});
   now = values_of(layer);
   CHECK(test::change::same_values(now, before));
-  CHECK_THROWS_WITH(layer.remove_experts({3}), "moe: MoELayer::remove_experts: expert 3 of 3");
+  CHECK_THROWS_WITH(layer.remove_experts({3}),
+                    "moe: MoELayer::remove_experts: expert = 3, must be at least 0 and below 3");
   CHECK_THROWS_WITH(layer.copy_experts({4}, {.seed = 1}),
-                    "moe: MoELayer::copy_experts: expert 4 of 3");
+                    "moe: MoELayer::copy_experts: expert = 4, must be at least 0 and below 3");
   layer.copy_experts({1}, {.seed = 1});
   now = values_of(layer);
   CHECK(same_bits(now.at("gate.weight").col(3), before.at("gate.weight").col(1)));
   CHECK(same_bits(now.at("gate.weight").rightCols(2), before.at("gate.weight").rightCols(2)));
-  CHECK_THROWS_WITH(layer.replace_expert(4, layer.experts()[0]),
-                    "moe: MoELayer::replace_expert: expert 4 of 4");
+  CHECK_THROWS_WITH(
+      layer.replace_expert(4, layer.experts()[0]),
+      "moe: MoELayer::replace_expert: expert = 4, must be one of this process and below 4");
 }
 
 TEST_CASE("identity experts: the tape of a layer with another number of them is refused",
@@ -152,8 +154,9 @@ TEST_CASE("identity experts: the tape of a layer with another number of them is 
   const Matrix<double> x = random_matrix(6, 3, 1);
   Layer<double>::Tape tape;
   one.forward(x, tape, {.step = 0});
-  CHECK_THROWS_WITH(two.backward(x, tape),
-                    "moe: MoELayer::backward: the tape is another layer's, of 4 experts that are no"
-                    " identity");
+  CHECK_THROWS_WITH(
+      two.backward(x, tape),
+      "moe: MoELayer::backward: the tape is another layer's, of 4 experts that are not the"
+      " identity");
   CHECK_NOTHROW(one.backward(x, tape));
 }

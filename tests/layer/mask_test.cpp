@@ -216,7 +216,7 @@ TEST_CASE("layer: a gate that gives padding a slot is refused", "[layer][mask]")
   decltype(layer)::Tape tape;
   const Matrix<double> x = random_matrix(4, 5, 1);
   const Mask valid{1, 1, 0, 1};
-  const char* const message = "moe: MoELayer: row 2 of x is not valid, and the gate gave it a slot";
+  const char* const message = "moe: MoELayer: row 2 of x is not valid, but the gate gave it a slot";
   CHECK_THROWS_WITH(layer.forward(x, tape, {.step = 0, .valid = valid}), message);
   CHECK_THROWS_WITH(layer.evaluate(x, tape, {.valid = valid}), message);
   CHECK_NOTHROW(layer.forward(x, tape, {.step = 0}));

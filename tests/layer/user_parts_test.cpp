@@ -201,8 +201,8 @@ TEST_CASE("layer: a gate's faulty routing is refused", "[layer]") {
       CHECK(gradient.cwiseAbs().maxCoeff() == 0);
     }
   };
-  refuse([](auto& gate) { gate.first_expert = 3; }, "moe: Routing.expert = 3 with 3 experts");
-  refuse([](auto& gate) { gate.first_expert = -1; }, "moe: Routing.expert = -1 with 3 experts");
+  refuse([](auto& gate) { gate.first_expert = 3; }, "moe: Routing.expert = 3, must be in [0, 3)");
+  refuse([](auto& gate) { gate.first_expert = -1; }, "moe: Routing.expert = -1, must be in [0, 3)");
   refuse([](auto& gate) { gate.claimed_experts = 4; },
          "moe: MoELayer: the gate's routing has 4 experts, the layer has 3");
   refuse([](auto& gate) { gate.extra_tokens = 1; },
@@ -217,7 +217,7 @@ TEST_CASE("layer: a gate that leaves out its part is found out or helped", "[lay
   Careless harmful({.width = 3, .expert = {.hidden = 4}, .gate = {.shrinks_dx = true}, .seed = 0});
   harmful.forward(x, tape, {.step = 0});
   CHECK_THROWS_WITH(harmful.backward(x, tape),
-                    "moe: MoELayer: the gate left a dx of 1 x 3 for an x of 6 x 3");
+                    "moe: MoELayer: the gate changed dx to 1 x 3, must be as x, 6 x 3");
 
   // A gate without a gradient need not touch dx: the experts' share is in it.
   Careless layer({.width = 3, .expert = {.hidden = 4}, .seed = 0});

@@ -206,7 +206,7 @@ TEST_CASE("communicator: what one rank throws, all do", "[mpi]") {
   };
   CHECK(fails([] { throw std::runtime_error("no luck"); }) == "rank " + at + ": no luck");
   CHECK(fails([] { throw std::bad_alloc(); }) == "rank " + at + ": " + std::bad_alloc().what());
-  CHECK(fails([] { throw 7; }) == "rank " + at + ": an exception that is no std::exception");
+  CHECK(fails([] { throw 7; }) == "rank " + at + ": an exception that is not a std::exception");
   CHECK(fails([] { throw std::runtime_error(std::string(3000, 'x')); }).size() ==
         3000 + 6 + at.size() + 1 - 0);
   // Of several the lowest, and while the others are in quite another call.

@@ -189,7 +189,7 @@ TEST_CASE("expert parallel: a gate that cannot share a batch is refused", "[mpi]
                  .seed = 1},
                 communicator);
         },
-        "PlaceOrder::best_tokens: a batch that several processes share has no such order");
+        "PlaceOrder::best_tokens: not possible in a batch that several processes share");
   }
 }
 

@@ -36,11 +36,14 @@ TEST_CASE("placement: shared experts are on rank 0, before the groups", "[mpi]")
   CHECK(placement.first(0) == 0);
   CHECK(placement.first(1) == 6);
   CHECK(placement.count(1) == 8);
-  CHECK_THROWS_WITH(Placement(8, 2, 1, 9), "moe: Placement: 9 shared of 8 experts");
+  CHECK_THROWS_WITH(Placement(8, 2, 1, 9),
+                    "moe: Placement: 9 shared experts, must be from 0 to 8 experts");
 }
 
 TEST_CASE("placement: what makes no sense is refused", "[mpi]") {
   CHECK_THROWS_WITH(Placement(8, 0), "moe: Placement: 0 ranks, must be at least 1");
-  CHECK_THROWS_WITH(Placement(8, 2, 3), "moe: Placement: units of 3 experts do not divide 8");
-  CHECK_THROWS_WITH(Placement(8, 2, 0), "moe: Placement: units of 0 experts do not divide 8");
+  CHECK_THROWS_WITH(Placement(8, 2, 3),
+                    "moe: Placement: units of 3 experts, must be at least 1 and divide 8");
+  CHECK_THROWS_WITH(Placement(8, 2, 0),
+                    "moe: Placement: units of 0 experts, must be at least 1 and divide 8");
 }

@@ -66,7 +66,7 @@ struct LinearLaw : ModuleLaw<Linear<Scalar>, Scalar> {
   static constexpr const char* name = "Linear";
   static constexpr Shape large{203, 71, 130};
   static std::string columns_were(const Shape& shape) {
-    return "the layer " + std::to_string(shape.outputs) + " outputs";
+    return "the layer has " + std::to_string(shape.outputs) + " outputs";
   }
 
   static Module make(const Shape& shape) {
@@ -137,7 +137,7 @@ struct RMSNormLaw : ModuleLaw<RMSNorm<Scalar>, Scalar> {
   static constexpr bool copies_x = false;
   static constexpr Shape large{601, 67, 67};
   static std::string columns_were(const Shape& shape) {
-    return "the norm is of " + std::to_string(shape.outputs);
+    return "the norm's width is " + std::to_string(shape.outputs);
   }
 
   static Module make(const Shape& shape) {
@@ -181,7 +181,7 @@ struct EmbeddingLaw : ModuleLaw<Embedding<Scalar>, Scalar> {
   static constexpr Shape large{900, 11, 300};
   static std::string rows_were(Index rows) { return "there were " + std::to_string(rows) + " ids"; }
   static std::string columns_were(const Shape& shape) {
-    return "the embedding " + std::to_string(shape.outputs);
+    return "the embedding's width is " + std::to_string(shape.outputs);
   }
 
   static Module make(const Shape& shape) {

@@ -240,9 +240,9 @@ TEMPLATE_LIST_TEST_CASE("nn modules: a wrong width is named and changes nothing"
   const Matrix<Scalar> y = tape.y;
   if constexpr (requires { module.config().inputs; }) {
     CHECK_THROWS_WITH(TestType::forward(module, TestType::input({7, 2, 5}, 1), tape),
-                      "moe: " + name + ": x has 2 columns, the layer 3 inputs");
+                      "moe: " + name + ": x has 2 columns, the layer has 3 inputs");
     CHECK_THROWS_WITH(TestType::evaluate(module, TestType::input({7, 2, 5}, 1), tape),
-                      "moe: " + name + ": x has 2 columns, the layer 3 inputs");
+                      "moe: " + name + ": x has 2 columns, the layer has 3 inputs");
   }
   CHECK_THROWS_WITH(backward<TestType>(module, Matrix<Scalar>::Ones(6, 5), tape),
                     "moe: " + name + "::backward: dy has 6 rows, " + TestType::rows_were(4));
@@ -292,8 +292,8 @@ TEMPLATE_LIST_TEST_CASE("nn modules: a tape's own output as input works or is re
   const std::string name = TestType::name;
   const auto refused = [&](const char* verb, const char* argument) {
     return "moe: " + name + "::" + verb + ": " + argument +
-           " lies in this tape's own memory, which the pass writes to; give it a copy, or a tape "
-           "of its own";
+           " lies in this tape's own memory, which the pass writes to; pass a copy, or use another "
+           "tape";
   };
   for (const Index rows : {6, 4, 2}) {  // all of it, and its last rows
     INFO(rows << " rows");

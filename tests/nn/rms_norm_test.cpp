@@ -73,7 +73,7 @@ TEST_CASE("rms norm: what is wrong is named", "[nn][rms_norm]") {
   const RMSNorm<float> norm({.width = 3});
   RMSNorm<float>::Tape tape;
   CHECK_THROWS_WITH(norm.forward(Matrix<float>::Ones(1, 2), tape),
-                    "moe: RMSNorm: x has 2 columns, the norm is of 3");
+                    "moe: RMSNorm: x has 2 columns, the norm's width is 3");
   CHECK_THROWS_WITH(norm.evaluate(Matrix<float>::Ones(1, 4)),
-                    "moe: RMSNorm: x has 4 columns, the norm is of 3");
+                    "moe: RMSNorm: x has 4 columns, the norm's width is 3");
 }

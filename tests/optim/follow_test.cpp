@@ -248,8 +248,8 @@ TEMPLATE_LIST_TEST_CASE(
   model.train(optimizer, 1, 2);
   const ExpertChange first = model.layer.add_experts(1, 1);
   const ExpertChange second = model.layer.remove_experts({0});
-  refused(first, "gate.weight of the layer is not what this change made");
-  if (Law::remembers) refused(second, "a change before this one was not followed");
+  refused(first, "gate.weight of the layer was not made by this change");
+  if (Law::remembers) refused(second, "follow() was not called for a change before this one");
   if (!Law::remembers) return;
   // As many experts as before, of the same shapes, and none of its own.
   CHECK_THROWS_WITH(optimizer.update(model, 0.1),
@@ -261,7 +261,7 @@ TEMPLATE_LIST_TEST_CASE(
   other.train(fresh, 1, 2);
   const ExpertChange change = other.layer.remove_experts({1});
   CHECK_THROWS_WITH(fresh.follow(model, other.layer, change),
-                    Catch::Matchers::Contains("the layer is no part of the model"));
+                    Catch::Matchers::Contains("the layer is not part of the model"));
   CHECK_THROWS_WITH(fresh.follow(other.layer, other.layer, change),
                     Catch::Matchers::Contains("parameters before the change"));
   fresh.follow(other, other.layer, change);

@@ -73,12 +73,13 @@ TEST_CASE("report: an expert of the same shape may take another's place", "[repo
   const Expert<FeedForward> wide({.width = 8, .hidden = 5}, 1);
   CHECK_THROWS_WITH(
       replaced(2, high)(),
-      "moe: MoELayer::replace_expert: experts.2.up.weight would be 3 x 9, and is 3 x 5");
+      "moe: MoELayer::replace_expert: experts.2.up.weight would become 3 x 9, must be 3 x 5");
   CHECK_THROWS_WITH(
       replaced(2, wide)(),
-      "moe: MoELayer::replace_expert: experts.2.up.weight would be 8 x 5, and is 3 x 5");
-  CHECK_THROWS_WITH(replaced(4, layer.experts()[0])(),
-                    "moe: MoELayer::replace_expert: expert 4 of 4");
+      "moe: MoELayer::replace_expert: experts.2.up.weight would become 8 x 5, must be 3 x 5");
+  CHECK_THROWS_WITH(
+      replaced(4, layer.experts()[0])(),
+      "moe: MoELayer::replace_expert: expert = 4, must be one of this process and below 4");
 }
 
 TEST_CASE("report: a weight that was not transposed is named", "[reports]") {

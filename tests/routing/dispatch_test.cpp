@@ -211,8 +211,8 @@ TEST_CASE("dispatch: a contradiction is refused before anything is grouped",
   refuse([](auto& r) { r.token_offsets.back() = 7; }, offsets);
   refuse([](auto& r) { r.token_offsets[2] = 1; }, "moe: Routing.token_offsets descends at token 2");
   refuse([](auto& r) { r.token_offsets[2] = 4; }, "moe: Routing.token_offsets descends at token 3");
-  refuse([](auto& r) { r.expert[4] = 3; }, "moe: Routing.expert = 3 with 3 experts");
-  refuse([](auto& r) { r.expert[4] = -1; }, "moe: Routing.expert = -1 with 3 experts");
+  refuse([](auto& r) { r.expert[4] = 3; }, "moe: Routing.expert = 3, must be in [0, 3)");
+  refuse([](auto& r) { r.expert[4] = -1; }, "moe: Routing.expert = -1, must be in [0, 3)");
   refuse([](auto& r) { r.expert[1] = r.expert[0]; },
          "moe: Routing.expert does not ascend at slot 1 of token 0");
 }

@@ -27,10 +27,10 @@ TEST_CASE("narrow linear: what it refuses", "[weights]") {
   Linear<float> linear({.inputs = 5, .outputs = 7}, 1);
   const NarrowLinear<Int8> served = narrow<Int8>(linear, {.activations = Activations::int8});
   CHECK_THROWS_WITH(served.evaluate(Matrix<float>(2, 6)),
-                    Contains("NarrowLinear: x has 6 columns, the layer 5 inputs"));
+                    Contains("NarrowLinear: x has 6 columns, the layer has 5 inputs"));
   NarrowLinear<Int8>::Tape tape;
   CHECK_THROWS_WITH(served.input_gradient(Matrix<float>(2, 6), tape),
-                    Contains("dy has 6 columns, the layer 7 outputs"));
+                    Contains("dy has 6 columns, the layer has 7 outputs"));
   CHECK_THROWS_WITH(narrow<BFloat16>(linear, {.activations = Activations::int8}),
                     Contains("NarrowOptions.activations = 1, bfloat16 has float32 only"));
   CHECK_THROWS_WITH(narrow<Int4>(linear, {.activations = static_cast<Activations>(7)}),

@@ -17,8 +17,8 @@ namespace moe {
 
 namespace detail {
 
-/// Experts `first`, first + 1, ... adapted, each by the seed and its number; base(network) is what an
-/// adapter is put on.
+/// Experts `first`, first + 1, ... with adapters. The adapters of an expert are drawn from the seed
+/// and its number; base(network) is the network that gets them.
 template <class Adapted, class Expert, class Base>
 std::vector<Adapted> adapted_experts(std::span<const Expert> from, Index first,
                                      const LoraConfig& lora, Seed seed, Base&& base) {
@@ -33,7 +33,7 @@ std::vector<Adapted> adapted_experts(std::span<const Expert> from, Index first,
   }
   return experts;
 }
-/// Those of a layer that are here.
+/// The same for the experts of a layer that are on this rank.
 template <class Adapted, class Layer>
 std::vector<Adapted> adapted_experts(const Layer& layer, const LoraConfig& lora, Seed seed) {
   const auto& policy = layer.dispatch_policy();
@@ -45,7 +45,7 @@ std::vector<Adapted> adapted_experts(const Layer& layer, const LoraConfig& lora,
   });
 }
 
-/// No parameter of a module is trained any more.
+/// A module with all parameters frozen, and without the memory of their gradients.
 template <class Module>
 Module frozen(Module module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {
@@ -56,7 +56,7 @@ Module frozen(Module module) {
   return module;
 }
 
-/// A module of which is trained what is in a fresh one of this configuration.
+/// A module that trains the parameters that a fresh module of this configuration trains.
 template <class Module>
 Module unfrozen(Module module, const typename Module::Config& config) {
   const Module fresh(config, 0);
@@ -68,15 +68,15 @@ Module unfrozen(Module module, const typename Module::Config& config) {
 
 }  // namespace detail
 
-/// A layer with adapters on its experts. Everything else is frozen, the gate too (set `trained` of its
-/// parameters to train it). Before training, y is that of `layer`.
+/// A copy of a layer with adapters on its experts. All other parameters are frozen, the gate's too
+/// (set their `trained` to train them). Before training, y is that of `layer`.
 ///
 ///     auto adapted = moe::adapt(layer, moe::LoraConfig{.rank = 8}, moe::Seed{1});
 ///     // train `adapted` as any layer, then
 ///     auto plain = moe::merged(adapted);
 ///
-/// A layer whose experts are spread over ranks needs a dispatch policy for the new one. Equal seeds draw
-/// equal numbers. Throws std::invalid_argument for a configuration out of range.
+/// A layer whose experts are spread over ranks needs a dispatch policy for the new layer, `policy`.
+/// Equal seeds draw equal adapters. Throws std::invalid_argument for a configuration out of range.
 template <class Scalar, class Gate, class Dispatch>
 MoELayer<Lora<FeedForward, Scalar>, Gate, Dispatch> adapt(
     const MoELayer<Expert<FeedForward, Scalar>, Gate, Dispatch>& layer, const LoraConfig& lora,
@@ -108,7 +108,7 @@ MoELayer<Lora<FeedForward, Scalar>, LoraGate<Gate>, Dispatch> adapt(
 
 namespace detail {
 
-// The gate without adapters, and its configuration in that of a layer.
+// A gate without its adapters, and its part of a layer's configuration.
 
 template <class Gate>
 const Gate& merged_gate(const Gate& gate) {
@@ -130,8 +130,9 @@ const auto& merged_gate_config(const LoraGate<Gate>&,
 
 }  // namespace detail
 
-/// The plain layer that computes the same up to rounding, with weights W + factor·A·B, all of which are
-/// trained. For narrow weights, W are the decoded ones.
+/// The layer without adapters that computes the same up to rounding. Its weights are W +
+/// factor·A·B, where W are the decoded weights if they are narrow, and its parameters are trained
+/// as in a fresh layer.
 template <class Stored, class Gate, class Dispatch>
 auto merged(const MoELayer<Lora<FeedForward, Stored>, Gate, Dispatch>& layer,
             Dispatch policy = Dispatch()) {

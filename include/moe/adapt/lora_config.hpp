@@ -34,8 +34,8 @@ struct LoraConfig {
   }
 };
 
-/// Adapters of a gate's weights: of the parameters whose name is "weight" or ends in ".weight". That is W_g,
-/// and not the weights of the noise.
+/// Adapters on the parameters of a gate whose name is "weight" or ends in ".weight": W_g, but not
+/// the weights of the noise.
 struct LoraGateConfig {
   Index rank = 8;                ///< r, at least 0; with 0 there are no adapters
   double alpha = 16;             ///< factor = alpha / rank; finite

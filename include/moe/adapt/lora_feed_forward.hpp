@@ -32,7 +32,8 @@ struct LoraFeedForwardConfig {
 
 namespace detail {
 
-/// A matrix in the place of a weight, frozen, and what is added to it. `Base` is what a weight can be.
+/// A frozen weight and the low-rank matrix that is added to it. `Base` is a Parameter or a narrow
+/// weight.
 template <class Scalar, class Base>
 struct LoraWeight {
   Base base;  ///< K x N
@@ -64,7 +65,7 @@ const Scalar* first_number(const LoraWeight<Scalar, Base>& weight) {
   return first_number(weight.base);
 }
 
-/// The low rank comes first: then the other product's epilogue finds the whole sum.
+/// The low-rank product comes first, so that the epilogue of the other product reads the whole sum.
 template <class Scalar, class Base, class Product>
 void multiply_by(const LoraWeight<Scalar, Base>& weight, const MatrixView<Scalar>& scratch,
                  const Product& product, Precision products) {
@@ -96,8 +97,8 @@ Parameter<Scalar> frozen_copy(const Parameter<Scalar>& from) {
   return copy;
 }
 
-/// What an adapted network is made from, by what its weights are stored in: a Scalar, or a narrow format
-/// (moe/adapt/narrow_lora.hpp).
+/// The network that is adapted, given the type in which its weights are stored: a Scalar, or a
+/// narrow format (moe/adapt/narrow_lora.hpp).
 template <class Stored>
 struct LoraBase {
   using Scalar = Stored;
@@ -112,22 +113,22 @@ struct LoraBase {
   static Network make(const FeedForwardConfig& config, std::uint64_t seed) {
     return Network(config, seed);
   }
-  /// The numbers that a weight stands for.
+  /// The values of a weight.
   static const Matrix<Scalar>& numbers(const Weight& weight) { return weight.value; }
 };
 
 }  // namespace detail
 
 /// A FeedForward whose weights and biases are frozen, with trained low-rank adapters on some of its maps:
-/// x·W becomes x·W + factor·(x·A)·B. B is zero initially, so that it computes the same as the FeedForward;
-/// with rank 0 the bits are always the same.
+/// x·W becomes x·W + factor·(x·A)·B. B is zero initially, so that the network computes the same as
+/// the FeedForward; with rank 0 its results always have the same bits.
 ///
 /// No gradient of W is computed, and optimizers take no memory for it; A·B is never formed. A row of a pass
 /// takes r·(inputs + outputs) more multiply-adds for each map with an adapter.
 ///
-/// Parameters: those of the FeedForward with their names and with `trained` false; and after each weight with
-/// an adapter, "up.weight" for example, "up.lora_A.weight" (A, inputs x r) and "up.lora_B.weight" (B, r x
-/// outputs). A user may set `trained` of any of them.
+/// Parameters: those of the FeedForward, under the same names, with `trained` false; and after each
+/// weight with an adapter, "up.weight" for example, "up.lora_A.weight" (A, inputs x r) and
+/// "up.lora_B.weight" (B, r x outputs). A user may set `trained` of any of them.
 ///
 /// `Stored` is float or double; or, with moe/adapt/narrow_lora.hpp, a narrow format such as Int8: then the
 /// frozen weights are narrow and are not parameters.
@@ -153,8 +154,8 @@ class LoraFeedForward : public detail::FeedForwardPasses<
       : LoraFeedForward(Frozen::make(completed(config).network, derive_seed(seed, 0)), config.lora,
                         derive_seed(seed, 1)) {}
 
-  /// Fresh adapters on a network, of which this is a copy. Throws std::invalid_argument for a
-  /// configuration out of range.
+  /// A copy of a network with fresh adapters. Throws std::invalid_argument for a configuration out
+  /// of range.
   LoraFeedForward(const Network& network, const LoraConfig& lora, std::uint64_t seed)
       : Base(network.config()),
         config_{network.config().width, network.config(),
@@ -176,10 +177,10 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     });
   }
 
-  /// The configuration, with the widths that were left 0.
+  /// The configuration, with the widths filled in where they were 0.
   const Config& config() const { return config_; }
 
-  /// The network that computes the same, with weights W + factor·A·B.
+  /// The FeedForward that computes the same up to rounding, with weights W + factor·A·B.
   FeedForward<Scalar> merged() const {
     detail::check_shapes(*this, "LoraFeedForward");
     FeedForward<Scalar> network(config_.network, 0);
@@ -246,7 +247,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     return std::max<Index>(1, rows);
   }
 
-  /// Adds to the gradients of what is trained, or writes over them; see FusedNetwork.
+  /// Adds to the gradients of the trained parameters, or overwrites them; see FusedNetwork.
   void add_gradients(const Block& block, const MatrixRef<Scalar>& dy, Range rows,
                      bool replace = false) {
     Index first = weight_rows();

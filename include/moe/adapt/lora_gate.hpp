@@ -73,8 +73,8 @@ class LoraGate {
                                        {0, adapter->gradient_rows()}, detail::start_of(replace));
       }
     };
-    std::optional<Adapted> gate;                   ///< with the sums for weights
-    std::vector<Sum> sums{};                       ///< one an adapter
+    std::optional<Adapted> gate;                   ///< a copy whose weights are the sums
+    std::vector<Sum> sums{};                       ///< one per adapter
     std::vector<Parameter<Scalar>*> parameters{};  ///< those of `gate`
   };
 
@@ -85,8 +85,8 @@ class LoraGate {
     detail::walk_parameters(gate_, [](const ParameterName&, auto& p) { p.trained = false; });
   }
 
-  /// Fresh adapters on a gate, of which this is a copy; what is trained of it stays so. Throws
-  /// std::invalid_argument for a configuration out of range.
+  /// A copy of a gate with fresh adapters. Its parameters stay trained or frozen as they are.
+  /// Throws std::invalid_argument for a configuration out of range.
   LoraGate(Adapted gate, const LoraGateConfig& lora, std::uint64_t seed)
       : config_{gate.config().width, gate.config(), detail::checked_lora("LoraGateConfig", lora)},
         gate_(std::move(gate)) {
@@ -101,7 +101,7 @@ class LoraGate {
                            text.substr(0, end),
                            {p.value.rows(), p.value.cols(), lora.rank, detail::lora_factor(lora),
                             derive_seed(seed, static_cast<std::uint64_t>(place))}});
-      // What is lazy passes by the same parts of the gate as without adapters.
+      // So that lazy updates skip the same parts of the gate as without adapters.
       if (p.stored.state != detail::GradientState::untracked) {
         detail::track_gradients(adapters_.back().low_rank);
       }
@@ -117,7 +117,8 @@ class LoraGate {
   /// The frozen gate.
   const Adapted& gate() const { return gate_; }
 
-  /// The gate that computes the same; what is trained of it is what is of gate().
+  /// The gate that computes the same, with weights W_g + factor·A·B. It trains the parameters that
+  /// gate() trains.
   Adapted merged() const {
     detail::check_shapes(*this, "LoraGate");
     Adapted gate = gate_;
@@ -144,8 +145,8 @@ class LoraGate {
     return tape.routing;
   }
 
-  /// As the gate's, with the gradients of the adapters in the place of those of the weights. The
-  /// parameters must be those of forward().
+  /// As the gate's, but with the gradients of A and B instead of those of W_g. The parameters must
+  /// have the values that they had in forward().
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);
@@ -174,7 +175,7 @@ class LoraGate {
     if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
   }
 
-  // What the gate has of the following.
+  // Each of the following exists only if the gate has it.
 
   /// As the gate's.
   void set_loss_weights(const LossWeights& weights) requires requires(Adapted& gate) {
@@ -189,7 +190,7 @@ class LoraGate {
     gate.update_selection_bias(tape);
   }
   { gate_.update_selection_bias(tape); }
-  /// As the gate's, from a load (E) that several passes share.
+  /// As the gate's, given a load (E) that was summed over several passes.
   void update_selection_bias(const Vector<Scalar>& load) requires requires(Adapted& gate) {
     gate.update_selection_bias(load);
   }
@@ -216,8 +217,8 @@ class LoraGate {
       }
     });
   }
-  /// visit(part, adapter) for every adapter: `part` is what is in front of ".weight" in the gate's names,
-  /// or empty.
+  /// visit(part, adapter) for every adapter: `part` is the name of its weight in the gate without
+  /// ".weight", or empty for "weight".
   template <class Self, class Visitor>
   static void visit_adapters(Self& self, Visitor visit) {
     for (auto& adapter : self.adapters_) visit(std::string_view(adapter.part), adapter.low_rank);
@@ -238,7 +239,7 @@ class LoraGate {
     return config;
   }
 
-  /// Calls f(i, weight) for those weights of such a gate that adapter i is added to.
+  /// Calls f(i, weight) for every adapter i and the weight of `gate` that it is added to.
   template <class F>
   void for_each_adapted(Adapted& gate, F&& f) const {
     Index number = 0;
@@ -249,8 +250,9 @@ class LoraGate {
     });
   }
 
-  /// Puts the gate of a pass into its tape. It is a copy of what the gate is now, its loss weights and its
-  /// selection bias too; only the memory of the gradients stays where it is.
+  /// Makes the tape's gate: a copy of the gate as it is now, its loss weights and its selection
+  /// bias included, with the adapters added to its weights. Only the memory of the gradients is
+  /// reused.
   void prepare(Tape& tape) const {
     detail::check_shapes(*this, "LoraGate");
     tape.sums.resize(adapters_.size());
@@ -289,7 +291,7 @@ class LoraGate {
     }
   }
 
-  /// Of what is trained of gate() after all.
+  /// Adds the gradients of those parameters of gate() that are trained.
   void add_own_gradients(Tape& tape) {
     detail::walk_together(gate_, *tape.gate, tape.parameters, [](auto& p, auto& of_sum) {
       if (!p.trained || detail::is_idle(of_sum, Updates::lazy)) return;

@@ -16,7 +16,7 @@
 
 namespace moe::detail {
 
-/// factor·A·B, K x N. Without a rank it is zero and has no parameters.
+/// factor·A·B, K x N. With rank 0 it is zero and has no parameters.
 template <class Scalar>
 struct LowRank {
   Parameter<Scalar> a;  ///< K x r

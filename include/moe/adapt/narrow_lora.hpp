@@ -8,8 +8,8 @@
 #include "moe/weights/serving_layer.hpp"
 
 /// \file
-/// Adapters on narrow weights, `Lora<FeedForward, Int8>`: to adapt a layer in a quarter of the memory, or a
-/// model of which there is only a file of narrow weights.
+/// Adapters on narrow weights, `Lora<FeedForward, Int8>`: to adapt a layer in a quarter of the
+/// memory, or a model that exists only as a file of narrow weights.
 
 namespace moe {
 
@@ -42,8 +42,8 @@ struct LoraBase<Format> {
 
 /// A layer with narrow weights and with adapters on its experts; gate, biases and narrow weights are frozen.
 /// Before training, y is that of `layer`; gradients are those of a layer with the decoded weights, as if
-/// activations were not rounded. The narrow weights share their memory with those of `layer`, unless that is
-/// a mapped file, which could change: then they are copied.
+/// activations were not rounded. The narrow weights share their memory with those of `layer`,
+/// unless those are in a mapped file, which could change: then they are copied.
 ///
 /// The narrow weights are not parameters, so save_module() could not store them and refuses such a layer: keep
 /// the file of the served layer, and save the adapters with save_adapters().

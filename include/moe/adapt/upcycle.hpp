@@ -27,8 +27,9 @@ namespace moe {
 template <class Gate>
 struct UpcycleConfig {
   typename Gate::Config gate{};  ///< has the number of experts, E; its width is 0 or D
-  /// G, parts of the network of H/G hidden units each, which are experts of their own: at least 1, and
-  /// divides H, E, and the top_k and the experts of a group that the gate's Config may have.
+  /// G, the number of slices of the network, of H/G hidden units each; every slice is an expert. At
+  /// least 1; it divides H, E and, where the gate's Config has them, top_k and the experts of a
+  /// group.
   Index slices = 1;
   /// Standard deviation of the normal noise on the parameters of all experts but the first G, finite and
   /// at least 0. At 0 all copies are equal, and only the gate makes them differ in training.
@@ -38,8 +39,8 @@ struct UpcycleConfig {
 
 namespace detail {
 
-/// One of several equal parts of the hidden units of a network, as a network of its own. The weights to
-/// its output are multiplied by the number of parts, since each will have a weight of 1/slices.
+/// One of several equal parts of the hidden units of a network, as a network of its own. W_2 is
+/// multiplied by the number of parts, since the gate will give each of them 1/slices of the weight.
 template <class Scalar>
 FeedForward<Scalar> slice_of(const FeedForward<Scalar>& dense, Index slice, Index slices) {
   FeedForwardConfig config = dense.config();
@@ -60,7 +61,7 @@ FeedForward<Scalar> slice_of(const FeedForward<Scalar>& dense, Index slice, Inde
   return part;
 }
 
-/// Gives the experts of a copy equal scores, those of the copy's first one.
+/// Gives the experts of one copy of the network equal scores: those of the first of them.
 template <class Gate>
 void tie_slices(Gate& gate, Index slices, std::uint64_t seed) {
   if (slices == 1) return;
@@ -79,7 +80,8 @@ void tie_slices(Gate& gate, Index slices, std::uint64_t seed) {
   }
 }
 
-/// Throws std::invalid_argument unless the slices can be made, and all are chosen equally often.
+/// Throws std::invalid_argument unless the network can be cut into these slices and the gate can
+/// choose all slices of a copy together.
 template <class Gate>
 void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& config,
                   Index experts) {
@@ -109,10 +111,10 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 ///     auto layer = moe::upcycle<moe::TopKGate<>>(
 ///         dense, {.gate = {.experts = 8, .top_k = 2, .renormalise = true}, .seed = 1});
 ///
-/// Expert e is a copy of slice e mod G, with W_2 multiplied by G and b_2 as it is. G experts in a row,
-/// from a multiple of G on, are one copy of the network. Where G > 1 they start with the same scores, those
-/// that the gate drew for the first of them, so a token that gets one of them gets all, with one weight
-/// ("virtual groups" [H24]). Hence, without noise and up to rounding,
+/// Expert e is a copy of slice e mod G, with W_2 multiplied by G and b_2 as it is. The G experts
+/// from a multiple of G on are one copy of the network. Where G > 1 they start with the same
+/// scores, those that the gate drew for the first of them, so a token that gets one of them gets
+/// all, with equal weights ("virtual groups" [H24]). Hence, without noise and up to rounding,
 ///
 ///     y_t = (sum of the weights of t's slots)·dense(x_t)
 ///
@@ -125,17 +127,17 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 ///   to 1. ExpertChoiceGate's weights do not.
 ///
 /// Two things break the sum of slices. In a noisy gate's training passes noise separates experts of equal
-/// scores, so a token may get one slice twice and another one not at all; evaluate() has no noise. And
-/// what drops single slots of a token, as a capacity does, drops slices. Where the network has
-/// weighted_input, the weight of a slot multiplies x: y is the network's where each token has one slot, of
-/// weight 1, and G must be 1.
+/// scores, so a token may get one slice twice and another one not at all; evaluate() has no noise.
+/// And where single slots of a token are dropped, as by a capacity, slices are missing. Where the
+/// network has weighted_input, the weight of a slot multiplies x: y is the network's where each
+/// token has one slot, of weight 1, and G must be 1.
 ///
-/// The experts' configuration is the network's, with H/G hidden units; parameters that are not `trained`
-/// there are not in the copies. mpi::scatter_parameters() spreads such a layer over ranks. Throws
-/// std::invalid_argument for a field out of range, as the gate does for its Config, where a parameter of the
-/// network has another shape than its Config says, and for G > 1 where the network has weighted_input or the
-/// gate cannot give two experts one score: HierarchicalGate, ProductKeyGate, SharedExpertGate, and a gate
-/// without change_experts().
+/// The experts' configuration is the network's, with H/G hidden units; parameters that are not
+/// `trained` in the network are not trained in the copies either. mpi::scatter_parameters() spreads
+/// such a layer over ranks. Throws std::invalid_argument for a field out of range, as the gate does
+/// for its Config, where a parameter of the network has another shape than its Config says, and for
+/// G > 1 where the network has weighted_input or the gate cannot give two experts the same score:
+/// HierarchicalGate, ProductKeyGate, SharedExpertGate, and a gate without change_experts().
 template <class Gate>
 MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
     const FeedForward<typename Gate::Scalar>& dense, const UpcycleConfig<Gate>& config) {

@@ -7,9 +7,9 @@
 
 namespace moe::detail {
 
-/// to[i, columns] += weight[i]·rows[i, columns], row by row. A null `weight` stands for ones. `to`
-/// reaches the tokens through a list, so calling this for one expert after the other adds up the
-/// slots of a token in the order of the experts. O(rows·columns).
+/// to[i, columns] += weight[i]·rows[i, columns], row by row. A null `weight` stands for ones. Row i
+/// of `to` is the token of slot i, so calls for one expert after the other add up the slots of a
+/// token in the order of the experts. O(rows·columns).
 template <class Scalar>
 void combine(const GatheredRows<Scalar>& rows, const Scalar* weight, Index first_column,
              Index columns, const ScatteredRows<Scalar>& to) {

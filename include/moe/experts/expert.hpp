@@ -39,13 +39,13 @@ struct ExpertBlock {
   const Index* token;          ///< n, ascending: the tokens, rows of y, dy and dx
   const Scalar* weight;        ///< n, the gate's weights of the slots
   MatrixView<Scalar> saved;    ///< n x tape_width(), saved by forward for backward
-  MatrixView<Scalar> scratch;  ///< n x scratch_width(), from the first half for the second
+  MatrixView<Scalar> scratch;  ///< n x scratch_width(), from the first half to the second
 
   /// The rows of these tokens in a T x D matrix.
   GatheredRows<Scalar> rows_of(const MatrixRef<Scalar>& matrix) const {
     return {matrix.data(), matrix.outerStride(), x.count(), matrix.cols(), token};
   }
-  /// The same of a matrix that is written to.
+  /// The same rows of a matrix that is written to.
   ScatteredRows<Scalar> rows_of(MatrixView<Scalar> matrix) const {
     return {matrix.data(), matrix.outerStride(), x.count(), matrix.cols(), token};
   }
@@ -86,17 +86,21 @@ concept PlainNetwork = requires(const N& network, N& trained,
 /// which gathers its rows, applies the slots' weights and adds to the tokens itself, so that
 /// neither outputs nor gathered inputs are ever stored. FeedForward is one.
 ///
-///     hidden(block, columns, save) const     first half: columns of scratch, out of columns()
+///     hidden(block, columns, save) const     first half: fills some of the columns() columns of
+///                                            scratch; with save also block.saved
 ///     output(block, columns, y) const        second half: adds columns of weight·network(x), or of
 ///                                            network(weight·x), to the block's rows of y
-///     hidden_backward(block, dy, columns)    the same for the gradient: dy is that of the weighted
-///     output_backward(block, columns, dx)    sum, and the weight is a factor of dx
+///     hidden_backward(block, dy, columns)    first half of backward, from dy (T x D), the gradient
+///                                            w.r.t. y
+///     output_backward(block, columns, dx)    second half: adds columns of the gradient w.r.t. x,
+///                                            which has the weight as a factor, to the block's rows
+///                                            of dx
 ///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, which
 ///                                            are gradient_rows() rows stacked on each other. With
 ///                                            replace it writes over them; then the calls for all
 ///                                            rows must write every gradient, biases too
-///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩, or the gradient w.r.t.
-///                                            a weight on x
+///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩, or, where the weight
+///                                            multiplies x, its gradient
 ///
 /// The second half, add_gradients and weight_gradients are called after all columns of the first half
 /// are computed. Ranges begin at multiples of expert_block_columns. hidden and output may have one
@@ -204,8 +208,9 @@ namespace detail {
 
 /// A network over its slice of the slots, as a layer sees it.
 ///
-/// It has the verbs of a FusedNetwork, whatever the network; a plain one cannot be split into
-/// columns, and the blocks of one expert must go through its hidden_backward one after the other.
+/// It has the functions of a FusedNetwork for either kind of network; a plain network cannot be
+/// split into columns, and the blocks of one expert must go through its hidden_backward one after
+/// the other.
 template <class Net>
 class ExpertOf {
  public:
@@ -219,14 +224,14 @@ class ExpertOf {
   /// Whether the network has narrow weights, which visit_parameters() does not visit.
   static constexpr bool has_narrow_weights = requires { requires Net::has_narrow_weights; };
 
-  /// Dense rows for a plain network, one a worker.
+  /// Dense rows for a plain network; each worker has its own.
   struct Scratch {
     Matrix<Scalar> x;
     Matrix<Scalar> dy;
   };
 
   ExpertOf(const Config& config, std::uint64_t seed) : ExpertOf(Net(config, seed), config.width) {}
-  /// A network of a width.
+  /// A network and its width, D.
   ExpertOf(Net network, Index width) : width_(width), network_(std::move(network)) {
     track_gradients(network_);
   }
@@ -277,8 +282,8 @@ class ExpertOf {
     }
   }
 
-  /// Takes the memory of a worker's scratch now: its first rows may come in a later pass, which must
-  /// not allocate.
+  /// Allocates a worker's scratch in advance: the worker may get its first rows in a later pass,
+  /// which must not allocate.
   void reserve(Scratch& scratch) const {
     if constexpr (!fused) {
       resize(scratch.x, expert_block_rows, width_);
@@ -287,7 +292,8 @@ class ExpertOf {
   }
 
   /// First half of a pass; fills the block's `saved` if `save`. `next` is the expert whose first half
-  /// is computed next, or null if that is not known; the same in output().
+  /// is computed next, or null if that is not known; output() takes the expert whose second half is
+  /// next.
   void hidden(const Block& block, Range columns, bool save, Scratch& scratch,
               [[maybe_unused]] const ExpertOf* next = nullptr) const {
     if constexpr (requires { network_.hidden(block, columns, save, &network_); }) {

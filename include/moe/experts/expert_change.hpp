@@ -10,7 +10,8 @@
 #include "moe/random.hpp"
 
 /// \file
-/// Adding, copying and removing experts: from which expert each one comes, and each parameter.
+/// Adding, copying and removing experts: where each expert and each parameter after the change
+/// comes from.
 
 namespace moe {
 
@@ -67,7 +68,7 @@ struct ExpertChange {
   /// A parameter of an expert that moves from one rank to another. Its place is that in
   /// for_each_parameter(): on the sender before the change, on the receiver after it.
   struct Move {
-    int rank;         ///< the other one
+    int rank;         ///< the other rank
     Index parameter;  ///< its place, see above
   };
 
@@ -100,7 +101,7 @@ inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sour
     const Index first = sources[e - e % size];
     const bool is_fresh = first == fresh_source;
     require((is_fresh || first % size == 0) && sources[e] == (is_fresh ? first : first + e % size),
-            of, ": expert ", e, " would not be in its place in a group of before", only, size,
+            of, ": expert ", e, " would not keep its place in its group", only, size,
             " experts can be added, copied or removed");
     if (e % size == 0) groups.push_back(is_fresh ? fresh_source : first / size);
   }
@@ -109,7 +110,7 @@ inline ExpertSources sources_of_groups(const char* of, const ExpertSources& sour
   return {of, std::move(groups), sources.before() / size};
 }
 
-/// The memory of a matrix, as it goes from rank to rank.
+/// The memory of a matrix, as it is sent from rank to rank.
 template <class Scalar>
 std::span<char> bytes_of(Matrix<Scalar>& matrix) {
   return {reinterpret_cast<char*>(matrix.data()), to_size(matrix.size()) * sizeof(Scalar)};
@@ -133,7 +134,8 @@ void select_columns(const Matrix<Scalar>& from, std::span<const Index> columns,
   }
 }
 
-/// Normal deviates added to every value, as to a copy's. One standard deviation of 0 changes no bit.
+/// Adds normal deviates to every value, for copies of experts. A standard deviation of 0 changes no
+/// bit.
 template <class Scalar>
 void add_normal(Matrix<Scalar>& matrix, double stddev, std::uint64_t seed) {
   if (stddev == 0) return;
@@ -151,10 +153,10 @@ void add_copy_noise(Module& copy, double stddev, std::uint64_t seed) {
   });
 }
 
-/// Gives a gate's parameter that has a column an expert the columns of other experts: those of before
-/// by their sources, copies with noise added, and fresh ones from `start`, rows x experts, or zero
-/// where that is empty. Its gradient is zero afterwards. Throws std::bad_alloc alone, with nothing
-/// changed.
+/// Rearranges the columns of a gate's parameter that has one column for each expert. Every expert
+/// gets the column of its source, copies with noise added; fresh experts get those of `start` (rows
+/// x experts), or zeros if `start` is empty. The gradient is zero afterwards. Throws only
+/// std::bad_alloc, with nothing changed.
 template <class Scalar>
 void change_columns(const ExpertSources& sources, Parameter<Scalar>& parameter,
                     const Matrix<Scalar>& start = {}, double noise_stddev = 0,

@@ -26,15 +26,16 @@ namespace moe {
 ///
 /// Parameters and their names: plain, up.weight (W_1, D x H), up.bias (b_1, 1 x H), down.weight (W_2,
 /// H x D), down.bias (b_2, 1 x D); gated, gate.weight (W_1), gate.bias (b_1), up.weight (W_3),
-/// up.bias (b_3), down.weight (W_2), down.bias (b_2); the biases with Config.bias only. A map of n
-/// inputs starts uniform in ±1/sqrt(n), its bias too, as PyTorch's Linear does.
+/// up.bias (b_3), down.weight (W_2), down.bias (b_2); the biases with Config.bias only. The weight
+/// and the bias of a map with n inputs are initially uniform in ±1/sqrt(n), as in PyTorch's Linear.
 ///
-/// It is a FusedNetwork: its first half makes the hidden row a, weighted already, its second half
-/// multiplies that by W_2 and adds it to the tokens. For backward it saves a slot's pre-activations
-/// only (H numbers, 2·H gated), in the precision of Config::saved, or nothing with Config::recompute:
-/// the gradient of the slot's weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩, and dy·W_2ᵀ is needed anyway. With the
-/// weight on the input it saves z = x·W_1, gated x·W_3 too, of which w·z + b is the pre-activation and
-/// ⟨z, dpre⟩ the weight's gradient.
+/// It is a FusedNetwork: its first half computes the hidden row a times the slot's weight, its
+/// second half multiplies that by W_2 and adds the result to the tokens. For backward it saves a
+/// slot's pre-activations only (H numbers, 2·H gated), in the precision of Config::saved, or
+/// nothing with Config::recompute: the gradient of the slot's weight is ⟨dy·W_2ᵀ, a⟩ + ⟨b_2, dy⟩,
+/// and dy·W_2ᵀ is needed anyway. Where the weight multiplies the input, it saves z = x·W_1, and
+/// x·W_3 in the gated form: w·z + b is the pre-activation, and ⟨z, dpre⟩ the gradient of the
+/// weight.
 template <class Scalar_ = float>
 class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>> {
   using Base = detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>>;

@@ -29,27 +29,29 @@ struct FeedForwardConfig {
   Activation activation = Activation::relu;  ///< act
   bool gated = false;                        ///< whether it is the gated form
   bool bias = !gated;                        ///< b_1, b_2 and, gated, b_3
-  /// Of act's input from above, and of the gated form's other factor on both sides, >= 0; 0: none.
+  /// The largest input of act, and the largest magnitude of the gated form's linear factor before
+  /// its offset; >= 0, and 0 means no limit.
   double limit = 0;
-  double linear_offset = 0;     ///< of the gated form, finite: gpt-oss has 1 and a limit of 7
+  double linear_offset = 0;     ///< of the gated form; finite; gpt-oss has 1, and a limit of 7
   bool weighted_input = false;  ///< the slot's weight multiplies x and not y, as in Llama 4
   /// Whether backward computes the pre-activations again, and the tape does not save them [S17 App. D]:
-  /// S x H numbers less, gated S x 2·H, for a quarter more arithmetic in backward, gated a third. All
-  /// results keep their bits.
+  /// the tape has S x H fewer numbers (gated, S x 2·H), and backward a quarter more arithmetic
+  /// (gated, a third). All results keep their bits.
   bool recompute = false;
-  /// What the pre-activations of the tape are stored in. With bfloat16 they take half the memory of
-  /// float, a quarter of double, and backward reads them rounded to 8 bits of precision; y keeps its
-  /// bits. Must be `full` with recompute, which saves nothing.
+  /// The precision in which the tape stores the pre-activations. With bfloat16 they take half the
+  /// memory of float, a quarter of that of double, and backward reads them rounded to 8 bits of
+  /// precision; y keeps its bits. Must be `full` with recompute, which saves nothing.
   Precision saved = Precision::full;
-  /// What the operands of the products with the weights, forward and backward, are rounded to. With
-  /// bfloat16 a copy of both is rounded to 8 bits of precision (to nearest even; NaN stays NaN, a
-  /// magnitude below 2^-126 becomes 0), and the sums are floats; weights, biases, gradients, activations
-  /// and y stay float. Where the program is compiled for AVX512-BF16, vdpbf16ps adds two products at
-  /// once: it takes results below 2^-126 for 0 and rounds sums otherwise than multiply-adds do. It is for
-  /// many tokens an expert: docs/layer.md says how many. Elsewhere multiply-adds of the same rounded
-  /// numbers give the same up to the rounding of sums. A token's bits depend neither on the
-  /// other tokens nor on the number of threads. Must be `full` unless Scalar is float. The products of
-  /// adapters' low-rank matrices, and those with narrow weights, are as without it.
+  /// The precision to which the operands of the products with the weights, forward and backward,
+  /// are rounded. With bfloat16 copies of both operands are rounded to 8 bits of precision (to
+  /// nearest even; NaN stays NaN, a magnitude below 2^-126 becomes 0), and the sums are floats;
+  /// weights, biases, gradients, activations and y stay float. Where the program is compiled for
+  /// AVX512-BF16, vdpbf16ps adds two products at once: it replaces results below 2^-126 by 0 and
+  /// rounds sums differently from multiply-adds. It is for many tokens per expert: docs/layer.md
+  /// says how many. Without AVX512-BF16, multiply-adds of the same rounded numbers give the same up
+  /// to the rounding of sums. A token's bits depend neither on the other tokens nor on the number
+  /// of threads. Must be `full` unless Scalar is float. This does not change the products of
+  /// adapters' low-rank matrices, nor those with narrow weights.
   Precision products = Precision::full;
 
   template <class Self, class Visitor>
@@ -81,7 +83,7 @@ const Scalar* first_number(const Parameter<Scalar>& weight) {
   return weight.value.data();
 }
 
-/// Adds rows of Aᵀ·B to W's gradient, or writes over them, where it is trained.
+/// Adds rows of Aᵀ·B to the gradient of W, or overwrites them, if W is trained.
 template <class Scalar>
 void add_weight_gradient(Parameter<Scalar>& weight,
                          const std::type_identity_t<GatheredRows<Scalar>>& a,
@@ -118,14 +120,16 @@ class FeedForwardPasses {
     return (pre_width() * bfloat16_bytes + bytes - 1) / bytes;
   }
 
-  /// The hidden row, the pre-activations or their gradient, with recompute the pre-activations once more, and
-  /// the parts of ⟨dy·W_2ᵀ, a⟩: an odd number of cache lines, since rows at a distance of a power of two would
-  /// compete for the same few sets of a cache.
+  /// A row holds the hidden row, the pre-activations or their gradient, with recompute the
+  /// pre-activations once more, with biases and weighted inputs the gradient without the weight,
+  /// and the parts of ⟨dy·W_2ᵀ, a⟩. Its length is an odd number of cache lines, since rows at a
+  /// distance of a power of two would compete for the same few sets of a cache.
   Index scratch_width() const { return odd_lines(parts_column() + panels()); }
 
   Index columns() const { return config_.hidden; }
 
-  // w·a, then y += (w·a)·W_2 + w·b_2; with the weight on the input a and b_2 have none.
+  // w·a, then y += (w·a)·W_2 + w·b_2; where the weight multiplies the input, a and b_2 have no
+  // factor w.
 
   void hidden(const Block& block, Range columns, bool save,
               const FeedForwardPasses* next = nullptr) const {
@@ -152,8 +156,9 @@ class FeedForwardPasses {
                  .prefetch_next = next != nullptr ? first_number(next->down_) : nullptr});
   }
 
-  // With u = dy·W_2ᵀ: ⟨u, a⟩ is the weight's gradient but for the bias's share, and w·u that of a, from
-  // which comes that of the pre-activations; then dx += dpre·W_1ᵀ.
+  // With u = dy·W_2ᵀ: ⟨u, a⟩ is the gradient of the slot's weight without the share of b_2, and w·u
+  // is the gradient of a, from which dpre, that of the pre-activations, is computed; then dx +=
+  // dpre·W_1ᵀ.
 
   void hidden_backward(const Block& block, const MatrixRef<Scalar>& dy, Range columns) const {
     const MatrixView<Scalar> pre = config_.recompute ? again_of(block) : block.saved;
@@ -182,8 +187,9 @@ class FeedForwardPasses {
     });
   }
 
-  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, of those that are trained. With
-  // the weight on the input dW_1 += xᵀ·dz, dz = w·dpre, and the others as without one.
+  // dW_1 += xᵀ·dpre, dW_2 += (w·a)ᵀ·dy, db_1 += Σ dpre, db_2 += Σ w·dy, for those that are trained.
+  // Where the weight multiplies the input, dW_1 += xᵀ·dz with dz = w·dpre, and the others are as
+  // with w = 1.
 
   Index gradient_rows() const { return pre_parts() * config_.width + config_.hidden; }
 
@@ -229,7 +235,8 @@ class FeedForwardPasses {
         up_bias_(1, config.bias ? config.hidden : 0),
         down_bias_(1, config.bias ? config.width : 0) {}
 
-  /// Calls visit(name, weight), or visit(name, bias), for those that there are, in a fixed order.
+  /// Calls visit(name, weight), or visit(name, bias), for those that the configuration has, in a
+  /// fixed order.
   template <class Self, class Visitor>
   static void visit_parts(Self& derived, const Visitor& visit) {
     auto& self = static_cast<Same<Self>&>(derived);
@@ -288,7 +295,7 @@ class FeedForwardPasses {
     return (lines + (lines % 2 == 0 ? 1 : 0)) * line;
   }
 
-  /// Pre-activations of a hidden number.
+  /// The number of pre-activations of a hidden unit.
   Index pre_parts() const { return config_.gated ? 2 : 1; }
   Index pre_width() const { return pre_parts() * config_.hidden; }
   bool keeps_unweighted() const { return config_.weighted_input && config_.bias; }
@@ -315,17 +322,18 @@ class FeedForwardPasses {
     return columns_of(block.scratch, parts_column() - pre_width(), pre_width());
   }
 
-  /// A bias as the products take it.
+  /// The values of a bias for a product, or null without biases.
   const Scalar* values_of(const Parameter<Scalar>& bias) const {
     return config_.bias ? bias.value.data() : nullptr;
   }
   /// b_1.
   const Parameter<Scalar>& first_bias() const { return config_.gated ? gate_bias_ : up_bias_; }
-  /// One of the first products, after which the weights come where they are of the input.
+  /// The same for the products with x. Where the slots' weights multiply x, they are applied after
+  /// these products, and the biases after them.
   const Scalar* first_values_of(const Parameter<Scalar>& bias) const {
     return config_.weighted_input ? nullptr : values_of(bias);
   }
-  /// Of what the slots add to the tokens, of the block's rows from one on.
+  /// The factors of what the slots add to the tokens, for the block's rows from `row` on.
   RowFactors<Scalar> output_factors(const Block& block, Index row = 0) const {
     if (config_.weighted_input) return {};
     return {block.weight + row, 1};
@@ -367,7 +375,7 @@ class FeedForwardPasses {
     add(block.rows_of(dy), output_factors(block), down_bias_);
   }
 
-  /// Every product with a weight, forward and with respect to the input.
+  /// Computes a product with a weight, of forward or of the gradient w.r.t. the input.
   template <class Product>
   void multiply(const Block& block, const Weight& weight, const Product& product) const {
     multiply_by(weight, block.scratch, product, config_.products);
@@ -408,10 +416,11 @@ class FeedForwardPasses {
     }
   }
 
-  // Both work on a tile; m(row, part) is where its columns are in the part-th H columns of m. What
-  // they read and write beside C is far away, so they prefetch it. Forward prefetches the next tile's
-  // hidden rows, which are only written. Backward, for which that would be too much, prefetches the
-  // pre-activations of the next panel, and in its first panel those of the next tile too.
+  // activate() and activate_backward() work on a tile; tile_of(m, column)(row, part) is the address
+  // of its columns in the part-th H columns of m. What they read and write besides C is not near
+  // it, so they prefetch it. Forward prefetches the next tile's hidden rows, which are only
+  // written. For backward the whole next tile would be too much: it prefetches the pre-activations
+  // of the next panel, and in its first panel those of the next tile too.
 
   auto tile_of(MatrixView<Scalar> matrix, Index column) const {
     return [this, matrix, column](Index row, Index part = 0) mutable {
@@ -425,12 +434,12 @@ class FeedForwardPasses {
     for (Index i = first; i < std::min(first + rows.count, block.x.count()); ++i) f(i);
   }
 
-  /// Memory for a tile's pre-activations where what is saved is something else.
+  /// Memory for a tile's pre-activations where the tape saves something else.
   struct Tile {
     Scalar data[to_size(direct_rows * tile_columns<Scalar>)];
   };
-  /// The pre-activations of a tile: x itself, or with weighted inputs w·x + b, in `made`. The tile has
-  /// columns of the bias from `column` on.
+  /// The pre-activations of a tile: x itself, or with weighted inputs w·x + b, in `made`. The
+  /// tile's columns of the bias begin at `column`.
   GatheredRows<Scalar> weighted(const Block& block, Range rows, const Parameter<Scalar>& bias,
                                 Index column, const GatheredRows<Scalar>& x, Tile& made) const {
     if (!config_.weighted_input) return x;
@@ -441,14 +450,15 @@ class FeedForwardPasses {
     return {made.data, stride, rows.count, x.width()};
   }
 
-  /// What act is applied to: x, or with a limit what it leaves of x, in y.
+  /// The input of act: x, or with a limit min(x, limit), stored in y.
   GatheredRows<Scalar> limited(const GatheredRows<Scalar>& x,
                                const ScatteredRows<Scalar>& y) const {
     if (config_.limit == 0) return x;
     limit_above(static_cast<Scalar>(config_.limit), x, y);
     return {y.row(0), y.step(), y.count(), y.width()};
   }
-  /// Calls f with what the second pre-activations of the gated form go through.
+  /// Calls f with the function that turns the second pre-activations of the gated form into its
+  /// linear factor.
   template <class F>
   void with_linear_factor(F&& f) const {
     if (config_.limit == 0 && config_.linear_offset == 0) return f(PlainFactor<Scalar>());
@@ -515,10 +525,11 @@ class FeedForwardPasses {
     });
   }
 
-  /// In: dpre holds u, gated in its second part. Out: dpre = w·u ⊙ act'(pre), gated
-  /// w·u ⊙ linear ⊙ act'(pre) and w·u ⊙ act(pre); hidden as activate() makes it; and its product
-  /// with u, without the weight, is added to this panel's part. With weighted inputs dpre is w times
-  /// that without a weight, which the biases get, and its product with z is added.
+  /// In: dpre holds u, in the gated form in its second part. Out: dpre = w·u ⊙ act'(pre), in the
+  /// gated form w·u ⊙ linear ⊙ act'(pre) and w·u ⊙ act(pre). The hidden rows are computed as in
+  /// activate(), and ⟨u, a⟩ is added to this panel's part of the weight's gradient. With weighted
+  /// inputs dpre is computed without w first, for the gradients of the biases and of the weight,
+  /// ⟨z, dpre⟩, and is then multiplied by w.
   void activate_backward(const Block& block, MatrixView<Scalar> pre, Range columns, Range rows,
                          Index column, Index width) const {
     using namespace Eigen::internal;
@@ -562,7 +573,8 @@ class FeedForwardPasses {
     if (!config_.gated) {
       detail::activate_backward(config_.activation, input, y, dx, parts, factors);
     } else {
-      // From 1 dpre becomes act'(pre); what is multiplied with that, and u's part, comes after.
+      // From a gradient of 1, dpre becomes act'(pre); the other factors and ⟨u, a⟩ are computed
+      // below.
       for (Index r = 0; r < rows.count; ++r) std::fill_n(dx.row(r), width, Scalar{1});
       detail::activate_backward(config_.activation, input, y, dx, parts);
       const GatheredRows<Scalar> pre_linear =
@@ -607,8 +619,9 @@ class FeedForwardPasses {
     for (Index r = 0; r < rows.count; ++r) add_part(block, rows.first + r, column, parts[r]);
   }
 
-  /// The parts of a weight's gradient, one a panel of columns: each is added up by one task, strip by
-  /// strip, so the whole has the same bits however the columns are split.
+  /// Adds to a part of a weight's gradient. There is one part per panel of columns, and one task
+  /// adds it up, strip by strip, so the sum of the parts has the same bits however the columns are
+  /// split.
   void add_part(const Block& block, Index row, Index column, Scalar value) const {
     const Index panel = column / expert_block_columns<Scalar>;
     MatrixView<Scalar> scratch = block.scratch;

@@ -122,10 +122,10 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     config_.threshold_weight = weights.threshold;
   }
 
-  /// Adds, copies and removes experts, see Gate: fresh columns and thresholds are drawn as initially. The
-  /// other thresholds stay, though the number of experts in the softmax changes. Copies of W_g's
-  /// columns get noise of this standard deviation. Returns where the parameters come from. Throws
-  /// std::invalid_argument, with nothing changed, if Config would be out of range.
+  /// Adds, copies and removes experts, see Gate: fresh columns and thresholds get new initial
+  /// values. The other thresholds stay, though the number of experts in the softmax changes. Copies
+  /// of W_g's columns get noise of this standard deviation. Returns where the parameters come from.
+  /// Throws std::invalid_argument, with nothing changed, if Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -140,7 +140,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
-  /// one, and the parameters have the shapes that the gate made.
+  /// one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "BalancedGate::backward without a forward pass on this tape");
     detail::require(tape.p.cols() == experts() && tape.difference.rows() == tape.p.rows() &&
@@ -227,7 +227,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   template <class F>
   void for_each_passed(const Scalar* p, F&& f) const {
     if (std::isnan(p[0])) {
-      f(Index{0});  // NaN is above no threshold, and without an expert its y would be 0
+      f(Index{0});  // NaN is above no threshold, and without an expert the token's y would be 0
       return;
     }
     const Scalar* threshold = threshold_.value.data();
@@ -262,8 +262,8 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
     });
   }
 
-  // G [S17 eq. 16], computed as the softmax over the scores of the experts that took the token: a sum of
-  // their p may be rounded to 0, and would be divided by.
+  // G [S17 eq. 16], computed as the softmax over the scores of the experts that took the token: the
+  // sum of their p, by which eq. 16 divides, may be rounded to 0.
 
   void compute_weights(Tape& tape) const {
     Routing<Scalar>& routing = tape.routing;

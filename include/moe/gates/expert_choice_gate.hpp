@@ -82,9 +82,9 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
                                 detail::balance_figures(experts()));
   }
 
-  /// Adds, copies and removes experts, see Gate: fresh columns are drawn as initially. Copies of W_g's
-  /// columns get noise of this standard deviation. Returns where the parameters come from. Throws
-  /// std::invalid_argument, with nothing changed, if Config would be out of range.
+  /// Adds, copies and removes experts, see Gate: fresh columns get new initial values. Copies of
+  /// W_g's columns get noise of this standard deviation. Returns where the parameters come from.
+  /// Throws std::invalid_argument, with nothing changed, if Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -98,7 +98,7 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
-  /// one, and the parameters have the shapes that the gate made.
+  /// one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ExpertChoiceGate::backward without a forward pass on this tape");
     detail::require(tape.p.cols() == experts() && tape.p.rows() == tape.tokens.count &&

@@ -22,14 +22,15 @@ template <class Scalar>
 struct GateTape {
   Routing<Scalar> routing;  ///< the slots
   Balance<Scalar> balance;  ///< importance, load and the gate's losses
-  bool trained = false;     ///< whether the last pass was a forward() that ended well
+  bool trained = false;     ///< whether the last pass was a forward() that completed
 
   // Saved by the library's gates, see detail::GateBase.
   ValidTokens tokens;  ///< the rows of x that are not padding
   double loss_scale = 1;       ///< Pass::loss_scale
 };
 
-/// A gate makes a Routing, and takes the gradient of the loss w.r.t. its weights in backward.
+/// A gate makes a Routing, and takes the gradient of the loss w.r.t. the slots' weights in
+/// backward.
 ///
 ///     forward(x, tape, pass)           const; training: sets tape.routing and tape.balance
 ///     evaluate(x, tape, pass)          const; serving: the same without noise; pass is an
@@ -54,7 +55,7 @@ struct GateTape {
 ///     config()                         const; its Config, as it is now
 ///     change_experts(sources, seed, noise_stddev)
 ///                                      adds, copies and removes experts as listed in `sources`: in the
-///                                      Config, and in each parameter that has a column an expert.
+///                                      Config, and in each parameter that has a column per expert.
 ///                                      Columns of experts that stay keep their bits, columns of
 ///                                      copies get normal noise, those of fresh experts are drawn from
 ///                                      the seed. Gradients are zero afterwards. Returns a
@@ -99,8 +100,8 @@ concept ChangesExperts = requires(G& gate, const G& constant, const ExpertSource
 
 template <class Derived, class Scalar_>
 class GateBase;
-/// A gate of this library, which lists the functions of SharedBatch it calls, see SharedCalls. Not a
-/// class that derives from one: it may call others.
+/// A gate of this library, which lists the functions of SharedBatch it calls, see SharedCalls. A
+/// class that derives from such a gate does not count, since it may call other functions.
 template <class G>
 concept NamesSharedCalls = std::derived_from<G, GateBase<G, typename G::Scalar>> &&
     requires(const G& gate) {
@@ -214,9 +215,9 @@ class GateBase {
   /// The number of values of Pass::noise for a row of x.
   Index noise_columns() const { return 0; }
 
-  /// Training pass over x (T x D). Give every update its own step: the same one draws the same
+  /// Training pass over x (T x D). Give every update its own step: the same step draws the same
   /// noise. Throws std::invalid_argument, with the tape unchanged, when x is not D wide or the pass
-  /// does not fit it. O(T·D·E) unless the class says otherwise.
+  /// does not fit x. O(T·D·E) unless the class says otherwise.
   template <class Tape>
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
     check_gate_input(self(), Derived::name, x);

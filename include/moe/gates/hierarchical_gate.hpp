@@ -15,7 +15,7 @@
 
 namespace moe {
 
-/// Hierarchical noisy top-k gating [S17 App. B] over a groups of b experts each, in one flat
+/// Hierarchical noisy top-k gating [S17 App. B] over `a` groups of `b` experts each, in one flat
 /// routing over E = a·b experts, expert j of group i being i·b + j.
 ///
 ///     y = Σ_i Σ_j Gprimary_i(x) · G_i,j(x) · E_i,j(x)                                 [S17 eq. 12]
@@ -31,7 +31,7 @@ namespace moe {
 ///
 /// Scores cost O(T·D·(a + top_k_groups·b)), those of a flat gate O(T·D·a·b); memory is the same
 /// without the factor D. With 131,072 experts in groups of 256 a token has a thousand scores. A group
-/// without tokens takes next to no time, in lazy updates too (Updates::lazy).
+/// without tokens takes almost no time, in lazy updates too (Updates::lazy).
 ///
 /// A token with NaN or infinity in x gets as many experts as any other, but its weights and the losses
 /// are NaN.
@@ -89,7 +89,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     LossWeights loss_weights;        ///< of the pass
     Level primary;                   ///< N rows
     Dispatch<Scalar> groups;         ///< the primary gate's slots by group
-    IndexedVector<Index> group_row;  ///< R, the row of x of each; empty where all rows are tokens
+    IndexedVector<Index> group_row;  ///< R, for each row the row of x; empty where x has no padding
     Level secondary;                 ///< R rows
     IndexedVector<Index> group_tokens;  ///< a, |X_i|
     Vector<Scalar> dimportance;         ///< E
@@ -115,7 +115,8 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   const Config& config() const { return config_; }
   Index experts() const { return config_.groups * config_.group_experts; }  ///< E = a·b
 
-  /// The experts of a group, which should be on one rank: a token's slots of a group travel together.
+  /// The number of experts of a group, which should be on one rank: a token's slots of a group are
+  /// sent together.
   Index experts_together() const { return config_.group_experts; }
   /// The number of values of Pass::noise for a row of x: n of each group, then of each expert (those of
   /// groups that are not chosen are not read); 0 without Config.noise.
@@ -167,7 +168,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
-  /// one, and the parameters have the shapes that the gate made.
+  /// one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "HierarchicalGate::backward without a forward pass on this tape");
     const Index tokens = tape.tokens.count;
@@ -249,7 +250,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
-  /// The gradient of the loads includes that through their thresholds.
+  /// The gradient of the loads includes the part that goes through their thresholds.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::balance_loss_backward(tape.balance, tape.loss_weights, tape.loss_scale,

@@ -105,7 +105,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
-  /// one, and the parameters have the shapes that the gate made.
+  /// one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "NoisyTopKGate::backward without a forward pass on this tape");
     detail::require(
@@ -156,7 +156,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
     detail::measure_balance_loss(tape.loss_weights, tape.loss_scale, tape.balance);
   }
 
-  /// The gradient of the load includes that through its threshold.
+  /// The gradient of the load includes the part that goes through its threshold.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.dscore});

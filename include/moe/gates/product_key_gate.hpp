@@ -10,8 +10,8 @@
 #include "moe/routing/noisy_top_k.hpp"
 
 /// \file
-/// A gate for very many experts, each of which is a pair of keys: the scores of a row keys and b column
-/// keys are those of a·b experts.
+/// A gate for very many experts. Each expert is a pair of a row key and a column key, so the scores
+/// of few keys give those of many experts.
 ///
 /// [L19] G. Lample, A. Sablayrolles, M. Ranzato, L. Denoyer, H. Jégou, "Large Memory Layers with
 /// Product Keys", NeurIPS 2019 (arXiv 1907.05242).
@@ -34,8 +34,8 @@ namespace moe {
 ///
 /// The K largest h are found exactly, among the pairs of the Kr = min(K, a) largest u and the
 /// Kc = min(K, b) largest v. At least p·q − 1 other pairs score as high as the pair of the p-th largest
-/// u and the q-th largest v, so those with p·q <= K are enough. Ties go to the larger u, then to the
-/// larger v, and of equal keys to the lower one.
+/// u and the q-th largest v, so the pairs with p·q <= K are enough. Ties go to the larger u, then
+/// to the larger v, and of equal keys to the lower one.
 ///
 /// Loadrow is the load of the row keys [S17 eq. 8-10]: the sum over tokens of the probability that a
 /// key is among the Kr largest when its own noise is drawn again; Loadcolumn likewise. So the load
@@ -46,12 +46,12 @@ namespace moe {
 /// tape.balance.load is always the count of the slots. Without noise, and in evaluation, its CV² is
 /// the load loss, a constant.
 ///
-/// The a experts of a column share its weight vector, the b experts of a row theirs: 2·(a + b)·D
-/// weights, those of the noise included, for a·b experts. Scores cost O(T·D·(a + b)), the choice
-/// O(T·(a + b + K·log²K)). Importance, load and tokens by expert cost O(E) a pass: time, memory of the
-/// tape, and messages between processes that share a batch. All weights are zero initially, as in
-/// NoisyTopKGate. A token's noise depends on no other token. With K = 1 the slots' weights are the
-/// constant 1, and the gate's only gradient is that of the load loss.
+/// All experts of a column share the weight vector of its key, all experts of a row likewise: 2·(a
+/// + b)·D weights, those of the noise included, for a·b experts. Scores cost O(T·D·(a + b)), the
+/// choice O(T·(a + b + K·log²K)). Importance, load and tokens by expert cost O(E) per pass: in
+/// time, in memory of the tape, and in messages between processes that share a batch. All weights
+/// are zero initially, as in NoisyTopKGate. A token's noise depends on no other token. With K = 1
+/// the slots' weights are the constant 1, and the gate's only gradient is that of the load loss.
 ///
 /// A token with NaN or infinity in x gets K experts like any other, but its weights and all losses
 /// whose weight is not 0 are NaN.
@@ -96,7 +96,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   /// The scores of one kind of keys, N rows.
   struct Keys : detail::NoisyTopKTape<Scalar> {
     Routing<Scalar> routing;       ///< the Kr or Kc largest of each token
-    IndexedVector<Index> place;    ///< S, the key of each slot of the gate, as a slot of `routing`
+    IndexedVector<Index> place;    ///< S, the slot of `routing` with each slot's key
     Vector<Scalar> load;           ///< Loadrow (a) or Loadcolumn (b)
     Vector<Scalar> dload;          ///< the gradient w.r.t. the load
     IndexedVector<Scalar> dscore;  ///< the gradient w.r.t. the noisy scores in `routing`
@@ -115,7 +115,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
       std::vector<Scalar> score;  ///< of the candidate pairs of a token
       std::vector<Index> best;    ///< the K largest
     };
-    IndexedVector<Scratch> scratch;  ///< one a worker
+    IndexedVector<Scratch> scratch;  ///< one per worker
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is that of the noise.
@@ -165,7 +165,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
-  /// one, and the parameters have the shapes that the gate made.
+  /// one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "ProductKeyGate::backward without a forward pass on this tape");
     detail::require(tape.rows.clean.cols() == config_.row_keys &&
@@ -257,7 +257,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
     detail::insert_padding(tape.tokens, tape.routing);
   }
 
-  /// The gradient of the loads includes that through their thresholds.
+  /// The gradient of the loads includes the part that goes through their thresholds.
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                       Matrix<Scalar>& dx) {
     detail::require_apart(name, "dweight", dweight, {tape.dscore});

@@ -12,13 +12,13 @@
 #include "moe/routing/linear_scores.hpp"
 
 /// \file
-/// Experts that every token uses, beside those that a gate chooses.
+/// Experts that every token uses, in addition to those that a gate chooses.
 
 namespace moe {
 
-/// A gate around another one, which adds shared experts: D. Dai et al., "DeepSeekMoE: Towards
-/// Ultimate Expert Specialization in Mixture-of-Experts Language Models", ACL 2024 (arXiv
-/// 2401.06066), section 3.2.
+/// A gate that adds shared experts to those of another gate, which it wraps: D. Dai et al.,
+/// "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models", ACL
+/// 2024 (arXiv 2401.06066), section 3.2.
 ///
 ///     moe::MoELayer<moe::Expert<moe::FeedForward>, moe::SharedExpertGate<moe::NoisyTopKGate<>>>
 ///         layer({.width = 128,
@@ -36,10 +36,10 @@ namespace moe {
 /// routed().experts() entries. (The load of a shared expert is always T.)
 ///
 /// All experts of a layer have the same hidden width H. A shared expert of width n·H is the same as n
-/// shared experts of width H with one weight, since a feed-forward network is a sum over its hidden
-/// units (its second bias is the sum of theirs). So with `gated` and `tied`, n shared experts are the
-/// one wide shared expert of Qwen1.5-MoE and Qwen2-MoE; without `tied` each of the n has a weight of
-/// its own.
+/// shared experts of width H with equal weights, since a feed-forward network is a sum over its
+/// hidden units (its second bias is the sum of theirs). So with `gated` and `tied`, n shared
+/// experts are the one wide shared expert of Qwen1.5-MoE and Qwen2-MoE; without `tied` each of the
+/// n has a weight of its own.
 ///
 /// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class RoutedGate>
@@ -79,9 +79,9 @@ class SharedExpertGate
   /// The wrapped gate's tape, and what the shared weights need of the N valid tokens.
   struct Tape : GateTape<Scalar> {
     typename RoutedGate::Tape routed;      ///< the wrapped gate's
-    IndexedVector<Scalar> routed_dweight;  ///< the gradient w.r.t. the weights of its slots
+    IndexedVector<Scalar> routed_dweight;  ///< the gradient w.r.t. the routed slots' weights
     Matrix<Scalar> shared_weight;          ///< sigmoid(x·W_shared), N x columns of W_shared
-    Matrix<Scalar> dscores;                ///< the gradient w.r.t. x·W_shared, as large
+    Matrix<Scalar> dscores;                ///< the gradient w.r.t. x·W_shared, same shape
   };
 
   /// Throws std::invalid_argument for a configuration out of range. The seed is the wrapped gate's.
@@ -138,7 +138,7 @@ class SharedExpertGate
   template <class G = RoutedGate>
   requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
   void update_selection_bias(const Tape& tape) { routed_.update_selection_bias(tape.routed); }
-  /// The same by a load, of the routed experts only.
+  /// The same given a load, of the routed experts only.
   template <class G = RoutedGate>
   requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
   void update_selection_bias(const Vector<Scalar>& load) { routed_.update_selection_bias(load); }
@@ -152,10 +152,10 @@ class SharedExpertGate
     for (Index e = 0; e < sources.experts(); ++e) {
       const bool stays = sources[e] == e;
       detail::require(e >= config_.shared || stays, "SharedExpertGate::change_experts: expert ", e,
-                      " of ", config_.shared, " shared ones would not stay in its place");
+                      " of ", config_.shared, " shared experts would not stay in its place");
       detail::require(e < config_.shared || sources.is_fresh(e) || sources[e] >= config_.shared,
                       "SharedExpertGate::change_experts: expert ", e, " would be a copy of ",
-                      sources[e], ", one of ", config_.shared, " shared ones");
+                      sources[e], ", one of ", config_.shared, " shared experts");
       if (e < config_.shared) continue;
       routed.push_back(sources.is_fresh(e) ? fresh_source : sources[e] - config_.shared);
     }
@@ -172,7 +172,7 @@ class SharedExpertGate
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
-  /// one, and the parameters have the shapes that the gate made.
+  /// one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     detail::require(tape.trained, "SharedExpertGate::backward without a forward pass on this tape");
     detail::require(tape.routing.experts == experts() &&
@@ -274,9 +274,9 @@ class SharedExpertGate
     detail::copy_balance(tape.routed.balance, tape.balance);
   }
 
-  /// Copies the gradients of the routed slots to tape.routed_dweight. If gated, sets tape.dscores from those
-  /// of the shared slots: with s = sigmoid(x·W_shared) it is dweight·scale·s·(1 − s), or if tied the sum of
-  /// these.
+  /// Copies the gradients of the routed slots to tape.routed_dweight. If gated, sets tape.dscores
+  /// from the gradients of the shared slots: dweight·scale·s·(1 − s) with s = sigmoid(x·W_shared),
+  /// and if tied the sum of these over the shared experts.
   void split_backward(std::span<const Scalar> dweight, Tape& tape) const {
     const Routing<Scalar>& routed = tape.routed.routing;
     detail::resize(tape.routed_dweight, routed.slots());
@@ -304,7 +304,7 @@ class SharedExpertGate
     if (!config_.gated) return 0;
     return config_.tied ? 1 : config_.shared;
   }
-  /// The weight of a shared expert.
+  /// The column of W_shared for a shared expert.
   Index weight_column(Index expert) const { return config_.tied ? 0 : expert; }
 
   void compute_shared_weight(const MatrixRef<Scalar>& x, Tape& tape) const {

@@ -56,9 +56,9 @@ namespace moe {
 /// The selection bias b [W24; D3] is added to the scores for the choice of experts and groups, not for
 /// the weights. Only update_selection_bias() changes it: it is a Parameter that is not trained, so
 /// it is saved in checkpoints, as "selection_bias", and optimizers leave it alone. Initially it is
-/// zero. W_g is normal initially, since zeros would tie all experts. b_g is another bias, that of the
-/// logits: it counts for the weights too and is trained like W_g. It exists with Config.bias and is
-/// zero initially.
+/// zero. W_g is normal initially, since zeros would tie all experts. b_g is another bias, that of
+/// the logits: it changes the weights too and is trained like W_g. It exists with Config.bias and
+/// is zero initially.
 ///
 /// tape.balance.load is the number of tokens that chose each expert, tokens_per_expert the number that
 /// it got. With a capacity a token's slots depend on the other tokens of its batch. NaN in a token's
@@ -91,7 +91,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     Matrix<Scalar> jittered;                   ///< x ⊙ j, N x D
     Matrix<Scalar> djittered;                  ///< N x D
     detail::RouterScores<Scalar> router;       ///< c and s
-    detail::Choices<Scalar> choices;           ///< with w for weights
+    detail::Choices<Scalar> choices;           ///< the chosen experts, with weights w
     detail::SwitchLoss<Scalar> batch_loss;     ///< of switch_loss
     detail::SwitchLoss<Scalar> sequence_loss;  ///< of sequence
     Matrix<Scalar> dlogits;                    ///< N x E
@@ -102,7 +102,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
       std::vector<Scalar> groups;      ///< scores of the groups
       std::vector<Index> best_groups;  ///< the groups chosen
     };
-    IndexedVector<Scratch> scratch;            ///< one a worker
+    IndexedVector<Scratch> scratch;            ///< one per worker
     detail::CapacityScratch<Scalar> capacity;  ///< scratch for drops
   };
 
@@ -155,7 +155,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
-  /// one, and the parameters have the shapes that the gate made.
+  /// one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     using detail::require;
     require(tape.trained, "TopKGate::backward without a forward pass on this tape");
@@ -183,11 +183,11 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     config_.z_loss_weight = weights.z;
   }
 
-  /// Adds, copies and removes experts, see Gate: fresh columns are drawn as initially, the selection
-  /// bias of fresh experts is 0. Copies of W_g's columns and of b_g's entries get noise of this
-  /// standard deviation. The number of groups stays, so an expert's group may change: groups are runs
-  /// of consecutive experts. Returns where the parameters come from. Throws std::invalid_argument,
-  /// with nothing changed, if Config would be out of range.
+  /// Adds, copies and removes experts, see Gate: fresh columns get new initial values, the
+  /// selection bias of fresh experts is 0. Copies of W_g's columns and of b_g's entries get noise
+  /// of this standard deviation. The number of groups stays, so an expert's group may change:
+  /// groups are runs of consecutive experts. Returns where the parameters come from. Throws
+  /// std::invalid_argument, with nothing changed, if Config would be out of range.
   std::vector<ParameterSource> change_experts(const ExpertSources& sources, std::uint64_t seed,
                                               double noise_stddev) {
     Config config = config_;
@@ -250,7 +250,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return {config_.switch_loss_weight, config_.sequence_loss_weight, config_.z_loss_weight};
   }
 
-  /// The weights for evaluate() on a batch of some rows.
+  /// The weights for evaluate() on a batch of this number of rows.
   LossWeights evaluation_weights(Index rows) const {
     LossWeights weights = loss_weights();
     if (rows % config_.sequences != 0) weights.sequence = 0;

@@ -25,8 +25,8 @@
 ///     base_model.model.experts.3.up.lora_A.weight   [r, inputs], A transposed
 ///     base_model.model.experts.3.up.lora_B.weight   [outputs, r], B transposed
 ///
-/// which PEFT adds to a torch.nn.Linear named experts.3.up; PEFT 0.15 was the first that reads a rank or an
-/// alpha of a whole name ("^gate"). CMake: link moe::io.
+/// which PEFT adds to a torch.nn.Linear named experts.3.up; PEFT reads a rank or an alpha for a
+/// whole name ("^gate") from version 0.15 on. CMake: link moe::io.
 
 namespace moe {
 
@@ -40,7 +40,7 @@ inline std::string file_in(const std::string& folder, std::string_view name) {
   return (std::filesystem::path(folder) / name).string();
 }
 
-/// What adapters were made with: that of an expert's maps, or of a gate.
+/// The settings of the adapters on a gate, or on the maps of an expert.
 inline LoraGateConfig settings_of(const LoraGateConfig& config) { return config; }
 inline LoraGateConfig settings_of(const LoraConfig& config) {
   return {.rank = config.rank, .alpha = config.alpha, .rank_stabilized = config.rank_stabilized};
@@ -83,8 +83,8 @@ void for_each_adapted(Module& module, F&& f) {
   walk_adapted(module, ParameterName(), f);
 }
 
-/// Throws std::invalid_argument if a part with adapters has other trained parameters, which the files of
-/// adapters do not have.
+/// Throws std::invalid_argument if a part with adapters has other trained parameters, which are not
+/// stored in files of adapters.
 template <class Module>
 void check_only_adapters_trained(const Module& module) {
   for_each_adapted(module, [](const ParameterName& name, const auto& part) {
@@ -93,7 +93,7 @@ void check_only_adapters_trained(const Module& module) {
       const bool is_adapter = text.ends_with("lora_A.weight") || text.ends_with("lora_B.weight");
       require(is_adapter || !parameter.trained,
               "save_adapters: ", ParameterName(name, text).string(),
-              " is trained and no part of an adapter; save_parameters() saves it");
+              " is trained but not part of an adapter; save_parameters() saves it");
     });
   });
 }
@@ -111,7 +111,7 @@ void for_each_adapter(Module& module, F&& f) {
   });
 }
 
-/// A map's name after a prefix. Throws std::invalid_argument where the two would run together.
+/// A map's name after a prefix. Throws std::invalid_argument unless a dot separates the two.
 inline std::string prefixed_map(const std::string& prefix, const std::string& name) {
   require(name.empty() || prefix.empty() || prefix.back() == '.', "adapters: the prefix \"",
           plain(prefix), "\" must end in '.'");
@@ -130,8 +130,9 @@ std::vector<std::uint64_t> transposed_shape(const Matrix<Scalar>& matrix) {
   return {static_cast<std::uint64_t>(matrix.cols()), static_cast<std::uint64_t>(matrix.rows())};
 }
 
-/// What all adapters of a folder have whose map is_one(). Throws std::runtime_error, which calls them those
-/// of `owner`, if they differ or there are none.
+/// The settings that all adapters of a folder share whose map satisfies is_one(). Throws
+/// std::runtime_error, which calls them the adapters of `owner`, if their settings differ or there
+/// are none.
 template <class F>
 LoraGateConfig common_settings(const std::string& folder, std::string_view owner, F&& is_one) {
   const AdapterConfig config(file_in(folder, adapter_config_file));
@@ -155,17 +156,19 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 
 }  // namespace detail
 
-/// Saves the adapters of a module, a layer or a whole model, and nothing else: a folder, made if it is not
-/// there, that load_adapters() and PEFT read. Each of its two files is replaced whole or not at all. The
-/// names in the file are those of the module after `prefix`; a gate alone has none of its own, so that
-/// `prefix` must be its name. "r" and "lora_alpha" are those of most adapters, "rank_pattern" and
-/// "alpha_pattern" have those of the others.
+/// Saves the adapters of a module, which may be a layer or a whole model, in a folder that
+/// load_adapters() and PEFT read; it is created if it does not exist. Each of its two files is
+/// replaced whole or not at all. A name in the files is `prefix` followed by the module's name; for
+/// a gate alone, which has no names of its own, `prefix` must be the whole name. "r" and
+/// "lora_alpha" have the values of most adapters, "rank_pattern" and "alpha_pattern" those of the
+/// others.
 ///
-/// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias that
-/// moved, must be saved by other means. Throws std::invalid_argument if the module has no adapters, an
-/// adapted expert or gate has a trained parameter that is no adapter's, the prefix of a name does not end in
-/// a dot, a name is empty or has anything but letters, digits, '_', '-' and '.', or an alpha is too large for
-/// the file; and std::runtime_error, which says why, if a file cannot be written.
+/// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias
+/// that has changed, must be saved separately. Throws std::invalid_argument if the module has no
+/// adapters, an adapted expert or gate has a trained parameter that does not belong to an adapter,
+/// the prefix of a name does not end in a dot, a name is empty or has anything but letters, digits,
+/// '_', '-' and '.', or an alpha is too large for the file; and std::runtime_error, which says why,
+/// if a file cannot be written.
 template <class Module>
 void save_adapters(const std::string& folder, const Module& module,
                    const std::string& prefix = {}) {
@@ -193,7 +196,7 @@ void save_adapters(const std::string& folder, const Module& module,
 
   std::error_code error;
   std::filesystem::create_directories(folder, error);
-  if (error) detail::fail_file(folder, "cannot be made: ", error.message());
+  if (error) detail::fail_file(folder, "cannot be created: ", error.message());
   writer.write(detail::file_in(folder, detail::adapter_tensors_file));
   detail::AtomicFile file(detail::file_in(folder, detail::adapter_config_file));
   file.write(config.data(), config.size());
@@ -203,13 +206,13 @@ void save_adapters(const std::string& folder, const Module& module,
 /// Loads the adapters of a module, converted to its Scalar. Every adapter of the module must be in the folder
 /// with the same rank, factor and shapes, and the folder must have no others under `prefix`.
 ///
-/// Throws std::runtime_error, which names the file and what does not fit, and std::invalid_argument if the
-/// module has no adapters; nothing is changed then.
+/// Throws std::runtime_error, which names the file and the mismatch, and std::invalid_argument if
+/// the module has no adapters; nothing is changed then.
 template <class Module>
 void load_adapters(const std::string& folder, Module& module, const std::string& prefix = {}) {
   const detail::AdapterConfig config(detail::file_in(folder, detail::adapter_config_file));
   const SafetensorsFile file(detail::file_in(folder, detail::adapter_tensors_file));
-  // Of a gate alone the prefix is its whole name.
+  // For a gate alone, the prefix is its whole name.
   const bool is_whole_name = !prefix.empty() && prefix.back() != '.';
   const std::string begin = std::string(detail::adapter_key) + prefix + (is_whole_name ? "." : "");
   std::set<std::string> left;
@@ -217,7 +220,7 @@ void load_adapters(const std::string& folder, Module& module, const std::string&
     if (name.starts_with(begin)) left.insert(name);
   }
   bool is_any = false;
-  // All is looked at, and read, before the first is taken.
+  // All adapters are checked and read before the first is changed.
   std::vector<std::function<void()>> take;
   detail::for_each_adapter(
       module, [&]<class Scalar>(const std::string& name, detail::LowRank<Scalar>& adapter,
@@ -238,7 +241,7 @@ void load_adapters(const std::string& folder, Module& module, const std::string&
           const std::vector<std::uint64_t> shape = detail::transposed_shape(into);
           if (file.tensor(tensor).shape != shape) {
             detail::fail_file(file.path(), detail::tensor_named(tensor), " has shape ",
-                              detail::to_string(file.tensor(tensor).shape), ", needed is ",
+                              detail::to_string(file.tensor(tensor).shape), ", must be ",
                               detail::to_string(shape));
           }
           left.erase(tensor);
@@ -252,14 +255,14 @@ void load_adapters(const std::string& folder, Module& module, const std::string&
   detail::require(is_any, "load_adapters: the module has no adapters");
   if (!left.empty()) {
     detail::fail_file(file.path(), detail::tensor_named(*left.begin()),
-                      " is of an adapter that the module does not have");
+                      " belongs to an adapter that the module does not have");
   }
   for (const auto& of_adapter : take) of_adapter();
 }
 
-/// The configuration for adapt() that makes experts with the adapters of a folder: those of its maps named
-/// "gate", "up" and "down" under "experts." after `prefix`. Throws std::runtime_error, which names the file,
-/// if their ranks or alphas differ, or there are none.
+/// The configuration with which adapt() makes experts that have the adapters of a folder: those of
+/// the maps "gate", "up" and "down" whose names begin with `prefix` + "experts.". Throws
+/// std::runtime_error, which names the file, if their ranks or alphas differ, or there are none.
 inline LoraConfig load_lora_config(const std::string& folder, const std::string& prefix = {}) {
   LoraConfig lora{.gate = false, .up = false, .down = false};
   const std::string begin = prefix + "experts.";
@@ -278,7 +281,8 @@ inline LoraConfig load_lora_config(const std::string& folder, const std::string&
   return lora;
 }
 
-/// The same of a gate, whose maps are "gate" and those under "gate." after `prefix`.
+/// The same for a gate: for the map `prefix` + "gate", or those whose names begin with `prefix` +
+/// "gate.".
 inline LoraGateConfig load_lora_gate_config(const std::string& folder,
                                             const std::string& prefix = {}) {
   return detail::common_settings(folder, "a gate", [&](const std::string& map) {

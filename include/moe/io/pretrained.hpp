@@ -67,7 +67,7 @@ class Pretrained {
       if (mixture.layer == layer) return mixture;
       layers += (layers.empty() ? "" : ", ") + std::to_string(mixture.layer);
     }
-    detail::fail_file(config_.path(), "layer ", layer, " is no mixture, those are ",
+    detail::fail_file(config_.path(), "layer ", layer, " is not a mixture, the mixtures are ",
                       layers.empty() ? "none" : layers);
   }
 
@@ -80,8 +80,8 @@ class Pretrained {
   }
 
   /// Reads a layer's parameters, converted to its Scalar. If the layer is spread over several processes, each
-  /// reads its own experts. Beside the layer it takes memory for 2^16 numbers, or for a row of a tensor if
-  /// that has more.
+  /// reads its own experts. Besides the layer, reading takes memory for 2^16 numbers, or for a row
+  /// of a tensor if a row has more.
   ///
   /// Throws std::runtime_error, with nothing changed, unless every parameter has a tensor of a known type and
   /// of the shape that follows from config.json, and the mixture has no other tensors; the message names the
@@ -92,8 +92,9 @@ class Pretrained {
     detail::MixtureSource(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>).read(into);
   }
 
-  /// A new layer with these parameters. Throws std::runtime_error, which names the file, as layer_config()
-  /// and read_layer() do, and if a number in config.json is out of range for a layer.
+  /// A new layer with the parameters of a layer of the model. Throws std::runtime_error, which
+  /// names the file, as layer_config() and read_layer() do, and if a number in config.json is out
+  /// of range for a layer.
   template <class Layer>
   Layer load_layer(Index layer) const {
     const auto config = layer_config<Layer>(layer);

@@ -17,10 +17,11 @@ namespace moe::io {
 ///     using Served = moe::ServingLayer<moe::io::RoutedLayer<>, moe::Int8>;
 ///     const auto served = moe::io::load_serving<Served>(model, 0);
 ///
-/// One expert is read and rounded after the other, so that never more than one wide one is in memory. The
-/// result has the bits of ServingLayer(model.load_layer<Layer>(layer)). Throws std::runtime_error like
-/// Pretrained::load_layer(), and std::invalid_argument, which names the expert, the weight and the value,
-/// where one cannot be narrowed or the format has no such activations.
+/// The experts are read and rounded one after the other, so that at most one with wide weights is
+/// in memory. The result has the bits of ServingLayer(model.load_layer<Layer>(layer)). Throws
+/// std::runtime_error like Pretrained::load_layer(), and std::invalid_argument, which names the
+/// expert, the weight and the value, if a weight cannot be narrowed or the format does not support
+/// the activations of `options`.
 template <class Serving>
 Serving load_serving(const Pretrained& model, Index layer, const NarrowOptions& options = {}) {
   using Layer = typename Serving::Layer;

@@ -20,7 +20,7 @@
 namespace moe {
 
 static_assert(std::endian::native == std::endian::little && sizeof(Index) == 8,
-              "safetensors files are little-endian, and so must the machine be");
+              "safetensors files need a little-endian machine with a 64-bit Index");
 
 /// Saves a module's parameters by their names, and its configuration. Throws as
 /// SafetensorsWriter::add_module() and write() do.

@@ -22,8 +22,8 @@
 ///     bfloat16   experts.0.up.weight BF16 [K,N]
 ///     float16    experts.0.up.weight F16 [K,N]
 ///     int8       experts.0.up.weight I8 [K,N], experts.0.up.weight.scale F16 [ceil(K/32),N]
-///     int4       experts.0.up.weight U8 [ceil(K/2),N], two steps of k in a byte, the lower one in its low
-///                half, stored as q + 8; the scale as in int8
+///     int4       experts.0.up.weight U8 [ceil(K/2),N], two successive rows in a byte, the first
+///                in its low half, stored as q + 8; the scale as in int8
 ///
 /// A packed file has the weights in their layout in memory (U8 in one dimension). If that is the layout of
 /// this machine, the file is mapped: opening it reads only the header and the gate.
@@ -54,7 +54,7 @@ constexpr std::string_view code_type() {
   if constexpr (std::is_same_v<Format, Int8>) return "I8";
   if constexpr (std::is_same_v<Format, Int4>) return "U8";
 }
-/// Steps of k in one element of plain codes.
+/// The number of successive rows whose codes share one element of a plain file.
 template <class Format>
 inline constexpr Index codes_in_element = std::is_same_v<Format, Int4> ? 2 : 1;
 
@@ -113,7 +113,7 @@ inline std::vector<std::byte> checked_bytes(const SafetensorsFile& file, const s
   const auto& tensor = file.tensor(name);
   if (tensor.type != type || tensor.shape != shape) {
     fail_file(file.path(), tensor_named(name), " is ", plain(tensor.type), " ",
-              detail::to_string(tensor.shape), ", needed is ", type, " ", detail::to_string(shape));
+              detail::to_string(tensor.shape), ", must be ", type, " ", detail::to_string(shape));
   }
   std::vector<std::byte> bytes(tensor.end - tensor.begin);
   file.read_bytes(name, 0, bytes);
@@ -135,7 +135,7 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
   }
   const auto refuse = [&](const std::string& tensor, Index row, Index column, auto value) {
     fail_file(file.path(), tensor_named(tensor), " has ", value, " at [", row, ",", column,
-              "], which is no weight of ", Format::name);
+              "], which is not a weight of ", Format::name);
   };
   return NarrowMatrix<Format>(
       rows, columns,
@@ -191,14 +191,14 @@ NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string&
       });
 }
 
-/// The lanes of the machine that packed a file; 0 for a plain one.
+/// The number of lanes of the machine that packed a file; 0 for a plain file.
 inline Index packed_lanes(const SafetensorsFile& file) {
   const auto found = file.metadata().find("serving.layout");
   if (found == file.metadata().end()) return 0;
   for (const Index lanes : {1, 2, 4, 8, 16, 32}) {
     if (found->second == packed_layout(lanes)) return lanes;
   }
-  fail_file(file.path(), "has the layout \"", plain(found->second), "\", known is \"",
+  fail_file(file.path(), "has the layout \"", plain(found->second), "\", must be \"",
             packed_layout(lane_count), '"');
 }
 
@@ -279,7 +279,7 @@ Serving load_serving(const std::string& path, const NarrowOptions& options = {})
   const auto said = file->metadata().find("serving.format");
   const bool is_wide = said == file->metadata().end();
   if (!is_wide && said->second != Format::name) {
-    detail::fail_file(path, "has weights in ", detail::plain(said->second), ", needed is ",
+    detail::fail_file(path, "has weights in ", detail::plain(said->second), ", must be ",
                       Format::name);
   }
   const Index lanes = detail::packed_lanes(*file);

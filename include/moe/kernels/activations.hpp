@@ -157,18 +157,18 @@ void activate(Activation activation, const GatheredRows<Scalar>& x, const Scatte
   });
 }
 
-/// The same of one row.
+/// The same for one row.
 template <class Scalar>
 void activate(Activation activation, Index count, const Scalar* x, Scalar* y) {
   activate<Scalar>(activation, {x, count, 1, count}, {y, count, 1, count});
 }
 
-/// In dx there is dy, the gradient with respect to y but for the factor. Then y is as activate() makes it,
+/// On entry dx holds dy, the gradient with respect to y. Computes y as activate() does, and
 ///
 ///     dx[r][i] = factor[r]·dy[r][i]·activation'(x[r][i])
-///     dots[r] = Σ_i dy[r][i]·activation(x[r][i])
+///     dots[r] = Σ_i dy[r][i]·activation(x[r][i]), the gradient with respect to factor[r]
 ///
-/// in one pass, since most of its time is waiting for x.
+/// in one pass, since most of the time goes into waiting for x.
 template <class Scalar>
 void activate_backward(Activation activation, const GatheredRows<Scalar>& x,
                        const ScatteredRows<Scalar>& y, const ScatteredRows<Scalar>& dx,

@@ -20,7 +20,7 @@ namespace moe {
 /// The precision in which numbers are stored.
 enum class Precision {
   full,     ///< that of the Scalar
-  bfloat16  ///< the upper half of a float: two bytes a number, 8 bits of precision
+  bfloat16  ///< the upper half of a float: two bytes per number, 8 bits of precision
 };
 constexpr std::array<std::string_view, 2> enumerator_names(Precision) {
   return {"full", "bfloat16"};
@@ -33,7 +33,8 @@ inline constexpr Index bfloat16_bytes = 2;
 /// Floats rounded to nearest even, in the upper halves of the lanes. NaN stays NaN.
 EIGEN_ALWAYS_INLINE Lanes round_lanes(const Packet<float>& value) {
   using namespace Eigen::internal;
-  // Of a NaN all but the sign could be in the lower half, and the sum could overflow.
+  // The bits that make a NaN could all be in the lower half, which is lost, and the sum could
+  // overflow.
   const Packet<float> quiet = as_float(broadcast_lanes(0x7FC00000));
   const Lanes bits = as_lanes(pselect(pcmp_eq(value, value), value, quiet));
   return padd(bits, padd(broadcast_lanes(0x7FFF), field<16, 1>(bits)));

@@ -15,17 +15,18 @@
 ///     steps                       numbers of a word, along K
 ///     Operation                   what a step of the micro-kernel does with words
 ///     round_row(count, from, to)  the words of a row that runs along K
-///     interleave(rows, stride, to)  those of rows that follow each other along K: `steps` rows
-///                                 become one of words, the last packet filled up with zeros
+///     interleave(rows, stride, to)  the words of rows that follow each other along K: `steps`
+///                                 rows become one row of words, the last packet filled up with
+///                                 zeros
 ///
-/// and round to nearest even; NaN stays NaN, and magnitudes below 2^-126 become 0, as the
-/// instruction has it. Beyond the end of K there are zeros.
+/// and round to nearest even; NaN stays NaN, and magnitudes below 2^-126 become 0, as in vdpbf16ps.
+/// Words are filled up with zeros beyond the end of K.
 
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// How many words hold a count of numbers along K.
+/// The number of words that hold this number of numbers along K.
 template <class Words>
 constexpr Index word_count(Index numbers) {
   return (numbers + Words::steps - 1) / Words::steps;

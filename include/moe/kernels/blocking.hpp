@@ -11,15 +11,16 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Columns of C in one task, at most: whole tiles, whether rows or packets of theirs run along them.
+/// The largest number of columns of C in one task: a whole number of tiles, whether the rows of a
+/// tile or its packets run along the columns.
 template <class Scalar>
 inline constexpr Index panel_columns = (l2_feeds_tiles ? 4 : 6) * tile_columns<Scalar>;
 
-/// Elements of C that stay in L2 beside A: 128 KiB.
+/// Elements of C that stay in L2 together with A: 128 KiB.
 template <class Scalar>
 inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>(sizeof(Scalar));
 
-/// Rows of C in one task, at most: their part of A stays in L2.
+/// The largest number of rows of C in one task: the part of A for these rows stays in L2.
 inline constexpr Index task_rows = 256;
 
 /// Cuts [0, count) into `parts` as evenly as possible, the longer ones first, and calls
@@ -35,9 +36,9 @@ void for_each_part(Index count, Index parts, F&& f) {
 }
 
 /// Calls f(column, packets, width) for strips of at most tile_packets that cover the columns. Each
-/// panel_columns are cut by themselves, as evenly as possible (4 packets by at most 3 are 2 + 2, since
-/// a tile of one packet wastes the broadcasts). So where a strip begins does not depend on how the columns are
-/// split over tasks, as long as tasks begin at multiples of panel_columns.
+/// panel of panel_columns is cut by itself, as evenly as possible (4 packets by at most 3 are 2 +
+/// 2, since a tile of one packet wastes the broadcasts). So where a strip begins does not depend on
+/// how the columns are split over tasks, as long as tasks begin at multiples of panel_columns.
 template <class Scalar, class F>
 void for_each_strip(Index first_column, Index columns, F&& f) {
   constexpr Index size = packet_size<Scalar>;

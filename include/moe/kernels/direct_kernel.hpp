@@ -6,8 +6,8 @@
 #include "moe/kernels/micro_kernel.hpp"
 
 /// \file
-/// The tiles of products that read their large operand sequentially. They prefetch it, since the hardware
-/// prefetcher stops at the end of a page of memory.
+/// The tiles of products that read their large operand sequentially. The tiles prefetch that
+/// operand, since the hardware prefetcher stops at the end of a page of memory.
 
 MOE_PACKETS_BEGIN
 
@@ -38,7 +38,7 @@ struct DirectB {
   static DirectB of_strips(const Scalar* strips, Index steps) {
     return {.data = strips, .stride = tile_columns<Scalar>, .steps = steps, .packed = true};
   }
-  /// Where a column is in the first row of strips.
+  /// The offset of a column in the first row of the strips.
   Index offset_in_strips(Index column) const {
     const Index in_strip = column % tile_columns<Scalar>;
     return (column - in_strip) * steps + in_strip;
@@ -93,8 +93,9 @@ MOE_NOINLINE Index multiply_direct(const Left<Scalar>& left, const DirectB<Scala
   std::copy_n(left.row, R, a);
   std::copy_n(c, R, out);
   Index column = 0;
-  // A tile that begins in the middle of a cache line would leave half of each line to the next one,
-  // which may not find it in L1 again: rows a power of two apart compete for the same few places.
+  // A tile that begins in the middle of a cache line would leave half of each line to the next
+  // tile, which may not find it in L1 any more: rows a power of two apart compete for the same few
+  // sets.
   if constexpr (!l2_feeds_tiles && !packs) {
     constexpr std::uintptr_t tile_bytes = sizeof(Scalar) * to_size(tile_columns<Scalar>);
     const bool in_middle =
@@ -104,8 +105,9 @@ MOE_NOINLINE Index multiply_direct(const Left<Scalar>& left, const DirectB<Scala
       column += size;
     }
   }
-  // One or two rows have too few chains in a tile as wide as a strip. From memory they do not need
-  // them, and would wait for twice as many cache lines at once.
+  // With one or two rows, a tile as wide as a strip has too few independent chains. Where B comes
+  // from memory more chains gain nothing, and the tile would wait for twice as many cache lines at
+  // once.
   if constexpr (!l2_feeds_tiles && R <= 2) {
     constexpr Index V = 2 * tile_packets;
     for (; right.cached && column + V * size <= columns; column += V * size) {
@@ -115,16 +117,17 @@ MOE_NOINLINE Index multiply_direct(const Left<Scalar>& left, const DirectB<Scala
   for (; column + tile_packets * size <= columns; column += tile_packets * size) {
     direct_tile<R, tile_packets, packs>(a, left.step, right, column, start, bias, out);
   }
-  // Tiles of two packets of three would be little faster, and compiling takes half as long again.
+  // Tiles of two packets, where a strip has three, would be little faster, and compiling would take
+  // half as long again.
   for (; column + size <= columns; column += size) {
     direct_tile<R, 1, packs>(a, left.step, right, column, start, bias, out);
   }
   return column;
 }
 
-/// The last columns of C, fewer than a packet. `right` has half a packet of them or a whole one, with
-/// any values beyond `width`. A partial tile is computed beside C, its last row repeated in place of
-/// the missing ones, since the tile is compiled in one height only.
+/// The last columns of C, fewer than a packet. `right` has these columns as half a packet or a
+/// whole one, with any values beyond `width`. A partial tile is computed in a buffer, its last row
+/// repeated in place of the missing rows, since the tile is compiled for one height only.
 template <class Scalar>
 void multiply_remainder(Index rows, const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                         Index width, Start start, const Bias<Scalar>& bias, Scalar* const* c) {
@@ -147,8 +150,8 @@ void multiply_remainder(Index rows, const Left<Scalar>& left, Panel<Scalar> righ
 }
 
 /// multiply_direct<R>() for 1 to direct_rows rows, known at run time, and for all columns: `rest`
-/// holds the last ones of `right` that do not fill a packet. With more than tile_rows rows there
-/// must be none.
+/// holds the last columns of `right`, which do not fill a packet. With more than tile_rows rows
+/// there must be no such columns.
 template <class Scalar>
 void multiply_direct(Index rows, const Left<Scalar>& left, const DirectB<Scalar>& right,
                      Index columns, Panel<Scalar> rest, Start start, const Bias<Scalar>& bias,

@@ -28,7 +28,7 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// C = A·B on the calling thread. At its end it prefetches what the next product reads first, if
+/// C = A·B on the calling thread. Near its end it prefetches the start of the next product's B, if
 /// there is a `prefetch_next`.
 template <class Scalar>
 void gemm_serial(const GemmNN<Scalar>& product) {
@@ -48,7 +48,7 @@ void gemm_serial(const GemmNT<Scalar>& product) {
   if (product.a.width() <= small_k_depth && product.a.count() >= 2 * tile_rows) {
     return gemm_small_k(product);
   }
-  // The columns of more rows would be packed in too many short pieces.
+  // With more rows at once, their columns would be packed in too many short pieces.
   for_each_tile(product.a.count(), 64, [&](Index first, Index rows) {
     const PartEpilogue epilogue{product.epilogue, first, 0};
     GemmNT<Scalar> part = product;
@@ -69,14 +69,14 @@ void gemm_serial(const GemmTN<Scalar>& product) {
   gemm_direct(product);
 }
 
-/// Splits C into blocks and calls f(rows, columns) for each, over the workers. Small products stay
-/// on the calling thread.
+/// Splits C into blocks and calls f(rows, columns) for each, on all workers. Small products stay on
+/// the calling thread.
 inline void for_each_block(Range rows, Range columns, Index depth, Index block_columns,
                            FunctionRef<void(Range, Range)> f) {
   const Index workers = worker_count(Work{rows.count * columns.count * depth});
   const Index wanted = workers > 1 ? 4 * workers : 1;
   const Index column_blocks = (columns.count + block_columns - 1) / block_columns;
-  // High blocks pack panels less often, but there should be some for every worker.
+  // High blocks pack panels less often, but there should be several blocks for every worker.
   Index block_rows = task_rows;
   while (block_rows > 64 && (rows.count + block_rows - 1) / block_rows * column_blocks < wanted) {
     block_rows /= 2;
@@ -99,7 +99,7 @@ inline void for_each_block(Range rows, Range columns, Index depth, Index block_c
 /// A block of C = A·B or C = A·Bᵀ on the calling thread; the columns are those of C.
 template <class Product>
 void gemm_block(const Product& product, Range rows, Range columns) {
-  // A copy of the description takes as long as a part of a small product.
+  // To copy the description would take a noticeable part of the time of a small product.
   if (rows.count == product.c.count() && columns.count == product.column_range().count) {
     return gemm_serial(product);
   }

@@ -14,8 +14,8 @@
 /// Hence a row of C has the same bits whatever other rows are multiplied with it. Two processors may
 /// differ in the rounding of sums. Nothing allocates and nothing throws.
 ///
-/// Each product rounds A and B again, B once for every block of rows of A. With few rows that takes longer
-/// than it saves: docs/experiments.md has the figures.
+/// Each product rounds A and B anew, B once for every block of rows of A. With few rows the
+/// rounding takes longer than it saves: docs/experiments.md has the figures.
 
 MOE_PACKETS_BEGIN
 
@@ -23,25 +23,27 @@ namespace moe::detail {
 
 constexpr Index round_up(Index count, Index unit) { return (count + unit - 1) / unit * unit; }
 
-/// Addresses that a tile of `depth` steps prefetches, as many at a time as it takes.
+/// The `count` addresses that a tile of `depth` steps prefetches, with enough at a time to reach
+/// all of them.
 inline Prefetch<float> prefetch_within(Index depth, const float* first, Index stride, Index count) {
   return {first, stride, count, (count * prefetch_stretch + depth - 1) / depth};
 }
 
-/// Some of the numbers of K that are in a range of words.
+/// The numbers along K that are in a range of words.
 template <class Words>
 Range numbers_of(Range words, Index depth) {
   const Index first = words.first * Words::steps;
   return {first, std::min(words.count * Words::steps, depth - first)};
 }
 
-/// B of A·B and of Aᵀ·B in words, from one of them on: rows that follow each other along K.
+/// B of A·B and of Aᵀ·B in words, from word `first_word` on: the rows of B follow each other along
+/// K.
 template <class Words>
 struct InterleavedRows {
   using Operation = typename Words::Operation;
   static constexpr Index prefetched_steps = prefetch_stretch;
   GatheredRows<float> b;  ///< K x N
-  Index step = 0;         ///< how far apart the rows are, or 0 where a list says it
+  Index step = 0;         ///< the distance of the rows, or 0 where they are in a list
   Index first_word = 0;
 
   Panel<float> pack(const Strip& strip, float* buffer) const {
@@ -67,7 +69,7 @@ struct InterleavedRows {
   }
 };
 
-/// B of A·Bᵀ in words, from one of them on: columns that run along K.
+/// B of A·Bᵀ in words, from word `first_word` on: the rows of B run along K.
 template <class Words>
 struct TransposedRows {
   using Operation = typename Words::Operation;
@@ -96,7 +98,8 @@ struct TransposedRows {
     }
     return {buffer, stride};
   }
-  /// A tile prefetches the last piece of each row; with few tiles there are more, which come at once.
+  /// A tile prefetches the last piece of each row while it multiplies; with few tiles there are
+  /// more pieces, and the others are prefetched at once.
   Prefetch<float> prefetch(const Strip& strip, Index first, Index count) const {
     constexpr Index piece = prefetched_steps * Words::steps;
     const Index begin = (first_word + strip.k + first) * Words::steps;
@@ -111,7 +114,7 @@ struct TransposedRows {
 };
 
 /// Words of A that are packed at once, on the stack and in L2, with the padding of their rows: with AVX-512
-/// 256 rows of two panels; where a panel is deeper, fewer rows of one.
+/// 256 rows of two panels; where a panel is deeper, fewer rows of one panel.
 inline constexpr Index left_capacity = Index{256} * (256 + 16);
 static_assert(left_capacity * static_cast<Index>(sizeof(float)) <= (Index{288} << 10));
 inline constexpr Index left_depth = round_up(256, panel_depth);
@@ -119,15 +122,15 @@ inline constexpr Index left_rows =
     left_capacity / (left_depth + cache_line<float>) / packet_size<float> * packet_size<float>;
 static_assert(left_rows >= packet_size<float>);
 
-/// Calls pack_left(rows, words, stride, to) for blocks of A, M x K, to fill with words, and multiplies each
-/// with those of B.
+/// Calls pack_left(rows, words, stride, to) for blocks of A (M x K), which fills `to` with their
+/// words, and multiplies each block with the words of B.
 template <class Words, class Source, class PackLeft>
 void gemm_words(Index depth, const GemmNN<float, Source>& product, const PackLeft& pack_left) {
   alignas(64) float left[to_size(left_capacity)];
   constexpr Index line = cache_line<float>;
   const Index words = word_count<Words>(depth);
   const auto stride_of = [](Index count) { return padded_stride<float>(round_up(count, line)); };
-  // A row of A has all of its words at once if it can, since C is then read and written less often.
+  // A block has all words of its rows if they fit, since C is then read and written less often.
   constexpr Index unit = packet_size<float>;  // pack_left() may fill whole packets of rows
   const Index fitting_rows = left_capacity / std::max(line, stride_of(words)) / unit * unit;
   const Index rows = std::max(left_rows, fitting_rows);
@@ -176,7 +179,7 @@ auto pack_columns(const GatheredRows<float>& a) {
       for (Index j = 0; j < columns.count; j += size) {
         const Index width = std::min(size, columns.count - j);
         Words::interleave(a.slice(k.first, k.count).columns(columns.first + j, width), size, held);
-        // Turned as a matrix of words; its rows are a part of those of `to`.
+        // Transposed as a matrix of words: each of its rows becomes a part of a row of `to`.
         for (Index i = 0; i < count; i += size) {
           transpose_square(held + i * size, size, to + j * stride + word + i, stride);
         }
@@ -233,7 +236,8 @@ void gemm_bfloat16(const GemmTN<float>& product) {
       pack_columns<Words>(a));
 }
 
-/// gemm_serial() of operands in a precision, if there is a product for them in it.
+/// gemm_serial() with operands rounded to a precision, if there is such a product; otherwise in
+/// full precision.
 template <class Product>
 void gemm_serial(const Product& product, Precision precision) {
   if constexpr (requires { gemm_bfloat16(product); }) {

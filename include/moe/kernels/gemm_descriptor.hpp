@@ -17,17 +17,18 @@ namespace moe::detail {
 
 /// The initial value of an element of C: zero, or what C holds.
 enum class Start { zero, accumulate };
-/// That of a gradient which a pass writes over, or adds to.
+/// The initial value for a gradient that a pass overwrites (`replace`) or adds to.
 constexpr Start start_of(bool replace) { return replace ? Start::zero : Start::accumulate; }
 
-/// A row of values that is added to all rows of C, times a factor of each row: one more product, before the
-/// others, of a column of factors and a row of values. Null values are no bias.
+/// A row of values that is added to all rows of C, times a factor of each row: one more
+/// multiply-add, before the others, of a column of factors and a row of values. With null values
+/// there is no bias.
 template <class Scalar>
 struct Bias {
   const Scalar* values = nullptr;
   RowFactors<Scalar> factors{};
 
-  /// The same as seen from a row and a column on.
+  /// The bias of the part of C that begins at a row and a column.
   Bias at(Index row, Index column) const {
     return values == nullptr ? Bias{} : Bias{values + column, factors.from(row)};
   }
@@ -38,7 +39,7 @@ struct Bias {
 /// rows and tile_columns columns.
 using Epilogue = FunctionRef<void(Index, Index, Index, Index)>;
 
-/// An epilogue of C, called for a product that computes a part of C from a row and a column on.
+/// The epilogue of C for a product that computes the part of C that begins at a row and a column.
 struct PartEpilogue {
   Epilogue whole;
   Index row = 0;
@@ -51,7 +52,7 @@ struct PartEpilogue {
   Epilogue get() const { return whole ? Epilogue(*this) : Epilogue(); }
 };
 
-/// A matrix that is read where it is: row-major, its rows `stride` apart.
+/// A matrix that is read in place: row-major, its rows `stride` apart.
 template <class Scalar>
 struct MatrixOperand {
   const Scalar* data;
@@ -89,7 +90,7 @@ struct GemmNN {
   Start start = Start::zero;
   Bias<Scalar> bias{};  ///< N values and maybe M factors
   Epilogue epilogue{};
-  const Scalar* prefetch_next = nullptr;  ///< B of the product that follows, if it is like this one
+  const Scalar* prefetch_next = nullptr;  ///< B of the next product, if it is of this kind
 
   Range column_range() const { return range_within(columns, c.width()); }
 };

@@ -15,7 +15,7 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Rows of A and of B that a GemmTN adds in one pass over C, at most.
+/// The largest number of rows of A and of B that a GemmTN adds in one pass over C.
 inline constexpr Index direct_depth = l2_feeds_tiles ? 64 : 128;
 
 /// The number of rows of B, `stride` apart and `depth` in all, that gemm_direct() reads side by side
@@ -76,7 +76,7 @@ void gemm_direct(const GemmNN<Scalar>& product) {
   // The last columns have lower tiles if they do not fill a packet.
   const Index tallest = columns.count % size == 0 ? direct_rows : tile_rows;
   const Index slice = a.count() > tallest ? widest : columns.count;
-  // What two tiles of rows gain by it costs them as much.
+  // For two tiles of rows, packing costs as much as it gains.
   const bool packs = !l2_feeds_tiles && a.count() > 2 * tile_rows;
   const Index slices = std::max<Index>(1, cached_elements<Scalar> / (a.count() * slice));
   const Index end = columns.first + columns.count;
@@ -109,7 +109,8 @@ void gemm_direct(const GemmNN<Scalar>& product) {
             left.row[r] = a.row(first + r) + k;
             to[r] = c.row(first + r) + column;
           }
-          // Only the first step finds C in memory, and only without a list is the next row known.
+          // C comes from memory in the first step only, and the next row is known only if C has no
+          // list of rows.
           const bool prefetches = k == 0 && first + rows < a.count();
           right.prefetch_c = {prefetches ? rows * c.step() : 0, std::numeric_limits<Index>::max()};
           multiply_direct(rows, left, right, width, rest, from,
@@ -122,7 +123,7 @@ void gemm_direct(const GemmNN<Scalar>& product) {
         // The first tile waits for memory, so it is as high as can be.
         const Index highest = a.count() <= tallest ? a.count() : tile_rows;
         multiply(0, highest);
-        right.cached = true;  // prefetched again all the same: some of it was not
+        right.cached = true;  // but it is prefetched again, since some of it was not
         if (packs) right = DirectB<Scalar>::of_strips(strips, count);
         for_each_tile(a.count() - highest, tile_rows,
                       [&](Index first, Index rows) { multiply(highest + first, rows); });
@@ -132,9 +133,10 @@ void gemm_direct(const GemmNN<Scalar>& product) {
 }
 
 /// C = A·Bᵀ with B read in place, some rows of it side by side. Rows of A, packed as columns, run along
-/// the packets; with 32 registers, where half a packet or less of them is left over, along a packet
-/// half as wide, of which such a processor computes two at once. A tile of one packet is higher, for
-/// enough independent chains. Some tiles of rows of B stay in L2 while all rows of A pass.
+/// the packets; with 32 registers, where at most half a packet of rows is left over, those run
+/// along a packet half as wide, of which such a processor computes two at once. A tile of one
+/// packet is higher, for enough independent chains. Some tiles of rows of B stay in L2 while all
+/// rows of A pass.
 template <class Scalar>
 void gemm_direct(const GemmNT<Scalar>& product) {
   using Whole = Packet<Scalar>;
@@ -158,8 +160,8 @@ void gemm_direct(const GemmNT<Scalar>& product) {
   const Index depth = a.width();
   const Index stride = product.b.stride;
 
-  // Calls f(first, parts, reach) for rows [first, first + reach) of A along `parts` whole packets, or
-  // half a packet for 0. As many as can be are along a whole tile.
+  // Calls f(first, parts, reach) for rows [first, first + reach) of A along `parts` whole packets,
+  // or along half a packet if `parts` is 0. As many rows as possible are along a whole tile.
   const auto for_each_part_of_a = [&](auto&& f) {
     for (Index packet = 0; packet < packets; packet += tile_packets) {
       const Index parts = std::min(tile_packets, packets - packet);
@@ -215,8 +217,8 @@ void gemm_direct(const GemmNT<Scalar>& product) {
   }
 }
 
-/// C = Aᵀ·B with C read and written in the order in which memory is fastest: some rows of it from one
-/// end to the other, prefetched as B is in the first form. The rows of B that are added to them, at
+/// C = Aᵀ·B with C read and written in the order in which memory is fastest: some rows of C from
+/// one end to the other, prefetched as B is in the first form. The rows of B that are added, at
 /// most direct_depth at once, are packed as strips and stay in L2.
 template <class Scalar>
 void gemm_direct(const GemmTN<Scalar>& product) {
@@ -250,17 +252,18 @@ void gemm_direct(const GemmTN<Scalar>& product) {
       right.prefetch_c = {distance_by_tiles<Scalar>(ahead, width), width,
                           tile_rows * c.outerStride() - width};
       // The rows of A are far apart, so the values of two tiles are copied from each at once.
-      // Not cut evenly, since copies of another number of them than two whole tiles take longer.
+      // The rows are not cut evenly, since copying another number of values than two whole tiles
+      // takes longer.
       for (Index first = 0; first < rows.count; first += 2 * tile_rows) {
         const Index height = std::min(2 * tile_rows, rows.count - first);
-        // Rows of the first of the two.
+        // Rows of the first of the two tiles.
         const Index upper = height > tile_rows ? (height + 1) / 2 : height;
         const Index row = rows.first + first;
         for (Index i = 0; i < pairs; ++i) {
           const Scalar* held = a.row(k + i) + row;
           Scalar* value = values + i * tile_rows;
           prefetch_far<held_lines>(held, 2 * tile_rows);
-          if (height == 2 * tile_rows) {  // nearly always, and then a constant
+          if (height == 2 * tile_rows) {  // nearly always, and the counts are then constants
             std::copy_n(held, tile_rows, value);
             std::copy_n(held + tile_rows, tile_rows, value + second);
           } else {

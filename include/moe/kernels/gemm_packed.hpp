@@ -5,7 +5,8 @@
 #include "moe/kernels/pack.hpp"
 
 /// \file
-/// Products whose large operand is no matrix of Scalar, and is converted, a panel at a time, into L1.
+/// Products whose large operand is not a matrix of Scalar: it is converted into L1, a panel at a
+/// time.
 
 MOE_PACKETS_BEGIN
 

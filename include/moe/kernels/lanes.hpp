@@ -9,14 +9,15 @@
 #include "moe/kernels/simd.hpp"
 
 /// \file
-/// Registers of 32-bit lanes, one for each float of a packet, with which narrow numbers are widened and
-/// made.
+/// Registers of 32-bit lanes, one for each float of a packet, for widening narrow numbers and for
+/// rounding to them.
 
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The integers beside a packet of floats; one integer where packets are off.
+/// The packet of integers with as many lanes as a packet of floats; one integer where Eigen's
+/// packets are switched off.
 template <class P>
 struct LanesOf {
   using type = typename Eigen::internal::unpacket_traits<P>::integer_packet;
@@ -27,10 +28,10 @@ struct LanesOf<float> {
 };
 using Lanes = typename LanesOf<Packet<float>>::type;
 
-/// Floats in a packet, and 32-bit integers beside them.
+/// The number of floats in a packet, and of 32-bit integers.
 inline constexpr Index lane_count = packet_size<float>;
 
-// Templates over the type of the lanes, since only the branch that fits it must compile.
+// Templates over the type of the lanes, since only the branch for that type must compile.
 
 template <class L = Lanes>
 EIGEN_ALWAYS_INLINE L load_lanes(const std::byte* from) {
@@ -57,7 +58,7 @@ EIGEN_ALWAYS_INLINE L shift_left(const L& lanes) {
     return Eigen::internal::plogical_shift_left<bits>(lanes);
   }
 }
-/// Fills up with the sign.
+/// An arithmetic shift: the upper bits get the sign.
 template <int bits, class L>
 EIGEN_ALWAYS_INLINE L shift_right(const L& lanes) {
   if constexpr (bits == 0) {

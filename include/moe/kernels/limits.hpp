@@ -47,7 +47,7 @@ class LinearFactor {
  public:
   using P = Packet<Scalar>;
 
-  /// A limit of 0 is none.
+  /// A limit of 0 means no limit.
   LinearFactor(Scalar limit, Scalar offset)
       : most_(broadcast(limit > Scalar{0} ? limit : std::numeric_limits<Scalar>::infinity())),
         offset_(broadcast(offset)) {}

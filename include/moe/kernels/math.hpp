@@ -23,8 +23,8 @@ Packet<Scalar> for_each_lane(const Packet<Scalar>& x, F f) {
   return load(lanes);
 }
 
-// Eigen marks some of pexp, ptanh and psqrt as unused, and clang warns of calls of them. So Eigen's functors
-// call them, whose warnings stay in Eigen's headers.
+// Eigen marks some of pexp, ptanh and psqrt as unused, and clang warns of calls of them. So they
+// are called through Eigen's functors: the warnings then stay in Eigen's headers.
 
 template <class Scalar>
 Packet<Scalar> sqrt(const Packet<Scalar>& x) {
@@ -54,8 +54,8 @@ Packet<Scalar> tanh(const Packet<Scalar>& x) {
     using namespace Eigen::internal;
     const Packet<Scalar> inside = scalar_tanh_op<Scalar>().packetOp(x);
     if constexpr (!std::is_same_v<Scalar, float>) return inside;
-    // Eigen's rational function ends short of 1 where it takes a processor that fuses for one that
-    // does not, as on ARM.
+    // Eigen's rational function does not reach 1 where Eigen takes a processor with fused
+    // multiply-adds for one without, as on ARM.
     const Packet<Scalar> above = pcmp_le(broadcast(Scalar{8}), x);
     const Packet<Scalar> below = pcmp_le(x, broadcast(Scalar{-8}));
     return pselect(above, broadcast(Scalar{1}), pselect(below, broadcast(Scalar{-1}), inside));
@@ -65,7 +65,8 @@ Packet<Scalar> tanh(const Packet<Scalar>& x) {
 }
 
 /// log(1 + e^x), exact to rounding at both ends: max(x, 0) + log1p(e^-|x|), and
-/// log1p(t) = 2·atanh(t / (2 + t)), a series in at most 1/9 that is good for small t too.
+/// log1p(t) = 2·atanh(t / (2 + t)), a series in (t / (2 + t))², at most 1/9, which is accurate for
+/// small t too.
 template <class Scalar>
 Packet<Scalar> softplus(const Packet<Scalar>& x) {
   using namespace Eigen::internal;
@@ -77,8 +78,8 @@ Packet<Scalar> softplus(const Packet<Scalar>& x) {
   for (int i = terms - 1; i >= 0; --i) {
     series = pmadd(series, s2, broadcast(Scalar{1} / static_cast<Scalar>(2 * i + 1)));
   }
-  // Zero goes first: Eigen's pmax keeps a NaN in its first operand's place only on some machines,
-  // but x reappears in t, so a NaN reaches the sum either way.
+  // Whether pmax returns a NaN of x depends on the processor, but t is NaN too then, so the sum is
+  // NaN.
   return padd(pmax(broadcast(Scalar{0}), x), pmul(pmul(broadcast(Scalar{2}), s), series));
 }
 
@@ -91,7 +92,8 @@ Packet<Scalar> normal_density(const Packet<Scalar>& x) {
               moe::detail::exp<Scalar>(pmul(pmul(broadcast(Scalar{-0.5}), x), x)));
 }
 
-/// Φ, its distribution function, with a small relative error in the lower tail too.
+/// Φ, the distribution function of the standard normal, with a small relative error in the lower
+/// tail too.
 ///
 /// In float Φ(-√2·u) = erfc(u)/2 = t·exp(p(t) - u²)/2 with t = 1/(1 + u/2); the polynomial p was
 /// fitted to log(erfc(u)·exp(u²)/t) at Chebyshev nodes of t in (0.07, 1], to 9e-8 everywhere.

@@ -16,9 +16,9 @@
 ///
 /// A step of k takes V loads of `right`, R broadcasts of `left` and R·V multiply-adds. With 8 x 3
 /// packets where there are 32 registers, and 6 x 2 where there are 16, it is limited by the
-/// multiply-adds, and has more independent chains than a multiply-add has cycles of latency. Of tiles
-/// with as many multiply-adds a higher one reads fewer bytes of `right`: 4 x 3 packets would need
-/// half as many again as 6 x 2.
+/// multiply-adds, and has more independent chains than a multiply-add has cycles of latency. Of two
+/// tiles with the same number of multiply-adds, the higher one reads fewer bytes of `right`: 4 x 3
+/// packets would need half as many again as 6 x 2.
 
 // A packet as a template argument of Eigen's PacketBlock loses its alignment attribute, which is
 // harmless there; Eigen's own headers silence it the same way.
@@ -33,9 +33,9 @@ inline constexpr Index tile_rows = 6;
 #endif
 /// The highest tile on any processor: of one packet, with enough independent chains.
 inline constexpr Index max_tile_rows = 8;
-/// Whether a tile is so large, with 32 registers, that L2 can feed it from rows of B in place, 8 bytes
-/// a cycle for 8 x 3 packets of 64 bytes. Smaller ones need 11, which L2 delivers only where what a
-/// tile reads is contiguous: for many rows of A they need B packed.
+/// Whether a tile is so large, with 32 registers, that L2 can feed it from rows of B in place, 8
+/// bytes per cycle for 8 x 3 packets of 64 bytes. Smaller tiles need 11, which L2 delivers only
+/// where a tile reads contiguous memory: for many rows of A they need B packed.
 inline constexpr bool l2_feeds_tiles = tile_rows == max_tile_rows;
 inline constexpr Index tile_packets = l2_feeds_tiles ? 3 : 2;
 /// The highest tile of a product that reads B in place: 32 registers hold one row more if the
@@ -65,8 +65,8 @@ EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-/// Cache lines that a tile reads of a row. All are prefetched, since the hardware prefetcher does not
-/// fetch any that are left out.
+/// The number of cache lines that a tile reads of a row. All are prefetched, since the hardware
+/// prefetcher does not fetch any that are left out.
 inline constexpr Index strip_lines =
     std::max<Index>(2, (tile_columns<float> + cache_line<float> - 1) / cache_line<float>);
 
@@ -77,8 +77,8 @@ EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
 }
 
 /// Prefetches `lines` cache lines, `further` elements after an address, into L2, since L1 would not
-/// hold them until they are read. They may be in another matrix, so the address is computed as a
-/// number.
+/// hold them until they are read. The address may be in another matrix, so it is computed as an
+/// integer.
 template <Index lines, class Scalar>
 EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
                                       [[maybe_unused]] Index further = 0) {
@@ -135,8 +135,9 @@ EIGEN_ALWAYS_INLINE P to_register(P packet) {
   return packet;
 }
 
-/// What a step does with an element of A, one of B and the sum so far. Another operation may take more of
-/// each from its 32 bits: see bfloat16_words.hpp. It says which cache a tile prefetches into.
+/// What a step does with an element of A, one of B and the sum so far. Another operation may read
+/// several numbers from the 32 bits of an element: see bfloat16_words.hpp. prefetches_far says
+/// whether a tile prefetches into L2 only.
 struct MultiplyAdd {
   static constexpr bool prefetches_far = false;
   template <class P>
@@ -185,7 +186,8 @@ EIGEN_ALWAYS_INLINE void add_bias(const Bias<Scalar>& bias, P (&sum)[R][V]) {
 }
 
 /// One tile of packets P.
-// Not inline, else its registers mix with those of the loops around it.
+// Not inline, since the compiler would otherwise keep values of the loops around it in its
+// registers.
 template <class P, Index R, Index V, class Operation = MultiplyAdd, class Scalar>
 MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                                 Start start, const Bias<Scalar>& bias, Scalar* const* c,
@@ -232,8 +234,8 @@ MOE_NOINLINE void multiply_tile(const Left<Scalar>& left, Panel<Scalar> right, I
   for (Index i = 0; i < R * V; ++i) pstoreu(to[i / V] + i % V * size, sum[i / V][i % V]);
 }
 
-/// Calls run(to) for a tile beside C, `to` being its tile_rows rows: it holds the initial values of
-/// C, and its first `rows` rows and `width` columns are then copied to C.
+/// Calls run(to) for a tile in a buffer, `to` being its tile_rows rows. The buffer holds the
+/// initial values of C; its first `rows` rows and `width` columns are copied to C afterwards.
 template <class Scalar, class F>
 void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bias,
                     Scalar* const* c, F&& run) {
@@ -250,7 +252,7 @@ void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bi
 }
 
 /// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
-/// of whose columns `width` belong to C: a tile that is wider is computed beside C and copied.
+/// of whose columns `width` belong to C: a wider tile is computed in a buffer and copied.
 template <class Operation = MultiplyAdd, class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,
                    Panel<Scalar> right, Index depth, Start start, const Bias<Scalar>& bias,

@@ -30,7 +30,7 @@ void copy_rows(const GatheredRows<Scalar>& rows, Index stride, Scalar* buffer) {
 }
 
 /// Packs rows as strips of tile_columns, one after the other, so that what a tile reads is contiguous.
-/// The last strip takes as much place as the others.
+/// The last strip takes as much memory as the others.
 template <class Scalar>
 void copy_strips(const GatheredRows<Scalar>& rows, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
@@ -130,8 +130,9 @@ struct Strip {
   Index width;
 };
 
-/// Where gemm_packed() takes B from, a strip at a time. It knows B by this alone, so a source whose
-/// numbers are stored in another type converts them in pack() and nowhere else.
+/// The source from which gemm_packed() reads B, a strip at a time. gemm_packed() uses nothing else
+/// of B, so a source whose numbers are stored in another type converts them in pack() and nowhere
+/// else.
 ///
 ///     pack(strip, buffer)            the strip as packets, in the buffer (panel_depth rows of
 ///                                    tile_columns), the last packet of a row filled up with zeros
@@ -157,8 +158,8 @@ struct OperationOfSource<Source> {
 template <class Source>
 using OperationOf = typename OperationOfSource<Source>::type;
 
-/// Steps of which a tile prefetches a multiple: as many as the cache lines at an address hold of a row of
-/// a transposed B, if the source does not say how many.
+/// A tile prefetches a multiple of this number of steps. If the source does not give the number, it
+/// is what strip_lines cache lines hold of a row of a transposed B.
 template <class Scalar, class Source>
 inline constexpr Index prefetched_steps = [] {
   if constexpr (requires { Source::prefetched_steps; }) {

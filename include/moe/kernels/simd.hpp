@@ -46,8 +46,8 @@ void store(Scalar* to, const Packet<Scalar>& packet) {
   Eigen::internal::pstoreu(to, packet);
 }
 
-/// The first `count` < packet_size elements; the rest are zero. Not inline: it is rare, and there
-/// would be very many.
+/// The first `count` < packet_size elements; the rest are zero. Not inline: it is called rarely,
+/// but from very many places.
 template <class Scalar>
 MOE_NOINLINE Packet<Scalar> load_first(const Scalar* from, Index count) {
   Scalar buffer[packet_size<Scalar>] = {};
@@ -78,8 +78,8 @@ struct PacketSpan {
   }
 };
 
-/// Calls f(span) for the packets of a row. (One f for whole and partial ones, since it is compiled in
-/// very many forms.)
+/// Calls f(span) for the packets of a row. (There is one f for whole and partial packets, since it
+/// is compiled in very many forms.)
 template <class Scalar, class F>
 void for_each_packet(Index count, F f) {
   constexpr Index size = packet_size<Scalar>;

@@ -11,11 +11,11 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The largest depth that gemm_small_k() is for, if there are some tiles of rows.
+/// The largest depth for which gemm_small_k() is used, if there are at least two tiles of rows.
 inline constexpr Index small_k_depth = 64;
 
-/// C = A·Bᵀ for a small depth: packing Bᵀ costs less than transposing tiles of C, which have few steps
-/// to spread that over.
+/// C = A·Bᵀ for a small depth: packing Bᵀ costs less than transposing tiles of C, a cost that a
+/// small depth spreads over few steps.
 template <class Scalar>
 void gemm_small_k(const GemmNT<Scalar>& product) {
   constexpr Index widest = panel_columns<Scalar>;

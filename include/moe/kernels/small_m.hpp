@@ -24,8 +24,8 @@ constexpr Index first_prefetched(Index block, Index end, Index ahead) {
   return std::min(end, block + ahead / block * block + end % block);
 }
 
-/// Rows of B that gemm_small_m() reads side by side for a number of rows of A: only as many as it takes
-/// for C, in L1, to cost less time than memory.
+/// Rows of B that gemm_small_m() reads side by side for a number of rows of A: just enough that
+/// reading and writing C, which is in L1, takes less time than reading B from memory.
 constexpr Index small_m_steps(Index rows) { return rows <= 2 ? 1 : rows <= 4 ? 2 : 4; }
 
 /// One tile of gemm_small_m(): R rows of C += `steps` rows of B. The elements from
@@ -73,7 +73,7 @@ MOE_NOINLINE void gemm_small_m(const Scalar* const* a, const MatrixOperand<Scala
     const Scalar* place = b.data + at;
     const bool is_in_next = prefetched >= end && next_b != nullptr;
     const Scalar* from = is_in_next ? next_b : place;
-    // If nothing is left to prefetch, it is what is read anyway.
+    // If nothing is left to prefetch, the address is one that is read anyway.
     Index further = is_in_next ? prefetched - end : prefetched < end ? prefetched - at : 0;
     for (Index column = 0; column < columns; column += width) {
       small_m_tile<R>(row, place, columns, steps, from, further, column, out);
@@ -83,10 +83,10 @@ MOE_NOINLINE void gemm_small_m(const Scalar* const* a, const MatrixOperand<Scala
   }
 }
 
-/// Whether gemm_small_m() is for a number of rows of A and all columns of B, whose rows are `stride`
-/// apart: few rows of A, and short, contiguous ones of B that are whole tiles. Where rows of B are
-/// longer than a page of memory, eight side by side are as fast in large pages and faster in small
-/// ones.
+/// Whether gemm_small_m() is used for a number of rows of A and all columns of B, whose rows are
+/// `stride` apart: for few rows of A, and short, contiguous rows of B that are whole tiles. Where
+/// rows of B are longer than a page of memory, reading eight side by side is as fast in large pages
+/// and faster in small ones.
 template <class Scalar>
 constexpr bool is_small_m(Index rows, Index columns, Index stride) {
   return rows <= small_m_rows && columns == stride && columns > 0 &&

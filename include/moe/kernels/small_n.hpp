@@ -11,10 +11,11 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The largest number of columns of C that gemm_small_n() is for, if there is a tile of rows.
+/// The largest number of columns of C for which gemm_small_n() is used, if C has at least
+/// tile_columns rows.
 inline constexpr Index small_n_columns = max_tile_rows;
 
-/// C = Aᵀ·B where C has few columns: as Cᵀ = Bᵀ·A, beside C.
+/// C = Aᵀ·B where C has few columns: computed as Cᵀ = Bᵀ·A in a buffer.
 template <class Scalar>
 void gemm_small_n(const GemmTN<Scalar>& product) {
   constexpr Index widest = 2 * panel_columns<Scalar>;

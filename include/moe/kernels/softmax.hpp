@@ -64,7 +64,7 @@ SoftmaxRow<Scalar> softmax_row(Index classes, const Scalar* x, Scalar* terms) {
 }
 
 /// Turns the exponentials of a row into (weight / count)·(softmax(x) - onehot(target)): the
-/// gradient with respect to x of one of `count` losses of that weight.
+/// gradient with respect to x of weight times the mean of `count` losses, of which this row is one.
 template <class Scalar>
 void softmax_row_backward(Index classes, const SoftmaxRow<Scalar>& row, Index target, double weight,
                           double count, Scalar* terms) {

@@ -10,7 +10,7 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// y[r][i] = factor[r]·x[r][i] + bias[i]; a null bias is none.
+/// y[r][i] = factor[r]·x[r][i] + bias[i]; a null bias means none.
 template <class Scalar>
 void weigh_rows(const GatheredRows<Scalar>& x, const RowFactors<Scalar>& factors,
                 const Scalar* bias, const ScatteredRows<Scalar>& y) {
@@ -29,8 +29,8 @@ void weigh_rows(const GatheredRows<Scalar>& x, const RowFactors<Scalar>& factors
   }
 }
 
-/// In d there is dy. Adds Σ_i dy[r][i]·x[r][i], the gradient w.r.t. the factor, to dfactor[r], and turns
-/// dy into dx = factor[r]·dy.
+/// On entry d holds dy. Adds Σ_i dy[r][i]·x[r][i], the gradient w.r.t. the factor, to dfactor[r],
+/// and turns dy into dx = factor[r]·dy.
 template <class Scalar>
 void weigh_rows_backward(const GatheredRows<Scalar>& x, const RowFactors<Scalar>& factors,
                          const ScatteredRows<Scalar>& d, Scalar* dfactor) {

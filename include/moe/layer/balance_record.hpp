@@ -27,7 +27,7 @@ struct BalanceRecord {
   double loss = 0;                ///< Balance::loss
   double cv_importance = 0;       ///< of the sums of an expert's weights
   double cv_load = 0;             ///< of the numbers of an expert's tokens, see Balance::load
-  double max_over_mean_load = 0;  ///< the fullest expert over the mean
+  double max_over_mean_load = 0;  ///< the largest load over the mean load
   Index unused_experts = 0;       ///< experts without a token
   /// Σ_i −p_i·ln(p_i) in nats, p being the weights of a token's slots, each at least 0, over their sum: 0
   /// where one expert has all the weight, ln(K) where K experts share it evenly. The mean over the tokens

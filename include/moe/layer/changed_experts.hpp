@@ -12,8 +12,8 @@
 #include "moe/random.hpp"
 
 /// \file
-/// The experts of a layer after some were added, copied or removed. They are made beside the present
-/// ones, so that an exception changes nothing.
+/// The experts of a layer after some were added, copied or removed. They are made before the
+/// present ones are changed, so that an exception changes nothing.
 
 namespace moe::detail {
 
@@ -32,9 +32,10 @@ inline std::vector<Index> add_sources(const char* of, Index experts, Index count
   return sources;
 }
 inline void check_named(const char* of, Index experts, std::span<const Index> named) {
-  require(!named.empty(), of, ": no expert is named");
+  require(!named.empty(), of, ": must name at least one expert");
   for (const Index e : named) {
-    require(e >= 0 && e < experts, of, ": expert ", e, " of ", experts);
+    require(e >= 0 && e < experts, of, ": expert = ", e, ", must be at least 0 and below ",
+            experts);
   }
 }
 inline std::vector<Index> copy_sources(const char* of, Index experts,
@@ -155,7 +156,7 @@ class ChangedExperts {
     return e >= range.first && e < range.first + range.count;
   }
 
-  /// The same as in the layer's constructor.
+  /// The seed of expert e, the same as in the layer's constructor.
   std::uint64_t seed_of(Index e) const {
     return derive_seed(draws_.seed, static_cast<std::uint64_t>(e) + 1);
   }
@@ -177,7 +178,7 @@ class ChangedExperts {
       change.sent.push_back({to, first++});
     });
   }
-  /// The expert that was made last.
+  /// Makes room for the parameters of the expert that was made last.
   void receive(Index e, ExpertChange& change) {
     int from = 0;
     while (sources_[e] >= before_.first(from + 1)) ++from;
@@ -202,7 +203,7 @@ class ChangedExperts {
   Range was_here_;
   const ExpertSources& sources_;
   ChangeDraws draws_;
-  std::vector<Expert> made_;  ///< of this rank's experts those that were not here before
+  std::vector<Expert> made_;  ///< this rank's experts that were not here before
   std::vector<Arriving> arriving_;
   std::vector<Expert> result_;
 

@@ -19,7 +19,7 @@ namespace moe::detail {
 /// from the first.
 template <class Scalar>
 struct DispatchSlice {
-  const Index* offsets;  ///< E + 1 of these experts; the first need not be 0
+  const Index* offsets;  ///< E + 1 of these experts; the first offset need not be 0
   Index experts;         ///< E of these
   Index tokens;          ///< T
   const Index* token;    ///< S of these, ascending for each expert
@@ -62,16 +62,18 @@ struct ExpertTape {
   Matrix<Scalar> group;  ///< rows of a group x Expert::scratch_width()
   IndexedVector<Slice> slices;
   IndexedVector<Task> tasks;
-  IndexedVector<typename Expert::Scratch> scratch;  ///< one a worker
+  IndexedVector<typename Expert::Scratch> scratch;  ///< one per worker
 };
 
-/// A pass of one or more experts over their slots. It refers to its arguments.
+/// A pass of one or more experts over their slots. It refers to its arguments, which must outlive
+/// it.
 ///
-/// Experts run in groups, one group after the other: first the first halves of all its slices, then
-/// the second halves, which add to the rows of the tokens. A group has as many rows as the caches
-/// hold between the two halves; within a half the work is split over the workers by slice, rows and
-/// columns. A task of a second half adds to its own columns of its own tokens, in the order of the
-/// experts, so no output of a slot is stored and the bits do not depend on the split.
+/// Experts run in groups, one group after the other: first the first halves of all slices of the
+/// group, then the second halves, which add to the rows of the tokens. A group has as many rows as
+/// the caches hold between the two halves; within a half the work is split over the workers by
+/// slice, rows and columns. A task of a second half adds to its own columns of its own tokens, in
+/// the order of the experts, so no output of a slot is stored and the bits do not depend on the
+/// split.
 template <class Expert>
 class ExpertPass {
  public:
@@ -85,8 +87,8 @@ class ExpertPass {
     workers_ = Expert::fused ? worker_count(Work{row_work_ * slots.slots()}) : worker_count();
   }
 
-  /// Throws std::invalid_argument if a parameter of an expert with rows was given another shape than
-  /// the expert made.
+  /// Throws std::invalid_argument if a parameter of an expert with rows no longer has its original
+  /// shape.
   void check_experts() const {
     for (Index e = 0; e < slots_.experts; ++e) {
       if (slots_.slots_of(e) > 0) check_shapes(experts_[to_size(e)], "MoELayer: an expert");
@@ -96,7 +98,7 @@ class ExpertPass {
   /// sum += Σ over slots G·expert(x), x and sum being T x D. With `save`, leaves in the tape what
   /// backward() needs.
   void forward(const MatrixRef<Scalar>& x, bool save, Matrix<Scalar>& sum) const {
-    // What an earlier pass saved may be of fewer slots.
+    // 0 without `save`: what an earlier pass saved may be of fewer slots.
     tape_.saved_width = save ? first_expert().tape_width() : 0;
     if (save) resize(tape_.saved, slots_.slots(), padded_stride<Scalar>(tape_.saved_width));
     if (slots_.slots() == 0) return;
@@ -269,8 +271,8 @@ class ExpertPass {
   }
 
   /// A task for each worker: columns are cut as long as the pieces are at least a tile wide, then rows too,
-  /// which can give a few more tasks than workers. There are no smaller ones, since each piece of rows reads
-  /// the weights again.
+  /// which can give a few more tasks than workers. There are no smaller tasks, since each piece of
+  /// rows reads the weights again.
   void plan_output(Index width) const {
     const Index strips = std::clamp<Index>(width / tile_columns<Scalar>, 1, workers_);
     cut(slots_.tokens, (workers_ + strips - 1) / strips, 1, [&](Range rows) {

@@ -14,9 +14,9 @@
 
 namespace moe::detail {
 
-/// sum[t] += w·rows[t] for the slots of experts first_expert, first_expert + 1, ..., both matrices being
-/// T x D: with x for rows y, with dy the gradient w.r.t. x. A token's slots are added in the order of the
-/// experts. O(slots·D).
+/// sum[t] += w·rows[t] for the slots of experts first_expert, first_expert + 1, ..., both matrices
+/// being T x D. If `rows` is x, this is their share of y; if `rows` is dy, their share of the
+/// gradient w.r.t. x. A token's slots are added in the order of the experts. O(slots·D).
 template <class Scalar>
 void add_identity_experts(const Dispatch<Scalar>& dispatch, Index first_expert,
                           const MatrixRef<Scalar>& rows, Matrix<Scalar>& sum) {
@@ -33,7 +33,7 @@ void add_identity_experts(const Dispatch<Scalar>& dispatch, Index first_expert,
                       });
 }
 
-/// dweight (S, in the order of the dispatch) of the same slots: ⟨x, dsum⟩ of their tokens.
+/// Fills dweight (S, in the order of the dispatch) for the same slots: ⟨x, dsum⟩ of their tokens.
 template <class Scalar>
 void identity_weight_gradients(const Dispatch<Scalar>& dispatch, Index first_expert,
                                const MatrixRef<Scalar>& x, const MatrixRef<Scalar>& dsum,

@@ -10,15 +10,15 @@
 
 namespace moe::detail {
 
-/// That a matrix has `width` columns; `name` is its name in the message.
+/// Checks that a matrix has `width` columns; `name` is its name in the message.
 template <class Scalar>
 void check_layer_width(const MatrixRef<Scalar>& matrix, const char* name, Index width) {
   require(matrix.cols() == width, "MoELayer: ", name, " has ", matrix.cols(),
           " columns, Config.width = ", width);
 }
 
-/// That a routing has these experts and `tokens` rows, and padding no slots. (That the slots are in
-/// order is checked where they are sorted.)
+/// Checks that a routing has this number of experts and `tokens` rows, and that padding has no
+/// slots. (That the slots are in order is checked where they are sorted.)
 template <class Scalar>
 void check_made_by_gate(const Routing<Scalar>& routing, Index experts, Index tokens,
                         std::span<const std::uint8_t> valid) {
@@ -28,15 +28,15 @@ void check_made_by_gate(const Routing<Scalar>& routing, Index experts, Index tok
           " tokens, x has ", tokens);
   for (Index t = 0; t < static_cast<Index>(valid.size()); ++t) {
     require(valid[to_size(t)] != 0 || routing.slots_of_token(t).count <= 0, "MoELayer: row ", t,
-            " of x is not valid, and the gate gave it a slot");
+            " of x is not valid, but the gate gave it a slot");
   }
 }
 
-/// That the gate left dx its shape, tokens x width.
+/// Checks that the gate did not change the shape of dx, tokens x width.
 template <class Scalar>
 void check_left_by_gate(const Matrix<Scalar>& dx, Index tokens, Index width) {
-  require(dx.rows() == tokens && dx.cols() == width, "MoELayer: the gate left a dx of ", dx.rows(),
-          " x ", dx.cols(), " for an x of ", tokens, " x ", width);
+  require(dx.rows() == tokens && dx.cols() == width, "MoELayer: the gate changed dx to ", dx.rows(),
+          " x ", dx.cols(), ", must be as x, ", tokens, " x ", width);
 }
 
 }  // namespace moe::detail

@@ -18,8 +18,8 @@ struct MoELayerConfig {
   Index width = 0;                   ///< D
   typename Expert::Config expert{};  ///< of every expert
   typename Gate::Config gate{};      ///< has the number of experts
-  /// How many of the gate's experts, the last ones, are the identity instead of a network: >= 0, and
-  /// fewer than there are.
+  /// The number of the gate's experts, the last ones, that are the identity instead of a network:
+  /// at least 0, and fewer than all.
   Index identity_experts = 0;
   Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
   Seed seed;                                 ///< of the initial weights and of the gate's noise
@@ -37,8 +37,8 @@ struct MoELayerConfig {
 
 namespace detail {
 
-/// Gives a part of a configuration the width where its own is 0. Throws std::invalid_argument, which names
-/// the part after `config`, if it is another one.
+/// Gives a part of a configuration the width `width` if its own is 0. Throws std::invalid_argument,
+/// which names the part after `config`, if its own is neither 0 nor `width`.
 template <class Width>
 void complete_width(std::string_view config, std::string_view part, Index width, Width& of_part) {
   if (of_part == 0) of_part = width;

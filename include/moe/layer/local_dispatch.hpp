@@ -11,8 +11,8 @@
 #include "moe/routing/pass.hpp"
 
 /// \file
-/// The dispatch policy of a layer whose experts are all in one process. That of several processes is in
-/// mpi/rank_dispatch.hpp.
+/// The dispatch policy of a layer whose experts are all in one process. The policy for several
+/// processes is in mpi/rank_dispatch.hpp.
 
 namespace moe {
 
@@ -21,7 +21,7 @@ namespace moe {
 /// is thrown in all.
 class LocalDispatch {
  public:
-  /// What a pass needs beside the rest of the layer's tape: nothing.
+  /// What a pass needs besides the rest of the layer's tape: nothing.
   template <class Expert>
   struct Tape {};
 
@@ -38,12 +38,13 @@ class LocalDispatch {
     return f();
   }
 
-  // Which rank has which experts, before and after experts are added or removed. There is one rank.
+  // Which rank has which experts, before and after experts are added or removed. Here there is only
+  // one rank.
 
   /// Which experts a rank has: all of them.
   class Placement {
    public:
-    /// Of this number of experts.
+    /// A placement of this number of experts.
     explicit Placement(Index experts) : experts_(experts) {}
     /// The first expert of a rank.
     Index first(int rank) const { return rank == 0 ? 0 : experts_; }
@@ -66,10 +67,10 @@ class LocalDispatch {
   }
   /// Places the experts, after a change.
   void set_placement(const Placement&) {}
-  /// In a policy of several processes, throws on all if they were called to make different changes.
+  /// In a policy of several processes, throws on all of them if the changes differ.
   void agree_on_change(const char*, std::uint64_t, const detail::ChangeDraws&) const {}
-  /// Sends each rank its bytes, and receives those it sent, whose number is known. `moves` is whether
-  /// any rank sends something.
+  /// Sends each rank its bytes, and receives the bytes that it sent, whose number is known. `moves`
+  /// is whether any rank sends something.
   void exchange(const char*, bool, std::vector<std::vector<char>>&,
                 std::vector<std::vector<char>>&) const {}
 

@@ -60,14 +60,14 @@ class MoELayer {
   using Scalar = typename Expert::Scalar;                          ///< float or double
   using LossWeights = typename detail::LossWeightsOf<Gate>::type;  ///< the gate's
 
-  /// The same layer with its experts somewhere else.
+  /// The same layer with another dispatch policy.
   template <class OtherDispatch>
   using WithDispatch = MoELayer<Expert, Gate, OtherDispatch>;
 
   using Config = MoELayerConfig<Expert, Gate>;  ///< see MoELayerConfig
 
-  /// What forward() saves for backward(), and the results of a pass. A tape holds one pass: take
-  /// several tapes for several forward() before their backward().
+  /// What forward() saves for backward(), and the results of a pass. A tape holds one pass: to call
+  /// forward() several times before backward(), use several tapes.
   struct Tape {
     typename Gate::Tape gate;            ///< the gate's tape, with the routing and its balance
     Dispatch<Scalar> dispatch;           ///< the slots by expert
@@ -76,7 +76,7 @@ class MoELayer {
     Matrix<Scalar> x;                                         ///< T x D, a copy
     Matrix<Scalar> y;                                         ///< T x D, the result
     Matrix<Scalar> dx;            ///< T x D, the gradient with respect to x
-    bool trained = false;         ///< whether the last pass was a forward() that ended well
+    bool trained = false;         ///< whether the last pass was a forward() that completed
     std::uint64_t structure = 0;  ///< of the layer in the last pass: which experts it had
     Index networks = 0;           ///< the number of experts that were not the identity
 
@@ -115,7 +115,7 @@ class MoELayer {
                         expert.width(), ", Config.width = ", config_.width);
       }
     });
-    // They may be of a layer whose experts came and went.
+    // The gate and the experts may come from a layer whose experts were changed.
     mark_structure(gate_);
     for (Expert& expert : experts_) mark_structure(expert);
   }
@@ -141,10 +141,10 @@ class MoELayer {
   const DispatchPolicy& dispatch_policy() const { return policy_; }
 
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
-  /// in tape.balance(). Give every update its own step: the same one draws the same noise.
+  /// in tape.balance(). Give every update its own step: the same step draws the same noise.
   /// O(S·D·H), and what the gate costs. x may be tape.x as a whole, or any part of tape.y. Throws
-  /// std::invalid_argument when x is not D wide or is only a part of tape.x, when the pass does not fit
-  /// x, and when the gate's routing contradicts itself, which leaves the tape unusable.
+  /// std::invalid_argument when x is not D wide or is only a part of tape.x, when the pass does not
+  /// fit x, and when the gate's routing contradicts itself, which leaves the tape unusable.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const;
 
   /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.
@@ -170,11 +170,12 @@ class MoELayer {
   }
 
   /// Puts an expert with the same shapes in the place of expert `e`, one of this process. Throws
-  /// std::invalid_argument if it is not, or if a parameter has another shape.
+  /// std::invalid_argument if `e` is not one of this process, or if a parameter has another shape.
   void replace_expert(Index e, const Expert& expert) {
     const Range here = policy_.experts_here(networks());
     detail::require(e >= here.first && e < here.first + here.count,
-                    "MoELayer::replace_expert: expert ", e, " of ", networks());
+                    "MoELayer::replace_expert: expert = ", e,
+                    ", must be one of this process and below ", networks());
     Expert& replaced = experts_[detail::to_size(e - here.first)];
     detail::check_same_shapes(replaced, expert,
                               "MoELayer::replace_expert: experts." + std::to_string(e) + '.');
@@ -187,10 +188,10 @@ class MoELayer {
   ///
   /// For gates that have change_experts(), see Gate. The experts that stay keep their order and every
   /// bit, and so do their columns of the gate; gradients are zero afterwards, and config() has the new
-  /// number of experts. backward() refuses a tape of before the change. Pass the returned change to
-  /// the optimizer: optimizer.follow(model, layer, change). Each throws std::invalid_argument, with
-  /// nothing changed, if the gate or its Config cannot have these experts, or if `experts` is empty or
-  /// names one that does not exist.
+  /// number of experts. backward() refuses a tape from before the change. Pass the returned change
+  /// to the optimizer: optimizer.follow(model, layer, change). Each throws std::invalid_argument,
+  /// with nothing changed, if the gate or its Config cannot have these experts, or if `experts` is
+  /// empty or names one that does not exist.
   /// \{
 
   /// Adds `count` fresh experts behind the others. Equal seeds draw equal numbers: give every layer
@@ -228,16 +229,16 @@ class MoELayer {
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {
     gate_.set_loss_weights(weights);
-    // A file of the layer has its configuration.
+    // Files of the layer store config(), so it must follow.
     if constexpr (requires { config_.gate = gate_.config(); }) config_.gate = gate_.config();
   }
 
-  /// Moves the gate's selection bias, after each update: see TopKGate::update_selection_bias(). By the
-  /// load of one training pass.
+  /// Moves the gate's selection bias, after each update: see TopKGate::update_selection_bias().
+  /// This one uses the load of one training pass.
   template <class G = Gate>
   requires requires(G& gate, const typename G::Tape& tape) { gate.update_selection_bias(tape); }
   void update_selection_bias(const Tape& tape) { gate_.update_selection_bias(tape.gate); }
-  /// The same by the load (E) of all passes of the update.
+  /// The same given the load (E) of all passes of the update.
   template <class G = Gate>
   requires requires(G& gate, const Vector<Scalar>& load) { gate.update_selection_bias(load); }
   void update_selection_bias(const Vector<Scalar>& load) { gate_.update_selection_bias(load); }
@@ -269,7 +270,8 @@ class MoELayer {
                     ": the layer was moved from");
   }
 
-  /// All of these verbs: make_sources(experts) lists where the experts afterwards come from.
+  /// Adds, copies or removes experts: make_sources(experts) lists where the experts after the
+  /// change come from.
   template <class F>
   ExpertChange change_experts(const char* verb, const detail::ChangeDraws& draws,
                               F&& make_sources) {
@@ -373,7 +375,7 @@ class MoELayer {
         " experts and width ", tape.x.cols());
     detail::require(tape.networks == networks(),
                     "MoELayer::backward: the tape is another layer's, of ", tape.networks,
-                    " experts that are no identity");
+                    " experts that are not the identity");
     detail::require(tape.structure == structure_,
                     "MoELayer::backward: the tape is of other experts: some were added, copied or"
                     " removed after its forward pass");
@@ -389,8 +391,8 @@ class MoELayer {
   DispatchPolicy policy_;
   Config config_;
   Gate gate_;
-  std::vector<Expert> experts_;  ///< those that are here
-  std::uint64_t structure_ = 0;  ///< of the parameters, a number that every change makes anew
+  std::vector<Expert> experts_;  ///< those of this process
+  std::uint64_t structure_ = 0;  ///< of the parameters; every change gives a new number
   bool has_gradients_ = false;   ///< a first backward pass has made room for them
 };
 

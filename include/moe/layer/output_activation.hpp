@@ -4,7 +4,7 @@
 #include "moe/parallel.hpp"
 
 /// \file
-/// The activation over a layer's weighted sum, of which [S17 App. C.1] has a sigmoid.
+/// The activation of a layer's weighted sum: a sigmoid in [S17 App. C.1].
 
 namespace moe::detail {
 

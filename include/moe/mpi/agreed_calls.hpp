@@ -21,7 +21,8 @@
 namespace moe::mpi {
 
 /// Collective calls without a check: all ranks must make the same calls in the same order, with the same
-/// counts. A Communicator makes them after agree(). A copy refers to the same ranks and the same room.
+/// counts. A Communicator makes them after agree(). A copy refers to the same ranks and the same
+/// buffers.
 class AgreedCalls {
  public:
   /// The ranks of a channel, of which this is `rank` of `size`.
@@ -105,8 +106,9 @@ class AgreedCalls {
     room_for_sum<Number>(numbers + 1);
   }
 
-  /// `numbers` has a block for each rank, all of one length. Every rank fills its own block and gets those
-  /// of the others. Only after a call in which all ranks agreed on the count and made room for it.
+  /// `numbers` has a block for each rank, all of one length. Every rank fills its own block and
+  /// gets those of the others. Call it only after a call in which all ranks agreed on the count and
+  /// made room for it.
   void gather_agreed(std::span<Index> numbers) const {
     MOE_ASSERT(numbers.size() <= most_numbers<Index>());
     auto* const room = room_for<Index>(numbers.size());
@@ -158,12 +160,12 @@ class AgreedCalls {
     channel().room<Index>(numbers);
   }
 
-  /// Bytes that sums, gathers and broadcasts move at a time. A piece stays in the cache, which makes long
-  /// sums faster than one message.
+  /// Bytes that sums, gathers and broadcasts move at a time. A piece stays in the cache, which
+  /// makes a long sum faster than in one message.
   static constexpr std::size_t most_bytes = std::size_t{1} << 20;
 
-  /// Calls f(first, count) for the pieces in which `numbers` numbers are moved. The last may be longer by
-  /// one number, which says whether a rank failed.
+  /// Calls f(first, count) for the pieces in which `numbers` numbers are moved. The last piece may
+  /// have one number more, which says whether a rank failed.
   template <class Number, class F>
   static void for_each_piece(std::size_t numbers, F&& f) {
     constexpr std::size_t most = most_numbers<Number>();
@@ -175,7 +177,7 @@ class AgreedCalls {
     }
   }
 
-  /// MPI's name of a number.
+  /// MPI's datatype for a number.
   template <class Number>
   static MPI_Datatype type_of() {
     if constexpr (std::is_same_v<Number, float>) {
@@ -353,7 +355,7 @@ class AgreedCalls {
     return false;
   }
 
-  /// `room` has a block of each rank; that of this rank is filled.
+  /// Gathers the blocks of all ranks in `room`, where this rank has filled its own.
   template <class Number>
   void all_gather(Number* room, std::size_t block, const char* call) const {
     channel().complete(call, [&](MPI_Request* request) {

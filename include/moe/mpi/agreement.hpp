@@ -32,8 +32,8 @@ class Agreement {
   Agreement(std::shared_ptr<Channel> channel, int rank, int size)
       : channel_(std::move(channel)), rank_(rank), size_(size) {}
 
-  /// Bytes of room() that it needs. They are allocated first, so that a later std::bad_alloc can be
-  /// reported to the other ranks.
+  /// The bytes of Channel::room() that an Agreement needs. They are allocated first, so that a
+  /// later std::bad_alloc can be reported to the other ranks.
   static std::size_t room_bytes(int ranks) {
     return std::max({2 * message_numbers(ranks) * sizeof(std::int64_t),
                      detail::to_size(ranks) * sizeof(Claim), most_text});
@@ -58,9 +58,9 @@ class Agreement {
   std::int64_t errors() const { return errors_; }
 
  private:
-  /// Of what the ranks reduce: every number of a Claim and its complement.
+  /// The number of values that the ranks reduce: every number of a Claim and its complement.
   static constexpr std::size_t claim_numbers = 2 * (Claim::first_fact + Claim::most_facts);
-  /// Of a message of failure.
+  /// The largest number of bytes of the message of a rank that failed.
   static constexpr std::size_t most_text = std::size_t{64} << 10;
 
   static std::size_t message_numbers(int ranks) {
@@ -114,12 +114,12 @@ class Agreement {
       } catch (const std::exception& error) {
         text = error.what();
       } catch (...) {
-        text = "an exception that is no std::exception";
+        text = "an exception that is not a std::exception";
       }
       text = "rank " + std::to_string(rank_) + ": " + text;
     }
     const auto broadcast = [&](void* room, int count, MPI_Datatype type) {
-      channel_->complete("what a rank says that failed", [&](MPI_Request* request) {
+      channel_->complete("the message of the rank that failed", [&](MPI_Request* request) {
         MPI_Ibcast(room, count, type, failed, channel_->handle(), request);
       });
     };

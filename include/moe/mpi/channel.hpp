@@ -50,9 +50,10 @@ class Stopwatch {
 /// What the copies of a Communicator share: a duplicate of an MPI communicator, and buffers for its
 /// collective calls.
 ///
-/// After a time-out MPI may still write to the buffers of the call at any time. So they are here and not
-/// the caller's, and are then never freed. MPI cannot be finalized either, since that would wait for the
-/// call: MPI_Finalize() then ends the processes of all ranks.
+/// After a time-out MPI may still write to the buffers of the call at any time. So the buffers
+/// belong to the channel and not to the caller, and are never freed after a time-out. MPI cannot be
+/// finalized either, since that would wait for the call: MPI_Finalize() then ends the processes of
+/// all ranks.
 class Channel {
  public:
   /// Duplicates a communicator, and allocates `bytes` of room. `timeout` is in seconds, 0 for none.
@@ -129,7 +130,7 @@ class Channel {
                                  std::to_string(timeout_) + " s in \"" + call +
                                  "\" for a rank that never came");
       }
-      // There may be more ranks than cores; and who waits for long leaves them to others.
+      // There may be more ranks than cores, so a rank that waits for long yields its core.
       if (seconds > 0.001) std::this_thread::yield();
     }
   }
@@ -141,7 +142,8 @@ class Channel {
   ~Channel() {
     int finalized = 0;
     MPI_Finalized(&finalized);
-    // Freeing is collective, so it is left out where an exception leads the way.
+    // Freeing is collective, so it is left out while an exception unwinds the stack of this rank
+    // alone.
     const bool unwinds = std::uncaught_exceptions() > exceptions_;
     if (handle_ != MPI_COMM_NULL && finalized == 0 && !unwinds && is_usable()) {
       MPI_Comm_free(&handle_);
@@ -172,7 +174,7 @@ class Channel {
   Traffic traffic_;
   std::unique_ptr<std::byte[]> room_;
   std::size_t room_bytes_ = 0;
-  int exceptions_ = std::uncaught_exceptions();  ///< when it was made
+  int exceptions_ = std::uncaught_exceptions();  ///< when the channel was made
   const char* refusal_ = nullptr;
   bool is_pending_ = false;  ///< a call did not end, and may never
 };

@@ -29,7 +29,8 @@
 
 namespace moe::mpi {
 
-/// The numbers of parameters, or of an optimizer's state, by name; it refers to them.
+/// The numbers of parameters, or of an optimizer's state, by name. The object refers to the
+/// numbers.
 template <class Number>
 class NamedNumbers {
  public:
@@ -103,8 +104,8 @@ void check_listings(const std::vector<std::string>& listings, const NamedNumbers
   for (const auto& entry : whole.places()) found[entry.first] = false;
   for_each_line(listings, [&](int rank, const std::string& name, Index rows, Index columns) {
     const auto place = whole.places().find(name);
-    require(place != whole.places().end(), "the whole model has no ", name, ", rank ", rank,
-            " has");
+    require(place != whole.places().end(), "the whole model has no ", name, ", but rank ", rank,
+            " has it");
     require(place->second.rows == rows && place->second.columns == columns, name, " is ", rows,
             " x ", columns, " on rank ", rank, ", in the whole model ", place->second.rows, " x ",
             place->second.columns);
@@ -117,7 +118,7 @@ void check_listings(const std::vector<std::string>& listings, const NamedNumbers
 template <class Number>
 class Copy {
  public:
-  /// Throws Error on all ranks unless both have the same names and shapes. Collective.
+  /// Throws Error on all ranks unless parts and whole have the same names and shapes. Collective.
   Copy(NamedNumbers<Number> parts, NamedNumbers<Number> whole, int root,
        const Communicator& communicator)
       : parts_(std::move(parts)),
@@ -227,7 +228,7 @@ void copy_all(bool to_whole, Parts&& parts, bool has_whole, Whole&& whole, int r
   const bool is_root = communicator.rank() == root;
   communicator.attempt("checkpoint", {{"root", root}, {"direction", to_whole ? 1 : 0}}, [&] {
     moe::detail::require(root >= 0 && root < communicator.size(), "checkpoint: root = ", root,
-                         " of ", communicator.size(), " ranks");
+                         ", must be one of ", communicator.size(), " ranks");
     moe::detail::require(has_whole || !is_root, "checkpoint: the root has no whole model");
   });
   const auto copy_of = [&]<class Number>(Number) {
@@ -257,12 +258,12 @@ NamedNumbers<Scalar> parameters_of(Module& module) {
   return numbers;
 }
 
-/// Whether each of an optimizer's matrices is there, 1 or 0, by its name; that of a parameter that was
-/// never trained is empty.
+/// For each matrix of an optimizer, by its name: 1, or 0 if it is empty, as for a parameter that
+/// was never trained.
 using Presence = std::map<std::string, Index>;
 
-/// Calls f(name, matrix, shape...) for every matrix of an optimizer; the shape is what it has unless it is
-/// empty, where the optimizer says so.
+/// Calls f(name, matrix, shape...) for every matrix of an optimizer; `shape`, where the optimizer
+/// passes it, is that of the matrix when it is not empty.
 template <class Optimizer, class Module, class F>
 void for_each_matrix(Optimizer& optimizer, Module& module, F&& f) {
   optimizer.for_each_state(module,
@@ -299,8 +300,8 @@ void release_absent(Optimizer& optimizer, Module& module, const Presence& presen
   });
 }
 
-/// An optimizer's matrices, or its counts of updates: in all, and of each parameter. A matrix
-/// that is present becomes zeros where it was empty; one that is not is left out.
+/// An optimizer's matrices, or its counts of updates: in all, and of each parameter. An empty
+/// matrix whose `presence` is 1 becomes zeros; matrices whose `presence` is 0 are left out.
 template <class Number, class Optimizer, class Module>
 NamedNumbers<Number> state_of(Optimizer& optimizer, Module& module, const Presence& presence) {
   NamedNumbers<Number> numbers;
@@ -362,11 +363,12 @@ void copy_state(bool to_whole, Optimizer& optimizer, Module& module, Optimizer* 
 
 }  // namespace checkpoint
 
-/// Copies the parameters of all ranks' modules to the whole model of rank `root`; if several ranks have a
-/// parameter, that of the lowest. `whole` is null on the other ranks. When it returns on any rank, the
-/// whole model is complete. Throws Error on all ranks, with nothing changed, unless names and shapes are
-/// the same. If a rank stopped, it throws std::runtime_error after the communicator's timeout; the whole
-/// model then has old and new numbers and must not be saved. Collective.
+/// Copies the parameters of all ranks' modules to the whole model of rank `root`; if several ranks
+/// have a parameter, that of the lowest rank is copied. `whole` is null on the other ranks. When it
+/// returns on any rank, the whole model is complete. Throws Error on all ranks, with nothing
+/// changed, unless names and shapes are the same. If a rank has stopped, the others throw
+/// std::runtime_error after the communicator's timeout; the whole model then has old and new
+/// numbers and must not be saved. Collective.
 template <class Module, class Whole>
 void gather_parameters(Module& module, Whole* whole, const Communicator& communicator,
                        int root = 0) {
@@ -382,8 +384,8 @@ void scatter_parameters(Whole* whole, Module& module, const Communicator& commun
 }
 
 /// gather_parameters() for the state of an optimizer (its for_each_state()), so that training can go on
-/// with another number of ranks. Collective. A state that one side does not have,
-/// of a parameter that was never trained, the other does not have afterwards.
+/// with another number of ranks. Collective. A matrix that is empty here, since its parameter was
+/// never trained, is empty in the whole state afterwards.
 template <class Optimizer, class Module, class Whole>
 void gather_state(Optimizer& optimizer, Module& module, Optimizer* whole_optimizer, Whole* whole,
                   const Communicator& communicator, int root = 0) {

@@ -10,7 +10,8 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// The message in which a rank tells the others which call it makes, and the comparison of these.
+/// The message in which a rank tells the others which call it makes, and the comparison of these
+/// messages.
 
 namespace moe::mpi {
 

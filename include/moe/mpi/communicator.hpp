@@ -22,7 +22,7 @@
 
 namespace moe::mpi {
 
-/// Some processes that train together. A copy refers to the same ones.
+/// A group of processes that train together. A copy refers to the same group.
 ///
 /// Calls are collective unless stated otherwise: all ranks make the same calls in the same order. Each
 /// begins with agree(), in which a rank that failed takes part too, to tell the others; so no rank waits
@@ -49,7 +49,7 @@ class Communicator : public AgreedCalls {
   /// Refers to the same ranks.
   Communicator& operator=(const Communicator&) = default;
 
-  /// 1, 2, 3, ... in successive calls, the same on all ranks if all ask equally often. Local.
+  /// 1, 2, 3, ... in successive calls, the same on all ranks if all call it equally often. Local.
   std::int64_t next_number() const { return ++shared_->numbers; }
 
   /// Calls f(rank) for each other rank. Every rank begins with the next one, so that they do not all send
@@ -59,9 +59,10 @@ class Communicator : public AgreedCalls {
     for (int i = 1; i < size(); ++i) f((rank() + i) % size());
   }
 
-  /// Returns when all ranks made the same call with the same facts and none failed. Otherwise throws Error
-  /// on all, with the first 64 KiB of the message of a rank that failed, or with the ranks that disagree
-  /// and on what. At most 6 facts; the texts of `call` and of their names must never be freed.
+  /// Returns when all ranks made the same call with the same facts and none failed. Otherwise
+  /// throws Error on all ranks, with the first 64 KiB of the message of a rank that failed, or with
+  /// two ranks that disagree and the fact in which they do. At most 6 facts; the texts of `call`
+  /// and of the facts' names must never be freed.
   void agree(const char* call, std::initializer_list<Fact> facts = {},
              const std::exception_ptr& failure = nullptr) const {
     agree_and_gather(call, facts, {}, failure);
@@ -92,8 +93,8 @@ class Communicator : public AgreedCalls {
     attempt(call, {}, std::forward<F>(f));
   }
 
-  /// Calls f() and returns its exception, for agree(), or null. It throws exceptions that need not or
-  /// cannot be reported: an Error, which all ranks throw, and any after a time-out. Local.
+  /// Calls f() and returns its exception, for agree(), or null. It rethrows exceptions that need
+  /// not or cannot be reported: an Error, which all ranks throw, and any after a time-out. Local.
   template <class F>
   std::exception_ptr failure_of(F&& f) const {
     const std::int64_t errors = shared_->agreement.errors();
@@ -131,7 +132,8 @@ class Communicator : public AgreedCalls {
       blocks.resize(size());
       room_for<Number>(all.size());
     });
-    // As many numbers of each rank at a time as there is room for.
+    // The numbers of each rank are gathered in pieces, as many numbers at a time as there is room
+    // for.
     auto* const room = room_for<Number>(all.size());
     const Index most = std::max<Index>(1, static_cast<Index>(most_numbers<Number>()) / size());
     const Index longest = *std::max_element(counts.begin(), counts.end());
@@ -156,7 +158,7 @@ class Communicator : public AgreedCalls {
     }
   }
 
-  /// A number of each rank, by rank.
+  /// The numbers that the ranks passed, by rank.
   std::vector<Index> gather(Index number) const {
     std::vector<Index> all(detail::to_size(size()));
     const std::vector<Index> ones(detail::to_size(size()), 1);
@@ -165,8 +167,8 @@ class Communicator : public AgreedCalls {
   }
 
   /// Sends numbers to each rank and receives numbers from each. `sent` and `received` are their counts by
-  /// rank; the numbers are in the order of the ranks. For few numbers, such as counts; rows go by
-  /// RowExchange.
+  /// rank; the numbers are in the order of the ranks. For few numbers, such as counts; rows are
+  /// sent with RowExchange.
   void exchange(std::span<const Index> numbers, std::span<const Index> sent,
                 std::span<Index> received_numbers, std::span<const Index> received) const {
     attempt("exchange", [&] { make_room_for_exchange(numbers.size() + received_numbers.size()); });

@@ -18,7 +18,7 @@ namespace moe::mpi {
 /// cannot be cancelled. The launcher then ends the other ranks.
 class Deadline {
  public:
-  /// Starts it for a call, whose name is for the message; seconds <= 0 is no deadline.
+  /// Starts it for a call, whose name is for the message; seconds <= 0 means no deadline.
   Deadline(const char* call, double seconds) {
     if (seconds <= 0) return;
     thread_ = std::thread([this, call, seconds] {

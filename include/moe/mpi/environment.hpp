@@ -91,7 +91,7 @@ int run(int* argc, char*** argv, Program&& program, double timeout = 600) {
   } catch (const std::exception& error) {
     abort_with(error.what());
   } catch (...) {
-    abort_with("an exception that is no std::exception");
+    abort_with("an exception that is not a std::exception");
   }
   return 1;
 }

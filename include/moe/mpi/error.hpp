@@ -5,8 +5,8 @@
 
 namespace moe::mpi {
 
-/// Thrown by all ranks of a Communicator with the same text: if they disagree on what they do, or if one
-/// of them failed, with the message of that one.
+/// Thrown by all ranks of a Communicator with the same text: if they made different calls, or if
+/// one of them failed; then with the message of that rank.
 class Error : public std::runtime_error {
  public:
   /// An error with this text on rank `rank` of `size`.

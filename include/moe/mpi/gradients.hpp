@@ -41,7 +41,8 @@ struct Resident {
   }
 };
 
-/// The part of a module that has certain residences; a module itself, which refers to the whole one.
+/// The part of a module that has certain residences; it is a module itself, and refers to the whole
+/// module.
 template <class Module, Residence... residences>
 class PartOf {
  public:
@@ -152,7 +153,7 @@ class GradientSum {
     Counts counts;
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, const Parameter<Scalar>& p) {
-          // With the flag of each.
+          // One more for the parameter's flag.
           std::int64_t& count = std::is_same_v<Scalar, float> ? counts.floats : counts.doubles;
           if (p.trained) count += p.gradient().size() + 1;
         });
@@ -274,11 +275,11 @@ class GradientSum {
   Numbers packed_;
 };
 
-/// Sums the gradients of replicated parameters over the ranks. Call it once an update, after the last
-/// backward pass and before clipping. It leaves out the parameters of an ExpertParallel, whose backward()
-/// has summed the gate's gradients, and whose experts' gradients are complete. Gradients are those of a
-/// loss of the whole batch, so nothing is divided. The sums have the same bits on all ranks, so the
-/// copies stay equal. Collective.
+/// Sums the gradients of replicated parameters over the ranks. Call it once per update, after the
+/// last backward pass and before clipping. It leaves out the parameters of an ExpertParallel, whose
+/// backward() has summed the gate's gradients, and whose experts' gradients are complete. Gradients
+/// are those of a loss of the whole batch, so nothing is divided. The sums have the same bits on
+/// all ranks, so the copies stay equal. Collective.
 template <class Module>
 void sum_gradients(Module& module, const Communicator& communicator) {
   PartOf<Module, Residence::replicated> copies(module);

@@ -18,10 +18,10 @@ class Placement {
   Placement(Index experts, int ranks, Index unit = 1, Index shared = 0)
       : experts_(experts), ranks_(ranks), unit_(unit), shared_(shared) {
     detail::require(ranks >= 1, "Placement: ", ranks, " ranks, must be at least 1");
-    detail::require(shared >= 0 && shared <= experts, "Placement: ", shared, " shared of ", experts,
-                    " experts");
+    detail::require(shared >= 0 && shared <= experts, "Placement: ", shared,
+                    " shared experts, must be from 0 to ", experts, " experts");
     detail::require(unit >= 1 && (experts - shared) % unit == 0, "Placement: units of ", unit,
-                    " experts do not divide ", experts - shared);
+                    " experts, must be at least 1 and divide ", experts - shared);
   }
 
   Index experts() const { return experts_; }  ///< E

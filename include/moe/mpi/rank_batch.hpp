@@ -18,9 +18,9 @@ struct RankBatch {
   IndexedVector<Index> rank_rows;    ///< R
   IndexedVector<Index> rank_tokens;  ///< R
   Index rows = 0;                    ///< of all ranks
-  Index first_row = 0;               ///< this rank's first one among them
+  Index first_row = 0;               ///< this rank's first row among them
   Index tokens = 0;                  ///< rows of all ranks that are not padding
-  Index first_token = 0;             ///< this rank's first one among them
+  Index first_token = 0;             ///< this rank's first token among them
 
   detail::SharedCalls calls{};  ///< the gate's calls of the batch; none if it does not name them
   std::size_t called = 0;       ///< the number of these calls that were made
@@ -89,7 +89,7 @@ inline void make_room(const Communicator& communicator, const detail::SharedCall
 /// A SharedBatch over the ranks of a communicator.
 class SharedOverRanks final : public SharedBatch {
  public:
-  /// Refers to both.
+  /// Refers to both arguments, which must outlive it.
   SharedOverRanks(const Communicator& communicator, RankBatch& batch)
       : communicator_(communicator), batch_(batch) {}
 
@@ -101,11 +101,11 @@ class SharedOverRanks final : public SharedBatch {
   Index tokens() const override { return batch_.tokens; }
   Index first_token() const override { return batch_.first_token; }
   void sum(std::span<float> numbers) const override { communicator_.sum(numbers); }
-  /// The same of doubles; see SharedBatch.
+  /// The same for doubles; see SharedBatch.
   void sum(std::span<double> numbers) const override {
     sum_as(detail::SharedCall::sum_of_figures, numbers);
   }
-  /// The same of whole numbers; see SharedBatch.
+  /// The same for whole numbers; see SharedBatch.
   void sum(std::span<Index> numbers) const override {
     sum_as(detail::SharedCall::sum_of_counts, numbers);
   }
@@ -137,7 +137,7 @@ class SharedOverRanks final : public SharedBatch {
     if (!batch_.names_calls()) return false;
     const detail::SharedCall call{kind, static_cast<Index>(numbers)};
     if (batch_.next_call() != call)
-      throw std::logic_error("moe: a gate calls what it did not name");
+      throw std::logic_error("moe: a gate makes a call that its shared_calls() does not list");
     ++batch_.called;
     return true;
   }

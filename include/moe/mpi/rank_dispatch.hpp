@@ -31,11 +31,12 @@
 
 namespace moe::mpi {
 
-/// The experts of a rank, with the names that they have in the whole layer; refers to them.
+/// The experts of a rank, with the names that they have in the whole layer. The object refers to
+/// the experts.
 template <class Experts>
 struct Shard {
   Index first;       ///< the number of the first one in the layer
-  Experts& experts;  ///< consecutive ones
+  Experts& experts;  ///< consecutive experts
 
   /// Their parameters, by the numbers of the experts in the layer.
   template <class Self, class Visitor>
@@ -50,9 +51,9 @@ struct Shard {
 /// LocalDispatch; ExpertParallel describes a layer with it. It can be moved, not copied.
 ///
 /// A slot whose expert is on another rank costs messages of D numbers in both directions, in forward and
-/// in backward, and one more for its weight. Rows are packed where they leave, and not sorted by expert
-/// where they arrive. During the exchange a rank computes the slots that stay. Experts of the dispatch
-/// after the placed ones (a layer's identity experts) are left to the layer.
+/// in backward, and one more for its weight. The sending rank packs the rows; the receiving rank
+/// does not sort them by expert. During the exchange a rank computes the slots that stay. Experts
+/// of the dispatch after the placed ones (a layer's identity experts) are left to the layer.
 class RankDispatch {
  public:
   /// The experts will be on these ranks.
@@ -79,7 +80,7 @@ class RankDispatch {
       sent_counts_.resize(moe::detail::to_size(communicator_.size()));
       received_counts_.resize(sent_counts_.size());
       set_placement(placement_for(gate, experts));
-      // What a gate cannot do in a shared batch, it says here.
+      // A gate that cannot share a batch throws here.
       for (const bool training : {true, false}) moe::detail::shared_calls_of(gate, training, 0);
     });
     check_same_configuration(config, gate.experts(), communicator_);
@@ -111,15 +112,15 @@ class RankDispatch {
     }
     std::fill(received_counts_.begin(), received_counts_.end(), placement_.count(rank()) + 1);
   }
-  /// Throws Error on all ranks if they were called to make different changes.
+  /// Throws Error on all ranks if their changes differ.
   void agree_on_change(const char* verb, std::uint64_t structure,
                        const moe::detail::ChangeDraws& draws) const {
     communicator_.agree(verb, {{"the experts", static_cast<std::int64_t>(structure)},
                                {"seed", static_cast<std::int64_t>(draws.seed)},
                                {"noise_stddev", std::bit_cast<std::int64_t>(draws.noise_stddev)}});
   }
-  /// Sends each rank its bytes, and receives those it sent, whose number is known. `moves` is
-  /// whether any rank sends something.
+  /// Sends each rank its bytes, and receives the bytes that it sent, whose number is known. `moves`
+  /// is whether any rank sends something.
   void exchange(const char* call, bool moves, std::vector<std::vector<char>>& sent,
                 std::vector<std::vector<char>>& received) const {
     std::optional<RowExchange> exchange;
@@ -153,7 +154,7 @@ class RankDispatch {
   /// The pass as the gate gets it: its batch is that of all ranks.
   class Batch {
    public:
-    /// Refers to the first two.
+    /// Refers to the first two arguments.
     Batch(const Communicator& communicator, RankBatch& batch, const Pass& pass)
         : shared_(communicator, batch), pass_(pass) {
       pass_.first_token += static_cast<std::uint32_t>(batch.first_row);
@@ -174,7 +175,8 @@ class RankDispatch {
   Batch begin(const char* call, const Gate& gate, bool training, const Pass& pass, Index rows,
               Dispatch<typename Expert::Scalar>& dispatch, Tape<Expert>& tape, F&& f) const {
     const Index tokens = moe::detail::count_valid(pass.valid, rows);
-    // No gate calls more in a batch of another number of rows.
+    // Room for these is enough: with 0 rows a gate lists all calls that it makes with any number of
+    // rows.
     const moe::detail::SharedCalls most = moe::detail::shared_calls_of(gate, training, 0);
     const std::span<const Index> all = communicator_.attempt_gather(
         call,
@@ -186,7 +188,7 @@ class RankDispatch {
         {rows, tokens}, [&] {
           f();
           moe::detail::require(pass.batch == nullptr,
-                               "ExpertParallel: Pass.batch is given, and is that of the ranks");
+                               "ExpertParallel: Pass.batch must be null, since the ranks make it");
           tape.batch.resize(communicator_.size());
           SlotExchange(communicator_, placement_, dispatch, tape).prepare_counts();
           for (const moe::detail::SharedCall& shared : most) make_room(communicator_, shared);
@@ -244,7 +246,7 @@ class RankDispatch {
       }
       pass_of_others(experts, tape).forward(tape.received_x, save, tape.answer);
     });
-    there->wait();  // where the experts failed before it
+    there->wait();  // if the experts failed before they waited
     slots.return_answers(failure, *back);
     slots.finish("the experts", failure, *back);
     slots.add_answers(sum);
@@ -292,15 +294,15 @@ class RankDispatch {
       sort_by_expert_backward(tape.others_dispatch, std::span<const Scalar>(tape.sorted_dweight),
                               tape.dweight);
     });
-    there->wait();  // where the experts failed before it
+    there->wait();  // if the experts failed before they waited
     slots.return_answers(failure, *back);
     slots.return_dweight(dweight, *back);
     slots.finish("the experts' gradients", failure, *back);
     slots.add_answers(dx);
   }
 
-  /// f() adds this rank's gradients to those of the gate, and they are summed over the ranks. After
-  /// backward(), in which the ranks agreed on their number.
+  /// f() adds this rank's gradients to those of the gate, and the gradients are summed over the
+  /// ranks. Called after backward(), in which the ranks agreed on the number of gradients.
   template <class Gate, class Expert, class F>
   void gate_backward(Gate& gate, Tape<Expert>& tape, F&& f) const {
     bool aside = false;

@@ -37,7 +37,7 @@ class RowExchange {
                        std::int64_t most_bytes = std::int64_t{1} << 30)
       : communicator_(communicator), most_bytes_(most_bytes) {
     // Enough for all that a pass sends unless a message goes in pieces, so that only this
-    // constructor throws std::bad_alloc, when the others can still be told.
+    // constructor throws std::bad_alloc, when the failure can still be reported to the other ranks.
     requests_.reserve(most_buffers * detail::to_size(communicator.size()));
     lent_.reserve(std::max(most_buffers, 2 * detail::to_size(communicator.size())));
   }
@@ -116,7 +116,7 @@ class RowExchange {
   /// A buffer that MPI uses.
   struct Lent {
     void* buffer;
-    void (*keep)(void* buffer) noexcept;  ///< takes its memory from it, never to be freed
+    void (*keep)(void* buffer) noexcept;  ///< takes the memory from the buffer and never frees it
   };
 
   template <class Buffer>
@@ -124,7 +124,7 @@ class RowExchange {
     communicator_.channel().check();
     const auto is_same = [&](const Lent& lent) { return lent.buffer == &buffer; };
     if (std::any_of(lent_.begin(), lent_.end(), is_same)) return;
-    // Without memory for this either, ending the program is all that is left.
+    // If there is no memory for this either, the program must end.
     lent_.push_back({&buffer, [](void* lent) noexcept {
                        // NOLINTNEXTLINE(bugprone-unhandled-exception-at-new)
                        (void)new Buffer(std::move(*static_cast<Buffer*>(lent)));
@@ -167,7 +167,7 @@ class RowExchange {
   std::int64_t most_bytes_;
   std::vector<MPI_Request> requests_;
   std::vector<Lent> lent_;
-  int exceptions_ = std::uncaught_exceptions();  ///< when it was made
+  int exceptions_ = std::uncaught_exceptions();  ///< when the exchange was made
 };
 
 }  // namespace moe::mpi

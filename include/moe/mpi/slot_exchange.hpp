@@ -20,7 +20,7 @@
 
 namespace moe::mpi {
 
-/// What a pass of a layer over ranks needs beside the rest of the layer's tape.
+/// What a pass of a layer over ranks needs besides the rest of the layer's tape.
 template <class Expert>
 struct RankTape {
   using Scalar = typename Expert::Scalar;  ///< float or double
@@ -39,7 +39,7 @@ struct RankTape {
   Matrix<Scalar> returned;  ///< L x D, the rows that leave, then their y or dx
 
   // The slots of other ranks' tokens. Each has a row of its own.
-  Routing<Scalar> others;                          ///< N rows, a slot each
+  Routing<Scalar> others;                          ///< N rows of one slot
   Dispatch<Scalar> others_dispatch;                ///< by expert
   moe::detail::ExpertTape<Expert> others_experts;  ///< of the experts of this rank
   Matrix<Scalar> received_x;                       ///< N x D
@@ -60,7 +60,7 @@ class SlotExchange {
  public:
   using Scalar = typename Expert::Scalar;  ///< float or double
 
-  /// Refers to its arguments.
+  /// Refers to its arguments, which must outlive it.
   SlotExchange(const Communicator& communicator, const Placement& placement,
                Dispatch<Scalar>& dispatch, RankTape<Expert>& tape)
       : communicator_(communicator), placement_(placement), dispatch_(dispatch), tape_(tape) {}
@@ -155,15 +155,16 @@ class SlotExchange {
       exchange.send(packed, tape_.sent[r], leave_for(r), r);
     });
   }
-  /// Sends the weights of the slots that leave, and receives others in tape.others.weight.
+  /// Sends the weights of the slots that leave, and receives those of the slots that come in
+  /// tape.others.weight.
   void send_weights(RowExchange& exchange) const {
     communicator_.for_each_other_rank([&](int r) {
       exchange.receive(tape_.others.weight, tape_.received[r], came_from(r), r);
       exchange.send(dispatch_.weight, first_slot(r), leave_for(r), r);
     });
   }
-  /// Sends the answers back. Every rank also tells every other whether its experts failed, so that they need
-  /// not agree: the answers of a rank that failed are undefined.
+  /// Sends the answers back. Every rank also tells every other whether its experts failed, so that
+  /// no agree() is needed: the answers of a rank that failed are undefined.
   void return_answers(const std::exception_ptr& failure, RowExchange& exchange) const {
     const Index failed = failure != nullptr ? 1 : 0;
     std::fill(tape_.failed_here.begin(), tape_.failed_here.end(), failed);
@@ -189,7 +190,7 @@ class SlotExchange {
                                       [](Index failed) { return failed == 0; });
     if (!all_well || failure != nullptr) communicator_.agree(call, {}, failure);
   }
-  /// to.row(token) += the answers of its slots, in the order of their experts.
+  /// to.row(token) += the answers of the token's slots, in the order of their experts.
   void add_answers(Matrix<Scalar>& to) const {
     parallel_for_blocks(
         to.cols(), 64, element_work(tape_.returned.size()), [&](Index first, Index count) {

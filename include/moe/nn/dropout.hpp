@@ -29,8 +29,8 @@ class Dropout {
     }
   };
 
-  /// The caller's scratch. The mask could be drawn again from the key, but reading a byte an entry is
-  /// several times faster.
+  /// The caller's scratch. The mask could be drawn again from the key, but reading a byte per entry
+  /// is several times faster.
   struct Tape {
     Matrix<Scalar> y;                ///< T x D
     std::vector<std::uint8_t> kept;  ///< T x D, 1 or 0

@@ -78,7 +78,7 @@ class Embedding {
     detail::require(dy.rows() == tokens, "Embedding::backward: dy has ", dy.rows(),
                     " rows, there were ", tokens, " ids");
     detail::require(dy.cols() == config_.width, "Embedding::backward: dy has ", dy.cols(),
-                    " columns, the embedding ", config_.width);
+                    " columns, the embedding's width is ", config_.width);
     detail::check_shapes(*this, "Embedding");
     if (!weight.trained) return;
     Matrix<Scalar>& gradient = weight.gradient();

@@ -84,7 +84,7 @@ class Linear {
     detail::require(dy.rows() == tape.x.rows(), "Linear::backward: dy has ", dy.rows(),
                     " rows, x had ", tape.x.rows());
     detail::require(dy.cols() == config_.outputs, "Linear::backward: dy has ", dy.cols(),
-                    " columns, the layer ", config_.outputs, " outputs");
+                    " columns, the layer has ", config_.outputs, " outputs");
     detail::require_apart("Linear::backward", "dy", dy, {tape.dx});
     if (weight.trained) {
       detail::gemm(detail::GemmTN<Scalar>{
@@ -123,8 +123,8 @@ class Linear {
  private:
   void check_input(const MatrixRef<Scalar>& x) const {
     detail::check_shapes(*this, "Linear");
-    detail::require(x.cols() == config_.inputs, "Linear: x has ", x.cols(), " columns, the layer ",
-                    config_.inputs, " inputs");
+    detail::require(x.cols() == config_.inputs, "Linear: x has ", x.cols(),
+                    " columns, the layer has ", config_.inputs, " inputs");
   }
 
   void run(const MatrixRef<Scalar>& x, Tape& tape) const {

@@ -175,8 +175,8 @@ class LSTM {
   }
 
   /// Adds to the gradients; returns dx (T x inputs), and sets tape.dstate to the gradient with respect to
-  /// the initial state. `dfinal` is the gradient with respect to the final state, for what the final
-  /// state was used for; empty means zero. If a decoder begins with an encoder's final state:
+  /// the initial state. `dfinal` is the gradient with respect to the final state, from whatever
+  /// used that state; empty means zero. If a decoder begins with an encoder's final state:
   ///
   ///     decoder.backward(dy, decoder_tape);
   ///     encoder.backward(dy_encoder, encoder_tape, decoder_tape.dstate);
@@ -263,8 +263,8 @@ class LSTM {
   void check_input(const MatrixRef<Scalar>& x, const State& state) const {
     detail::check_shapes(*this, "LSTM");
     const Index sequences = state.hidden.rows();
-    detail::require(x.cols() == config_.inputs, "LSTM: x has ", x.cols(), " columns, the layer ",
-                    config_.inputs, " inputs");
+    detail::require(x.cols() == config_.inputs, "LSTM: x has ", x.cols(),
+                    " columns, the layer has ", config_.inputs, " inputs");
     check_state(state, sequences);
     detail::require(sequences > 0 ? x.rows() % sequences == 0 : x.rows() == 0, "LSTM: x has ",
                     x.rows(), " rows, not a multiple of the ", sequences, " sequences");

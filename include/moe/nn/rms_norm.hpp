@@ -81,7 +81,7 @@ class RMSNorm {
     detail::require(dy.rows() == tape.y.rows(), "RMSNorm::backward: dy has ", dy.rows(),
                     " rows, x had ", tape.y.rows());
     detail::require(dy.cols() == config_.width, "RMSNorm::backward: dy has ", dy.cols(),
-                    " columns, the norm is of ", config_.width);
+                    " columns, the norm's width is ", config_.width);
     detail::require_apart("RMSNorm::backward", "dy", dy, {tape.dx});
     detail::resize(tape.dx, dy.rows(), dy.cols());
     const auto row_of_dy = [&](Index t) { return dy.data() + t * dy.outerStride(); };
@@ -137,7 +137,7 @@ class RMSNorm {
   void check_input(const MatrixRef<Scalar>& x) const {
     detail::check_shapes(*this, "RMSNorm");
     detail::require(x.cols() == config_.width, "RMSNorm: x has ", x.cols(),
-                    " columns, the norm is of ", config_.width);
+                    " columns, the norm's width is ", config_.width);
   }
 
   /// Fills y and, for a backward pass, normalized and scales.

@@ -24,10 +24,12 @@ namespace moe {
 /// got no token go on moving by its old m, and m, v and the weights go on decaying. Updates::lazy
 /// leaves such an expert entirely alone, and t counts the updates of each parameter by itself, so
 /// every expert gets exactly the Adam of the updates at which it had tokens. PyTorch's SparseAdam,
-/// the closest relative, leaves rows alone likewise but takes the optimizer's t for all.
+/// the closest relative, leaves rows alone in the same way, but uses the optimizer's t for all of
+/// them.
 ///
-/// Runs at the speed of memory: four reads and three writes a parameter. After the first update of
-/// a module no further one allocates, but for parameters that were not trained until then.
+/// Limited by memory bandwidth: four reads and three writes per parameter. After the first update
+/// of a module, later updates do not allocate, except for parameters that were not trained until
+/// then.
 template <class Scalar = float>
 class Adam {
  public:
@@ -97,8 +99,8 @@ class Adam {
   /// f(name, matrix) with "first_moment.experts.3.up.weight" and "second_moment. ...", and
   /// f(name, numbers), a std::span<Index>, with "steps" and "updates". Before the first update it
   /// is all zero; the matrix of a parameter that was never trained is empty, 0 x 0, which stands for
-  /// zeros. An f(name, matrix, shape) gets the StateShape that it has otherwise. Throws
-  /// std::invalid_argument if the module is not that of the first update.
+  /// zeros. An f(name, matrix, shape) also gets the StateShape that the matrix has when it is not
+  /// empty. Throws std::invalid_argument if the module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     detail::match_states(module, "Adam", first_moment_, second_moment_, updates_);
@@ -110,7 +112,8 @@ class Adam {
  private:
   using Packet = detail::Packet<Scalar>;
 
-  /// The factors of one update. 1 - β^t is a small difference at first, so it is made in double.
+  /// The factors of one update. 1 - β^t is a small difference at first, so it is computed in
+  /// double.
   struct Constants {
     Constants(const Config& config, Index t)
         : beta1(packet(config.beta1)),

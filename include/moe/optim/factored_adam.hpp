@@ -37,30 +37,30 @@ struct FactoredMatrix {
 ///     w = (1 - η·weight_decay)·w - η·g / (√v̂ + ε)         η the learning rate
 ///
 /// Where g² = a·bᵀ at every update, with one a or with one b for all of them, v is Adam's and the
-/// update is Adam's with β1 = 0. So it is for every vector: a bias is a matrix of one row, its c
+/// update is Adam's with β1 = 0. This holds for every vector: a bias is a matrix of one row, its c
 /// the full second moment. Elsewhere v is the matrix of rank one that has the row and column means
 /// of Adam's. An element that is large for its row and its column then moves by more than η, and by
 /// far more if most of mean(r) comes from other rows and columns: of a gradient diag(1000, 1) the
 /// first update moves the second element by 1000·η. A lower learning rate than Adam's helps.
 ///
 /// N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018
-/// (arXiv 1804.04235) is a year later. Adafactor factors v in the same way, but does not correct the bias
-/// and lets β2 rise with t instead, adds its constant to g² and not to the root, scales an update
-/// down whose root mean square is above 1, and takes steps relative to the size of the weights.
-/// FactoredAdam has none of this.
+/// (arXiv 1804.04235) appeared a year later. Adafactor factors v in the same way, but does not
+/// correct the bias and lets β2 rise with t instead, adds its constant to g² and not to the root,
+/// scales an update down whose root mean square is above 1, and takes steps relative to the size of
+/// the weights. FactoredAdam has none of this.
 ///
 /// A gradient that is zero everywhere gives v = 0 and no move. r_i·c_j is never formed, so the sums of
 /// squares limit the range of gradients: in float up to 1e16, and below 1e-19 they count less and less.
-/// If a gradient or its square is not finite, its whole matrix becomes NaN, since mean(r) includes it, and
-/// no other parameter; as with Adam, the NaN stays in the state.
+/// If a gradient or its square is not finite, its whole parameter becomes NaN, since mean(r)
+/// includes it, but no other parameter does; as with Adam, the NaN stays in the state.
 ///
-/// Updates::lazy leaves an expert that got no token alone, as Adam's does. A dense update of it
-/// lets r and c decay, and its weights.
+/// Updates::lazy leaves an expert that got no token alone, as Adam's does. A dense update lets the
+/// r, the c and the weights of such an expert decay.
 ///
 /// Reads the gradient twice and the weights once, and writes the weights: four sevenths of Adam's
-/// traffic. After the first update of a module no further one allocates with as many threads, but
-/// for parameters that were not trained until then; it
-/// needs a row of sums for every worker, and up to 16 where one matrix is cut.
+/// traffic. After the first update of a module, later updates with as many threads do not allocate,
+/// except for parameters that were not trained until then. The optimizer needs a row of sums for
+/// every worker, and up to 16 where one matrix is cut.
 template <class Scalar = float>
 class FactoredAdam {
  public:
@@ -139,8 +139,9 @@ class FactoredAdam {
   /// f(name, matrix) with "row_means.experts.3.up.weight" (D x 1) and
   /// "column_means. ..." (1 x H), and f(name, numbers), a std::span<Index>, with "steps" and
   /// "updates". Before the first update it is all zero; the matrix of a parameter that was never
-  /// trained is empty, 0 x 0, which stands for zeros. An f(name, matrix, shape) gets the StateShape
-  /// that it has otherwise. Throws std::invalid_argument if the module is not that of the first update.
+  /// trained is empty, 0 x 0, which stands for zeros. An f(name, matrix, shape) also gets the
+  /// StateShape that the matrix has when it is not empty. Throws std::invalid_argument if the
+  /// module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     detail::match_states(module, "FactoredAdam", row_means_, column_means_, updates_);
@@ -152,8 +153,8 @@ class FactoredAdam {
  private:
   using Packet = detail::Packet<Scalar>;
 
-  /// What is worked on at once: the sums and roots of these columns and rows are on the stack, in
-  /// L1, and sums of sums lose fewer digits than long ones.
+  /// The numbers of columns and rows that are computed at once: their sums and roots are on the
+  /// stack, in L1, and sums of short sums lose fewer digits than long sums.
   static constexpr Index strip_columns = 1024;
   static constexpr Index strip_rows = 64;
 
@@ -171,10 +172,10 @@ class FactoredAdam {
 
   double correction(Index t) const { return 1 - std::pow(config_.beta2, static_cast<double>(t)); }
 
-  /// Into how many pieces, some rows each, a matrix is cut: by its shape alone, since the order of
-  /// the columns' sums hangs on it.
+  /// The number of pieces, of some rows each, into which a matrix is cut. It depends on the shape
+  /// alone, since the order of the columns' sums depends on it.
   static Index pieces_of(const Matrix<Scalar>& matrix) {
-    constexpr Index piece = Index{1} << 17;  // far longer than waking the workers takes
+    constexpr Index piece = Index{1} << 17;  // takes far longer than waking the workers
     constexpr Index most = 16;
     return std::max(Index{1}, std::min({matrix.size() / piece, most, matrix.rows()}));
   }
@@ -274,7 +275,8 @@ class FactoredAdam {
     for (Index i = 0; i < rows; ++i) row_means[i] += share * predux(row_sum[i]);
   }
 
-  /// An infinity would leave the rows without one a share of 0, and so a root of 0 to divide by.
+  /// The mean, NaN if it is not finite: an infinite mean would give rows without an infinity a
+  /// share of 0, and so a root of 0 to divide by.
   static Scalar mean_of(const Matrix<Scalar>& row_means) {
     double sum = 0;
     for (Index i = 0; i < row_means.size(); ++i) sum += static_cast<double>(row_means.data()[i]);

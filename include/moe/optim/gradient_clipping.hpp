@@ -12,7 +12,7 @@ namespace moe {
 
 namespace detail {
 
-/// Σ x[i]² in double, where the square of no float overflows or is lost.
+/// Σ x[i]² in double, in which the square of a float neither overflows nor underflows.
 template <class Scalar>
 double squared_norm(Index count, const Scalar* x) {
   if constexpr (std::is_same_v<Scalar, double>) {

@@ -16,8 +16,8 @@
 
 namespace moe::detail {
 
-/// The sources of a model's parameters after a change of the experts of a layer in it. It refers to the
-/// change.
+/// The sources of a model's parameters after a change of the experts of a layer in it. The object
+/// refers to the change.
 class ModelChange {
  public:
   struct Source {
@@ -35,7 +35,7 @@ class ModelChange {
     walk_parameters(layer, [&](const ParameterName& name, const auto& p) {
       if (p.structure != change.structure) {
         require(false, optimizer, "::follow: ", name.string(),
-                " of the layer is not what this change made: follow every change before the next");
+                " of the layer was not made by this change: call follow() after every change");
       }
       parts.push_back(&p);
     });
@@ -47,12 +47,12 @@ class ModelChange {
         if (found++ == 0) first_ = parameters_;
       } else if (found > 0 && found < layer_parameters()) {
         require(false, optimizer, "::follow: ", name.string(),
-                " of the model is amid the layer's parameters");
+                " of the model is between the layer's parameters");
       }
       ++parameters_;
     });
     require(found > 0 && found == layer_parameters(), optimizer,
-            "::follow: the layer is no part of the model, which has ", found, " of its ",
+            "::follow: the layer is not part of the model, which has ", found, " of its ",
             parts.size(), " parameters");
   }
 
@@ -88,9 +88,10 @@ void for_each_moved_state(std::span<const ExpertChange::Move> moves, Index first
   }
 }
 
-/// Changes all states of an optimizer, or none if it throws. `known` is what it knows of the parameters;
-/// `states` have after(), remembers(), set_remembered() and bytes_of(). The states of experts that moved to
-/// another rank move with them: first whether there is one, by which the receiver knows what comes next.
+/// Changes all states of an optimizer, or none if it throws. `known` is what the optimizer knows of
+/// the parameters; `states` have after(), remembers(), set_remembered() and bytes_of(). The states
+/// of experts that moved to another rank are sent there too: first a flag for each, whether there
+/// is a state, so that the receiver knows how much follows.
 template <class Module, class Layer, class Known, class... States>
 void follow_change(const char* optimizer, const Module& model, const Layer& layer,
                    const ExpertChange& change, const Known& known, States&... states) {
@@ -112,7 +113,7 @@ void follow_change(const char* optimizer, const Module& model, const Layer& laye
     const auto known_parameters = static_cast<Index>(known.size());
     for (Index i = first; i < std::min(first + change.parameters_before, known_parameters); ++i) {
       require(known[to_size(i)].structure == change.structure_before, optimizer,
-              "::follow: a change before this one was not followed");
+              "::follow: follow() was not called for a change before this one");
     }
     require(known_parameters == model_change.parameters_before(), optimizer,
             "::follow: the model had ", model_change.parameters_before(),

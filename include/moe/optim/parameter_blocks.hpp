@@ -47,8 +47,8 @@ Index prepare_gradients(Module& module, Updates updates) {
 }
 
 /// The number of tasks for passes over the given number of scalars. Every task visits all parameters, and
-/// the blocks of one task are the farther apart the more tasks there are. So there are only two tasks a
-/// worker, for balance, and none with too little work.
+/// the blocks of one task are the farther apart the more tasks there are. So there are only two
+/// tasks per worker, for balance, and no task with too little work.
 inline Index optimizer_tasks(Index scalars) {
   constexpr Index worth_a_task = Index{1} << 14;
   const Index workers = worker_count(element_work(scalars));
@@ -58,10 +58,11 @@ inline Index optimizer_tasks(Index scalars) {
 
 /// Calls f(lane, index, parameter, first, count) for every block of every parameter that is not
 /// idle, the blocks of a lane in order, several lanes at once; index counts the parameters. The blocks
-/// of idle parameters are counted too, so that leaving them out moves no other block to another lane.
-/// There is one parallel region for the whole module: a layer of many experts has thousands of small
-/// parameters, and waking the workers for each would take longer than the work. Does not allocate.
-/// Throws std::invalid_argument, before the first call, if a gradient has another shape than its value.
+/// of idle parameters are counted too, so that no other block moves to another lane when they are
+/// left out. There is one parallel region for the whole module: a layer of many experts has
+/// thousands of small parameters, and waking the workers for each would take longer than the work.
+/// Does not allocate. Throws std::invalid_argument, before the first call, if a gradient has
+/// another shape than its value.
 template <class Module, class F>
 void for_each_parameter_block(Module& module, Updates updates, F&& f) {
   const Index tasks = optimizer_tasks(prepare_gradients(module, updates));

@@ -23,10 +23,11 @@ struct StateShape {
 
 namespace detail {
 
-/// What `{}` is, where a constructor also takes a configuration: a scalar type is the better match.
+/// The type of `{}` where a constructor also takes a configuration: overload resolution prefers a
+/// scalar type.
 enum class Defaults {};
 
-// Fields of an optimizer's configuration.
+// Checks of the fields of an optimizer's configuration.
 
 inline void check_decay_rate(std::string_view optimizer, std::string_view field, double value) {
   require(value >= 0 && value < 1, optimizer, "::Config.", field, " = ", value,
@@ -44,8 +45,8 @@ struct KnownParameter {
   std::uint64_t structure;  ///< Parameter::structure
 };
 
-/// Throws std::invalid_argument unless a module has the parameters of the first update, or those of
-/// which follow() was told.
+/// Throws std::invalid_argument unless a module has the parameters of the first update, or those
+/// after the last follow().
 template <class Module>
 void require_same_parameters(const Module& module, std::string_view optimizer,
                              std::span<const KnownParameter> known) {
@@ -53,12 +54,12 @@ void require_same_parameters(const Module& module, std::string_view optimizer,
   walk_parameters(module, [&](const ParameterName& name, const auto& p) {
     if (count++ >= known.size()) return;
     const KnownParameter& before = known[count - 1];
-    // The name is put together where it is needed: an update does not allocate.
+    // The name is made only for a message, since an update must not allocate.
     const bool same_experts = p.structure == before.structure;
     if (same_experts && p.value.rows() == before.rows && p.value.cols() == before.columns) return;
     require(same_experts, optimizer, "::update: ", name.string(),
-            " is of a layer whose experts were changed, which this optimizer was not told of: call"
-            " follow() after every change");
+            " is of a layer whose experts were changed without a follow() of this optimizer: call "
+            "it after every change");
     require(false, optimizer, "::update: ", name.string(), " is ", p.value.rows(), " x ",
             p.value.cols(), ", was ", before.rows, " x ", before.columns, " at the first update");
   });
@@ -84,10 +85,10 @@ class UpdateCounts {
     }
     return counts;
   }
-  /// As ParameterState has them: of every parameter a number is remembered.
+  /// The same functions as those of ParameterState: a number is remembered for every parameter.
   static constexpr bool remembers(Index) { return true; }
   static constexpr void set_remembered(Index, bool) {}
-  /// The memory of what is remembered of a parameter.
+  /// The memory of a parameter's state.
   std::span<char> bytes_of(Index parameter) {
     return {reinterpret_cast<char*>(&of_parameter_[to_size(parameter)]), sizeof(Index)};
   }
@@ -162,12 +163,12 @@ class ParameterState {
     return state;
   }
   bool remembers(Index parameter) const { return (*this)[parameter].size() > 0; }
-  /// Makes what is remembered of a parameter zeros, or empty.
+  /// Sets the state of a parameter to zeros, or makes it empty.
   void set_remembered(Index parameter, bool remembered) {
     const StateShape shape = remembered ? shape_of(parameter) : StateShape{0, 0};
     resize_to_zero((*this)[parameter], shape.rows, shape.columns);
   }
-  /// The memory of what is remembered of a parameter.
+  /// The memory of a parameter's state.
   std::span<char> bytes_of(Index parameter) { return detail::bytes_of((*this)[parameter]); }
 
   /// Calls f(name, matrix) for every matrix, named "what.name of the parameter", or f(name, matrix,

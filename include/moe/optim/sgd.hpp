@@ -15,8 +15,8 @@ namespace moe {
 ///     w = (1 - η·weight_decay)·w - η·v      η the learning rate
 ///
 /// B. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. After the
-/// first update of a module no further one allocates, but for parameters that were not trained until
-/// then; without momentum nothing is remembered.
+/// first update of a module, later updates do not allocate, except for parameters that were not
+/// trained until then. Without momentum there is no state.
 ///
 /// Updates::lazy leaves an expert that got no token entirely alone, where a dense update decays its
 /// weights and moves them on by their momentum, which decays too.
@@ -77,8 +77,9 @@ class SGD {
 
   /// The whole state of the optimizer for a module, to save or restore it: with momentum, calls
   /// f(name, matrix) with "velocity.experts.3.up.weight" and so on; the matrix of a parameter that was
-  /// never trained is empty, 0 x 0, which stands for zeros. An f(name, matrix, shape) gets the StateShape
-  /// that it has otherwise. Throws std::invalid_argument if the module is not that of the first update.
+  /// never trained is empty, 0 x 0, which stands for zeros. An f(name, matrix, shape) also gets the
+  /// StateShape that the matrix has when it is not empty. Throws std::invalid_argument if the
+  /// module is not that of the first update.
   template <class Module, class F>
   void for_each_state(const Module& module, F&& f) {
     if (config_.momentum == 0) return;

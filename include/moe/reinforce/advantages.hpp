@@ -12,8 +12,9 @@
 
 namespace moe::detail {
 
-/// Shifts values to mean 0 and scales them to standard deviation 1. They are differences of numbers of
-/// size `scale`; if they vary by no more than the rounding of such numbers, they all become 0.
+/// Shifts values to mean 0 and scales them to standard deviation 1. The values are differences of
+/// numbers of size `scale`; if they vary by no more than the rounding of such numbers, they all
+/// become 0.
 inline void normalise(std::span<double> values, double scale) {
   const auto count = static_cast<double>(values.size());
   double mean = 0;

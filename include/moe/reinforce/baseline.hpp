@@ -29,7 +29,7 @@ namespace moe {
 ///                              nothing that later predictions depend on
 ///     learn(steps, b)          called when the update can no longer fail, with the b of predict()
 ///
-/// One with parameters has visit_parameters, and learn() adds to their gradients.
+/// A baseline with parameters has visit_parameters, and learn() adds to their gradients.
 // clang-format off
 template <class B, class P>
 concept BaselineFor =
@@ -68,7 +68,8 @@ struct RunningMean {
   /// The average of the values so far, 0 before the first.
   double mean() const { return weight > 0 ? sum / weight : 0; }
 
-  /// Adds a value: it gets the weight `rate`, and the older values lose `rate` of theirs.
+  /// Adds a value: it gets the weight `rate`, and the weights of the older values are multiplied by
+  /// 1 - rate.
   void add(double value, double rate) {
     sum += rate * (value - sum);
     weight += rate * (1 - weight);

@@ -46,10 +46,11 @@ ReinforceConfig<Baseline> checked(ReinforceConfig<Baseline> config) {
           ", must be a symbol, or -1 for the end symbol");
   require(config.max_length >= 1 && config.max_length <= 1'000'000,
           "Reinforce::Config.max_length = ", config.max_length, ", must be in [1, 1000000]");
-  require(config.temperature > 0 && std::isnormal(static_cast<Scalar>(1 / config.temperature)) &&
-              std::isnormal(static_cast<Scalar>(config.temperature)),
-          "Reinforce::Config.temperature = ", config.temperature,
-          ", must be above 0 and not beyond the policy's numbers");
+  require(
+      config.temperature > 0 && std::isnormal(static_cast<Scalar>(1 / config.temperature)) &&
+          std::isnormal(static_cast<Scalar>(config.temperature)),
+      "Reinforce::Config.temperature = ", config.temperature,
+      ", must be above 0, and 1 / temperature must be a normal number of the policy's Scalar too");
   require(config.discount >= 0 && config.discount <= 1,
           "Reinforce::Config.discount = ", config.discount, ", must be in [0, 1]");
   require(config.samples >= 1, "Reinforce::Config.samples = ", config.samples,

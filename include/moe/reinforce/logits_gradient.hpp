@@ -21,9 +21,9 @@ struct LogitsObjective {
   double temperature = 1;
   double entropy_bonus = 0;
   double sampled_weight = 0;    ///< of a sampled sequence's terms
-  double reference_weight = 0;  ///< of a reference's
+  double reference_weight = 0;  ///< of a reference's terms
   double sequences = 1;         ///< N of the mean over sampled sequences
-  double references = 1;        ///< and of that over references
+  double references = 1;        ///< the same for the mean over references
 };
 
 /// The gradient at a sampled step: that of REINFORCE minus that of the entropy,
@@ -38,7 +38,7 @@ void sampled_row_gradient(const LogitsObjective& objective, const SoftmaxRow<Sca
     for (Index v = 0; v < symbols; ++v) {
       const double p = static_cast<double>(dx[v]) / softmax.sum;
       const double log_p = static_cast<double>(x[v]) / objective.temperature - normaliser;
-      if (std::isfinite(log_p)) f(v, p, log_p);  // forbidden symbols have none
+      if (std::isfinite(log_p)) f(v, p, log_p);  // a forbidden symbol has p = 0 and no logarithm
     }
   };
   for_each_probability([&](Index, double p, double log_p) { entropy -= p * log_p; });

@@ -46,7 +46,7 @@ void check_references(const ReinforceConfig<Baseline>& config, Index symbols, st
   for (std::size_t i = 0; i < references.size(); ++i) {
     require(static_cast<Index>(references[i].size()) < config.max_length, "Reinforce: reference ",
             i, " has ", references[i].size(),
-            " symbols and an end, Config.max_length = ", config.max_length);
+            " symbols and an end, must be at most Config.max_length = ", config.max_length);
     for (const Index symbol : references[i]) {
       require(symbol >= 0 && symbol < symbols && symbol != config.end, "Reinforce: reference ", i,
               " has symbol ", symbol, "; there are ", symbols, " symbols, of which ", config.end,

@@ -14,7 +14,7 @@
 
 namespace moe {
 
-/// A policy writes a sequence of symbols for an input, one symbol a step: its recurrent state is
+/// A policy writes a sequence of symbols for an input, one symbol per step: its recurrent state is
 /// the state of the agent, the next symbol the action.
 ///
 /// A batch has R = inputs·samples rows; row r writes for input r / samples, so an encoder need read

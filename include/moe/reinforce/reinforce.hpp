@@ -71,7 +71,7 @@ namespace moe {
 template <class P, class... Own>
 class Reinforce {
   static_assert(detail::check_policy_requirements<P>());
-  static_assert((BaselineFor<Own, P> && ...), "a baseline must have the verbs of BaselineFor");
+  static_assert((BaselineFor<Own, P> && ...), "a baseline must have the functions of BaselineFor");
 
  public:
   using Scalar = typename P::Scalar;     ///< that of the policy
@@ -89,17 +89,17 @@ class Reinforce {
     std::vector<double> returns;          ///< R x max_length, from the first sampled step on
     std::vector<double> log_probability;  ///< R x max_length, as the gradient pass computed them
     std::vector<double> entropy;          ///< R x max_length, at sampled steps
-    std::vector<double> advantages;       ///< A_t, one a sampled step, time-major
+    std::vector<double> advantages;       ///< A_t, one per sampled step, time-major
     Matrix<Scalar> dlogits;               ///< (steps·R) x V
     typename P::Tape policy;              ///< the policy's own
 
     Rollout greedy;                      ///< the greedy sequences, for GreedyBaseline
     std::vector<double> greedy_rewards,  ///< inputs x max_length
         greedy_returns;                  ///< inputs x max_length
-    std::vector<double> baselines;       ///< b_t, one a sampled step
+    std::vector<double> baselines;       ///< b_t, one per sampled step
     PackedRows sampled;                  ///< the sampled steps among the rows of the logits
     typename P::State state,             ///< the policy's state during the rollout
-        greedy_state;                    ///< and during the greedy one
+        greedy_state;                    ///< and during the greedy rollout
     Matrix<Scalar> terms,                ///< scratch
         greedy_terms;                    ///< scratch
   };
@@ -164,7 +164,8 @@ class Reinforce {
 
     policy.backward(tape.dlogits, tape.policy);
     learn(steps, tape.baselines);
-    statistics.gradient_norm = gradient_norm(policy, Updates::lazy);  // the bits of the dense norm
+    statistics.gradient_norm =
+        gradient_norm(policy, Updates::lazy);  // has the same bits as the dense norm
     return statistics;
   }
 
@@ -244,7 +245,7 @@ class Reinforce {
     }
   }
 
-  /// tape.greedy and tape.greedy_returns; it starts from the same prefix.
+  /// Fills tape.greedy and tape.greedy_returns; the greedy sequences start from the same prefix.
   template <class Reward>
   void score_greedy(const P& policy, std::span<const Input> inputs,
                     std::span<const Reference> references, Reward& reward, const detail::Plan& plan,

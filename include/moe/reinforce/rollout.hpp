@@ -89,9 +89,9 @@ struct Sampling {
   bool greedy = false;  ///< the most probable one, ties to the lower number
   double temperature = 1;
   std::uint64_t seed = 0;
-  /// Of the dice: sample s of input i is token first_token + i·samples + s.
+  /// The key of the draws: sample s of input i is token first_token + i·samples + s.
   NoiseKey key{.step = 0};
-  Index samples = 1;  ///< of an input; a row more, of the reference, may follow them
+  Index samples = 1;  ///< of an input; a row of the reference may follow
   Index start = 0;
   Index end = 0;
 };

@@ -40,9 +40,9 @@ class SampledSteps {
 
   /// The row of the i-th sampled step in the rollout.
   Index row(Index i) const { return sampled_.rows[detail::to_size(i)] % rollout_.rows(); }
-  /// Its step in the sequence.
+  /// The step of the i-th sampled step in its sequence.
   Index t(Index i) const { return sampled_.rows[detail::to_size(i)] / rollout_.rows(); }
-  /// Its input.
+  /// The input of the i-th sampled step.
   Index input(Index i) const { return row(i) / rollout_.samples; }
 
   /// R_t of the i-th sampled step.
@@ -53,7 +53,7 @@ class SampledSteps {
   /// The first row of an input.
   Index first_row(Index input) const { return input * rollout_.samples; }
 
-  /// The return of a sequence: R at its first sampled step. It must have one.
+  /// The return of a sequence: R at its first sampled step, which it must have.
   double return_of(Index row) const { return detail::return_of(rollout_, returns_, row); }
 
   /// The mean of return_of() over the sequences that have a sampled step; there must be one.

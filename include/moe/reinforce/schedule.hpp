@@ -47,8 +47,8 @@ inline void check_rise(const char* name, Index rise, double highest) {
 
 /// Cross-entropy for `warm_up` updates. Then each update is either one of cross-entropy or one of
 /// REINFORCE; the share p of the latter rises from 0 to `highest` in `rise` updates. Update i after the
-/// warm-up is one of REINFORCE if the integer part of p(1) + ... + p(i) grows with it: so far there were
-/// as many of these as that sum, rounded down.
+/// warm-up is one of REINFORCE if the integer part of p(1) + ... + p(i) is larger than that of p(1)
+/// + ... + p(i - 1). So the number of updates of REINFORCE up to it is that sum, rounded down.
 struct Alternation {
   Index warm_up = 0;   ///< updates of cross-entropy alone, at least 0
   Index rise = 1000;   ///< at least 1
@@ -70,8 +70,8 @@ struct Alternation {
 };
 
 /// MIXER [R16 sec. 3.2.2]: cross-entropy for `warm_up` updates; then stages of `stage` updates each. In
-/// stage i = 1, 2, ... sampled sequences begin with max_length - i·shrink symbols of the reference, in
-/// the last ones with none.
+/// stage i = 1, 2, ... sampled sequences begin with max_length - i·shrink symbols of the reference,
+/// in the last stages with none.
 struct ShrinkingPrefix {
   Index warm_up = 0;     ///< updates of cross-entropy alone, at least 0
   Index max_length = 0;  ///< symbols of the longest sequence, at least 1
@@ -92,8 +92,8 @@ struct ShrinkingPrefix {
   }
 };
 
-/// Cross-entropy for `warm_up` updates; then both in every update: the weight of REINFORCE rises from 0 to
-/// `highest` in `rise` updates.
+/// Cross-entropy for `warm_up` updates; then every update has both objectives: the weight of
+/// REINFORCE rises from 0 to `highest` in `rise` updates.
 struct Blend {
   Index warm_up = 0;   ///< updates of cross-entropy alone, at least 0
   Index rise = 1000;   ///< at least 1

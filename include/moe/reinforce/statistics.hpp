@@ -11,17 +11,17 @@
 
 namespace moe {
 
-/// Figures of one update. Those of sampled sequences are 0 if sampled_steps is.
+/// Figures of one update. Those of sampled sequences are 0 if sampled_steps is 0.
 struct ReinforceStatistics {
   Index sampled_steps = 0;    ///< symbols trained by REINFORCE
   Index forced_steps = 0;     ///< symbols trained by cross-entropy
-  double cross_entropy = 0;   ///< nats a forced symbol
+  double cross_entropy = 0;   ///< nats per forced symbol
   double mean_reward = 0;     ///< mean over sampled sequences of the sum of rewards
   double reward_stddev = 0;   ///< its standard deviation
   double mean_return = 0;     ///< mean over sampled sequences of R at the first sampled step
-  double entropy = 0;         ///< nats a sampled step, of π_τ
+  double entropy = 0;         ///< nats per sampled step, of π_τ
   double mean_length = 0;     ///< of sampled sequences, the end symbol included
-  double truncated = 0;       ///< share of sampled sequences that ran into the length limit
+  double truncated = 0;       ///< share of sampled sequences that were cut at the length limit
   double baseline_error = 0;  ///< root of the mean squared R_t - b_t over sampled steps
   double gradient_norm = 0;   ///< of all gradients of the policy, after this update's were added
 };
@@ -35,8 +35,8 @@ inline double reward_of(const Rollout& rollout, const std::vector<double>& rewar
   return sum;
 }
 
-/// All but gradient_norm. rewards, log_probability and entropy are R x max_length, baselines one a
-/// sampled step. Throws std::invalid_argument if the mean return is not finite.
+/// All but gradient_norm. rewards, log_probability and entropy are R x max_length, baselines has
+/// one entry per sampled step. Throws std::invalid_argument if the mean return is not finite.
 template <Policy P>
 ReinforceStatistics make_statistics(const SampledSteps<P>& steps, const Rollout& rollout,
                                     const std::vector<double>& rewards,

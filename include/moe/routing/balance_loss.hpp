@@ -120,7 +120,7 @@ struct GateLosses {
   Scalar z{0};            ///< of the router's logits
   Scalar threshold{0};    ///< [S17 eq. 20], BalancedGate's
 
-  /// All of them added up.
+  /// Their sum.
   Scalar sum() const { return importance + load + switch_loss + sequence + z + threshold; }
 };
 
@@ -145,7 +145,7 @@ struct Balance {
   /// The coefficient of variation of the load.
   Scalar cv_load() const { return std::sqrt(cv_squared(load)); }
 
-  /// The fullest expert's load over the mean; 1 in perfect balance, 0 when there is no load.
+  /// The largest load over the mean load; 1 in perfect balance, 0 when there is no load.
   Scalar max_over_mean_load() const {
     double total = 0;
     double largest = 0;

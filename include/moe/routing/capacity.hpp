@@ -114,8 +114,8 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
 /// Throws std::invalid_argument for an order that is not possible if processes share a batch.
 inline void check_shared_order(PlaceOrder how) {
   require(how != PlaceOrder::best_tokens,
-          "PlaceOrder::best_tokens: a batch that several processes share has no such order; take"
-          " first_choices or largest_weight");
+          "PlaceOrder::best_tokens: not possible in a batch that several processes share; use "
+          "first_choices or largest_weight");
 }
 
 /// The call of a SharedBatch that drop_over_capacity() makes. Throws as check_shared_order() does.

@@ -28,7 +28,7 @@ template <class Scalar>
 struct TokenChoice {
   IndexedVector<Index> taken;             ///< S, the tokens of expert 0, those of expert 1, ...
   IndexedVector<Index> order;             ///< S, the places in `taken` by token
-  IndexedVector<Matrix<Scalar>> columns;  ///< one a worker: some columns of the scores, as rows
+  IndexedVector<Matrix<Scalar>> columns;  ///< one per worker: some columns of the scores, as rows
   SharedSelection<Scalar> shared;         ///< where processes share a batch
 };
 

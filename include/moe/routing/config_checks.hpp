@@ -14,22 +14,24 @@ inline void check_at_least_one(const char* gate, const char* field, Index value)
   require(value >= 1, gate, "::Config.", field, " = ", value, ", must be at least 1");
 }
 
-/// 1 <= value <= limit; `limit_name` names the field that is the limit.
+/// Checks that 1 <= value <= limit; `limit_name` names the field that is the limit.
 inline void check_choice(const char* gate, const char* field, Index value, const char* limit_name,
                          Index limit) {
   require(value >= 1 && value <= limit, gate, "::Config.", field, " = ", value,
           ", must be from 1 to ", limit_name, " = ", limit);
 }
 
-/// That the product of two numbers, both at least 1, is a possible number of experts: an Index must hold
-/// a few times as many, since a pass sums three numbers of each expert over processes.
+/// Checks that the product of two numbers, both at least 1, is a possible number of experts. An
+/// Index must hold a few times that number, since a pass sums three numbers of each expert over
+/// processes.
 inline void check_product(const char* gate, const char* first_name, Index first,
                           const char* second_name, Index second) {
   require(first <= std::numeric_limits<Index>::max() / 8 / second, gate, "::Config.", first_name,
           " = ", first, " times ", second_name, " = ", second, " are too many experts");
 }
 
-/// That a value is finite and at least 0; `field` includes its struct, as in "Config.z_loss_weight".
+/// Checks that a value is finite and at least 0; `field` includes its struct, as in
+/// "Config.z_loss_weight".
 inline void check_at_least_zero(const char* gate, const char* field, double value) {
   require(std::isfinite(value) && value >= 0, gate, "::", field, " = ", value,
           ", must be finite and at least 0");

@@ -5,7 +5,7 @@
 #include "moe/matrix.hpp"
 
 /// \file
-/// The load of experts behind two levels of gates, a groups of b experts each:
+/// The load of experts behind two levels of gates, with `a` groups of `b` experts each:
 ///
 ///     Load_H[i,j] = Loadprimary_i · Load_i(X_i)_j / |X_i|, 0 where X_i is empty       [S17 eq. 14]
 ///

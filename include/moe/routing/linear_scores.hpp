@@ -74,8 +74,8 @@ inline constexpr Index softmax_block = 64;  ///< tokens in a task
 
 }  // namespace detail
 
-/// p = softmax of each row of scores (N x E); the two may be one matrix. NaN or +infinity in a row makes
-/// the whole row NaN.
+/// p = softmax of each row of scores (N x E); the two may be the same matrix. NaN or +infinity in a
+/// row makes the whole row NaN.
 template <class Scalar>
 void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
   const Index experts = scores.cols();

@@ -13,8 +13,8 @@
 
 namespace moe::detail {
 
-/// What a NoisyTopK of E experts saves of N rows for backward. Several of them may share a tape, each
-/// with rows of its own.
+/// What a NoisyTopK of E experts saves of N rows for backward. Several NoisyTopK may share a tape,
+/// each with rows of its own.
 template <class Scalar>
 struct NoisyTopKTape {
   bool has_noise = false;      ///< if false, only clean and best are filled

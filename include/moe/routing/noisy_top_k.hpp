@@ -31,8 +31,8 @@ inline void check_noise_floor(const char* gate, double noise_floor) {
           "::Config.noise_floor = ", noise_floor, ", must be finite and above 0");
 }
 
-/// Turns the gradient with respect to G, a number a slot, into that with respect to the chosen h:
-/// dh = G ⊙ (g − Σ_i G_i·g_i) for the K slots of each of these tokens.
+/// Turns the gradient with respect to G, one number per slot, into that with respect to the chosen
+/// h: dh = G ⊙ (g − Σ_i G_i·g_i) for the K slots of each of these tokens.
 template <class Scalar>
 void softmax_of_chosen_backward(const Routing<Scalar>& routing, Index top_k, Range tokens,
                                 IndexedVector<Scalar>& gradient) {
@@ -154,7 +154,7 @@ class NoisyTopK {
   const Scalar* scores(const Tape& tape, Index row) const {
     return row_data(tape.has_noise ? tape.noisy : tape.clean, row);
   }
-  /// The experts with the min(K + 1, E) largest of them, the largest first.
+  /// The experts with the min(K + 1, E) largest h of a row, the largest first.
   const Index* largest(const Tape& tape, Index row) const {
     return tape.best.data() + row * candidates();
   }
@@ -168,8 +168,8 @@ class NoisyTopK {
     config_.experts = sources.experts();
     config_.top_k = top_k;
   }
-  /// Copies the weights of another one of the same shape. The seed of the noise does not change: it belongs
-  /// to the place of the gate.
+  /// Copies the weights of another NoisyTopK of the same shape. The seed of the noise does not
+  /// change, since it belongs to the gate's place among the secondary gates.
   void take_weights(const NoisyTopK& other) {
     weight_ = other.weight_;
     noise_weight_ = other.noise_weight_;
@@ -191,7 +191,7 @@ class NoisyTopK {
   Work work_of(Range rows, const Tape& tape) const {
     return tape.has_noise ? function_work(3 * scores_of(rows)) : element_work(scores_of(rows));
   }
-  /// Scores of rows, which are next to each other.
+  /// The number of scores of some rows, which are contiguous.
   Index scores_of(Range rows) const { return rows.count * experts(); }
   template <class F>
   static void for_each_row(Range rows, F&& f) {

@@ -12,7 +12,7 @@
 #include "moe/routing/shared_batch.hpp"
 
 /// \file
-/// The arguments of a pass beside x, and which rows of x are tokens.
+/// The arguments of a pass besides x, and which rows of x are tokens.
 
 namespace moe {
 
@@ -38,7 +38,7 @@ struct Pass {
   /// empty. See the gate for their range.
   std::span<const double> noise{};
 
-  /// What the pass's random numbers are keyed by.
+  /// The key of the pass's random numbers.
   NoiseKey key() const { return {.step = step, .first_token = first_token}; }
 };
 
@@ -83,7 +83,7 @@ struct ValidTokens {
   IndexedVector<Index> list;  ///< N, their rows, ascending
 
   Index batch_rows = 0;   ///< T of the whole batch
-  Index first_row = 0;    ///< the place of row 0 in it
+  Index first_row = 0;    ///< the number of row 0 in that batch
   Index batch_count = 0;  ///< N of the whole batch
 
   Index row_of(Index token) const { return all ? token : list[token]; }

@@ -45,8 +45,8 @@ void check_routing(const Routing<Scalar>& routing) {
             "Routing.token_offsets descends at token ", t + 1);
   }
   for (const Index e : routing.expert) {
-    require(e >= 0 && e < routing.experts, "Routing.expert = ", e, " with ", routing.experts,
-            " experts");
+    require(e >= 0 && e < routing.experts, "Routing.expert = ", e, ", must be in [0, ",
+            routing.experts, ")");
   }
   for (Index t = 0; t < routing.tokens(); ++t) {
     const Range of_token = routing.slots_of_token(t);

@@ -34,9 +34,9 @@ class SharedBatch {
 
   /// Replaces each number by its sum over the processes, which has the same bits on all.
   virtual void sum(std::span<float> numbers) const = 0;
-  /// The same of doubles.
+  /// The same for doubles.
   virtual void sum(std::span<double> numbers) const = 0;
-  /// The same of whole numbers.
+  /// The same for whole numbers.
   virtual void sum(std::span<Index> numbers) const = 0;
 
   /// Replaces each number by its sum over the processes before this one, 0 in the first.
@@ -50,11 +50,12 @@ class SharedBatch {
   }
 
   /// `numbers` has a block for each process, all of one length. Every process fills its own block and
-  /// gets those of the others. Like the next two, only after a sum() of at least as many numbers.
+  /// gets those of the others. This and the next two functions may be called only after a sum() of
+  /// at least as many numbers.
   virtual void gather_agreed(std::span<Index> numbers) const = 0;
 
-  /// sum() after a sum() of at least as many numbers, if no process can have failed since: it need not
-  /// find out whether one did.
+  /// sum() after a sum() of at least as many numbers, if no process can have failed since then:
+  /// this call does not find out whether one did.
   virtual void sum_agreed(std::span<Index> numbers) const { sum(numbers); }
   /// prefix() under the same conditions.
   virtual void prefix_agreed(std::span<Index> numbers) const { prefix(numbers); }
@@ -72,7 +73,7 @@ struct SharedCall {
 };
 /// The calls before which a process can have failed, in their order, `none` at the end. A process that
 /// fails knows from this list in which call the others wait, and takes part in that call to tell them.
-/// So the processes need not ask each other before a call. All other calls of a gate are `_agreed`.
+/// So the processes need not agree before a call. All other calls of a gate are `_agreed`.
 using SharedCalls = std::array<SharedCall, 2>;
 
 /// The calls of a gate that makes a choice among the tokens of the batch, or none, and then sums a number
@@ -82,7 +83,7 @@ inline SharedCalls shared_calls(const SharedCall& choice, Index figures) {
   return choice.kind == SharedCall::none ? SharedCalls{sum} : SharedCalls{choice, sum};
 }
 
-/// Sums several lists of numbers over the processes of a batch in one collective. They travel as
+/// Sums several lists of numbers over the processes of a batch in one collective. They are sent as
 /// double, in which counts are exact. Does nothing where the batch is null.
 class BatchSum {
  public:

@@ -44,9 +44,9 @@ OrderedBits<Scalar> ordered_bits(Scalar score) {
 /// order of processes, then of tokens.
 ///
 /// When few candidates remain, the processes send each other their lists of them (each different score
-/// and how often it occurs), which ends the search. They do so when the lists are sure to fit into a
-/// message, and try it once, after three digits, when they may not; an expert of which some process
-/// has too many different scores then goes on digit by digit.
+/// and how often it occurs), which ends the search. They do so as soon as the lists are sure to fit
+/// into a message. If that is not sure, they try it once, after three digits; for an expert of
+/// which some process has too many different scores, the search then goes on digit by digit.
 ///
 /// So messages and memory are O(E·bins), whatever the number of processes and tokens: E·bins·8 bytes,
 /// with as many bins as fit into 1 MiB, from 256 to 2048. For scores of 32 bits and up to 64 experts the
@@ -114,10 +114,11 @@ class SharedSelection {
     return bits;
   }
 
-  /// The largest number of different scores of an expert in the list of a process. It is searched for each
-  /// candidate, so it is small.
+  /// The largest number of different scores of an expert in the list of a process. The list is
+  /// searched for each candidate, so it is short.
   static constexpr Index few_scores = 64;
-  /// The number of these for which there is room: in a message, and in the memory of the first digit's counts.
+  /// The largest number of scores for which there is room: in a message, and in the memory of the
+  /// first digit's counts.
   static Index most_scores(Index counts, Index experts, const SharedBatch& batch) {
     return std::min(few_scores, std::min(message, counts) / (2 * batch.processes() * experts));
   }
@@ -254,7 +255,7 @@ class SharedSelection {
   };
 
   IndexedVector<Bound> bounds_;  ///< E
-  IndexedVector<Index> open_;    ///< the experts whose last one is not known yet, ascending
+  IndexedVector<Index> open_;    ///< the experts whose search goes on, ascending
   IndexedVector<Index> row_;     ///< E, their places in open_, -1 for the others
   IndexedVector<Index> counts_;
   IndexedVector<Shown> shown_;

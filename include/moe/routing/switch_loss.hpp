@@ -148,7 +148,7 @@ class SwitchLoss {
                         });
   }
 
-  Index counted_ = 1;  ///< choices of a token that f divides by
+  Index counted_ = 1;  ///< the choices per token by which f is divided
   Index sequences_with_tokens_ = 0;
   IndexedVector<Index> sequence_;  ///< N, of each token
   IndexedVector<double> tokens_;   ///< T_s of each sequence of the batch

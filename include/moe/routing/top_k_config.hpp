@@ -135,7 +135,7 @@ inline const TopKConfig& checked(const TopKConfig& config) {
           "TopKGate::Config.renormalise_norm = ", config.renormalise_norm,
           ", must be 1 without renormalise, and with softmax_of_chosen");
   require(!config.renormalise_after_drops || config.renormalise || of_chosen,
-          "TopKGate::Config.renormalise_after_drops = true without renormalise");
+          "TopKGate::Config.renormalise_after_drops = true, must be false without renormalise");
   require(config.groups >= 1 && config.experts % config.groups == 0,
           "TopKGate::Config.groups = ", config.groups, ", must divide experts = ", config.experts);
   check_choice(gate, "top_k_groups", config.top_k_groups, "groups", config.groups);

@@ -70,7 +70,7 @@ class GradientComparison {
       const double step = 1e-4 * std::max(1.0, std::abs(before));
       struct Slopes {
         double mean;
-        double bend;  // of the slopes on both sides
+        double bend;  // the difference of the slopes on both sides
       };
       const auto slopes = [&](double width) {
         number = before + width;

@@ -37,10 +37,10 @@ enum class Activations {
 
 namespace detail {
 
-/// Columns of a panel in packets.
+/// The width of a panel, in packets of columns.
 inline constexpr Index panel_packets = 4;
 
-/// Weights of a column that share a scale, and activations of a row too.
+/// The number of weights of a column, and of activations of a row, that share a scale.
 inline constexpr Index scaled_steps = 32;
 
 // clang-format off

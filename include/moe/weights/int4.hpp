@@ -10,7 +10,7 @@ namespace moe {
 
 /// Weights of 4 bits, in blocks of 32 along K of each column. A weight is q·scale, with a whole number q
 /// from -8 to 7. The scale of a block, in float16, is its value of largest magnitude over -8, as in
-/// ggml's q4_0. 0.5625 bytes a weight. For its members see NarrowFormat in format.hpp.
+/// ggml's q4_0. 0.5625 bytes per weight. For its members see NarrowFormat in format.hpp.
 struct Int4 {
   static constexpr const char* name = "int4";           ///< in messages and files
   using Code = std::int8_t;                             ///< of one weight, from -8 to 7

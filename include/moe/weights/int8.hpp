@@ -10,8 +10,8 @@ MOE_PACKETS_BEGIN
 namespace moe {
 
 /// Weights of 8 bits, in blocks of 32 along K of each column. A weight is q·scale, with a whole number q
-/// from -127 to 127. The scale of a block, in float16, is its largest magnitude over 127. 1.0625 bytes
-/// a weight. For its members see NarrowFormat in format.hpp.
+/// from -127 to 127. The scale of a block, in float16, is its largest magnitude over 127. 1.0625
+/// bytes per weight. For its members see NarrowFormat in format.hpp.
 struct Int8 {
   static constexpr const char* name = "int8";           ///< in messages and files
   using Code = std::int8_t;                             ///< of one weight, from -127 to 127

@@ -9,7 +9,7 @@
 namespace moe {
 
 /// A Linear with narrow weights for inference: y = x·weight + bias, with a bias of floats. Made by
-/// narrow(). It is not trained, but has the gradient with respect to x.
+/// narrow(). Its weight is not trained, but it has the gradient with respect to x.
 template <detail::NarrowFormat Format>
 class NarrowLinear {
  public:
@@ -33,8 +33,8 @@ class NarrowLinear {
 
   /// Returns tape.y (T x outputs). Throws std::invalid_argument if x is not T x inputs or overlaps tape.y.
   const Matrix<float>& evaluate(const MatrixRef<float>& x, Tape& tape) const {
-    detail::require(x.cols() == inputs(), "NarrowLinear: x has ", x.cols(), " columns, the layer ",
-                    inputs(), " inputs");
+    detail::require(x.cols() == inputs(), "NarrowLinear: x has ", x.cols(),
+                    " columns, the layer has ", inputs(), " inputs");
     detail::require_apart("NarrowLinear::evaluate", "x", x, {tape.y});
     detail::resize(tape.y, x.rows(), outputs());
     detail::gemm(detail::GemmNN<float, detail::NarrowOperand<Format>>{
@@ -55,7 +55,7 @@ class NarrowLinear {
   /// std::invalid_argument if dy is not T x outputs or overlaps tape.dx.
   const Matrix<float>& input_gradient(const MatrixRef<float>& dy, Tape& tape) const {
     detail::require(dy.cols() == outputs(), "NarrowLinear::input_gradient: dy has ", dy.cols(),
-                    " columns, the layer ", outputs(), " outputs");
+                    " columns, the layer has ", outputs(), " outputs");
     detail::require_apart("NarrowLinear::input_gradient", "dy", dy, {tape.dx});
     detail::resize(tape.dx, dy.rows(), inputs());
     detail::gemm(detail::GemmNT<float, detail::NarrowOperand<Format>>{

@@ -46,7 +46,7 @@ constexpr Index narrow_bytes(Index rows, Index columns, Index lanes = lane_count
          ((columns + lanes - 1) / lanes);
 }
 
-/// These numbers for this machine, as constants.
+/// The sizes above for this machine, as constants.
 template <class Format>
 struct NarrowLayout {
   static constexpr Index panel_columns = panel_packets * lane_count;

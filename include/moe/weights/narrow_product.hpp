@@ -66,7 +66,8 @@ requires Format::scaled struct Scales<Format> {
 };
 
 /// Adds to R rows of C, from a column on: R rows of A times V packets of a panel, from packet `first` on,
-/// over `blocks` whole blocks. The panel is `packets` packets wide. The hardware prefetcher follows it.
+/// over `blocks` whole blocks. The panel is `packets` packets wide. The hardware prefetcher follows
+/// the panel.
 template <class Format, Index R, Index V>
 MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Index packets,
                               Index first, Index blocks, float* const* c, Index column) {
@@ -208,7 +209,8 @@ void for_each_panel(const NarrowOperand<Format>& b, Range columns, F&& f) {
 }
 
 /// Calls f(to) for some rows of C and a part of a panel. `to` are pointers to rows of whole packets: the
-/// rows of C, or copies that are written back. If the product `begins`, they have the initial values of C.
+/// rows of C, or copies that are written back. If the product `begins`, the rows first get the
+/// initial values of C.
 template <class Format, class F>
 void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range rows,
                      const PanelPart& part, bool begins, F&& f) {

@@ -44,7 +44,7 @@ template <class Format>
 NarrowOperand<Format> operand(const NarrowWeight<Format>& weight) {
   return weight.matrix.operand(weight.activations);
 }
-/// It has no gradient.
+/// A narrow weight has no gradient.
 template <class Format>
 void add_weight_gradient(NarrowWeight<Format>&, const GatheredRows<float>&,
                          const GatheredRows<float>&, Range, Start, Precision) {}

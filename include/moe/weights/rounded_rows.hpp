@@ -60,8 +60,9 @@ struct RoundedRows {
     std::int8_t code[to_size(scaled_steps)] = {};
     sum = 0;
     if (bound > 0 && std::isfinite(scale)) {
-      // Adding and subtracting 1.5·2^23 rounds to the nearest whole number, ties to even. Of numbers
-      // near the smallest, 127 / bound may be infinite; they are scaled up by exact powers of 2 first.
+      // Adding and subtracting 1.5·2^23 rounds to the nearest whole number, ties to even. For
+      // numbers near the smallest floats 127 / bound may be infinite, so such numbers are first
+      // multiplied by a power of 2, which is exact.
       const float up = bound < 0x1p-100f ? 0x1p100f : 1.0f;
       const float inverse = 127 / (bound * up);
       constexpr float whole = 0x1.8p23f;

@@ -50,7 +50,7 @@ class ServingLayer {
   using Tape = typename Narrow::Tape;      ///< as MoELayer's
 
   /// Rounds the weights of a layer, which it does not refer to afterwards. Throws std::invalid_argument,
-  /// which names the expert, the weight and the value, if one cannot be narrowed.
+  /// which names the expert, the weight and the value, if a weight cannot be narrowed.
   explicit ServingLayer(const Layer& layer, const NarrowOptions& options = {})
       : ServingLayer(
             detail::config_with<Narrow>(layer.config(), layer.config().expert, layer.config().gate),
@@ -69,9 +69,9 @@ class ServingLayer {
   const Config& config() const { return layer_.config(); }
   /// How narrow weights are used.
   const NarrowOptions& options() const { return options_; }
-  /// Whether the experts' memory can change behind their back.
+  /// Whether the experts' memory is that of a mapped file, which can change.
   bool is_mapped() const { return check_ != nullptr; }
-  /// Throws if it changed, as each pass does before it begins.
+  /// Throws std::runtime_error if that file has changed. Every pass calls this first.
   void check_weights() const {
     if (check_) check_();
   }
@@ -92,8 +92,8 @@ class ServingLayer {
     return evaluate(x, tape);
   }
 
-  // For the training of modules before it, and of the gate if its parameters are `trained`; the experts
-  // are frozen. The gradient ignores the rounding of activations.
+  // For training the modules in front of the layer, and its gate if the gate's parameters are
+  // `trained`; the experts are frozen. The gradient ignores the rounding of activations.
 
   /// As MoELayer::forward().
   const Matrix<float>& forward(const MatrixRef<float>& x, Tape& tape, const Pass& pass) const {

@@ -56,7 +56,7 @@ TEST_CASE("checkpoint: a file that is cut short", "[io][pretrained]") {
   fails(model, shard + ": tensor \"");
   fails(model, "of data, the file has");
   model.write(shard, "abc");
-  fails(model, shard + ": is no safetensors file: it has 3 bytes");
+  fails(model, shard + ": is not a safetensors file: it has 3 bytes");
 }
 
 TEST_CASE("checkpoint: an index that is wrong", "[io][pretrained]") {
@@ -67,18 +67,18 @@ TEST_CASE("checkpoint: an index that is wrong", "[io][pretrained]") {
   };
   using Json = nlohmann::json;
   with([](Json& j) { j["weight_map"][router] = "model-00001-of-00006.safetensors"; },
-       index_name + ": tensor \"" + router + "\" is said to be in ");
+       index_name + ": tensor \"" + router + "\" is listed in ");
   with([](Json& j) { j["weight_map"][router] = "model-00001-of-00006.safetensors"; },
-       "model-00001-of-00006.safetensors, which has none of that name");
+       "model-00001-of-00006.safetensors, which has no tensor of that name");
   with([](Json& j) { j["weight_map"]["more"] = "model-00001-of-00006.safetensors"; },
-       "tensor \"more\" is said to be in ");
-  with([](Json& j) { j["weight_map"][router] = 3; }, "is in no file: it has no text");
+       "tensor \"more\" is listed in ");
+  with([](Json& j) { j["weight_map"][router] = 3; }, "must have the name of a file, a string");
   with([](Json& j) { j["weight_map"] = "a"; }, index_name + ": has no object \"weight_map\"");
   with([](Json& j) { j.erase("weight_map"); }, "has no object \"weight_map\"");
   with([](Json& j) { j = Json::array(); }, "has no object \"weight_map\"");
   const ChangedModel model("deepseek_v2");
   model.write(index_name, "{\"weight_map\": {");
-  fails(model, index_name + ": is no JSON: ");
+  fails(model, index_name + ": is not JSON: ");
 }
 
 TEST_CASE("checkpoint: no name in the index leads out of the folder", "[io][pretrained]") {

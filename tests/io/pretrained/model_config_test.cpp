@@ -92,11 +92,12 @@ TEST_CASE("model config: each error names the file, the key and the value", "[io
   fails(R"({"a": "x"})", [](const io::ModelConfig& c) { c.number("a", 0); }, "must be a number");
   fails(R"({"a": 1})", [](const io::ModelConfig& c) { c.flag("a", false); },
         "\"a\" is 1, must be true or false");
-  fails(R"({"a": 1})", [](const io::ModelConfig& c) { c.text("a"); }, "\"a\" is 1, must be a text");
+  fails(R"({"a": 1})", [](const io::ModelConfig& c) { c.text("a"); },
+        "\"a\" is 1, must be a string");
   fails(R"({"a": 1})", [](const io::ModelConfig& c) { c.part("a"); },
         "\"a\" is 1, must be an object");
-  fails("[]", count, "is no object");
-  fails("{\"a\": ", count, "is no JSON: ");
+  fails("[]", count, "is not an object");
+  fails("{\"a\": ", count, "is not JSON: ");
   CHECK_THROWS_WITH(io::ModelConfig(folder.file("none.json")),
                     Contains("none.json: cannot be read: No such file"));
 }

@@ -44,7 +44,7 @@ TEST_CASE("pretrained: which layers are mixtures, and of what shape", "[io][pret
   CHECK(first.shared == 0);
   CHECK(mixtral.mixture(1).layer == 1);
   CHECK_THROWS_WITH(mixtral.mixture(2),
-                    Contains("config.json: layer 2 is no mixture, those are 0, 1"));
+                    Contains("config.json: layer 2 is not a mixture, the mixtures are 0, 1"));
 
   const io::Pretrained deepseek = io::open_pretrained(golden("deepseek_v2"));
   REQUIRE(deepseek.mixtures().size() == 1);
@@ -153,10 +153,10 @@ TEST_CASE("pretrained: a layer of another configuration keeps its options", "[io
 
 TEST_CASE("pretrained: the type to ask for is named", "[io][pretrained]") {
   CHECK_THROWS_WITH(io::open_pretrained(golden("deepseek_v2")).load_layer<Routed>(1),
-                    Contains("config.json: layer 1 has shared experts, 2 of them: ask for "
+                    Contains("config.json: layer 1 has shared experts, 2 of them: use "
                              "moe::io::SharedLayer"));
   CHECK_THROWS_WITH(io::open_pretrained(golden("deepseek_v2")).load_layer<Shared>(0),
-                    Contains("layer 0 is no mixture, those are 1"));
+                    Contains("layer 0 is not a mixture, the mixtures are 1"));
 }
 
 TEST_CASE("pretrained: a layer of another shape is refused and stays what it was",
@@ -168,15 +168,15 @@ TEST_CASE("pretrained: a layer of another shape is refused and stays what it was
   Routed layer(config);
   const Named before = values_of(layer);
   CHECK_THROWS_WITH(model.read_layer(0, layer),
-                    Contains("parameter experts.0.gate.weight of the layer is 6 x 4, that of the "
-                             "mixture is 6 x 5"));
+                    Contains("parameter experts.0.gate.weight of the layer is 6 x 4, in the "
+                             "mixture it is 6 x 5"));
   CHECK(values_of(layer) == before);
   config.expert.hidden = 5;
   config.expert.bias = true;
   Routed biased(config);
   CHECK_THROWS_WITH(
       model.read_layer(0, biased),
-      Contains("parameter experts.0.gate.bias of the layer is none of the mixture's"));
+      Contains("parameter experts.0.gate.bias of the layer is not one of the mixture's"));
 }
 
 TEST_CASE("pretrained: a configuration that contradicts the tensors", "[io][pretrained]") {
@@ -193,7 +193,7 @@ TEST_CASE("pretrained: a configuration that contradicts the tensors", "[io][pret
   with("intermediate_size", 7,
        "tensor \"model.layers.1.block_sparse_moe.experts.0.w1.weight\" has shape [5,6], needed is "
        "[7,6]");
-  with("num_hidden_layers", 1, "layer 1 is no mixture, those are 0");
+  with("num_hidden_layers", 1, "layer 1 is not a mixture, the mixtures are 0");
   with("num_experts_per_tok", 5,
        "config.json: layer 1: moe: TopKGate::Config.top_k = 5, must be from 1 to experts = 4");
   with("num_experts_per_tok", 0, "config.json: layer 1: moe: TopKGate::Config.top_k = 0, must be");
@@ -213,8 +213,8 @@ TEST_CASE("pretrained: a configuration that contradicts the tensors", "[io][pret
   const ChangedModel unshared("deepseek_v2");
   unshared.set("n_shared_experts", nullptr);
   fails<Routed>(unshared, 1,
-                "tensor \"model.layers.1.mlp.shared_experts.down_proj.weight\" is none of the "
-                "mixture that config.json describes");
+                "tensor \"model.layers.1.mlp.shared_experts.down_proj.weight\" does not belong "
+                "to the mixture that config.json describes");
 }
 
 TEST_CASE("pretrained: a tensor that is missing, left over, of another type or shape",
@@ -230,7 +230,7 @@ TEST_CASE("pretrained: a tensor that is missing, left over, of another type or s
     model.rename(whole, "model.norm.weight", mixtral_expert + "w1.bias");
     fails<Routed>(model, 1,
                   "model.safetensors: tensor \"" + mixtral_expert +
-                      "w1.bias\" is none of the mixture that config.json describes");
+                      "w1.bias\" does not belong to the mixture that config.json describes");
   }
   {
     const ChangedModel model("mixtral");
@@ -302,7 +302,7 @@ TEST_CASE("pretrained: a family of one's own goes before those that are known",
       {"mixtral", [](const io::ModelConfig&) { return std::vector<io::Mixture>(); }}};
   const io::Pretrained none = io::open_pretrained(golden("mixtral"), other);
   CHECK(none.mixtures().empty());
-  CHECK_THROWS_WITH(none.mixture(0), Contains("layer 0 is no mixture, those are none"));
+  CHECK_THROWS_WITH(none.mixture(0), Contains("layer 0 is not a mixture, the mixtures are none"));
 }
 
 TEST_CASE("pretrained: a family that does not say all is told what", "[io][pretrained]") {

@@ -46,7 +46,7 @@ TEST_CASE("pretrained: what cannot be narrowed as it is read is refused", "[io][
   using Routed = ServingLayer<io::RoutedLayer<float>, BFloat16>;
   CHECK_THROWS_WITH(io::load_serving<Routed>(model, 1, {.activations = Activations::int8}),
                     Contains("NarrowOptions.activations"));
-  CHECK_THROWS_WITH(io::load_serving<Routed>(model, 77), Contains("layer 77 is no mixture"));
+  CHECK_THROWS_WITH(io::load_serving<Routed>(model, 77), Contains("layer 77 is not a mixture"));
   const ChangedModel changed("mixtral");
   changed.set("num_experts_per_tok", 5);
   CHECK_THROWS_WITH(io::load_serving<Routed>(io::open_pretrained(changed.folder()), 1),

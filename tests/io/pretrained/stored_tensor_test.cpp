@@ -231,6 +231,6 @@ TEST_CASE("stored tensors: another shape, another type and missing scales are na
   fails("b_blocks", {1, 32}, "tensor \"b_scales\" has shape [1,2], needed is [1,1]");
   fails("b_blocks", {1, 64}, "tensor \"b_blocks\" has shape [1,1,16], needed is [1,2,16]");
   fails("c_blocks", {1, 32}, "tensor \"c_blocks\" is I8, needed is U8");
-  fails("d_blocks", {1, 33}, "is rows of 33 numbers, which are no whole blocks of 32");
+  fails("d_blocks", {1, 33}, "has rows of 33 numbers, must be a multiple of 32");
   CHECK_NOTHROW(StoredTensor(checkpoint, "d_blocks", {1, 32}, 128, 128));
 }

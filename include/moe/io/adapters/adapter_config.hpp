@@ -17,12 +17,12 @@
 #include "moe/io/safetensors/messages.hpp"
 
 /// \file
-/// adapter_config.json, the settings of adapters in a file of PEFT's, read and written.
+/// Reads and writes adapter_config.json, PEFT's file of the settings of adapters.
 
 namespace moe::detail {
 
 inline constexpr std::string_view plain_names = "letters, digits, '_', '-' and '.' only";
-/// Whether PEFT, to which names in its patterns are regular expressions, takes a text for itself.
+/// Whether a name means itself in PEFT's patterns, which are regular expressions.
 inline bool is_plain_name(std::string_view name) {
   constexpr std::string_view plain_characters =
       "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.";
@@ -33,7 +33,8 @@ inline bool is_plain_name(std::string_view name) {
 /// must not be missing.
 class AdapterConfig {
  public:
-  /// Throws std::runtime_error, which names the key, for a setting that the library does not have.
+  /// Throws std::runtime_error, which names the key, for a setting that the library does not
+  /// support.
   explicit AdapterConfig(const std::string& path) : settings_(path) {
     if (settings_.text("peft_type") != "LORA") settings_.refuse("peft_type", "\"LORA\"");
     if (settings_.text("bias", "none") != "none") settings_.refuse("bias", "\"none\"");
@@ -45,7 +46,7 @@ class AdapterConfig {
                             "arrow_config", "kasa_config", "monteclora_config"}) {
       if (!settings_.is_empty(key)) settings_.refuse(key, "null or empty");
     }
-    // Others subtract from the frozen weight what the adapter starts with.
+    // With other initial values PEFT subtracts the initial adapter from the frozen weight.
     if (settings_.is_text("init_lora_weights")) {
       const std::string start = settings_.text("init_lora_weights");
       if (start != "gaussian" && start != "orthogonal" && start != "eva") {
@@ -81,8 +82,9 @@ class AdapterConfig {
     return patterns;
   }
 
-  /// The pattern of a map. A pattern is for the module with this name and for those whose name ends in it after
-  /// a dot; with ^ it is for the first only.
+  /// The object and the key that have the setting of a map: its pattern, or `key` if it has none. A
+  /// pattern matches the module with this name and all whose names end in a dot and this name; with
+  /// ^ it matches the first only.
   std::pair<const io::ModelConfig*, std::string> place(
       const std::string& map, const char* key,
       const std::optional<io::ModelConfig>& patterns) const {
@@ -90,7 +92,7 @@ class AdapterConfig {
     std::string found;
     const auto look_for = [&](const std::string& pattern) {
       if (!patterns->has(pattern)) return;
-      // PEFT takes the one that the file has first.
+      // Of several patterns PEFT uses the first in the file.
       if (!found.empty()) {
         fail_file(path(), "\"", found, "\" and \"", pattern, "\" are both patterns of ",
                   plain(map));
@@ -127,10 +129,10 @@ Value commonest(const std::map<Value, Index>& counts) {
   return most->first;
 }
 
-/// adapter_config.json of adapters by their maps.
+/// The contents of adapter_config.json for adapters, given as (map, settings).
 inline nlohmann::json adapter_config(
     const std::vector<std::pair<std::string, LoraGateConfig>>& maps) {
-  // PEFT has one flag for all.
+  // PEFT has one flag for all adapters.
   const bool is_stabilized = std::all_of(
       maps.begin(), maps.end(), [](const auto& map) { return map.second.rank_stabilized; });
   const auto alpha_of = [&](const LoraGateConfig& lora) {
@@ -155,8 +157,8 @@ inline nlohmann::json adapter_config(
   bool is_ambiguous = false;
   for (const auto& [map, lora] : maps) {
     targets.push_back(map);
-    // A module in the list stands for all whose names end in it after a dot: "gate" for the gated experts'
-    // "experts.0.gate" too. An expression stands for whole names.
+    // A name in the list matches all modules whose names end in a dot and it: "gate" would match
+    // "experts.0.gate" of gated experts too. A regular expression matches whole names only.
     is_ambiguous = is_ambiguous || map.find('.') == std::string::npos;
     if (!expression.empty()) expression += '|';
     for (const char c : map) expression += c == '.' ? std::string("\\.") : std::string(1, c);

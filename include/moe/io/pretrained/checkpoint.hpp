@@ -75,7 +75,8 @@ class Checkpoint {
     std::map<std::string, std::size_t> opened;
     for (const auto& [name, value] : map->items()) {
       if (!value.is_string()) {
-        detail::fail_file(path, detail::tensor_named(name), " is in no file: it has no text");
+        detail::fail_file(path, detail::tensor_named(name),
+                          " must have the name of a file, a string");
       }
       const std::string file = value.get<std::string>();
       // Only a plain name cannot lead out of the folder.
@@ -88,8 +89,8 @@ class Checkpoint {
       if (is_new) files_.emplace_back(inside(file));
       const SafetensorsFile& shard = files_[place->second];
       if (!shard.tensors().contains(name)) {
-        detail::fail_file(path, detail::tensor_named(name), " is said to be in ", shard.path(),
-                          ", which has none of that name");
+        detail::fail_file(path, detail::tensor_named(name), " is listed in ", shard.path(),
+                          ", which has no tensor of that name");
       }
       file_of_[name] = place->second;
     }

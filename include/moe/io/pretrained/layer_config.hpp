@@ -36,11 +36,10 @@ inline constexpr bool has_shared_gate = requires(typename Layer::Config& config)
 template <class Layer>
 typename Layer::Config layer_config(const std::string& path, const io::Mixture& mixture) {
   typename Layer::Config config{.seed = 0};
-  static_assert(
-      std::is_same_v<std::remove_cvref_t<decltype(config.expert)>,
-                     typename FeedForward<typename Layer::Scalar>::Config>,
-      "a layer of a published model has FeedForward experts: take moe::io::RoutedLayer or "
-      "moe::io::SharedLayer");
+  static_assert(std::is_same_v<std::remove_cvref_t<decltype(config.expert)>,
+                               typename FeedForward<typename Layer::Scalar>::Config>,
+                "a layer of a published model has FeedForward experts: use moe::io::RoutedLayer or "
+                "moe::io::SharedLayer");
   config.width = mixture.width;
   config.expert.hidden = mixture.hidden;
   config.expert.activation = mixture.activation;
@@ -55,13 +54,12 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
     config.gate.tied = mixture.shared_gated;
     config.gate.routed = mixture.gate;
   } else {
-    static_assert(
-        std::is_same_v<std::remove_cvref_t<decltype(config.gate)>, TopKConfig>,
-        "a layer of a published model has a TopKGate, or a SharedExpertGate around one: take "
-        "moe::io::RoutedLayer or moe::io::SharedLayer");
+    static_assert(std::is_same_v<std::remove_cvref_t<decltype(config.gate)>, TopKConfig>,
+                  "a layer of a published model has a TopKGate, or a SharedExpertGate around one: "
+                  "use moe::io::RoutedLayer or moe::io::SharedLayer");
     if (mixture.shared > 0) {
       fail_file(path, "layer ", mixture.layer, " has shared experts, ", mixture.shared,
-                " of them: ask for moe::io::SharedLayer, "
+                " of them: use moe::io::SharedLayer, "
                 "MoELayer<Expert<FeedForward>, SharedExpertGate<TopKGate<>>>");
     }
     config.gate = mixture.gate;
@@ -69,8 +67,8 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
   return config;
 }
 
-/// make(), of a configuration from config.json: an argument out of range was so there. Throws
-/// std::runtime_error, which names the file and the layer.
+/// Calls make(), which uses a configuration from config.json. Turns its std::invalid_argument into
+/// a std::runtime_error that names the file and the layer.
 template <class F>
 auto with_config(const std::string& path, Index layer, F&& make) {
   try {

@@ -38,12 +38,11 @@ class PlacesByParameter {
       const std::string name = prefix + named.string();
       const auto found = by_name_.find(name);
       require(found != by_name_.end(), "parameter ", name,
-              " of the layer is none of the mixture's");
+              " of the layer is not one of the mixture's");
       const Place& place = *found->second;
       require(parameter.value.rows() == place.rows && parameter.value.cols() == place.columns,
               "parameter ", name, " of the layer is ", parameter.value.rows(), " x ",
-              parameter.value.cols(), ", that of the mixture is ", place.rows, " x ",
-              place.columns);
+              parameter.value.cols(), ", in the mixture it is ", place.rows, " x ", place.columns);
       f(place, parameter);
     });
   }
@@ -74,13 +73,12 @@ class MixtureSource {
     for (const std::string& name : checkpoint.names(prefix)) {
       if (used.contains(name)) continue;
       fail_file(checkpoint.file_of(name).path(), tensor_named(name),
-                " is none of the mixture that config.json describes");
+                " does not belong to the mixture that config.json describes");
     }
   }
 
   /// Overwrites the parameters of a layer, or of the part of one whose names begin with `prefix`. Throws
-  /// std::invalid_argument, with nothing changed, if it has other
-  /// shapes.
+  /// std::invalid_argument, with nothing changed, if a shape differs.
   template <class Module>
   void read(Module& module, const std::string& prefix = {}) const {
     places_.for_each(module, prefix, [](const Place&, const auto&) {});
@@ -107,7 +105,8 @@ class MixtureSource {
     return found == mixture.layouts.end() ? mixture.layouts.front() : *found;
   }
 
-  /// The places, made only after the router was found to have as many experts: config.json may have any number.
+  /// The places of all parameters. The shape of the router is checked first, since the number of
+  /// experts in config.json may be far too large to list them.
   static std::vector<Place> checked_places(const io::Checkpoint& checkpoint,
                                            const io::Mixture& mixture, bool shared_gate) {
     const MixturePlaces places(mixture, layout(checkpoint, mixture), shared_gate);
@@ -121,7 +120,8 @@ class MixtureSource {
   std::map<std::string, StoredTensor> tensors_;
 };
 
-/// Adds the tensors of a layer to a file, with the names of its mixture; each is made when it is written.
+/// Adds the tensors of a layer to a file, with the names of its mixture; each tensor is made when
+/// it is written.
 template <class Layer>
 void add_mixture(SafetensorsWriter& writer, const io::Mixture& mixture, const Layer& layer,
                  bool shared_gate) {

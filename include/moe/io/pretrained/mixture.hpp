@@ -41,8 +41,8 @@ struct MixtureTensors {
   std::string router_bias{};           ///< [E]
   std::string selection_bias{};        ///< [E]
   ExpertTensors experts{};             ///< those that the gate chooses
-  /// Those of one network that has the hidden units of all shared experts: gate and up are [shared·H, D],
-  /// down is [D, shared·H].
+  /// The tensors of one network that has the hidden units of all shared experts: gate and up are
+  /// [shared·H, D], down is [D, shared·H].
   ExpertTensors shared{};
   std::string shared_gate{};  ///< [1, D]
 };
@@ -124,8 +124,8 @@ inline std::string numbered(std::string name, Index number) {
   return name;
 }
 
-/// Throws std::invalid_argument if a family does not name a tensor that its mixture must have, or names one
-/// that has no place in a layer.
+/// Throws std::invalid_argument if a family does not name a tensor that its mixture must have, or
+/// if it has biases and several shared experts.
 inline void check_family(const std::string& model_type, const io::Mixture& mixture) {
   const auto need = [&](bool condition, std::string_view what) {
     require(condition, "family ", model_type, ": ", what);

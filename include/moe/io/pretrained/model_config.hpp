@@ -24,7 +24,7 @@ inline nlohmann::json read_json(const std::string& path) {
   try {
     return nlohmann::json::parse(text);
   } catch (const nlohmann::json::exception& error) {
-    fail_file(path, "is no JSON: ", plain(error.what()));
+    fail_file(path, "is not JSON: ", plain(error.what()));
   }
 }
 
@@ -47,7 +47,7 @@ class ModelConfig {
 
   /// A whole number from 0 to 1,000,000, such as a width or a number of layers.
   Index count(const std::string& key) const { return to_count(key, get(key)); }
-  /// The same, with a value if there is none.
+  /// The same, or `otherwise` if there is none.
   Index count(const std::string& key, Index otherwise) const {
     return has(key) ? count(key) : otherwise;
   }
@@ -55,7 +55,7 @@ class ModelConfig {
   Index experts() const {
     return count(has("num_local_experts") ? "num_local_experts" : "num_experts");
   }
-  /// A list of such numbers; empty if there is none.
+  /// A list of whole numbers from 0 to 1,000,000; empty if there is none.
   std::vector<Index> counts(const std::string& key) const {
     std::vector<Index> numbers;
     if (!has(key)) return numbers;
@@ -68,24 +68,24 @@ class ModelConfig {
     if (!get(key).is_number()) refuse(key, get(key), "a number");
     return get(key).get<double>();
   }
-  /// The same, with a value if there is none.
+  /// The same, or `otherwise` if there is none.
   double number(const std::string& key, double otherwise) const {
     return has(key) ? number(key) : otherwise;
   }
-  /// A flag, with a value if there is none.
+  /// A flag, or `otherwise` if there is none.
   bool flag(const std::string& key, bool otherwise) const {
     if (!has(key)) return otherwise;
     if (!get(key).is_boolean()) refuse(key, get(key), "true or false");
     return get(key).get<bool>();
   }
-  /// Whether it is there and a text.
+  /// Whether there is a value and it is a string.
   bool is_text(const std::string& key) const { return has(key) && get(key).is_string(); }
-  /// A text.
+  /// A string.
   std::string text(const std::string& key) const {
-    if (!get(key).is_string()) refuse(key, get(key), "a text");
+    if (!get(key).is_string()) refuse(key, get(key), "a string");
     return get(key).get<std::string>();
   }
-  /// The same, with a value if there is none.
+  /// The same, or `otherwise` if there is none.
   std::string text(const std::string& key, const std::string& otherwise) const {
     return has(key) ? text(key) : otherwise;
   }
@@ -110,7 +110,7 @@ class ModelConfig {
     for (const auto& setting : settings_.items()) keys.push_back(setting.key());
     return keys;
   }
-  /// Whether it is not there, or a list or an object without anything in it.
+  /// Whether there is no value, or an empty list or object.
   bool is_empty(const std::string& key) const { return !has(key) || get(key).empty(); }
 
   /// Throws std::runtime_error: the value of `key` must be `needed`.
@@ -121,7 +121,7 @@ class ModelConfig {
  private:
   ModelConfig(std::string path, nlohmann::json settings, std::string place)
       : path_(std::move(path)), settings_(std::move(settings)), place_(std::move(place)) {
-    if (!settings_.is_object()) detail::fail_file(path_, "is no object");
+    if (!settings_.is_object()) detail::fail_file(path_, "is not an object");
   }
 
   const nlohmann::json* find(const std::string& key) const {

@@ -13,7 +13,7 @@
 
 namespace moe::detail {
 
-/// A parameter and the part of a tensor that it is.
+/// A parameter and the part of a tensor that has its values.
 struct Place {
   std::string parameter;
   Index rows = 0;  ///< of the parameter

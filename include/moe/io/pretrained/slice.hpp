@@ -10,7 +10,8 @@
 
 namespace moe::detail {
 
-/// A parameter p in a tensor, which is taken as a matrix t, its last dimension being the columns:
+/// A parameter p as part of a tensor. The tensor is read as a matrix t whose columns are its last
+/// dimension:
 ///
 ///     p(i, j) = t(first_row + i·row_step, first_column + j·column_step), or, transposed,
 ///     p(i, j) = t(first_row + j·row_step, first_column + i·column_step)
@@ -25,7 +26,7 @@ struct Slice {
 };
 
 /// Fills p. Reads the tensor's rows in blocks, by read_rows(first, count, Scalar* to), so that no more than
-/// 2^16 numbers, or one row if it is longer, are in memory beside p.
+/// 2^16 numbers, or one row if it is longer, are in memory besides p.
 template <class Scalar, class ReadRows>
 void read_slice(const Slice& slice, Index tensor_columns, ReadRows&& read_rows, Matrix<Scalar>& p) {
   constexpr Index most = Index{1} << 16;

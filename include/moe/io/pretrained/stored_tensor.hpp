@@ -30,7 +30,7 @@ namespace moe::detail {
 /// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits, those with even
 ///   places in the low halves, and U8 NAME_scales [..., n/32] are their factors, 2^(s - 127).
 ///
-/// The checkpoint must outlive it.
+/// The checkpoint must outlive this object.
 class StoredTensor {
  public:
   /// Throws std::runtime_error, which names the file, the tensor and both shapes, if there is no tensor of this
@@ -45,8 +45,8 @@ class StoredTensor {
       scale_name_ = name.substr(0, name.size() - 6) + "scales";
       scale_file_ = &checkpoint.file_of(scale_name_);
       check(*scale_file_, scale_name_, "U8", with(shape, {shape.back() / 32}));
-      require_file(shape.back() % 32 == 0, file_->path(), tensor_named(name), " is rows of ",
-                   shape.back(), " numbers, which are no whole blocks of 32");
+      require_file(shape.back() % 32 == 0, file_->path(), tensor_named(name), " has rows of ",
+                   shape.back(), " numbers, must be a multiple of 32");
       tensors_.push_back(scale_name_);
     } else {
       check(*file_, name, tensor.type, shape);
@@ -61,7 +61,7 @@ class StoredTensor {
 
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
-  /// The names of the tensors of the file that it is read from.
+  /// The names of the tensors that it is read from.
   const std::vector<std::string>& tensors() const { return tensors_; }
 
   /// Reads `count` rows from row `first` on.

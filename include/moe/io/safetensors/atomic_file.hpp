@@ -32,7 +32,7 @@ namespace moe::detail {
 
 inline constexpr std::string_view not_written = "cannot be written";
 
-/// By the standard library alone, which cannot flush a file to the disk.
+/// Uses only the standard library, which cannot flush a file to the disk.
 class PortableAtomicFile {
  public:
   explicit PortableAtomicFile(const std::string& path)
@@ -40,7 +40,7 @@ class PortableAtomicFile {
     std::error_code error;
     const std::filesystem::file_status old = std::filesystem::status(path_, error);
     require_file(!std::filesystem::exists(old) || std::filesystem::is_regular_file(old), path,
-                 not_written, ": it is no regular file");
+                 not_written, ": it is not a regular file");
     errno = 0;
     file_.reset(std::fopen(temporary_.string().c_str(), "wb"));
     if (file_ == nullptr) fail_errno(path, not_written, errno);
@@ -83,9 +83,10 @@ class PortableAtomicFile {
 
 #if MOE_HAS_POSIX_FILES
 
-/// The temporary is locked as long as the process that writes it lives: one that can be locked was left by a
-/// process that was killed, and the next save to the same path removes it. The new file gets the permissions
-/// of the file it replaces, and its owner and group if the system permits that.
+/// The temporary is locked as long as the process that writes it lives: a temporary that can be
+/// locked was left by a process that was killed, and the next save to the same path removes it. The
+/// new file gets the permissions of the file it replaces, and its owner and group if the system
+/// permits that.
 class PosixAtomicFile {
  public:
   explicit PosixAtomicFile(const std::string& path) : path_(path) {
@@ -167,7 +168,8 @@ class PosixAtomicFile {
           ::openat(at, entry->d_name, O_RDWR | O_NONBLOCK | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC));
       struct stat opened {};
       struct stat named {};
-      // Between opening and locking, its process may have renamed it: then it is a finished file.
+      // Before it was locked, the process that wrote it may have renamed it: then it is a finished
+      // file.
       if (file.is_open() && ::fstat(file.number(), &opened) == 0 && S_ISREG(opened.st_mode) &&
           lock(file.number()) && ::fstatat(at, entry->d_name, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
           named.st_dev == opened.st_dev && named.st_ino == opened.st_ino) {

@@ -21,8 +21,9 @@
 #include "moe/parameter.hpp"
 
 /// \file
-/// A configuration in the metadata of a file: one text for each of its named fields, under the name of
-/// the module, ".config." and the name of the field, "layer.config.gate.experts" = "64".
+/// A configuration in the metadata of a file: one string for each of its named fields. The key is
+/// the name of the module, ".config." and the name of the field: "layer.config.gate.experts" =
+/// "64".
 
 namespace moe::detail {
 
@@ -136,7 +137,7 @@ std::string expected_text() {
 /// The configuration of a module in the metadata of a file.
 class SavedConfig {
  public:
-  /// Its keys begin with `prefix`. It refers to all three arguments.
+  /// The keys begin with `prefix`. The object refers to all three arguments.
   SavedConfig(const std::string& path, const SafetensorsMetadata& metadata,
               const std::string& prefix)
       : path_(path), metadata_(metadata), prefix_(prefix) {}

@@ -89,7 +89,7 @@ inline bool is_shape(const std::vector<std::uint64_t>& found,
 }
 
 /// Rows and columns of a tensor as a matrix: the columns are the last dimension, the rows all others together.
-/// A number that overflows is below 0.
+/// A number that overflows becomes -1.
 inline std::pair<Index, Index> as_matrix(std::vector<std::uint64_t> shape) {
   const auto counted = [](std::uint64_t size) {
     return size > static_cast<std::uint64_t>(INT64_MAX) ? Index{-1} : static_cast<Index>(size);

@@ -85,7 +85,7 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
     } else if (place_ == Place::tensor && *key_ == dtype) {
       entry_->second.type = text;
     } else {
-      refuse("a text");
+      refuse("a string");
     }
     return true;
   }
@@ -108,7 +108,7 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
   bool number_float(double, const std::string& text) override {
     return is_skipped() || refuse(plain(text));
   }
-  bool boolean(bool) override { return is_skipped() || refuse("a truth value"); }
+  bool boolean(bool) override { return is_skipped() || refuse("a boolean"); }
   bool null() override {
     return is_skipped() || (place_ == Place::top && in_metadata_) || refuse("null");
   }
@@ -116,7 +116,7 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
 
   bool parse_error(std::size_t, const std::string&,
                    const nlohmann::json::exception& error) override {
-    fail_file(path_, "has a header that is no JSON: ", plain(error.what()));
+    fail_file(path_, "has a header that is not JSON: ", plain(error.what()));
   }
 
  private:
@@ -155,17 +155,18 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
   /// Throws: a value of this kind is not allowed here.
   bool refuse(std::string_view what) const {
     if (place_ == Place::top) {
-      if (in_metadata_) fail_file(path_, "has metadata that is no object");
-      fail_file(path_, this_tensor(), " is no object");
+      if (in_metadata_) fail_file(path_, "has metadata that is not an object");
+      fail_file(path_, this_tensor(), " is not an object");
     }
     if (place_ == Place::metadata) {
-      fail_file(path_, "has metadata \"", plain(text_->first), "\" that is no text");
+      fail_file(path_, "has metadata \"", plain(text_->first), "\" that is not a string");
     }
     if (place_ == Place::list) {
       fail_file(path_, this_tensor(), ": ", *key_, " has ", what,
-                ", which is no whole number that is at least 0");
+                ", must be a whole number of at least 0");
     }
-    fail_file(path_, this_tensor(), ": ", *key_, *key_ == dtype ? " is no text" : " is no list");
+    fail_file(path_, this_tensor(), ": ", *key_,
+              *key_ == dtype ? " is not a string" : " is not a list");
   }
 
   void finish_tensor() {
@@ -189,11 +190,11 @@ class SafetensorsHeader : public nlohmann::json_sax<nlohmann::json> {
     const auto bits = tensor_bits(entry.shape, element);
     if (!bits) {
       fail_file(path_, this_tensor(), ": shape ", detail::to_string(entry.shape),
-                " has more bytes than can be counted");
+                " has too many bytes to count in 64 bits");
     }
     if (*bits % 8 != 0) {
       fail_file(path_, this_tensor(), ": shape ", detail::to_string(entry.shape), " of ",
-                entry.type, " takes ", *bits, " bits, which are no whole bytes");
+                entry.type, " takes ", *bits, " bits, must be a multiple of 8");
     }
     if (entry.end - entry.begin != *bits / 8) {
       fail_file(path_, this_tensor(), ": shape ", detail::to_string(entry.shape), " of ",
@@ -246,16 +247,16 @@ inline void check_offsets(const std::string& path,
   require_file(end == size, path, "has ", size, " bytes of data, its tensors end at ", end);
 }
 
-/// Reads a header with `data` bytes of tensors after it, in the time to sort the tensors, with about 200 bytes
-/// of memory for each.
+/// Reads a header that is followed by `data` bytes of tensors. This takes the time to sort the
+/// tensors and about 200 bytes of memory for each of them.
 inline void parse_header(const std::string& text, std::uint64_t data, SafetensorsHeader& header,
                          const std::string& path) {
   require_file(!text.empty() && text.front() == '{', path,
                "has a header that does not begin with {");
   // The parser would take a zero byte for the end of the text. JSON has none: it writes \u0000.
   const std::size_t zero = text.find('\0');
-  require_file(zero == std::string::npos, path, "has a header that is no JSON: byte ", zero,
-               " of it is zero");
+  require_file(zero == std::string::npos, path, "has a header that is not JSON: byte ", zero,
+               " is zero");
   nlohmann::json::sax_parse(text, &header);
   check_offsets(path, header.tensors, data);
 }

@@ -24,20 +24,20 @@
 
 namespace moe::detail {
 
-/// By the standard library alone.
+/// Uses only the standard library.
 class PortableInputFile {
  public:
   explicit PortableInputFile(const std::string& path) : path_(path) {
     const std::filesystem::file_status status = std::filesystem::status(path);
     require_file(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status), path,
-                 "cannot be read: it is no regular file");
+                 "cannot be read: it is not a regular file");
     errno = 0;
     file_.open(path, std::ios::binary | std::ios::ate);
     if (!file_.is_open()) fail_errno(path, "cannot be read", errno);
     size_ = static_cast<std::uint64_t>(std::max<std::streamoff>(0, file_.tellg()));
   }
 
-  /// Bytes that it had when it was opened.
+  /// The number of bytes of the file when it was opened.
   std::uint64_t size() const { return size_; }
 
   void read(std::uint64_t offset, void* to, std::size_t size) const {
@@ -78,7 +78,7 @@ class PosixInputFile {
     changed_ = time_of_change(status);
   }
 
-  /// Bytes that it had when it was opened.
+  /// The number of bytes of the file when it was opened.
   std::uint64_t size() const { return size_; }
 
   /// The whole file as memory that is only read; null if the system cannot map it. Later changes of the file

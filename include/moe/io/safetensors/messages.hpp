@@ -21,8 +21,8 @@ template <class... Parts>
   throw std::runtime_error(text);
 }
 
-/// fail_file() unless the condition holds. If a part of the message takes work to make, use `if` and
-/// fail_file() instead, so that it is made only for a file that fails.
+/// Calls fail_file() unless the condition holds. If a part of the message takes work to make, use
+/// `if` and fail_file() instead, so that it is made only for a file that fails.
 template <class... Parts>
 void require_file(bool condition, const std::string& path, const Parts&... parts) {
   if (!condition) fail_file(path, parts...);
@@ -33,7 +33,8 @@ void require_file(bool condition, const std::string& path, const Parts&... parts
   fail_file(path, what, std::string_view(": "), std::generic_category().message(error));
 }
 
-/// A text from a file as part of a message: no longer than a line, in ASCII without control characters.
+/// A string from a file as part of a message: no longer than a line, in ASCII without control
+/// characters.
 inline std::string plain(std::string_view said) {
   constexpr std::size_t most = 120;
   std::string text;

@@ -40,7 +40,7 @@ class Descriptor {
   int number_ = -1;
 };
 
-/// What a path is that is not a regular file, for messages: "it is a directory".
+/// The kind of something that is not a regular file, for messages: "it is a directory".
 inline std::string_view irregular_kind(mode_t mode) {
   if (S_ISDIR(mode)) return "it is a directory";
   if (S_ISFIFO(mode)) return "it is a FIFO";

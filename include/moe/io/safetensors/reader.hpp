@@ -32,12 +32,12 @@ namespace moe {
 /// hole. Otherwise it throws std::runtime_error, which names the file and, if one is the cause, the
 /// tensor.
 ///
-/// It accepts the files that the Python package safetensors 0.8 accepts, with these differences. A file
-/// with a type that is not known is refused there; here only that tensor cannot be read, and its size is
-/// given by its offsets. Only the Python package accepts: white space before the header's {, a tensor or
-/// metadata key that occurs twice, a tensor as a list or a type as an object (which is not in the format),
-/// and more than 64 dimensions. Only this class accepts: sizes whose product overflows before a size of
-/// zero, and unknown values nested deeper than 127.
+/// It accepts the files that the Python package safetensors 0.8 accepts, with these differences. A
+/// file with a type that is not known is refused by the package; here only that tensor cannot be
+/// read, and its size is given by its offsets. Only the Python package accepts: white space before
+/// the header's {, a tensor or metadata key that occurs twice, a tensor as a list or a type as an
+/// object (which is not in the format), and more than 64 dimensions. Only this class accepts: sizes
+/// whose product overflows before a size of zero, and unknown values nested deeper than 127.
 ///
 /// The file is opened once. If the file at its path is replaced, as SafetensorsWriter does, tensors are
 /// still read from the file that was opened. If a file is written over in place, reading gives the new
@@ -52,13 +52,13 @@ class SafetensorsFile {
   /// correct.
   explicit SafetensorsFile(std::string path)
       : path_(std::move(path)), file_(std::make_shared<const detail::InputFile>(path_)) {
-    require(file_->size() >= 8, "is no safetensors file: it has ", file_->size(),
+    require(file_->size() >= 8, "is not a safetensors file: it has ", file_->size(),
             " bytes, the length of the header alone takes 8");
     std::uint64_t length = 0;
     file_->read(0, &length, sizeof(length));
     const std::uint64_t rest = file_->size() - sizeof(length);
     require(length <= detail::longest_header, "says that its header has ", length,
-            " bytes, more than any has");
+            " bytes, must be at most 100 MB");
     require(length <= rest, "says that its header has ", length, " bytes, but only ", rest,
             " follow");
     std::string text(length, '\0');
@@ -103,7 +103,7 @@ class SafetensorsFile {
   Matrix<Scalar> matrix(const std::string& name) const {
     const auto [rows, columns] = detail::as_matrix(tensor(name).shape);
     require(rows >= 0 && columns >= 0, detail::tensor_named(name), " has shape ",
-            detail::to_string(tensor(name).shape), ", whose sizes cannot be counted");
+            detail::to_string(tensor(name).shape), ", whose size does not fit into 64 bits");
     Matrix<Scalar> matrix(rows, columns);
     read_range(name, 0, std::span<Scalar>(matrix.data(), detail::to_size(matrix.size())));
     return matrix;
@@ -245,7 +245,7 @@ class SafetensorsFile {
   /// one is missing or has another shape, or a count of updates below 0, it throws std::runtime_error, which
   /// names the tensor, with the optimizer unchanged. Throws std::invalid_argument for a module that the
   /// optimizer's state does not belong to. A tensor of shape [0,0] stands for the zeros of a parameter that was
-  /// never trained; zeros for one that is not trained here take no memory.
+  /// never trained; the zeros of a parameter that is not trained take no memory.
   template <class Optimizer, class Module>
   void read_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) const {
     Waiting waiting;
@@ -323,9 +323,9 @@ class SafetensorsFile {
                      const std::vector<std::uint64_t>& shape) const {
     const Tensor& found = tensor(name);
     require(found.type == type, detail::tensor_named(name), " is ", detail::plain(found.type),
-            ", needed is ", type);
+            ", must be ", type);
     require(detail::is_shape(found.shape, shape), detail::tensor_named(name), " has shape ",
-            detail::to_string(found.shape), ", needed is ", detail::to_string(shape));
+            detail::to_string(found.shape), ", must be ", detail::to_string(shape));
     return found;
   }
 

@@ -100,7 +100,7 @@ class SafetensorsWriter {
          [name, count, make = std::move(make)](detail::AtomicFile& file) {
            const Matrix<Scalar> made = make();
            detail::require(made.size() == count, "SafetensorsWriter: ", detail::tensor_named(name),
-                           " has ", count, " numbers, ", made.size(), " were made");
+                           " has ", count, " numbers, make() returned ", made.size(), " numbers");
            file.write(made.data(), detail::to_size(count) * sizeof(Scalar));
          }});
   }
@@ -116,7 +116,7 @@ class SafetensorsWriter {
          [name, size, make = std::move(make)](detail::AtomicFile& file) {
            const std::vector<std::byte> made = make();
            detail::require(made.size() == size, "SafetensorsWriter: ", detail::tensor_named(name),
-                           " takes ", size, " bytes, ", made.size(), " were made");
+                           " takes ", size, " bytes, make() returned ", made.size(), " bytes");
            file.write(made.data(), size);
          }});
   }
@@ -199,14 +199,14 @@ class SafetensorsWriter {
     const auto key = [](const Entry* entry) {
       return std::pair(entry->aligned, detail::element_bits(entry->type));
     };
-    // Equal ones stay in the order of the vector. What std::stable_sort of GCC 12 calls is deprecated, of which
-    // clang 19 warns.
+    // Equal entries stay in the order of the vector. Not std::stable_sort: GCC 12's calls a
+    // deprecated function, and clang 19 warns about it.
     std::sort(order.begin(), order.end(), [&](const Entry* a, const Entry* b) {
       return key(a) != key(b) ? key(a) > key(b) : a < b;
     });
     const std::string header = make_header(order);
     detail::require(header.size() <= detail::longest_header, "SafetensorsWriter: a header of ",
-                    header.size(), " bytes, more than a file may have");
+                    header.size(), " bytes, must be at most 100 MB");
     const std::uint64_t length = header.size();
     detail::AtomicFile file(path);
     file.write(&length, sizeof(length));
@@ -229,7 +229,7 @@ class SafetensorsWriter {
     const void* data;
     std::size_t size;
     std::function<void(detail::AtomicFile&)> write_made{};  ///< in place of data
-    bool aligned = false;                                   ///< to 64 bytes, as all before it are
+    bool aligned = false;  ///< to 64 bytes; such entries come first
   };
 
   static std::size_t bytes_of(const std::string& name, std::string_view type,
@@ -240,7 +240,8 @@ class SafetensorsWriter {
     const auto bits = detail::tensor_bits(shape, element);
     detail::require(bits.has_value() && *bits % 8 == 0,
                     "SafetensorsWriter: ", detail::tensor_named(name), ": shape ",
-                    detail::to_string(shape), " of ", type, " takes no whole bytes");
+                    detail::to_string(shape), " of ", type,
+                    " does not take a whole number of bytes");
     return *bits / 8;
   }
 

@@ -54,15 +54,16 @@ inline std::vector<Mixture> deepseek_v2_mixtures(const ModelConfig& config) {
   if (config.text("scoring_func", "softmax") != "softmax") {
     config.refuse("scoring_func", "softmax");
   }
-  // Then DeepSeek's own code leaves out the scale, and Hugging Face's does not renormalise.
+  // Where it is true, DeepSeek's own code leaves out the scale, and Hugging Face's does not
+  // renormalise.
   if (config.flag("norm_topk_prob", false)) {
     config.refuse("norm_topk_prob", "false: the published definitions differ where it is true");
   }
   return deepseek_mixtures(config, gate);
 }
 
-/// DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), whose gate GLM-4.5 has too (arXiv
-/// 2508.06471).
+/// DeepSeek-AI 2024, "DeepSeek-V3 Technical Report" (arXiv 2412.19437). GLM-4.5 has the same gate
+/// (arXiv 2508.06471).
 inline std::vector<Mixture> deepseek_v3_mixtures(const ModelConfig& config) {
   if (config.text("scoring_func", "sigmoid") != "sigmoid") {
     config.refuse("scoring_func", "sigmoid");

@@ -7,7 +7,7 @@
 namespace moe::io {
 
 /// OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card" (arXiv 2508.10925). The experts are published as MXFP4,
-/// [E, out, in]; in more bits they are [E, in, out].
+/// [E, out, in]; in wider formats they are [E, in, out].
 inline std::vector<Mixture> gpt_oss_mixtures(const ModelConfig& config) {
   Mixture mixture{.width = config.count("hidden_size"),
                   .hidden = config.count("intermediate_size"),

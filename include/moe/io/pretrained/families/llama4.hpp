@@ -43,7 +43,8 @@ inline std::vector<Mixture> llama4_text_mixtures(const ModelConfig& config) {
   });
 }
 
-/// The same in a multimodal model, whose settings of the text model are a part of config.json.
+/// The same for a multimodal model: its config.json has the settings of the text model in
+/// "text_config".
 inline std::vector<Mixture> llama4_mixtures(const ModelConfig& config) {
   return llama4_text_mixtures(config.part("text_config"));
 }
