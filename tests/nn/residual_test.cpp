@@ -173,7 +173,7 @@ TEST_CASE("residual: what is wrong is named", "[nn][residual]") {
   CHECK_THROWS_WITH(wider.backward(random_matrix<float>(4, 3, 1), tape),
                     "moe: Residual::backward without a forward pass on this tape");
   CHECK_THROWS_WITH(wider.forward(random_matrix<float>(4, 3, 1), tape),
-                    "moe: Linear: x has 3 columns, the layer 2 inputs");
+                    "moe: Linear: x has 3 columns, the layer has 2 inputs");
 }
 
 TEST_CASE("residual: the module's own y as x is refused", "[nn][residual]") {
