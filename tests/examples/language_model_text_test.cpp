@@ -148,8 +148,9 @@ TEST_CASE("language model: the contexts of the largest weights are kept, each on
   CHECK(texts() == "ba");
   add(0.5, "c");  // not more than the last one
   CHECK(made == 2);
-  add(0.6, "b");  // known, with a larger weight
+  add(0.6, "b");  // known, with a larger weight, which it keeps
   CHECK(texts() == "ba");
+  CHECK(kept[0].weight == 0.7);
   add(0.9, "a");
   CHECK(texts() == "ab");
   add(0.8, "d");
