@@ -55,9 +55,10 @@ inline constexpr Index scaled_steps = 32;
 ///     decode(code, scale)   the weight that a code stands for, exactly
 ///     get(lane, step), set(lane, step, code)    a code in its lane
 ///     widen<step>(lane)     a packet of columns of a step of k: the weights, or if there are scales the
-///                           codes, exactly
+///                           codes times `unit`, exactly
 ///
-/// If scaled, also scale(values, count): the scale of a block, a float that float16 can represent exactly.
+/// If scaled, also `unit`, a power of 2, and scale(values, count): the scale of a block, a float that float16
+/// can represent exactly.
 template <class F>
 concept NarrowFormat = requires(const std::byte* lane, std::byte* changed, float value,
                                 typename F::Code code) {

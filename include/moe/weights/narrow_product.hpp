@@ -62,13 +62,13 @@ EIGEN_ALWAYS_INLINE void for_each_constant(F&& f) {
   (std::make_index_sequence<to_size(count)>{});
 }
 
-/// What widened codes are multiplied by.
+/// The scales of a packet of columns over the unit: what widened codes are multiplied by.
 template <class Format>
 EIGEN_ALWAYS_INLINE Packet<float> load_scale(const std::byte* halves) {
   return Eigen::internal::pmul(load_halves(halves), broadcast(1 / Format::unit));
 }
 
-/// A packet of columns of widened numbers as weights; `scales` are those of its block, if there are any.
+/// A packet of columns of widened numbers as weights; `scale` is that of its block, if there is one.
 template <class Format>
 EIGEN_ALWAYS_INLINE Packet<float> decoded(const Packet<float>& widened,
                                           [[maybe_unused]] const Packet<float>& scale) {
