@@ -56,9 +56,9 @@ Model<Middle> rounded(Model<Middle> model) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE(
-    "language model: a served one is the model with rounded weights, to the last bit",
-    "[examples][language_model]", moe::BFloat16, moe::Float16, moe::Int8, moe::Int4) {
+TEMPLATE_TEST_CASE("language model: a served one is the model with rounded weights",
+                   "[examples][language_model]", moe::BFloat16, moe::Float16, moe::Int8,
+                   moe::Int4) {
   const Model<Middle> model = small_model();
   const std::vector<Index> first = made_up_stream(161, 1), second = made_up_stream(97, 2);
   const Batches validation(first, 4, 8), test(second, 4, 8);
@@ -66,8 +66,13 @@ TEMPLATE_TEST_CASE(
   CHECK(test.tokens() == 3 * 4 * 8);
   const Served served = serve(model, {TestType::name}, validation, test, 4);
   const Model<Middle> expected = rounded<TestType>(model);
-  CHECK(served.validation.perplexity == evaluate(expected, validation, 4).perplexity);
-  CHECK(served.test.perplexity == evaluate(expected, test, 4).perplexity);
+  // To the last bit, or of formats with scales up to rounding.
+  const double most = TestType::scaled ? 1e-6 : 0;
+  const auto is_same = [&](double perplexity, double wanted) {
+    return std::abs(perplexity / wanted - 1) <= most;
+  };
+  CHECK(is_same(served.validation.perplexity, evaluate(expected, validation, 4).perplexity));
+  CHECK(is_same(served.test.perplexity, evaluate(expected, test, 4).perplexity));
   CHECK(served.test.perplexity != evaluate(model, test, 4).perplexity);
   CHECK(served.test.balance.tokens_per_expert ==
         evaluate(expected, test, 4).balance.tokens_per_expert);
@@ -81,8 +86,9 @@ TEMPLATE_TEST_CASE(
   auto state = expected.initial_state(1);
   for (const Index word : {3, 19}) {
     const std::vector<Index> input{word};
-    CHECK(narrow.log_probabilities(input, narrow_state, narrow_tape) ==
-          expected.log_probabilities(input, state, tape));
+    const auto found = narrow.log_probabilities(input, narrow_state, narrow_tape);
+    const auto wanted = expected.log_probabilities(input, state, tape);
+    CHECK((found - wanted).array().abs().maxCoeff() <= 10 * most);
   }
 }
 

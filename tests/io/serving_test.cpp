@@ -161,6 +161,19 @@ TEMPLATE_TEST_CASE("served files: packed on a machine with other packets", "[io]
   writer.write(other);
   const auto x = random_matrix<float>(20, 37, 2);
   CHECK(same_bits(load_serving<Served<TestType>>(other).evaluate(x), served.evaluate(x)));
+
+  // What is packed anew is checked.
+  if (lanes == detail::lane_count || std::is_same_v<TestType, Int4>) return;
+  const std::string name = "experts.2.up.weight";
+  std::vector<std::byte> bytes(file.tensor(name).end - file.tensor(name).begin);
+  file.read_bytes(name, 0, bytes);
+  const auto at = detail::narrow_place<TestType>(37, 71, 36, 70, lanes);
+  const int code = std::is_same_v<TestType, Int8> ? -128 : 0x7F80;
+  TestType::set(bytes.data() + at.lane, at.step, static_cast<typename TestType::Code>(code));
+  const std::string bad = folder.file("bad.safetensors");
+  change_tensor(other, bad, name, "U8", {bytes.size()}, bytes);
+  CHECK_THROWS_WITH(load_serving<Served<TestType>>(bad),
+                    Contains("at [36,70], which is no weight of "));
 }
 
 TEST_CASE("served files: plain ones are what they say", "[io][weights]") {
@@ -260,6 +273,51 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
   std::filesystem::copy_file(path, bad, std::filesystem::copy_options::overwrite_existing);
   std::filesystem::resize_file(bad, std::filesystem::file_size(bad) - 64);
   refused("the file has");
+}
+
+TEMPLATE_TEST_CASE("served files: packed weights are checked when asked", "[io][weights]",
+                   MOE_TEST_FORMATS) {
+  using Loaded = Served<TestType>;
+  const TemporaryFolder folder;
+  const std::string path = folder.file("layer.safetensors");
+  const std::string bad = folder.file("bad.safetensors");
+  const std::string name = "experts.1.up.weight";
+  const Loaded served(make_layer());
+  save_serving(path, served, Packing::packed);
+  const auto x = random_matrix<float>(20, 37, 2);
+  CHECK(same_bits(load_serving<Loaded>(path, {}, MappedCheck::weights).evaluate(x),
+                  served.evaluate(x)));
+  const SafetensorsFile file(path);
+  std::vector<std::byte> good(file.tensor(name).end - file.tensor(name).begin);
+  file.read_bytes(name, 0, good);
+  const auto refused = [&](const std::vector<std::byte>& bytes, const std::string& why) {
+    change_tensor(path, bad, name, "U8", {bytes.size()}, bytes);
+    if (load_serving<Loaded>(path).is_mapped()) CHECK_NOTHROW(load_serving<Loaded>(bad));
+    CHECK_THROWS_WITH(load_serving<Loaded>(bad, {}, MappedCheck::weights),
+                      Contains("\"experts.1.up.weight\" has " + why));
+  };
+  // Of 37 x 71 weights the last one, and the scale of the last block.
+  const auto at = detail::narrow_place<TestType>(37, 71, 36, 70);
+  auto bytes = good;
+  if constexpr (TestType::scaled) {
+    for (const auto& [half, text] : {std::pair{0x7C00, "inf"}, std::pair{0x7E00, "nan"}}) {
+      bytes[detail::to_size(at.scale)] = std::byte{0};
+      bytes[detail::to_size(at.scale + 1)] = static_cast<std::byte>(half >> 8);
+      refused(bytes,
+              std::string("the scale ") + text + " at [32,70], which is none of " + TestType::name);
+    }
+  }
+  if constexpr (!std::is_same_v<TestType, Int4>) {
+    bytes = good;
+    const int code = std::is_same_v<TestType, Int8>       ? -128
+                     : std::is_same_v<TestType, BFloat16> ? 0x7F80
+                                                          : 0x7C00;
+    TestType::set(bytes.data() + at.lane, at.step, static_cast<typename TestType::Code>(code));
+    refused(bytes, std::string(code < 0 ? "-128" : "inf") + " at [36,70], which is no weight of " +
+                       TestType::name);
+  }
+  CHECK_THROWS_WITH(load_serving<Loaded>(path, {}, static_cast<MappedCheck>(7)),
+                    Contains("check = 7 is no MappedCheck"));
 }
 
 #if MOE_HAS_POSIX_FILES

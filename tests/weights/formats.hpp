@@ -28,6 +28,13 @@ inline double round_to_bits(double value, int bits, int smallest_exponent) {
 }
 inline double as_half(double value) { return round_to_bits(value, 11, -13); }
 
+/// Whether y of narrow weights is what it must be beside y of the decoded ones: of formats with scales, which
+/// are applied to sums of blocks, the same up to rounding, and of others the same bits.
+template <class Format>
+bool is_served(const Matrix<float>& y, const Matrix<float>& decoded) {
+  return Format::scaled ? relative_error(y, decoded) < 1e-6 : same_bits(y, decoded);
+}
+
 /// What the weights of a column of a matrix become.
 template <class Format>
 std::vector<double> rounded_column(const Matrix<float>& matrix, Index column) {

@@ -38,6 +38,12 @@ enum class Packing {
   packed  ///< as in memory, so that the file can be mapped
 };
 
+/// What is checked of the weights of a mapped file when it is opened.
+enum class MappedCheck {
+  none,     ///< nothing, so that nothing of them is read
+  weights,  ///< every weight and scale, which reads the whole file
+};
+
 namespace detail {
 
 inline constexpr std::string_view packed_version = "version 1, lanes ";
@@ -120,6 +126,33 @@ inline std::vector<std::byte> checked_bytes(const SafetensorsFile& file, const s
   return bytes;
 }
 
+/// Whether a code stands for a weight of the format.
+template <class Format>
+bool is_code(typename Format::Code code) {
+  if constexpr (Format::scaled) return code != -128;  // of Int8; Int4 has all codes of 4 bits
+  return std::isfinite(Format::decode(code, 1));
+}
+
+/// Throws std::runtime_error, with file and tensor, if a packed matrix has what no weight is packed to.
+template <class Format>
+void check_packed(const NarrowMatrix<Format>& matrix, const SafetensorsFile& file,
+                  const std::string& name) {
+  for (Index k = 0; k < matrix.rows(); ++k) {
+    for (Index j = 0; j < matrix.cols(); ++j) {
+      const float scale = matrix.scale(k, j);
+      if (!std::isfinite(scale)) {
+        fail_file(file.path(), tensor_named(name), " has the scale ", scale, " at [", k, ",", j,
+                  "], which is none of ", Format::name);
+      }
+      const auto code = matrix.code(k, j);
+      if (!is_code<Format>(code)) {
+        fail_file(file.path(), tensor_named(name), " has ", Format::decode(code, 1), " at [", k,
+                  ",", j, "], which is no weight of ", Format::name);
+      }
+    }
+  }
+}
+
 /// Throws std::runtime_error if a code or a scale gives a weight that is not finite, or a code is not one of
 /// the format.
 template <class Format>
@@ -146,12 +179,7 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
         } else {
           Code code = 0;
           std::memcpy(&code, codes.data() + to_size(k * columns + j) * sizeof(Code), sizeof(code));
-          if constexpr (Format::scaled) {
-            if (code == -128) refuse(name, k, j, int{code});
-          } else {
-            const float weight = Format::decode(code);
-            if (!std::isfinite(weight)) refuse(name, k, j, weight);
-          }
+          if (!is_code<Format>(code)) refuse(name, k, j, Format::decode(code, 1));
           return code;
         }
       },
@@ -163,24 +191,27 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
 }
 
 /// A packed tensor. If `mapped` is not null and the layout is that of this machine, it refers to the mapped
-/// file.
+/// file and is checked only if asked for. Throws as check_packed() does.
 template <class Format>
 NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string& name, Index rows,
                                  Index columns, Index lanes,
-                                 const std::shared_ptr<const std::byte>& mapped) {
+                                 const std::shared_ptr<const std::byte>& mapped,
+                                 MappedCheck check) {
   const auto size = static_cast<std::uint64_t>(narrow_bytes<Format>(rows, columns, lanes));
   const std::vector<std::uint64_t> shape{(size + 63) / 64 * 64};
   if (mapped && lanes == lane_count) {
     const auto& tensor = file.tensor(name);
     if (tensor.type == "U8" && tensor.shape == shape) {
-      return {rows, columns, {mapped, mapped.get() + file.place_of(name)}};
+      NarrowMatrix<Format> matrix(rows, columns, {mapped, mapped.get() + file.place_of(name)});
+      if (check == MappedCheck::weights) check_packed(matrix, file, name);
+      return matrix;
     }
   }
   const std::vector<std::byte> bytes = checked_bytes(file, name, "U8", shape);
   const auto place = [&](Index k, Index j) {
     return narrow_place<Format>(rows, columns, k, j, lanes);
   };
-  return NarrowMatrix<Format>(
+  const NarrowMatrix<Format> matrix(
       rows, columns,
       [&](Index k, Index j) {
         const NarrowPlace at = place(k, j);
@@ -189,6 +220,8 @@ NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string&
       [&](Index b, Index j) {
         return load_half(bytes.data() + place(b * Format::block, j).scale);
       });
+  check_packed(matrix, file, name);
+  return matrix;
 }
 
 /// The number of lanes of the machine that packed a file; 0 for a plain file.
@@ -248,8 +281,9 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
 ///     using Served = moe::ServingLayer<Layer, moe::Int8>;
 ///     const auto served = moe::load_serving<Served>("layer.safetensors");
 ///
-/// A packed file is mapped if the system supports that: its weights are used in place and not checked, and
-/// experts that get no tokens are not read. If such a file is written to or cut while it is in use, the next
+/// A packed file is mapped if the system supports that: its weights are used in place, and experts that
+/// get no tokens are not read. Their weights are not checked unless `check` is MappedCheck::weights: the
+/// scales are among the codes, so a check of them alone would read as many pages. If such a file is written to or cut while it is in use, the next
 /// pass throws std::runtime_error, but a pass that is running may end the program by a signal. So replace a
 /// file (as the library's writer does) instead of writing over it.
 ///
@@ -257,7 +291,10 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
 /// or a value that is not a weight of the format, or if the file is in another format; and
 /// std::invalid_argument if a weight cannot be rounded or the configuration is out of range.
 template <class Serving>
-Serving load_serving(const std::string& path, const NarrowOptions& options = {}) {
+Serving load_serving(const std::string& path, const NarrowOptions& options = {},
+                     MappedCheck check = MappedCheck::none) {
+  detail::require(check == MappedCheck::none || check == MappedCheck::weights,
+                  "load_serving: check = ", static_cast<int>(check), " is no MappedCheck");
   using Format = typename Serving::Format;
   using Config = typename Serving::Config;
   using Gate = typename Serving::Gate;
@@ -298,8 +335,9 @@ Serving load_serving(const std::string& path, const NarrowOptions& options = {})
     }
     const auto weight = [&](std::string_view part, Index rows, Index columns) {
       const std::string name = prefix + std::string(part);
-      return lanes > 0 ? detail::read_packed<Format>(*file, name, rows, columns, lanes, mapped)
-                       : detail::read_plain<Format>(*file, name, rows, columns);
+      return lanes > 0
+                 ? detail::read_packed<Format>(*file, name, rows, columns, lanes, mapped, check)
+                 : detail::read_plain<Format>(*file, name, rows, columns);
     };
     const auto bias = [&](std::string_view part, Index size) {
       Matrix<float> values(1, size);
@@ -308,9 +346,9 @@ Serving load_serving(const std::string& path, const NarrowOptions& options = {})
     };
     experts.emplace_back(Network(config.expert, options, weight, bias), config.width);
   }
-  std::function<void()> check;
-  if (mapped) check = [file] { file->check_unchanged(); };
-  return Serving(config, std::move(gate), std::move(experts), options, std::move(check));
+  std::function<void()> unchanged;
+  if (mapped) unchanged = [file] { file->check_unchanged(); };
+  return Serving(config, std::move(gate), std::move(experts), options, std::move(unchanged));
 }
 
 }  // namespace moe

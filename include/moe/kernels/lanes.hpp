@@ -111,47 +111,39 @@ EIGEN_ALWAYS_INLINE L field(const L& lanes) {
   return Eigen::internal::pand(shift_right<first>(lanes), broadcast_lanes((1 << bits) - 1));
 }
 
-// Bytes become floats by being put into the fraction of 32768, where each counts as its number: that
-// is two instructions, where a shift, a mask and a conversion are three. It takes a fused multiply-add,
-// which subtracts the 32768 without rounding.
-#if defined(EIGEN_VECTORIZE_FMA) && \
-    (defined(EIGEN_VECTORIZE_AVX512) ? defined(__AVX512BW__) : defined(EIGEN_VECTORIZE_AVX2))
+#if defined(EIGEN_VECTORIZE_AVX512) ? defined(__AVX512BW__) : defined(EIGEN_VECTORIZE_AVX2)
 #define MOE_SHUFFLES_BYTES
-#endif
 
-#ifdef MOE_SHUFFLES_BYTES
-inline constexpr float byte_base = 32768;
-
-/// Which byte goes into each byte of a lane: the byte `step` of the lane into the second, none into the
+/// Which byte goes into each byte of a lane: the byte `step` of the lane into the highest, none into the
 /// others. A shuffle counts in four lanes.
 template <int step>
 inline constexpr auto byte_index = [] {
   std::array<std::uint8_t, sizeof(Lanes)> bytes{};
   for (std::size_t i = 0; i < bytes.size(); ++i) {
-    bytes[i] = static_cast<std::uint8_t>(i % 4 == 1 ? i % 16 - 1 + step : 0x80);
+    bytes[i] = static_cast<std::uint8_t>(i % 4 == 3 ? i % 16 - 3 + step : 0x80);
   }
   return bytes;
 }();
+#endif
 
-/// byte_base + the number, from 0 to 255, in byte `step` of each lane.
+/// 2^24 times the signed byte `step` of each lane: as the highest byte of an integer it brings its sign, and
+/// what it is multiplied by, a scale takes off without rounding.
 template <int step>
 EIGEN_ALWAYS_INLINE Packet<float> byte_to_float(const Lanes& lanes) {
+#ifdef MOE_SHUFFLES_BYTES
+  if constexpr (step == 3)
+    return to_float(Eigen::internal::pand(lanes, broadcast_lanes(-0x01000000)));
   const Lanes index = load_lanes(reinterpret_cast<const std::byte*>(byte_index<step>.data()));
 #if defined(EIGEN_VECTORIZE_AVX512)
-  const Lanes byte = _mm512_shuffle_epi8(lanes, index);
+  return to_float(_mm512_shuffle_epi8(lanes, index));
 #else
-  const Lanes byte = _mm256_shuffle_epi8(lanes, index);
+  return to_float(_mm256_shuffle_epi8(lanes, index));
 #endif
-  return as_float(Eigen::internal::por(byte, broadcast_lanes(0x47000000)));
-}
 #else
-inline constexpr float byte_base = 0;
-
-template <int step>
-EIGEN_ALWAYS_INLINE Packet<float> byte_to_float(const Lanes& lanes) {
-  return to_float(field<8 * step, 8>(lanes));
-}
+  return to_float(
+      Eigen::internal::pand(shift_left<24 - 8 * step>(lanes), broadcast_lanes(-0x01000000)));
 #endif
+}
 
 /// lane_count numbers of 16 bits, each in the lower half of its lane.
 template <class L = Lanes>

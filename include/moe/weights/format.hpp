@@ -54,10 +54,10 @@ inline constexpr Index scaled_steps = 32;
 ///     encode(value, scale)  the code of a weight; the scale is 1 if there are none
 ///     decode(code, scale)   the weight that a code stands for, exactly
 ///     get(lane, step), set(lane, step, code)    a code in its lane
-///     widen<step>(lane)     a packet of columns of a step of k: the weights, or if there are scales
-///                           numbers of which widened·scale - offset·scale are the weights, exactly
+///     widen<step>(lane)     a packet of columns of a step of k: the weights, or if there are scales the
+///                           codes times `unit`, exactly
 ///
-/// If scaled, also that `offset`, and scale(values, count): the scale of a block, a float that float16
+/// If scaled, also `unit`, a power of 2, and scale(values, count): the scale of a block, a float that float16
 /// can represent exactly.
 template <class F>
 concept NarrowFormat = requires(const std::byte* lane, std::byte* changed, float value,

@@ -56,10 +56,9 @@ struct Int4 {
   }
 
 #if defined(EIGEN_VECTORIZE_AVX512)
-  // The instruction looks up a table by the lowest 4 bits of a lane.
-  /// What widen() adds to a code.
-  static constexpr float offset = 0;
-  /// A packet of columns of step `step` as floats: the codes + `offset`.
+  // An instruction looks up a table by the lowest 4 bits of a lane.
+  static constexpr float unit = 1;  ///< what widen() multiplies a code by
+  /// A packet of columns of step `step`: the codes times `unit`.
   template <Index step>
   EIGEN_ALWAYS_INLINE static detail::Packet<float> widen(const std::byte* lane) {
     const detail::Lanes bits =
@@ -68,12 +67,16 @@ struct Int4 {
         bits, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
   }
 #else
-  /// What widen() adds to a code.
-  static constexpr float offset = detail::byte_base + zero;
-  /// A packet of columns of step `step` as floats: the codes + `offset`.
+  static constexpr float unit = 0x1p28f;  ///< what widen() multiplies a code by
+  /// A packet of columns of step `step`: the codes times `unit`.
   template <Index step>
   EIGEN_ALWAYS_INLINE static detail::Packet<float> widen(const std::byte* lane) {
-    return detail::byte_to_float<step % 4>(bytes<step / 4>(lane));
+    using namespace Eigen::internal;
+    // 16 times the codes are signed bytes: code + 8 in the high half, its highest bit inverted.
+    const detail::Lanes halves =
+        pand(detail::shift_left<4 - 4 * (step / 4)>(detail::load_lanes(lane)),
+             detail::broadcast_lanes(~0x0F0F0F0F));
+    return detail::byte_to_float<step % 4>(pxor(halves, detail::broadcast_lanes(~0x7F7F7F7F)));
   }
 #endif
 };

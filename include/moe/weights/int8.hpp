@@ -35,7 +35,6 @@ struct Int8 {
 
   /// A code is stored as q + zero: products of bytes take one unsigned operand.
   static constexpr Index zero = 128;
-  static constexpr float offset = detail::byte_base + zero;  ///< what widen() adds to a code
 
   /// The code of step `step` in a lane.
   static Code get(const std::byte* lane, Index step) {
@@ -45,10 +44,14 @@ struct Int8 {
   static void set(std::byte* lane, Index step, Code code) {
     lane[step] = static_cast<std::byte>(code + zero);
   }
-  /// A packet of columns of step `step` as floats: the codes + `offset`.
+  static constexpr float unit = 0x1p24f;  ///< what widen() multiplies a code by
+
+  /// A packet of columns of step `step`: the codes times `unit`.
   template <Index step>
   EIGEN_ALWAYS_INLINE static detail::Packet<float> widen(const std::byte* lane) {
-    return detail::byte_to_float<step>(detail::load_lanes(lane));
+    // code + 128 with its highest bit inverted is the code.
+    return detail::byte_to_float<step>(
+        Eigen::internal::pxor(detail::load_lanes(lane), detail::broadcast_lanes(~0x7F7F7F7F)));
   }
   /// Four steps of k as unsigned bytes, which are the codes + `zero`.
   template <Index>

@@ -11,8 +11,8 @@
 
 namespace moe {
 
-/// A FeedForward with narrow weights and biases of floats. Its results have the same bits as those of a
-/// FeedForward with the decoded weights, unless activations are rounded. Its weights are not trained, but it has the
+/// A FeedForward with narrow weights and biases of floats. Its results are those of a FeedForward with
+/// the decoded weights, as NarrowMatrix says, unless activations are rounded. Its weights are not trained, but it has the
 /// gradients with respect to x and to the slots' weights.
 template <detail::NarrowFormat Format>
 class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::NarrowWeight<Format>> {

@@ -1,38 +1,57 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "moe/kernels/gemm.hpp"
 #include "moe/weights/narrow_matrix.hpp"
 
 /// \file
-/// Products with narrow weights. Results have the same bits as products with the decoded weights. For few
-/// rows a packet is widened in a register, again for each tile of rows; for many rows a strip is widened
-/// into L1, once for all rows.
+/// Products with narrow weights. A packet is widened in a register, again for each tile of rows. Without
+/// scales an element of C is one chain of multiply-adds, and has the same bits as with the decoded weights.
+/// With scales these are applied to the sums of blocks, which saves a multiplication a packet:
+///
+///     C[r, j] = start + Σ over blocks of scale·(Σ_k a[r, k]·(unit·q[k, j]))
+///
+/// The inner sum ascends from 0, the outer one from the initial value, fused where the processor fuses. So
+/// a row has the same bits whatever rows are multiplied with it. The unit is a power of 2, which the scale
+/// takes off again, so that nothing is rounded for it; but an activation of more than 2^92 can overflow.
 
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// A tile that widens in registers, which hold its sums, the scales and the widened weights. A tile of one
-/// row has all packets of a panel, since each packet is one chain of multiply-adds; a tile of more rows
-/// has two packets if there are only 16 registers and the format has scales.
+/// The codes of a scaled format as floats, in the layout of a format that has them so.
 template <class Format>
-inline constexpr Index narrow_tile_rows = l2_feeds_tiles   ? 6
-                                          : Format::scaled ? 4
-                                                           : 2;
+struct WideCodes {
+  static constexpr Index group = Format::group;
+  static constexpr Index group_bytes = group * static_cast<Index>(sizeof(float));
+  static constexpr Index block = Format::block;
+  static constexpr bool scaled = true;
+  static constexpr float unit = Format::unit;
+  template <Index step>
+  EIGEN_ALWAYS_INLINE static Packet<float> widen(const std::byte* lane) {
+    return load(reinterpret_cast<const float*>(lane) + step * lane_count);
+  }
+};
+template <class Format>
+inline constexpr bool is_wide = false;
+template <class Format>
+inline constexpr bool is_wide<WideCodes<Format>> = true;
+
+/// The highest tile. Registers hold its sums and what is widened of a step.
+template <class Format>
+inline constexpr Index narrow_tile_rows = l2_feeds_tiles || is_wide<Format> ? 6
+                                          : Format::scaled                  ? 4
+                                                                            : 2;
+/// Packets of a tile of some rows: a panel's, or if there are only 16 registers as many as fit.
 template <class Format>
 constexpr Index narrow_tile_packets(Index rows) {
-  return l2_feeds_tiles || rows == 1 || !Format::scaled ? panel_packets : 2;
+  return l2_feeds_tiles || rows <= 3 || !Format::scaled ? panel_packets : 2;
 }
-/// The largest number of rows for which this is faster than widening into L1: any, if widening is one
-/// instruction.
-template <class Format>
-inline constexpr Index few_narrow_rows = !Format::scaled  ? std::numeric_limits<Index>::max()
-                                         : l2_feeds_tiles ? 24
-                                                          : 8;
+/// Where there are only 16 registers, the largest number of rows for which widening in registers is faster
+/// than in L1, once for all rows.
+inline constexpr Index few_narrow_rows = 8;
 
 /// Calls f(std::integral_constant<Index, i>) for i from 0 to count - 1.
 template <Index count, class F>
@@ -43,34 +62,27 @@ EIGEN_ALWAYS_INLINE void for_each_constant(F&& f) {
   (std::make_index_sequence<to_size(count)>{});
 }
 
-/// The scales of a packet of columns in a block, which turn widened numbers into weights.
+/// The scales of a packet of columns over the unit: what widened codes are multiplied by.
 template <class Format>
-struct Scales {
-  Scales() = default;
-  explicit Scales(const std::byte*) {}
-  EIGEN_ALWAYS_INLINE Packet<float> apply(const Packet<float>& widened) const { return widened; }
-};
-template <class Format>
-requires Format::scaled struct Scales<Format> {
-  Packet<float> scale;
-  Packet<float> shift;
+EIGEN_ALWAYS_INLINE Packet<float> load_scale(const std::byte* halves) {
+  return Eigen::internal::pmul(load_halves(halves), broadcast(1 / Format::unit));
+}
 
-  Scales() = default;
-  EIGEN_ALWAYS_INLINE explicit Scales(const std::byte* halves)
-      : scale(load_halves(halves)),
-        shift(Eigen::internal::pmul(scale, broadcast(-Format::offset))) {}
-  EIGEN_ALWAYS_INLINE Packet<float> apply(const Packet<float>& widened) const {
-    if constexpr (Format::offset == 0) return Eigen::internal::pmul(widened, scale);
-    return Eigen::internal::pmadd(widened, scale, shift);
-  }
-};
+/// A packet of columns of widened numbers as weights; `scale` is that of its block, if there is one.
+template <class Format>
+EIGEN_ALWAYS_INLINE Packet<float> decoded(const Packet<float>& widened,
+                                          [[maybe_unused]] const Packet<float>& scale) {
+  if constexpr (!Format::scaled) return widened;
+  return Eigen::internal::pmul(widened, scale);
+}
 
 /// Adds to R rows of C, from a column on: R rows of A times V packets of a panel, from packet `first` on,
 /// over `blocks` whole blocks. The panel is `packets` packets wide. The hardware prefetcher follows
 /// the panel.
 template <class Format, Index R, Index V>
-MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Index packets,
-                              Index first, Index blocks, float* const* c, Index column) {
+requires(!Format::scaled) MOE_NOINLINE
+    void narrow_tile(const float* const* a, const std::byte* panel, Index packets, Index first,
+                     Index blocks, float* const* c, Index column) {
   using namespace Eigen::internal;
   using Layout = NarrowLayout<Format>;
   constexpr Index size = lane_count;
@@ -82,101 +94,124 @@ MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel, Ind
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
   for (Index block = 0; block < blocks; ++block) {
-    Scales<Format> scale[to_size(V)];
-    if constexpr (Format::scaled) {
+    const std::byte* lanes = panel + first * Layout::group_bytes;
+    for_each_constant<Format::group>([&](auto step) {
       MOE_UNROLL
-      for (Index v = 0; v < V; ++v)
-        scale[v] = Scales<Format>(panel + (first + v) * Layout::scale_bytes);
-      panel += packets * Layout::scale_bytes;
-    }
-    for (Index group = 0; group < Format::block / Format::group; ++group) {
-      const std::byte* lanes = panel + first * Layout::group_bytes;
-      for_each_constant<Format::group>([&](auto step) {
+      for (Index v = 0; v < V; ++v) {
+        const Packet<float> weight = Format::template widen<step>(lanes + v * Layout::group_bytes);
         MOE_UNROLL
-        for (Index v = 0; v < V; ++v) {
-          const Packet<float> weight =
-              scale[v].apply(Format::template widen<step>(lanes + v * Layout::group_bytes));
-          MOE_UNROLL
-          for (Index r = 0; r < R; ++r) {
-            sum[r][v] = pmadd(pset1<Packet<float>>(row[r][step]), weight, sum[r][v]);
-          }
+        for (Index r = 0; r < R; ++r) {
+          sum[r][v] = pmadd(pset1<Packet<float>>(row[r][step]), weight, sum[r][v]);
         }
-      });
-      panel += stride;
-      MOE_UNROLL
-      for (Index r = 0; r < R; ++r) row[r] += Format::group;
-    }
+      }
+    });
+    panel += stride;
+    MOE_UNROLL
+    for (Index r = 0; r < R; ++r) row[r] += Format::group;
   }
   MOE_UNROLL
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// A narrow matrix as operand B of gemm_packed(), widened when it is packed.
-template <class Format>
-struct NarrowPackets {
+/// The same with scales, which are applied to the sums of blocks.
+template <class Format, Index R, Index V>
+requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel,
+                                                      Index packets, Index first, Index blocks,
+                                                      float* const* c, Index column) {
+  using namespace Eigen::internal;
   using Layout = NarrowLayout<Format>;
-  NarrowOperand<Format> b;
-
-  static_assert(panel_depth % Format::group == 0, "a strip begins with a group");
-
-  Panel<float> pack(const Strip& strip, float* buffer) const {
-    const Index stride = strip.packets * lane_count;
-    for (Index v = 0; v < strip.packets; ++v) {
-      const Index column = strip.column + v * lane_count;
-      widen({strip.k, strip.depth}, column, buffer + v * lane_count, stride);
+  constexpr Index size = lane_count;
+  // Registers hold C too if there are enough.
+  constexpr bool holds_c = R * V <= (l2_feeds_tiles ? 12 : 4);
+  const Index stride = packets * Layout::group_bytes;
+  const float* row[to_size(R)];
+  float* to[to_size(R)];
+  [[maybe_unused]] Packet<float> total[to_size(R)][to_size(V)];
+  MOE_UNROLL
+  for (Index r = 0; r < R; ++r) {
+    row[r] = a[r];
+    to[r] = c[r] + column;
+  }
+  if constexpr (holds_c) {
+    MOE_UNROLL
+    for (Index i = 0; i < R * V; ++i) total[i / V][i % V] = load(to[i / V] + i % V * size);
+  }
+  for (Index block = 0; block < blocks; ++block) {
+    Packet<float> sum[to_size(R)][to_size(V)];
+    MOE_UNROLL
+    for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = broadcast(0.0f);
+    const std::byte* lanes = panel + packets * Layout::scale_bytes + first * Layout::group_bytes;
+    for (Index group = 0; group < Format::block / Format::group; ++group) {
+      for_each_constant<Format::group>([&](auto step) {
+        const auto code = [&](Index v) {
+          return to_register(Format::template widen<step>(lanes + v * Layout::group_bytes));
+        };
+        const Packet<float> w0 = code(0);
+        const Packet<float> w1 = V > 1 ? code(1) : w0;
+        const Packet<float> w2 = V > 2 ? code(2) : w0;
+        const Packet<float> w3 = V > 3 ? code(3) : w0;
+        MOE_UNROLL
+        for (Index r = 0; r < R; ++r) {
+          const auto x = pset1<Packet<float>>(row[r][step]);
+          sum[r][0] = pmadd(x, w0, sum[r][0]);
+          if constexpr (V > 1) sum[r][1] = pmadd(x, w1, sum[r][1]);
+          if constexpr (V > 2) sum[r][2] = pmadd(x, w2, sum[r][2]);
+          if constexpr (V > 3) sum[r][3] = pmadd(x, w3, sum[r][3]);
+        }
+      });
+      lanes += stride;
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) row[r] += Format::group;
     }
-    return {buffer, stride};
-  }
-  /// Prefetches the panel in which the strip begins, in its whole width: the next strips need the rest.
-  Prefetch<float> prefetch(const Strip& strip, Index first, Index count) const {
-    constexpr Index at_once = strip_lines * 64;
-    const Index column = strip.column / Layout::panel_columns * Layout::panel_columns;
-    const Index bytes =
-        narrow_packets(b.columns, column) * Layout::block_bytes / Format::block * count;
-    const std::byte* place = b.panel(column, (strip.k + first) / Format::block);
-    return {reinterpret_cast<const float*>(place), at_once / 4, (bytes + at_once - 1) / at_once};
-  }
-
-  /// Widens some steps of the packet of columns from `column` on; the first step is a multiple of `group`.
-  /// Row i of `to`, with a distance of `stride` floats between rows, is step i.
-  void widen(Range steps, Index column, float* to, Index stride) const {
-    const Index first = column / Layout::panel_columns * Layout::panel_columns;
-    const Index packets = narrow_packets(b.columns, first);
-    const Index v = (column - first) / lane_count;
-    MOE_ASSERT(steps.first % Format::group == 0 && column % lane_count == 0);
-    const Index end = steps.first + steps.count;
-    for (Index k = steps.first; k < end;) {
-      const std::byte* block = b.panel(first, k / Format::block);
-      const Scales<Format> scale(block + v * Layout::scale_bytes);
-      const Index last = std::min(end, (k / Format::block + 1) * Format::block);
-      const std::byte* group = block + packets * Layout::scale_bytes + v * Layout::group_bytes +
-                               k % Format::block / Format::group * packets * Layout::group_bytes;
-      for (; k < last; k += Format::group, group += packets * Layout::group_bytes) {
-        for_each_constant<Format::group>([&](auto step) {
-          if (k + step >= last) return;
-          store(to, scale.apply(Format::template widen<step>(group)));
-          to += stride;
-        });
+    MOE_UNROLL
+    for (Index v = 0; v < V; ++v) {
+      const Packet<float> scale = load_scale<Format>(panel + (first + v) * Layout::scale_bytes);
+      MOE_UNROLL
+      for (Index r = 0; r < R; ++r) {
+        if constexpr (holds_c) {
+          total[r][v] = pmadd(sum[r][v], scale, total[r][v]);
+        } else {
+          sum[r][v] = pmadd(sum[r][v], scale, load(to[r] + v * size));
+        }
       }
     }
+    if constexpr (!holds_c) {
+      // Not beside the loads: a load waits for a store to a multiple of 4 KiB beside it.
+      MOE_UNROLL
+      for (Index i = 0; i < R * V; ++i) store(to[i / V] + i % V * size, sum[i / V][i % V]);
+    }
+    panel += packets * Layout::block_bytes;
   }
-};
+  if constexpr (holds_c) {
+    MOE_UNROLL
+    for (Index i = 0; i < R * V; ++i) store(to[i / V] + i % V * size, total[i / V][i % V]);
+  }
+}
 
-/// The steps of k after the last whole block: adds to R rows of C the rows of A times `steps` of a panel.
+/// Decodes some steps of the packet of columns from `column` on; the first step is a multiple of `group`.
+/// Row i of `to`, with a distance of `stride` floats between rows, is step i.
 template <class Format>
-void narrow_rest(const float* const* a, Index rows, const NarrowOperand<Format>& b, Range steps,
-                 Index column, Index packets, float* const* c) {
-  alignas(64) float wide[to_size(Format::block * lane_count)];
-  for (Index v = 0; v < packets; ++v) {
-    NarrowPackets<Format>{b}.widen(steps, column + v * lane_count, wide, lane_count);
-    for (Index r = 0; r < rows; ++r) {
-      float* to = c[r] + v * lane_count;
-      Packet<float> sum = load(to);
-      for (Index k = 0; k < steps.count; ++k) {
-        sum = Eigen::internal::pmadd(broadcast(a[r][steps.first + k]), load(wide + k * lane_count),
-                                     sum);
-      }
-      store(to, sum);
+void decode_packet(const NarrowOperand<Format>& b, Range steps, Index column, float* to,
+                   Index stride) {
+  using Layout = NarrowLayout<Format>;
+  const Index first = column / Layout::panel_columns * Layout::panel_columns;
+  const Index packets = narrow_packets(b.columns, first);
+  const Index v = (column - first) / lane_count;
+  MOE_ASSERT(steps.first % Format::group == 0 && column % lane_count == 0);
+  const Index end = steps.first + steps.count;
+  for (Index k = steps.first; k < end;) {
+    const std::byte* block = b.panel(first, k / Format::block);
+    Packet<float> scale = broadcast(1.0f);
+    if constexpr (Format::scaled) scale = load_scale<Format>(block + v * Layout::scale_bytes);
+    const Index last = std::min(end, (k / Format::block + 1) * Format::block);
+    const std::byte* group = block + packets * Layout::scale_bytes + v * Layout::group_bytes +
+                             k % Format::block / Format::group * packets * Layout::group_bytes;
+    for (; k < last; k += Format::group, group += packets * Layout::group_bytes) {
+      for_each_constant<Format::group>([&](auto step) {
+        if (k + step >= last) return;
+        store(to, decoded<Format>(Format::template widen<step>(group), scale));
+        to += stride;
+      });
     }
   }
 }
@@ -214,7 +249,7 @@ void for_each_panel(const NarrowOperand<Format>& b, Range columns, F&& f) {
 template <class Format, class F>
 void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range rows,
                      const PanelPart& part, bool begins, F&& f) {
-  constexpr Index highest = narrow_tile_rows<Format>;
+  constexpr Index highest = max_tile_rows;
   constexpr Index stride = NarrowLayout<Format>::panel_columns;
   alignas(64) float beside[to_size(highest * stride)];
   float* to[to_size(highest)];
@@ -250,44 +285,118 @@ void for_each_narrow_tile(Index rows, const PanelPart& part, F&& f) {
   });
 }
 
-/// C = A·B for few rows: one panel after the other, each for all rows.
-template <class Format>
-void gemm_narrow(const GemmNN<float, NarrowOperand<Format>>& product) {
-  constexpr Index highest = narrow_tile_rows<Format>;
-  const NarrowOperand<Format>& b = product.b;
-  const Index rows = product.a.count();
-  const Index whole = b.rows / Format::block;  // blocks
-  const Range rest{whole * Format::block, b.rows - whole * Format::block};
-  for_each_panel(b, product.column_range(), [&](const PanelPart& part, Index begin) {
-    const std::byte* panel = b.panel(begin);
-    for_each_tile(rows, highest, [&](Index first, Index count) {
-      const float* from[to_size(highest)];
-      for (Index r = 0; r < count; ++r) from[r] = product.a.row(first + r);
-      with_panel_of_c(product, {first, count}, part, true, [&](float* const* to) {
-        for_each_narrow_tile<Format>(count, part, [&](auto R, auto V, Index v) {
-          narrow_tile<Format, R, V>(from, panel, part.packets, v, whole, to,
-                                    (v - part.first) * lane_count);
-        });
-        if (rest.count > 0) {
-          narrow_rest(from, count, b, rest, part.column, part.last - part.first, to);
-        }
-      });
+/// The steps of k after the last whole block, for rows of A and as many of C. `block` is that part of the
+/// panel.
+template <class Format, class Stored>
+void narrow_rest(const GatheredRows<float>& a, const NarrowOperand<Format>& b,
+                 const PanelPart& part, [[maybe_unused]] const std::byte* block, float* const* c) {
+  const Index first = b.rows / Format::block * Format::block;
+  const Range steps{first, b.rows - first};
+  if constexpr (Format::scaled) {
+    // One more block, with zeros behind the rows of A.
+    constexpr Index highest = narrow_tile_rows<Stored>;
+    float padded[to_size(highest)][to_size(Format::block)] = {};
+    const float* from[to_size(highest)];
+    for (Index r = 0; r < a.count(); ++r) {
+      std::copy_n(a.row(r) + steps.first, steps.count, padded[r]);
+      from[r] = padded[r];
+    }
+    for_each_narrow_tile<Stored>(a.count(), part, [&](auto R, auto V, Index v) {
+      narrow_tile<Stored, R, V>(from, block, part.packets, v, 1, c, (v - part.first) * lane_count);
     });
-    call_epilogue<float>(product.epilogue, rows, {part.column, part.width});
+  } else {
+    alignas(64) float wide[to_size(Format::block * lane_count)];
+    for (Index v = 0; v < part.last - part.first; ++v) {
+      decode_packet(b, steps, part.column + v * lane_count, wide, lane_count);
+      for (Index r = 0; r < a.count(); ++r) {
+        float* to = c[r] + v * lane_count;
+        Packet<float> sum = load(to);
+        for (Index k = 0; k < steps.count; ++k) {
+          sum = Eigen::internal::pmadd(broadcast(a.row(r)[steps.first + k]),
+                                       load(wide + k * lane_count), sum);
+        }
+        store(to, sum);
+      }
+    }
+  }
+}
+
+/// Widens whole blocks of a panel of `packets` packets.
+template <class Format>
+void widen_blocks(const std::byte* panel, Index packets, Index blocks, std::byte* to) {
+  using Layout = NarrowLayout<Format>;
+  using Wide = NarrowLayout<WideCodes<Format>>;
+  for (Index block = 0; block < blocks; ++block) {
+    std::copy_n(panel, packets * Layout::scale_bytes, to);
+    const std::byte* lanes = panel + packets * Layout::scale_bytes;
+    auto* codes = reinterpret_cast<float*>(to + packets * Wide::scale_bytes);
+    for (Index i = 0; i < Format::block / Format::group * packets; ++i) {
+      for_each_constant<Format::group>([&](auto step) {
+        store(codes + step * lane_count, Format::template widen<step>(lanes));
+      });
+      lanes += Layout::group_bytes;
+      codes += Format::group * lane_count;
+    }
+    panel += packets * Layout::block_bytes;
+    to += packets * Wide::block_bytes;
+  }
+}
+
+/// Adds to rows of C the products of whole blocks of a panel, which is given from the first of them on.
+template <class Format, class Stored>
+void multiply_panel(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
+                    const std::byte* panel, Range blocks) {
+  constexpr Index highest = narrow_tile_rows<Stored>;
+  const Index k = blocks.first * Format::block;
+  const Index whole = std::min(blocks.count, product.b.rows / Format::block - blocks.first);
+  for_each_tile(product.a.count(), highest, [&](Index first, Index count) {
+    const float* from[to_size(highest)];
+    for (Index r = 0; r < count; ++r) from[r] = product.a.row(first + r) + k;
+    with_panel_of_c(product, {first, count}, part, k == 0, [&](float* const* to) {
+      for_each_narrow_tile<Stored>(count, part, [&](auto R, auto V, Index v) {
+        narrow_tile<Stored, R, V>(from, panel, part.packets, v, whole, to,
+                                  (v - part.first) * lane_count);
+      });
+      if (whole < blocks.count) {
+        narrow_rest<Format, Stored>(
+            product.a.slice(first, count), product.b, part,
+            panel + whole * part.packets * NarrowLayout<Stored>::block_bytes, to);
+      }
+    });
   });
 }
 
-/// C = A·B on the calling thread, without rounding of activations.
+/// The same for many rows: some blocks of the panel are widened into L1, then multiplied with all rows.
+template <class Format>
+void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
+                         Index begin) {
+  using Wide = WideCodes<Format>;
+  constexpr Index height = 8;  // blocks at a time: 32 KiB of floats with packets of 32 bytes
+  alignas(64) std::byte wide[to_size(height * panel_packets * NarrowLayout<Wide>::block_bytes)];
+  const Index blocks = narrow_blocks<Format>(product.b.rows);
+  for (Index block = 0; block == 0 || block < blocks; block += height) {
+    const Index count = std::min(height, blocks - block);
+    widen_blocks<Format>(product.b.panel(begin, block), part.packets, count, wide);
+    multiply_panel<Format, Wide>(product, part, wide, {block, count});
+  }
+}
+
+/// C = A·B on the calling thread, without rounding of activations: one panel after the other, each for all
+/// rows.
 template <class Format>
 void gemm_widening(const GemmNN<float, NarrowOperand<Format>>& product) {
-  if (product.a.count() <= few_narrow_rows<Format>) return gemm_narrow(product);
-  gemm_packed(GemmNN<float, NarrowPackets<Format>>{.a = product.a,
-                                                   .b = {product.b},
-                                                   .c = product.c,
-                                                   .columns = product.columns,
-                                                   .start = product.start,
-                                                   .bias = product.bias,
-                                                   .epilogue = product.epilogue});
+  const Index rows = product.a.count();
+  for_each_panel(product.b, product.column_range(), [&](const PanelPart& part, Index begin) {
+    const auto multiply = [&] {
+      if constexpr (Format::scaled && !l2_feeds_tiles) {
+        if (rows > few_narrow_rows) return multiply_wide_panel(product, part, begin);
+      }
+      multiply_panel<Format, Format>(product, part, product.b.panel(begin),
+                                     {0, narrow_blocks<Format>(product.b.rows)});
+    };
+    multiply();
+    call_epilogue<float>(product.epilogue, rows, {part.column, part.width});
+  });
 }
 
 /// C = A·Bᵀ on the calling thread: B is widened, some rows and a panel of its columns at a time.
@@ -306,8 +415,7 @@ void gemm_serial(const GemmNT<float, NarrowOperand<Format>>& product) {
       const Index packets = narrow_packets(b.columns, k);
       const Index width = std::min(packets * lane_count, b.columns - k);
       for (Index v = 0; v < packets; ++v) {
-        NarrowPackets<Format>{b}.widen(steps, k + v * lane_count, wide + v * lane_count,
-                                       Layout::panel_columns);
+        decode_packet(b, steps, k + v * lane_count, wide + v * lane_count, Layout::panel_columns);
       }
       gemm_serial(
           GemmNT<float>{.a = product.a.columns(k, width),
