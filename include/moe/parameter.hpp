@@ -52,7 +52,7 @@ class GradientFactors {
   ~GradientFactors() = default;
 };
 
-/// A gradient as it is stored. Without memory it stands for zero.
+/// A gradient as it is stored. Without memory the gradient is zero.
 template <class Scalar>
 struct StoredGradient {
   Matrix<Scalar> memory;  ///< rows x columns, or empty

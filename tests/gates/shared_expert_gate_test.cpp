@@ -418,7 +418,7 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
   refuse([](Config& c) { c.routed.top_k = 7; },
          "NoisyTopKGate::Config.top_k = 7, must be from 1 to experts = 6");
   refuse([](Config& c) { c.tied = true; },
-         "SharedExpertGate::Config.tied = true without gated, whose weights it ties");
+         "SharedExpertGate::Config.tied = true, must be false without gated");
   const std::string scale = ", must be finite and above 0 as a Scalar";
   refuse([](Config& c) { c.scale = 0; }, "SharedExpertGate::Config.scale = 0" + scale);
   refuse([](Config& c) { c.scale = std::nan(""); }, "SharedExpertGate::Config.scale = nan" + scale);

@@ -123,7 +123,7 @@ TEST_CASE("safetensors: a tensor of any shape is a matrix, comes in blocks or in
 TEST_CASE("safetensors: what cannot be widened is refused by name", "[io]") {
   const TemporaryFolder folder;
   const SafetensorsFile file = one_tensor(folder, "I32", "[2]", std::string(8, '\1'));
-  const std::string message = "tensor \"t\" is I32, needed is F64, F32, F16, BF16 or F8_E4M3";
+  const std::string message = "tensor \"t\" is I32, must be F64, F32, F16, BF16 or F8_E4M3";
   CHECK_THROWS_WITH(file.matrix<float>("t"), Contains(message));
   CHECK_THROWS_WITH(file.for_each_block<float>("t", [](std::uint64_t, std::span<const float>) {}),
                     Contains(message));

@@ -145,7 +145,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   using typename Base::Block;
   using typename Base::Scalar;
   using Config = LoraFeedForwardConfig;      ///< see LoraFeedForwardConfig
-  using Network = typename Frozen::Network;  ///< that is adapted
+  using Network = typename Frozen::Network;  ///< the network that is adapted
   /// Whether the frozen weights are narrow, and so no parameters.
   static constexpr bool has_narrow_weights = !std::is_floating_point_v<Stored>;
 

@@ -348,7 +348,8 @@ class FeedForwardPasses {
     if (self.config_.gated) f(self.gate_, columns_of(dpre, 0, hidden));
     f(self.up_, columns_of(dpre, (self.pre_parts() - 1) * hidden, hidden));
   }
-  /// Calls f(W, A, B) for every weight, whose gradient is Aᵀ·B: in the order of gradient_rows().
+  /// Calls f(W, A, B) for every weight W, whose gradient is Aᵀ·B, in the order in which
+  /// gradient_rows() counts their rows.
   template <class F>
   void for_each_weight_product(const Block& block, const MatrixRef<Scalar>& dy, F&& f) {
     for_each_first_weight(*this, block, [&](Weight& weight, MatrixView<Scalar> dpre) {

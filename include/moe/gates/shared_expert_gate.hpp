@@ -202,7 +202,7 @@ class SharedExpertGate
                     "SharedExpertGate::Config.routed.width = ", config.routed.width,
                     ", must be 0 or Config.width = ", config.width);
     detail::require(config.gated || !config.tied,
-                    "SharedExpertGate::Config.tied = true without gated, whose weights it ties");
+                    "SharedExpertGate::Config.tied = true, must be false without gated");
     detail::require(
         config.shared > 0 || !config.gated,
         "SharedExpertGate::Config.gated = true with shared = 0, whose weights it makes");

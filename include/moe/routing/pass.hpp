@@ -60,8 +60,8 @@ inline NoiseSource noise_source(const Pass& pass, Index noise_columns) {
   return {pass.key(), pass.noise.empty() ? nullptr : pass.noise.data(), noise_columns};
 }
 
-/// Throws std::invalid_argument unless there are no flags or one a row. `name` is that of the gate or
-/// the layer.
+/// Throws std::invalid_argument unless there are no flags or one per row. `name` is that of the
+/// gate or the layer.
 inline void check_valid(const char* name, std::span<const std::uint8_t> valid, Index rows) {
   require(valid.empty() || static_cast<Index>(valid.size()) == rows, name, ": Pass.valid has ",
           valid.size(), " entries, x has ", rows, " rows");

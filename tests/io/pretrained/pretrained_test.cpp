@@ -187,19 +187,19 @@ TEST_CASE("pretrained: a configuration that contradicts the tensors", "[io][pret
   };
   with("num_local_experts", 3,
        "model.safetensors: tensor \"model.layers.1.block_sparse_moe.gate.weight\" has shape [4,6], "
-       "needed is [3,6]");
-  with("num_local_experts", 1000000, "has shape [4,6], needed is [1000000,6]");
-  with("hidden_size", 8, "has shape [4,6], needed is [4,8]");
+       "must be [3,6]");
+  with("num_local_experts", 1000000, "has shape [4,6], must be [1000000,6]");
+  with("hidden_size", 8, "has shape [4,6], must be [4,8]");
   with("intermediate_size", 7,
-       "tensor \"model.layers.1.block_sparse_moe.experts.0.w1.weight\" has shape [5,6], needed is "
+       "tensor \"model.layers.1.block_sparse_moe.experts.0.w1.weight\" has shape [5,6], must be "
        "[7,6]");
   with("num_hidden_layers", 1, "layer 1 is not a mixture, the mixtures are 0");
   with("num_experts_per_tok", 5,
        "config.json: layer 1: moe: TopKGate::Config.top_k = 5, must be from 1 to experts = 4");
   with("num_experts_per_tok", 0, "config.json: layer 1: moe: TopKGate::Config.top_k = 0, must be");
-  with("hidden_size", 0, "has shape [4,6], needed is [4,0]");
-  with("intermediate_size", 0, "has shape [5,6], needed is [0,6]");
-  with("num_local_experts", 0, "has shape [4,6], needed is [0,6]");
+  with("hidden_size", 0, "has shape [4,6], must be [4,0]");
+  with("intermediate_size", 0, "has shape [5,6], must be [0,6]");
+  with("num_local_experts", 0, "has shape [4,6], must be [0,6]");
 
   const ChangedModel deeper("mixtral");
   deeper.set("num_hidden_layers", 3);
@@ -209,7 +209,7 @@ TEST_CASE("pretrained: a configuration that contradicts the tensors", "[io][pret
   fails<Shared>(dense, 0, "has no tensor \"model.layers.0.mlp.gate.weight\"");
   const ChangedModel shared("deepseek_v2");
   shared.set("n_shared_experts", 1);
-  fails<Shared>(shared, 1, "has shape [10,6], needed is [5,6]");
+  fails<Shared>(shared, 1, "has shape [10,6], must be [5,6]");
   const ChangedModel unshared("deepseek_v2");
   unshared.set("n_shared_experts", nullptr);
   fails<Routed>(unshared, 1,
@@ -238,7 +238,7 @@ TEST_CASE("pretrained: a tensor that is missing, left over, of another type or s
         whole, [](auto& header) { header[mixtral_expert + "w1.weight"]["dtype"] = "I64"; });
     fails<Routed>(model, 1,
                   "model.safetensors: tensor \"" + mixtral_expert +
-                      "w1.weight\" is I64, needed is F64, F32, F16, BF16 or F8_E4M3");
+                      "w1.weight\" is I64, must be F64, F32, F16, BF16 or F8_E4M3");
   }
   {
     const ChangedModel model("mixtral");
@@ -247,7 +247,7 @@ TEST_CASE("pretrained: a tensor that is missing, left over, of another type or s
     });
     fails<Routed>(model, 1,
                   "model.safetensors: tensor \"" + mixtral_expert +
-                      "w1.weight\" has shape [6,5], needed is [5,6]");
+                      "w1.weight\" has shape [6,5], must be [5,6]");
   }
   {
     const ChangedModel model("deepseek_v3");
@@ -264,7 +264,7 @@ TEST_CASE("pretrained: a tensor that is missing, left over, of another type or s
   {
     const ChangedModel model("deepseek_v3");
     model.change_json("config.json", [](auto& config) { config.erase("quantization_config"); });
-    fails<Shared>(model, 1, "_scale_inv\" has shape [2,2], needed is [1,1]");
+    fails<Shared>(model, 1, "_scale_inv\" has shape [2,2], must be [1,1]");
   }
 }
 
@@ -328,7 +328,8 @@ TEST_CASE("pretrained: a family that does not say all is told what", "[io][pretr
   with([](Mixture& m) { m.shared_gated = true, m.shared = 0; },
        "Mixture.shared_gated is true, but there are no shared experts");
   with([](Mixture& m) { m.bias = true; }, "the mixture has biases, MixtureTensors has no names");
-  with([](Mixture& m) { m.bias = true, m.shared = 2; }, "of several shared experts side by side");
+  with([](Mixture& m) { m.bias = true, m.shared = 2; },
+       "Mixture.shared must be at most 1 with biases");
   with_name(
       [](Tensors & t) -> auto& { return t.router; }, "MixtureTensors.router is empty");
   with_name(

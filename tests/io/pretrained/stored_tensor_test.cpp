@@ -209,10 +209,10 @@ TEST_CASE("stored tensors: another shape, another type and missing scales are na
                          const std::string& message) {
     CHECK_THROWS_WITH(StoredTensor(checkpoint, name, shape, 128, 128), Contains(message));
   };
-  fails("f32", {3, 2}, "model.safetensors: tensor \"f32\" has shape [2,3], needed is [3,2]");
-  fails("f32", {6}, "has shape [2,3], needed is [6]");
+  fails("f32", {3, 2}, "model.safetensors: tensor \"f32\" has shape [2,3], must be [3,2]");
+  fails("f32", {6}, "has shape [2,3], must be [6]");
   fails("none", {1}, "has no tensor \"none\"");
-  fails("i32", {2, 3}, "tensor \"i32\" is I32, needed is F64, F32, F16, BF16 or F8_E4M3");
+  fails("i32", {2, 3}, "tensor \"i32\" is I32, must be F64, F32, F16, BF16 or F8_E4M3");
   fails("f8", {2, 3},
         "has no tensor \"f8_scale_inv\" and no tensor \"f8_scale\", one of which must be the "
         "scales of "
@@ -222,15 +222,15 @@ TEST_CASE("stored tensors: another shape, another type and missing scales are na
         "scales of tensor \"twice\"");
   fails("vector", {3}, "tensor \"vector\" is F8_E4M3 of shape [3], which is no map");
   const std::string needed =
-      ", needed is [1,1] for blocks of 128 x 128, [2,1] for rows, [1,3] for columns, [1,1] or [1]";
+      ", must be [1,1] for blocks of 128 x 128, [2,1] for rows, [1,3] for columns, [1,1] or [1]";
   fails("odd", {2, 3}, "tensor \"odd_scale_inv\" has shape [2,3]" + needed);
   fails("turned", {2, 3}, "tensor \"turned_scale\" has shape [3,1]" + needed);
   fails("flat", {2, 3}, "tensor \"flat_scale\" has shape [2]" + needed);
-  fails("whole", {2, 3}, "tensor \"whole_scale_inv\" is I32, needed is");
+  fails("whole", {2, 3}, "tensor \"whole_scale_inv\" is I32, must be");
   fails("a_blocks", {1, 32}, "has no tensor \"a_scales\"");
-  fails("b_blocks", {1, 32}, "tensor \"b_scales\" has shape [1,2], needed is [1,1]");
-  fails("b_blocks", {1, 64}, "tensor \"b_blocks\" has shape [1,1,16], needed is [1,2,16]");
-  fails("c_blocks", {1, 32}, "tensor \"c_blocks\" is I8, needed is U8");
+  fails("b_blocks", {1, 32}, "tensor \"b_scales\" has shape [1,2], must be [1,1]");
+  fails("b_blocks", {1, 64}, "tensor \"b_blocks\" has shape [1,1,16], must be [1,2,16]");
+  fails("c_blocks", {1, 32}, "tensor \"c_blocks\" is I8, must be U8");
   fails("d_blocks", {1, 33}, "has rows of 33 numbers, must be a multiple of 32");
   CHECK_NOTHROW(StoredTensor(checkpoint, "d_blocks", {1, 32}, 128, 128));
 }

@@ -141,7 +141,8 @@ inline void check_family(const std::string& model_type, const io::Mixture& mixtu
   need(mixture.scale_rows >= 1 && mixture.scale_columns >= 1,
        "Mixture.scale_rows and scale_columns must be at least 1");
   need(!mixture.bias || mixture.shared <= 1,
-       "of several shared experts side by side there is one bias, which cannot be each one's");
+       "Mixture.shared must be at most 1 with biases, since a tensor has one bias for all shared "
+       "experts");
   need(!mixture.shared_gated || mixture.shared > 0,
        "Mixture.shared_gated is true, but there are no shared experts");
   for (const io::MixtureTensors& names : mixture.layouts) {

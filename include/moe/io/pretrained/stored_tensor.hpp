@@ -27,8 +27,9 @@ namespace moe::detail {
 ///   3.3), [..., blocks down, blocks across]; one for each row, [..., rows, 1], or column, [..., 1, columns];
 ///   one for each matrix, [..., 1, 1]; or a single one, [] or [1]. Beside them there may be a factor by
 ///   which other programs round the input of the map, which is not used,
-/// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits, those with even
-///   places in the low halves, and U8 NAME_scales [..., n/32] are their factors, 2^(s - 127).
+/// - MXFP4, if the name ends in "_blocks": U8 [..., n/32, 16] are rows of n numbers of 4 bits,
+///   those at even positions in the low halves of bytes, and U8 NAME_scales [..., n/32] are their
+///   factors, 2^(s - 127).
 ///
 /// The checkpoint must outlive this object.
 class StoredTensor {
@@ -51,7 +52,7 @@ class StoredTensor {
     } else {
       check(*file_, name, tensor.type, shape);
       require_file(is_widened(tensor.type), file_->path(), tensor_named(name), " is ",
-                   plain(tensor.type), ", needed is ", widened_types);
+                   plain(tensor.type), ", must be ", widened_types);
       if (tensor.type == "F8_E4M3") read_scales(checkpoint, shape, scale_rows, scale_columns);
     }
     const auto [rows, columns] = as_matrix(shape);
@@ -93,9 +94,9 @@ class StoredTensor {
                     const Shape& shape) {
     const SafetensorsEntry& tensor = file.tensor(name);
     require_file(tensor.type == type, file.path(), tensor_named(name), " is ", plain(tensor.type),
-                 ", needed is ", type);
+                 ", must be ", type);
     require_file(tensor.shape == shape, file.path(), tensor_named(name), " has shape ",
-                 to_string(tensor.shape), ", needed is ", to_string(shape));
+                 to_string(tensor.shape), ", must be ", to_string(shape));
   }
 
   void read_scales(const io::Checkpoint& checkpoint, const Shape& shape, Index block_rows,
@@ -129,7 +130,7 @@ class StoredTensor {
       scales_down_ = 1;
     } else {
       fail_file(scale_file_->path(), tensor_named(scale_name_), " has shape ", to_string(scales),
-                ", needed is ", to_string(shape_of(block_rows, block_columns)), " for blocks of ",
+                ", must be ", to_string(shape_of(block_rows, block_columns)), " for blocks of ",
                 block_rows, " x ", block_columns, ", ", to_string(shape_of(1, columns)),
                 " for rows, ", to_string(shape_of(rows, 1)), " for columns, ",
                 to_string(shape_of(rows, columns)), " or [1]");

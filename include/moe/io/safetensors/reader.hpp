@@ -332,7 +332,7 @@ class SafetensorsFile {
   /// The number of values of a tensor, which must be of a type that can be widened.
   std::uint64_t numbers_of(const Tensor& entry, const std::string& name) const {
     require(detail::is_widened(entry.type), detail::tensor_named(name), " is ",
-            detail::plain(entry.type), ", needed is ", detail::widened_types);
+            detail::plain(entry.type), ", must be ", detail::widened_types);
     return (entry.end - entry.begin) * 8 / detail::element_bits(entry.type);
   }
 
