@@ -64,7 +64,7 @@ struct Both {
 
 TEMPLATE_TEST_CASE("narrow product: the bits of its definition", "[weights]", MOE_TEST_FORMATS) {
   const Index rows = GENERATE(1, 2, 3, 5, 6, 7, 12, 25, 70);
-  const Index depth = GENERATE(1, 7, 32, 33, 131);
+  const Index depth = GENERATE(1, 7, 32, 33, 131, 300);
   const Index columns = GENERATE(1, 15, 64, 67, 201);
   CAPTURE(rows, depth, columns);
   const Both<TestType> both(depth, columns);
