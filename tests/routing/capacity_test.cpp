@@ -88,11 +88,11 @@ TEMPLATE_TEST_CASE("capacity: what was dropped before takes no place", "[routing
 
 TEMPLATE_TEST_CASE("capacity: each sequence has places of its own", "[routing]", float, double) {
   using S = TestType;
-  detail::ValidTokens tokens;
+  ValidTokens tokens;
   const auto kept_of = [&](PlaceOrder how, Index capacity, RowOrder order,
                            const std::vector<std::uint8_t>& valid, const Indices& expert,
                            const std::vector<S>& weight, Index top_k = 1) {
-    detail::find_valid_tokens(static_cast<Index>(valid.size()), valid, nullptr, tokens);
+    find_valid_tokens(static_cast<Index>(valid.size()), valid, nullptr, tokens);
     return kept(how, capacity, 2, top_k, expert, weight, {}, {2, order, &tokens});
   };
   // Two sequences of three rows, all of which choose expert 1: rows 0, 2, 4 and 1, 3, 5, or 0 to 2 and 3 to 5.

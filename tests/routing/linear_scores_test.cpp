@@ -91,3 +91,20 @@ TEST_CASE("linear_scores: gradients are derivatives", "[routing]") {
     CHECK(same_bits(bias.gradient(), frozen));
   }
 }
+
+TEST_CASE("linear scores: gradients of other shapes are refused", "[routing]") {
+  Parameter<double> weight(3, 4);
+  const auto x = random_matrix(5, 3, 1);
+  const auto dscores = random_matrix(5, 4, 2);
+  Matrix<double> dx = Matrix<double>::Zero(7, 3);
+  // Scores of the five rows that are tokens, and a dx of all seven.
+  CHECK_THROWS_WITH(linear_scores_backward(x, dscores, weight, dx),
+                    "moe: linear_scores_backward: x has 5 rows, dscores 5, dx 7");
+  CHECK_THROWS_WITH(linear_scores_backward(random_matrix(4, 3, 1), dscores, weight, dx),
+                    "moe: linear_scores_backward: x has 4 rows, dscores 5, dx 7");
+  dx.setZero(5, 2);
+  CHECK_THROWS_WITH(
+      linear_scores_backward(x, dscores, weight, dx),
+      "moe: linear_scores_backward: x is 3 wide, dx 2, dscores 4, the weight is 3 x 4");
+  CHECK(weight.gradient() == Matrix<double>::Zero(3, 4));
+}

@@ -229,8 +229,8 @@ TEMPLATE_TEST_CASE("shared selection: capacity drops what it drops in one proces
         detail::CapacityScratch<TestType> scratch;
         const Index count = tokens == 40 ? 5 : 1;
         const auto order = seed % 2 == 0 ? RowOrder::time_major : RowOrder::sequence_major;
-        detail::ValidTokens rows;
-        detail::find_valid_tokens(tokens, {}, nullptr, rows);
+        ValidTokens rows;
+        find_valid_tokens(tokens, {}, nullptr, rows);
         detail::drop_over_capacity(how, capacity, experts, {count, order, &rows}, expected,
                                    scratch);
         for (const std::vector<Index>& sizes : ways_to_divide(tokens)) {
@@ -245,8 +245,8 @@ TEMPLATE_TEST_CASE("shared selection: capacity drops what it drops in one proces
             std::copy_n(all.weight.begin() + first, own.size(), own.weight.begin());
             std::copy_n(all.keeps.begin() + first, own.size(), own.keeps.begin());
             detail::CapacityScratch<TestType> of_part;
-            detail::ValidTokens own_rows;
-            detail::find_valid_tokens(sizes[i], {}, &batch, own_rows);
+            ValidTokens own_rows;
+            find_valid_tokens(sizes[i], {}, &batch, own_rows);
             detail::drop_over_capacity(how, capacity, experts, {count, order, &own_rows}, &batch,
                                        own, of_part);
           });

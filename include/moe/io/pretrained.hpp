@@ -47,7 +47,7 @@ class Pretrained {
       for (const Family& f : families) known += (known.empty() ? "" : ", ") + f.model_type;
       config_.refuse("model_type", "one of " + known);
     }
-    mixtures_ = family->mixtures(config_);
+    mixtures_ = detail::mixtures_of(*family, config_);
     for (const Mixture& mixture : mixtures_) detail::check_family(model_type_, mixture);
   }
 
@@ -80,8 +80,8 @@ class Pretrained {
   }
 
   /// Reads a layer's parameters, converted to its Scalar. If the layer is spread over several processes, each
-  /// reads its own experts. Besides the layer, reading takes memory for 2^16 numbers, or for a row
-  /// of a tensor if a row has more.
+  /// reads its own experts. Besides the layer, reading takes memory for the scales of the
+  /// mixture's tensors, and for 2^16 numbers, or for a row of a tensor if a row has more.
   ///
   /// Throws std::runtime_error, with nothing changed, unless every parameter has a tensor of a known type and
   /// of the shape that follows from config.json, and the mixture has no other tensors; the message names the

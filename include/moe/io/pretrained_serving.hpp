@@ -22,29 +22,39 @@ namespace moe::io {
 /// std::runtime_error like Pretrained::load_layer(), and std::invalid_argument, which names the
 /// expert, the weight and the value, if a weight cannot be narrowed or the format does not support
 /// the activations of `options`.
+///
+/// `config` is model.layer_config<Layer>(layer) with changes that leave the shapes as they are: more
+/// places for an expert, for example, or another number of sequences.
 template <class Serving>
-Serving load_serving(const Pretrained& model, Index layer, const NarrowOptions& options = {}) {
+Serving load_serving(const Pretrained& model, Index layer,
+                     const typename Serving::Layer::Config& config,
+                     const NarrowOptions& options = {}) {
   using Layer = typename Serving::Layer;
   using Gate = typename Serving::Gate;
   using Expert = typename Serving::Expert;
   const detail::MixtureSource source(model.checkpoint(), model.mixture(layer),
                                      detail::has_shared_gate<Layer>);
-  const auto config = detail::with_config(model.config().path(), layer, [&] {
-    return Layer::completed(model.layer_config<Layer>(layer));
-  });
+  const auto whole =
+      detail::with_config(model.config().path(), layer, [&] { return Layer::completed(config); });
   Gate gate =
-      detail::with_config(model.config().path(), layer, [&] { return Gate(config.gate, 0); });
+      detail::with_config(model.config().path(), layer, [&] { return Gate(whole.gate, 0); });
   FeedForward<float> wide = detail::with_config(
-      model.config().path(), layer, [&] { return FeedForward<float>(config.expert, 0); });
+      model.config().path(), layer, [&] { return FeedForward<float>(whole.expert, 0); });
   source.read(gate, "gate.");
   std::vector<Expert> experts;
   for (Index e = 0; e < gate.experts(); ++e) {
     const std::string prefix = "experts." + std::to_string(e) + ".";
     source.read(wide, prefix);
-    experts.emplace_back(typename Expert::Network(wide, options, prefix), config.width);
+    experts.emplace_back(typename Expert::Network(wide, options, prefix), whole.width);
   }
-  return Serving(detail::config_with<Serving>(config, config.expert, config.gate), std::move(gate),
+  return Serving(detail::config_with<Serving>(whole, whole.expert, whole.gate), std::move(gate),
                  std::move(experts), options);
+}
+/// The same with the model's own configuration.
+template <class Serving>
+Serving load_serving(const Pretrained& model, Index layer, const NarrowOptions& options = {}) {
+  return load_serving<Serving>(
+      model, layer, model.template layer_config<typename Serving::Layer>(layer), options);
 }
 
 }  // namespace moe::io

@@ -133,22 +133,41 @@ bool is_code(typename Format::Code code) {
   return std::isfinite(Format::decode(code, 1));
 }
 
-/// Throws std::runtime_error, with file and tensor, if a packed matrix has what no weight is packed to.
+/// The error for a code, at its row, or a scale, at its block of rows, that is not one of the format.
+template <class Format>
+[[noreturn]] void refuse_weight(const SafetensorsFile& file, const std::string& name, Index row,
+                                Index column, const char* what, float value) {
+  fail_file(file.path(), tensor_named(name), " has ", what, value, " at [", row, ",", column,
+            "], which is not one of ", Format::name);
+}
+template <class Format>
+typename Format::Code checked_code(const SafetensorsFile& file, const std::string& name, Index row,
+                                   Index column, typename Format::Code code) {
+  if (!is_code<Format>(code)) {
+    refuse_weight<Format>(file, name, row, column, "", Format::decode(code, 1));
+  }
+  return code;
+}
+template <class Format>
+float checked_scale(const SafetensorsFile& file, const std::string& name, Index block, Index column,
+                    float scale) {
+  if (!std::isfinite(scale)) {
+    refuse_weight<Format>(file, name, block, column, "the scale ", scale);
+  }
+  return scale;
+}
+
+/// Throws std::runtime_error, with file and tensor, if a packed matrix has a code or a scale that no weight
+/// is packed to.
 template <class Format>
 void check_packed(const NarrowMatrix<Format>& matrix, const SafetensorsFile& file,
                   const std::string& name) {
   for (Index k = 0; k < matrix.rows(); ++k) {
     for (Index j = 0; j < matrix.cols(); ++j) {
-      const float scale = matrix.scale(k, j);
-      if (!std::isfinite(scale)) {
-        fail_file(file.path(), tensor_named(name), " has the scale ", scale, " at [", k, ",", j,
-                  "], which is none of ", Format::name);
+      if (Format::scaled && k % Format::block == 0) {
+        checked_scale<Format>(file, name, k / Format::block, j, matrix.scale(k, j));
       }
-      const auto code = matrix.code(k, j);
-      if (!is_code<Format>(code)) {
-        fail_file(file.path(), tensor_named(name), " has ", Format::decode(code, 1), " at [", k,
-                  ",", j, "], which is no weight of ", Format::name);
-      }
+      checked_code<Format>(file, name, k, j, matrix.code(k, j));
     }
   }
 }
@@ -166,10 +185,6 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
   if constexpr (Format::scaled) {
     scales = checked_bytes(file, scale_name, "F16", scale_shape<Format>(rows, columns));
   }
-  const auto refuse = [&](const std::string& tensor, Index row, Index column, auto value) {
-    fail_file(file.path(), tensor_named(tensor), " has ", value, " at [", row, ",", column,
-              "], which is not a weight of ", Format::name);
-  };
   return NarrowMatrix<Format>(
       rows, columns,
       [&](Index k, Index j) {
@@ -179,14 +194,12 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
         } else {
           Code code = 0;
           std::memcpy(&code, codes.data() + to_size(k * columns + j) * sizeof(Code), sizeof(code));
-          if (!is_code<Format>(code)) refuse(name, k, j, Format::decode(code, 1));
-          return code;
+          return checked_code<Format>(file, name, k, j, code);
         }
       },
       [&](Index block, Index j) {
-        const float scale = load_half(scales.data() + 2 * to_size(block * columns + j));
-        if (!std::isfinite(scale)) refuse(scale_name, block, j, scale);
-        return scale;
+        return checked_scale<Format>(file, scale_name, block, j,
+                                     load_half(scales.data() + 2 * to_size(block * columns + j)));
       });
 }
 
@@ -211,17 +224,16 @@ NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string&
   const auto place = [&](Index k, Index j) {
     return narrow_place<Format>(rows, columns, k, j, lanes);
   };
-  const NarrowMatrix<Format> matrix(
+  return NarrowMatrix<Format>(
       rows, columns,
       [&](Index k, Index j) {
         const NarrowPlace at = place(k, j);
-        return Format::get(bytes.data() + at.lane, at.step);
+        return checked_code<Format>(file, name, k, j, Format::get(bytes.data() + at.lane, at.step));
       },
       [&](Index b, Index j) {
-        return load_half(bytes.data() + place(b * Format::block, j).scale);
+        return checked_scale<Format>(file, name, b, j,
+                                     load_half(bytes.data() + place(b * Format::block, j).scale));
       });
-  check_packed(matrix, file, name);
-  return matrix;
 }
 
 /// The number of lanes of the machine that packed a file; 0 for a plain file.

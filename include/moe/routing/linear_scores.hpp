@@ -46,12 +46,21 @@ void add_linear_gradient(const GatheredRows<Scalar>& x, const GatheredRows<Scala
 }  // namespace detail
 
 /// Adds xᵀ·dscores to W's gradient and the column sums of dscores to b's, if they are trained, and
-/// dscores·Wᵀ to dx (N x D, a matrix or scattered rows of one).
+/// dscores·Wᵀ to dx (N x D, a matrix or scattered rows of one). Throws std::invalid_argument, with
+/// nothing changed, unless x, dscores and dx have the same number of rows and the widths of W.
 template <class Scalar>
 void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
                             const Matrix<Scalar>& dscores, Parameter<Scalar>& weight,
                             Parameter<Scalar>& bias,
                             const std::type_identity_t<ScatteredRows<Scalar>>& dx) {
+  detail::require(x.count() == dscores.rows() && dx.count() == dscores.rows(),
+                  "linear_scores_backward: x has ", x.count(), " rows, dscores ", dscores.rows(),
+                  ", dx ", dx.count());
+  detail::require(x.width() == weight.value.rows() && dx.width() == weight.value.rows() &&
+                      dscores.cols() == weight.value.cols(),
+                  "linear_scores_backward: x is ", x.width(), " wide, dx ", dx.width(),
+                  ", dscores ", dscores.cols(), ", the weight is ", weight.value.rows(), " x ",
+                  weight.value.cols());
   detail::gemm(detail::GemmNT<Scalar>{
       .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
   if (bias.size() > 0 && bias.trained) {

@@ -20,7 +20,7 @@ std::vector<io::Mixture> mixtures_of(const std::string& model_type, const std::s
   std::ofstream(folder.file("config.json")) << settings;
   for (const io::Family& family : io::known_families()) {
     if (family.model_type == model_type) {
-      return family.mixtures(io::ModelConfig(folder.file("config.json")));
+      return detail::mixtures_of(family, io::ModelConfig(folder.file("config.json")));
     }
   }
   FAIL(model_type);
@@ -153,6 +153,10 @@ TEST_CASE("families: DeepSeek-V3 and GLM-4.5", "[io][pretrained]") {
             .gate.groups == 1);
   CHECK(mixtures_of("deepseek_v3", with(deepseek_v3, R"("quantization_config": {})"))[0]
             .scale_columns == 128);
+  const auto small = mixtures_of(
+      "mixtral", with(mixtral, R"("quantization_config": {"weight_block_size": [96, 32]})"));
+  CHECK(small[31].scale_rows == 96);
+  CHECK(small[31].scale_columns == 32);
   fails("deepseek_v3", with(deepseek_v3, R"("quantization_config": {"weight_block_size": [1]})"),
         "\"quantization_config.weight_block_size\" is [1], must be two numbers above 0");
   fails("deepseek_v3", with(deepseek_v3, R"("quantization_config": {"weight_block_size": [1, 0]})"),

@@ -54,3 +54,20 @@ TEST_CASE("pretrained: what cannot be narrowed as it is read is refused", "[io][
   const io::Pretrained deepseek = io::open_pretrained(golden("deepseek_v2"));
   CHECK_THROWS_WITH(io::load_serving<Routed>(deepseek, 1), Contains("SharedLayer"));
 }
+
+TEST_CASE("pretrained: a layer that is narrowed as it is read may keep all tokens",
+          "[io][pretrained]") {
+  using Layer = io::RoutedLayer<float>;
+  using Serving = ServingLayer<Layer, BFloat16>;
+  const io::Pretrained model = io::open_pretrained(golden("switch_transformers"));
+  const auto x = random_matrix<float>(30, model.mixture(3).width, 1);
+  auto config = model.layer_config<Layer>(3);
+  REQUIRE(config.gate.evaluation_capacity == 1);
+  config.gate.capacity = 0;
+  config.gate.evaluation_capacity = 0;
+  const auto served = io::load_serving<Serving>(model, 3, config);
+  Layer layer(config);
+  model.read_layer(3, layer);
+  CHECK(same_bits(served.evaluate(x), Serving(layer).evaluate(x)));
+  CHECK(served.evaluate(x) != io::load_serving<Serving>(model, 3).evaluate(x));
+}

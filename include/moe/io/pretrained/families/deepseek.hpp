@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -24,15 +23,6 @@ inline std::vector<Mixture> deepseek_mixtures(const ModelConfig& config, const T
   for (MixtureTensors& tensors : mixture.layouts) {
     if (gate.selection_bias) tensors.selection_bias = "gate.e_score_correction_bias";
     tensors.shared = shared_projections("shared_experts.");
-  }
-  if (config.has("quantization_config")) {
-    const std::vector<Index> block = config.part("quantization_config").counts("weight_block_size");
-    if (block.size() == 2 && std::min(block[0], block[1]) > 0) {
-      mixture.scale_rows = block[0];
-      mixture.scale_columns = block[1];
-    } else if (!block.empty()) {
-      config.part("quantization_config").refuse("weight_block_size", "two numbers above 0");
-    }
   }
   const Index dense = config.count("first_k_dense_replace", 0);
   const Index step = config.count("moe_layer_freq", 1);
