@@ -86,16 +86,22 @@ struct ValidTokens {
   Index first_row = 0;    ///< the number of row 0 in that batch
   Index batch_count = 0;  ///< N of the whole batch
 
+  /// The row of x that token i is, i from 0 to N − 1.
   Index row_of(Index token) const { return all ? token : list[token]; }
+  /// The rows of all tokens, or null if they are all rows of x.
   const Index* row_list() const { return all ? nullptr : list.data(); }
 
+  /// The tokens' rows of a matrix with T rows, to read: N rows.
   template <class Scalar>
   GatheredRows<Scalar> rows_of(const MatrixRef<Scalar>& x) const {
     return {x.data(), x.outerStride(), count, x.cols(), row_list()};
   }
+  /// The tokens' rows of a matrix with T rows, to add to.
   template <class Scalar>
   ScatteredRows<Scalar> rows_of(Matrix<Scalar>& dx) const {
     return {dx.data(), dx.outerStride(), count, dx.cols(), row_list()};
+  }
+};
   }
 };
 
