@@ -213,21 +213,26 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   /// That of a FeedForward, and room for x·A and dy·Bᵀ of every map; see FusedNetwork.
   Index scratch_width() const { return Base::odd_lines(rank_column(Base::pre_parts() + 1)); }
 
-  // These fill that room; see PreparedNetwork.
+  // The next five fill that room.
 
+  /// See PreparedNetwork.
   bool prepares() const { return config_.lora.rank > 0; }
+  /// See PreparedNetwork.
   void prepare_hidden(const Block& block) const {
     Base::for_each_first_weight(*this, block, [&](const Weight& weight, MatrixView<Scalar>) {
       multiply_by_a(weight, block.x, block);
     });
   }
+  /// See PreparedNetwork.
   void prepare_output(const Block& block) const {
     multiply_by_a(this->down_, Base::hidden_of(block), block);
   }
+  /// See PreparedNetwork.
   void prepare_hidden_backward(const Block& block, const MatrixRef<Scalar>& dy) const {
     if (config_.network.recompute) prepare_hidden(block);
     multiply_by_b(this->down_, block.rows_of(dy), block);
   }
+  /// See PreparedNetwork.
   void prepare_output_backward(const Block& block) const {
     Base::for_each_first_weight(*this, block, [&](const Weight& weight, MatrixView<Scalar> dpre) {
       multiply_by_b(weight, dpre, block);

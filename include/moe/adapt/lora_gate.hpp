@@ -58,10 +58,12 @@ class LoraGate {
     struct Sum final : detail::GradientFactors<Scalar> {
       Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B, where a gate computes it
       Matrix<Scalar> scaled_a;  ///< D x r, factor·A
-      Matrix<Scalar> t_a, t_b;  ///< T x r, see add_low_rank_gradients()
+      Matrix<Scalar> t_a;       ///< T x r, see add_low_rank_gradients()
+      Matrix<Scalar> t_b;       ///< T x r, likewise
       detail::LowRank<Scalar>* adapter = nullptr;  ///< of the call of backward()
       bool is_whole = false;  ///< whether W_g is trained too, which needs `gradient`
 
+      /// Adds to the gradients of A and B what x and the gradient of the scores give.
       void add(const GatheredRows<Scalar>& x, const GatheredRows<Scalar>& dy) override {
         const Index rank = adapter->rank();
         detail::resize(t_a, x.count(), rank);

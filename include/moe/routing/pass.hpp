@@ -102,8 +102,6 @@ struct ValidTokens {
     return {dx.data(), dx.outerStride(), count, dx.cols(), row_list()};
   }
 };
-  }
-};
 
 /// Sets `tokens` to the rows whose flag in Pass::valid is not 0, to all rows if there are no flags. T flags,
 /// or none; `batch` is Pass::batch. O(T).
