@@ -88,7 +88,8 @@ class LoraGate {
   /// A copy of a gate with fresh adapters. Its parameters stay trained or frozen as they are.
   /// Throws std::invalid_argument for a configuration out of range.
   LoraGate(Adapted gate, const LoraGateConfig& lora, std::uint64_t seed)
-      : config_{gate.config().width, gate.config(), detail::checked_lora("LoraGateConfig", lora)},
+      : config_{gate.config().width, gate.config(),
+                detail::checked_lora<Scalar>("LoraGateConfig", lora)},
         gate_(std::move(gate)) {
     Index number = 0;
     detail::walk_parameters(gate_, [&](const ParameterName& name, const auto& p) {
