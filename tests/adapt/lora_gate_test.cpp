@@ -417,3 +417,51 @@ TEST_CASE("lora gate: backward without forward is refused", "[adapt]") {
       (LoraGate<TopKGate<double>>({.width = 4, .gate = config_of<TopKGate<double>>()}, 1)),
       Contains("LoraGate::Config.gate.width = 12, must be 0 or Config.width = 4"));
 }
+
+TEST_CASE("lora gate: a pass that is refused leaves the tape as it was", "[adapt]") {
+  using Gate = TopKGate<double>;
+  Gate::Config config = config_of<Gate>();
+  config.capacity = 9;
+  config.evaluation_capacity = 9;
+  config.sequences = 2;
+  const auto check = [&](auto gate) {
+    randomize(gate, 7, 0.4);
+    typename decltype(gate)::Tape tape;
+    const auto x = random_matrix(20, width, 1);
+    gate.forward(x, tape, {.step = 0});
+    const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+    const auto gradients = [&] {
+      zero_gradients(gate);
+      Matrix<double> dx = Matrix<double>::Zero(20, width);
+      gate.backward(x, dweight, tape, dx);
+      Named all = gradients_of(gate);
+      all["x"] = dx;
+      return all;
+    };
+    const Named expected = gradients();
+    const auto refused = [&](Index rows, Index columns, const Pass& pass,
+                             const std::string& message, bool evaluate = true) {
+      const auto other = random_matrix(rows, columns, 2);
+      CHECK_THROWS_WITH(gate.forward(other, tape, pass), Contains(message));
+      if (evaluate) {
+        CHECK_THROWS_WITH(gate.evaluate(other, tape, {.valid = pass.valid}), Contains(message));
+      }
+      REQUIRE(tape.trained);
+      for (const auto& [name, gradient] : gradients()) {
+        INFO(name);
+        CHECK(same_bits(gradient, expected.at(name)));
+      }
+    };
+    refused(20, width + 1, {.step = 1}, "x has 13 columns");
+    refused(21, width, {.step = 1}, "not a multiple of Config.sequences = 2");
+    const std::vector<std::uint8_t> valid(19, 1);
+    refused(20, width, {.step = 1, .valid = valid}, "Pass.valid has 19 entries");
+    refused(20, width, {.step = 1, .loss_scale = -1}, "Pass.loss_scale = -1", false);
+    const std::vector<double> noise(3, 0);
+    refused(20, width, {.step = 1, .noise = noise}, "Pass.noise has 3 numbers", false);
+  };
+  check(LoraGate<Gate>({.gate = config, .lora = {.rank = 2}}, 3));
+  // The checks of the gate inside are made by the one around it too.
+  check(SharedExpertGate<LoraGate<Gate>>(
+      {.width = width, .routed = {.gate = config, .lora = {.rank = 2}}}, 3));
+}

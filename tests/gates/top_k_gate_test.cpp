@@ -376,7 +376,9 @@ TEST_CASE("top-k gate: the best tokens' places are refused in a shared batch", "
   };
   const Alone batch;
   TopKTape<double> tape;
+  gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0});
   CHECK_THROWS_WITH(gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0, .batch = &batch}),
                     message);
+  CHECK(tape.trained);  // backward() still works on the pass before
   CHECK_NOTHROW(gate.evaluate(Matrix<double>::Ones(4, 1), tape, {.batch = &batch}));  // no limit
 }

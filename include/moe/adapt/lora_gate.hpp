@@ -130,8 +130,10 @@ class LoraGate {
     return gate;
   }
 
-  /// As the gate's.
+  /// As the gate's. Throws std::invalid_argument, with the tape unchanged, when x is not D wide or the
+  /// pass does not fit x.
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    detail::check_gate_forward(*this, "LoraGate", x, pass);
     tape.trained = false;
     prepare(tape);
     tape.gate->forward(x, static_cast<typename Adapted::Tape&>(tape), pass);
@@ -140,6 +142,7 @@ class LoraGate {
   /// As the gate's.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                   const EvaluationPass& pass = {}) const {
+    detail::check_gate_evaluate(*this, "LoraGate", x, pass);
     tape.trained = false;
     prepare(tape);
     tape.gate->evaluate(x, static_cast<typename Adapted::Tape&>(tape), pass);
@@ -178,6 +181,18 @@ class LoraGate {
 
   // Each of the following exists only if the gate has it.
 
+  /// As the gate's.
+  void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const requires
+      requires(const Adapted& gate) {
+    gate.check_forward(x, pass);
+  }
+  { gate_.check_forward(x, pass); }
+  /// As the gate's.
+  void check_evaluate(const MatrixRef<Scalar>& x, const EvaluationPass& pass) const requires
+      requires(const Adapted& gate) {
+    gate.check_evaluate(x, pass);
+  }
+  { gate_.check_evaluate(x, pass); }
   /// As the gate's.
   void set_loss_weights(const LossWeights& weights) requires requires(Adapted& gate) {
     gate.set_loss_weights(weights);
@@ -255,7 +270,6 @@ class LoraGate {
   /// bias included, with the adapters added to its weights. Only the memory of the gradients is
   /// reused.
   void prepare(Tape& tape) const {
-    detail::check_shapes(*this, "LoraGate");
     tape.sums.resize(adapters_.size());
     if (tape.gate.has_value()) {
       for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {
