@@ -78,6 +78,12 @@ struct Unweighted : TopKGate<double> {
   static void visit_parameters(Self&, Visitor) {}
 };
 
+/// A gate that does not check the tape itself.
+struct Unchecked : HierarchicalGate<double> {
+  using HierarchicalGate<double>::HierarchicalGate;
+  void check_tape(const Tape&) const = delete;
+};
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate", "[adapt]",
@@ -327,6 +333,26 @@ TEST_CASE("lora gate: backward on the tape of another gate is refused", "[adapt]
   CHECK_THROWS_WITH(smaller.backward(x, std::vector<double>(40, 1), tape, dx),
                     Contains("the tape is another gate's"));
   CHECK(dx.isZero(0));
+}
+
+TEST_CASE("lora gate: backward on a tape with another number of adapters is refused", "[adapt]") {
+  const auto gate_of = [](Index groups) {
+    Unchecked::Config config = config_of<Unchecked>();
+    config.groups = groups;
+    return LoraGate<Unchecked>({.gate = config, .lora = {.rank = 2}}, 3);
+  };
+  const auto x = random_matrix(20, width, 1);
+  LoraGate<Unchecked>::Tape tape;
+  gate_of(3).forward(x, tape, {.step = 0});
+  for (const Index groups : {2, 5}) {
+    auto other = gate_of(groups);
+    Matrix<double> dx = Matrix<double>::Zero(20, width);
+    // The adapters of the primary gate and of every group's.
+    CHECK_THROWS_WITH(other.backward(x, std::vector<double>(40, 1), tape, dx),
+                      Contains("the tape is another gate's, of 4 adapters, this one has " +
+                               std::to_string(groups + 1)));
+    CHECK(dx.isZero(0));
+  }
 }
 
 TEMPLATE_TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one",

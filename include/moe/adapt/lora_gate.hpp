@@ -175,6 +175,9 @@ class LoraGate {
   void check_tape(const Tape& tape) const {
     detail::require(tape.gate.has_value() && tape.trained,
                     "LoraGate::backward without a forward pass on this tape");
+    detail::require(tape.sums.size() == adapters_.size(),
+                    "LoraGate::backward: the tape is another gate's, of ", tape.sums.size(),
+                    " adapters, this one has ", adapters_.size());
     detail::check_shapes(*this, "LoraGate");
     if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
   }
