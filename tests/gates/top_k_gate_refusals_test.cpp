@@ -158,7 +158,8 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused where each h
                                .sequences = 2},
                               1);
   TopKTape<double> tape;
-  const std::string message = "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2";
+  const std::string message =
+      "moe: TopKGate: the batch has 7 rows, not a multiple of Config.sequences = 2";
   CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}), message);
   CHECK_THROWS_WITH(gate.evaluate(random_matrix(7, 5, 2), tape), message);
   CHECK_NOTHROW(gate.evaluate(random_matrix(0, 5, 2), tape));
@@ -169,7 +170,7 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served 
   const TopKGate<double> gate(everything(), 1);
   TopKTape<double> tape;
   CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
-                    "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
+                    "moe: TopKGate: the batch has 7 rows, not a multiple of Config.sequences = 2");
   CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape));
   CHECK(tape.balance.losses.sequence == 0);
   CHECK(tape.balance.losses.switch_loss > 0);

@@ -276,7 +276,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     if (limit.exists() && batch != nullptr) detail::check_shared_order(config_.place_order);
     if (limit.capacity == 0 && !has_sequence_loss) return;
     if (batch != nullptr) rows = batch->rows();
-    detail::require(rows % config_.sequences == 0, "TopKGate: x has ", rows,
+    detail::require(rows % config_.sequences == 0, "TopKGate: the batch has ", rows,
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
   }
 
