@@ -78,6 +78,12 @@ struct Unweighted : TopKGate<double> {
   static void visit_parameters(Self&, Visitor) {}
 };
 
+/// A gate that does not check the tape itself.
+struct Unchecked : HierarchicalGate<double> {
+  using HierarchicalGate<double>::HierarchicalGate;
+  void check_tape(const Tape&) const = delete;
+};
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("lora gate: passes and gradients are those of the merged gate", "[adapt]",
@@ -329,6 +335,26 @@ TEST_CASE("lora gate: backward on the tape of another gate is refused", "[adapt]
   CHECK(dx.isZero(0));
 }
 
+TEST_CASE("lora gate: backward on a tape with another number of adapters is refused", "[adapt]") {
+  const auto gate_of = [](Index groups) {
+    Unchecked::Config config = config_of<Unchecked>();
+    config.groups = groups;
+    return LoraGate<Unchecked>({.gate = config, .lora = {.rank = 2}}, 3);
+  };
+  const auto x = random_matrix(20, width, 1);
+  LoraGate<Unchecked>::Tape tape;
+  gate_of(3).forward(x, tape, {.step = 0});
+  for (const Index groups : {2, 5}) {
+    auto other = gate_of(groups);
+    Matrix<double> dx = Matrix<double>::Zero(20, width);
+    // The adapters of the primary gate and of every group's.
+    CHECK_THROWS_WITH(other.backward(x, std::vector<double>(40, 1), tape, dx),
+                      Contains("the tape is another gate's, of 4 adapters, this one has " +
+                               std::to_string(groups + 1)));
+    CHECK(dx.isZero(0));
+  }
+}
+
 TEMPLATE_TEST_CASE("lora gate: the tape of a gate with more experts is as good as a new one",
                    "[adapt]", TopKGate<double>, HierarchicalGate<double>) {
   using Gate = TestType;
@@ -416,4 +442,52 @@ TEST_CASE("lora gate: backward without forward is refused", "[adapt]") {
   CHECK_THROWS_WITH(
       (LoraGate<TopKGate<double>>({.width = 4, .gate = config_of<TopKGate<double>>()}, 1)),
       Contains("LoraGate::Config.gate.width = 12, must be 0 or Config.width = 4"));
+}
+
+TEST_CASE("lora gate: a pass that is refused leaves the tape as it was", "[adapt]") {
+  using Gate = TopKGate<double>;
+  Gate::Config config = config_of<Gate>();
+  config.capacity = 9;
+  config.evaluation_capacity = 9;
+  config.sequences = 2;
+  const auto check = [&](auto gate) {
+    randomize(gate, 7, 0.4);
+    typename decltype(gate)::Tape tape;
+    const auto x = random_matrix(20, width, 1);
+    gate.forward(x, tape, {.step = 0});
+    const std::vector<double> dweight(detail::to_size(tape.routing.slots()), 0.25);
+    const auto gradients = [&] {
+      zero_gradients(gate);
+      Matrix<double> dx = Matrix<double>::Zero(20, width);
+      gate.backward(x, dweight, tape, dx);
+      Named all = gradients_of(gate);
+      all["x"] = dx;
+      return all;
+    };
+    const Named expected = gradients();
+    const auto refused = [&](Index rows, Index columns, const Pass& pass,
+                             const std::string& message, bool evaluate = true) {
+      const auto other = random_matrix(rows, columns, 2);
+      CHECK_THROWS_WITH(gate.forward(other, tape, pass), Contains(message));
+      if (evaluate) {
+        CHECK_THROWS_WITH(gate.evaluate(other, tape, {.valid = pass.valid}), Contains(message));
+      }
+      REQUIRE(tape.trained);
+      for (const auto& [name, gradient] : gradients()) {
+        INFO(name);
+        CHECK(same_bits(gradient, expected.at(name)));
+      }
+    };
+    refused(20, width + 1, {.step = 1}, "x has 13 columns");
+    refused(21, width, {.step = 1}, "not a multiple of Config.sequences = 2");
+    const std::vector<std::uint8_t> valid(19, 1);
+    refused(20, width, {.step = 1, .valid = valid}, "Pass.valid has 19 entries");
+    refused(20, width, {.step = 1, .loss_scale = -1}, "Pass.loss_scale = -1", false);
+    const std::vector<double> noise(3, 0);
+    refused(20, width, {.step = 1, .noise = noise}, "Pass.noise has 3 numbers", false);
+  };
+  check(LoraGate<Gate>({.gate = config, .lora = {.rank = 2}}, 3));
+  // The checks of the gate inside are made by the one around it too.
+  check(SharedExpertGate<LoraGate<Gate>>(
+      {.width = width, .routed = {.gate = config, .lora = {.rank = 2}}}, 3));
 }

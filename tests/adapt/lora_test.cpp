@@ -586,6 +586,26 @@ TEST_CASE("lora: a configuration that is out of range is refused", "[adapt]") {
   CHECK_THROWS_WITH(
       adapt(layer, LoraConfig{.alpha = std::numeric_limits<double>::infinity()}, Seed{1}),
       Contains("LoraConfig.alpha = inf, must be finite"));
+  // Finite in double, but not in float.
+  const LoraConfig large{.rank = 2, .alpha = 1e39};
+  CHECK_THROWS_WITH(
+      LoraFeedForward<float>({.width = 4, .network = {.hidden = 3}, .lora = large}, 0),
+      Contains("LoraConfig.alpha = 1e+39, gives a factor of 5e+38, must be finite as a"
+               " Scalar"));
+  CHECK_NOTHROW(LoraFeedForward<double>({.width = 4, .network = {.hidden = 3}, .lora = large}, 0));
+  CHECK_THROWS_WITH(
+      LoraGate<TopKGate<float>>({.gate = {.width = 4, .experts = 3, .top_k = 2},
+                                 .lora = {.rank = 4, .alpha = -1e39, .rank_stabilized = true}},
+                                0),
+      Contains("LoraGateConfig.alpha = -1e+39, gives a factor of -5e+38, must be finite as a"
+               " Scalar"));
+  // It is the factor that counts, and without adapters there is none.
+  const Plain<float> of_float(
+      {.width = 6, .expert = {.hidden = 9}, .gate = {.experts = 3, .top_k = 2}, .seed = 3});
+  for (const Index rank : {0, 100}) {
+    const auto adapted = adapt(of_float, LoraConfig{.rank = rank, .alpha = 1e39}, Seed{1});
+    CHECK(adapted.evaluate(random_matrix<float>(5, 6, 1)).allFinite());
+  }
   CHECK_THROWS_WITH(adapt(layer, LoraConfig{}, LoraGateConfig{.rank = -2}, Seed{1}),
                     Contains("LoraGateConfig.rank = -2"));
   CHECK_THROWS_WITH(LoraFeedForward<double>({.width = 4, .network = {.width = 5, .hidden = 3}}, 0),

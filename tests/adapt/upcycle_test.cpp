@@ -115,6 +115,11 @@ void for_each_gate(F&& f) {
   f("equal scores",
     UpcycleConfig<TopKGate<Scalar>>{
         .gate = {.experts = 12, .top_k = 6, .renormalise = true, .init_stddev = 0}, .seed = 8});
+  f("none shared",
+    UpcycleConfig<SharedExpertGate<TopKGate<Scalar>>>{
+        .gate = {.shared = 0,
+                 .routed = {.experts = 12, .top_k = 6, .renormalise = true, .init_stddev = 1}},
+        .seed = 10});
   f("noisy", UpcycleConfig<NoisyTopKGate<Scalar>>{.gate = {.experts = 12, .top_k = 6}, .seed = 9});
 }
 
@@ -468,8 +473,31 @@ TEST_CASE("upcycle: what cannot be the dense network is refused", "[adapt]") {
           .gate = {.shared = 2, .routed = {.experts = 4, .top_k = 2}}, .slices = 2, .seed = 1},
       "upcycle: slices = 2");
 
+  // Without shared experts it is the gate inside, whose numbers count.
+  const auto none_shared = [](const TopKConfig& routed) {
+    return UpcycleConfig<SharedExpertGate<TopK>>{
+        .gate = {.shared = 0, .routed = routed}, .slices = 2, .seed = 1};
+  };
+  refused(none_shared({.experts = 6, .top_k = 3, .renormalise = true}),
+          "upcycle: slices = 2, must divide the gate's routed.top_k = 3");
+  refused(none_shared({.experts = 6, .top_k = 2, .groups = 2}),
+          "upcycle: slices = 2, must divide the gate's routed.experts / groups = 3");
+  refused(none_shared({.experts = 4, .top_k = 2, .drawn_second = true}),
+          "upcycle: slices = 2, must be 1 with the gate's routed.drawn_second");
+
   refused(UpcycleConfig<test::HashGate>{.gate = {.experts = 4}, .slices = 2, .seed = 1},
           "upcycle: slices = 2, must be 1 with a gate that has no change_experts()");
+
+  // In training the second slot could be no slice of the first one's copy.
+  auto random = of_slices(4, 2, 2);
+  random.gate.random_second = true;
+  refused(random, "upcycle: slices = 2, must be 1 with the gate's random_second");
+  auto drawn = of_slices(4, 2, 2);
+  drawn.gate.drawn_second = true;
+  refused(drawn, "upcycle: slices = 2, must be 1 with the gate's drawn_second");
+  random.slices = drawn.slices = 1;
+  CHECK_NOTHROW(upcycle(dense, random));
+  CHECK_NOTHROW(upcycle(dense, drawn));
 
   const FeedForward<double> weighted = dense_network<double>({.weighted_input = true});
   CHECK_THROWS_WITH(upcycle(weighted, of_slices(4, 2, 2)),

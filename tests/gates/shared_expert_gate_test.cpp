@@ -480,7 +480,7 @@ TEST_CASE("shared expert gate: rows that the wrapped gate refuses leave the tape
   const Matrix<double> x = random_matrix(6, 3, 1);
   gate.forward(x, tape, {.step = 0});
   CHECK_THROWS_WITH(gate.forward(random_matrix(5, 3, 1), tape, {.step = 0}),
-                    "moe: TopKGate: x has 5 rows, not a multiple of Config.sequences = 2");
+                    "moe: TopKGate: the batch has 5 rows, not a multiple of Config.sequences = 2");
   const std::vector<double> dweight(tape.routing.weight.size(), 1.0);
   CHECK_NOTHROW(test::gate_dx(gate, x, dweight, tape));
 }

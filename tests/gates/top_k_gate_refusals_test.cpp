@@ -1,5 +1,6 @@
 #include "../naive_layer.hpp"
 #include "gates.hpp"
+#include "moe/gates/shared_expert_gate.hpp"
 #include "moe/gates/top_k_gate.hpp"
 #include "top_k.hpp"
 
@@ -157,7 +158,8 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused where each h
                                .sequences = 2},
                               1);
   TopKTape<double> tape;
-  const std::string message = "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2";
+  const std::string message =
+      "moe: TopKGate: the batch has 7 rows, not a multiple of Config.sequences = 2";
   CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}), message);
   CHECK_THROWS_WITH(gate.evaluate(random_matrix(7, 5, 2), tape), message);
   CHECK_NOTHROW(gate.evaluate(random_matrix(0, 5, 2), tape));
@@ -168,8 +170,28 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served 
   const TopKGate<double> gate(everything(), 1);
   TopKTape<double> tape;
   CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}),
-                    "moe: TopKGate: x has 7 rows, not a multiple of Config.sequences = 2");
+                    "moe: TopKGate: the batch has 7 rows, not a multiple of Config.sequences = 2");
   CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape));
   CHECK(tape.balance.losses.sequence == 0);
   CHECK(tape.balance.losses.switch_loss > 0);
+}
+
+TEST_CASE("top-k gate: a batch that evaluate() refuses leaves the tape as it was",
+          "[routing][gate]") {
+  const TopKConfig config{
+      .width = 5, .experts = 3, .top_k = 1, .evaluation_capacity = 2, .sequences = 2};
+  const Matrix<double> x = random_matrix(6, 5, 2);
+  const auto check = [&](auto gate) {
+    typename decltype(gate)::Tape tape;
+    gate.forward(x, tape, {.step = 0});
+    const std::vector<double> dweight(tape.routing.weight.size(), 0.5);
+    const Matrix<double> expected = test::gate_dx(gate, x, dweight, tape);
+    CHECK_THROWS_WITH(gate.evaluate(random_matrix(7, 5, 3), tape),
+                      Catch::Matchers::Contains("not a multiple of Config.sequences = 2"));
+    REQUIRE(tape.trained);
+    REQUIRE(tape.tokens.rows == 6);
+    CHECK(same_bits(test::gate_dx(gate, x, dweight, tape), expected));
+  };
+  check(TopKGate<double>(config, 1));
+  check(SharedExpertGate<TopKGate<double>>({.width = 5, .routed = config}, 1));
 }

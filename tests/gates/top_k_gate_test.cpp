@@ -348,6 +348,46 @@ TEST_CASE("top-k gate: a weight that is left of a softmax of the chosen is 1, wh
   CHECK(routing.weight == std::vector<double>{1, 0, 1});
 }
 
+namespace {
+
+/// A batch of 4 rows, all of them in this process.
+struct Alone final : SharedBatch {
+  Index processes() const override { return 1; }
+  Index process() const override { return 0; }
+  Index rows() const override { return 4; }
+  Index first_row() const override { return 0; }
+  Index tokens() const override { return 4; }
+  Index first_token() const override { return 0; }
+  void sum(std::span<float>) const override {}
+  void sum(std::span<double>) const override {}
+  void sum(std::span<Index>) const override {}
+  void prefix(std::span<Index> numbers) const override {
+    std::fill(numbers.begin(), numbers.end(), Index{0});
+  }
+  void gather_agreed(std::span<Index>) const override {}
+};
+
+}  // namespace
+
+TEST_CASE("top-k gate: it is the shared batch's rows that must be whole sequences",
+          "[routing][gate]") {
+  const TopKGate<double> gate({.width = 1,
+                               .experts = 2,
+                               .top_k = 1,
+                               .capacity = 2,
+                               .evaluation_capacity = 2,
+                               .sequences = 3},
+                              0);
+  const Alone batch;
+  TopKTape<double> tape;
+  // The rows of this process are.
+  const Matrix<double> x = Matrix<double>::Ones(3, 1);
+  const std::string message =
+      "moe: TopKGate: the batch has 4 rows, not a multiple of Config.sequences = 3";
+  CHECK_THROWS_WITH(gate.forward(x, tape, {.step = 0, .batch = &batch}), message);
+  CHECK_THROWS_WITH(gate.evaluate(x, tape, {.batch = &batch}), message);
+}
+
 TEST_CASE("top-k gate: the best tokens' places are refused in a shared batch", "[routing][gate]") {
   const TopKConfig config{.width = 1,
                           .experts = 2,
@@ -359,24 +399,11 @@ TEST_CASE("top-k gate: the best tokens' places are refused in a shared batch", "
       "moe: PlaceOrder::best_tokens: not possible in a batch that several processes share; use "
       "first_choices or largest_weight";
   CHECK_THROWS_WITH(gate.shared_calls(true, 4), message);
-  struct Alone final : SharedBatch {
-    Index processes() const override { return 1; }
-    Index process() const override { return 0; }
-    Index rows() const override { return 4; }
-    Index first_row() const override { return 0; }
-    Index tokens() const override { return 4; }
-    Index first_token() const override { return 0; }
-    void sum(std::span<float>) const override {}
-    void sum(std::span<double>) const override {}
-    void sum(std::span<Index>) const override {}
-    void prefix(std::span<Index> numbers) const override {
-      std::fill(numbers.begin(), numbers.end(), Index{0});
-    }
-    void gather_agreed(std::span<Index>) const override {}
-  };
   const Alone batch;
   TopKTape<double> tape;
+  gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0});
   CHECK_THROWS_WITH(gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0, .batch = &batch}),
                     message);
+  CHECK(tape.trained);  // backward() still works on the pass before
   CHECK_NOTHROW(gate.evaluate(Matrix<double>::Ones(4, 1), tape, {.batch = &batch}));  // no limit
 }

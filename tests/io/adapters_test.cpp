@@ -623,6 +623,23 @@ TEST_CASE("adapters: ranks and alphas that are not the module's", "[io][adapt]")
   CHECK(is_loaded("lora_alpha", 5.000000000001));
 }
 
+TEST_CASE("adapters: a factor that is not finite in the layer's Scalar", "[io][adapt]") {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("a");
+  const auto save = [&](double alpha) {
+    const LoraFeedForward<double> network(
+        {.width = 4, .network = {.hidden = 3}, .lora = {.rank = 1, .alpha = alpha}}, 0);
+    save_adapters(path, network, "experts.0.");
+  };
+  const MoELayer<Expert<FeedForward>> layer(
+      {.width = 4, .expert = {.hidden = 3}, .gate = {.experts = 1, .top_k = 1}, .seed = 1});
+  save(1e38);
+  CHECK_NOTHROW(adapt(layer, load_lora_config(path), Seed{1}));
+  save(1e39);
+  CHECK_THROWS_WITH(adapt(layer, load_lora_config(path), Seed{1}),
+                    Contains("LoraConfig.alpha = 1e+39, gives a factor of 1e+39"));
+}
+
 TEST_CASE("adapters: patterns of ranks and alphas", "[io][adapt]") {
   // Of whole names, of their ends, and of nothing that is here.
   CHECK_THAT(refusal_of("rank_pattern", {{"^experts.1.up", 4}}),

@@ -98,7 +98,9 @@ MoELayer<Lora<FeedForward, Scalar>, LoraGate<Gate>, Dispatch> adapt(
     const LoraGateConfig& gate, Seed seed, Dispatch policy = Dispatch()) {
   using Adapted = Lora<FeedForward, Scalar>;
   using Layer = MoELayer<Adapted, LoraGate<Gate>, Dispatch>;
-  LoraGate<Gate> adapted(detail::frozen(layer.gate()), gate, derive_seed(seed, 0));
+  auto adapted = layer.dispatch_policy().together("adapt: the gate", [&] {
+    return LoraGate<Gate>(detail::frozen(layer.gate()), gate, derive_seed(seed, 0));
+  });
   return Layer(
       detail::config_with<Layer>(
           layer.config(), LoraFeedForwardConfig{layer.config().width, layer.config().expert, lora},
@@ -139,13 +141,19 @@ auto merged(const MoELayer<Lora<FeedForward, Stored>, Gate, Dispatch>& layer,
   using Scalar = typename Lora<FeedForward, Stored>::Scalar;
   using Plain = Expert<FeedForward, Scalar>;
   const auto& gate_config = detail::merged_gate_config(layer.gate(), layer.config().gate);
-  auto gate = detail::unfrozen(detail::merged_gate(layer.gate()), gate_config);
+  const auto& before = layer.dispatch_policy();
+  auto gate = before.together("merged: the gate", [&] {
+    return detail::unfrozen(detail::merged_gate(layer.gate()), gate_config);
+  });
   using Layer = MoELayer<Plain, decltype(gate), Dispatch>;
-  std::vector<Plain> experts;
-  experts.reserve(layer.experts().size());
-  for (const auto& expert : layer.experts()) {
-    experts.emplace_back(expert.network().merged(), layer.config().width);
-  }
+  auto experts = before.together("merged: the experts", [&] {
+    std::vector<Plain> plain;
+    plain.reserve(layer.experts().size());
+    for (const auto& expert : layer.experts()) {
+      plain.emplace_back(expert.network().merged(), layer.config().width);
+    }
+    return plain;
+  });
   const auto config =
       detail::config_with<Layer>(layer.config(), layer.config().expert.network, gate_config);
   return Layer(config, std::move(gate), std::move(experts), std::move(policy));

@@ -15,7 +15,7 @@ namespace moe {
 /// Models", 2021, eq. 3].
 struct LoraConfig {
   Index rank = 8;     ///< r, at least 0; with 0 there are no adapters
-  double alpha = 16;  ///< factor = alpha / rank; finite
+  double alpha = 16;  ///< factor = alpha / rank; both finite, the factor as a Scalar
   /// factor = alpha / sqrt(rank) [D. Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning
   /// with LoRA", 2023].
   bool rank_stabilized = false;
@@ -38,7 +38,7 @@ struct LoraConfig {
 /// the weights of the noise.
 struct LoraGateConfig {
   Index rank = 8;                ///< r, at least 0; with 0 there are no adapters
-  double alpha = 16;             ///< factor = alpha / rank; finite
+  double alpha = 16;             ///< factor = alpha / rank; both finite, the factor as a Scalar
   bool rank_stabilized = false;  ///< factor = alpha / sqrt(rank)
 
   template <class Self, class Visitor>
@@ -51,18 +51,21 @@ struct LoraGateConfig {
 
 namespace detail {
 
-/// Throws std::invalid_argument for a field out of range.
-template <class Config>
-const Config& checked_lora(std::string_view name, const Config& config) {
-  require(config.rank >= 0, name, ".rank = ", config.rank, ", must be at least 0");
-  require(std::isfinite(config.alpha), name, ".alpha = ", config.alpha, ", must be finite");
-  return config;
-}
-
 template <class Config>
 double lora_factor(const Config& config) {
   const auto rank = static_cast<double>(config.rank);
   return config.rank == 0 ? 0 : config.alpha / (config.rank_stabilized ? std::sqrt(rank) : rank);
+}
+
+/// Throws std::invalid_argument for a field out of range of adapters of Scalars.
+template <class Scalar, class Config>
+const Config& checked_lora(std::string_view name, const Config& config) {
+  require(config.rank >= 0, name, ".rank = ", config.rank, ", must be at least 0");
+  require(std::isfinite(config.alpha), name, ".alpha = ", config.alpha, ", must be finite");
+  const double factor = lora_factor(config);
+  require(std::isfinite(static_cast<Scalar>(factor)), name, ".alpha = ", config.alpha,
+          ", gives a factor of ", factor, ", must be finite as a Scalar");
+  return config;
 }
 
 }  // namespace detail

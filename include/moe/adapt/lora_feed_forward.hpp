@@ -159,7 +159,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   LoraFeedForward(const Network& network, const LoraConfig& lora, std::uint64_t seed)
       : Base(network.config()),
         config_{network.config().width, network.config(),
-                detail::checked_lora("LoraConfig", lora)} {
+                detail::checked_lora<Scalar>("LoraConfig", lora)} {
     const bool any = lora.up || lora.down || (lora.gate && network.config().gated);
     detail::require(lora.rank == 0 || any, "LoraConfig.rank = ", lora.rank,
                     ", but gate, up and down leave no map with an adapter");

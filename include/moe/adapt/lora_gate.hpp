@@ -90,7 +90,8 @@ class LoraGate {
   /// A copy of a gate with fresh adapters. Its parameters stay trained or frozen as they are.
   /// Throws std::invalid_argument for a configuration out of range.
   LoraGate(Adapted gate, const LoraGateConfig& lora, std::uint64_t seed)
-      : config_{gate.config().width, gate.config(), detail::checked_lora("LoraGateConfig", lora)},
+      : config_{gate.config().width, gate.config(),
+                detail::checked_lora<Scalar>("LoraGateConfig", lora)},
         gate_(std::move(gate)) {
     Index number = 0;
     detail::walk_parameters(gate_, [&](const ParameterName& name, const auto& p) {
@@ -131,8 +132,10 @@ class LoraGate {
     return gate;
   }
 
-  /// As the gate's.
+  /// As the gate's. Throws std::invalid_argument, with the tape unchanged, when x is not D wide or the
+  /// pass does not fit x.
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
+    detail::check_gate_forward(*this, "LoraGate", x, pass);
     tape.trained = false;
     prepare(tape);
     tape.gate->forward(x, static_cast<typename Adapted::Tape&>(tape), pass);
@@ -141,6 +144,7 @@ class LoraGate {
   /// As the gate's.
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                   const EvaluationPass& pass = {}) const {
+    detail::check_gate_evaluate(*this, "LoraGate", x, pass);
     tape.trained = false;
     prepare(tape);
     tape.gate->evaluate(x, static_cast<typename Adapted::Tape&>(tape), pass);
@@ -173,12 +177,27 @@ class LoraGate {
   void check_tape(const Tape& tape) const {
     detail::require(tape.gate.has_value() && tape.trained,
                     "LoraGate::backward without a forward pass on this tape");
+    detail::require(tape.sums.size() == adapters_.size(),
+                    "LoraGate::backward: the tape is another gate's, of ", tape.sums.size(),
+                    " adapters, this one has ", adapters_.size());
     detail::check_shapes(*this, "LoraGate");
     if constexpr (requires { gate_.check_tape(tape); }) gate_.check_tape(tape);
   }
 
   // Each of the following exists only if the gate has it.
 
+  /// As the gate's.
+  void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const requires
+      requires(const Adapted& gate) {
+    gate.check_forward(x, pass);
+  }
+  { gate_.check_forward(x, pass); }
+  /// As the gate's.
+  void check_evaluate(const MatrixRef<Scalar>& x, const EvaluationPass& pass) const requires
+      requires(const Adapted& gate) {
+    gate.check_evaluate(x, pass);
+  }
+  { gate_.check_evaluate(x, pass); }
   /// As the gate's.
   void set_loss_weights(const LossWeights& weights) requires requires(Adapted& gate) {
     gate.set_loss_weights(weights);
@@ -256,7 +275,6 @@ class LoraGate {
   /// bias included, with the adapters added to its weights. Only the memory of the gradients is
   /// reused.
   void prepare(Tape& tape) const {
-    detail::check_shapes(*this, "LoraGate");
     tape.sums.resize(adapters_.size());
     if (tape.gate.has_value()) {
       for_each_adapted(*tape.gate, [&](std::size_t i, Parameter<Scalar>& weight) {

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -28,8 +30,8 @@ template <class Gate>
 struct UpcycleConfig {
   typename Gate::Config gate{};  ///< has the number of experts, E; its width is 0 or D
   /// G, the number of slices of the network, of H/G hidden units each; every slice is an expert. At
-  /// least 1; it divides H, E and, where the gate's Config has them, top_k and the experts of a
-  /// group.
+  /// least 1; it divides H, E and, where the gate's Config or the one of the gate inside it has them,
+  /// top_k and the experts of a group.
   Index slices = 1;
   /// Standard deviation of the normal noise on the parameters of all experts but the first G, finite and
   /// at least 0. At 0 all copies are equal, and only the gate makes them differ in training.
@@ -80,6 +82,32 @@ void tie_slices(Gate& gate, Index slices, std::uint64_t seed) {
   }
 }
 
+inline void check_slices_divide(Index slices, std::string_view of, Index number) {
+  require(number % slices == 0, "upcycle: slices = ", slices, ", must divide ", of, " = ", number);
+}
+
+/// Throws std::invalid_argument unless a gate with this number of experts chooses all slices of a copy
+/// together. `gate` is its Config, and `name` is in front of the names of the fields.
+template <class Config>
+void check_gate_slices(const Config& gate, const std::string& name, Index experts, Index slices) {
+  check_slices_divide(slices, name + "experts", experts);
+  if constexpr (requires { Index{gate.top_k}; }) {
+    check_slices_divide(slices, name + "top_k", gate.top_k);
+  }
+  if constexpr (requires { Index{gate.groups}; }) {
+    check_slices_divide(slices, name + "experts / groups", experts / gate.groups);
+  }
+  if constexpr (requires { gate.random_second, gate.drawn_second; }) {
+    require(slices == 1 || !gate.random_second, "upcycle: slices = ", slices, ", must be 1 with ",
+            name, "random_second, which drops one slice of a copy");
+    require(slices == 1 || !gate.drawn_second, "upcycle: slices = ", slices, ", must be 1 with ",
+            name, "drawn_second, which draws a slice of another copy");
+  }
+  if constexpr (requires { Index{gate.shared}, gate.routed; }) {
+    check_gate_slices(gate.routed, name + "routed.", experts - gate.shared, slices);
+  }
+}
+
 /// Throws std::invalid_argument unless the network can be cut into these slices and the gate can
 /// choose all slices of a copy together.
 template <class Gate>
@@ -87,18 +115,8 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
                   Index experts) {
   const Index slices = config.slices;
   require(slices >= 1, "upcycle: slices = ", slices, ", must be at least 1");
-  const auto check_divides = [&](const char* of, Index number) {
-    require(number % slices == 0, "upcycle: slices = ", slices, ", must divide ", of, " = ",
-            number);
-  };
-  check_divides("the network's hidden", dense.hidden);
-  check_divides("the gate's experts", experts);
-  if constexpr (requires { Index{config.gate.top_k}; }) {
-    check_divides("the gate's top_k", config.gate.top_k);
-  }
-  if constexpr (requires { Index{config.gate.groups}; }) {
-    check_divides("the gate's experts / groups", experts / config.gate.groups);
-  }
+  check_slices_divide(slices, "the network's hidden", dense.hidden);
+  check_gate_slices(config.gate, "the gate's ", experts, slices);
   require(slices == 1 || !dense.weighted_input, "upcycle: slices = ", slices,
           ", must be 1 for a network with weighted_input");
 }
@@ -128,16 +146,18 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 ///
 /// Two things break the sum of slices. In a noisy gate's training passes noise separates experts of equal
 /// scores, so a token may get one slice twice and another one not at all; evaluate() has no noise.
-/// And where single slots of a token are dropped, as by a capacity, slices are missing. Where the
-/// network has weighted_input, the weight of a slot multiplies x: y is the network's where each
+/// And where single slots of a token are dropped, as by a capacity, slices are missing. TopKGate's
+/// random_second and drawn_second would break it in every training pass, so G must be 1 with them. Where
+/// the network has weighted_input, the weight of a slot multiplies x: y is the network's where each
 /// token has one slot, of weight 1, and G must be 1.
 ///
 /// The experts' configuration is the network's, with H/G hidden units; parameters that are not
 /// `trained` in the network are not trained in the copies either. mpi::scatter_parameters() spreads
 /// such a layer over ranks. Throws std::invalid_argument for a field out of range, as the gate does
 /// for its Config, where a parameter of the network has another shape than its Config says, and for
-/// G > 1 where the network has weighted_input or the gate cannot give two experts the same score:
-/// HierarchicalGate, ProductKeyGate, SharedExpertGate, and a gate without change_experts().
+/// G > 1 where the network has weighted_input, the second choice is random or the gate cannot give two experts the same score:
+/// HierarchicalGate, ProductKeyGate, SharedExpertGate with shared experts, and a gate without
+/// change_experts().
 template <class Gate>
 MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
     const FeedForward<typename Gate::Scalar>& dense, const UpcycleConfig<Gate>& config) {

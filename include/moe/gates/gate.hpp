@@ -25,8 +25,8 @@ struct GateTape {
   bool trained = false;     ///< whether the last pass was a forward() that completed
 
   // Saved by the library's gates, see detail::GateBase.
-  ValidTokens tokens;  ///< the rows of x that are not padding
-  double loss_scale = 1;       ///< Pass::loss_scale
+  ValidTokens tokens;     ///< the rows of x that are not padding
+  double loss_scale = 1;  ///< Pass::loss_scale
 };
 
 /// A gate makes a Routing, and takes the gradient of the loss w.r.t. the slots' weights in
@@ -178,6 +178,26 @@ void check_gate_input(const G& gate, const char* name, const MatrixRef<typename 
   check_shapes(gate, name);
 }
 
+// The arguments of every gate's forward() and evaluate(), which are checked before anything is changed.
+
+template <class G>
+void check_gate_forward(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x,
+                        const Pass& pass) {
+  check_gate_input(gate, name, x);
+  check_pass(name, pass, x.rows());
+  if constexpr (requires { gate.noise_columns(); }) {
+    check_noise(name, pass, x.rows(), gate.noise_columns());
+  }
+  if constexpr (requires { gate.check_forward(x, pass); }) gate.check_forward(x, pass);
+}
+template <class G>
+void check_gate_evaluate(const G& gate, const char* name, const MatrixRef<typename G::Scalar>& x,
+                         const EvaluationPass& pass) {
+  check_gate_input(gate, name, x);
+  check_valid(name, pass.valid, x.rows());
+  if constexpr (requires { gate.check_evaluate(x, pass); }) gate.check_evaluate(x, pass);
+}
+
 /// Checks the arguments of every gate's backward(), before it changes anything.
 template <class Scalar>
 void check_gate_backward(const char* name, Index width, const MatrixRef<Scalar>& x,
@@ -197,7 +217,9 @@ void check_gate_backward(const char* name, Index width, const MatrixRef<Scalar>&
 /// What the library's gates have in common. `Derived` has a `name` for messages, a Config with a width,
 /// check_tape(), and:
 ///
-///     check_forward(x, pass) const              checks that only this gate makes
+///     check_forward(x, pass) const              checks that only this gate makes, before forward()
+///                                               changes the tape
+///     check_evaluate(x, pass) const             the same of evaluate()
 ///     route(x, pass, tape) const                for a Pass and for an EvaluationPass: sets
 ///                                               tape.routing and tape.balance, of the rows in
 ///                                               tape.tokens
@@ -211,6 +233,7 @@ class GateBase {
 
   /// Checks that only this gate makes: none by default.
   void check_forward(const MatrixRef<Scalar>&, const Pass&) const {}
+  void check_evaluate(const MatrixRef<Scalar>&, const EvaluationPass&) const {}  ///< the same
 
   /// The number of values of Pass::noise for a row of x.
   Index noise_columns() const { return 0; }
@@ -220,10 +243,7 @@ class GateBase {
   /// does not fit x. O(T·D·E) unless the class says otherwise.
   template <class Tape>
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
-    check_gate_input(self(), Derived::name, x);
-    check_pass(Derived::name, pass, x.rows());
-    check_noise(Derived::name, pass, x.rows(), self().noise_columns());
-    self().check_forward(x, pass);
+    check_gate_forward(self(), Derived::name, x, pass);
     tape.trained = false;
     tape.loss_scale = pass.loss_scale;
     find_valid_tokens(x.rows(), pass.valid, pass.batch, tape.tokens);
@@ -232,12 +252,12 @@ class GateBase {
     return tape.routing;
   }
 
-  /// Routing without noise, and its balance. Saves nothing for backward().
+  /// Routing without noise, and its balance. Saves nothing for backward(). Throws
+  /// std::invalid_argument, with the tape unchanged, when x is not D wide or the pass does not fit x.
   template <class Tape>
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                   const EvaluationPass& pass = {}) const {
-    check_gate_input(self(), Derived::name, x);
-    check_valid(Derived::name, pass.valid, x.rows());
+    check_gate_evaluate(self(), Derived::name, x, pass);
     tape.trained = false;
     tape.loss_scale = 1;
     find_valid_tokens(x.rows(), pass.valid, pass.batch, tape.tokens);

@@ -124,6 +124,10 @@ class SharedExpertGate
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
     if constexpr (requires { routed_.check_forward(x, pass); }) routed_.check_forward(x, pass);
   }
+  /// The checks of the wrapped gate.
+  void check_evaluate(const MatrixRef<Scalar>& x, const EvaluationPass& pass) const {
+    if constexpr (requires { routed_.check_evaluate(x, pass); }) routed_.check_evaluate(x, pass);
+  }
 
   /// Changes the weights of the wrapped gate's losses from the next pass on.
   template <class G = RoutedGate>

@@ -148,10 +148,13 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   }
 
   /// Throws std::invalid_argument if there is a loss or a capacity by sequence and the batch's rows are not a
-  /// multiple of Config.sequences.
+  /// multiple of Config.sequences, and if processes share the batch and places go to PlaceOrder::best_tokens.
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
-    if (config_.sequence_loss_weight == 0 && config_.capacity == 0) return;
-    check_sequences(pass.batch != nullptr ? pass.batch->rows() : x.rows());
+    check_batch(training_limit(), config_.sequence_loss_weight > 0, x.rows(), pass.batch);
+  }
+  /// The same with the capacity of evaluation. The loss by sequence is left out for such rows.
+  void check_evaluate(const MatrixRef<Scalar>& x, const EvaluationPass& pass) const {
+    check_batch(evaluation_limit(), false, x.rows(), pass.batch);
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
@@ -268,8 +271,12 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return {config_.evaluation_capacity, config_.evaluation_capacity_factor};
   }
 
-  void check_sequences(Index rows) const {
-    detail::require(rows % config_.sequences == 0, "TopKGate: x has ", rows,
+  void check_batch(const Limit& limit, bool has_sequence_loss, Index rows,
+                   const SharedBatch* batch) const {
+    if (limit.exists() && batch != nullptr) detail::check_shared_order(config_.place_order);
+    if (limit.capacity == 0 && !has_sequence_loss) return;
+    if (batch != nullptr) rows = batch->rows();
+    detail::require(rows % config_.sequences == 0, "TopKGate: the batch has ", rows,
                     " rows, not a multiple of Config.sequences = ", config_.sequences);
   }
 
@@ -295,9 +302,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   }
 
   /// With the capacity of evaluation; the loss by sequence is left out where T is not a multiple of
-  /// Config.sequences. Throws std::invalid_argument there if the capacity is by sequence.
+  /// Config.sequences.
   void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
-    if (config_.evaluation_capacity > 0) check_sequences(tape.tokens.batch_rows);
     linear_scores(tape.tokens.rows_of(x), weight_, bias_, tape.router.logits);
     choose(nullptr, tape);
     make_routing(evaluation_limit(), pass.batch, tape);

@@ -61,19 +61,20 @@ struct TopKConfig {
 
   double capacity_factor = 0;             ///< of training; 0: no limit
   double evaluation_capacity_factor = 0;  ///< of evaluate(); 0: no limit
-  /// The places of an expert in training as a number of tokens, in each of the batch's `sequences` (Switch
-  /// Transformer's expert_capacity at Hugging Face); 0: capacity_factor's, which are those of the batch.
+  /// The places of an expert in each of the batch's `sequences`, in training: a number of tokens, as
+  /// expert_capacity of Hugging Face's Switch Transformer. With 0, capacity_factor gives its places in the
+  /// whole batch.
   Index capacity = 0;
-  Index evaluation_capacity = 0;  ///< the same of evaluate(); 0: evaluation_capacity_factor's
+  Index evaluation_capacity = 0;  ///< the same in evaluate(); with 0, evaluation_capacity_factor
   PlaceOrder place_order = PlaceOrder::rows;  ///< which choices are dropped
 
   double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0
   double sequence_loss_weight = 0;                   ///< of its mean over sequences, >= 0
   SwitchCount switch_count = SwitchCount::per_slot;  ///< what f counts in both
-  /// The sequences of a batch, for sequence_loss_weight, capacity and evaluation_capacity. With the last,
-  /// evaluate() refuses rows that are not a multiple of it.
+  /// The number of sequences in a batch. forward() refuses a batch whose rows are not a multiple of it if
+  /// capacity or sequence_loss_weight is set; evaluate() if evaluation_capacity is. Nothing else uses it.
   Index sequences = 1;
-  RowOrder row_order = RowOrder::time_major;  ///< the order of the rows, for the same
+  RowOrder row_order = RowOrder::time_major;  ///< of the rows of these sequences
   double z_loss_weight = 0;                   ///< of the router z-loss [Z22], >= 0
 
   double init_stddev = 0.02;  ///< standard deviation of the normal initial W_g, >= 0
