@@ -114,14 +114,22 @@ TEST_CASE("collectives: a choice among many tokens, or among equal ones, takes f
   check_choices("equal", 300, -1);
 }
 
-// Scores of 64 bits of which more than 64 of a rank agree in their first 33 bits: it takes all digits.
+// What leading bits do not tell apart: thousands of scores of a rank, of which all or many differ.
 TEST_CASE("collectives: a choice among scores that differ in their last bits alone", "[mpi]") {
-  const auto found =
-      count<ExpertChoiceGate<double>>("ExpertChoiceGate, double, scores that are all but equal",
-                                      {.experts = 8, .capacity_factor = 2}, 3000, 1e-12);
-  check(found, 14, 12);
-  CHECK(found.step > 10);
-  check(count<ExpertChoiceGate<>>("ExpertChoiceGate, float, scores that are all but equal",
-                                  {.experts = 8, .capacity_factor = 2}, 3000, 1e-4),
+  for (const Index experts : {8, 96, 600}) {
+    const Index rows = experts == 600 ? 300 : 3000;
+    const std::string of = std::to_string(experts) + " experts, scores that are all but equal";
+    check(count<ExpertChoiceGate<double>>("ExpertChoiceGate, double, " + of,
+                                          {.experts = experts, .capacity_factor = 2}, rows, 1e-12),
+          10, 8);
+    check(count<ExpertChoiceGate<>>("ExpertChoiceGate, float, " + of,
+                                    {.experts = experts, .capacity_factor = 2}, rows, 1e-4),
+          10, 8);
+    check(count<BalancedGate<double>>("BalancedGate, double, " + of,
+                                      {.experts = experts, .top_k = 2}, rows, 1e-12),
+          10, 4);
+  }
+  check(count<TopKGate<double>>("TopKGate by largest weight, double, scores that are all but equal",
+                                with_capacity<double>(PlaceOrder::largest_weight), 3000, 1e-12),
         10, 8);
 }

@@ -107,17 +107,17 @@ class AgreedCalls {
   }
 
   /// `numbers` has a block for each rank, all of one length. Every rank fills its own block and
-  /// gets those of the others. Call it only after a call in which all ranks agreed on the count and
-  /// made room for it.
+  /// gets those of the others, in one call of MPI. Call make_room_to_gather() before.
   void gather_agreed(std::span<Index> numbers) const {
-    MOE_ASSERT(numbers.size() <= most_numbers<Index>());
-    auto* const room = room_for<Index>(numbers.size());
+    auto* const room = channel().room<Index>(numbers.size());
     const std::size_t block = numbers.size() / detail::to_size(size_);
     const std::size_t own = block * detail::to_size(rank_);
     std::copy_n(numbers.data() + own, block, room + own);
     all_gather(room, block, "gather");
     std::copy_n(room, numbers.size(), numbers.data());
   }
+  /// Room for gather_agreed() of `numbers` numbers, those of all ranks. Local; may throw std::bad_alloc.
+  void make_room_to_gather(std::size_t numbers) const { channel().room<Index>(numbers); }
 
   /// Replaces each number by its sum over the ranks before this one, 0 on rank 0.
   void prefix_agreed(std::span<Index> numbers) const {

@@ -119,7 +119,9 @@ class SharedOverRanks final : public SharedBatch {
   void gather_agreed(std::span<Index> numbers) const override {
     communicator_.gather_agreed(numbers);
   }
-  void sum_agreed(std::span<Index> numbers) const override { communicator_.sum_agreed(numbers); }
+  void make_room_to_gather(Index numbers) const override {
+    communicator_.make_room_to_gather(moe::detail::to_size(numbers));
+  }
   /// See SharedBatch.
   void prefix_agreed(std::span<Index> numbers) const override {
     communicator_.prefix_agreed(numbers);

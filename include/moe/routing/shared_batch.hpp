@@ -50,14 +50,15 @@ class SharedBatch {
   }
 
   /// `numbers` has a block for each process, all of one length. Every process fills its own block and
-  /// gets those of the others. This and the next two functions may be called only after a sum() of
-  /// at least as many numbers.
+  /// gets those of the others. Call it only after make_room_to_gather() of at least as many numbers and a
+  /// sum() after that, and if no process can have failed since the sum: this call does not find out
+  /// whether one did.
   virtual void gather_agreed(std::span<Index> numbers) const = 0;
+  /// Room for gather_agreed(). Local, not collective; may throw std::bad_alloc.
+  virtual void make_room_to_gather(Index /*numbers*/) const {}
 
-  /// sum() after a sum() of at least as many numbers, if no process can have failed since then:
-  /// this call does not find out whether one did.
-  virtual void sum_agreed(std::span<Index> numbers) const { sum(numbers); }
-  /// prefix() under the same conditions.
+  /// prefix() after a sum() of at least as many numbers, if no process can have failed since then: this call
+  /// does not find out whether one did.
   virtual void prefix_agreed(std::span<Index> numbers) const { prefix(numbers); }
 };
 

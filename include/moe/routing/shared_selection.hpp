@@ -4,17 +4,18 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <span>
 #include <type_traits>
-#include <utility>
 
 #include "moe/indexed_vector.hpp"
+#include "moe/parallel.hpp"
 #include "moe/routing/shared_batch.hpp"
 
 /// \file
-/// The largest scores of each expert among the tokens of several processes, found by counting.
+/// The largest scores of each expert among the tokens of several processes, found by counts and quantiles.
 
 namespace moe::detail {
 
@@ -33,59 +34,98 @@ OrderedBits<Scalar> ordered_bits(Scalar score) {
   return (bits & sign) != 0 ? ~bits : bits | sign;
 }
 
+/// Sorted candidates of which a process shows some: all if they are no more than `quantiles`, otherwise
+/// that many, equally spaced.
+struct ShownQuantiles {
+  Index candidates = 0;
+  Index quantiles = 1;
+
+  Index count() const { return std::min(candidates, quantiles); }
+  /// The number of candidates before the i-th that is shown, 0 <= i < count().
+  Index place(Index i) const {
+    return candidates <= quantiles ? i : (i + 1) * candidates / (quantiles + 1);
+  }
+
+  /// The largest number of candidates among which a search for one of them goes on after a gather, if it
+  /// was among `candidates` before. Between two that are shown, and outside of them, the processes have
+  /// no more than candidates / (quantiles + 1) others in all; the search goes on between two that are
+  /// shown, neither of them more than that and one away from the candidate which is searched.
+  static Index remaining(Index candidates, Index quantiles) {
+    return 2 * (candidates / (quantiles + 1)) + 1;
+  }
+  /// The smallest number of quantiles with which a search ends after this number of gathers, at least 1.
+  static Index needed(Index candidates, Index gathers) {
+    const auto is_enough = [&](Index quantiles) {
+      Index left = candidates;
+      for (Index i = 1; i < gathers && left > quantiles; ++i) left = remaining(left, quantiles);
+      return left <= quantiles;
+    };
+    Index quantiles = 1;
+    while (!is_enough(quantiles)) ++quantiles;
+    return quantiles;
+  }
+};
+
 /// The `count` largest candidates of each of E experts over all processes of a batch, ties going to
-/// the lower token, NaN counting as -infinity.
+/// the lower token, NaN counting as -infinity. Candidates with equal scores are in the order of
+/// processes, then of tokens, so all candidates of an expert have an order, and `count` names one.
 ///
-/// A radix select: a score is a number of a few digits, and the search begins with the most significant
-/// one. For each digit the processes count, for each expert, the candidates with each value of the
-/// digit, and sum the counts. This gives the value that the digit of the count-th largest score has;
-/// larger candidates are taken, and the search goes on among those with that value. An expert is
-/// finished when all remaining candidates are taken. Candidates with equal scores are taken in the
-/// order of processes, then of tokens.
+/// First the processes sum, for each expert, how many candidates have each value of the leading bits of
+/// their scores. This shows which leading bits the last candidate has that is taken; those with larger
+/// ones are taken, and the search goes on among those with the same ones. An expert is finished when all of
+/// these are taken.
 ///
-/// When few candidates remain, the processes send each other their lists of them (each different score
-/// and how often it occurs), which ends the search. They do so as soon as the lists are sure to fit
-/// into a message. If that is not sure, they try it once, after three digits; for an expert of
-/// which some process has too many different scores, the search then goes on digit by digit.
+/// Then each process sorts its candidates and sends all others equally spaced ones of them, with the number
+/// of candidates they stand for. From these each process knows, for each candidate that is
+/// shown, the smallest and the largest number of candidates before it, and the search goes on among
+/// those between the last that is not too far down and the first that is not too far up. A process that
+/// has few candidates left shows all; when all processes do, the search ends. Scores that differ in
+/// their last bits alone, or not at all, take no more gathers than others.
 ///
-/// So messages and memory are O(E·bins), whatever the number of processes and tokens: E·bins·8 bytes,
-/// with as many bins as fit into 1 MiB, from 256 to 2048. For scores of 32 bits and up to 64 experts the
-/// collective calls are a sum of counts and at most three more. Otherwise it takes no more than that
-/// if no process has more than a few different scores (up to 64, see most_scores()) of an expert that
-/// agree with its count-th largest in three digits; if one does, a call for each digit and two more.
+/// The collective calls are a sum and at most three gathers, for any scores. The sum is of E·bins
+/// numbers, with 2048 bins, or as many as fit into 1 MiB, at least 2. A gather is of as
+/// many numbers as the sum, up to 1 MiB, and more only where three gathers would not be enough otherwise: of
+/// N tokens of R processes at most about R·E·(4N)^(1/3). Each process also stores its own candidates
+/// once more, those with the same leading bits.
 template <class Scalar>
 class SharedSelection {
  public:
   /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order, but
-  /// not from two threads at once for one expert; it is called for each digit and a few times more.
-  /// Collective: `experts` and `count` are the same in all processes.
+  /// not from two threads at once for one expert; it is called three times. No expert has more candidates in
+  /// all processes than the batch has tokens. Collective: `experts` and `count` are the same in all
+  /// processes.
   template <class ForEach>
   void find(Index experts, Index count, const SharedBatch& batch, ForEach&& for_each) {
-    bounds_.assign(to_size(experts), {0, std::numeric_limits<Bits>::max(), count});
-    resize(open_, experts);
+    const int digit = digit_bits(experts);
+    const int shift = width - digit;
+    const Index room =
+        std::max(first_call(experts).numbers,
+                 experts * numbers_of(ShownQuantiles::needed(batch.tokens(), gathers), batch));
+    bounds_.assign(to_size(experts), {0, highest, count});
     resize(row_, experts);
-    std::iota(open_.begin(), open_.end(), Index{0});
-    std::iota(row_.begin(), row_.end(), Index{0});
-    // After the first sum nothing allocates or can fail in another way.
-    reserve(shown_, batch.processes() * most_scores(first_call(experts).numbers, 1, batch));
-    const int most = digit_bits(experts);
-    int shift = width;
-    for (int digit = 1; shift > 0 && !open_.empty(); ++digit) {
-      const int bits = std::min(most, shift);
-      shift -= bits;
-      count_candidates(Index{1} << bits, shift, for_each);
-      const std::span<Index> counts(counts_);
-      digit == 1 ? batch.sum(counts) : batch.sum_agreed(counts);
-      const Index candidates = narrow(Index{1} << bits, shift);
-      if (open_.empty() || shift == 0) break;
-      const auto open = static_cast<Index>(open_.size());
-      const Index scores = most_scores(first_call(experts).numbers, open, batch);
-      if (scores > 0 && (candidates <= scores || digit == 3)) show(scores, batch, for_each);
-    }
+    reserve(open_, experts);
+    reserve(lists_, experts);
+    reserve(heads_, batch.processes());
+    reserve(numbers_, room);
+    batch.make_room_to_gather(room);
+    assign(numbers_, first_call(experts).numbers, Index{0});
+    for_each([&](Index expert, Scalar score) {
+      ++numbers_[(expert << digit) + static_cast<Index>(ordered_bits(score) >> shift)];
+    });
+    reserve(own_, std::accumulate(numbers_.begin(), numbers_.end(), Index{0}));
+    batch.sum(std::span<Index>(numbers_));
+    // From here on nothing allocates or can fail in another way.
+    Index candidates = narrow_by_digit(digit, shift);
     if (open_.empty()) return;
-    count_candidates(1, 0, for_each);
-    batch.prefix_agreed(std::span<Index>(counts_));
-    for (std::size_t i = 0; i < open_.size(); ++i) bounds_[open_[i]].left -= counts_[i];
+    sort_own(for_each);
+    for (Index left = gathers; !open_.empty(); --left) {
+      const auto open = static_cast<Index>(open_.size());
+      const Index numbers = std::min(message, first_call(experts).numbers);
+      const Index that_fit = numbers / (open * batch.processes()) - 2;
+      const Index quantiles =
+          std::max(ShownQuantiles::needed(candidates, left), std::min(candidates, that_fit));
+      candidates = narrow_by_quantiles(quantiles, batch);
+    }
   }
 
   /// The first call of a SharedBatch that find() makes.
@@ -104,25 +144,23 @@ class SharedSelection {
  private:
   using Bits = OrderedBits<Scalar>;
   static constexpr int width = 8 * sizeof(Bits);
+  static constexpr Bits highest = std::numeric_limits<Bits>::max();  ///< above all scores
+  static constexpr Index all = std::numeric_limits<Index>::max();
 
+  /// The largest number of gathers.
+  static constexpr Index gathers = 3;
   /// The number of values in a message of Communicator::most_bytes.
   static constexpr Index message = Index{1} << 17;
-  /// The number of bins: as many as fit into one message, since more bins need fewer sums.
+  /// The number of leading bits: as many as fit into one message.
   static int digit_bits(Index experts) {
     int bits = 11;
-    while (bits > 8 && experts << bits > message) --bits;
+    while (bits > 1 && experts << bits > message) --bits;
     return bits;
   }
-
-  /// The largest number of different scores of an expert in the list of a process. The list is
-  /// searched for each candidate, so it is short.
-  static constexpr Index few_scores = 64;
-  /// The largest number of scores for which there is room: in a message, and in the memory of the
-  /// first digit's counts.
-  static Index most_scores(Index counts, Index experts, const SharedBatch& batch) {
-    return std::min(few_scores, std::min(message, counts) / (2 * batch.processes() * experts));
+  /// The numbers that all processes show of an expert.
+  static Index numbers_of(Index quantiles, const SharedBatch& batch) {
+    return batch.processes() * (quantiles + 2);
   }
-  static constexpr Index all = std::numeric_limits<Index>::max();
 
   /// Candidates above `highest` are taken, and of those from `lowest` to `highest` the first `left`.
   struct Bound {
@@ -130,8 +168,67 @@ class SharedSelection {
     Bits highest;
     Index left;
   };
+  /// This process's candidates within the bounds, in own_, the largest first.
+  struct List {
+    Index begin;  ///< of all of them
+    Index first;  ///< from here on to `last` the search goes on
+    Index last;
+  };
+  /// A candidate that is shown. In the heap: the next of each process.
+  struct Head {
+    Bits bits;
+    Index process;
+    Index shown;  ///< its number among those that the process shows
 
-  /// Calls f(row, bound, bits) for the candidates of the open experts that are within the bounds.
+    bool operator==(const Head&) const = default;
+    static bool is_later(const Head& a, const Head& b) {
+      return a.bits != b.bits ? a.bits < b.bits : a.process > b.process;
+    }
+  };
+  /// What a process shows of an expert.
+  struct Shown {
+    const Index* numbers;
+    Index quantiles;
+
+    Index passed() const { return numbers[0]; }  ///< candidates before the search's
+    ShownQuantiles places() const { return {numbers[1], quantiles}; }
+    Bits bits(Index i) const { return static_cast<Bits>(numbers[2 + i]); }
+  };
+
+  /// Narrows the bounds to the leading bits of the last candidate that an expert takes, and lists the experts
+  /// for which that is not enough. Returns the largest number of candidates of an expert within its bounds.
+  Index narrow_by_digit(int digit, int shift) {
+    const Index bins = Index{1} << digit;
+    Index most = 0;
+    open_.clear();
+    for (Index expert = 0; expert < static_cast<Index>(bounds_.size()); ++expert) {
+      const Index* const counts = numbers_.data() + expert * bins;
+      Bound& bound = bounds_[expert];
+      row_[expert] = -1;
+      if (bound.left == 0) {
+        bound.lowest = highest;
+        continue;
+      }
+      if (std::accumulate(counts, counts + bins, Index{0}) <= bound.left) {
+        bound.left = all;
+        continue;
+      }
+      Index bin = bins - 1;
+      for (; counts[bin] < bound.left; --bin) bound.left -= counts[bin];
+      bound.lowest = static_cast<Bits>(bin) << shift;
+      bound.highest = bound.lowest + ((Bits{1} << shift) - 1);
+      if (counts[bin] == bound.left) {
+        bound.left = all;
+        continue;
+      }
+      most = std::max(most, counts[bin]);
+      row_[expert] = static_cast<Index>(open_.size());
+      open_.push_back(expert);
+    }
+    return most;
+  }
+
+  /// Calls f(row, bits) for the candidates of the open experts that are within the bounds.
   template <class ForEach, class F>
   void for_each_open(ForEach&& for_each, F&& f) const {
     for_each([&](Index expert, Scalar score) {
@@ -139,126 +236,155 @@ class SharedSelection {
       if (row < 0) return;
       const Bits bits = ordered_bits(score);
       const Bound& bound = bounds_[expert];
-      if (bits >= bound.lowest && bits <= bound.highest) f(row, bound, bits);
+      if (bits >= bound.lowest && bits <= bound.highest) f(row, bits);
     });
   }
 
-  /// Sets counts (open experts x bins) to the number of candidates within the bounds with each value of the
-  /// digit.
+  /// Sets the lists of the open experts.
   template <class ForEach>
-  void count_candidates(Index bins, int shift, ForEach&& for_each) {
-    assign(counts_, static_cast<Index>(open_.size()) * bins, Index{0});
-    for_each_open(for_each, [&](Index row, const Bound& bound, Bits bits) {
-      const Index bin = bins == 1 ? 0 : static_cast<Index>((bits - bound.lowest) >> shift);
-      ++counts_[row * bins + bin];
-    });
-  }
-
-  /// Narrows the bounds of the open experts to the digit of the last candidate that they take. Returns the
-  /// largest number of candidates of an expert within its bounds.
-  Index narrow(Index bins, int shift) {
-    std::size_t open = 0;
-    Index most = 0;
-    for (std::size_t i = 0; i < open_.size(); ++i) {
-      const Index expert = open_[i];
-      const Index* const counts = counts_.data() + static_cast<Index>(i) * bins;
-      Bound& bound = bounds_[expert];
-      row_[expert] = -1;
-      if (std::accumulate(counts, counts + bins, Index{0}) <= bound.left) {
-        bound.left = all;
-        continue;
-      }
-      Index bin = bins - 1;
-      for (; counts[bin] < bound.left; --bin) bound.left -= counts[bin];
-      bound.lowest += static_cast<Bits>(bin) << shift;
-      bound.highest = bound.lowest + ((Bits{1} << shift) - 1);
-      if (counts[bin] == bound.left) {
-        bound.left = all;
-        continue;
-      }
-      most = std::max(most, counts[bin]);
-      row_[expert] = static_cast<Index>(open);
-      open_[open++] = expert;
+  void sort_own(ForEach&& for_each) {
+    lists_.assign(open_.size(), {0, 0, 0});
+    for_each_open(for_each, [&](Index row, Bits) { ++lists_[row].last; });
+    Index end = 0;
+    for (List& list : lists_) {
+      list.begin = list.first = end;
+      end += list.last;
+      list.last = list.begin;
     }
-    open_.resize(open);
-    return most;
+    resize(own_, end);
+    for_each_open(for_each, [&](Index row, Bits bits) { own_[lists_[row].last++] = bits; });
+    parallel_for(static_cast<Index>(lists_.size()), function_work(end), [&](Index row, Index) {
+      std::sort(own_.begin() + lists_[row].begin, own_.begin() + lists_[row].last,
+                std::greater<>());
+    });
   }
 
-  /// The processes exchange lists of the candidates within the bounds. Finishes the experts of which no
-  /// process has more than `scores` different scores.
-  template <class ForEach>
-  void show(Index scores, const SharedBatch& batch, ForEach&& for_each) {
-    // counts: processes x open experts x scores pairs of a score's bits and the number of its candidates.
-    // That number is 0 after the last pair, and -1 in the first pair if there were too many scores.
-    const Index list = 2 * scores;
-    const Index block = static_cast<Index>(open_.size()) * list;
-    assign(counts_, batch.processes() * block, Index{0});
-    Index* const own = counts_.data() + batch.process() * block;
-    for_each_open(for_each, [&](Index row, const Bound&, Bits bits) {
-      Index* const pairs = own + row * list;
-      if (pairs[1] < 0) return;
-      for (Index i = 0; i < list; i += 2) {
-        if (pairs[i + 1] == 0) pairs[i] = static_cast<Index>(bits);
-        if (pairs[i] != static_cast<Index>(bits)) continue;
-        ++pairs[i + 1];
-        return;
+  /// The processes show each other some candidates, or all. Finishes the experts of which they then know the
+  /// last one that is taken. Returns the largest number of candidates among which the search of an expert
+  /// goes on.
+  Index narrow_by_quantiles(Index quantiles, const SharedBatch& batch) {
+    // numbers: processes x open experts x (2 + quantiles)
+    const Index block = 2 + quantiles;
+    const Index stride = static_cast<Index>(open_.size()) * block;
+    assign(numbers_, batch.processes() * stride, Index{0});
+    Index* own = numbers_.data() + batch.process() * stride;
+    for (const List& list : lists_) {
+      const ShownQuantiles places{list.last - list.first, quantiles};
+      own[0] = list.first - list.begin;
+      own[1] = places.candidates;
+      for (Index i = 0; i < places.count(); ++i) {
+        own[2 + i] = static_cast<Index>(own_[list.first + places.place(i)]);
       }
-      pairs[1] = -1;
-    });
-    batch.gather_agreed(std::span<Index>(counts_));
+      own += block;
+    }
+    batch.gather_agreed(std::span<Index>(numbers_));
+    Index most = 0;
     std::size_t open = 0;
     for (std::size_t row = 0; row < open_.size(); ++row) {
       const Index expert = open_[row];
-      const Index* const lists = counts_.data() + static_cast<Index>(row) * list;
-      const bool is_finished = take_shown(lists, block, scores, batch, bounds_[expert]);
-      row_[expert] = is_finished ? -1 : static_cast<Index>(open);
-      if (!is_finished) open_[open++] = expert;
+      const auto shown_by = [&](Index process) {
+        return Shown{numbers_.data() + process * stride + static_cast<Index>(row) * block,
+                     quantiles};
+      };
+      const Index left = narrow(shown_by, batch, bounds_[expert], lists_[row]);
+      if (left == 0) continue;
+      most = std::max(most, left);
+      lists_[open] = lists_[row];
+      open_[open++] = expert;
     }
     open_.resize(open);
+    lists_.resize(open);
+    return most;
   }
 
-  /// Sets the bound of an expert to the score of the last candidate that it takes; its lists are `block` apart.
-  /// Returns false, with nothing changed, if a list is not complete.
-  bool take_shown(const Index* lists, Index block, Index scores, const SharedBatch& batch,
-                  Bound& bound) {
-    shown_.clear();
+  /// Narrows the list of an expert to the candidates among which its search goes on, and returns the largest
+  /// number they can be in all processes. If the last candidate that is taken is found, it returns 0 and has
+  /// set the bound.
+  template <class ShownBy>
+  Index narrow(ShownBy&& shown_by, const SharedBatch& batch, Bound& bound, List& list) {
+    // The candidate searched has `target` others before it, of those among which the search goes on. The
+    // one at the head of the heap has at least `least` and at most `most`.
+    Index target = bound.left - 1;
+    Index least = 0;
+    Index most = 0;
+    Index candidates = 0;
+    heads_.clear();
     for (Index process = 0; process < batch.processes(); ++process) {
-      const Index* const pairs = lists + process * block;
-      if (pairs[1] < 0) return false;
-      for (Index i = 0; i < scores && pairs[2 * i + 1] > 0; ++i) {
-        shown_.push_back({static_cast<Bits>(pairs[2 * i]), pairs[2 * i + 1], process});
+      const Shown shown = shown_by(process);
+      const ShownQuantiles places = shown.places();
+      target -= shown.passed();
+      candidates += places.candidates;
+      if (places.count() == 0) continue;
+      most += places.place(0);
+      heads_.push_back({shown.bits(0), process, 0});
+    }
+    std::make_heap(heads_.begin(), heads_.end(), Head::is_later);
+    const Head none{0, -1, 0};
+    Head from = none;
+    Head to = none;
+    Index before_from = 0;
+    while (!heads_.empty()) {
+      std::pop_heap(heads_.begin(), heads_.end(), Head::is_later);
+      Head& head = heads_.back();
+      const Shown shown = shown_by(head.process);
+      const ShownQuantiles places = shown.places();
+      const Index place = places.place(head.shown);
+      least += place - (head.shown == 0 ? 0 : places.place(head.shown - 1) + 1);
+      if (most <= target) {
+        from = head;
+        before_from = least;
+      }
+      if (least >= target) {
+        to = head;
+        candidates = most + 1;
+        break;
+      }
+      ++least;
+      if (++head.shown == places.count()) {
+        most += places.candidates - place;
+        heads_.pop_back();
+      } else {
+        most += places.place(head.shown) - place;
+        head.bits = shown.bits(head.shown);
+        std::push_heap(heads_.begin(), heads_.end(), Head::is_later);
       }
     }
-    std::sort(shown_.begin(), shown_.end(),
-              [](const Shown& a, const Shown& b) { return a.bits > b.bits; });
-    Index taken = 0;
-    for (const Shown& shown : shown_) {
-      bound.lowest = shown.bits;
-      taken += shown.count;
-      if (taken >= bound.left) break;
+    const ShownQuantiles own = shown_by(batch.process()).places();
+    const List before = list;
+    if (from != none) list.first = end_before(from, before, own, batch.process());
+    if (to != none) {
+      list.last = end_before(to, before, own, batch.process());
+      if (to.process == batch.process()) ++list.last;
     }
-    bound.highest = bound.lowest;
-    for (const Shown& shown : shown_) {
-      const bool is_equal = shown.bits == bound.lowest;
-      if (shown.bits > bound.lowest || (is_equal && shown.process < batch.process())) {
-        bound.left -= shown.count;
-      }
-    }
-    return true;
+    if (from != to) return candidates - before_from;
+    bound.lowest = bound.highest = to.bits;
+    // Larger ones are taken by the bound alone.
+    bound.left = list.last - first_at_most(to.bits, list.begin, list.last);
+    return 0;
   }
 
-  /// The lists that the processes exchange.
-  struct Shown {
-    Bits bits;
-    Index count;
-    Index process;
-  };
+  /// The end of this process's candidates that come before one that is shown.
+  Index end_before(const Head& head, const List& list, const ShownQuantiles& own,
+                   Index process) const {
+    if (head.process == process) return list.first + own.place(head.shown);
+    if (process > head.process) return first_at_most(head.bits, list.first, list.last);
+    return std::upper_bound(own_.begin() + list.first, own_.begin() + list.last, head.bits,
+                            std::greater<>()) -
+           own_.begin();
+  }
+  /// The place of the first candidate from `first` to `last` that is not larger.
+  Index first_at_most(Bits bits, Index first, Index last) const {
+    return std::lower_bound(own_.begin() + first, own_.begin() + last, bits, std::greater<>()) -
+           own_.begin();
+  }
 
-  IndexedVector<Bound> bounds_;  ///< E
-  IndexedVector<Index> open_;    ///< the experts whose search goes on, ascending
-  IndexedVector<Index> row_;     ///< E, their places in open_, -1 for the others
-  IndexedVector<Index> counts_;
-  IndexedVector<Shown> shown_;
+  IndexedVector<Bound> bounds_;   ///< E
+  IndexedVector<Index> row_;      ///< E, the places in open_ after the sum, -1 for the others
+  IndexedVector<Index> open_;     ///< the experts whose search goes on, ascending
+  IndexedVector<List> lists_;     ///< of these
+  IndexedVector<Bits> own_;       ///< this process's candidates with the leading bits
+  IndexedVector<Head> heads_;     ///< at most one of each process
+  IndexedVector<Index> numbers_;  ///< that are summed or gathered
 };
 
 }  // namespace moe::detail
