@@ -153,6 +153,10 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
       }
     }
   }
+  if (timetable.update() == 0) {
+    if (ranks.is_root()) std::puts("\ninterrupted before the first update");
+    return;
+  }
   if (!timetable.is_over()) save();
   if (evaluated_at != timetable.update()) evaluate_now();
   if (!timetable.is_over() && checkpoint.is_wanted()) {

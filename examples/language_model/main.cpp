@@ -224,7 +224,7 @@ void compare(const Options& o) {
       }
     });
   };
-  Index evaluated_at = 0;
+  Index evaluated_at = -1;
   std::vector<Evaluation> latest(competitors.size());
   const auto evaluate_all = [&] {
     side_by_side(competitors.size(), o.threads, [&](std::size_t i) {
@@ -257,6 +257,10 @@ void compare(const Options& o) {
         save();
       }
     }
+  }
+  if (timetable.update() == 0) {
+    std::puts("\ninterrupted before the first update");
+    return;
   }
   if (!timetable.is_over()) save();
   if (evaluated_at != timetable.update()) evaluate_all();
