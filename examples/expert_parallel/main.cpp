@@ -113,11 +113,13 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
     std::printf("goes on from %s, after update %td of %td\n", checkpoint.path().c_str(),
                 first_update, timetable.total());
   }
+  Index saved_at = timetable.update();
   const auto save = [&] {
     ranks.communicator().attempt("saving the training", [&] {
       checkpoint.write(timetable.place(examples::seconds_now() - start),
                        [&](moe::SafetensorsWriter& writer) { model.save(writer, "sparse."); });
     });
+    saved_at = timetable.update();
   };
   Meter meter(ranks);
   Index evaluated_at = -1;
@@ -157,7 +159,7 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
     if (ranks.is_root()) std::puts("\ninterrupted before the first update");
     return;
   }
-  if (!timetable.is_over()) save();
+  if (saved_at != timetable.update()) save();
   if (evaluated_at != timetable.update()) evaluate_now();
   if (!timetable.is_over() && checkpoint.is_wanted()) {
     if (ranks.is_root()) {

@@ -215,6 +215,7 @@ void compare(const Options& o) {
   });
   timetable.resume(place);
   const double start = seconds_now() - place.seconds;
+  Index saved_at = timetable.update();
   const auto save = [&] {
     checkpoint.write(timetable.place(seconds_now() - start), [&](moe::SafetensorsWriter& writer) {
       for (std::size_t i = 0; i < competitors.size(); ++i) {
@@ -223,6 +224,7 @@ void compare(const Options& o) {
         writer.add(prefix + "load", load_maps[i].tokens());
       }
     });
+    saved_at = timetable.update();
   };
   Index evaluated_at = -1;
   std::vector<Evaluation> latest(competitors.size());
@@ -262,7 +264,7 @@ void compare(const Options& o) {
     std::puts("\ninterrupted before the first update");
     return;
   }
-  if (!timetable.is_over()) save();
+  if (saved_at != timetable.update()) save();
   if (evaluated_at != timetable.update()) evaluate_all();
   if (!timetable.is_over() && checkpoint.is_wanted()) {
     // The test part is left for the end of the training.
