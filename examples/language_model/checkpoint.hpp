@@ -81,6 +81,10 @@ class Checkpoint {
     read(file, place);
     return place;
   }
+  /// The place that read() would return, of which no more is read.
+  Place place() const {
+    return read([](const moe::SafetensorsFile&, const Place&) {});
+  }
 
  private:
   Place place_in(const moe::SafetensorsFile& file) const {
