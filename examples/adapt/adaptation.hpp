@@ -93,7 +93,7 @@ std::optional<Adapted> train(const Way& way, Model<Middle> model, const Options&
       });
   double processor_seconds = place.seconds;
   const auto save = [&](Index update) {
-    checkpoint.write({update, 0, processor_seconds},
+    checkpoint.write({update, processor_seconds},
                      [&](moe::SafetensorsWriter& writer) { contestant.save(writer, "adapted."); });
   };
   for (Index update = place.update + 1; update <= o.updates; ++update) {

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <moe/io/safetensors.hpp>
+#include <optional>
 #include <string>
 
 #include "../language_model/timetable.hpp"
@@ -13,10 +14,11 @@
 
 namespace adapt {
 
-/// The base as far as it is trained. Ctrl-C ends the training early; what was reached is then in the
+/// The trained base. Nothing, if Ctrl-C came before the last update. What was reached is then in the
 /// checkpoint, from which the next call goes on.
-inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text& text,
-                              const language_model::Checkpoint& checkpoint) {
+inline std::optional<Model<Base>> train_base(const Options& o, const Corpus& corpus,
+                                             const Text& text,
+                                             const language_model::Checkpoint& checkpoint) {
   language_model::Contestant<Base> contestant(language_model::sparse_config<Base>(
       o.base, language_model::frequencies_of(corpus.train, corpus.vocabulary.size())));
   language_model::Timetable timetable(o.base, text.training.count());
@@ -41,12 +43,14 @@ inline Model<Base> train_base(const Options& o, const Corpus& corpus, const Text
   progress.clear();
   std::printf("the base: %td updates on the old text in %.0f s\n", timetable.update(),
               contestant.seconds());
-  if (examples::interrupted && checkpoint.is_wanted()) {
+  // Not what the signal says by now, which may come after the last update.
+  if (timetable.is_over()) return contestant.model();
+  if (checkpoint.is_wanted()) {
     checkpoint.write(timetable.place(examples::seconds_now() - start),
                      [&](moe::SafetensorsWriter& writer) { contestant.save(writer, "base."); });
     std::printf("the same command goes on from %s\n", checkpoint.path().c_str());
   }
-  return contestant.model();
+  return std::nullopt;
 }
 
 /// All that decides the weights of the base.
@@ -66,19 +70,20 @@ inline language_model::Checkpoint checkpoint_of(const std::string& name, const W
                          way.learning_rate, o.warm_up, o.updates, o.rank, o.alpha)};
 }
 
-/// The base of the options' file, or a new one, which is written there. What Ctrl-C leaves of its
-/// training is beside it, in a file whose name ends with ".part". Throws std::runtime_error where a file
-/// is that of another base.
-inline Model<Base> make_base(const Options& o, const Corpus& corpus, const Text& text) {
+/// The base of the options' file, or a new one, which is written there. Nothing, if Ctrl-C came before it
+/// was trained; what was reached is then beside it, in a file whose name ends with ".part". Throws
+/// std::runtime_error where a file is that of another base.
+inline std::optional<Model<Base>> make_base(const Options& o, const Corpus& corpus,
+                                            const Text& text) {
   constexpr const char* key = "base";
   const std::string settings = base_settings(o, corpus, text);
   if (o.base_file.empty()) return train_base(o, corpus, text, {});
   if (!std::filesystem::exists(o.base_file)) {
     const language_model::Checkpoint checkpoint(o.base_file + ".part", settings);
-    Model<Base> model = train_base(o, corpus, text, checkpoint);
-    if (examples::interrupted) return model;
+    std::optional<Model<Base>> model = train_base(o, corpus, text, checkpoint);
+    if (!model) return std::nullopt;
     moe::SafetensorsWriter writer;
-    writer.add_parameters(model);
+    writer.add_parameters(*model);
     writer.set_metadata(key, settings);
     writer.write(o.base_file);
     std::filesystem::remove(checkpoint.path());

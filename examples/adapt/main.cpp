@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,11 +34,12 @@ void run(const Options& o) {
   print_beginning(o, old_corpus, new_corpus);
 
   const double start = examples::seconds_now();
-  const Model<Base> base = make_base(o, old_corpus, old_text);
-  if (examples::interrupted) {
+  const std::optional<Model<Base>> trained = make_base(o, old_corpus, old_text);
+  if (!trained) {
     std::puts("\ninterrupted before the first row");
     return;
   }
+  const Model<Base>& base = *trained;
   print_header(o);
   const auto report = [&](const std::string& name, const Adapted& adapted) {
     std::puts(row(o, name, adapted).c_str());

@@ -27,6 +27,7 @@
 #include "../language_model/report.hpp"
 #include "../language_model/timetable.hpp"
 #include "communication.hpp"
+#include "rank_checkpoint.hpp"
 #include "ranks.hpp"
 
 namespace expert_parallel {
@@ -64,14 +65,14 @@ void check_same_text(const Corpus& corpus, const Ranks& ranks) {
 }
 
 /// A rank's own part of the training: it goes on with as many ranks.
-language_model::Checkpoint checkpoint_of(const Options& o, const Ranks& ranks, const Corpus& corpus,
-                                         Index updates) {
-  if (o.checkpoint.empty()) return {};
+RankCheckpoint checkpoint_of(const Options& o, const Ranks& ranks, const Corpus& corpus,
+                             Index updates) {
   const language_model::BatchPart part = ranks.part();
-  return {o.checkpoint + ".rank" + std::to_string(part.index),
+  return {o.checkpoint,
           language_model::training_settings(o, corpus, o.minutes > 0 ? 0 : updates) +
               language_model::print(" minutes=%g rank=%td ranks=%td", o.minutes, part.index,
-                                    part.count)};
+                                    part.count),
+          ranks.communicator()};
 }
 
 void train(const Options& o, bool shows_progress, const Ranks& ranks) {
@@ -79,7 +80,7 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   examples::use_threads(threads);
   std::optional<Data> data;
   std::optional<examples::CsvFile> csv;
-  language_model::Checkpoint checkpoint;
+  RankCheckpoint checkpoint;
   ranks.communicator().attempt("the beginning", [&] {
     data.emplace(o, ranks);
     checkpoint = checkpoint_of(o, ranks, data->corpus,
@@ -99,25 +100,22 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
   }
 
   language_model::Timetable timetable(o, data->training.count());
-  language_model::Place place;
-  ranks.communicator().attempt("the checkpoint", [&] {
-    place = checkpoint.read([&](const moe::SafetensorsFile& file, const language_model::Place&) {
-      model.load(file, "sparse.");
-    });
-  });
+  const language_model::Place place = checkpoint.read(
+      ranks.communicator(), [&](const moe::SafetensorsFile& file, const language_model::Place&) {
+        model.load(file, "sparse.");
+      });
   timetable.resume(place);
   const double start = examples::seconds_now() - place.seconds;
   const Index first_update = timetable.update();
-  ranks.communicator().agree("the checkpoints", {{"the number of updates", first_update}});
   if (ranks.is_root() && first_update > 0) {
     std::printf("goes on from %s, after update %td of %td\n", checkpoint.path().c_str(),
                 first_update, timetable.total());
   }
+  Index saved_at = timetable.update();
   const auto save = [&] {
-    ranks.communicator().attempt("saving the training", [&] {
-      checkpoint.write(timetable.place(examples::seconds_now() - start),
-                       [&](moe::SafetensorsWriter& writer) { model.save(writer, "sparse."); });
-    });
+    checkpoint.write(ranks.communicator(), timetable.place(examples::seconds_now() - start),
+                     [&](moe::SafetensorsWriter& writer) { model.save(writer, "sparse."); });
+    saved_at = timetable.update();
   };
   Meter meter(ranks);
   Index evaluated_at = -1;
@@ -153,7 +151,11 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
       }
     }
   }
-  if (!timetable.is_over()) save();
+  if (timetable.update() == 0) {
+    if (ranks.is_root()) std::puts("\ninterrupted before the first update");
+    return;
+  }
+  if (saved_at != timetable.update()) save();
   if (evaluated_at != timetable.update()) evaluate_now();
   if (!timetable.is_over() && checkpoint.is_wanted()) {
     if (ranks.is_root()) {

@@ -62,9 +62,9 @@ class Checkpoint {
   void write(const Place& place, Add&& add) const {
     if (!is_wanted()) return;
     moe::SafetensorsWriter writer;
-    const std::vector<Index> counts{place.update, place.evaluations};
+    const std::vector<Index> updates{place.update};
     const moe::Matrix<double> elapsed = moe::Matrix<double>::Constant(1, 1, place.seconds);
-    writer.add("training.counts", counts);
+    writer.add("training.updates", updates);
     writer.add("training.seconds", elapsed);
     writer.set_metadata(what, settings_);
     add(writer);
@@ -77,19 +77,27 @@ class Checkpoint {
   Place read(Read&& read) const {
     if (!exists()) return {};
     const moe::SafetensorsFile file = open_with_settings(path_, what, settings_);
-    std::vector<Index> counts(2);
-    moe::Matrix<double> elapsed(1, 1);
-    file.read("training.counts", std::span<Index>(counts));
-    file.read("training.seconds", elapsed);
-    if (counts[0] < 0 || counts[1] < 0 || !(elapsed(0, 0) >= 0)) {
-      throw std::runtime_error(path_ + ": training.counts or training.seconds is below 0");
-    }
-    const Place place{counts[0], counts[1], elapsed(0, 0)};
+    const Place place = place_in(file);
     read(file, place);
     return place;
   }
+  /// The place that read() would return, of which no more is read.
+  Place place() const {
+    return read([](const moe::SafetensorsFile&, const Place&) {});
+  }
 
  private:
+  Place place_in(const moe::SafetensorsFile& file) const {
+    std::vector<Index> updates(1);
+    moe::Matrix<double> elapsed(1, 1);
+    file.read("training.updates", std::span<Index>(updates));
+    file.read("training.seconds", elapsed);
+    if (updates[0] < 0 || !(elapsed(0, 0) >= 0)) {
+      throw std::runtime_error(path_ + ": training.updates or training.seconds is below 0");
+    }
+    return {updates[0], elapsed(0, 0)};
+  }
+
   static constexpr const char* what = "training";
 
   std::string path_;

@@ -38,10 +38,17 @@ struct Contexts {
   std::vector<Surrounded> strongest;  ///< those of the largest weights, the largest first
 };
 
-/// The last `count` words or characters (of ASCII) of what was read; fewer if there are not as many.
+/// The last `count` words or characters of what was read, in UTF-8; fewer if there are not as many.
 inline std::string last_units(const std::string& read, Unit unit, std::size_t count) {
-  if (unit == Unit::character) return read.substr(read.size() - std::min(read.size(), count));
   std::size_t from = read.size();
+  if (unit == Unit::character) {
+    for (; count > 0 && from > 0; --count) {
+      --from;
+      // Bytes of this form go on with the character that began before them.
+      while (from > 0 && (static_cast<unsigned char>(read[from]) & 0xc0) == 0x80) --from;
+    }
+    return read.substr(from);
+  }
   for (; count > 0 && from > 0; --count) from = read.rfind(' ', from - 1);
   return from < read.size() ? read.substr(from + 1) : "";
 }

@@ -215,6 +215,7 @@ void compare(const Options& o) {
   });
   timetable.resume(place);
   const double start = seconds_now() - place.seconds;
+  Index saved_at = timetable.update();
   const auto save = [&] {
     checkpoint.write(timetable.place(seconds_now() - start), [&](moe::SafetensorsWriter& writer) {
       for (std::size_t i = 0; i < competitors.size(); ++i) {
@@ -223,8 +224,9 @@ void compare(const Options& o) {
         writer.add(prefix + "load", load_maps[i].tokens());
       }
     });
+    saved_at = timetable.update();
   };
-  Index evaluated_at = 0;
+  Index evaluated_at = -1;
   std::vector<Evaluation> latest(competitors.size());
   const auto evaluate_all = [&] {
     side_by_side(competitors.size(), o.threads, [&](std::size_t i) {
@@ -258,7 +260,11 @@ void compare(const Options& o) {
       }
     }
   }
-  if (!timetable.is_over()) save();
+  if (timetable.update() == 0) {
+    std::puts("\ninterrupted before the first update");
+    return;
+  }
+  if (saved_at != timetable.update()) save();
   if (evaluated_at != timetable.update()) evaluate_all();
   if (!timetable.is_over() && checkpoint.is_wanted()) {
     // The test part is left for the end of the training.

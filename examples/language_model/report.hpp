@@ -6,7 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "../common/terminal.hpp"
 #include "contestant.hpp"
 #include "timetable.hpp"
 
@@ -92,7 +91,7 @@ inline void print_result(const Figures& m, const Evaluation& validation, const E
       static_cast<double>(test.balance.max_over_mean_load()), m.tokens_per_second);
 }
 inline void print_result_header(const Timetable& timetable, double seconds) {
-  if (examples::interrupted) {
+  if (!timetable.is_over()) {
     std::printf("\ninterrupted after update %td of %td\n", timetable.update(), timetable.total());
   }
   std::printf("\nPerplexity after %td updates, %.0f s; balance on the test part\n\n",

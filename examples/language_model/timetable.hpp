@@ -12,9 +12,8 @@ namespace language_model {
 
 /// Where a training is.
 struct Place {
-  Index update = 0;       ///< the last one that was made
-  Index evaluations = 0;  ///< how many were due
-  double seconds = 0;     ///< since the first update was begun
+  Index update = 0;    ///< the last one that was made
+  double seconds = 0;  ///< since the first update was begun
 };
 
 /// It lasts for a number of readings of the text or for a time, as the options say.
@@ -33,13 +32,13 @@ class Timetable {
     estimate(seconds);
   }
 
-  /// Goes on from where place() was.
+  /// Goes on from where place() was, with as many evaluations as these options say.
   void resume(const Place& place) {
     update_ = place.update;
-    evaluations_ = place.evaluations;
     if (update_ > 0) estimate(place.seconds);
+    evaluations_ = static_cast<Index>(fraction_ * static_cast<double>(options_.evaluations));
   }
-  Place place(double seconds) const { return {update_, evaluations_, seconds}; }
+  Place place(double seconds) const { return {update_, seconds}; }
 
   Index update() const { return update_; }
   Index total() const { return total_; }

@@ -382,9 +382,9 @@ TEST_CASE("adapt: the base is written once and read by who asks for the same",
   o.base_file = folder.file("base.safetensors");
   const Corpus corpus = small_corpus(1);
   const Text text(corpus, o.base);
-  const Model<Base> trained = make_base(o, corpus, text);
+  const Model<Base> trained = make_base(o, corpus, text).value();
   CHECK_FALSE(is_equal(values_of(trained), values_of(small_model(o))));
-  CHECK(is_equal(values_of(make_base(o, corpus, text)), values_of(trained)));
+  CHECK(is_equal(values_of(make_base(o, corpus, text).value()), values_of(trained)));
 
   Options longer = o;
   longer.base.epochs = 2;
@@ -403,14 +403,30 @@ TEST_CASE("adapt: the base is written once and read by who asks for the same",
   Options interrupted = o;
   interrupted.base_file = folder.file("interrupted.safetensors");
   examples::interrupted = 1;
-  make_base(interrupted, corpus, text);
+  CHECK_FALSE(make_base(interrupted, corpus, text));
   examples::interrupted = 0;
   CHECK_FALSE(std::filesystem::exists(interrupted.base_file));
   CHECK(std::filesystem::exists(interrupted.base_file + ".part"));
   Options changed = interrupted;
   changed.base.seed = 2;
   CHECK_THROWS_WITH(make_base(changed, corpus, text), Contains(".part is another training"));
-  CHECK(is_equal(values_of(make_base(interrupted, corpus, text)), values_of(trained)));
+  CHECK(is_equal(values_of(make_base(interrupted, corpus, text).value()), values_of(trained)));
   CHECK(std::filesystem::exists(interrupted.base_file));
   CHECK_FALSE(std::filesystem::exists(interrupted.base_file + ".part"));
+
+  // A signal after the last update loses nothing: the base is written all the same.
+  Options late = o;
+  late.base_file = folder.file("late.safetensors");
+  Contestant<Base> at_its_end(
+      language_model::sparse_config<Base>(o.base, std::vector<double>(5, 0.2)),
+      Model<Base>(trained));
+  const language_model::Checkpoint whole(late.base_file + ".part", base_settings(o, corpus, text));
+  whole.write({6, 1.0}, [&](moe::SafetensorsWriter& writer) { at_its_end.save(writer, "base."); });
+  examples::interrupted = 1;
+  const auto written = make_base(late, corpus, text);
+  examples::interrupted = 0;
+  REQUIRE(written);
+  CHECK(is_equal(values_of(*written), values_of(trained)));
+  CHECK(std::filesystem::exists(late.base_file));
+  CHECK_FALSE(whole.exists());
 }

@@ -166,6 +166,15 @@ TEST_CASE("language model: the last words or characters of what was read",
   CHECK(last_units("", Unit::word, 2).empty());
   CHECK(last_units("abcdef", Unit::character, 4) == "cdef");
   CHECK(last_units("ab", Unit::character, 4) == "ab");
+  CHECK(last_units("", Unit::character, 4).empty());
+  CHECK(last_units("ab", Unit::character, 0).empty());
+  // Characters of two, three and four bytes.
+  CHECK(last_units("\u00e9", Unit::character, 1) == "\u00e9");
+  CHECK(last_units("a\u00e9\u20ac\U0001f600", Unit::character, 1) == "\U0001f600");
+  CHECK(last_units("a\u00e9\u20ac\U0001f600", Unit::character, 3) == "\u00e9\u20ac\U0001f600");
+  CHECK(last_units("a\u00e9\u20acb", Unit::character, 9) == "a\u00e9\u20acb");
+  // Not UTF-8.
+  CHECK(last_units("\x80\x80", Unit::character, 1) == "\x80\x80");
   CHECK(in_cell(" a|b`c\n") == "`a/b'c\u00b6`");
 }
 

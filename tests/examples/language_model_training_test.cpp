@@ -56,12 +56,13 @@ struct Training {
     Batches::Batch batch;
     batches.get(timetable.batch(), batch);
     model.update(batch, timetable);
-    timetable.evaluation_is_due();
+    if (timetable.evaluation_is_due()) evaluated.push_back(timetable.update());
   }
 
   const Batches& batches;
   Timetable timetable;
   Contestant<Flat> model;
+  std::vector<Index> evaluated;  ///< the updates after which an evaluation was due
 };
 
 void write(const Checkpoint& checkpoint, Training& training) {
@@ -115,15 +116,39 @@ TEST_CASE("language model: a training that goes on ends in the numbers of an unb
     Training second(o, text);
     CHECK(read(checkpoint, second) == 12.5);
     CHECK(second.timetable.update() == updates);
-    CHECK(second.timetable.place(0).evaluations == first.timetable.place(0).evaluations);
     CHECK(second.model.figures().loss == first.model.figures().loss);
     CHECK(second.model.seconds() == first.model.seconds());
     while (!second.timetable.is_over()) second.update();
     CHECK(second.timetable.update() == 13);
-    CHECK(second.timetable.place(0).evaluations == 5);
+    first.evaluated.insert(first.evaluated.end(), second.evaluated.begin(), second.evaluated.end());
+    CHECK(first.evaluated == std::vector<Index>{3, 6, 8, 11, 13});
     CHECK(have_same_weights(second.model, whole.model));
     CHECK(second.model.figures().loss == whole.model.figures().loss);
   }
+}
+
+TEST_CASE("language model: a training goes on with another number of evaluations",
+          "[examples][language_model]") {
+  Options o;
+  o.epochs = 1;
+  const auto evaluated_after = [&](Index resumed_at, Index evaluations) {
+    o.evaluations = evaluations;
+    Timetable timetable(o, 100);
+    timetable.resume({resumed_at, 12.5});
+    std::vector<Index> updates;
+    while (!timetable.is_over()) {
+      timetable.next(0);
+      if (timetable.evaluation_is_due()) updates.push_back(timetable.update());
+    }
+    return updates;
+  };
+  // Of 8 evaluations 6 were due by then, which is more than 2.
+  CHECK(evaluated_after(80, 2) == std::vector<Index>{100});
+  CHECK(evaluated_after(80, 8) == std::vector<Index>{88, 100});
+  CHECK(evaluated_after(80, 10) == std::vector<Index>{90, 100});
+  CHECK(evaluated_after(40, 2) == std::vector<Index>{50, 100});
+  CHECK(evaluated_after(0, 2) == std::vector<Index>{50, 100});
+  CHECK(evaluated_after(100, 2).empty());
 }
 
 TEST_CASE("language model: a checkpoint of another training is refused",
@@ -150,13 +175,13 @@ TEST_CASE("language model: a checkpoint of another training is refused",
   CHECK_THROWS_AS(read(checkpoint, other), std::runtime_error);
   // Counts that cannot be.
   moe::SafetensorsWriter writer;
-  const std::vector<Index> counts{-1, 0};
+  const std::vector<Index> updates{-1};
   const moe::Matrix<double> seconds = moe::Matrix<double>::Zero(1, 1);
-  writer.add("training.counts", counts);
+  writer.add("training.updates", updates);
   writer.add("training.seconds", seconds);
   writer.set_metadata("training", "seed=1");
   writer.write(path);
-  CHECK_THROWS_WITH(read(checkpoint, training), Contains("training.counts"));
+  CHECK_THROWS_WITH(read(checkpoint, training), Contains("training.updates"));
   // Without a path.
   write(Checkpoint(), training);
   CHECK_FALSE(Checkpoint().exists());
