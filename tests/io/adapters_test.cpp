@@ -812,8 +812,8 @@ TEST_CASE("adapters: what cannot be saved", "[io][adapt]") {
   CHECK_THROWS_WITH(save_adapters(path, gate),
                     Contains("\"\" must have letters, digits, '_', '-' and '.' only"));
   // alpha / sqrt(r) is (alpha·sqrt(r)) / r, which has no number here.
-  const auto huge = small_layer<float>({.rank = 2, .alpha = 1.7e308, .rank_stabilized = true},
-                                       {.rank = 2, .alpha = 5});
+  const auto huge = small_layer<double>({.rank = 2, .alpha = 1.7e308, .rank_stabilized = true},
+                                        {.rank = 2, .alpha = 5});
   CHECK_THROWS_AS(save_adapters(path, huge), std::invalid_argument);
   CHECK_THROWS_WITH(save_adapters(path, huge),
                     Contains("alpha of experts.0.gate is inf, must be finite"));

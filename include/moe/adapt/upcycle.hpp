@@ -43,19 +43,19 @@ namespace detail {
 
 /// One of several equal parts of the hidden units of a network, as a network of its own. W_2 is
 /// multiplied by the number of parts, since the gate will give each of them 1/slices of the weight.
+/// `part` is any network of the shape of a slice.
 template <class Scalar>
-FeedForward<Scalar> slice_of(const FeedForward<Scalar>& dense, Index slice, Index slices) {
-  FeedForwardConfig config = dense.config();
-  config.hidden /= slices;
-  FeedForward<Scalar> part(config, 0);
-  const Index first = slice * config.hidden;
+FeedForward<Scalar> slice_of(const FeedForward<Scalar>& dense, Index slice, Index slices,
+                             FeedForward<Scalar> part) {
+  const Index hidden = part.config().hidden;
+  const Index first = slice * hidden;
   std::vector<const Parameter<Scalar>*> whole;
   walk_together(part, dense, whole, [&](auto& p, const auto& from) {
     p.trained = from.trained;
     if (p.value.rows() != from.value.rows()) {
-      p.value = static_cast<Scalar>(slices) * from.value.middleRows(first, config.hidden);
+      p.value = static_cast<Scalar>(slices) * from.value.middleRows(first, hidden);
     } else if (p.value.cols() != from.value.cols()) {
-      p.value = from.value.middleCols(first, config.hidden);
+      p.value = from.value.middleCols(first, hidden);
     } else {
       p.value = from.value;
     }
@@ -177,9 +177,10 @@ MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
   if constexpr (detail::ChangesExperts<Gate>) of_layer.gate = gate.config();  // completed too
   of_layer.expert.hidden /= config.slices;
 
+  const FeedForward<typename Gate::Scalar> drawn(of_layer.expert, 0);  // once, for all slices
   std::vector<FeedForward<typename Gate::Scalar>> slices;
   for (Index s = 0; s < config.slices; ++s) {
-    slices.push_back(detail::slice_of(dense, s, config.slices));
+    slices.push_back(detail::slice_of(dense, s, config.slices, drawn));
   }
   std::vector<Network> copies;
   copies.reserve(detail::to_size(experts));
