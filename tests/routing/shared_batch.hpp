@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 #include <span>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -58,6 +59,7 @@ class PartOfBatch : public SharedBatch {
       : meeting_(meeting), number_(number), place_(place) {}
 
   mutable Index calls = 0;  ///< so far, by this thread
+  mutable Index room = 0;   ///< of make_room_to_gather()
 
   Index processes() const override { return static_cast<Index>(meeting_.count()); }
   Index process() const override { return static_cast<Index>(number_); }
@@ -78,7 +80,9 @@ class PartOfBatch : public SharedBatch {
     });
     std::copy(before.begin(), before.end(), numbers.begin());
   }
+  void make_room_to_gather(Index numbers) const override { room = numbers; }
   void gather_agreed(std::span<Index> numbers) const override {
+    if (static_cast<Index>(numbers.size()) > room) throw std::logic_error("no room to gather");
     ++calls;
     const std::size_t block = numbers.size() / meeting_.count();
     std::vector<Index> all(numbers.size());

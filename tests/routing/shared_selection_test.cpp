@@ -181,8 +181,8 @@ TEMPLATE_TEST_CASE("shared selection: many candidates that leading bits do not t
     const Index third = tokens / 3;
     std::vector<std::vector<Index>> ways{
         {tokens}, {1, tokens - 1}, {0, tokens, 0}, {third, 0, third, tokens - 2 * third}};
-    ways.emplace_back(30, tokens / 30);
-    ways.back().back() += tokens - tokens / 30 * 30;
+    ways.emplace_back(12, tokens / 12);
+    ways.back().back() += tokens - tokens / 12 * 12;
     for (int kind = 0; kind < 8; ++kind) {
       std::mt19937_64 random(static_cast<std::uint64_t>(kind));
       Matrix<TestType> scores(tokens, experts);
@@ -221,7 +221,7 @@ TEMPLATE_TEST_CASE("shared selection: many candidates that leading bits do not t
           }
         }
       }
-      for (const Index count : {Index{1}, tokens / 7, tokens / 2, tokens - 1}) {
+      for (const Index count : {Index{1}, tokens / 2, tokens - 1}) {
         INFO("kind " << kind << ", " << tokens << " tokens");
         const Index calls = check_choice(scores, count, ways);
         CHECK(calls <= 4);
@@ -277,9 +277,13 @@ class FirstOfMany : public SharedBatch {
   void prefix(std::span<Index> numbers) const override {
     std::fill(numbers.begin(), numbers.end(), Index{0});
   }
-  void gather_agreed(std::span<Index>) const override {}
+  void make_room_to_gather(Index numbers) const override { room_ = numbers; }
+  void gather_agreed(std::span<Index> numbers) const override {
+    CHECK(static_cast<Index>(numbers.size()) <= room_);
+  }
 
  private:
+  mutable Index room_ = 0;
   Index rows_;
 };
 

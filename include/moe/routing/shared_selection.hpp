@@ -124,7 +124,7 @@ class SharedSelection {
       const Index that_fit = numbers / (open * batch.processes()) - 2;
       const Index quantiles =
           std::max(ShownQuantiles::needed(candidates, left), std::min(candidates, that_fit));
-      candidates = narrow_by_quantiles(quantiles, batch);
+      candidates = narrow_by_quantiles(quantiles, candidates, batch);
     }
   }
 
@@ -262,7 +262,7 @@ class SharedSelection {
   /// The processes show each other some candidates, or all. Finishes the experts of which they then know the
   /// last one that is taken. Returns the largest number of candidates among which the search of an expert
   /// goes on.
-  Index narrow_by_quantiles(Index quantiles, const SharedBatch& batch) {
+  Index narrow_by_quantiles(Index quantiles, Index candidates, const SharedBatch& batch) {
     // numbers: processes x open experts x (2 + quantiles)
     const Index block = 2 + quantiles;
     const Index stride = static_cast<Index>(open_.size()) * block;
@@ -286,7 +286,7 @@ class SharedSelection {
         return Shown{numbers_.data() + process * stride + static_cast<Index>(row) * block,
                      quantiles};
       };
-      const Index left = narrow(shown_by, batch, bounds_[expert], lists_[row]);
+      const Index left = narrow(shown_by, candidates, batch, bounds_[expert], lists_[row]);
       if (left == 0) continue;
       most = std::max(most, left);
       lists_[open] = lists_[row];
@@ -298,26 +298,29 @@ class SharedSelection {
   }
 
   /// Narrows the list of an expert to the candidates among which its search goes on, and returns the largest
-  /// number they can be in all processes. If the last candidate that is taken is found, it returns 0 and has
-  /// set the bound.
+  /// number they can be in all processes, where they were at most `candidates`. If the last candidate that is
+  /// taken is found, it returns 0 and has set the bound.
   template <class ShownBy>
-  Index narrow(ShownBy&& shown_by, const SharedBatch& batch, Bound& bound, List& list) {
+  Index narrow(ShownBy&& shown_by, Index candidates, const SharedBatch& batch, Bound& bound,
+               List& list) {
     // The candidate searched has `target` others before it, of those among which the search goes on. The
     // one at the head of the heap has at least `least` and at most `most`.
     Index target = bound.left - 1;
     Index least = 0;
     Index most = 0;
-    Index candidates = 0;
+    Index found = 0;
     heads_.clear();
     for (Index process = 0; process < batch.processes(); ++process) {
       const Shown shown = shown_by(process);
       const ShownQuantiles places = shown.places();
       target -= shown.passed();
-      candidates += places.candidates;
+      found += places.candidates;
       if (places.count() == 0) continue;
       most += places.place(0);
       heads_.push_back({shown.bits(0), process, 0});
     }
+    MOE_ASSERT(found <= candidates);
+    candidates = found;
     std::make_heap(heads_.begin(), heads_.end(), Head::is_later);
     const Head none{0, -1, 0};
     Head from = none;
