@@ -71,8 +71,11 @@ class Residual {
   /// The module's configuration.
   decltype(auto) config() const requires requires(const Module& module) { module.config(); }
   { return module_.config(); }
-  /// The module. To change its parameters, use for_each_parameter().
+  /// The module. Its own verbs may be called, such as MoELayer's set_loss_weights() or add_experts(), and
+  /// another one of another width may be assigned: each pass compares the shapes anew.
   const Module& module() const { return module_; }
+  /// The same to change.
+  Module& module() { return module_; }
 
   /// Training pass: returns tape.y (T x D). Throws std::invalid_argument if the module refuses x, if the
   /// module's y is not of the shape of x, or if x overlaps the y of the tape or of the module's tape.
