@@ -21,6 +21,12 @@ concept TakesPass = requires(const Module& module, typename Module::Tape& tape) 
   module.forward(tape.y, tape, Pass{.step = 0});
 };
 
+/// Modules whose passes take nothing else.
+template <class Module>
+concept TakesRows = requires(const Module& module, typename Module::Tape& tape) {
+  module.forward(tape.y, tape);
+};
+
 }  // namespace detail
 
 /// y = x + module(x), x and y being T x D: a module that learns what to add to its input.
@@ -39,6 +45,10 @@ template <class Module>
 class Residual {
   static_assert(detail::HasConfig<Module>, "the module of a Residual must have a type Config");
   static_assert(detail::HasTape<Module>, "the module of a Residual must have a type Tape");
+  static_assert(
+      detail::TakesRows<Module> || detail::TakesPass<Module>,
+      "the module of a Residual must have forward(x, tape) const or forward(x, tape, const "
+      "moe::Pass&) const, x being as tape.y");
 
  public:
   using Config = typename Module::Config;  ///< the module's
