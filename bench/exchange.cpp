@@ -187,11 +187,7 @@ int main(int argc, char** argv) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     add_rows(ranks);
-    if (rank == 0) return bench::run(argc, argv);
-    int arguments = 1;  // the others write no file
-    benchmark::Initialize(&arguments, argv);
-    bench::Silent silent;
-    benchmark::RunSpecifiedBenchmarks(&silent);
-    return 0;
+    // All ranks take part in a row, so all of them read which rows the arguments choose.
+    return bench::run(argc, argv, rank != 0);
   });
 }

@@ -60,8 +60,9 @@ class ProgressReporter : public benchmark::BenchmarkReporter {
   examples::ProgressBar bar_;
 };
 
-/// How many rows the arguments choose. Prints the help and ends the program where they ask for it.
-inline std::size_t count_rows(std::vector<char*> arguments) {
+/// How many rows the arguments choose. Prints the help and ends the program where they ask for it. Says
+/// that there are none unless `is_silent`.
+inline std::size_t count_rows(std::vector<char*> arguments, bool is_silent) {
   std::string list = "--benchmark_list_tests=true";
   arguments.push_back(list.data());
   int count = static_cast<int>(arguments.size());
@@ -69,6 +70,7 @@ inline std::size_t count_rows(std::vector<char*> arguments) {
   std::ostream nowhere(nullptr);
   Silent silent;
   silent.SetOutputStream(&nowhere);
+  if (is_silent) silent.SetErrorStream(&nowhere);
   return benchmark::RunSpecifiedBenchmarks(&silent);
 }
 
@@ -80,20 +82,29 @@ extern "C" inline void on_bench_interrupt(int) {
 }
 
 /// Runs the benchmarks that the arguments choose, as benchmark's own main program does. Ctrl-C ends the
-/// program with code 130.
-inline int run(int argc, char** argv) {
+/// program with code 130. With `is_silent` the same benchmarks run, and nothing is printed or written to a
+/// file: for all ranks but one, where ranks measure together.
+inline int run(int argc, char** argv, bool is_silent = false) {
   std::vector<char*> arguments(argv, argv + argc);
-  const std::size_t rows = count_rows(arguments);
+  std::string no_file = "--benchmark_out=";  // whatever the arguments and the environment say
+  if (is_silent) arguments.push_back(no_file.data());
+  const std::size_t rows = count_rows(arguments, is_silent);
   if (rows == 0) return 0;  // which count_rows() has said
   // Before the user's, which may be to list the rows.
   std::string measure = "--benchmark_list_tests=false";
   arguments.insert(arguments.begin() + 1, measure.data());
   int count = static_cast<int>(arguments.size());
   benchmark::Initialize(&count, arguments.data());
-  if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 1;
-  std::signal(SIGINT, on_bench_interrupt);
-  ProgressReporter reporter(rows);
-  benchmark::RunSpecifiedBenchmarks(&reporter);
+  if (is_silent) {
+    if (count > 1) return 0;  // unknown ones: another rank reports them and fails
+    Silent silent;
+    benchmark::RunSpecifiedBenchmarks(&silent);
+  } else {
+    if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 1;
+    std::signal(SIGINT, on_bench_interrupt);
+    ProgressReporter reporter(rows);
+    benchmark::RunSpecifiedBenchmarks(&reporter);
+  }
   benchmark::Shutdown();
   return 0;
 }

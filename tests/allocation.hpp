@@ -9,8 +9,8 @@
 namespace moe::test {
 
 /// Calls of malloc and its relatives by any thread so far, those inside operator new and inside
-/// Eigen included; without glibc and without AddressSanitizer, calls of operator new only. With clang's
-/// AddressSanitizer and OpenMP always 0: what its OpenMP library takes cannot be told from the rest.
+/// Eigen included; without glibc and without AddressSanitizer, calls of operator new only. With clang
+/// and OpenMP always 0: what its OpenMP library takes cannot be told from the rest.
 /// Defined in layer/allocation_test.cpp, where the functions are replaced.
 std::size_t allocation_count();
 

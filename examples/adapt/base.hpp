@@ -59,15 +59,20 @@ inline std::string base_settings(const Options& o, const Corpus& corpus, const T
       o.base, corpus, language_model::Timetable(o.base, text.training.count()).total());
 }
 
+/// Whether the rank and alpha of the options matter to a way.
+inline bool has_adapters(const std::string& name) { return name.starts_with("lora"); }
+
 /// Where the training of a way is saved: beside the file of the base, if there is one. `settings` are
 /// those of the base and of the new text.
 inline language_model::Checkpoint checkpoint_of(const std::string& name, const Way& way,
                                                 const Options& o, const std::string& settings) {
   if (o.base_file.empty()) return {};
-  return {o.base_file + "." + name + ".part",
-          settings + language_model::print(
-                         " way=%s rate=%g warm_up=%td updates=%td rank=%td alpha=%g", name.c_str(),
-                         way.learning_rate, o.warm_up, o.updates, o.rank, o.alpha)};
+  return {
+      o.base_file + "." + name + ".part",
+      settings +
+          language_model::print(" way=%s rate=%g warm_up=%td updates=%td", name.c_str(),
+                                way.learning_rate, o.warm_up, o.updates) +
+          (has_adapters(name) ? language_model::print(" rank=%td alpha=%g", o.rank, o.alpha) : "")};
 }
 
 /// The base of the options' file, or a new one, which is written there. Nothing, if Ctrl-C came before it

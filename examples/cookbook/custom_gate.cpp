@@ -48,9 +48,9 @@ struct HashGate {
   /// dweight is the gradient with respect to each slot's weight. The choice has none, so dx stays.
   void backward(const moe::MatrixRef<Scalar>&, std::span<const Scalar> dweight, Tape& tape,
                 moe::Matrix<Scalar>&) {
-    for (std::size_t slot = 0; slot < dweight.size(); ++slot) {
+    if (!factor.trained) return;
+    for (std::size_t slot = 0; slot < dweight.size(); ++slot)
       factor.gradient()(0, tape.routing.expert[slot]) += dweight[slot];
-    }
   }
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {

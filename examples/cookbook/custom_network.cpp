@@ -36,14 +36,14 @@ struct GatedLinear {
   void evaluate(In x, Out y) const {
     y = (x * v.value).array() / (1 + (-(x * w.value)).array().exp());
   }
-  /// Adds to the gradients of V and W, and writes dx.
+  /// Adds to the gradients of V and W, where they are trained, and writes dx.
   void backward(In x, In saved, In dy, Out dx) {
     const moe::Index D = x.cols();
     const moe::Matrix<Scalar> s = saved.rightCols(D);
     const moe::Matrix<Scalar> du = dy.cwiseProduct(s);
     const moe::Matrix<Scalar> dz = du.array() * saved.leftCols(D).array() * (1 - s.array());
-    v.gradient() += x.transpose() * du;
-    w.gradient() += x.transpose() * dz;
+    if (v.trained) v.gradient() += x.transpose() * du;
+    if (w.trained) w.gradient() += x.transpose() * dz;
     dx = du * v.value.transpose() + dz * w.value.transpose();
   }
 

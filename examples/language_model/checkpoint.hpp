@@ -40,7 +40,8 @@ inline moe::SafetensorsFile open_with_settings(const std::string& path, const st
   if (found == file.metadata().end() || found->second != settings) {
     throw std::runtime_error(path + " is another " + what + ". It has\n  " +
                              (found == file.metadata().end() ? "no settings" : found->second) +
-                             "\nand the options say\n  " + settings);
+                             "\nand the options say\n  " + settings +
+                             "\nDelete it, or take the same options.");
   }
   return file;
 }

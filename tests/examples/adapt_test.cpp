@@ -375,6 +375,35 @@ TEST_CASE("adapt: a way's row has its size, and the test part only where it may 
   CHECK(csv_row(o, "before", {}) == "1,before,0,0,0,0.00,0.00,0.0000,,");
 }
 
+TEST_CASE("adapt: rank and alpha are settings of the ways with adapters alone",
+          "[examples][adapt]") {
+  const TemporaryFolder folder;
+  Options o = small_options();
+  o.base_file = folder.file("base.safetensors");
+  Options changed = o;
+  if (GENERATE(true, false)) {
+    changed.rank = o.rank + 1;
+  } else {
+    changed.alpha = o.alpha + 1;
+  }
+  for (const std::string& name : all_ways()) {
+    CAPTURE(name);
+    const Way way{name, 1e-2};
+    checkpoint_of(name, way, o, "seed=1").write({3, 1.0}, [](moe::SafetensorsWriter&) {});
+    const auto other = checkpoint_of(name, way, changed, "seed=1");
+    if (name == "gate" || name == "all") {
+      CHECK(other.place().update == 3);
+    } else {
+      CHECK_THROWS_WITH(other.place(), Contains(name + ".part is another training") &&
+                                           Contains("Delete it, or take the same options."));
+    }
+    Options longer = o;
+    longer.updates = 4;
+    CHECK_THROWS_WITH(checkpoint_of(name, way, longer, "seed=1").place(),
+                      Contains("updates=3") && Contains("updates=4"));
+  }
+}
+
 TEST_CASE("adapt: the base is written once and read by who asks for the same",
           "[examples][adapt]") {
   const TemporaryFolder folder;

@@ -5,6 +5,7 @@
 #include "../allocation.hpp"
 #include "../support.hpp"
 #include "../temporary_folder.hpp"
+#include "moe/gates/top_k_gate.hpp"
 #include "moe/io/safetensors.hpp"
 #include "moe/layer/moe_layer.hpp"
 #include "moe/nn/linear.hpp"
@@ -140,6 +141,62 @@ TEST_CASE("residual: a pass of a mixture takes no memory after the first", "[nn]
   };
   pass();
   CHECK(test::allocations_in(pass) == 0);
+}
+
+TEST_CASE("residual: the verbs of the layer inside", "[nn][residual]") {
+  using Layer = MoELayer<Expert<FeedForward, double>, TopKGate<double>>;
+  Residual<Layer> block({.width = 6,
+                         .expert = {.hidden = 5},
+                         .gate = {.experts = 4,
+                                  .top_k = 2,
+                                  .selection_bias = true,
+                                  .bias_rate = 0.25,
+                                  .switch_loss_weight = 0.5},
+                         .seed = 3});
+  const auto x = random_matrix(7, 6, 1);
+  Residual<Layer>::Tape tape;
+  block.forward(x, tape, {.step = 1});
+  const double loss = tape.balance().loss;
+  CHECK(loss > 0);
+  // Of 7 tokens and 2 experts a token the mean is 3.5, which no load is.
+  const Vector<double> load = tape.balance().load;
+  block.module().update_selection_bias(tape.module);
+  int seen = 0;
+  for_each_parameter(block, [&](const std::string& name, const Parameter<double>& parameter) {
+    if (name != "gate.selection_bias") return;
+    ++seen;
+    for (Index i = 0; i < 4; ++i) CHECK(parameter.value(0, i) == (load[i] < 3.5 ? 0.25 : -0.25));
+  });
+  CHECK(seen == 1);
+
+  Residual<Layer> heavier = block;
+  heavier.module().set_loss_weights({.switch_loss = 1.5});
+  block.forward(x, tape, {.step = 2});
+  const double light = tape.balance().loss;
+  heavier.forward(x, tape, {.step = 2});
+  CHECK_THAT(tape.balance().loss, Catch::Matchers::WithinRel(3 * light, 1e-14));
+  CHECK(heavier.config().gate.switch_loss_weight == 1.5);
+
+  block.module().add_experts(2, Seed{9});
+  CHECK(block.config().gate.experts == 6);
+  block.forward(x, tape, {.step = 3});
+  CHECK(tape.balance().load.size() == 6);
+}
+
+TEST_CASE("residual: another module in place of the one inside", "[nn][residual]") {
+  Residual<Linear<double>> block({.inputs = 2, .outputs = 2}, 1);
+  Residual<Linear<double>>::Tape tape;
+  const auto x = random_matrix(4, 2, 1);
+  block.forward(x, tape);
+  block.module() = Linear<double>({.inputs = 3, .outputs = 2}, 1);
+  CHECK_THROWS_WITH(block.backward(x, tape),
+                    "moe: Linear::backward without a forward pass on this tape");
+  CHECK_THROWS_WITH(block.forward(x, tape), "moe: Linear: x has 2 columns, the layer has 3 inputs");
+  CHECK_THROWS_WITH(block.forward(random_matrix(4, 3, 1), tape),
+                    "moe: Residual: x is 4 x 3, the module's y 4 x 2");
+  block.module() = Linear<double>({.inputs = 3, .outputs = 3}, 1);
+  const auto wide = random_matrix(4, 3, 1);
+  CHECK(test::relative_error(block.evaluate(wide), wide + block.module().evaluate(wide)) < 1e-15);
 }
 
 TEST_CASE("residual: configuration, names and files are those of the module", "[nn][residual]") {

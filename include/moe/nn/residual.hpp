@@ -21,6 +21,12 @@ concept TakesPass = requires(const Module& module, typename Module::Tape& tape) 
   module.forward(tape.y, tape, Pass{.step = 0});
 };
 
+/// Modules whose passes take nothing else.
+template <class Module>
+concept TakesRows = requires(const Module& module, typename Module::Tape& tape) {
+  module.forward(tape.y, tape);
+};
+
 }  // namespace detail
 
 /// y = x + module(x), x and y being T x D: a module that learns what to add to its input.
@@ -39,6 +45,10 @@ template <class Module>
 class Residual {
   static_assert(detail::HasConfig<Module>, "the module of a Residual must have a type Config");
   static_assert(detail::HasTape<Module>, "the module of a Residual must have a type Tape");
+  static_assert(
+      detail::TakesRows<Module> || detail::TakesPass<Module>,
+      "the module of a Residual must have forward(x, tape) const or forward(x, tape, const "
+      "moe::Pass&) const, x being as tape.y");
 
  public:
   using Config = typename Module::Config;  ///< the module's
@@ -71,8 +81,11 @@ class Residual {
   /// The module's configuration.
   decltype(auto) config() const requires requires(const Module& module) { module.config(); }
   { return module_.config(); }
-  /// The module. To change its parameters, use for_each_parameter().
+  /// The module. Its own verbs may be called, such as MoELayer's set_loss_weights() or add_experts(), and
+  /// another one of another width may be assigned: each pass compares the shapes anew.
   const Module& module() const { return module_; }
+  /// The same to change.
+  Module& module() { return module_; }
 
   /// Training pass: returns tape.y (T x D). Throws std::invalid_argument if the module refuses x, if the
   /// module's y is not of the shape of x, or if x overlaps the y of the tape or of the module's tape.
