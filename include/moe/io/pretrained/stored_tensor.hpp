@@ -117,9 +117,9 @@ class StoredTensor {
     matrix_rows_ = rows;
     const std::pair<Index, Index> sizes[] = {
         {block_rows, block_columns}, {1, columns}, {rows, 1}, {rows, columns}};
-    const auto size = std::find_if(std::begin(sizes), std::end(sizes), [&](const auto& each) {
-      return shape_of(each.first, each.second) == scales;
-    });
+    const auto* const size =
+        std::find_if(std::begin(sizes), std::end(sizes),
+                     [&](const auto& each) { return shape_of(each.first, each.second) == scales; });
     if (size != std::end(sizes)) {
       scale_rows_ = size->first;
       scale_columns_ = size->second;
