@@ -55,10 +55,10 @@ struct ShownQuantiles {
   }
   /// The smallest number of quantiles with which a search ends after this number of gathers, at least 1.
   static Index needed(Index candidates, Index gathers) {
-    const auto is_enough = [&](Index quantiles) {
+    const auto is_enough = [&](Index number) {
       Index left = candidates;
-      for (Index i = 1; i < gathers && left > quantiles; ++i) left = remaining(left, quantiles);
-      return left <= quantiles;
+      for (Index i = 1; i < gathers && left > number; ++i) left = remaining(left, number);
+      return left <= number;
     };
     Index quantiles = 1;
     while (!is_enough(quantiles)) ++quantiles;
