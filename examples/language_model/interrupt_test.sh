@@ -32,6 +32,21 @@ train() {
 
 train whole "$@" >whole.log
 
+# While the text is read, by a pipe that several ranks cannot share: then there is nothing to evaluate.
+if [ "$signal" = INT ]; then
+  mkfifo text
+  "$@" --data text --csv none.csv >none.log &
+  program=$!
+  exec 3>text # when the program opens it, which by then catches signals
+  kill -s INT "$program"
+  echo "the last words" >&3
+  exec 3>&-
+  wait "$program" || fail "the signal before the first update ended the program with $?"
+  grep -q "^interrupted before the first update" none.log || fail "it was not interrupted before the first update"
+  ! grep -q "| sparse" none.log || fail "untrained models were evaluated"
+  [ "$(wc -l <none.csv)" -eq 1 ] || fail "there are rows of untrained models"
+fi
+
 # In the background a shell keeps Ctrl-C from its programs, but this one catches it itself.
 # So the program itself is what the shell starts there, not a function.
 set -- "$@" --checkpoint training.safetensors
