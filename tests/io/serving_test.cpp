@@ -244,7 +244,7 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
   scales[2 * (71 + 4)] = std::byte{0x00};
   scales[2 * (71 + 4) + 1] = std::byte{0x7C};
   change_tensor(path, bad, name + ".scale", "F16", {2, 71}, scales);
-  refused("\"experts.1.up.weight.scale\" has inf at [1,4], which is not one of int8");
+  refused("\"experts.1.up.weight.scale\" has the scale inf at [1,4], which is not one of int8");
   CHECK_THROWS_WITH(load_serving<Served<Int4>>(path),
                     Contains("has weights in int8, must be int4"));
   CHECK_THROWS_WITH(load_serving<Served<Int8>>(folder.file("none")), Contains("cannot be read"));

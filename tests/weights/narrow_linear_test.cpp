@@ -32,7 +32,7 @@ TEST_CASE("narrow linear: what it refuses", "[weights]") {
   CHECK_THROWS_WITH(served.input_gradient(Matrix<float>(2, 6), tape),
                     Contains("dy has 6 columns, the layer has 7 outputs"));
   CHECK_THROWS_WITH(narrow<BFloat16>(linear, {.activations = Activations::int8}),
-                    Contains("NarrowOptions.activations = 1, bfloat16 has float32 only"));
+                    Contains("NarrowOptions.activations = int8, bfloat16 has float32 only"));
   CHECK_THROWS_WITH(narrow<Int4>(linear, {.activations = static_cast<Activations>(7)}),
                     Contains("NarrowOptions.activations = 7, int4 has float32 and int8"));
   linear.weight.value(3, 2) = std::numeric_limits<float>::infinity();

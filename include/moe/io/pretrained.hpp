@@ -48,7 +48,6 @@ class Pretrained {
       config_.refuse("model_type", "one of " + known);
     }
     mixtures_ = detail::mixtures_of(*family, config_);
-    for (const Mixture& mixture : mixtures_) detail::check_family(model_type_, mixture);
   }
 
   /// The model_type in config.json.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -19,8 +20,8 @@ namespace detail {
 inline void check_activations(bool scaled, const char* format, Activations activations) {
   require(activations == Activations::float32 || (activations == Activations::int8 && scaled),
           "NarrowOptions.activations = ",
-          activations == Activations::int8 ? "int8" : "an unknown value", ", ", format,
-          scaled ? " has float32 and int8" : " has float32 only");
+          activations == Activations::int8 ? "int8" : std::to_string(static_cast<int>(activations)),
+          ", ", format, scaled ? " has float32 and int8" : " has float32 only");
 }
 
 /// A narrow weight, used where a trained network has a Parameter.

@@ -124,25 +124,6 @@ inline std::string numbered(std::string name, Index number) {
   return name;
 }
 
-/// The mixtures of a model by its family, with the blocks of FP8 tensors that have one scale, where
-/// config.json says that they are not of 128 x 128.
-inline std::vector<io::Mixture> mixtures_of(const io::Family& family,
-                                            const io::ModelConfig& config) {
-  std::vector<io::Mixture> mixtures = family.mixtures(config);
-  if (!config.has("quantization_config")) return mixtures;
-  const io::ModelConfig quantization = config.part("quantization_config");
-  const std::vector<Index> block = quantization.counts("weight_block_size");
-  if (block.empty()) return mixtures;
-  if (block.size() != 2 || block[0] < 1 || block[1] < 1) {
-    quantization.refuse("weight_block_size", "two numbers above 0");
-  }
-  for (io::Mixture& mixture : mixtures) {
-    mixture.scale_rows = block[0];
-    mixture.scale_columns = block[1];
-  }
-  return mixtures;
-}
-
 /// Throws std::invalid_argument if a family does not name a tensor that its mixture must have, or
 /// if it has biases and several shared experts.
 inline void check_family(const std::string& model_type, const io::Mixture& mixture) {
@@ -175,6 +156,26 @@ inline void check_family(const std::string& model_type, const io::Mixture& mixtu
     need(!mixture.shared_gated || !names.shared_gate.empty(),
          "MixtureTensors.shared_gate is empty");
   }
+}
+
+/// The mixtures of a model by its family, with the blocks of FP8 tensors that have one scale, where
+/// config.json says that they are not of 128 x 128.
+inline std::vector<io::Mixture> mixtures_of(const io::Family& family,
+                                            const io::ModelConfig& config) {
+  std::vector<io::Mixture> mixtures = family.mixtures(config);
+  for (const io::Mixture& mixture : mixtures) check_family(family.model_type, mixture);
+  if (!config.has("quantization_config")) return mixtures;
+  const io::ModelConfig quantization = config.part("quantization_config");
+  const std::vector<Index> block = quantization.counts("weight_block_size");
+  if (block.empty()) return mixtures;
+  if (block.size() != 2 || block[0] < 1 || block[1] < 1) {
+    quantization.refuse("weight_block_size", "two numbers above 0");
+  }
+  for (io::Mixture& mixture : mixtures) {
+    mixture.scale_rows = block[0];
+    mixture.scale_columns = block[1];
+  }
+  return mixtures;
 }
 
 }  // namespace moe::detail
