@@ -89,9 +89,9 @@ struct LoadColour {
 /// noise of balanced experts is not seen.
 inline const std::vector<LoadColour>& load_colours() {
   static const std::vector<LoadColour> colours = {
-      {1e-9, "#20304c", "none"},     {0.25, "#3670b0", "below 1/4"}, {0.5, "#84b0d8", "to 1/2"},
-      {0.8, "#c6dcee", "to 0.8"},    {1.25, "#f4f4f0", "to 1.25"},   {2, "#f6cba4", "to 2"},
-      {4, "#e8814d", "to 4 x mean"}, {1e300, "#b2182b", "above 4"}};
+      {1e-9, "#20304c", "none"},  {0.25, "#3670b0", "below 1/4"}, {0.5, "#84b0d8", "to 1/2"},
+      {0.8, "#c6dcee", "to 0.8"}, {1.25, "#f4f4f0", "to 1.25"},   {2, "#f6cba4", "to 2"},
+      {4, "#e8814d", "to 4"},     {1e300, "#b2182b", "above 4"}};
   return colours;
 }
 
