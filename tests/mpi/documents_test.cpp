@@ -1,5 +1,4 @@
 #include <cstdint>
-#include <type_traits>
 
 #include "moe/mpi/environment.hpp"
 #include "whole.hpp"
@@ -45,5 +44,6 @@ moe::Matrix<float> my_tokens(std::uint64_t step) {
 }  // namespace
 
 TEST_CASE("documents: expert_parallel.md compiles", "[mpi][documents]") {
-  STATIC_REQUIRE(std::is_same_v<decltype(documents_main(0, nullptr)), int>);
+  int (*const program)(int, char**) = documents_main;
+  CHECK(program != nullptr);
 }
