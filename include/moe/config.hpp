@@ -45,6 +45,13 @@
 #define MOE_UNROLL
 #endif
 
+/// Behind the parameters of a lambda that must be inlined: what it captures are registers.
+#if defined(__GNUC__)
+#define MOE_INLINED __attribute__((always_inline))
+#else
+#define MOE_INLINED
+#endif
+
 /// Before a function that must not be inlined.
 #if defined(__GNUC__)
 #define MOE_NOINLINE [[gnu::noinline]]

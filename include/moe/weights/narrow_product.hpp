@@ -56,7 +56,7 @@ inline constexpr Index few_narrow_rows = 8;
 /// Calls f(std::integral_constant<Index, i>) for i from 0 to count - 1.
 template <Index count, class F>
 EIGEN_ALWAYS_INLINE void for_each_constant(F&& f) {
-  [&]<std::size_t... i>(std::index_sequence<i...>) {
+  [&]<std::size_t... i>(std::index_sequence<i...>) MOE_INLINED {
     (f(std::integral_constant<Index, static_cast<Index>(i)>{}), ...);
   }
   (std::make_index_sequence<to_size(count)>{});
@@ -95,7 +95,7 @@ requires(!Format::scaled) MOE_NOINLINE
   for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = load(c[i / V] + column + i % V * size);
   for (Index block = 0; block < blocks; ++block) {
     const std::byte* lanes = panel + first * Layout::group_bytes;
-    for_each_constant<Format::group>([&](auto step) {
+    for_each_constant<Format::group>([&](auto step) MOE_INLINED {
       MOE_UNROLL
       for (Index v = 0; v < V; ++v) {
         const Packet<float> weight = Format::template widen<step>(lanes + v * Layout::group_bytes);
@@ -142,8 +142,8 @@ requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, con
     for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = broadcast(0.0f);
     const std::byte* lanes = panel + packets * Layout::scale_bytes + first * Layout::group_bytes;
     for (Index group = 0; group < Format::block / Format::group; ++group) {
-      for_each_constant<Format::group>([&](auto step) {
-        const auto code = [&](Index v) {
+      for_each_constant<Format::group>([&](auto step) MOE_INLINED {
+        const auto code = [&](Index v) MOE_INLINED {
           return to_register(Format::template widen<step>(lanes + v * Layout::group_bytes));
         };
         const Packet<float> w0 = code(0);
@@ -207,7 +207,7 @@ void decode_packet(const NarrowOperand<Format>& b, Range steps, Index column, fl
     const std::byte* group = block + packets * Layout::scale_bytes + v * Layout::group_bytes +
                              k % Format::block / Format::group * packets * Layout::group_bytes;
     for (; k < last; k += Format::group, group += packets * Layout::group_bytes) {
-      for_each_constant<Format::group>([&](auto step) {
+      for_each_constant<Format::group>([&](auto step) MOE_INLINED {
         if (k + step >= last) return;
         store(to, decoded<Format>(Format::template widen<step>(group), scale));
         to += stride;
@@ -331,7 +331,7 @@ void widen_blocks(const std::byte* panel, Index packets, Index blocks, std::byte
     const std::byte* lanes = panel + packets * Layout::scale_bytes;
     auto* codes = reinterpret_cast<float*>(to + packets * Wide::scale_bytes);
     for (Index i = 0; i < Format::block / Format::group * packets; ++i) {
-      for_each_constant<Format::group>([&](auto step) {
+      for_each_constant<Format::group>([&](auto step) MOE_INLINED {
         store(codes + step * lane_count, Format::template widen<step>(lanes));
       });
       lanes += Layout::group_bytes;
