@@ -77,7 +77,7 @@ struct Range {
 
 namespace detail {
 
-/// What is in both; where nothing is, no fewer than the larger `first` are in front of it.
+/// The part that both have; if there is none, an empty range that begins at the larger `first`.
 inline Range common_range(Range a, Range b) {
   const Index first = std::max(a.first, b.first);
   const Index end = std::min(a.first + a.count, b.first + b.count);
