@@ -246,6 +246,23 @@ void visit_parameters(Module& module, const ParameterName& name, F& f) {
   }
 }
 
+/// Calls f(name, part) for the outermost parts of a module, itself included, for which
+/// IsWanted<Part>::value.
+template <template <class> class IsWanted, class Module, class F>
+void walk_parts(Module& module, const ParameterName& name, F& f) {
+  using Type = std::remove_const_t<Module>;
+  if constexpr (IsWanted<Type>::value) {
+    f(name, module);
+  } else if constexpr (is_vector<Type>) {
+    Index index = 0;
+    for (auto& element : module) walk_parts<IsWanted>(element, ParameterName(name, index++), f);
+  } else if constexpr (!is_parameter<Type>) {
+    Type::visit_parameters(module, [&](std::string_view part, auto& member) {
+      walk_parts<IsWanted>(member, ParameterName(name, part), f);
+    });
+  }
+}
+
 /// Calls f(name, parameter) for every parameter, whatever state its gradient is in.
 template <class Module, class F>
 void walk_parameters(Module& module, F&& f) {

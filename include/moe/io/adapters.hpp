@@ -61,26 +61,21 @@ concept LoraExpert = requires {
 &&is_lora_network<typename Type::Network>&&
     std::derived_from<Type, ExpertOf<typename Type::Network>>;
 
+template <class Type>
+using IsAdapted =
+    std::bool_constant<is_lora_network<Type> || is_lora_gate<Type> || LoraExpert<Type>>;
+
 /// Calls f(name, part) for every adapted network and gate in a module.
 template <class Module, class F>
-void walk_adapted(Module& module, const ParameterName& name, F& f) {
-  using Type = std::remove_const_t<Module>;
-  if constexpr (is_lora_network<Type> || is_lora_gate<Type>) {
-    f(name, module);
-  } else if constexpr (LoraExpert<Type>) {
-    walk_adapted(module.network(), name, f);
-  } else if constexpr (is_vector<Type>) {
-    Index index = 0;
-    for (auto& element : module) walk_adapted(element, ParameterName(name, index++), f);
-  } else if constexpr (!is_parameter<Type>) {
-    Type::visit_parameters(module, [&](std::string_view part, auto& member) {
-      walk_adapted(member, ParameterName(name, part), f);
-    });
-  }
-}
-template <class Module, class F>
 void for_each_adapted(Module& module, F&& f) {
-  walk_adapted(module, ParameterName(), f);
+  const auto with_network = [&](const ParameterName& name, auto& part) {
+    if constexpr (LoraExpert<std::remove_cvref_t<decltype(part)>>) {
+      f(name, part.network());
+    } else {
+      f(name, part);
+    }
+  };
+  walk_parts<IsAdapted>(module, ParameterName(), with_network);
 }
 
 /// Throws std::invalid_argument if a part with adapters has other trained parameters, which are not

@@ -38,30 +38,19 @@ concept HasNamedConfig = requires(const Module& module) {
 }
 &&HasNamedFields<ConfigOf<Module>>;
 
-/// Calls f(name, config) for a module that has a configuration with named fields, otherwise for the
-/// outermost of its parts that have one. (The configuration of a layer includes those of its experts and its
-/// gate.)
-template <class Module, class F>
-void walk_configs(const Module& module, const ParameterName& name, F& f) {
-  if constexpr (HasNamedConfig<Module>) {
-    f(name, module.config());
-  } else if constexpr (is_vector<Module>) {
-    Index index = 0;
-    for (const auto& element : module) walk_configs(element, ParameterName(name, index++), f);
-  } else if constexpr (!is_parameter<Module>) {
-    Module::visit_parameters(module, [&](std::string_view part, const auto& member) {
-      walk_configs(member, ParameterName(name, part), f);
-    });
-  }
-}
+template <class Module>
+using IsNamed = std::bool_constant<HasNamedConfig<Module>>;
 
-/// Calls f(prefix of the keys, config) for the same configurations.
+/// Calls f(prefix of the keys, config) for a module that has a configuration with named fields, otherwise for
+/// the outermost of its parts that have one. (The configuration of a layer includes those of its experts and
+/// its gate.)
 template <class Module, class F>
 void for_each_config(const Module& module, const std::string& prefix, F&& f) {
-  const auto with_prefix = [&](const std::string& name, const auto& config) {
-    f(prefix + name + (name.empty() ? "config." : ".config."), config);
+  const auto with_prefix = [&](const ParameterName& named, const auto& part) {
+    const std::string name = named.string();
+    f(prefix + name + (name.empty() ? "config." : ".config."), part.config());
   };
-  walk_configs(module, ParameterName(), with_prefix);
+  walk_parts<IsNamed>(module, ParameterName(), with_prefix);
 }
 
 /// Throws std::invalid_argument for a number that is not finite: it could not be compared, nor written in

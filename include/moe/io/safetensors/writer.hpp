@@ -22,28 +22,22 @@ namespace moe::detail {
 
 /// A network, or an expert with one, whose narrow weights visit_parameters() does not visit.
 template <class Module>
-concept HasNarrowWeights = requires {
+concept WithNarrowWeights = requires {
   requires Module::has_narrow_weights;
 };
+template <class Module>
+using HasNarrowWeights = std::bool_constant<WithNarrowWeights<Module>>;
 
 /// Throws std::invalid_argument, which names the part of the module, if one has narrow weights.
 template <class Module>
-void check_no_narrow_weights(const Module& module, const ParameterName& name) {
-  if constexpr (HasNarrowWeights<Module>) {
+void check_no_narrow_weights(const Module& module) {
+  const auto refuse = [](const ParameterName& name, const auto&) {
     const std::string part = name.string();
     require(false, "SafetensorsWriter::add_module: ", part.empty() ? "the module" : part,
             " has narrow weights, which are no parameters and would not be in the file;"
             " save_serving() saves a ServingLayer, save_adapters() the adapters on one");
-  } else if constexpr (is_vector<Module>) {
-    Index index = 0;
-    for (const auto& element : module) {
-      check_no_narrow_weights(element, ParameterName(name, index++));
-    }
-  } else if constexpr (!is_parameter<Module>) {
-    Module::visit_parameters(module, [&](std::string_view part, const auto& member) {
-      check_no_narrow_weights(member, ParameterName(name, part));
-    });
-  }
+  };
+  walk_parts<HasNarrowWeights>(module, ParameterName(), refuse);
 }
 
 }  // namespace moe::detail
@@ -145,7 +139,7 @@ class SafetensorsWriter {
   /// has narrow weights: they are no parameters, and the file would lack them.
   template <class Module>
   void add_module(const Module& module, const std::string& prefix = {}) {
-    detail::check_no_narrow_weights(module, ParameterName());
+    detail::check_no_narrow_weights(module);
     detail::SafetensorsMetadata configs;
     detail::for_each_config(module, prefix, [&](const std::string& keys, const auto& config) {
       detail::write_config(config, keys, configs);
