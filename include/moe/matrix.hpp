@@ -77,6 +77,9 @@ struct Range {
 
 namespace detail {
 
+/// The smallest multiple of `unit` that is at least `count`.
+constexpr Index round_up(Index count, Index unit) { return (count + unit - 1) / unit * unit; }
+
 /// The part that both have; if there is none, an empty range that begins at the larger `first`.
 inline Range common_range(Range a, Range b) {
   const Index first = std::max(a.first, b.first);

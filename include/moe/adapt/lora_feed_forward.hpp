@@ -9,7 +9,7 @@
 #include "moe/adapt/lora_config.hpp"
 #include "moe/adapt/low_rank.hpp"
 #include "moe/experts/feed_forward.hpp"
-#include "moe/layer/layer_config.hpp"
+#include "moe/routing/config_checks.hpp"
 
 /// \file
 /// Lora<FeedForward>: an expert whose weights are frozen, with low-rank adapters that are trained.

@@ -13,7 +13,7 @@
 #include "moe/adapt/lora_config.hpp"
 #include "moe/adapt/low_rank.hpp"
 #include "moe/gates/gate.hpp"
-#include "moe/layer/layer_config.hpp"
+#include "moe/routing/config_checks.hpp"
 
 /// \file
 /// A gate whose weights are frozen, with low-rank adapters that are trained.

@@ -37,9 +37,7 @@ struct LowRank {
   Index gradient_rows() const {
     return rank() == 0 ? 0 : in_blocks(a.value.rows()) + in_blocks(b.value.cols());
   }
-  static Index in_blocks(Index rows) {
-    return (rows + gradient_block_rows - 1) / gradient_block_rows * gradient_block_rows;
-  }
+  static Index in_blocks(Index rows) { return round_up(rows, gradient_block_rows); }
 
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {

@@ -201,10 +201,7 @@ class SharedExpertGate
     detail::check_at_least_one(name, "width", config.width);
     detail::require(config.shared >= 0, "SharedExpertGate::Config.shared = ", config.shared,
                     ", must be at least 0");
-    if (config.routed.width == 0) config.routed.width = config.width;
-    detail::require(config.routed.width == config.width,
-                    "SharedExpertGate::Config.routed.width = ", config.routed.width,
-                    ", must be 0 or Config.width = ", config.width);
+    detail::complete_width(name, "routed", config.width, config.routed.width);
     detail::require(config.gated || !config.tied,
                     "SharedExpertGate::Config.tied = true, must be false without gated");
     detail::require(

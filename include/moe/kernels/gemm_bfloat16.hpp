@@ -21,8 +21,6 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-constexpr Index round_up(Index count, Index unit) { return (count + unit - 1) / unit * unit; }
-
 /// The `count` addresses that a tile of `depth` steps prefetches, with enough at a time to reach
 /// all of them.
 inline Prefetch<float> prefetch_within(Index depth, const float* first, Index stride, Index count) {

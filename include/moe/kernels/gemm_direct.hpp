@@ -243,7 +243,7 @@ void gemm_direct(const GemmTN<Scalar>& product) {
   }
   for_each_tile(a.count(), direct_depth, [&](Index k, Index pairs) {
     const Start from = k == 0 ? product.start : Start::accumulate;
-    const Index slice = (capacity / pairs + strip - 1) / strip * strip;
+    const Index slice = round_up(capacity / pairs, strip);
     for (Index column = columns.first; column < end; column += slice) {
       const Index width = std::min(slice, end - column);
       const Index whole = width / size * size;

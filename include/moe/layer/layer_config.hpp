@@ -1,6 +1,5 @@
 #pragma once
 
-#include <string_view>
 #include <utility>
 
 #include "moe/kernels/activations.hpp"
@@ -36,15 +35,6 @@ struct MoELayerConfig {
 };
 
 namespace detail {
-
-/// Gives a part of a configuration the width `width` if its own is 0. Throws std::invalid_argument,
-/// which names the part after `config`, if its own is neither 0 nor `width`.
-template <class Width>
-void complete_width(std::string_view config, std::string_view part, Index width, Width& of_part) {
-  if (of_part == 0) of_part = width;
-  require(of_part == width, config, "::Config.", part, ".width = ", of_part,
-          ", must be 0 or Config.width = ", width);
-}
 
 /// The configuration of a layer with other experts or another gate.
 template <class To, class Config, class ExpertConfig, class GateConfig>

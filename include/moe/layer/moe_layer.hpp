@@ -18,6 +18,7 @@
 #include "moe/layer/layer_config.hpp"
 #include "moe/layer/local_dispatch.hpp"
 #include "moe/layer/output_activation.hpp"
+#include "moe/routing/config_checks.hpp"
 #include "moe/routing/dispatch.hpp"
 
 /// \file

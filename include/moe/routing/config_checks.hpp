@@ -2,11 +2,13 @@
 
 #include <cmath>
 #include <limits>
+#include <string_view>
 
 #include "moe/matrix.hpp"
 
 /// \file
-/// Checks of gates' configurations. All throw std::invalid_argument; `gate` is the class in the message.
+/// Checks of the configurations of gates and layers. All throw std::invalid_argument; `gate` is the class in
+/// the message.
 
 namespace moe::detail {
 
@@ -35,6 +37,15 @@ inline void check_product(const char* gate, const char* first_name, Index first,
 inline void check_at_least_zero(const char* gate, const char* field, double value) {
   require(std::isfinite(value) && value >= 0, gate, "::", field, " = ", value,
           ", must be finite and at least 0");
+}
+
+/// Gives a part of a configuration the width `width` if its own is 0. Throws std::invalid_argument,
+/// which names the part after `config`, if its own is neither 0 nor `width`.
+template <class Width>
+void complete_width(std::string_view config, std::string_view part, Index width, Width& of_part) {
+  if (of_part == 0) of_part = width;
+  require(of_part == width, config, "::Config.", part, ".width = ", of_part,
+          ", must be 0 or Config.width = ", width);
 }
 
 }  // namespace moe::detail
