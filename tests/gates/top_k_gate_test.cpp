@@ -4,6 +4,7 @@
 
 #include "../allocation.hpp"
 #include "../naive_layer.hpp"
+#include "../routing/shared_batch.hpp"
 #include "token_choice_checks.hpp"
 #include "top_k.hpp"
 
@@ -348,27 +349,6 @@ TEST_CASE("top-k gate: a weight that is left of a softmax of the chosen is 1, wh
   CHECK(routing.weight == std::vector<double>{1, 0, 1});
 }
 
-namespace {
-
-/// A batch of 4 rows, all of them in this process.
-struct Alone final : SharedBatch {
-  Index processes() const override { return 1; }
-  Index process() const override { return 0; }
-  Index rows() const override { return 4; }
-  Index first_row() const override { return 0; }
-  Index tokens() const override { return 4; }
-  Index first_token() const override { return 0; }
-  void sum(std::span<float>) const override {}
-  void sum(std::span<double>) const override {}
-  void sum(std::span<Index>) const override {}
-  void prefix(std::span<Index> numbers) const override {
-    std::fill(numbers.begin(), numbers.end(), Index{0});
-  }
-  void gather_agreed(std::span<Index>) const override {}
-};
-
-}  // namespace
-
 TEST_CASE("top-k gate: it is the shared batch's rows that must be whole sequences",
           "[routing][gate]") {
   const TopKGate<double> gate({.width = 1,
@@ -378,7 +358,7 @@ TEST_CASE("top-k gate: it is the shared batch's rows that must be whole sequence
                                .evaluation_capacity = 2,
                                .sequences = 3},
                               0);
-  const Alone batch;
+  const test::FirstProcess batch(1, 4);
   TopKTape<double> tape;
   // The rows of this process are.
   const Matrix<double> x = Matrix<double>::Ones(3, 1);
@@ -399,7 +379,7 @@ TEST_CASE("top-k gate: the best tokens' places are refused in a shared batch", "
       "moe: PlaceOrder::best_tokens: not possible in a batch that several processes share; use "
       "first_choices or largest_weight";
   CHECK_THROWS_WITH(gate.shared_calls(true, 4), message);
-  const Alone batch;
+  const test::FirstProcess batch(1, 4);
   TopKTape<double> tape;
   gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0});
   CHECK_THROWS_WITH(gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0, .batch = &batch}),

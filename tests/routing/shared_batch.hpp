@@ -112,6 +112,30 @@ class PartOfBatch : public SharedBatch {
   Place place_;
 };
 
+/// The part of the first of several processes, played by itself: all rows are its own, and all are tokens.
+class FirstProcess : public SharedBatch {
+ public:
+  FirstProcess(Index processes, Index rows) : processes_(processes), rows_(rows) {}
+
+  Index processes() const override { return processes_; }
+  Index process() const override { return 0; }
+  Index rows() const override { return rows_; }
+  Index first_row() const override { return 0; }
+  Index tokens() const override { return rows_; }
+  Index first_token() const override { return 0; }
+  void sum(std::span<float>) const override {}
+  void sum(std::span<double>) const override {}
+  void sum(std::span<Index>) const override {}
+  void prefix(std::span<Index> numbers) const override {
+    std::fill(numbers.begin(), numbers.end(), Index{0});
+  }
+  void gather_agreed(std::span<Index>) const override {}
+
+ private:
+  Index processes_;
+  Index rows_;
+};
+
 /// Calls f(number, batch) on a thread for each part; `sizes` are their rows, `valid` the flags of all.
 template <class F>
 void share_batch(const std::vector<Index>& sizes, F&& f, std::span<const std::uint8_t> valid = {}) {

@@ -262,21 +262,9 @@ namespace {
 
 /// The first of so many processes that a list of each has more numbers than the counts; the others have
 /// no tokens.
-class FirstOfMany : public SharedBatch {
+class FirstOfMany : public test::FirstProcess {
  public:
-  explicit FirstOfMany(Index rows) : rows_(rows) {}
-  Index processes() const override { return 20000; }
-  Index process() const override { return 0; }
-  Index rows() const override { return rows_; }
-  Index first_row() const override { return 0; }
-  Index tokens() const override { return rows_; }
-  Index first_token() const override { return 0; }
-  void sum(std::span<float>) const override {}
-  void sum(std::span<double>) const override {}
-  void sum(std::span<Index>) const override {}
-  void prefix(std::span<Index> numbers) const override {
-    std::fill(numbers.begin(), numbers.end(), Index{0});
-  }
+  explicit FirstOfMany(Index rows) : FirstProcess(20000, rows) {}
   void make_room_to_gather(Index numbers) const override { room_ = numbers; }
   void gather_agreed(std::span<Index> numbers) const override {
     CHECK(static_cast<Index>(numbers.size()) <= room_);
@@ -284,7 +272,6 @@ class FirstOfMany : public SharedBatch {
 
  private:
   mutable Index room_ = 0;
-  Index rows_;
 };
 
 }  // namespace

@@ -62,6 +62,11 @@ struct PlaceSequences {
   Index of(Index token) const {
     return count == 1 ? 0 : sequence_of_token(*tokens, token, count, order);
   }
+  /// Which of count·E counts of tokens, one for each expert of each sequence, a choice adds to.
+  template <class Scalar>
+  Index count_of(const Choices<Scalar>& choices, Index choice, Index experts) const {
+    return of(choice / choices.top_k) * experts + choices.expert[choice];
+  }
 };
 
 /// The scratch of drop_over_capacity().
@@ -104,10 +109,9 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
   }
   assign(scratch.taken, sequences.count * experts, Index{0});
   for (const Index choice : scratch.order) {
-    const auto c = to_size(choice);
-    if (choices.keeps[c] == 0) continue;
-    const Index place = sequences.of(choice / choices.top_k) * experts + choices.expert[c];
-    if (++scratch.taken[place] > capacity) choices.keeps[c] = 0;
+    if (choices.keeps[choice] == 0) continue;
+    const Index count = sequences.count_of(choices, choice, experts);
+    if (++scratch.taken[count] > capacity) choices.keeps[choice] = 0;
   }
 }
 
@@ -140,9 +144,7 @@ void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
   check_shared_order(how);
   // Each expert of each sequence has places of its own.
   const Index counts = sequences.count * experts;
-  const auto count_of = [&](Index choice) {
-    return sequences.of(choice / choices.top_k) * experts + choices.expert[choice];
-  };
+  const auto count_of = [&](Index choice) { return sequences.count_of(choices, choice, experts); };
   if (how == PlaceOrder::largest_weight) {
     scratch.shared.find(counts, capacity, *batch, [&](auto&& visit) {
       for (Index c = 0; c < choices.size(); ++c) {

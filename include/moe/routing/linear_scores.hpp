@@ -30,48 +30,38 @@ void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
   linear_scores(x, weight, Parameter<Scalar>(), scores);
 }
 
-namespace detail {
-
-/// Adds xᵀ·dscores to W's gradient, or hands the two to its GradientFactors, if W is trained.
-template <class Scalar>
-void add_linear_gradient(const GatheredRows<Scalar>& x, const GatheredRows<Scalar>& dscores,
-                         Parameter<Scalar>& weight) {
-  if (!weight.trained) return;
-  if (weight.stored.factors != nullptr) return weight.stored.factors->add(x, dscores);
-  const bool replace = accumulate(weight, true);
-  gemm(GemmTN<Scalar>{
-      .a = x, .b = dscores, .c = view(weight.gradient()), .start = start_of(replace)});
-}
-
-}  // namespace detail
-
 /// Adds xᵀ·dscores to W's gradient and the column sums of dscores to b's, if they are trained, and
 /// dscores·Wᵀ to dx (N x D, a matrix or scattered rows of one). Throws std::invalid_argument, with
 /// nothing changed, unless x, dscores and dx have the same number of rows and the widths of W.
 template <class Scalar>
 void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
-                            const Matrix<Scalar>& dscores, Parameter<Scalar>& weight,
-                            Parameter<Scalar>& bias,
+                            const std::type_identity_t<GatheredRows<Scalar>>& dscores,
+                            Parameter<Scalar>& weight, Parameter<Scalar>& bias,
                             const std::type_identity_t<ScatteredRows<Scalar>>& dx) {
-  detail::require(x.count() == dscores.rows() && dx.count() == dscores.rows(),
-                  "linear_scores_backward: x has ", x.count(), " rows, dscores ", dscores.rows(),
+  detail::require(x.count() == dscores.count() && dx.count() == dscores.count(),
+                  "linear_scores_backward: x has ", x.count(), " rows, dscores ", dscores.count(),
                   ", dx ", dx.count());
   detail::require(x.width() == weight.value.rows() && dx.width() == weight.value.rows() &&
-                      dscores.cols() == weight.value.cols(),
+                      dscores.width() == weight.value.cols(),
                   "linear_scores_backward: x is ", x.width(), " wide, dx ", dx.width(),
-                  ", dscores ", dscores.cols(), ", the weight is ", weight.value.rows(), " x ",
+                  ", dscores ", dscores.width(), ", the weight is ", weight.value.rows(), " x ",
                   weight.value.cols());
   detail::gemm(detail::GemmNT<Scalar>{
       .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
   if (bias.size() > 0 && bias.trained) {
-    detail::add_column_sums(GatheredRows<Scalar>(dscores), bias.gradient());
+    detail::add_column_sums(dscores, bias.gradient());
   }
-  detail::add_linear_gradient<Scalar>(x, dscores, weight);
+  if (!weight.trained) return;
+  if (weight.stored.factors != nullptr) return weight.stored.factors->add(x, dscores);
+  const bool replace = detail::accumulate(weight, true);
+  detail::gemm(detail::GemmTN<Scalar>{
+      .a = x, .b = dscores, .c = view(weight.gradient()), .start = detail::start_of(replace)});
 }
 /// The same without a bias.
 template <class Scalar>
 void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
-                            const Matrix<Scalar>& dscores, Parameter<Scalar>& weight,
+                            const std::type_identity_t<GatheredRows<Scalar>>& dscores,
+                            Parameter<Scalar>& weight,
                             const std::type_identity_t<ScatteredRows<Scalar>>& dx) {
   Parameter<Scalar> none;
   linear_scores_backward(x, dscores, weight, none, dx);

@@ -259,15 +259,10 @@ class NoisyTopK {
 
   void compute_scores_backward(const GatheredRows<Scalar>& x, Range rows, Tape& tape,
                                const ScatteredRows<Scalar>& dx) {
-    score_backward(x, rows_of(tape.dclean, rows.first, rows.count), weight_, dx);
+    linear_scores_backward(x, rows_of(tape.dclean, rows.first, rows.count), weight_, dx);
     if (tape.has_noise) {
-      score_backward(x, rows_of(tape.draw, rows.first, rows.count), noise_weight_, dx);
+      linear_scores_backward(x, rows_of(tape.draw, rows.first, rows.count), noise_weight_, dx);
     }
-  }
-  static void score_backward(const GatheredRows<Scalar>& x, MatrixView<Scalar> dscore,
-                             Parameter<Scalar>& weight, const ScatteredRows<Scalar>& dx) {
-    gemm(GemmNT<Scalar>{.a = dscore, .b = weight.value, .c = dx, .start = Start::accumulate});
-    add_linear_gradient<Scalar>(x, dscore, weight);
   }
 
   // h = c + n ⊙ s with s = softplus(x·W_noise) + s0 [S17 eq. 4].
