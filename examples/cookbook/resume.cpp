@@ -19,10 +19,12 @@ void train(Layer& layer, moe::Adam<float>& adam, std::uint64_t first, std::uint6
   moe::Matrix<float> all_x, all_y, x, y;
   examples::Clouds().draw(rows_of_data, 1, all_x, all_y);
   Layer::Tape tape;
+  const moe::Batches::Config order{.rows = rows_of_data, .batch_rows = rows_of_batch, .seed = 2};
+  moe::Batches epoch(order, (first - 1) / batches_of_epoch);
   for (std::uint64_t step = first; step <= last; ++step) {
-    const moe::Batches epoch({.rows = rows_of_data, .batch_rows = rows_of_batch, .seed = 2},
-                             (step - 1) / batches_of_epoch);
-    const auto batch = epoch[static_cast<moe::Index>((step - 1) % batches_of_epoch)];
+    const std::uint64_t number = (step - 1) % batches_of_epoch;
+    if (number == 0) epoch = moe::Batches(order, (step - 1) / batches_of_epoch);
+    const auto batch = epoch[static_cast<moe::Index>(number)];
     moe::gather_rows(all_x, batch, x);
     moe::gather_rows(all_y, batch, y);
     const moe::Matrix<float> dy = layer.forward(x, tape, {.step = step}) - y;

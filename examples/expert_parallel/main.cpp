@@ -188,8 +188,7 @@ void train(const Options& o, bool shows_progress, const Ranks& ranks) {
 int run(int argc, char** argv, const Ranks& ranks) {
   CLI::App app(
       "Trains the language model with a sparse mixture of experts on several processes, its "
-      "experts "
-      "spread over them:\n"
+      "experts spread over them:\n"
       "    mpirun -n 2 expert_parallel\n"
       "SIGINT, SIGTERM or SIGUSR1 to any of them ends the training early and still shows the "
       "results.");

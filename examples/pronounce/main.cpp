@@ -166,8 +166,7 @@ int run(int argc, char** argv) {
   CLI::App app(
       "Learns to pronounce English words from the CMU dictionary: cross-entropy first, then "
       "REINFORCE as well. With words, it pronounces them instead. Ctrl-C ends the training and "
-      "saves "
-      "the model.");
+      "saves the model.");
   Options options = first_options(argc, argv);
   Surroundings s;
   app.add_option("words", s.words, "words to pronounce with the trained model");
