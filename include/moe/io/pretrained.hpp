@@ -71,8 +71,8 @@ class Pretrained {
   }
 
   /// The configuration of a layer that computes the same as that of the model. The gate's losses and noise are
-  /// left out: set them as needed. Throws std::runtime_error if there
-  /// is no such mixture, or if Layer cannot compute it; then it names the type that can.
+  /// left out: set them as needed. Throws std::runtime_error if there is no such mixture, or if Layer cannot
+  /// compute it; then it names the type that can.
   template <class Layer>
   typename Layer::Config layer_config(Index layer) const {
     return detail::layer_config<Layer>(config_.path(), mixture(layer));

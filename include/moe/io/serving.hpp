@@ -204,7 +204,7 @@ NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& 
 }
 
 /// A packed tensor. If `mapped` is not null and the layout is that of this machine, it refers to the mapped
-/// file and is checked only if asked for. Throws as check_packed() does.
+/// file and is checked only with MappedCheck::weights. Throws as check_packed() does.
 template <class Format>
 NarrowMatrix<Format> read_packed(const SafetensorsFile& file, const std::string& name, Index rows,
                                  Index columns, Index lanes,
@@ -295,9 +295,9 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
 ///
 /// A packed file is mapped if the system supports that: its weights are used in place, and experts that
 /// get no tokens are not read. Their weights are not checked unless `check` is MappedCheck::weights: the
-/// scales are among the codes, so a check of them alone would read as many pages. If such a file is written to or cut while it is in use, the next
-/// pass throws std::runtime_error, but a pass that is running may end the program by a signal. So replace a
-/// file (as the library's writer does) instead of writing over it.
+/// scales are among the codes, so a check of them alone would read as many pages. If such a file is written
+/// to or cut while it is in use, the next pass throws std::runtime_error, but a pass that is running may end
+/// the program by a signal. So replace a file (as the library's writer does) instead of writing over it.
 ///
 /// Throws std::runtime_error, which names file and tensor, if a tensor is missing, has another type or shape
 /// or a value that is not a weight of the format, or if the file is in another format; and

@@ -12,8 +12,8 @@
 namespace moe {
 
 /// A FeedForward with narrow weights and biases of floats. Its results are those of a FeedForward with
-/// the decoded weights, as NarrowMatrix says, unless activations are rounded. Its weights are not trained, but it has the
-/// gradients with respect to x and to the slots' weights.
+/// the decoded weights, as NarrowMatrix says, unless activations are rounded. Its weights are not trained,
+/// but it has the gradients with respect to x and to the slots' weights.
 template <detail::NarrowFormat Format>
 class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::NarrowWeight<Format>> {
   using Base = detail::FeedForwardPasses<float, detail::NarrowWeight<Format>>;

@@ -24,8 +24,8 @@ namespace moe {
 ///     const auto& y = served.evaluate(x, tape);
 ///
 /// With float activations, the default, y is that of a MoELayer with the decoded() weights: to the same bits
-/// for BFloat16 and Float16, up to rounding in float for Int8 and Int4. With NarrowOptions.activations = int8 products also round the rows of x and the hidden rows,
-/// which is faster. In both cases a token's y does not depend on the other tokens of the batch, unless the
+/// for BFloat16 and Float16, up to rounding in float for Int8 and Int4. With NarrowOptions.activations = int8
+/// products also round the rows of x and the hidden rows, which is faster. In both cases a token's y does not depend on the other tokens of the batch, unless the
 /// gate's choice does, nor on the number of threads. A const ServingLayer may be used from several threads
 /// at once, each with its own tape.
 ///
