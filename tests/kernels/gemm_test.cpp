@@ -53,6 +53,27 @@ TEMPLATE_TEST_CASE("gemm: worked by hand", "[kernels][gemm]", float, double) {
   CHECK(listed.row(2) == ab.row(0));
 }
 
+TEST_CASE("gemm: shapes that do not match are refused", "[kernels][gemm]") {
+  const Matrix<double> a(2, 3);
+  const Matrix<double> b(4, 5);
+  Matrix<double> c = Matrix<double>::Constant(2, 5, 7);
+  using S = double;
+  CHECK_THROWS_WITH(gemm(GemmNN<S>{.a = a, .b = b, .c = c}),
+                    "moe: gemm(GemmNN): C is 2 x 5, but the product of 2 x 3 and 4 x 5");
+  CHECK_THROWS_WITH(gemm(GemmNT<S>{.a = a, .b = b, .c = c}),
+                    "moe: gemm(GemmNT): C is 2 x 5, but the product of 2 x 3 and 5 x 4");
+  CHECK_THROWS_WITH(gemm(GemmTN<S>{.a = a, .b = b, .c = view(c)}),
+                    "moe: gemm(GemmTN): C is 2 x 5, but the product of 3 x 2 and 4 x 5");
+  const Matrix<double> fits(3, 5);
+  Matrix<double> tall(3, 5);
+  CHECK_THROWS_WITH(gemm(GemmNN<S>{.a = a, .b = fits, .c = tall}),
+                    "moe: gemm(GemmNN): C is 3 x 5, but the product of 2 x 3 and 3 x 5");
+  Matrix<double> narrow(2, 4);
+  CHECK_THROWS_WITH(gemm(GemmNN<S>{.a = a, .b = fits, .c = narrow}),
+                    "moe: gemm(GemmNN): C is 2 x 4, but the product of 2 x 3 and 3 x 5");
+  CHECK(c == Matrix<double>::Constant(2, 5, 7));
+}
+
 TEMPLATE_TEST_CASE("gemm: small and odd shapes are right to the last bit", "[kernels][gemm]", float,
                    double) {
   constexpr Index packet = packet_size<TestType>;

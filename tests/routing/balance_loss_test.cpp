@@ -137,3 +137,19 @@ TEST_CASE("balance: the figures of a gate of one's own, from its slots", "[routi
     CHECK(balance.loss == 3);
   }
 }
+
+// It wrote past the figures of a gate that had forgotten `routing.experts`.
+TEST_CASE("balance: slots of experts that do not exist are refused", "[routing]") {
+  Routing<double> routing;
+  routing.token_offsets = {0, 1};
+  routing.expert = {2};
+  routing.weight = {1.0};
+  Balance<double> balance;
+  balance.load = Vector<double>{{7}};
+  CHECK_THROWS_WITH(count_slots(routing, balance), "moe: Routing.expert = 2, must be in [0, 0)");
+  routing.experts = 2;
+  CHECK_THROWS_WITH(count_slots(routing, balance), "moe: Routing.expert = 2, must be in [0, 2)");
+  routing.expert = {-1};
+  CHECK_THROWS_WITH(count_slots(routing, balance), "moe: Routing.expert = -1, must be in [0, 2)");
+  CHECK(balance.load == Vector<double>{{7}});
+}

@@ -106,5 +106,23 @@ TEST_CASE("linear scores: gradients of other shapes are refused", "[routing]") {
   CHECK_THROWS_WITH(
       linear_scores_backward(x, dscores, weight, dx),
       "moe: linear_scores_backward: x is 3 wide, dx 2, dscores 4, the weight is 3 x 4");
+  Parameter<double> bias(1, 5);
+  dx.setZero(5, 3);
+  CHECK_THROWS_WITH(linear_scores_backward(x, dscores, weight, bias, dx),
+                    "moe: linear_scores_backward: the bias has 5 numbers for 4 experts");
+  CHECK(dx == Matrix<double>::Zero(5, 3));
   CHECK(weight.gradient() == Matrix<double>::Zero(3, 4));
+}
+
+TEST_CASE("linear scores: inputs of other shapes are refused", "[routing]") {
+  const Parameter<double> weight(3, 4);
+  Matrix<double> scores = Matrix<double>::Constant(2, 2, 7);
+  CHECK_THROWS_WITH(linear_scores(random_matrix(5, 2, 1), weight, scores),
+                    "moe: linear_scores: x is 2 wide, the weight is 3 x 4");
+  CHECK_THROWS_WITH(linear_scores(random_matrix(5, 3, 1), weight, Parameter<double>(1, 5), scores),
+                    "moe: linear_scores: the bias has 5 numbers for 4 experts");
+  const Matrix<double> p = random_matrix(5, 4, 1);
+  CHECK_THROWS_WITH(softmax_rows_backward(p, scores),
+                    "moe: softmax_rows_backward: the gradient is 2 x 2, p is 5 x 4");
+  CHECK(scores == Matrix<double>::Constant(2, 2, 7));
 }

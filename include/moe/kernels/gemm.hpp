@@ -22,7 +22,8 @@
 /// multiply-adds over ascending k, from its initial value (zero or what C held, then a bias), fused
 /// where the processor fuses. Blocks, tiles and threads only decide when a chain is continued;
 /// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
-/// threads. Nothing allocates and nothing throws.
+/// threads. Nothing allocates. gemm() throws std::invalid_argument for shapes that do not match;
+/// gemm_serial() does not look at them.
 
 MOE_PACKETS_BEGIN
 
@@ -113,13 +114,25 @@ void gemm_block(const Product& product, Range rows, Range columns) {
   gemm_serial(block);
 }
 
+struct ProductShape {
+  Index rows = 0;
+  Index columns = 0;
+};
+
+/// Throws std::invalid_argument unless C has the shape of the product of A and B, each as it is multiplied.
+inline void check_product(const char* form, ProductShape a, ProductShape b, ProductShape c) {
+  require(a.columns == b.rows && c.rows == a.rows && c.columns == b.columns, form, ": C is ",
+          c.rows, " x ", c.columns, ", but the product of ", a.rows, " x ", a.columns, " and ",
+          b.rows, " x ", b.columns);
+}
+
 /// C = A·B on all workers.
 template <class Scalar, class B>
 void gemm(const GemmNN<Scalar, B>& product) {
   const Index rows = product.c.count();
   const Index width = product.c.width();
-  MOE_ASSERT(product.a.width() == product.b.rows && rows == product.a.count() &&
-             width == product.b.columns);
+  check_product("gemm(GemmNN)", {product.a.count(), product.a.width()},
+                {product.b.rows, product.b.columns}, {rows, width});
   const Range columns = product.column_range();
   // For few rows one worker reads all of a matrix sequentially.
   bool whole = false;
@@ -136,8 +149,8 @@ void gemm(const GemmNN<Scalar, B>& product) {
 /// C = A·Bᵀ on all workers.
 template <class Scalar, class B>
 void gemm(const GemmNT<Scalar, B>& product) {
-  MOE_ASSERT(product.a.width() == product.b.columns && product.c.count() == product.a.count() &&
-             product.c.width() == product.b.rows);
+  check_product("gemm(GemmNT)", {product.a.count(), product.a.width()},
+                {product.b.columns, product.b.rows}, {product.c.count(), product.c.width()});
   for_each_block({0, product.c.count()}, product.column_range(), product.a.width(),
                  panel_columns<Scalar>, [&](Range block_rows, Range block_columns) {
                    gemm_block(product, block_rows, block_columns);
@@ -147,8 +160,8 @@ void gemm(const GemmNT<Scalar, B>& product) {
 /// C = Aᵀ·B on all workers.
 template <class Scalar>
 void gemm(const GemmTN<Scalar>& product) {
-  MOE_ASSERT(product.a.count() == product.b.count() && product.c.rows() == product.a.width() &&
-             product.c.cols() == product.b.width());
+  check_product("gemm(GemmTN)", {product.a.width(), product.a.count()},
+                {product.b.count(), product.b.width()}, {product.c.rows(), product.c.cols()});
   const Range rows = product.row_range();
   const Range columns = product.column_range();
   for_each_block(rows, columns, product.a.count(), 2 * panel_columns<Scalar>,

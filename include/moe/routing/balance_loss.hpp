@@ -233,9 +233,11 @@ void measure_balance(const Routing<Scalar>& routing, std::span<const Index> chos
 
 /// For a gate of your own: sets importance, load (the number of tokens) and tokens_per_expert to what the
 /// slots of `routing` say. The losses are left as they are. The rows are those of this process, not of a
-/// batch that several processes share. O(S + E).
+/// batch that several processes share. Throws std::invalid_argument, with nothing changed, when the routing
+/// contradicts itself, as sort_by_expert() does. O(S + E + T).
 template <class Scalar>
 void count_slots(const Routing<Scalar>& routing, Balance<Scalar>& balance) {
+  detail::check_routing(routing);
   detail::sum_importance(routing, balance);
   detail::copy_numbers(balance.sums, balance.importance);
   detail::copy_numbers(balance.tokens_per_expert, balance.load);

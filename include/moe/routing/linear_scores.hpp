@@ -10,12 +10,24 @@
 
 namespace moe {
 
+namespace detail {
+
+inline void check_score_bias(const char* function, Index numbers, Index experts) {
+  require(numbers == 0 || numbers == experts, function, ": the bias has ", numbers, " numbers for ",
+          experts, " experts");
+}
+
+}  // namespace detail
+
 /// scores (N x E) = x·W + b. x is N x D, a matrix or rows gathered from one, W is D x E, and b is 1 x E,
-/// or empty if there is none. O(N·D·E).
+/// or empty if there is none. Throws std::invalid_argument, with nothing changed, for other shapes. O(N·D·E).
 template <class Scalar>
 void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
                    const Parameter<Scalar>& weight, const Parameter<Scalar>& bias,
                    Matrix<Scalar>& scores) {
+  detail::require(x.width() == weight.value.rows(), "linear_scores: x is ", x.width(),
+                  " wide, the weight is ", weight.value.rows(), " x ", weight.value.cols());
+  detail::check_score_bias("linear_scores", bias.size(), weight.value.cols());
   detail::resize(scores, x.count(), weight.value.cols());
   detail::gemm(
       detail::GemmNN<Scalar>{.a = x,
@@ -32,7 +44,7 @@ void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
 
 /// Adds xᵀ·dscores to W's gradient and the column sums of dscores to b's, if they are trained, and
 /// dscores·Wᵀ to dx (N x D, a matrix or scattered rows of one). Throws std::invalid_argument, with
-/// nothing changed, unless x, dscores and dx have the same number of rows and the widths of W.
+/// nothing changed, unless x, dscores and dx have the same number of rows, and the widths of W and b.
 template <class Scalar>
 void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
                             const std::type_identity_t<GatheredRows<Scalar>>& dscores,
@@ -46,6 +58,7 @@ void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
                   "linear_scores_backward: x is ", x.width(), " wide, dx ", dx.width(),
                   ", dscores ", dscores.width(), ", the weight is ", weight.value.rows(), " x ",
                   weight.value.cols());
+  detail::check_score_bias("linear_scores_backward", bias.size(), weight.value.cols());
   detail::gemm(detail::GemmNT<Scalar>{
       .a = dscores, .b = weight.value, .c = dx, .start = detail::Start::accumulate});
   if (bias.size() > 0 && bias.trained) {
@@ -95,9 +108,12 @@ void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
 }
 
 /// Turns the gradient g with respect to p into that with respect to the scores, p ⊙ (g − Σ_i p_i·g_i) in
-/// each row.
+/// each row. Throws std::invalid_argument, with nothing changed, if their shapes differ.
 template <class Scalar>
 void softmax_rows_backward(const Matrix<Scalar>& p, Matrix<Scalar>& gradient) {
+  detail::require(gradient.rows() == p.rows() && gradient.cols() == p.cols(),
+                  "softmax_rows_backward: the gradient is ", gradient.rows(), " x ",
+                  gradient.cols(), ", p is ", p.rows(), " x ", p.cols());
   const Index experts = p.cols();
   parallel_for_blocks(
       p.rows(), detail::softmax_block, element_work(p.size()), [&](Index first, Index count) {

@@ -117,6 +117,7 @@ inline void sort_indices(Index* first, Index count) {
 /// count·log(count)·log(size / count)) for scores in random order.
 template <class Scalar>
 void select_largest(const Scalar* scores, Index size, Index count, Index* best) {
+  MOE_ASSERT(count >= 0 && count <= size);
   if (count == 0) return;
   if (count <= detail::select_few) return detail::select_few_largest(scores, size, count, best);
   const detail::ByScore<Scalar> before(scores);
