@@ -133,7 +133,7 @@ TEST_CASE("documents: training.md", "[documents]") {
   auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
 #include "training_1.inc"
 #include "training_2.inc"
-#include "training_3.inc"
+#include "training_4.inc"
   CHECK_THAT(csv, Catch::Matchers::Contains("\n1,middle,64,128,"));
   layer.backward(dy, tape);
   const auto before = moe::test::values_of(layer);
@@ -146,6 +146,7 @@ TEST_CASE("documents: training.md", "[documents]") {
   CHECK_THAT(moved("experts.0.up.weight"), Catch::Matchers::WithinAbs(0.3, 1e-3));
   CHECK_THAT(moved("gate.weight"), Catch::Matchers::WithinAbs(2, 1e-2));
   CHECK_THAT(moved("gate.noise_weight"), Catch::Matchers::WithinAbs(0.03, 1e-3));
+#include "training_3.inc"
 }
 
 TEST_CASE("documents: training.md, batches and accuracy", "[documents]") {
@@ -155,7 +156,7 @@ TEST_CASE("documents: training.md, batches and accuracy", "[documents]") {
   const std::uint64_t epoch = 0;
   moe::Matrix<float> x;
   std::vector<moe::Index> batch_labels;
-#include "training_4.inc"
+#include "training_5.inc"
   CHECK(x.rows() == 40 % 16);  // the last batch
   CHECK(batch_labels == std::vector<moe::Index>(8, 1));
   double right = 0;
@@ -210,8 +211,10 @@ TEST_CASE("documents: serving.md", "[documents]") {
 #include "serving_1.inc"
 #include "serving_2.inc"
 #include "serving_3.inc"
+#include "serving_4.inc"
   CHECK(logits.cols() == 7);
   CHECK(moe::test::same_bits(again.evaluate(x), y8));
+  CHECK(!moe::test::same_bits(rounded.evaluate(x), y8));
 }
 
 TEST_CASE("documents: saving.md and from_pytorch.md", "[documents]") {

@@ -17,6 +17,15 @@
 
 namespace moe {
 
+namespace detail {
+
+template <class Layer>
+inline constexpr bool is_servable = false;
+template <class Gate>
+inline constexpr bool is_servable<MoELayer<moe::Expert<FeedForward>, Gate>> = true;
+
+}  // namespace detail
+
 /// A trained layer for inference, with its experts' weights rounded to a narrow format (BFloat16, Float16,
 /// Int8, Int4), so that fewer bytes are read. Gate and biases are floats.
 ///
@@ -25,13 +34,18 @@ namespace moe {
 ///
 /// With float activations, the default, y is that of a MoELayer with the decoded() weights: to the same bits
 /// for BFloat16 and Float16, up to rounding in float for Int8 and Int4. With NarrowOptions.activations = int8
-/// products also round the rows of x and the hidden rows, which is faster. In both cases a token's y does not depend on the other tokens of the batch, unless the
-/// gate's choice does, nor on the number of threads. A const ServingLayer may be used from several threads
-/// at once, each with its own tape.
+/// products also round the rows of x and the hidden rows, which is faster. In both cases a token's y does not
+/// depend on the other tokens of the batch, unless the gate's choice does, nor on the number of threads. A
+/// const ServingLayer may be used from several threads at once, each with its own tape.
 ///
 /// `Layer` is a MoELayer of Expert<FeedForward> in float, with LocalDispatch and any gate.
 template <class Layer_, detail::NarrowFormat Format_>
 class ServingLayer {
+  // First, so that a compiler's first error is this one.
+  static_assert(detail::is_servable<Layer_>,
+                "a ServingLayer is made of a MoELayer of Expert<FeedForward> in float, with "
+                "LocalDispatch; of a module around one, such as Residual, take the layer itself");
+
  public:
   using Layer = Layer_;                                        ///< the trained layer's type
   using Format = Format_;                                      ///< of the weights
@@ -40,9 +54,6 @@ class ServingLayer {
   using Expert = detail::ExpertOf<NarrowFeedForward<Format>>;  ///< an expert with narrow weights
 
  private:
-  static_assert(std::is_same_v<Layer, MoELayer<moe::Expert<FeedForward>, Gate>>,
-                "a ServingLayer is made of a MoELayer of Expert<FeedForward> in float, with "
-                "LocalDispatch");
   using Narrow = MoELayer<Expert, Gate>;
 
  public:
