@@ -49,4 +49,10 @@ if(MOE_SANITIZE)
     ${sanitizers} -fno-sanitize=${left_out}
     -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(moe_developer INTERFACE ${sanitizers})
+  # The instrumented objects are large: lld links moe_tests in a quarter of ld's time.
+  include(CheckLinkerFlag)
+  check_linker_flag(CXX -fuse-ld=lld MOE_HAS_LLD)
+  if(MOE_HAS_LLD)
+    target_link_options(moe_developer INTERFACE -fuse-ld=lld)
+  endif()
 endif()

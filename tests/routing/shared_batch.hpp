@@ -74,9 +74,7 @@ class PartOfBatch : public SharedBatch {
     ++calls;
     std::vector<Index> before(numbers.size(), 0);
     meeting_.share(number_, numbers, [&](auto&& of) {
-      for (std::size_t i = 0; i < number_; ++i) {
-        for (std::size_t j = 0; j < before.size(); ++j) before[j] += of(i)[j];
-      }
+      for (std::size_t i = 0; i < number_; ++i) add<Index>(of(i), before);
     });
     std::copy(before.begin(), before.end(), numbers.begin());
   }
@@ -88,21 +86,27 @@ class PartOfBatch : public SharedBatch {
     std::vector<Index> all(numbers.size());
     meeting_.share(number_, numbers, [&](auto&& of) {
       for (std::size_t i = 0; i < meeting_.count(); ++i) {
-        for (std::size_t j = i * block; j < (i + 1) * block; ++j) all[j] = of(i)[j];
+        std::copy_n(of(i).data() + i * block, block, all.data() + i * block);
       }
     });
     std::copy(all.begin(), all.end(), numbers.begin());
   }
 
  private:
+  /// Adds numbers of another thread, by pointers: with sanitizers most of a test's time would be in operator[].
+  template <class T>
+  static void add(std::span<const T> numbers, std::vector<T>& sums) {
+    T* sum = sums.data();
+    for (const T *number = numbers.data(), *end = number + sums.size(); number != end; ++number) {
+      *sum++ += *number;
+    }
+  }
   template <class T>
   void sum_of(std::span<T> numbers) const {
     ++calls;
     std::vector<T> total(numbers.size(), T{0});
     meeting_.share(number_, numbers, [&](auto&& of) {
-      for (std::size_t i = 0; i < meeting_.count(); ++i) {
-        for (std::size_t j = 0; j < total.size(); ++j) total[j] += of(i)[j];
-      }
+      for (std::size_t i = 0; i < meeting_.count(); ++i) add<T>(of(i), total);
     });
     std::copy(total.begin(), total.end(), numbers.begin());
   }

@@ -14,27 +14,22 @@ namespace {
 
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 
-/// a·b + c as the products compute it, fused where the processor fuses.
-float add_product(float a, float b, float c) {
-#if defined(EIGEN_VECTORIZE_FMA) || EIGEN_ARCH_ARM64
-  return std::fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 /// C = A·B by the definition: of formats with scales these are applied to the sums of blocks.
 template <class Format>
 Matrix<float> multiply_naively(const Matrix<float>& a, const NarrowMatrix<Format>& b,
                                Matrix<float> c) {
+  Matrix<float> columns(b.cols(), b.rows());
+  for (Index j = 0; j < b.cols(); ++j) {
+    for (Index k = 0; k < b.rows(); ++k) columns(j, k) = Format::decode(b.code(k, j), 1);
+  }
   for (Index r = 0; r < c.rows(); ++r) {
     for (Index j = 0; j < c.cols(); ++j) {
+      const float* activation = a.data() + r * a.cols();
+      const float* weight = columns.data() + j * b.rows();
       for (Index first = 0; first < b.rows(); first += 32) {
         const Index end = std::min<Index>(first + 32, b.rows());
         float sum = Format::scaled ? 0 : c(r, j);
-        for (Index k = first; k < end; ++k) {
-          sum = add_product(a(r, k), Format::decode(b.code(k, j), 1), sum);
-        }
+        for (Index k = first; k < end; ++k) sum = add_product(activation[k], weight[k], sum);
         c(r, j) = Format::scaled ? add_product(sum, b.scale(first, j), c(r, j)) : sum;
       }
     }
@@ -310,8 +305,7 @@ TEMPLATE_TEST_CASE("integer product: against the sums over blocks in double", "[
       for (Index i = k; i < k + count; ++i) {
         if (largest == 0) continue;
         const double code = std::nearbyint(static_cast<double>(a(r, i)) * 127 / largest);
-        expected.row(r) += code * largest / 127 * decoded.row(i);
-        magnitude.row(r) += std::abs(code * largest / 127) * decoded.row(i).cwiseAbs();
+        add_row(code * largest / 127, &decoded(i, 0), columns, &expected(r, 0), &magnitude(r, 0));
       }
     }
   }
