@@ -39,7 +39,7 @@ Serving load_serving(const Pretrained& model, Index layer,
   Gate gate =
       detail::with_config(model.config().path(), layer, [&] { return Gate(whole.gate, 0); });
   FeedForward<float> wide = detail::with_config(
-      model.config().path(), layer, [&] { return FeedForward<float>(whole.expert, 0); });
+      model.config().path(), layer, [&] { return FeedForward<float>::zeros(whole.expert); });
   source.read(gate, "gate.");
   std::vector<Expert> experts;
   for (Index e = 0; e < gate.experts(); ++e) {
