@@ -24,7 +24,7 @@ namespace moe::io {
 /// the activations of `options`.
 ///
 /// `config` is model.layer_config<Layer>(layer) with changes that leave the shapes as they are: more
-/// places for an expert, for example, or another number of sequences.
+/// places for an expert, for example.
 template <class Serving>
 Serving load_serving(const Pretrained& model, Index layer,
                      const typename Serving::Layer::Config& config,
