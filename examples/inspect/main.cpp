@@ -127,6 +127,8 @@ int main(int argc, char** argv) {
   app.add_option("--formats", o.formats,
                  "of the weights to serve the rows in; +int8: the rows are rounded too")
       ->check(CLI::IsMember(inspect::all_formats()))
+      ->delimiter(',')
+      ->allow_extra_args(false)
       ->capture_default_str();
   app.add_option("--threads", o.threads, "all cores if left out")->check(CLI::Range(1.0, 1024.0));
   examples::set_help(app, {"--layer", "--tokens", "--seed", "--rows", "--tensor", "--show",
