@@ -183,6 +183,12 @@ TEST_CASE("top-k gate: a pass says how many sequences its batch has", "[routing]
   parameter(by_time, "weight").value << 1, 0;
   CHECK(by_time.forward(x, tape, {.step = 0, .sequences = 3}).token_offsets ==
         Indices{0, 1, 2, 3, 3, 3, 3});
+  // One sequence is a number too.
+  config.sequences = 2;
+  TopKGate<double> of_two(config, 0);
+  parameter(of_two, "weight").value << 1, 0;
+  CHECK(of_two.forward(x, tape, {.step = 0}).slots() == 2);
+  CHECK(of_two.forward(x, tape, {.step = 0, .sequences = 1}).slots() == 1);
 }
 
 TEST_CASE("top-k gate: the number of sequences in a pass does what that in Config does",
