@@ -1,6 +1,5 @@
-/// A gate of one's own: fixed random planes cut the space into 2^b parts, and the tokens of a part have one
-/// expert. Only a factor for each expert is trained; its gradient is checked against differences.
-/// (../custom_gate has a gate that learns its choice.)
+/// A gate of one's own: fixed random planes cut the space into 2^b parts, each with an expert. It trains a factor for
+/// each, whose gradient is checked against differences. (../custom_gate has a gate that learns its choice.)
 
 #include <cstdint>
 #include <cstdio>
@@ -44,6 +43,7 @@ struct HashGate {
       }
       routing.token_offsets.push_back(routing.slots());
     }
+    moe::count_slots(routing, tape.balance);  // for what watches the balance
   }
   /// dweight is the gradient with respect to each slot's weight. The choice has none, so dx stays.
   void backward(const moe::MatrixRef<Scalar>&, std::span<const Scalar> dweight, Tape& tape,

@@ -9,10 +9,12 @@
 #include <moe/io/pretrained.hpp>
 #include <moe/moe.hpp>
 #include <string>
+#include <vector>
 
 #include "../common/help.hpp"
 #include "../common/terminal.hpp"
 #include "../common/threads.hpp"
+#include "formats.hpp"
 #include "routes.hpp"
 
 namespace inspect {
@@ -25,6 +27,7 @@ struct Options {
   std::string rows;
   std::string tensor = "x";
   Index show = 8;
+  std::vector<std::string> formats = all_formats();
   int threads = 0;
 };
 
@@ -48,21 +51,13 @@ moe::Matrix<float> rows_of(const Options& o, Index width) {
 
 void route(const moe::io::Pretrained& model, const moe::io::Mixture& mixture, const Options& o) {
   using Layer = moe::io::SharedLayer<>;  // opens every model
-  double start = examples::seconds_now();
+  const double start = examples::seconds_now();
   const auto layer = model.load_layer<Layer>(mixture.layer);
   std::printf("\nlayer %td, read in %.2f s\n", mixture.layer, examples::seconds_now() - start);
 
   const moe::Matrix<float> x = rows_of(o, mixture.width);
   Layer::Tape tape;
   layer.evaluate(x, tape);
-  // The best of several: the first one takes memory.
-  double best = 1e30;
-  for (int round = 0; round < 5; ++round) {
-    start = examples::seconds_now();
-    layer.evaluate(x, tape);
-    best = std::min(best, examples::seconds_now() - start);
-  }
-
   const moe::Routing<float>& routing = tape.routing();
   std::printf("\n token  experts and weights\n");
   for (Index t = 0; t < std::min(o.show, x.rows()); ++t) {
@@ -80,8 +75,20 @@ void route(const moe::io::Pretrained& model, const moe::io::Mixture& mixture, co
   std::printf("\n%td of %td routed experts without a token, CV(load) %.2f\n",
               balance.unused_experts(), mixture.gate.experts,
               static_cast<double>(balance.cv_load()));
-  std::printf("%td tokens in %.2f ms, %.0f tokens/s\n", x.rows(), 1e3 * best,
-              static_cast<double>(x.rows()) / best);
+
+  std::printf("\n%td tokens in each format of the weights\n", x.rows());
+  std::printf("format         MB         ms   tokens/s  change of y\n");
+  for (const std::string& format : o.formats) {
+    const Served served = serve(format, layer, x, tape.y);
+    if (served.refusal.empty()) {
+      std::printf("%-9s  %7.1f  %9.2f  %9.0f  %11.1e\n", format.c_str(),
+                  static_cast<double>(served.bytes) / 1e6, 1e3 * served.seconds,
+                  static_cast<double>(x.rows()) / served.seconds, served.difference);
+    } else {
+      std::printf("%-9s  %s\n", format.c_str(), served.refusal.c_str());
+    }
+    std::fflush(stdout);
+  }
 }
 
 void run(const Options& o) {
@@ -97,7 +104,8 @@ void run(const Options& o) {
 int main(int argc, char** argv) {
   CLI::App app(
       "Opens a published mixture-of-experts model, lists its mixtures, and routes a batch of rows "
-      "through one of them: who went where, with what weight, and how fast.");
+      "through one of them: who went where, with what weight, and how fast in each format of the "
+      "weights.");
   app.footer(
       "A model is a folder with config.json and safetensors files, as huggingface.co has them:\n"
       "  hf download allenai/OLMoE-1B-7B-0924 --local-dir OLMoE\n"
@@ -116,9 +124,15 @@ int main(int argc, char** argv) {
   app.add_option("--show", o.show, "tokens to print one by one")
       ->check(CLI::Range(0.0, 1e7))
       ->capture_default_str();
+  app.add_option("--formats", o.formats,
+                 "of the weights to serve the rows in; +int8: the rows are rounded too")
+      ->check(CLI::IsMember(inspect::all_formats()))
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->capture_default_str();
   app.add_option("--threads", o.threads, "all cores if left out")->check(CLI::Range(1.0, 1024.0));
-  examples::set_help(
-      app, {"--layer", "--tokens", "--seed", "--rows", "--tensor", "--show", "--threads"});
+  examples::set_help(app, {"--layer", "--tokens", "--seed", "--rows", "--tensor", "--show",
+                           "--formats", "--threads"});
   CLI11_PARSE(app, argc, argv);
   if (o.threads > 0) examples::use_threads(o.threads);
   try {

@@ -470,7 +470,8 @@ TEST_CASE("lora gate: a pass that is refused leaves the tape as it was", "[adapt
       const auto other = random_matrix(rows, columns, 2);
       CHECK_THROWS_WITH(gate.forward(other, tape, pass), Contains(message));
       if (evaluate) {
-        CHECK_THROWS_WITH(gate.evaluate(other, tape, {.valid = pass.valid}), Contains(message));
+        const EvaluationPass served{.valid = pass.valid, .sequences = pass.sequences};
+        CHECK_THROWS_WITH(gate.evaluate(other, tape, served), Contains(message));
       }
       REQUIRE(tape.trained);
       for (const auto& [name, gradient] : gradients()) {
@@ -480,6 +481,8 @@ TEST_CASE("lora gate: a pass that is refused leaves the tape as it was", "[adapt
     };
     refused(20, width + 1, {.step = 1}, "x has 13 columns");
     refused(21, width, {.step = 1}, "not a multiple of Config.sequences = 2");
+    refused(20, width, {.step = 1, .sequences = 3}, "not a multiple of Pass.sequences = 3");
+    refused(20, width, {.step = 1, .sequences = -1}, "Pass.sequences = -1");
     const std::vector<std::uint8_t> valid(19, 1);
     refused(20, width, {.step = 1, .valid = valid}, "Pass.valid has 19 entries");
     refused(20, width, {.step = 1, .loss_scale = -1}, "Pass.loss_scale = -1", false);

@@ -1,5 +1,8 @@
+#include <string>
+
+#include "../../examples/inspect/formats.hpp"
 #include "../../examples/inspect/routes.hpp"
-#include "../catch.hpp"
+#include "../support.hpp"
 
 using namespace moe;
 
@@ -41,4 +44,41 @@ TEST_CASE("inspect: a token's experts by their weights", "[examples][inspect]") 
   CHECK(inspect::route_of(routing(), 0, 2) == "s0 (1.000)  3 (0.750)  0 (0.250)");
   CHECK(inspect::route_of(routing(), 1, 2).empty());
   CHECK(inspect::route_of(routing(), 2, 2) == "s1 (0.500)  0 (0.125)  1 (0.125)");
+}
+
+TEST_CASE("inspect: a batch in every format, and why one is refused", "[examples][inspect]") {
+  MoELayer<Expert<FeedForward>, TopKGate<>> layer(
+      {.width = 32, .expert = {.hidden = 64}, .gate = {.experts = 3, .top_k = 2}, .seed = 1});
+  const auto x = test::random_matrix<float>(5, 32, 2);
+  const Matrix<float> y = layer.evaluate(x);
+  const auto serve = [&](const std::string& format) {
+    const inspect::Served served = inspect::serve(format, layer, x, y);
+    CHECK(served.format == format);
+    return served;
+  };
+  const Index weights = 3 * 2 * 32 * 64;
+  CHECK(serve("float").bytes == 4 * weights);
+  CHECK(serve("float").difference == 0);
+  CHECK(serve("bfloat16").bytes == 2 * weights);
+  CHECK(serve("float16").bytes == 2 * weights);
+  CHECK(serve("int8").bytes == weights + weights / 16);
+  CHECK(serve("int4").bytes == weights / 2 + weights / 16);
+  double last = 0;
+  for (const char* format : {"float16", "bfloat16", "int8+int8", "int4+int8"}) {
+    const inspect::Served served = serve(format);
+    CHECK(served.refusal.empty());
+    CHECK(served.seconds > 0);
+    CHECK(served.difference > last);
+    CHECK(served.difference < 0.3);
+    last = served.difference;
+  }
+  CHECK(serve("int8").difference < serve("int8+int8").difference);
+  CHECK(serve("int4").difference != serve("int4+int8").difference);
+
+  for_each_parameter(layer, [](const std::string& name, auto& parameter) {
+    if (name == "experts.2.down.weight") parameter.value(7, 3) = 1e6f;
+  });
+  CHECK_THAT(serve("float16").refusal,
+             Catch::Matchers::Contains("experts.2.down.weight(7, 3) = 1e+06 is too large"));
+  CHECK(serve("bfloat16").refusal.empty());
 }

@@ -297,6 +297,29 @@ TEST_CASE("feed forward: the seed decides the start", "[experts]") {
   CHECK(start(1) != start(2));
 }
 
+TEST_CASE("feed forward: zeros have the shapes of a fresh network", "[experts]") {
+  for (const bool gated : {false, true}) {
+    for (const bool bias : {false, true}) {
+      const FeedForwardConfig config{.width = 5, .hidden = 3, .gated = gated, .bias = bias};
+      const FeedForward<double> fresh(config, 1);
+      auto zeros = FeedForward<double>::zeros(config);
+      CHECK(zeros.config().hidden == 3);
+      const test::Named of_fresh = test::values_of(fresh);
+      const test::Named of_zeros = test::values_of(zeros);
+      REQUIRE(of_zeros.size() == of_fresh.size());
+      for (const auto& [name, value] : of_fresh) {
+        INFO(name);
+        const Matrix<double>& zero = of_zeros.at(name);
+        CHECK(value.cwiseAbs().maxCoeff() > 0);
+        CHECK((zero.rows() == value.rows() && zero.cols() == value.cols()));
+        CHECK(zero.isZero(0));
+      }
+    }
+  }
+  CHECK_THROWS_WITH(FeedForward<double>::zeros({.width = 5, .hidden = 0}),
+                    "moe: FeedForward::Config.hidden = 0, must be at least 1");
+}
+
 TEMPLATE_TEST_CASE("feed forward: evaluate gives the bits of forward and a row those of the batch",
                    "[experts]", float, double) {
   for (const auto& config : forms<TestType>(19, 37, Activation::gelu)) {

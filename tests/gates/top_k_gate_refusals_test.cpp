@@ -137,7 +137,6 @@ TEST_CASE("top-k gate: the tape of a gate of another shape or with other losses 
     c.top_k = 1;
     c.random_second = false;
   });
-  refuse([](Config& c) { c.sequences = 3; });
   refuse([](Config& c) { c.jitter = 0; });  // the tape's W_g met another x
   Config plain = everything();
   plain.jitter = plain.switch_loss_weight = plain.sequence_loss_weight = 0;
@@ -163,6 +162,24 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused where each h
   CHECK_THROWS_WITH(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0}), message);
   CHECK_THROWS_WITH(gate.evaluate(random_matrix(7, 5, 2), tape), message);
   CHECK_NOTHROW(gate.evaluate(random_matrix(0, 5, 2), tape));
+
+  // The number in the pass goes before that in Config.
+  const std::string of_pass =
+      "moe: TopKGate: the batch has 6 rows, not a multiple of Pass.sequences = 4";
+  const Matrix<double> x = random_matrix(6, 5, 2);
+  CHECK_THROWS_WITH(gate.forward(x, tape, {.step = 0, .sequences = 4}), of_pass);
+  CHECK_THROWS_WITH(gate.evaluate(x, tape, {.sequences = 4}), of_pass);
+  CHECK_NOTHROW(gate.forward(random_matrix(7, 5, 2), tape, {.step = 0, .sequences = 7}));
+  CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape, {.sequences = 7}));
+}
+
+TEST_CASE("top-k gate: a number of sequences below 0 is refused", "[routing][gate]") {
+  const TopKGate<double> gate(everything(), 1);
+  TopKTape<double> tape;
+  const Matrix<double> x = random_matrix(6, 5, 2);
+  const std::string message = "moe: TopKGate: Pass.sequences = -1, must be at least 0";
+  CHECK_THROWS_WITH(gate.forward(x, tape, {.step = 0, .sequences = -1}), message);
+  CHECK_THROWS_WITH(gate.evaluate(x, tape, {.sequences = -1}), message);
 }
 
 TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served without their loss",
@@ -174,6 +191,10 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served 
   CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape));
   CHECK(tape.balance.losses.sequence == 0);
   CHECK(tape.balance.losses.switch_loss > 0);
+  gate.evaluate(random_matrix(6, 5, 2), tape, {.sequences = 4});
+  CHECK(tape.balance.losses.sequence == 0);
+  gate.evaluate(random_matrix(7, 5, 2), tape, {.sequences = 7});
+  CHECK(tape.balance.losses.sequence > 0);
 }
 
 TEST_CASE("top-k gate: a batch that evaluate() refuses leaves the tape as it was",

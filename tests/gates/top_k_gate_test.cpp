@@ -160,6 +160,75 @@ TEST_CASE("top-k gate: a capacity in tokens of a sequence, in training and in ev
   CHECK(by_time.evaluate(x, tape).token_offsets == Indices{0, 1, 2, 3, 4, 4, 4});
 }
 
+TEST_CASE("top-k gate: a pass says how many sequences its batch has", "[routing][gate]") {
+  TopKConfig config{.width = 1,
+                    .experts = 2,
+                    .top_k = 1,
+                    .capacity = 1,
+                    .evaluation_capacity = 2,
+                    .row_order = RowOrder::sequence_major};
+  TopKGate<double> gate(config, 0);
+  parameter(gate, "weight").value << 1, 0;
+  const Matrix<double> x = Matrix<double>::Ones(6, 1);
+  TopKTape<double> tape;
+  CHECK(gate.forward(x, tape, {.step = 0}).token_offsets == Indices{0, 1, 1, 1, 1, 1, 1});
+  CHECK(gate.forward(x, tape, {.step = 0, .sequences = 2}).token_offsets ==
+        Indices{0, 1, 1, 1, 2, 2, 2});
+  CHECK(gate.forward(x, tape, {.step = 0, .sequences = 3}).token_offsets ==
+        Indices{0, 1, 1, 2, 2, 3, 3});
+  CHECK(gate.evaluate(x, tape, {.sequences = 2}).token_offsets == Indices{0, 1, 2, 2, 3, 4, 4});
+  CHECK(gate.evaluate(x, tape).token_offsets == Indices{0, 1, 2, 2, 2, 2, 2});
+  config.row_order = RowOrder::time_major;
+  TopKGate<double> by_time(config, 0);
+  parameter(by_time, "weight").value << 1, 0;
+  CHECK(by_time.forward(x, tape, {.step = 0, .sequences = 3}).token_offsets ==
+        Indices{0, 1, 2, 3, 3, 3, 3});
+  // One sequence is a number too.
+  config.sequences = 2;
+  TopKGate<double> of_two(config, 0);
+  parameter(of_two, "weight").value << 1, 0;
+  CHECK(of_two.forward(x, tape, {.step = 0}).slots() == 2);
+  CHECK(of_two.forward(x, tape, {.step = 0, .sequences = 1}).slots() == 1);
+}
+
+TEST_CASE("top-k gate: the number of sequences in a pass does what that in Config does",
+          "[routing][gate]") {
+  TopKConfig config = everything();
+  config.capacity_factor = 0;
+  config.capacity = 1;
+  config.evaluation_capacity = 2;
+  config.sequences = 3;
+  const Matrix<double> x = random_matrix(12, 5, 2);
+  TopKGate<double> expected(config, 1);
+  TopKTape<double> expected_tape;
+  expected.forward(x, expected_tape, {.step = 4});
+  const std::vector<double> dweight(expected_tape.routing.weight.size(), 0.5);
+  const Matrix<double> dx = test::gate_dx(expected, x, dweight, expected_tape);
+  for (const Index other : {1, 2}) {
+    config.sequences = other;
+    TopKGate<double> gate(config, 1);
+    TopKTape<double> tape;
+    gate.forward(x, tape, {.step = 4, .sequences = 3});
+    CHECK(tape.routing.expert == expected_tape.routing.expert);
+    CHECK(tape.routing.token_offsets == expected_tape.routing.token_offsets);
+    CHECK(tape.balance.losses.sequence == expected_tape.balance.losses.sequence);
+    CHECK(same_bits(test::gate_dx(gate, x, dweight, tape), dx));
+    CHECK(
+        same_bits(parameter(gate, "weight").gradient(), parameter(expected, "weight").gradient()));
+    // What the other number gives is something else.
+    TopKTape<double> otherwise;
+    gate.forward(x, otherwise, {.step = 4});
+    CHECK(otherwise.balance.losses.sequence != tape.balance.losses.sequence);
+    CHECK(otherwise.routing.slots() != tape.routing.slots());
+
+    TopKTape<double> served;
+    expected.evaluate(x, served);
+    gate.evaluate(x, tape, {.sequences = 3});
+    CHECK(tape.routing.token_offsets == served.routing.token_offsets);
+    CHECK(tape.balance.losses.sequence == served.balance.losses.sequence);
+  }
+}
+
 TEST_CASE("top-k gate: evaluation sees training without jitter, drops and capacity",
           "[routing][gate]") {
   TopKGate<double> gate(everything(), 1);
@@ -378,7 +447,7 @@ TEST_CASE("top-k gate: the best tokens' places are refused in a shared batch", "
   const std::string message =
       "moe: PlaceOrder::best_tokens: not possible in a batch that several processes share; use "
       "first_choices or largest_weight";
-  CHECK_THROWS_WITH(gate.shared_calls(true, 4), message);
+  CHECK_THROWS_WITH(gate.shared_calls(true, 4, 0), message);
   const test::FirstProcess batch(1, 4);
   TopKTape<double> tape;
   gate.forward(Matrix<double>::Ones(4, 1), tape, {.step = 0});

@@ -5,6 +5,7 @@
 #include "layers.hpp"
 #include "moe/gates/hierarchical_gate.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
+#include "moe/gates/top_k_gate.hpp"
 #include "user_parts.hpp"
 
 using namespace moe;
@@ -119,6 +120,35 @@ TEST_CASE("layer: a bad input is refused and changes nothing", "[layer]") {
   CHECK_THROWS_WITH(layer.backward(x, tape), no_forward);
   layer.evaluate(x.topRows(0), tape);
   CHECK_THROWS_WITH(layer.backward(x.topRows(0), tape), no_forward);
+}
+
+TEST_CASE("layer: after a pass that the gate refused backward() refuses the tape", "[layer]") {
+  MoELayer<Expert<FeedForward, double>, TopKGate<double>> layer(
+      {.width = 3,
+       .expert = {.hidden = 4},
+       .gate = {.experts = 3, .top_k = 1, .jitter = 0.1, .evaluation_capacity = 2},
+       .seed = 1});
+  const Matrix<double> x = random_matrix(6, 3, 2);
+  const std::string no_forward = "moe: MoELayer::backward without a forward pass on this tape";
+  decltype(layer)::Tape tape;
+  // Other rows than before, which the layer copies before it asks the gate.
+  const Matrix<double> other = random_matrix(6, 3, 3);
+  const auto check = [&](auto&& refused) {
+    layer.forward(x, tape, {.step = 1});
+    CHECK_THROWS_AS(refused(), std::invalid_argument);
+    CHECK_THROWS_WITH(layer.backward(x, tape), no_forward);
+    for (const auto& [name, gradient] : test::gradients_of(layer)) CHECK(gradient.isZero(0));
+  };
+  const std::vector<double> noise(3, 0.0);
+  check([&] { layer.forward(other, tape, {.step = 2, .noise = noise}); });
+  check([&] { layer.evaluate(other, tape, {.sequences = 4}); });
+  layer.forward(x, tape, {.step = 1});
+  CHECK_NOTHROW(layer.backward(x, tape));
+  CHECK_THROWS_WITH(layer.forward(x, tape, {.step = 1, .sequences = -1}),
+                    "moe: MoELayer: Pass.sequences = -1, must be at least 0");
+  CHECK_THROWS_WITH(layer.evaluate(x, tape, {.sequences = -1}),
+                    "moe: MoELayer: Pass.sequences = -1, must be at least 0");
+  CHECK_NOTHROW(layer.backward(x, tape));  // the tape is as good as before
 }
 
 TEST_CASE("layer: the tape of another layer is refused", "[layer]") {

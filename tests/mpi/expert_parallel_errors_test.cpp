@@ -309,6 +309,22 @@ TEST_CASE("expert parallel: ranks that scale the gate's losses differently hear 
         }).find("Pass.loss_scale") != std::string::npos);
 }
 
+TEST_CASE("expert parallel: ranks that see other numbers of sequences hear of it", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int last = communicator.size() - 1;
+  if (last == 0) return;
+  Small layer(small, communicator);
+  Small::Tape tape;
+  const auto x = random_matrix(5, 6, 1);
+  const Index sequences = communicator.rank() == last ? 2 : 1;
+  const std::string message = "Pass.sequences is 1 on rank 0 and 2";
+  CHECK(error_of([&] {
+          layer.forward(x, tape, {.step = 0, .sequences = sequences});
+        }).find(message) != std::string::npos);
+  CHECK(error_of([&] { layer.evaluate(x, tape, {.sequences = sequences}); }).find(message) !=
+        std::string::npos);
+}
+
 TEST_CASE("expert parallel: the tape or dy of another layer is refused", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   Small layer(small, communicator);

@@ -17,7 +17,7 @@ using Layer = MoELayer<Expert<FeedForward, Scalar>, Gate>;
 /// A layer with this gate, on several shares of 12 rows among the ranks, with padding and without, and
 /// on none.
 template <class Gate>
-void check_gate(const typename Gate::Config& gate, double scale = 0.5) {
+void check_gate(const typename Gate::Config& gate, double scale = 0.5, Index sequences = 0) {
   const mpi::Communicator communicator(MPI_COMM_WORLD, 30);
   Beside<Layer<Gate>> beside({.width = 6,
                               .expert = {.hidden = 10, .activation = Activation::silu},
@@ -25,12 +25,13 @@ void check_gate(const typename Gate::Config& gate, double scale = 0.5) {
                               .seed = 4},
                              communicator, scale);
   for (const auto& share : test::ways_to_share(12, communicator.size())) {
-    beside.check(share, 1e-12);
+    beside.check(share, 1e-12, {.step = 3, .sequences = sequences});
     for (const auto& valid : test::ways_to_pad(share)) {
-      beside.check(share, 1e-12, {.step = 3, .valid = valid});
+      beside.check(share, 1e-12, {.step = 3, .valid = valid, .sequences = sequences});
     }
   }
-  beside.check(std::vector<Index>(static_cast<std::size_t>(communicator.size()), 0), 1e-12);
+  beside.check(std::vector<Index>(static_cast<std::size_t>(communicator.size()), 0), 1e-12,
+               {.step = 3, .sequences = sequences});
 }
 
 }  // namespace
@@ -113,6 +114,21 @@ TEST_CASE("expert parallel: equals the layer of one process behind a softmax gat
                       .sequence_loss_weight = 0.5,
                       .sequences = 3,
                       .row_order = order});
+  }
+}
+
+TEST_CASE("expert parallel: the pass says how many sequences the ranks' batch has", "[mpi]") {
+  using Gate = TopKGate<double>;
+  for (const RowOrder order : {RowOrder::time_major, RowOrder::sequence_major}) {
+    const Gate::Config config{.experts = 4,
+                              .top_k = 2,
+                              .capacity = 2,
+                              .evaluation_capacity = 1,
+                              .sequence_loss_weight = 0.5,
+                              .sequences = 2,
+                              .row_order = order};
+    check_gate<Gate>(config, 2.0, 3);
+    check_gate<SharedExpertGate<Gate>>({.shared = 1, .routed = config}, 2.0, 4);
   }
 }
 

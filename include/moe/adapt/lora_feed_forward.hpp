@@ -183,7 +183,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   /// The FeedForward that computes the same up to rounding, with weights W + factor·A·B.
   FeedForward<Scalar> merged() const {
     detail::check_shapes(*this, "LoraFeedForward");
-    FeedForward<Scalar> network(config_.network, 0);
+    auto network = FeedForward<Scalar>::zeros(config_.network);
     Base::visit_parts(*this, [&](std::string_view name, const auto& from) {
       FeedForward<Scalar>::visit_parameters(network, [&](std::string_view part, auto& to) {
         if (part != name) return;

@@ -177,10 +177,10 @@ MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
   if constexpr (detail::ChangesExperts<Gate>) of_layer.gate = gate.config();  // completed too
   of_layer.expert.hidden /= config.slices;
 
-  const FeedForward<typename Gate::Scalar> drawn(of_layer.expert, 0);  // once, for all slices
+  const auto zeros = FeedForward<typename Gate::Scalar>::zeros(of_layer.expert);
   std::vector<FeedForward<typename Gate::Scalar>> slices;
   for (Index s = 0; s < config.slices; ++s) {
-    slices.push_back(detail::slice_of(dense, s, config.slices, drawn));
+    slices.push_back(detail::slice_of(dense, s, config.slices, zeros));
   }
   std::vector<Network> copies;
   copies.reserve(detail::to_size(experts));

@@ -45,10 +45,7 @@ class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>
   using typename Base::Scalar;
 
   /// Throws std::invalid_argument for a configuration out of range.
-  FeedForward(const Config& config, std::uint64_t seed) : Base(config) {
-    if (config.gated) gate_ = Parameter<Scalar>(config.width, config.hidden);
-    up_ = Parameter<Scalar>(config.width, config.hidden);
-    down_ = Parameter<Scalar>(config.hidden, config.width);
+  FeedForward(const Config& config, std::uint64_t seed) : FeedForward(config) {
     const Scalar up_bound = Scalar{1} / std::sqrt(static_cast<Scalar>(config.width));
     const Scalar down_bound = Scalar{1} / std::sqrt(static_cast<Scalar>(config.hidden));
     fill_uniform(gate_.value, up_bound, derive_seed(seed, 0));
@@ -59,6 +56,10 @@ class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>
     fill_uniform(gate_bias_.value, up_bound, derive_seed(seed, 5));
   }
 
+  /// A network whose parameters are all 0, to be overwritten: those of a file, for example. (Trained as it is, all
+  /// its hidden units would stay equal.) Throws std::invalid_argument for a configuration out of range.
+  static FeedForward zeros(const Config& config) { return FeedForward(config); }
+
   /// The parameters named above.
   template <class Self, class Visitor>
   static void visit_parameters(Self& self, Visitor visit) {
@@ -66,6 +67,12 @@ class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>
   }
 
  private:
+  explicit FeedForward(const Config& config) : Base(config) {
+    if (config.gated) gate_ = Parameter<Scalar>(config.width, config.hidden);
+    up_ = Parameter<Scalar>(config.width, config.hidden);
+    down_ = Parameter<Scalar>(config.hidden, config.width);
+  }
+
   using Base::down_;
   using Base::down_bias_;
   using Base::gate_;

@@ -109,7 +109,7 @@ class BalancedGate : public detail::GateBase<BalancedGate<Scalar_>, Scalar_> {
   Index experts() const { return config_.experts; }  ///< E
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
-  detail::SharedCalls shared_calls(bool training, Index) const {
+  detail::SharedCalls shared_calls(bool training, Index, Index) const {
     const auto choice = detail::SharedSelection<Scalar>::first_call(experts());
     return detail::shared_calls(training ? choice : detail::SharedCall{},
                                 1 + detail::balance_figures(experts()));

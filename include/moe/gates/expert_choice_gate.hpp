@@ -77,7 +77,7 @@ class ExpertChoiceGate : public detail::GateBase<ExpertChoiceGate<Scalar_>, Scal
   Index experts() const { return config_.experts; }  ///< E
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
-  detail::SharedCalls shared_calls(bool, Index) const {
+  detail::SharedCalls shared_calls(bool, Index, Index) const {
     return detail::shared_calls(detail::SharedSelection<Scalar>::first_call(experts()),
                                 detail::balance_figures(experts()));
   }

@@ -105,11 +105,11 @@ class GateBase;
 template <class G>
 concept NamesSharedCalls = std::derived_from<G, GateBase<G, typename G::Scalar>> &&
     requires(const G& gate) {
-  { gate.shared_calls(true, Index{0}) } -> std::same_as<SharedCalls>;
+  { gate.shared_calls(true, Index{0}, Index{0}) } -> std::same_as<SharedCalls>;
 };
 template <class G>
-SharedCalls shared_calls_of(const G& gate, bool training, Index rows) {
-  if constexpr (NamesSharedCalls<G>) return gate.shared_calls(training, rows);
+SharedCalls shared_calls_of(const G& gate, bool training, Index rows, Index sequences) {
+  if constexpr (NamesSharedCalls<G>) return gate.shared_calls(training, rows, sequences);
   return {};
 }
 
@@ -195,6 +195,7 @@ void check_gate_evaluate(const G& gate, const char* name, const MatrixRef<typena
                          const EvaluationPass& pass) {
   check_gate_input(gate, name, x);
   check_valid(name, pass.valid, x.rows());
+  check_sequences(name, pass.sequences);
   if constexpr (requires { gate.check_evaluate(x, pass); }) gate.check_evaluate(x, pass);
 }
 
@@ -224,8 +225,9 @@ void check_gate_backward(const char* name, Index width, const MatrixRef<Scalar>&
 ///                                               tape.routing and tape.balance, of the rows in
 ///                                               tape.tokens
 ///     route_backward(x, dweight, tape, dx)      backward, for arguments that fit the tape
-///     shared_calls(training, rows) const        the SharedCalls of forward() or evaluate() on a batch
-///                                               of this number of rows
+///     shared_calls(training, rows, sequences) const
+///                                               the SharedCalls of forward() or evaluate() on a batch
+///                                               of this number of rows, given Pass::sequences
 template <class Derived, class Scalar_>
 class GateBase {
  public:

@@ -123,7 +123,7 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
   Index noise_columns() const { return config_.noise ? config_.groups + experts() : 0; }
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
-  detail::SharedCalls shared_calls(bool training, Index) const {
+  detail::SharedCalls shared_calls(bool training, Index, Index) const {
     const Index loads = training && config_.noise ? 2 * config_.groups : 0;
     return detail::shared_calls({}, detail::balance_figures(experts()) + loads);
   }

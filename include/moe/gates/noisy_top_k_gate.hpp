@@ -81,7 +81,7 @@ class NoisyTopKGate : public detail::GateBase<NoisyTopKGate<Scalar_>, Scalar_> {
   Index noise_columns() const { return config_.noise ? config_.experts : 0; }
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
-  detail::SharedCalls shared_calls(bool, Index) const {
+  detail::SharedCalls shared_calls(bool, Index, Index) const {
     return detail::shared_calls({}, detail::balance_figures(experts()));
   }
 

@@ -134,7 +134,7 @@ class ProductKeyGate : public detail::GateBase<ProductKeyGate<Scalar_>, Scalar_>
   Index noise_columns() const { return config_.noise ? config_.row_keys + config_.column_keys : 0; }
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
-  detail::SharedCalls shared_calls(bool training, Index) const {
+  detail::SharedCalls shared_calls(bool training, Index, Index) const {
     const Index keys = training && config_.noise ? config_.row_keys + config_.column_keys : 0;
     return detail::shared_calls({}, detail::balance_figures(experts()) + keys);
   }

@@ -115,9 +115,9 @@ class SharedExpertGate
   }
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch: those of the wrapped gate.
-  detail::SharedCalls shared_calls(bool training,
-                                   Index rows) const requires detail::NamesSharedCalls<RoutedGate> {
-    return routed_.shared_calls(training, rows);
+  detail::SharedCalls shared_calls(bool training, Index rows, Index sequences)
+      const requires detail::NamesSharedCalls<RoutedGate> {
+    return routed_.shared_calls(training, rows, sequences);
   }
 
   /// The checks of the wrapped gate.

@@ -131,30 +131,31 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   }
 
   /// The calls of a SharedBatch that a pass makes, for mpi::RankDispatch.
-  detail::SharedCalls shared_calls(bool training, Index rows) const {
-    const LossWeights weights = training ? loss_weights() : evaluation_weights(rows);
+  detail::SharedCalls shared_calls(bool training, Index rows, Index sequences) const {
+    sequences = sequences_of(sequences);
+    const LossWeights weights = training ? loss_weights() : evaluation_weights(rows, sequences);
     Index figures = 1 + detail::balance_figures(experts());
     if (weights.switch_loss > 0) figures += detail::SwitchLoss<Scalar>::figures(experts(), 1);
     if (weights.sequence > 0) {
-      figures += detail::SwitchLoss<Scalar>::figures(experts(), config_.sequences);
+      figures += detail::SwitchLoss<Scalar>::figures(experts(), sequences);
     }
     const Limit limit = training ? training_limit() : evaluation_limit();
-    const Index sequences = limit.capacity > 0 ? config_.sequences : 1;
     const detail::SharedCall choice =
-        limit.exists() ? detail::capacity_call<Scalar>(config_.place_order, config_.top_k,
-                                                       experts(), sequences)
-                       : detail::SharedCall{};
+        limit.exists()
+            ? detail::capacity_call<Scalar>(config_.place_order, config_.top_k, experts(),
+                                            limit.capacity > 0 ? sequences : 1)
+            : detail::SharedCall{};
     return detail::shared_calls(choice, figures);
   }
 
   /// Throws std::invalid_argument if there is a loss or a capacity by sequence and the batch's rows are not a
-  /// multiple of Config.sequences, and if processes share the batch and places go to PlaceOrder::best_tokens.
+  /// multiple of the number of sequences, and if processes share the batch and places go to PlaceOrder::best_tokens.
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
-    check_batch(training_limit(), config_.sequence_loss_weight > 0, x.rows(), pass.batch);
+    check_batch(training_limit(), config_.sequence_loss_weight > 0, x.rows(), pass);
   }
   /// The same with the capacity of evaluation. The loss by sequence is left out for such rows.
   void check_evaluate(const MatrixRef<Scalar>& x, const EvaluationPass& pass) const {
-    check_batch(evaluation_limit(), false, x.rows(), pass.batch);
+    check_batch(evaluation_limit(), false, x.rows(), pass);
   }
 
   /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like this
@@ -166,9 +167,7 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     const Index jittered = config_.jitter > 0 ? tokens : 0;
     require(tape.router.logits.cols() == experts() &&
                 static_cast<Index>(tape.choices.expert.size()) == tokens * config_.top_k &&
-                tape.jitter.rows() == jittered &&
-                (tape.loss_weights.sequence == 0 ||
-                 tape.sequence_loss.share().rows() == config_.sequences),
+                tape.jitter.rows() == jittered,
             "TopKGate::backward: the tape is another gate's, of ", tape.router.logits.cols(),
             " experts, ", tape.choices.expert.size(), " choices of ", tokens,
             " tokens and jitter of ", tape.jitter.rows());
@@ -253,10 +252,13 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return {config_.switch_loss_weight, config_.sequence_loss_weight, config_.z_loss_weight};
   }
 
-  /// The weights for evaluate() on a batch of this number of rows.
-  LossWeights evaluation_weights(Index rows) const {
+  /// The number of sequences in a batch, given Pass::sequences.
+  Index sequences_of(Index of_pass) const { return of_pass > 0 ? of_pass : config_.sequences; }
+
+  /// The weights for evaluate() on a batch of these numbers of rows and sequences.
+  LossWeights evaluation_weights(Index rows, Index sequences) const {
     LossWeights weights = loss_weights();
-    if (rows % config_.sequences != 0) weights.sequence = 0;
+    if (rows % sequences != 0) weights.sequence = 0;
     return weights;
   }
 
@@ -271,13 +273,17 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     return {config_.evaluation_capacity, config_.evaluation_capacity_factor};
   }
 
+  template <class AnyPass>
   void check_batch(const Limit& limit, bool has_sequence_loss, Index rows,
-                   const SharedBatch* batch) const {
+                   const AnyPass& pass) const {
+    const SharedBatch* batch = pass.batch;
     if (limit.exists() && batch != nullptr) detail::check_shared_order(config_.place_order);
     if (limit.capacity == 0 && !has_sequence_loss) return;
     if (batch != nullptr) rows = batch->rows();
-    detail::require(rows % config_.sequences == 0, "TopKGate: the batch has ", rows,
-                    " rows, not a multiple of Config.sequences = ", config_.sequences);
+    const Index sequences = sequences_of(pass.sequences);
+    detail::require(rows % sequences == 0, "TopKGate: the batch has ", rows,
+                    " rows, not a multiple of ", pass.sequences > 0 ? "Pass" : "Config",
+                    ".sequences = ", sequences);
   }
 
   /// The first column of Pass::noise with deviates for the drawn second choice.
@@ -297,17 +303,20 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     if (config_.random_second) {
       detail::drop_second_choices(second_seed_, noise, tape.tokens, tape.choices);
     }
-    make_routing(training_limit(), pass.batch, tape);
-    measure_losses(loss_weights(), pass.batch, tape);
+    const Index sequences = sequences_of(pass.sequences);
+    make_routing(training_limit(), sequences, pass.batch, tape);
+    measure_losses(loss_weights(), sequences, pass.batch, tape);
   }
 
   /// With the capacity of evaluation; the loss by sequence is left out where T is not a multiple of
-  /// Config.sequences.
+  /// the number of sequences.
   void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
     linear_scores(tape.tokens.rows_of(x), weight_, bias_, tape.router.logits);
     choose(nullptr, tape);
-    make_routing(evaluation_limit(), pass.batch, tape);
-    measure_losses(evaluation_weights(tape.tokens.batch_rows), pass.batch, tape);
+    const Index sequences = sequences_of(pass.sequences);
+    make_routing(evaluation_limit(), sequences, pass.batch, tape);
+    measure_losses(evaluation_weights(tape.tokens.batch_rows, sequences), sequences, pass.batch,
+                   tape);
   }
 
   void route_backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
@@ -387,16 +396,17 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
 
   // The choices that become slots.
 
-  void make_routing(const Limit& limit, const SharedBatch* batch, Tape& tape) const {
+  void make_routing(const Limit& limit, Index sequences, const SharedBatch* batch,
+                    Tape& tape) const {
     if (limit.exists()) {
       const bool by_sequence = limit.capacity > 0;
       const Index capacity = by_sequence
                                  ? limit.capacity
                                  : detail::expert_capacity(limit.factor, tape.tokens.batch_count,
                                                            config_.top_k, experts());
-      const detail::PlaceSequences sequences{by_sequence ? config_.sequences : 1, config_.row_order,
-                                             &tape.tokens};
-      detail::drop_over_capacity(config_.place_order, capacity, experts(), sequences, batch,
+      const detail::PlaceSequences places{by_sequence ? sequences : 1, config_.row_order,
+                                          &tape.tokens};
+      detail::drop_over_capacity(config_.place_order, capacity, experts(), places, batch,
                                  tape.choices, tape.capacity);
     }
     detail::ChoiceWeights<Scalar>(config_).renormalise(tape.router, tape.choices);
@@ -406,16 +416,17 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
 
   // The losses and the balance.
 
-  void measure_losses(const LossWeights& weights, const SharedBatch* batch, Tape& tape) const {
+  void measure_losses(const LossWeights& weights, Index sequences, const SharedBatch* batch,
+                      Tape& tape) const {
     Balance<Scalar>& balance = tape.balance;
     detail::BatchSum sum(batch);
-    const auto accumulate = [&](detail::SwitchLoss<Scalar>& loss, Index sequences) {
+    const auto accumulate = [&](detail::SwitchLoss<Scalar>& loss, Index parts) {
       loss.accumulate(tape.router.scores, tape.router.probability_scale, tape.choices.expert,
-                      config_.top_k, config_.switch_count, sequences, config_.row_order,
-                      tape.tokens, sum);
+                      config_.top_k, config_.switch_count, parts, config_.row_order, tape.tokens,
+                      sum);
     };
     if (weights.switch_loss > 0) accumulate(tape.batch_loss, 1);
-    if (weights.sequence > 0) accumulate(tape.sequence_loss, config_.sequences);
+    if (weights.sequence > 0) accumulate(tape.sequence_loss, sequences);
     double squares = weights.z > 0 ? detail::router_z_loss_sum(tape.router.log_sum) : 0;
     sum.add(&squares, 1);
     detail::measure_balance(tape.routing, tape.choices.expert, sum, balance);

@@ -99,7 +99,8 @@ class Pretrained {
     const auto config = layer_config<Layer>(layer);
     // Checked before a layer of the size in config.json is allocated.
     const detail::MixtureSource source(checkpoint_, mixture(layer), detail::has_shared_gate<Layer>);
-    Layer loaded = detail::with_config(config_.path(), layer, [&] { return Layer(config); });
+    Layer loaded = detail::with_config(config_.path(), layer,
+                                       [&] { return detail::layer_of_zeros<Layer>(config); });
     source.read(loaded);
     return loaded;
   }

@@ -24,7 +24,7 @@ namespace moe::io {
 /// the activations of `options`.
 ///
 /// `config` is model.layer_config<Layer>(layer) with changes that leave the shapes as they are: more
-/// places for an expert, for example, or another number of sequences.
+/// places for an expert, for example.
 template <class Serving>
 Serving load_serving(const Pretrained& model, Index layer,
                      const typename Serving::Layer::Config& config,
@@ -39,7 +39,7 @@ Serving load_serving(const Pretrained& model, Index layer,
   Gate gate =
       detail::with_config(model.config().path(), layer, [&] { return Gate(whole.gate, 0); });
   FeedForward<float> wide = detail::with_config(
-      model.config().path(), layer, [&] { return FeedForward<float>(whole.expert, 0); });
+      model.config().path(), layer, [&] { return FeedForward<float>::zeros(whole.expert); });
   source.read(gate, "gate.");
   std::vector<Expert> experts;
   for (Index e = 0; e < gate.experts(); ++e) {

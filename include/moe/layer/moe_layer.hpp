@@ -145,7 +145,8 @@ class MoELayer {
   /// in tape.balance(). Give every update its own step: the same step draws the same noise.
   /// O(S·D·H), and what the gate costs. x may be tape.x as a whole, or any part of tape.y. Throws
   /// std::invalid_argument when x is not D wide or is only a part of tape.x, when the pass does not
-  /// fit x, and when the gate's routing contradicts itself, which leaves the tape unusable.
+  /// fit x, and when the gate refuses the pass or its routing contradicts itself. After the last two
+  /// backward() refuses the tape until another forward().
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const;
 
   /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.
@@ -464,7 +465,8 @@ template <class Expert_, class Gate_, class Dispatch_>
 auto MoELayer<Expert_, Gate_, Dispatch_>::evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                                    const EvaluationPass& pass) const
     -> const Matrix<Scalar>& {
-  const Pass as_pass{.step = 0, .valid = pass.valid, .batch = pass.batch};
+  const Pass as_pass{
+      .step = 0, .valid = pass.valid, .batch = pass.batch, .sequences = pass.sequences};
   const auto check = [&] {
     check_structure();
     detail::check_layer_width<Scalar>(x, "x", config_.width);
@@ -474,7 +476,10 @@ auto MoELayer<Expert_, Gate_, Dispatch_>::evaluate(const MatrixRef<Scalar>& x, T
   const auto batch = begin("MoELayer::evaluate", false, as_pass, x.rows(), tape, check);
   tape.trained = false;
   policy_.route(tape.dispatch, tape.exchange, [&] {
-    gate_.evaluate(x, tape.gate, EvaluationPass{.valid = pass.valid, .batch = batch.pass().batch});
+    gate_.evaluate(
+        x, tape.gate,
+        EvaluationPass{
+            .valid = pass.valid, .batch = batch.pass().batch, .sequences = pass.sequences});
     sort_slots(x.rows(), pass.valid, tape);
   });
   run_experts(x, tape, false);

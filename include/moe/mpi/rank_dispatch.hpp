@@ -81,7 +81,7 @@ class RankDispatch {
       received_counts_.resize(sent_counts_.size());
       set_placement(placement_for(gate, experts));
       // A gate that cannot share a batch throws here.
-      for (const bool training : {true, false}) moe::detail::shared_calls_of(gate, training, 0);
+      for (const bool training : {true, false}) moe::detail::shared_calls_of(gate, training, 0, 0);
     });
     check_same_configuration(config, gate.experts(), communicator_);
     number_ = communicator_.next_number();
@@ -177,11 +177,13 @@ class RankDispatch {
     const Index tokens = moe::detail::count_valid(pass.valid, rows);
     // Room for these is enough: with 0 rows a gate lists all calls that it makes with any number of
     // rows.
-    const moe::detail::SharedCalls most = moe::detail::shared_calls_of(gate, training, 0);
+    const moe::detail::SharedCalls most =
+        moe::detail::shared_calls_of(gate, training, 0, pass.sequences);
     const std::span<const Index> all = communicator_.attempt_gather(
         call,
         {{"Pass.step", static_cast<std::int64_t>(pass.step)},
          {"Pass.first_token", static_cast<std::int64_t>(pass.first_token)},
+         {"Pass.sequences", pass.sequences},
          {"the layer", number_},
          {"the count of what the gate sums", most[0].numbers + most[1].numbers},
          {"Pass.loss_scale, as bits,", std::bit_cast<std::int64_t>(pass.loss_scale)}},
@@ -194,7 +196,8 @@ class RankDispatch {
           for (const moe::detail::SharedCall& shared : most) make_room(communicator_, shared);
         });
     tape.batch.set(all, communicator_.rank());
-    tape.batch.calls = moe::detail::shared_calls_of(gate, training, tape.batch.rows);
+    tape.batch.calls =
+        moe::detail::shared_calls_of(gate, training, tape.batch.rows, pass.sequences);
     tape.batch.called = 0;
     tape.step = pass.step;
     tape.number = communicator_.next_number();

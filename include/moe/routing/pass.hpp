@@ -37,6 +37,9 @@ struct Pass {
   /// T x noise_columns() numbers, row by row, for the gate to use as noise instead of drawing it; or
   /// empty. See the gate for their range.
   std::span<const double> noise{};
+  /// The number of sequences in the batch, all of the same number of rows, for a gate with places or losses by
+  /// sequence (TopKGate); 0 stands for the one in the gate's Config.
+  Index sequences = 0;
 
   /// The key of the pass's random numbers.
   NoiseKey key() const { return {.step = step, .first_token = first_token}; }
@@ -46,6 +49,7 @@ struct Pass {
 struct EvaluationPass {
   std::span<const std::uint8_t> valid{};  ///< see Pass
   const SharedBatch* batch = nullptr;     ///< see Pass
+  Index sequences = 0;                    ///< see Pass
 };
 
 namespace detail {
@@ -65,6 +69,11 @@ inline NoiseSource noise_source(const Pass& pass, Index noise_columns) {
 inline void check_valid(const char* name, std::span<const std::uint8_t> valid, Index rows) {
   require(valid.empty() || static_cast<Index>(valid.size()) == rows, name, ": Pass.valid has ",
           valid.size(), " entries, x has ", rows, " rows");
+}
+
+/// Throws std::invalid_argument for a number of sequences below 0. `name` is as above.
+inline void check_sequences(const char* name, Index sequences) {
+  require(sequences >= 0, name, ": Pass.sequences = ", sequences, ", must be at least 0");
 }
 
 /// N, the number of valid rows.
@@ -145,6 +154,7 @@ inline void check_pass(const char* name, const Pass& pass, Index rows) {
   require(std::isfinite(pass.loss_scale) && pass.loss_scale >= 0, name,
           ": Pass.loss_scale = ", pass.loss_scale, ", must be finite and at least 0");
   check_valid(name, pass.valid, rows);
+  check_sequences(name, pass.sequences);
 }
 inline void check_noise(const char* name, const Pass& pass, Index rows, Index noise_columns) {
   require(pass.noise.empty() || static_cast<Index>(pass.noise.size()) == rows * noise_columns, name,

@@ -71,8 +71,9 @@ struct TopKConfig {
   double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0
   double sequence_loss_weight = 0;                   ///< of its mean over sequences, >= 0
   SwitchCount switch_count = SwitchCount::per_slot;  ///< what f counts in both
-  /// The number of sequences in a batch. forward() refuses a batch whose rows are not a multiple of it if
-  /// capacity or sequence_loss_weight is set; evaluate() if evaluation_capacity is. Nothing else uses it.
+  /// The number of sequences in a batch whose pass does not say it (Pass::sequences). forward() refuses a batch
+  /// whose rows are not a multiple of it if capacity or sequence_loss_weight is set; evaluate() if
+  /// evaluation_capacity is. Nothing else uses it.
   Index sequences = 1;
   RowOrder row_order = RowOrder::time_major;  ///< of the rows of these sequences
   double z_loss_weight = 0;                   ///< of the router z-loss [Z22], >= 0

@@ -55,6 +55,24 @@ TEST_CASE("pretrained: what cannot be narrowed as it is read is refused", "[io][
   CHECK_THROWS_WITH(io::load_serving<Routed>(deepseek, 1), Contains("SharedLayer"));
 }
 
+TEST_CASE("pretrained: a served layer takes batches of any number of sequences",
+          "[io][pretrained]") {
+  using Serving = ServingLayer<io::RoutedLayer<float>, BFloat16>;
+  const io::Pretrained model = io::open_pretrained(golden("switch_transformers"));
+  const auto served = io::load_serving<Serving>(model, 3);
+  const auto x = random_matrix<float>(30, model.mixture(3).width, 1);
+  Serving::Tape batch;
+  Serving::Tape one;
+  for (const Index sequences : {2, 3}) {
+    const Matrix<float> y = served.evaluate(x, batch, {.sequences = sequences});
+    const Index length = 30 / sequences;
+    for (Index first = 0; first < 30; first += length) {
+      CHECK(same_bits(y.middleRows(first, length),
+                      served.evaluate(x.middleRows(first, length), one)));
+    }
+  }
+}
+
 TEST_CASE("pretrained: a layer that is narrowed as it is read may keep all tokens",
           "[io][pretrained]") {
   using Layer = io::RoutedLayer<float>;

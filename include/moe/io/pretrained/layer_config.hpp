@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "moe/experts/feed_forward.hpp"
 #include "moe/gates/shared_expert_gate.hpp"
@@ -65,6 +67,20 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
     config.gate = mixture.gate;
   }
   return config;
+}
+
+/// A layer whose experts' parameters are all 0, to be overwritten: drawing initial ones would take longer than
+/// reading those of a file.
+template <class Layer>
+Layer layer_of_zeros(const typename Layer::Config& config) {
+  const auto whole = Layer::completed(config);
+  typename Layer::Gate gate(whole.gate, derive_seed(whole.seed, 0));
+  std::vector<typename Layer::Expert> experts;
+  experts.reserve(to_size(gate.experts()));
+  for (Index e = 0; e < gate.experts(); ++e) {
+    experts.emplace_back(Layer::Expert::Network::zeros(whole.expert), whole.width);
+  }
+  return Layer(whole, std::move(gate), std::move(experts));
 }
 
 /// Calls make(), which uses a configuration from config.json. Turns its std::invalid_argument into

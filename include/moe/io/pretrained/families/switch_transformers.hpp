@@ -9,7 +9,8 @@ namespace moe::io {
 
 /// Fedus, Zoph, Shazeer 2022, "Switch Transformers" (arXiv 2101.03961). The numbers of the decoder's blocks
 /// follow those of the encoder's. The places of an expert, expert_capacity, are those of a sequence, in training
-/// and in evaluation; the gate's Config.sequences and row_order say what a sequence is, by default the batch.
+/// and in evaluation. Pass::sequences says how many sequences the batch has, one if it does not; their rows follow
+/// each other, as in transformers.
 inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& config) {
   Mixture mixture{.width = config.count("d_model"),
                   .hidden = config.count("d_ff"),
@@ -21,6 +22,7 @@ inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& conf
   mixture.gate.capacity = config.count("expert_capacity", 64);
   if (mixture.gate.capacity == 0) config.refuse("expert_capacity", "at least 1");
   mixture.gate.evaluation_capacity = mixture.gate.capacity;
+  mixture.gate.row_order = RowOrder::sequence_major;
   std::vector<Mixture> mixtures;
   const auto add_stack = [&](const std::string& stack, Index blocks, Index sparse,
                              const std::string& part) {
