@@ -58,6 +58,15 @@ void add_options(CLI::App& app, Options& o) {
   app.add_option("--group-experts", o.group_experts, "experts in each of its groups")
       ->check(at_least(1))
       ->capture_default_str();
+  app.add_option("--gated", o.gated, "1: gated experts, with SiLU (SwiGLU); 0: plain, with ReLU")
+      ->capture_default_str();
+  app.add_option("--noise", o.noise, "factor of the gates' noise at the start")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--noise-until", o.noise_until,
+                 "share of the training during which the noise falls to 0; 0: it stays")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   app.add_option("--dense-expert-rate", o.dense_expert_rate,
                  "learning rate of the dense model's experts, as a factor; each sees every token")
       ->check(at_least(0))
@@ -106,7 +115,7 @@ Competitors make_competitors(const Options& o, const Corpus& corpus) {
   const Index scores = scores_of(sparse.model.middle.gate);
   // The operations of a gate's scores, as hidden units of the experts that are used.
   const auto units = [&](Index count) {
-    const Index unit = 2 * o.top_k;
+    const Index unit = maps_of(o.gated) * o.top_k;
     return count >= 0 ? (count + unit - 1) / unit : count / unit;
   };
 
