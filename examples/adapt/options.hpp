@@ -23,6 +23,7 @@ inline language_model::Options base_options() {
   o.noise_until = 0;
   o.sequences = 128;
   o.steps = 32;
+  o.expert_rate = 0.3;
   o.epochs = 0.15;
   o.csv = "adapt.csv";
   return o;

@@ -37,7 +37,7 @@ struct Options {
   Index group_experts = 64;
   bool pre_norm = true;       ///< else the layers of the paper, the mixture with a sigmoid
   double gate_deviation = 1;  ///< of the gate's first scores; 0: all of them are 0 at first
-  double noise = 0.5;         ///< factor of the gate's noise at the start
+  double noise = 0.3;         ///< factor of the gate's noise at the start
   double noise_until = 0.7;   ///< share of the training after which there is no noise; 0: it stays
   bool factored = true;       ///< FactoredAdam for the experts
   Index sequences = 256;
@@ -48,7 +48,7 @@ struct Options {
   Index warm_up = 100;
   double gate_rate = 2;
   double noise_rate = 0.03;
-  double expert_rate = 0.3;
+  double expert_rate = 0.5;
   double dense_expert_rate = 1;  ///< of the dense model's experts, which see every token
   double threshold_rate = 0.03;
   double bias_rate = 0.001;
@@ -63,6 +63,7 @@ struct Options {
   std::string csv = "language_model.csv";
   std::string picture = "language_model.svg";  ///< of the load in training; empty: none
   std::string checkpoint;  ///< file that a training is saved in and goes on from; empty: none
+  bool test = true;        ///< whether the test part is read at the end
   std::string serve;  ///< format to serve the trained sparse model in, or "all"; empty: it is not
 
   // the study
@@ -101,6 +102,7 @@ inline Options word_options() {
   o.steps = 16;
   o.epochs = 2.45;
   o.gate_rate = 3;
+  o.expert_rate = 0.3;
   o.dense_expert_rate = o.expert_rate;
   return o;
 }
