@@ -172,10 +172,14 @@ class Contestant {
   /// The timetable's next update; the batch is this one's part of its batch.
   void update(const Batches::Batch& batch, const Timetable& timetable) {
     if (timetable.batch() == 0) start_epoch();
-    update(batch, static_cast<std::uint64_t>(timetable.update()), timetable.learning_rate());
+    update(batch, static_cast<std::uint64_t>(timetable.update()), timetable.learning_rate(),
+           timetable.noise());
   }
-  void update(const Batches::Batch& batch, std::uint64_t step, double learning_rate) {
+  /// `noise` is a factor of the gate's.
+  void update(const Batches::Batch& batch, std::uint64_t step, double learning_rate,
+              double noise = 1) {
     const double start = seconds_now();
+    model_.set_noise(noise);
     // FactoredAdam passes by the experts that got no tokens. Adam's moments go on without them.
     const auto updates = config_.factored ? moe::Updates::lazy : moe::Updates::dense;
     moe::zero_gradients(model_, updates);

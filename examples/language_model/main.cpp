@@ -58,6 +58,15 @@ void add_options(CLI::App& app, Options& o) {
   app.add_option("--group-experts", o.group_experts, "experts in each of its groups")
       ->check(at_least(1))
       ->capture_default_str();
+  app.add_option("--gated", o.gated, "1: gated experts, with SiLU (SwiGLU); 0: plain, with ReLU")
+      ->capture_default_str();
+  app.add_option("--noise", o.noise, "factor of the gates' noise at the start")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--noise-until", o.noise_until,
+                 "share of the training during which the noise falls to 0; 0: it stays")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   app.add_option("--dense-expert-rate", o.dense_expert_rate,
                  "learning rate of the dense model's experts, as a factor; each sees every token")
       ->check(at_least(0))
@@ -70,15 +79,18 @@ void add_options(CLI::App& app, Options& o) {
                  "what an update moves the selection biases of the study's loss-free gate by")
       ->check(at_least(0))
       ->capture_default_str();
+  auto* no_test =
+      app.add_flag("!--no-test", o.test, "leave the test part unread, to choose settings");
   app.add_option("--serve", o.serve,
                  "evaluate the sparse model rounded to this format too; all: to each")
-      ->check(CLI::IsMember(serving_choices()));
+      ->check(CLI::IsMember(serving_choices()))
+      ->excludes(no_test);
 
   auto* study = app.add_option("--study", o.study,
                                "folder: train the models of README.md's tables that are not in it");
   for (const char* other :
        {"--experts", "--top-k", "--epochs", "--minutes", "--importance-weight", "--load-weight",
-        "--evaluations", "--seed", "--csv", "--serve", "--checkpoint", "--picture"}) {
+        "--evaluations", "--seed", "--csv", "--serve", "--checkpoint", "--picture", "--no-test"}) {
     study->excludes(app.get_option(other));
   }
   app.add_option("--study-tables", o.tables, "which of the study's tables")
@@ -106,7 +118,7 @@ Competitors make_competitors(const Options& o, const Corpus& corpus) {
   const Index scores = scores_of(sparse.model.middle.gate);
   // The operations of a gate's scores, as hidden units of the experts that are used.
   const auto units = [&](Index count) {
-    const Index unit = 2 * o.top_k;
+    const Index unit = maps_of(o.gated) * o.top_k;
     return count >= 0 ? (count + unit - 1) / unit : count / unit;
   };
 
@@ -184,6 +196,40 @@ void write_picture(const std::string& path, const Competitors& competitors,
   if (path.empty() || models.empty()) return;
   load_picture(models).write(path);
   std::printf("the experts' load in training is in %s\n", path.c_str());
+}
+
+/// The end: the only reading of the test part, by the trained models and by the sparse one served.
+void read_test_part(const Options& o, const Competitors& competitors,
+                    const std::vector<Evaluation>& latest, const Batches& validation,
+                    const Batches& test, const Timetable& timetable, double seconds,
+                    examples::CsvFile& csv) {
+  print_result_header(timetable, seconds);
+  std::vector<Evaluation> results(competitors.size());
+  side_by_side(competitors.size(), o.threads,
+               [&](std::size_t i) { results[i] = competitors[i]->evaluate(test, o.sequences); });
+  for (std::size_t i = 0; i < competitors.size(); ++i) {
+    print_result(competitors[i]->figures(), latest[i], results[i]);
+    csv.add(csv_row("test", competitors[i]->figures(), timetable, o, results[i]));
+  }
+  if (!o.serve.empty()) {
+    std::printf("\nThe sparse model with narrow weights; ratios to float32\n\n%s\n", served_header);
+    std::vector<Served> rows;
+    examples::ProgressBar progress;
+    const std::vector<Serving> servings = servings_of(o.serve);
+    for (const Serving& serving : servings) {
+      progress.draw(static_cast<double>(rows.size()) / static_cast<double>(servings.size()),
+                    serving.format);
+      rows.push_back(competitors.back()->serve(serving, validation, test, o.sequences));
+      const Served& served = rows.back();
+      progress.clear();
+      std::puts(served_row(served, rows.front()).c_str());
+      std::fflush(stdout);
+      Figures figures = competitors.back()->figures();
+      figures.name += print(" %s %s", serving.format.c_str(), name_of(serving.activations).c_str());
+      csv.add(csv_row("validation", figures, timetable, o, served.validation));
+      csv.add(csv_row("test", figures, timetable, o, served.test));
+    }
+  }
 }
 
 void compare(const Options& o) {
@@ -274,32 +320,10 @@ void compare(const Options& o) {
     return;
   }
 
-  print_result_header(timetable, seconds_now() - start);
-  std::vector<Evaluation> results(competitors.size());
-  side_by_side(competitors.size(), o.threads,
-               [&](std::size_t i) { results[i] = competitors[i]->evaluate(test, o.sequences); });
-  for (std::size_t i = 0; i < competitors.size(); ++i) {
-    print_result(competitors[i]->figures(), latest[i], results[i]);
-    csv.add(csv_row("test", competitors[i]->figures(), timetable, o, results[i]));
-  }
-  if (!o.serve.empty()) {
-    std::printf("\nThe sparse model with narrow weights; ratios to float32\n\n%s\n", served_header);
-    std::vector<Served> rows;
-    examples::ProgressBar progress;
-    const std::vector<Serving> servings = servings_of(o.serve);
-    for (const Serving& serving : servings) {
-      progress.draw(static_cast<double>(rows.size()) / static_cast<double>(servings.size()),
-                    serving.format);
-      rows.push_back(competitors.back()->serve(serving, validation, test, o.sequences));
-      const Served& served = rows.back();
-      progress.clear();
-      std::puts(served_row(served, rows.front()).c_str());
-      std::fflush(stdout);
-      Figures figures = competitors.back()->figures();
-      figures.name += print(" %s %s", serving.format.c_str(), name_of(serving.activations).c_str());
-      csv.add(csv_row("validation", figures, timetable, o, served.validation));
-      csv.add(csv_row("test", figures, timetable, o, served.test));
-    }
+  if (o.test) {
+    read_test_part(o, competitors, latest, validation, test, timetable, seconds_now() - start, csv);
+  } else {
+    std::puts("\nthe test part was not read");
   }
   std::puts("");
   const Index length = o.unit == Unit::word ? 40 : 300;

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <moe/moe.hpp>
 #include <moe/weights/serving_layer.hpp>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -40,6 +42,7 @@ template <class GateConfig>
 struct MixtureConfig {
   GateConfig gate{};
   Index hidden = 0;                                   ///< H, of an expert
+  bool gated = false;                                 ///< SwiGLU; else plain, with ReLU
   moe::Activation output = moe::Activation::sigmoid;  ///< of the mixture
   double gate_deviation = 0;  ///< of the scores at the start, for inputs of mean square 1
 };
@@ -52,7 +55,9 @@ class Mixture {
  public:
   using Config = MixtureConfig<typename Gate::Config>;
   struct State {};  ///< nothing is carried from one batch to the next
-  using Tape = typename Layer::Tape;
+  struct Tape : Layer::Tape {
+    moe::Matrix<double> noise;  ///< of the gate, where its factor is not 1
+  };
   /// With its experts in a narrow format.
   template <class Format>
   using Served = Mixture<Gate, moe::ServingLayer<Layer, Format>>;
@@ -62,12 +67,15 @@ class Mixture {
   Mixture(const Config& config, Index width, std::uint64_t seed,
           const Surroundings&... surroundings)
       : config_(config),
-        layer_({.width = width,
-                .expert = {.hidden = config.hidden},
-                .gate = config.gate,
-                .output = config.output,
-                .seed = seed},
-               surroundings...) {
+        layer_(
+            {.width = width,
+             .expert = {.hidden = config.hidden,
+                        .activation = config.gated ? moe::Activation::silu : moe::Activation::relu,
+                        .gated = config.gated},
+             .gate = config.gate,
+             .output = config.output,
+             .seed = seed},
+            surroundings...) {
     if (config.gate_deviation > 0) scatter_scores(config.gate_deviation, moe::derive_seed(seed, 9));
   }
 
@@ -87,14 +95,21 @@ class Mixture {
 
   /// Multiply-adds a token: the gate, and the experts that are used.
   static Index operations_of(const Config& config, Index width) {
-    return scores_of(config.gate) * width + active_of(config.gate) * 2 * width * config.hidden;
+    const Index of_expert = maps_of(config.gated) * width * config.hidden;
+    return scores_of(config.gate) * width + active_of(config.gate) * of_expert;
   }
   Index operations() const { return operations_of(config_, layer_.config().width); }
 
   State initial_state(Index) const { return {}; }
 
+  /// Multiplies the noise that the gate gets in forward(), from now on. Not for a layer that is spread over
+  /// processes: each would draw the same.
+  void set_noise(double factor) { noise_factor_ = factor; }
+
   const Matrix& forward(const Matrix& x, State&, Tape& tape, const moe::NoiseKey& key) const {
-    return layer_.forward(x, tape, {.step = key.step, .first_token = key.first_token});
+    return layer_.forward(
+        x, tape,
+        {.step = key.step, .first_token = key.first_token, .noise = noise(x.rows(), tape, key)});
   }
   const Matrix& backward(const Matrix& dy, Tape& tape) { return layer_.backward(dy, tape); }
   const Matrix& evaluate(const Matrix& x, State&, Tape& tape) const {
@@ -117,6 +132,24 @@ class Mixture {
   template <class, class>
   friend class Mixture;
 
+  /// Nothing, where the gate is to draw the noise itself, or has none.
+  std::span<const double> noise(Index tokens, Tape& tape, const moe::NoiseKey& key) const {
+    if constexpr (requires { layer_.gate().noise_columns(); }) {
+      if (noise_factor_ == 1 || layer_.gate().noise_columns() == 0) return {};
+      tape.noise.resize(tokens, layer_.gate().noise_columns());
+      if (noise_factor_ == 0) {
+        tape.noise.setZero();
+      } else {
+        const std::uint64_t seed = moe::derive_seed(layer_.config().seed, 10);
+        moe::fill_normal(tape.noise, noise_factor_,
+                         moe::derive_seed(moe::derive_seed(seed, key.step), key.first_token));
+      }
+      return {tape.noise.data(), static_cast<std::size_t>(tape.noise.size())};
+    } else {
+      return {};
+    }
+  }
+
   /// The library's gates start with scores of 0, so that at first noise alone chooses. Where scores
   /// differ from the start, experts get tokens of their own from the start too.
   void scatter_scores(double deviation, std::uint64_t seed) {
@@ -132,12 +165,14 @@ class Mixture {
 
   Config config_;
   Layer layer_;
+  double noise_factor_ = 1;
 };
 
 /// Makes of a mixture the paper's, or one like those of today's models.
 template <class Config>
 void set_style(Config& config, const Options& o) {
   config.output = o.pre_norm ? moe::Activation::identity : moe::Activation::sigmoid;
+  config.gated = o.gated;
   config.gate_deviation = o.gate_deviation;
 }
 

@@ -176,6 +176,13 @@ class Model {
     return softmax_.evaluate(evaluate_layers(input, state, tape), target, tape.softmax);
   }
 
+  /// Multiplies the noise of the gate in train(), from now on.
+  void set_noise(double factor) {
+    if constexpr (requires { middle_.layer().set_noise(factor); }) {
+      middle_.layer().set_noise(factor);
+    }
+  }
+
   /// To be called after every update of the parameters, with the tape of train().
   void after_update(const Tape& tape) { middle_.layer().after_update(tape.middle.layer); }
 

@@ -15,6 +15,9 @@ using moe::Index;
 /// What a text is read by.
 enum class Unit { character, word };
 
+/// The maps of D x H weights of an expert.
+inline Index maps_of(bool gated) { return gated ? 3 : 2; }
+
 /// The defaults are those of the language model of characters.
 struct Options {
   Unit unit = Unit::character;
@@ -26,23 +29,26 @@ struct Options {
   Index shrink = 2;
   Index width = 64;
   Index memory = 40;  ///< hidden width of the LSTMs; 0 stands for `width`
-  Index hidden = 240;
+  Index hidden = 160;
+  bool gated = true;  ///< the experts are gated, with SiLU (SwiGLU); else plain, with ReLU
   Index experts = 256;
   Index top_k = 4;
   Index groups = 0;  ///< of a third model, behind a hierarchical gate; 0: there is none
   Index group_experts = 64;
   bool pre_norm = true;       ///< else the layers of the paper, the mixture with a sigmoid
   double gate_deviation = 1;  ///< of the gate's first scores; 0: all of them are 0 at first
+  double noise = 0.3;         ///< factor of the gate's noise at the start
+  double noise_until = 0.7;   ///< share of the training after which there is no noise; 0: it stays
   bool factored = true;       ///< FactoredAdam for the experts
-  Index sequences = 128;
-  Index steps = 32;
+  Index sequences = 256;
+  Index steps = 16;
   double epochs = 0.31;
   double minutes = 0;
   double learning_rate = 1e-2;
   Index warm_up = 100;
   double gate_rate = 2;
   double noise_rate = 0.03;
-  double expert_rate = 0.3;
+  double expert_rate = 0.5;
   double dense_expert_rate = 1;  ///< of the dense model's experts, which see every token
   double threshold_rate = 0.03;
   double bias_rate = 0.001;
@@ -57,6 +63,7 @@ struct Options {
   std::string csv = "language_model.csv";
   std::string picture = "language_model.svg";  ///< of the load in training; empty: none
   std::string checkpoint;  ///< file that a training is saved in and goes on from; empty: none
+  bool test = true;        ///< whether the test part is read at the end
   std::string serve;  ///< format to serve the trained sparse model in, or "all"; empty: it is not
 
   // the study
@@ -84,14 +91,18 @@ inline Options word_options() {
   o.width = 96;
   o.memory = 0;
   o.hidden = 96;
+  o.gated = false;
   o.experts = 64;
   o.pre_norm = false;
   o.gate_deviation = 0;
+  o.noise = 1;
+  o.noise_until = 0;
   o.factored = false;
   o.sequences = 64;
   o.steps = 16;
   o.epochs = 2.45;
   o.gate_rate = 3;
+  o.expert_rate = 0.3;
   o.dense_expert_rate = o.expert_rate;
   return o;
 }

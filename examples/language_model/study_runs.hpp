@@ -90,6 +90,9 @@ inline std::string configuration_of(const Run& run, const Options& o) {
   size("lstm_hidden", o.memory);
   size("pre_norm", o.pre_norm ? 1 : 0);
   add("gate_deviation", o.gate_deviation);
+  size("gated", o.gated ? 1 : 0);
+  add("noise", o.noise);
+  add("noise_until", o.noise_until);
   size("factored", o.factored ? 1 : 0);
   size("updates", updates_of(run, o));
   size("vocabulary", o.vocabulary);
@@ -168,7 +171,7 @@ inline Index recurrent_operations(const Options& o) {
   return 2 * lstm_operations(o.width, o.memory > 0 ? o.memory : o.width);
 }
 inline Index middle_operations(const Options& o) {
-  return 2 * o.experts * o.width + o.top_k * 2 * o.width * o.hidden;
+  return 2 * o.experts * o.width + o.top_k * maps_of(o.gated) * o.width * o.hidden;
 }
 
 /// [S17 table 7]: ever more experts and the dense models, at the operations of the sparse model that
@@ -178,7 +181,7 @@ inline Table expert_table(const Options& o) {
   const Index width = o.width;
   const Index middle = middle_operations(o);
   const auto hidden = [&](Index scores, Index top_k) {
-    const Index unit = top_k * 2 * width;
+    const Index unit = top_k * maps_of(o.gated) * width;
     const Index units = (middle - scores * width + unit / 2) / unit;
     moe::detail::require(units >= 1, "the study needs wider experts than --hidden ", o.hidden,
                          ": a gate of ", scores, " scores takes all operations");

@@ -107,7 +107,8 @@ std::optional<Result> train_as(const Run& run, const Options& o, const Texts& te
     const Index index = (update - 1) % texts.training.count();
     texts.training.get(index, batch);
     if (index == 0) contestant.start_epoch();
-    contestant.update(batch, static_cast<std::uint64_t>(update), learning_rate(update));
+    contestant.update(batch, static_cast<std::uint64_t>(update), learning_rate(update),
+                      noise_at(o, static_cast<double>(update) / static_cast<double>(updates)));
     progress.update = update;
   }
   const Model<Middle>& model = contestant.model();

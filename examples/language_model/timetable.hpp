@@ -10,6 +10,12 @@
 
 namespace language_model {
 
+/// What the gate's noise is multiplied by when this share of the training is over.
+inline double noise_at(const Options& options, double fraction) {
+  if (options.noise_until == 0) return options.noise;
+  return options.noise * std::max(0.0, 1 - fraction / options.noise_until);
+}
+
 /// Where a training is.
 struct Place {
   Index update = 0;    ///< the last one that was made
@@ -53,6 +59,9 @@ class Timetable {
                                   .warm_up = std::min(options_.warm_up, total_),
                                   .total = total_ + 1}(update_);
   }
+
+  /// Of the update.
+  double noise() const { return noise_at(options_, fraction_); }
 
   /// To be asked once an update.
   bool evaluation_is_due() {

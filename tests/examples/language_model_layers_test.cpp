@@ -89,7 +89,7 @@ TEST_CASE("language model: the study's models of characters cost the same",
   Options o;
   o.vocabulary = 12;
   const auto expected = static_cast<double>(recurrent_operations(o) + middle_operations(o));
-  CHECK(expected == 2 * (4 * 40 * (64 + 40) + 40 * 64) + 2 * 256 * 64 + 4 * 2 * 64 * 240);
+  CHECK(expected == 2 * (4 * 40 * (64 + 40) + 40 * 64) + 2 * 256 * 64 + 4 * 3 * 64 * 160);
   std::vector<Row> rows = expert_table(o).rows;
   CHECK(rows.back().run.experts == 4096);
   for (const Row& row : recurrent_table(o).rows) rows.push_back(row);

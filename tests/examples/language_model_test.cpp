@@ -120,6 +120,9 @@ TEST_CASE("language model: every setting is part of a run's configuration",
   option(&Options::memory, Index{7});
   option(&Options::pre_norm, true);
   option(&Options::gate_deviation, 0.5);
+  option(&Options::gated, true);
+  option(&Options::noise, 0.5);
+  option(&Options::noise_until, 0.5);
   option(&Options::factored, true);
   option(&Options::updates, Index{7});
   option(&Options::vocabulary, Index{7});

@@ -1,4 +1,7 @@
+#include <cmath>
+#include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -125,6 +128,83 @@ TEST_CASE("language model: a training that goes on ends in the numbers of an unb
     CHECK(have_same_weights(second.model, whole.model));
     CHECK(second.model.figures().loss == whole.model.figures().loss);
   }
+}
+
+TEST_CASE("language model: the gate's noise falls to 0", "[examples][language_model]") {
+  Options o;
+  o.noise = 0.5;
+  o.noise_until = 0.75;
+  CHECK(noise_at(o, 0) == 0.5);
+  CHECK(noise_at(o, 0.375) == 0.25);
+  CHECK(noise_at(o, 0.75) == 0);
+  CHECK(noise_at(o, 1) == 0);
+  o.noise_until = 0;
+  CHECK(noise_at(o, 0) == 0.5);
+  CHECK(noise_at(o, 1) == 0.5);
+
+  // The timetable's third update of four is at three quarters.
+  o.noise_until = 1;
+  o.epochs = 1;
+  Timetable timetable(o, 4);
+  for (int i = 0; i < 3; ++i) timetable.next(0);
+  CHECK(timetable.noise() == 0.125);
+}
+
+TEST_CASE("language model: what the gate's noise is multiplied by", "[examples][language_model]") {
+  constexpr Index width = 8, tokens = 500;
+  Flat mixture({.gate = {.experts = 20, .top_k = 2}, .hidden = 3, .gate_deviation = 1}, width, 7);
+  const Matrix x = moe::test::random_matrix(tokens, width, 1).cast<float>();
+  Flat::State state;
+  Flat::Tape tape, other;
+  const auto forward = [&](double factor, std::uint64_t step, Flat::Tape& at) -> const Matrix& {
+    mixture.set_noise(factor);
+    return mixture.forward(x, state, at, {.step = step});
+  };
+  const Matrix evaluated = mixture.evaluate(x, state, tape);
+  CHECK(forward(0, 1, tape) == evaluated);
+  CHECK(tape.noise.isZero(0));
+  CHECK(forward(1, 1, tape) != evaluated);
+
+  // Normal with that standard deviation: of n = 10,000 numbers the mean varies by 0.01 of it, the mean
+  // square by √(2 / n) = 0.014.
+  CHECK(forward(0.5, 1, tape) != evaluated);
+  REQUIRE(tape.noise.rows() == tokens);
+  REQUIRE(tape.noise.cols() == 20);
+  CHECK(std::abs(tape.noise.mean()) < 0.5 * 0.05);
+  CHECK(std::abs(tape.noise.squaredNorm() / 10000 / 0.25 - 1) < 0.07);
+  const Matrix y = tape.y;
+
+  CHECK(forward(0.5, 1, other) == y);
+  CHECK(forward(0.25, 1, other) != y);
+  CHECK((2 * other.noise - tape.noise).isZero(1e-12));
+  CHECK(forward(0.5, 2, other) != y);
+  CHECK_FALSE((other.noise - tape.noise).isZero(0.1));
+}
+
+TEST_CASE("language model: the options of the noise and of gated experts change the training",
+          "[examples][language_model]") {
+  const std::vector<Index> stream = made_up_text();
+  const Options o = small_options(Unit::character);
+  const Batches text(stream, o.sequences, o.steps);
+  const auto trained = [&](const Options& options) {
+    auto training = std::make_unique<Training>(options, text);
+    for (int i = 0; i < 4; ++i) training->update();
+    return training;
+  };
+  const auto whole = trained(o);
+  Options changed = o;
+  SECTION("the noise") { changed.noise = 0; }
+  SECTION("when it ends") { changed.noise_until = 0; }
+  SECTION("the experts' form") { changed.gated = false; }
+  const auto other = trained(changed);
+  CHECK(other->model.figures().loss != whole->model.figures().loss);
+  // An expert is of 3 maps of 8 x 4, or of 2 with 4 + 8 biases. LSTMs of 6 with a projection, a gate
+  // of 2 x 6 scores.
+  const Index beside = 2 * ((8 + 6) * 4 * 6 + 6 * 8) + 2 * 6 * 8;
+  CHECK(whole->model.figures().operations == beside + 2 * 3 * 8 * 4);
+  CHECK(other->model.figures().operations == beside + 2 * (changed.gated ? 3 : 2) * 8 * 4);
+  const Index fewer = whole->model.figures().parameters - other->model.figures().parameters;
+  CHECK(fewer == (changed.gated ? 0 : 6 * (8 * 4 - (4 + 8))));
 }
 
 TEST_CASE("language model: a training goes on with another number of evaluations",
