@@ -35,6 +35,7 @@ if [ -z "$program" ]; then
   cmake --build "$root/build/release" --target pronounce --parallel "$(getconf _NPROCESSORS_ONLN)"
   program="$root/build/release/examples/pronounce/pronounce"
 fi
+# shellcheck source=examples/common/bar.sh
 . "$root/examples/common/bar.sh"
 
 seeds='1 2 3'
