@@ -65,7 +65,7 @@ if sh bench/run.sh --resume --no-peers --small-pages layer routing >other.txt 2>
 fi
 grep -q 'goes on with peers OFF, hugetlb 0' other.txt || fail "the error is another one"
 
-sh bench/run.sh --resume --no-peers layer routing >second.txt 2>&1
+sh bench/run.sh --resume --no-peers layer routing >second.txt 2>&1 || fail "it did not go on"
 grep -q '^Measured already: layer' second.txt || fail "it does not say what it leaves out"
 [ "$(cat calls.txt)" = "$(printf 'bench_layer\nbench_routing\nbench_routing')" ] || fail "layer was measured twice"
 [ -f build/bench/routing.json ] || fail "routing has no result"
