@@ -12,6 +12,7 @@ cd "$folder"
 cp "$here/compile_time.sh" bench
 cp -R "$here/../examples/common" examples
 cp -R "$here/../cmake" "$here/../include" "$here/../README.md" .
+echo 'exit 0' >cmake/install_packages.sh
 
 fail() {
   echo "$1" >&2
