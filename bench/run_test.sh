@@ -4,6 +4,8 @@
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# shellcheck source=examples/common/interrupt.sh
+. "$here/../examples/common/interrupt.sh"
 folder=$1
 rm -rf "$folder"
 mkdir -p "$folder/bench" "$folder/cmake" "$folder/tools" "$folder/build/release/bench"
@@ -43,21 +45,7 @@ cp build/release/bench/bench_layer build/release/bench/bench_routing
 mkdir -p build/bench
 echo '{ "benchmarks": [] }' >build/bench/routing.json
 
-# In a session of its own, so that Ctrl-C reaches all of it and nothing else. A shell's background would
-# not let it through.
-python3 -c 'import os, signal, sys
-os.setsid()
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execvp("sh", ["sh"] + sys.argv[1:])' bench/run.sh --no-peers layer routing >first.txt 2>&1 &
-pid=$!
-until [ -f waiting ]; do
-  kill -0 "$pid" 2>/dev/null || fail "it ended before it was interrupted"
-  sleep 0.05
-done
-kill -s INT -- "-$pid"
-code=0
-wait "$pid" || code=$?
-[ "$code" -eq 130 ] || fail "Ctrl-C ended it with $code"
+interrupt first.txt waiting sh bench/run.sh --no-peers layer routing
 grep -q '^Stopped; with --resume it goes on' first.txt || fail "it does not say that it was interrupted"
 
 if sh bench/run.sh --resume --no-peers --small-pages layer routing >other.txt 2>&1; then

@@ -5,6 +5,8 @@
 set -eu
 
 study=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/study.sh
+# shellcheck source=examples/common/interrupt.sh
+. "${study%/*}/../common/interrupt.sh"
 folder=$1
 rm -rf "$folder"
 mkdir -p "$folder"
@@ -56,22 +58,9 @@ if sh "$study" reinforce broken_study >broken.txt 2>&1; then fail "a training fa
 grep -q "start-1.part:pronounce: broken" broken.txt || fail "the study does not say what failed"
 rm broken calls.txt
 
-# In a session of its own, so that Ctrl-C reaches all of it and nothing else. A shell's background would
-# not let it through.
-python3 -c 'import os, signal, sys
-os.setsid()
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execvp("sh", ["sh"] + sys.argv[1:])' "$study" reinforce study >first.txt 2>&1 &
-pid=$!
 half='cross_entropy-1 annealed-1'
-until [ -f study/cross_entropy-1.safetensors.waiting ] && [ -f study/annealed-1.safetensors.waiting ]; do
-  kill -0 "$pid" 2>/dev/null || fail "the study ended before it was interrupted"
-  sleep 0.05
-done
-kill -s INT -- "-$pid"
-code=0
-wait "$pid" || code=$?
-[ "$code" -eq 130 ] || fail "the interrupted study ended with $code"
+interrupt first.txt "study/cross_entropy-1.safetensors.waiting study/annealed-1.safetensors.waiting" \
+  sh "$study" reinforce study
 grep -q "^interrupted; the same command goes on" first.txt || fail "it was not interrupted"
 [ "$(wc -l <calls.txt)" -eq 5 ] || fail "it began more trainings after it was interrupted"
 for name in $half; do
