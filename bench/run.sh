@@ -1,26 +1,29 @@
 #!/bin/sh
 # Measures how fast the library is: installs what is missing, builds, runs every benchmark, draws
 # plots, and prints the tables. Results are in build/bench.
-#     sh bench/run.sh [--no-peers] [--small-pages] [NAME...]
+#     sh bench/run.sh [--resume] [--no-peers] [--small-pages] [NAME...]
 # With names, those benchmarks only (layer, peers, ...; one a file of this folder). --no-peers does
 # without oneDNN and libtorch, whose packages take half a gigabyte. --small-pages leaves memory in
-# the pages that the system gives by itself; else all programs ask for large ones.
+# the pages that the system gives by itself; else all programs ask for large ones. Ctrl-C ends it; the
+# same command with --resume goes on, and leaves out what is measured.
 set -eu
-trap 'echo; echo "Stopped."; exit 130' INT
+trap 'echo; echo "Stopped; with --resume it goes on."; exit 130' INT
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 build="$root/build/release"
 out="$root/build/bench"
 all='machine layer shrinking_batch few_tokens bfloat16 narrow adapt routing threads exchange experts scale memory peers'
 
+resume=no
 peers=ON
 hugetlb=1
 names=''
 for argument in "$@"; do
   case $argument in
+    --resume) resume=yes ;;
     --no-peers) peers=OFF ;;
     --small-pages) hugetlb=0 ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
     -*) echo "$0: what is $argument?" >&2; exit 2 ;;
     *)
       [ -f "$root/bench/$argument.cpp" ] || { echo "$0: there is no $argument" >&2; exit 2; }
@@ -29,6 +32,12 @@ for argument in "$@"; do
   esac
 done
 [ -n "$names" ] || names=$all
+
+settings="peers $peers, hugetlb $hugetlb"
+if [ $resume = yes ] && [ "$(cat "$out/settings" 2>/dev/null)" != "$settings" ]; then
+  echo "$0: nothing in $out goes on with $settings" >&2
+  exit 2
+fi
 
 if [ $peers = ON ]; then
   echo "Comparing with oneDNN and libtorch, of which apt-get installs what is missing (--no-peers does without)."
@@ -44,6 +53,10 @@ echo "Building in $build"
 cmake --build "$build" --target benchmarks --parallel "$(getconf _NPROCESSORS_ONLN)"
 
 mkdir -p "$out"
+if [ $resume = no ]; then
+  for name in $names; do rm -f "$out/$name.json"; done
+  echo "$settings" >"$out/settings"
+fi
 # bench_exchange runs on two ranks, as root too, and on one core if there is no other.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 
@@ -56,6 +69,10 @@ echo "With GLIBC_TUNABLES=$GLIBC_TUNABLES; the system gives large pages:" \
   "$(cat /sys/kernel/mm/transparent_hugepage/enabled 2>/dev/null || echo unknown)"
 
 for name in $names; do
+  if [ $resume = yes ] && [ -f "$out/$name.json" ]; then
+    echo "Measured already: $name"
+    continue
+  fi
   start=$(date +%s)
   printf 'Running %s' "$name"
   launcher=''

@@ -85,6 +85,7 @@ void train(const Options& options, const Surroundings& s) {
 
   ErrorRates validation;
   Index evaluated = -1;
+  const Index begun = trainer.update();
   examples::ProgressBar progress;
   const auto evaluate_and_save = [&] {
     if (evaluated == trainer.update()) return;
@@ -100,11 +101,18 @@ void train(const Options& options, const Surroundings& s) {
     draw(progress, trainer);
     if (trainer.update() % s.evaluate_every == 0) evaluate_and_save();
   }
-  evaluate_and_save();
   if (trainer.update() < options.updates) {
-    std::printf("\ninterrupted; --resume %s goes on\n", s.model.c_str());
+    progress.clear();
+    if (trainer.update() == begun) {
+      std::puts("\ninterrupted before the first update");
+      return;
+    }
+    if (evaluated != trainer.update()) trainer.save(s.model);
+    std::printf("\ninterrupted after update %td of %td; --resume %s goes on\n", trainer.update(),
+                options.updates, s.model.c_str());
     return;
   }
+  evaluate_and_save();
   std::printf("\nError rates in percent after %td updates, %.0f s of training\n\n",
               trainer.update(), trainer.seconds());
   print_result_header();

@@ -8,8 +8,10 @@
 #        full        what REINFORCE is worth after the cross-entropy of --full, at equal time
 # FOLDER             by default build/study for the first, build/study_PART for the others
 #
-# Three seeds; two trainings at a time, a thread each. A training that is in the folder already is not
-# run again, so a study that was stopped goes on where it was.
+# Three seeds; two trainings at a time, a thread each. Ctrl-C ends the study and saves what is being
+# trained; the same command goes on from there, and does not train again what is in the folder already.
+#
+# PRONOUNCE, in the environment, is a program that is there already; without it one is built.
 set -eu
 
 part=${1:-reinforce}
@@ -26,25 +28,63 @@ folder=${2:-$root/build/$default}
 mkdir -p "$folder"
 folder=$(CDPATH='' cd -- "$folder" && pwd)
 
-sh "$root/cmake/install_packages.sh"
-(cd "$root" && cmake --preset release >/dev/null)
-cmake --build "$root/build/release" --target pronounce --parallel "$(getconf _NPROCESSORS_ONLN)"
-program="$root/build/release/examples/pronounce/pronounce"
+program=${PRONOUNCE:-}
+if [ -z "$program" ]; then
+  sh "$root/cmake/install_packages.sh"
+  (cd "$root" && cmake --preset release >/dev/null)
+  cmake --build "$root/build/release" --target pronounce --parallel "$(getconf _NPROCESSORS_ONLN)"
+  program="$root/build/release/examples/pronounce/pronounce"
+fi
+# shellcheck source=examples/common/bar.sh
+. "$root/examples/common/bar.sh"
 
 seeds='1 2 3'
 
-# run NAME arguments...: prints the command that makes NAME.log, unless it is there.
+# Trainings of the part that are done, and all of them.
+count_done() { find "$folder" -name '*.log' | wc -l; }
+count_all() { for way in $ways; do for seed in $seeds; do echo "$way-$seed"; done; done | wc -l; }
+
+# run NAME EVERY arguments...: prints the command that makes NAME.log, unless it is there, with an evaluation
+# EVERY updates. The model of a training that was stopped has the other arguments in it. Where the training does not
+# come to its end, 255 keeps xargs from beginning another.
 run() {
   name=$1
-  shift
-  [ -f "$folder/$name.log" ] ||
-    printf '%s\n' "OMP_NUM_THREADS=1 '$program' --threads 1 --model '$folder/$name.safetensors' \
---csv '$folder/$name.csv' $* >'$folder/$name.part' && mv '$folder/$name.part' '$folder/$name.log'"
+  every=$2
+  shift 2
+  [ ! -f "$folder/$name.log" ] || return 0
+  [ ! -s "$folder/$name.safetensors" ] || set -- --resume "'$folder/$name.safetensors'"
+  printf '%s ' "OMP_NUM_THREADS=1 '$program' --threads 1 --model '$folder/$name.safetensors'" \
+    "--csv '$folder/$name.csv' --evaluate-every $every $* >'$folder/$name.part' 2>&1" \
+    "&& grep -q '^the model is in ' '$folder/$name.part'" \
+    "&& mv '$folder/$name.part' '$folder/$name.log' || exit 255"
+  echo
 }
 
-# Runs the commands on standard input, two at a time.
+# Runs the commands on standard input, two at a time, under a bar.
 two_at_a_time() {
-  tr '\n' '\0' | xargs -0 -r -n 1 -P 2 sh -c
+  commands=$(mktemp)
+  cat >"$commands"
+  stopped=no
+  trap 'stopped=yes' INT
+  # In the background a shell keeps Ctrl-C from its programs, but the trainings catch it themselves.
+  tr '\n' '\0' <"$commands" | xargs -0 -r -n 1 -P 2 sh -c 2>/dev/null &
+  trainings=$!
+  while kill -0 "$trainings" 2>/dev/null; do
+    { draw_bar "$(count_done)" "$(count_all)" "$(count_done)/$(count_all) trainings" && sleep 1; } || true
+  done
+  clear_bar
+  rm "$commands"
+  if wait "$trainings"; then return 0; fi
+  if [ "$stopped" = yes ]; then
+    echo "interrupted; the same command goes on" >&2
+    exit 130
+  fi
+  # What they say of it.
+  for part in "$folder"/*.part; do
+    ! grep -H '^pronounce: ' "$part" >&2 || failed=yes
+  done
+  [ -n "${failed-}" ] || echo "study.sh: a training did not come to its end; $folder/*.part has what it said" >&2
+  exit 1
 }
 
 # Seconds of training of NAME from update FROM on, and a second's updates.
@@ -62,16 +102,15 @@ reinforce() {
   scratch=8000  # updates of REINFORCE alone: about as long as all of the annealed training
 
   for seed in $seeds; do
-    run "start-$seed" --seed "$seed" --schedule none --cross-entropy "$first" \
-      --updates "$first" --evaluate-every 2000
+    run "start-$seed" 2000 --seed "$seed" --schedule none --cross-entropy "$first" --updates "$first"
   done | two_at_a_time
 
   for seed in $seeds; do
-    go_on="--resume '$folder/start-$seed.safetensors' --updates $last --evaluate-every 500"
-    run "cross_entropy-$seed" "$go_on"
-    run "annealed-$seed" "$go_on --schedule alternation"
-    run "constant-$seed" "$go_on --schedule alternation --reward constant"
-    run "shuffled-$seed" "$go_on --schedule alternation --reward shuffled"
+    go_on="--resume '$folder/start-$seed.safetensors' --updates $last"
+    run "cross_entropy-$seed" 500 "$go_on"
+    run "annealed-$seed" 500 "$go_on --schedule alternation"
+    run "constant-$seed" 500 "$go_on --schedule alternation --reward constant"
+    run "shuffled-$seed" 500 "$go_on --schedule alternation --reward shuffled"
   done | two_at_a_time
 
   # Cross-entropy for as long as the annealed training took.
@@ -79,10 +118,10 @@ reinforce() {
     updates=$(awk -v annealed="$(seconds "annealed-$seed" "$first")" \
       -v cross_entropy="$(seconds "cross_entropy-$seed" "$first")" -v first="$first" -v more="$more" \
       'BEGIN { printf "%d", first + more * annealed / cross_entropy }')
-    run "cross_entropy_as_long-$seed" --resume "'$folder/start-$seed.safetensors'" \
-      --updates "$updates" --evaluate-every 5000
-    run "from_scratch-$seed" --seed "$seed" --cross-entropy 0 --rise 1 --share 1 \
-      --late-rate 0.005 --updates "$scratch" --evaluate-every 1000
+    run "cross_entropy_as_long-$seed" 5000 --resume "'$folder/start-$seed.safetensors'" \
+      --updates "$updates"
+    run "from_scratch-$seed" 1000 --seed "$seed" --cross-entropy 0 --rise 1 --share 1 \
+      --late-rate 0.005 --updates "$scratch"
   done | two_at_a_time
 }
 
@@ -91,10 +130,10 @@ reinforce() {
 experts() {
   ways='4_of_4 4_of_16 4_of_64'
   for seed in $seeds; do
-    alone="--seed $seed --schedule none --cross-entropy 16000 --updates 16000 --evaluate-every 2000"
-    run "4_of_4-$seed" "$alone --top_k 4 --experts 4 --hidden 47"
-    run "4_of_16-$seed" "$alone --top_k 4 --experts 16 --hidden 44"
-    run "4_of_64-$seed" "$alone --top_k 4 --experts 64 --hidden 32"
+    alone="--seed $seed --schedule none --cross-entropy 16000 --updates 16000"
+    run "4_of_4-$seed" 2000 "$alone --top_k 4 --experts 4 --hidden 47"
+    run "4_of_16-$seed" 2000 "$alone --top_k 4 --experts 16 --hidden 44"
+    run "4_of_64-$seed" 2000 "$alone --top_k 4 --experts 64 --hidden 32"
   done | two_at_a_time
 }
 
@@ -104,11 +143,11 @@ full() {
   first=24000  # updates of cross-entropy in --full
   more=8500    # updates after that
   for seed in $seeds; do
-    run "start-$seed" --full --seed "$seed" --schedule none --updates "$first"
+    run "start-$seed" 1000 --full --seed "$seed" --schedule none --updates "$first"
   done | two_at_a_time
 
   for seed in $seeds; do
-    run "alternation-$seed" --resume "'$folder/start-$seed.safetensors'" --schedule alternation \
+    run "alternation-$seed" 1000 --resume "'$folder/start-$seed.safetensors'" --schedule alternation \
       --updates "$((first + more))"
   done | two_at_a_time
 
@@ -117,13 +156,14 @@ full() {
     updates=$(awk -v alternation="$(seconds "alternation-$seed" "$((first + 1000))")" \
       -v start="$(seconds "start-$seed" 1000)" -v first="$first" -v more="$more" \
       'BEGIN { print int(first + more * alternation / (more - 1000) * (first - 1000) / start) }')
-    go_on="--resume '$folder/start-$seed.safetensors' --updates $updates --evaluate-every 5000 \
---late-rate 4e-4"
-    run "cross_entropy_as_long-$seed" "$go_on"
-    run "without_dropout-$seed" "$go_on --dropout 0"
+    go_on="--resume '$folder/start-$seed.safetensors' --updates $updates --late-rate 4e-4"
+    run "cross_entropy_as_long-$seed" 5000 "$go_on"
+    run "without_dropout-$seed" 5000 "$go_on --dropout 0"
   done | two_at_a_time
 }
 
+begin_bar "$(count_done)"
+trap : INT  # two_at_a_time() ends when the trainings are saved
 "$part"
 
 # The last rows of the logs, and their means.

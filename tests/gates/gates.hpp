@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../support.hpp"
@@ -15,7 +16,7 @@ namespace moe::test {
 using Indices = std::vector<Index>;
 
 template <class Module>
-auto& parameter(Module& gate, const std::string& wanted) {
+auto& parameter(Module& gate, std::string_view wanted) {
   using Found = Parameter<typename Module::Scalar>;
   std::conditional_t<std::is_const_v<Module>, const Found, Found>* found = nullptr;
   for_each_parameter(gate, [&](const std::string& name, auto& p) {

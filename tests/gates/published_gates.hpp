@@ -4,6 +4,7 @@
 #include <cmath>
 #include <map>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -22,7 +23,7 @@ using Slots = std::map<std::pair<Index, Index>, double>;  ///< weight by (token,
 
 inline std::size_t at(Index i) { return static_cast<std::size_t>(i); }
 
-inline Matrix<double>& parameter(TopKGate<double>& gate, const std::string& wanted) {
+inline Matrix<double>& parameter(TopKGate<double>& gate, std::string_view wanted) {
   Matrix<double>* found = nullptr;
   for_each_parameter(gate, [&](const std::string& name, Parameter<double>& p) {
     if (name == wanted) found = &p.value;
