@@ -76,6 +76,9 @@ class Cell {
   std::vector<Times> measure() {
     std::vector<std::unique_ptr<bench::Peer>> peers;
     peers.push_back(bench::make_eigen_peer(problem_));
+#ifdef MOE_BENCH_OPENBLAS
+    peers.push_back(bench::make_openblas_peer(problem_));
+#endif
 #ifdef MOE_BENCH_ONEDNN
     peers.push_back(bench::make_onednn_peer(problem_));
 #endif
@@ -221,6 +224,9 @@ const bool registered = [] {
   mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
 #endif
   std::vector<std::string> names{"moe", "eigen"};
+#ifdef MOE_BENCH_OPENBLAS
+  names.emplace_back("openblas");
+#endif
 #ifdef MOE_BENCH_ONEDNN
   names.emplace_back("onednn");
 #endif

@@ -11,6 +11,16 @@
 
 namespace bench {
 
+/// c += bias, and then ReLU where there is `relu`; a row of a product whose library adds no bias.
+inline void add_bias(const float* __restrict bias, bool relu, std::ptrdiff_t columns,
+                     float* __restrict c) {
+  if (relu) {
+    for (std::ptrdiff_t j = 0; j < columns; ++j) c[j] = std::max(0.0f, c[j] + bias[j]);
+  } else {
+    for (std::ptrdiff_t j = 0; j < columns; ++j) c[j] += bias[j];
+  }
+}
+
 /// The layer composed of a library's matrix products: gather the rows of an expert, multiply twice,
 /// scatter; and backward. `Products` has the six products that this takes, of n rows each:
 ///

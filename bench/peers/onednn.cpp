@@ -53,13 +53,23 @@ class Product {
     dnnl::primitive_attr attributes;
     if (kind.relu) {
       dnnl::post_ops operations;
+#if DNNL_VERSION_MAJOR >= 3
+      operations.append_eltwise(dnnl::algorithm::eltwise_relu, 0.0f, 0.0f);
+#else
       operations.append_eltwise(1.0f, dnnl::algorithm::eltwise_relu, 0.0f, 0.0f);
+#endif
       attributes.set_post_ops(operations);
     }
     const auto describe = [&](const memory::desc& weights) {
+      using Description = dnnl::matmul::primitive_desc;
+#if DNNL_VERSION_MAJOR >= 3
+      return kind.bias ? Description(engine, a, weights, bias, c, attributes)
+                       : Description(engine, a, weights, c, attributes);
+#else
       const auto d =
           kind.bias ? dnnl::matmul::desc(a, weights, bias, c) : dnnl::matmul::desc(a, weights, c);
-      return dnnl::matmul::primitive_desc(d, attributes, engine);
+      return Description(d, attributes, engine);
+#endif
     };
     plain_ = dnnl::matmul(describe(b));
     arguments_ = {{DNNL_ARG_SRC, a_}, {DNNL_ARG_WEIGHTS, b_}, {DNNL_ARG_DST, c_}};
@@ -82,7 +92,7 @@ class Product {
     if (way == sgemm) {
       dnnl_sgemm(kind_.a_transposed ? 'T' : 'N', kind_.b_transposed ? 'T' : 'N', m_, n_, k_, 1.0f,
                  a, kind_.a_transposed ? m_ : k_, b, kind_.b_transposed ? k_ : n_, 0.0f, c, n_);
-      for (Index i = 0; kind_.bias && i < m_; ++i) add_bias(bias, c + i * n_);
+      for (Index i = 0; kind_.bias && i < m_; ++i) add_bias(bias, kind_.relu, n_, c + i * n_);
       return;
     }
     // The primitives read through these handles and write to c alone.
@@ -96,17 +106,10 @@ class Product {
     } else {
       plain_.execute(stream, arguments_);
     }
+    stream.wait();
   }
 
  private:
-  void add_bias(const float* __restrict bias, float* __restrict c) const {
-    if (kind_.relu) {
-      for (Index j = 0; j < n_; ++j) c[j] = std::max(0.0f, c[j] + bias[j]);
-    } else {
-      for (Index j = 0; j < n_; ++j) c[j] += bias[j];
-    }
-  }
-
   using Arguments = std::unordered_map<int, memory>;
   Index m_, n_, k_;
   Kind kind_;

@@ -56,6 +56,7 @@ class Peer {
 
 /// Each keeps a reference to the problem.
 std::unique_ptr<Peer> make_eigen_peer(const Problem& problem);
+std::unique_ptr<Peer> make_openblas_peer(const Problem& problem);
 std::unique_ptr<Peer> make_onednn_peer(const Problem& problem);
 /// As it is usually written: each expert picks its tokens and adds to the result.
 std::unique_ptr<Peer> make_torch_peer(const Problem& problem);

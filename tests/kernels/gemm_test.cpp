@@ -130,6 +130,13 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   for (const Index n : {Index{1}, packet / 4, packet / 2, tile_rows, tile_rows + 1}) {
     for (const Index m : {tile - 1, tile, 2 * task + 5}) check(m, n, 131, true);
   }
+  // More columns than a group has, whose part of C stays in L2, and three blocks of the depth.
+  constexpr Index rows = 2 * tile_rows + 5;
+  constexpr Index group = cached_elements<TestType> / rows;
+  check_product<TestType>(Form::nn, rows, group + tile + 3, 2 * strip_steps + 3, Start::zero,
+                          Added::scaled_bias, true, true);
+  check_product<TestType>(Form::nn, rows, group + 1, 2 * strip_steps + 1, Start::accumulate,
+                          Added::nothing, false, true);
   // More pairs of rows than go at once, and rows of C in several slices.
   check(tile_rows + 1, 7 * task + 3, 3, true);
   check(2 * tile_rows, 3, 2 * 128 + 1, true);

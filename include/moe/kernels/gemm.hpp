@@ -5,6 +5,7 @@
 
 #include "moe/kernels/gemm_direct.hpp"
 #include "moe/kernels/gemm_packed.hpp"
+#include "moe/kernels/gemm_strips.hpp"
 #include "moe/kernels/small_k.hpp"
 #include "moe/kernels/small_m.hpp"
 #include "moe/kernels/small_n.hpp"
@@ -38,6 +39,9 @@ void gemm_serial(const GemmNN<Scalar>& product) {
   if (columns == product.b.columns &&
       is_small_m<Scalar>(product.a.count(), columns, product.b.stride)) {
     return gemm_small_m(product);
+  }
+  if constexpr (!l2_feeds_tiles) {
+    if (is_for_strips(product.a.count())) return gemm_strips(product);
   }
   gemm_direct(product);
 }
