@@ -8,11 +8,13 @@
 #include <memory>
 #include <moe/weights/serving_layer.hpp>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "fixed_gate.hpp"
 #include "measure.hpp"
-#ifdef MOE_BENCH_GGML
+#if defined(MOE_BENCH_GGML) || defined(MOE_BENCH_TORCH)
 #include "peers/narrow_peer.hpp"
 #endif
 
@@ -45,6 +47,39 @@ void add(std::vector<Contender>& all, const Layer& layer, const moe::Matrix<floa
                  [served, tape, &x] { served->evaluate(x, *tape); }});
 }
 
+#ifdef MOE_BENCH_TORCH
+/// The layer's own numbers, and the slots of a pass.
+bench::NarrowNetwork network_of(const Layer& layer, const moe::Matrix<float>& x,
+                                const Layer::Tape& tape) {
+  bench::NarrowNetwork network{x.data(), {}};
+  for (const auto& expert : layer.experts()) {
+    bench::NarrowExpert to{};
+    const auto& feed_forward = expert.network();
+    std::remove_cvref_t<decltype(feed_forward)>::visit_parameters(
+        feed_forward, [&](std::string_view name, const moe::Parameter<float>& from) {
+          if (name == "up.weight") to.up = from.value.data();
+          if (name == "up.bias") to.up_bias = from.value.data();
+          if (name == "down.weight") to.down = from.value.data();
+          if (name == "down.bias") to.down_bias = from.value.data();
+        });
+    network.experts.push_back(to);
+  }
+  const auto& routing = tape.gate.routing;
+  for (std::size_t token = 0; token < routing.expert.size(); ++token) {  // one slot each
+    bench::NarrowExpert& to = network.experts[static_cast<std::size_t>(routing.expert[token])];
+    to.tokens.push_back(static_cast<std::int64_t>(token));
+    to.token_weights.push_back(routing.weight[token]);
+  }
+  return network;
+}
+
+/// The norm of the difference between a peer's y and ours, over that of ours.
+double relative_difference(const std::vector<float>& theirs, const moe::Matrix<float>& ours) {
+  const Eigen::Map<const moe::Matrix<float>> y(theirs.data(), ours.rows(), ours.cols());
+  return static_cast<double>((y - ours).norm() / ours.norm());
+}
+#endif
+
 void evaluate(benchmark::State& state) {
   const Index threads = state.range(0);
   const Index tokens = state.range(1) * experts;
@@ -56,6 +91,7 @@ void evaluate(benchmark::State& state) {
                      .seed = 1});
   const auto x = bench::random_matrix<float>(tokens, width, 1);
   Layer::Tape tape;
+  layer.evaluate(x, tape);
   std::vector<Contender> all;
   all.push_back({"float", 4.0 * experts * 2 * width * hidden, [&] { layer.evaluate(x, tape); }});
   add<moe::BFloat16>(all, layer, x, moe::Activations::float32);
@@ -71,6 +107,18 @@ void evaluate(benchmark::State& state) {
     all.push_back(
         {std::string("ggml_") + type, peer->weight_bytes(), [peer] { peer->evaluate(); }});
   }
+#endif
+#ifdef MOE_BENCH_TORCH
+  const std::shared_ptr<bench::NarrowPeer> torch = bench::make_torch_narrow_peer(
+      {width, hidden, experts, tokens, threads}, network_of(layer, x, tape));
+  torch->evaluate();
+  // x, weights, hidden rows and y have 8 bits of precision.
+  const double difference = relative_difference(torch->y(), layer.evaluate(x, tape));
+  if (!(difference < 0.01)) {
+    state.SkipWithError(("libtorch's y differs by " + std::to_string(difference)).c_str());
+    return;
+  }
+  all.push_back({"libtorch_bf16", torch->weight_bytes(), [torch] { torch->evaluate(); }});
 #endif
   std::vector<bench::Party> parties;
   for (const Contender& contender : all) parties.push_back(contender.evaluate);

@@ -58,7 +58,7 @@ struct Both {
 }  // namespace
 
 TEMPLATE_TEST_CASE("narrow product: the bits of its definition", "[weights]", MOE_TEST_FORMATS) {
-  const Index rows = GENERATE(1, 2, 3, 5, 6, 7, 12, 25, 70);
+  const Index rows = GENERATE(1, 2, 3, 4, 5, 6, 7, 9, 11, 25, 49, 70);
   const Index depth = GENERATE(1, 7, 32, 33, 131, 300);
   const Index columns = GENERATE(1, 15, 64, 67, 201);
   CAPTURE(rows, depth, columns);
@@ -99,18 +99,18 @@ TEMPLATE_TEST_CASE(
 TEMPLATE_TEST_CASE("narrow product: every code of every step", "[weights]",
                    MOE_TEST_SCALED_FORMATS) {
   // Row k of the identity picks step k, in tiles of all heights.
-  const Index rows = GENERATE(1, 2, 3, 4, 5, 6, 40);
+  const Index rows = GENERATE(1, 2, 3, 4, 5, 6, 9, 50);
   const int least = std::is_same_v<TestType, Int4> ? -8 : -127;
   const int codes = std::is_same_v<TestType, Int4> ? 16 : 255;
   const NarrowMatrix<TestType> weights(
-      40, codes,
+      50, codes,
       [&](Index k, Index j) {
         return static_cast<typename TestType::Code>((j + 7 * k) % codes + least);
       },
       [](Index block, Index) { return block == 0 ? 0.5f : 0x1p-24f; });
-  for (Index first = 0; first < 40; first += rows) {
-    const Index count = std::min(rows, 40 - first);
-    const Matrix<float> a = Matrix<float>::Identity(40, 40).middleRows(first, count);
+  for (Index first = 0; first < 50; first += rows) {
+    const Index count = std::min(rows, 50 - first);
+    const Matrix<float> a = Matrix<float>::Identity(50, 50).middleRows(first, count);
     Matrix<float> c(count, codes);
     gemm(GemmNN<float, NarrowOperand<TestType>>{.a = a, .b = weights.operand(), .c = c});
     for (Index i = 0; i < count; ++i) {
@@ -140,7 +140,7 @@ TEMPLATE_TEST_CASE("narrow product: activations near the largest and the smalles
 
 TEMPLATE_TEST_CASE("narrow product: gathered and scattered rows, and nothing beside them",
                    "[weights]", MOE_TEST_FORMATS) {
-  const Index rows = GENERATE(3, 40);
+  const Index rows = GENERATE(3, 40, 57);
   const Both<TestType> both(50, 70);
   const Framed<float> a(random_matrix<float>(60, 50, 2));
   const List list = random_list(rows, 60, 3);
@@ -161,7 +161,7 @@ TEMPLATE_TEST_CASE("narrow product: gathered and scattered rows, and nothing bes
 
 TEMPLATE_TEST_CASE("narrow product: some columns, and every element to the epilogue once",
                    "[weights]", MOE_TEST_FORMATS) {
-  const Index rows = GENERATE(1, 9, 30);
+  const Index rows = GENERATE(1, 9, 30, 57);
   // A layer cuts columns at cache lines, which may be inside of a panel.
   const Index first =
       GENERATE(Index{0}, cache_line<float>, panel_columns<float>, 5 * cache_line<float>);

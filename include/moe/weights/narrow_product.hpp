@@ -21,37 +21,46 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The codes of a scaled format as floats, in the layout of a format that has them so.
+/// The codes of a scaled format as floats, in the layout of a format that has them so; their scales are
+/// floats too, over the unit.
 template <class Format>
 struct WideCodes {
   static constexpr Index group = Format::group;
-  static constexpr Index group_bytes = group * static_cast<Index>(sizeof(float));
   static constexpr Index block = Format::block;
   static constexpr bool scaled = true;
-  static constexpr float unit = Format::unit;
   template <Index step>
   EIGEN_ALWAYS_INLINE static Packet<float> widen(const std::byte* lane) {
     return load(reinterpret_cast<const float*>(lane) + step * lane_count);
   }
 };
 template <class Format>
+struct NarrowLayout<WideCodes<Format>> {
+  static constexpr Index scale_bytes = lane_count * static_cast<Index>(sizeof(float));
+  static constexpr Index group_bytes = Format::group * scale_bytes;
+  static constexpr Index block_bytes = scale_bytes * (1 + Format::block);
+};
+/// Of a packet of columns in a block, the scales included.
+template <class Format>
+inline constexpr Index wide_block_floats = lane_count*(1 + Format::block);
+template <class Format>
 inline constexpr bool is_wide = false;
 template <class Format>
 inline constexpr bool is_wide<WideCodes<Format>> = true;
 
-/// The highest tile. Registers hold its sums and what is widened of a step.
+/// The highest tile. Registers hold its sums and what is widened of a step. Of wide codes 5 rows are faster
+/// than 6, see docs/experiments.md.
 template <class Format>
-inline constexpr Index narrow_tile_rows = l2_feeds_tiles || is_wide<Format> ? 6
-                                          : Format::scaled                  ? 4
-                                                                            : 2;
+inline constexpr Index narrow_tile_rows = is_wide<Format>                    ? 5
+                                          : l2_feeds_tiles || Format::scaled ? 6
+                                                                             : 2;
 /// Packets of a tile of some rows: a panel's, or if there are only 16 registers as many as fit.
 template <class Format>
 constexpr Index narrow_tile_packets(Index rows) {
-  return l2_feeds_tiles || rows <= 3 || !Format::scaled ? panel_packets : 2;
+  return l2_feeds_tiles || rows <= 2 || !Format::scaled ? panel_packets : 2;
 }
-/// Where there are only 16 registers, the largest number of rows for which widening in registers is faster
-/// than in L1, once for all rows.
-inline constexpr Index few_narrow_rows = 8;
+/// The largest number of rows for which codes are widened in registers, for each tile of rows, and not into the
+/// cache, once for all rows.
+inline constexpr Index few_narrow_rows = l2_feeds_tiles ? 48 : 8;
 
 /// Calls f(std::integral_constant<Index, i>) for i from 0 to count - 1.
 template <Index count, class F>
@@ -64,8 +73,12 @@ EIGEN_ALWAYS_INLINE void for_each_constant(F&& f) {
 
 /// The scales of a packet of columns over the unit: what widened codes are multiplied by.
 template <class Format>
-EIGEN_ALWAYS_INLINE Packet<float> load_scale(const std::byte* halves) {
-  return Eigen::internal::pmul(load_halves(halves), broadcast(1 / Format::unit));
+EIGEN_ALWAYS_INLINE Packet<float> load_scale(const std::byte* scales) {
+  if constexpr (is_wide<Format>) {
+    return load(reinterpret_cast<const float*>(scales));
+  } else {
+    return Eigen::internal::pmul(load_halves(scales), broadcast(1 / Format::unit));
+  }
 }
 
 /// A packet of columns of widened numbers as weights; `scale` is that of its block, if there is one.
@@ -113,20 +126,25 @@ requires(!Format::scaled) MOE_NOINLINE
   for (Index i = 0; i < R * V; ++i) store(c[i / V] + column + i % V * size, sum[i / V][i % V]);
 }
 
-/// The same with scales, which are applied to the sums of blocks.
-template <class Format, Index R, Index V>
+/// The same with scales, which are applied to the sums of blocks. If it `keeps`, it stores the wide codes and
+/// their scales in `wide`, for the tiles that come after it.
+template <class Format, Index R, Index V, bool keeps = false>
 requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, const std::byte* panel,
                                                       Index packets, Index first, Index blocks,
-                                                      float* const* c, Index column) {
+                                                      float* const* c, Index column,
+                                                      [[maybe_unused]] float* wide = nullptr) {
   using namespace Eigen::internal;
   using Layout = NarrowLayout<Format>;
   constexpr Index size = lane_count;
   // Registers hold C too if there are enough.
   constexpr bool holds_c = R * V <= (l2_feeds_tiles ? 12 : 4);
+  // Where a tile reads a part of the panel only, the hardware prefetcher fetches too little.
+  constexpr bool prefetches = !l2_feeds_tiles && !is_wide<Format> && V < panel_packets;
   const Index stride = packets * Layout::group_bytes;
   const float* row[to_size(R)];
   float* to[to_size(R)];
   [[maybe_unused]] Packet<float> total[to_size(R)][to_size(V)];
+  if constexpr (keeps) wide += first * size;
   MOE_UNROLL
   for (Index r = 0; r < R; ++r) {
     row[r] = a[r];
@@ -140,7 +158,13 @@ requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, con
     Packet<float> sum[to_size(R)][to_size(V)];
     MOE_UNROLL
     for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = broadcast(0.0f);
+    if constexpr (prefetches) {
+      const Index bytes = packets * Layout::block_bytes;
+      for (Index line = 0; line < bytes; line += 64) prefetch(panel + 2 * bytes + line);
+    }
     const std::byte* lanes = panel + packets * Layout::scale_bytes + first * Layout::group_bytes;
+    [[maybe_unused]] float* codes = nullptr;
+    if constexpr (keeps) codes = wide + packets * size + first * (Format::group - 1) * size;
     for (Index group = 0; group < Format::block / Format::group; ++group) {
       for_each_constant<Format::group>([&](auto step) MOE_INLINED {
         const auto code = [&](Index v) MOE_INLINED {
@@ -150,6 +174,13 @@ requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, con
         const Packet<float> w1 = V > 1 ? code(1) : w0;
         const Packet<float> w2 = V > 2 ? code(2) : w0;
         const Packet<float> w3 = V > 3 ? code(3) : w0;
+        if constexpr (keeps) {
+          constexpr Index distance = Format::group * size;
+          store(codes + step * size, w0);
+          if constexpr (V > 1) store(codes + step * size + distance, w1);
+          if constexpr (V > 2) store(codes + step * size + 2 * distance, w2);
+          if constexpr (V > 3) store(codes + step * size + 3 * distance, w3);
+        }
         MOE_UNROLL
         for (Index r = 0; r < R; ++r) {
           const auto x = pset1<Packet<float>>(row[r][step]);
@@ -160,12 +191,14 @@ requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, con
         }
       });
       lanes += stride;
+      if constexpr (keeps) codes += packets * Format::group * size;
       MOE_UNROLL
       for (Index r = 0; r < R; ++r) row[r] += Format::group;
     }
     MOE_UNROLL
     for (Index v = 0; v < V; ++v) {
       const Packet<float> scale = load_scale<Format>(panel + (first + v) * Layout::scale_bytes);
+      if constexpr (keeps) store(wide + v * size, scale);
       MOE_UNROLL
       for (Index r = 0; r < R; ++r) {
         if constexpr (holds_c) {
@@ -181,6 +214,7 @@ requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, con
       for (Index i = 0; i < R * V; ++i) store(to[i / V] + i % V * size, sum[i / V][i % V]);
     }
     panel += packets * Layout::block_bytes;
+    if constexpr (keeps) wide += packets * wide_block_floats<Format>;
   }
   if constexpr (holds_c) {
     MOE_UNROLL
@@ -287,22 +321,22 @@ void for_each_narrow_tile(Index rows, const PanelPart& part, F&& f) {
 
 /// The steps of k after the last whole block, for rows of A and as many of C. `block` is that part of the
 /// panel.
-template <class Format, class Stored>
+template <class Format>
 void narrow_rest(const GatheredRows<float>& a, const NarrowOperand<Format>& b,
                  const PanelPart& part, [[maybe_unused]] const std::byte* block, float* const* c) {
   const Index first = b.rows / Format::block * Format::block;
   const Range steps{first, b.rows - first};
   if constexpr (Format::scaled) {
     // One more block, with zeros behind the rows of A.
-    constexpr Index highest = narrow_tile_rows<Stored>;
+    constexpr Index highest = narrow_tile_rows<Format>;
     float padded[to_size(highest)][to_size(Format::block)] = {};
     const float* from[to_size(highest)];
     for (Index r = 0; r < a.count(); ++r) {
       std::copy_n(a.row(r) + steps.first, steps.count, padded[r]);
       from[r] = padded[r];
     }
-    for_each_narrow_tile<Stored>(a.count(), part, [&](auto R, auto V, Index v) {
-      narrow_tile<Stored, R, V>(from, block, part.packets, v, 1, c, (v - part.first) * lane_count);
+    for_each_narrow_tile<Format>(a.count(), part, [&](auto R, auto V, Index v) {
+      narrow_tile<Format, R, V>(from, block, part.packets, v, 1, c, (v - part.first) * lane_count);
     });
   } else {
     alignas(64) float wide[to_size(Format::block * lane_count)];
@@ -321,64 +355,78 @@ void narrow_rest(const GatheredRows<float>& a, const NarrowOperand<Format>& b,
   }
 }
 
-/// Widens whole blocks of a panel of `packets` packets.
-template <class Format>
-void widen_blocks(const std::byte* panel, Index packets, Index blocks, std::byte* to) {
-  using Layout = NarrowLayout<Format>;
-  using Wide = NarrowLayout<WideCodes<Format>>;
-  for (Index block = 0; block < blocks; ++block) {
-    std::copy_n(panel, packets * Layout::scale_bytes, to);
-    const std::byte* lanes = panel + packets * Layout::scale_bytes;
-    auto* codes = reinterpret_cast<float*>(to + packets * Wide::scale_bytes);
-    for (Index i = 0; i < Format::block / Format::group * packets; ++i) {
-      for_each_constant<Format::group>([&](auto step) MOE_INLINED {
-        store(codes + step * lane_count, Format::template widen<step>(lanes));
-      });
-      lanes += Layout::group_bytes;
-      codes += Format::group * lane_count;
-    }
-    panel += packets * Layout::block_bytes;
-    to += packets * Wide::block_bytes;
-  }
-}
-
-/// Adds to rows of C the products of whole blocks of a panel, which is given from the first of them on.
-template <class Format, class Stored>
-void multiply_panel(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
-                    const std::byte* panel, Range blocks) {
-  constexpr Index highest = narrow_tile_rows<Stored>;
-  const Index k = blocks.first * Format::block;
-  const Index whole = std::min(blocks.count, product.b.rows / Format::block - blocks.first);
+/// Calls f(rows, from, to) for tiles of at most `highest` rows: pointers to their rows of A from step k on, and
+/// to those of C as of with_panel_of_c().
+template <Index highest, class Format, class F>
+void for_each_tile_of_rows(const GemmNN<float, NarrowOperand<Format>>& product,
+                           const PanelPart& part, Index k, F&& f) {
   for_each_tile(product.a.count(), highest, [&](Index first, Index count) {
     const float* from[to_size(highest)];
     for (Index r = 0; r < count; ++r) from[r] = product.a.row(first + r) + k;
     with_panel_of_c(product, {first, count}, part, k == 0, [&](float* const* to) {
-      for_each_narrow_tile<Stored>(count, part, [&](auto R, auto V, Index v) {
-        narrow_tile<Stored, R, V>(from, panel, part.packets, v, whole, to,
-                                  (v - part.first) * lane_count);
-      });
-      if (whole < blocks.count) {
-        narrow_rest<Format, Stored>(
-            product.a.slice(first, count), product.b, part,
-            panel + whole * part.packets * NarrowLayout<Stored>::block_bytes, to);
-      }
+      f(Range{first, count}, from, to);
     });
   });
 }
 
-/// The same for many rows: some blocks of the panel are widened into L1, then multiplied with all rows.
+/// Adds to rows of C the products of a panel from a block on, which are widened in registers.
+template <class Format>
+void multiply_panel(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
+                    Index begin, Index block) {
+  const std::byte* panel = product.b.panel(begin, block);
+  const Index whole = product.b.rows / Format::block - block;
+  for_each_tile_of_rows<narrow_tile_rows<Format>>(
+      product, part, block * Format::block,
+      [&](Range rows, const float* const* from, float* const* to) {
+        for_each_narrow_tile<Format>(rows.count, part, [&](auto R, auto V, Index v) {
+          narrow_tile<Format, R, V>(from, panel, part.packets, v, whole, to,
+                                    (v - part.first) * lane_count);
+        });
+        if (product.b.rows % Format::block > 0) {
+          narrow_rest<Format>(product.a.slice(rows.first, rows.count), product.b, part,
+                              panel + whole * part.packets * NarrowLayout<Format>::block_bytes, to);
+        }
+      });
+}
+
+/// The same for many rows: the first tile leaves the codes of some blocks of the panel behind as floats, for the
+/// other tiles. Meanwhile the next blocks are prefetched, since the hardware prefetcher stops at the last one.
 template <class Format>
 void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
                          Index begin) {
   using Wide = WideCodes<Format>;
-  constexpr Index height = 8;  // blocks at a time: 32 KiB of floats with packets of 32 bytes
-  alignas(64) std::byte wide[to_size(height * panel_packets * NarrowLayout<Wide>::block_bytes)];
-  const Index blocks = narrow_blocks<Format>(product.b.rows);
-  for (Index block = 0; block == 0 || block < blocks; block += height) {
-    const Index count = std::min(height, blocks - block);
-    widen_blocks<Format>(product.b.panel(begin, block), part.packets, count, wide);
-    multiply_panel<Format, Wide>(product, part, wide, {block, count});
+  constexpr Index highest = narrow_tile_rows<Wide>;
+  // The fewest rows of the first tile, rows being cut evenly.
+  constexpr Index fewest = highest - 1;
+  static_assert(few_narrow_rows >= 2 * fewest);
+  // Blocks at a time: 66 KiB of L2 with packets of 64 bytes, else at most 17 KiB of L1.
+  constexpr Index height = l2_feeds_tiles ? 8 : 4;
+  alignas(64) float wide[to_size(height * panel_packets * wide_block_floats<Format>)];
+  const Index whole = product.b.rows / Format::block;
+  const Index tiles = (product.a.count() + highest - 1) / highest;
+  for (Index block = 0; block < whole; block += height) {
+    const Index count = std::min(height, whole - block);
+    const std::byte* panel = product.b.panel(begin, block);
+    const Index bytes = count * part.packets * NarrowLayout<Format>::block_bytes;
+    const std::byte* next = panel + bytes;
+    const Index lines = (bytes / 64 + tiles) / tiles;
+    for_each_tile_of_rows<highest>(
+        product, part, block * Format::block,
+        [&](Range rows, const float* const* from, float* const* to) {
+          for (Index line = 0; line < lines; ++line, next += 64) prefetch(next);
+          for_each_narrow_tile<Wide>(rows.count, part, [&](auto R, auto V, Index v) {
+            const Index column = (v - part.first) * lane_count;
+            if (rows.first > 0) {
+              const auto* codes = reinterpret_cast<const std::byte*>(wide);
+              return narrow_tile<Wide, R, V>(from, codes, part.packets, v, count, to, column);
+            }
+            MOE_ASSERT(R >= fewest);
+            narrow_tile<Format, std::max<Index>(R, fewest), V, true>(from, panel, part.packets, v,
+                                                                     count, to, column, wide);
+          });
+        });
   }
+  if (whole < narrow_blocks<Format>(product.b.rows)) multiply_panel(product, part, begin, whole);
 }
 
 /// C = A·B on the calling thread, without rounding of activations: one panel after the other, each for all
@@ -387,14 +435,11 @@ template <class Format>
 void gemm_widening(const GemmNN<float, NarrowOperand<Format>>& product) {
   const Index rows = product.a.count();
   for_each_panel(product.b, product.column_range(), [&](const PanelPart& part, Index begin) {
-    const auto multiply = [&] {
-      if constexpr (Format::scaled && !l2_feeds_tiles) {
-        if (rows > few_narrow_rows) return multiply_wide_panel(product, part, begin);
-      }
-      multiply_panel<Format, Format>(product, part, product.b.panel(begin),
-                                     {0, narrow_blocks<Format>(product.b.rows)});
-    };
-    multiply();
+    if (!Format::scaled || rows <= few_narrow_rows) {
+      multiply_panel(product, part, begin, 0);
+    } else if constexpr (Format::scaled) {
+      multiply_wide_panel(product, part, begin);
+    }
     call_epilogue<float>(product.epilogue, rows, {part.column, part.width});
   });
 }
