@@ -10,12 +10,10 @@ using namespace moe::test;    // NOLINT(google-build-using-namespace)
 TEMPLATE_TEST_CASE("gemm: columns in groups, the depth in blocks, and every tile finished once",
                    "[kernels][gemm]", float, double) {
   using S = TestType;
-  constexpr Index most = 250;
-  static_assert(cached_elements<S> / (most * panel_columns<S>) < 3, "several groups");
-  // Many, or as many as the highest tile has, for which the columns must be whole packets.
-  const bool many = GENERATE(true, false);
-  const Index rows = many ? most : direct_rows;
-  const Index columns = 5 * panel_columns<S> + (many ? 5 : 0);
+  static_assert(cached_elements<S> / (250 * panel_columns<S>) < 3, "several groups");
+  // Many, some tiles, or as many as the highest tile has, for which the columns must be whole packets.
+  const Index rows = GENERATE(as<Index>{}, 250, 3 * tile_rows + 1, direct_rows);
+  const Index columns = 5 * panel_columns<S> + (rows == direct_rows ? 0 : 5);
   const Index depth = GENERATE(Index{60}, 2 * panel_depth + 3);  // nt may copy B for the first
   const Matrix<S> a = random_matrix<S>(rows, depth, 1);
   const Matrix<S> b = random_matrix<S>(depth, columns, 2);
