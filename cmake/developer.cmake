@@ -49,7 +49,7 @@ if(MOE_SANITIZE)
     ${sanitizers} -fno-sanitize=${left_out}
     -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(moe_developer INTERFACE ${sanitizers})
-  # The instrumented objects are large: lld links moe_tests in a quarter of ld's time.
+  # The instrumented objects are large, and lld links them faster than ld.
   include(CheckLinkerFlag)
   check_linker_flag(CXX -fuse-ld=lld MOE_HAS_LLD)
   if(MOE_HAS_LLD)

@@ -73,8 +73,8 @@ Scalar add_product(Scalar a, Scalar b, Scalar c) {
 #endif
 }
 
-/// Adds a row times `factor` to `sums`, and the products' magnitudes to `magnitudes`: by pointers, since where
-/// nothing is optimised an expression of Eigen takes ten times as long.
+/// Adds a row times `factor` to `sums`, and the products' magnitudes to `magnitudes`: by pointers, since an
+/// expression of Eigen is slow where nothing is optimised.
 inline void add_row(double factor, const double* row, Index count, double* sums,
                     double* magnitudes) {
   for (const double* end = row + count; row != end; ++row, ++sums, ++magnitudes) {
