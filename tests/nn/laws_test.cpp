@@ -159,7 +159,7 @@ TEMPLATE_LIST_TEST_CASE("nn modules: no rows", "[nn][laws]", test::NNModules) {
   typename TestType::Tape tape;
   const auto x = TestType::input(none, 1);
   CHECK(TestType::evaluate(module, x, tape).cols() == 5);
-  const Matrix<Scalar>& y = TestType::forward(module, x, tape);
+  const Matrix<Scalar> y = TestType::forward(module, x, tape);
   CHECK(y.rows() == 0);
   CHECK(y.cols() == 5);
   const Matrix<Scalar> dx = backward<TestType>(module, Matrix<Scalar>(0, 5), tape);
