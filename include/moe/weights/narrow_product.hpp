@@ -7,7 +7,8 @@
 #include "moe/weights/narrow_matrix.hpp"
 
 /// \file
-/// Products with narrow weights. A packet is widened in a register, again for each tile of rows. Without
+/// Products with narrow weights. A packet is widened in a register, again for each tile of rows; with scales and
+/// many rows once, which changes no bits. Without
 /// scales an element of C is one chain of multiply-adds, and has the same bits as with the decoded weights.
 /// With scales these are applied to the sums of blocks, which saves a multiplication a packet:
 ///
