@@ -91,7 +91,7 @@ requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Form
         const std::byte* panel = b.panel(begin, k / Format::block);
         for_each_tile(height, integer_tile_rows, [&](Index first, Index count) {
           with_panel_of_c(product, {top + first, count}, part, k == 0, [&](float* const* to) {
-            for_each_narrow_tile<Format>(count, part, [&](auto R, auto V, Index v) {
+            for_each_narrow_tile<Format, 3>(count, part, [&](auto R, auto V, Index v) {
               integer_tile<Format, Dot, R, V>(rounded, first, panel, part.packets, v,
                                               narrow_blocks<Format>(depth), to,
                                               (v - part.first) * lane_count);
