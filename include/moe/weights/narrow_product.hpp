@@ -7,7 +7,8 @@
 #include "moe/weights/narrow_matrix.hpp"
 
 /// \file
-/// Products with narrow weights. A packet is widened in a register, again for each tile of rows. Without
+/// Products with narrow weights. A packet is widened in a register, again for each tile of rows; with scales and
+/// many rows once, which changes no bits. Without
 /// scales an element of C is one chain of multiply-adds, and has the same bits as with the decoded weights.
 /// With scales these are applied to the sums of blocks, which saves a multiplication a packet:
 ///
@@ -53,10 +54,11 @@ template <class Format>
 inline constexpr Index narrow_tile_rows = is_wide<Format>                    ? 5
                                           : l2_feeds_tiles || Format::scaled ? 6
                                                                              : 2;
-/// Packets of a tile of some rows: a panel's, or if there are only 16 registers as many as fit.
+/// Packets of a tile of some rows: a panel's, or if there are only 16 registers and more than `whole` rows, as
+/// many as fit.
 template <class Format>
-constexpr Index narrow_tile_packets(Index rows) {
-  return l2_feeds_tiles || rows <= 2 || !Format::scaled ? panel_packets : 2;
+constexpr Index narrow_tile_packets(Index rows, Index whole) {
+  return l2_feeds_tiles || rows <= whole || !Format::scaled ? panel_packets : 2;
 }
 /// The largest number of rows for which codes are widened in registers, for each tile of rows, and not into the
 /// cache, once for all rows.
@@ -309,10 +311,10 @@ void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range 
 
 /// Calls f(R, V, v), R and V constants, for tiles of `rows` rows that cover the packets of a part; v is the
 /// first packet of the tile, counted in the panel.
-template <class Format, class F>
+template <class Format, Index whole = 2, class F>
 void for_each_narrow_tile(Index rows, const PanelPart& part, F&& f) {
   with_constant<narrow_tile_rows<Format>>(rows, [&](auto R) {
-    constexpr Index widest = narrow_tile_packets<Format>(R);
+    constexpr Index widest = narrow_tile_packets<Format>(R, whole);
     for (Index v = part.first; v < part.last; v += widest) {
       with_constant<widest>(std::min(widest, part.last - v), [&](auto V) { f(R, V, v); });
     }
