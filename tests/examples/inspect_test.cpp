@@ -67,7 +67,6 @@ TEST_CASE("inspect: a batch in every format, and why one is refused", "[examples
   for (const char* format : {"float16", "bfloat16", "int8+int8", "int4+int8"}) {
     const inspect::Served served = serve(format);
     CHECK(served.refusal.empty());
-    CHECK(served.seconds > 0);
     CHECK(served.difference > last);
     CHECK(served.difference < 0.3);
     last = served.difference;

@@ -22,6 +22,6 @@ mkdir -p "$folder/found"
 clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
   -Iinclude -isystem /usr/include/eigen3 tests/fuzz/safetensors.cpp -o "$folder/safetensors"
 # What is found goes into the first folder. Keys are in the format's words.
-"$folder/safetensors" "$folder/found" tests/fuzz/corpus/read tests/fuzz/corpus/refused \
+exec "$folder/safetensors" "$folder/found" tests/fuzz/corpus/read tests/fuzz/corpus/refused \
   -dict=tests/fuzz/safetensors.dict -max_total_time="$seconds" -timeout=5 -rss_limit_mb=1024 \
   -max_len=4096 -artifact_prefix="$folder/" -print_final_stats=1 -verbosity=0

@@ -59,7 +59,7 @@ struct Both {
 
 TEMPLATE_TEST_CASE("narrow product: the bits of its definition", "[weights]", MOE_TEST_FORMATS) {
   const Index rows = GENERATE(1, 2, 3, 4, 5, 6, 7, 9, 11, 25, 49, 70);
-  const Index depth = GENERATE(1, 7, 32, 33, 131, 300);
+  const Index depth = GENERATE(0, 1, 7, 32, 33, 131, 300);
   const Index columns = GENERATE(1, 15, 64, 67, 201);
   CAPTURE(rows, depth, columns);
   const Both<TestType> both(depth, columns);
@@ -71,7 +71,7 @@ TEMPLATE_TEST_CASE("narrow product: the bits of its definition", "[weights]", MO
   const Matrix<float> y = both.narrow(a, nothing, [](auto&) {});
   CHECK(same_bits(y, multiply_naively(a, both.weights, Matrix<float>::Zero(rows, columns))));
   const Matrix<double> exact = a.cast<double>() * both.decoded.template cast<double>();
-  CHECK(relative_error(y.cast<double>(), exact) < 1e-6);
+  CHECK((depth == 0 || relative_error(y.cast<double>(), exact) < 1e-6));
   const auto all = [&](auto& product) {
     product.start = Start::accumulate;
     product.bias = {.values = bias.data(), .factors = {factors.data(), 1}};

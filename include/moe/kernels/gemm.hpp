@@ -124,7 +124,7 @@ struct ProductShape {
 };
 
 /// Throws std::invalid_argument unless C has the shape of the product of A and B, each as it is multiplied.
-inline void check_product(const char* form, ProductShape a, ProductShape b, ProductShape c) {
+inline void check_product_shapes(const char* form, ProductShape a, ProductShape b, ProductShape c) {
   require(a.columns == b.rows && c.rows == a.rows && c.columns == b.columns, form, ": C is ",
           c.rows, " x ", c.columns, ", but the product of ", a.rows, " x ", a.columns, " and ",
           b.rows, " x ", b.columns);
@@ -135,8 +135,8 @@ template <class Scalar, class B>
 void gemm(const GemmNN<Scalar, B>& product) {
   const Index rows = product.c.count();
   const Index width = product.c.width();
-  check_product("gemm(GemmNN)", {product.a.count(), product.a.width()},
-                {product.b.rows, product.b.columns}, {rows, width});
+  check_product_shapes("gemm(GemmNN)", {product.a.count(), product.a.width()},
+                       {product.b.rows, product.b.columns}, {rows, width});
   const Range columns = product.column_range();
   // For few rows one worker reads all of a matrix sequentially.
   bool whole = false;
@@ -153,8 +153,8 @@ void gemm(const GemmNN<Scalar, B>& product) {
 /// C = A·Bᵀ on all workers.
 template <class Scalar, class B>
 void gemm(const GemmNT<Scalar, B>& product) {
-  check_product("gemm(GemmNT)", {product.a.count(), product.a.width()},
-                {product.b.columns, product.b.rows}, {product.c.count(), product.c.width()});
+  check_product_shapes("gemm(GemmNT)", {product.a.count(), product.a.width()},
+                       {product.b.columns, product.b.rows}, {product.c.count(), product.c.width()});
   for_each_block({0, product.c.count()}, product.column_range(), product.a.width(),
                  panel_columns<Scalar>, [&](Range block_rows, Range block_columns) {
                    gemm_block(product, block_rows, block_columns);
@@ -164,8 +164,9 @@ void gemm(const GemmNT<Scalar, B>& product) {
 /// C = Aᵀ·B on all workers.
 template <class Scalar>
 void gemm(const GemmTN<Scalar>& product) {
-  check_product("gemm(GemmTN)", {product.a.width(), product.a.count()},
-                {product.b.count(), product.b.width()}, {product.c.rows(), product.c.cols()});
+  check_product_shapes("gemm(GemmTN)", {product.a.width(), product.a.count()},
+                       {product.b.count(), product.b.width()},
+                       {product.c.rows(), product.c.cols()});
   const Range rows = product.row_range();
   const Range columns = product.column_range();
   for_each_block(rows, columns, product.a.count(), 2 * panel_columns<Scalar>,

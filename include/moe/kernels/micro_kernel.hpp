@@ -58,9 +58,13 @@ void with_constant(Index value, F&& f) {
   f(std::integral_constant<Index, N>{});
 }
 
-EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
+/// Prefetches the cache line some bytes after an address. It may be beyond the memory there, so its address is
+/// computed as an integer.
+EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* place,
+                                  [[maybe_unused]] Index bytes = 0) {
 #if defined(__GNUC__)
-  __builtin_prefetch(address);
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(place) + to_size(bytes);
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
   asm volatile("");  // else GCC leaves out a function that does nothing but prefetch
 #endif
 }

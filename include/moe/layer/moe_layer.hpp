@@ -144,9 +144,9 @@ class MoELayer {
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
   /// in tape.balance(). Give every update its own step: the same step draws the same noise.
   /// O(S·D·H), and what the gate costs. x may be tape.x as a whole, or any part of tape.y. Throws
-  /// std::invalid_argument when x is not D wide or is only a part of tape.x, when the pass does not
-  /// fit x, and when the gate refuses the pass or its routing contradicts itself. After the last two
-  /// backward() refuses the tape until another forward().
+  /// std::invalid_argument when x is not D wide or is only a part of tape.x, and when the pass does not
+  /// fit x. Also throws it when the gate refuses the pass or its routing contradicts itself; then backward()
+  /// refuses the tape until another forward().
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const;
 
   /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.
@@ -161,8 +161,8 @@ class MoELayer {
 
   /// Inference over x (T x D): returns tape.y (T x D), without noise. Sets tape.routing() and
   /// tape.balance() too, so that they can be watched, but saves nothing for backward(). Throws
-  /// std::invalid_argument when x is not D wide, when the pass does not fit x, or when x overlaps
-  /// tape.y.
+  /// std::invalid_argument when x is not D wide, when the pass does not fit x, when x overlaps tape.y, or
+  /// when the gate refuses the pass or its routing contradicts itself.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                  const EvaluationPass& pass = {}) const;
   /// The same with a tape of its own, which allocates.

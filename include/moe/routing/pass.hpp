@@ -37,8 +37,9 @@ struct Pass {
   /// T x noise_columns() numbers, row by row, for the gate to use as noise instead of drawing it; or
   /// empty. See the gate for their range.
   std::span<const double> noise{};
-  /// The number of sequences in the batch, all of the same number of rows, for a gate with places or losses by
-  /// sequence (TopKGate); 0 stands for the one in the gate's Config.
+  /// The number of sequences in the batch (in that of all processes, if they share one), all of the same
+  /// number of rows, for a gate with places or losses by sequence (TopKGate). At most 2^31; 0 stands for the
+  /// one in the gate's Config.
   Index sequences = 0;
 
   /// The key of the pass's random numbers.
@@ -71,9 +72,12 @@ inline void check_valid(const char* name, std::span<const std::uint8_t> valid, I
           valid.size(), " entries, x has ", rows, " rows");
 }
 
-/// Throws std::invalid_argument for a number of sequences below 0. `name` is as above.
+/// Throws std::invalid_argument for a number of sequences below 0, or so large that a multiple of it might
+/// overflow. `name` is as above.
 inline void check_sequences(const char* name, Index sequences) {
-  require(sequences >= 0, name, ": Pass.sequences = ", sequences, ", must be at least 0");
+  constexpr Index most = Index{1} << 31;
+  require(sequences >= 0 && sequences <= most, name, ": Pass.sequences = ", sequences,
+          ", must be from 0 to ", most);
 }
 
 /// N, the number of valid rows.

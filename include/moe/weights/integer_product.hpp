@@ -18,8 +18,10 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The highest tile: with 16 registers 6 rows, whose sums do not fit, took 1.09 times as long with 32 rows.
+/// The highest tile, and the rows up to which a tile is as wide as a panel: with 16 registers the sums of more
+/// do not fit, see docs/experiments.md.
 inline constexpr Index integer_tile_rows = l2_feeds_tiles ? 6 : 4;
+inline constexpr Index integer_whole_rows = 3;
 
 /// Adds to R rows of C: the rounded rows from `first` on times V packets of a panel, from packet `v0` on,
 /// over `blocks` blocks. The panel is `packets` packets wide.
@@ -91,11 +93,12 @@ requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Form
         const std::byte* panel = b.panel(begin, k / Format::block);
         for_each_tile(height, integer_tile_rows, [&](Index first, Index count) {
           with_panel_of_c(product, {top + first, count}, part, k == 0, [&](float* const* to) {
-            for_each_narrow_tile<Format, 3>(count, part, [&](auto R, auto V, Index v) {
-              integer_tile<Format, Dot, R, V>(rounded, first, panel, part.packets, v,
-                                              narrow_blocks<Format>(depth), to,
-                                              (v - part.first) * lane_count);
-            });
+            for_each_narrow_tile<Format, integer_tile_rows, integer_whole_rows>(
+                count, part, [&](auto R, auto V, Index v) {
+                  integer_tile<Format, Dot, R, V>(rounded, first, panel, part.packets, v,
+                                                  narrow_blocks<Format>(depth), to,
+                                                  (v - part.first) * lane_count);
+                });
           });
         });
       });

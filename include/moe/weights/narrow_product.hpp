@@ -7,10 +7,11 @@
 #include "moe/weights/narrow_matrix.hpp"
 
 /// \file
-/// Products with narrow weights. A packet is widened in a register, again for each tile of rows; with scales and
-/// many rows once, which changes no bits. Without
-/// scales an element of C is one chain of multiply-adds, and has the same bits as with the decoded weights.
-/// With scales these are applied to the sums of blocks, which saves a multiplication a packet:
+/// Products with narrow weights. Codes are widened in registers, anew for each tile of rows; for many rows those
+/// of formats with scales are widened once, by the first tile, which gives the same bits.
+///
+/// Without scales an element of C is one chain of multiply-adds, and has the same bits as with the decoded
+/// weights. With scales these are applied to the sums of blocks, which saves a multiplication a packet:
 ///
 ///     C[r, j] = start + Σ over blocks of scale·(Σ_k a[r, k]·(unit·q[k, j]))
 ///
@@ -40,7 +41,7 @@ struct NarrowLayout<WideCodes<Format>> {
   static constexpr Index group_bytes = Format::group * scale_bytes;
   static constexpr Index block_bytes = scale_bytes * (1 + Format::block);
 };
-/// Of a packet of columns in a block, the scales included.
+/// Floats of a packet of columns in a block of WideCodes, their scales included.
 template <class Format>
 inline constexpr Index wide_block_floats = lane_count*(1 + Format::block);
 template <class Format>
@@ -162,7 +163,7 @@ requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, con
     for (Index i = 0; i < R * V; ++i) sum[i / V][i % V] = broadcast(0.0f);
     if constexpr (prefetches) {
       const Index bytes = packets * Layout::block_bytes;
-      for (Index line = 0; line < bytes; line += 64) prefetch(panel + 2 * bytes + line);
+      for (Index line = 0; line < bytes; line += 64) prefetch(panel, 2 * bytes + line);
     }
     const std::byte* lanes = panel + packets * Layout::scale_bytes + first * Layout::group_bytes;
     [[maybe_unused]] float* codes = nullptr;
@@ -311,9 +312,9 @@ void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range 
 
 /// Calls f(R, V, v), R and V constants, for tiles of `rows` rows that cover the packets of a part; v is the
 /// first packet of the tile, counted in the panel.
-template <class Format, Index whole = 2, class F>
+template <class Format, Index highest = narrow_tile_rows<Format>, Index whole = 2, class F>
 void for_each_narrow_tile(Index rows, const PanelPart& part, F&& f) {
-  with_constant<narrow_tile_rows<Format>>(rows, [&](auto R) {
+  with_constant<highest>(rows, [&](auto R) {
     constexpr Index widest = narrow_tile_packets<Format>(R, whole);
     for (Index v = part.first; v < part.last; v += widest) {
       with_constant<widest>(std::min(widest, part.last - v), [&](auto V) { f(R, V, v); });
@@ -400,7 +401,7 @@ void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, co
   constexpr Index highest = narrow_tile_rows<Wide>;
   // The fewest rows of the first tile, rows being cut evenly.
   constexpr Index fewest = highest - 1;
-  static_assert(few_narrow_rows >= 2 * fewest);
+  static_assert(highest <= 6 && few_narrow_rows >= 2 * fewest);
   // Blocks at a time: 66 KiB of L2 with packets of 64 bytes, else at most 17 KiB of L1.
   constexpr Index height = l2_feeds_tiles ? 8 : 4;
   alignas(64) float wide[to_size(height * panel_packets * wide_block_floats<Format>)];
@@ -410,25 +411,31 @@ void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, co
     const Index count = std::min(height, whole - block);
     const std::byte* panel = product.b.panel(begin, block);
     const Index bytes = count * part.packets * NarrowLayout<Format>::block_bytes;
-    const std::byte* next = panel + bytes;
+    Index next = bytes;
     const Index lines = (bytes / 64 + tiles) / tiles;
     for_each_tile_of_rows<highest>(
         product, part, block * Format::block,
         [&](Range rows, const float* const* from, float* const* to) {
-          for (Index line = 0; line < lines; ++line, next += 64) prefetch(next);
+          for (Index line = 0; line < lines; ++line, next += 64) prefetch(panel, next);
           for_each_narrow_tile<Wide>(rows.count, part, [&](auto R, auto V, Index v) {
             const Index column = (v - part.first) * lane_count;
             if (rows.first > 0) {
               const auto* codes = reinterpret_cast<const std::byte*>(wide);
               return narrow_tile<Wide, R, V>(from, codes, part.packets, v, count, to, column);
             }
-            MOE_ASSERT(R >= fewest);
-            narrow_tile<Format, std::max<Index>(R, fewest), V, true>(from, panel, part.packets, v,
-                                                                     count, to, column, wide);
+            if constexpr (R >= fewest) {
+              narrow_tile<Format, R, V, true>(from, panel, part.packets, v, count, to, column,
+                                              wide);
+            } else {
+              MOE_ASSERT(false);
+            }
           });
         });
   }
-  if (whole < narrow_blocks<Format>(product.b.rows)) multiply_panel(product, part, begin, whole);
+  // Without any step C gets its initial values there.
+  if (whole == 0 || whole < narrow_blocks<Format>(product.b.rows)) {
+    multiply_panel(product, part, begin, whole);
+  }
 }
 
 /// C = A·B on the calling thread, without rounding of activations: one panel after the other, each for all

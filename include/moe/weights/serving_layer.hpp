@@ -19,6 +19,7 @@ namespace moe {
 
 namespace detail {
 
+/// Whether a ServingLayer can be made of it.
 template <class Layer>
 inline constexpr bool is_servable = false;
 template <class Gate>

@@ -39,7 +39,7 @@ concept HasNamedConfig = requires(const Module& module) {
 &&HasNamedFields<ConfigOf<Module>>;
 
 template <class Module>
-using IsNamed = std::bool_constant<HasNamedConfig<Module>>;
+using IsPartWithConfig = std::bool_constant<HasNamedConfig<Module>>;
 
 /// Calls f(prefix of the keys, config) for a module that has a configuration with named fields, otherwise for
 /// the outermost of its parts that have one. (The configuration of a layer includes those of its experts and
@@ -50,7 +50,7 @@ void for_each_config(const Module& module, const std::string& prefix, F&& f) {
     const std::string name = named.string();
     f(prefix + name + (name.empty() ? "config." : ".config."), part.config());
   };
-  walk_parts<IsNamed>(module, ParameterName(), with_prefix);
+  walk_parts<IsPartWithConfig>(module, ParameterName(), with_prefix);
 }
 
 /// Throws std::invalid_argument for a number that is not finite: it could not be compared, nor written in

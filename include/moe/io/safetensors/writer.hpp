@@ -22,11 +22,11 @@ namespace moe::detail {
 
 /// A network, or an expert with one, whose narrow weights visit_parameters() does not visit.
 template <class Module>
-concept WithNarrowWeights = requires {
+concept HasNarrowWeights = requires {
   requires Module::has_narrow_weights;
 };
 template <class Module>
-using HasNarrowWeights = std::bool_constant<WithNarrowWeights<Module>>;
+using IsPartWithNarrowWeights = std::bool_constant<HasNarrowWeights<Module>>;
 
 /// Throws std::invalid_argument, which names the part of the module, if one has narrow weights.
 template <class Module>
@@ -37,7 +37,7 @@ void check_no_narrow_weights(const Module& module) {
             " has narrow weights, which are no parameters and would not be in the file;"
             " save_serving() saves a ServingLayer, save_adapters() the adapters on one");
   };
-  walk_parts<HasNarrowWeights>(module, ParameterName(), refuse);
+  walk_parts<IsPartWithNarrowWeights>(module, ParameterName(), refuse);
 }
 
 }  // namespace moe::detail
