@@ -173,13 +173,15 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused where each h
   CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape, {.sequences = 7}));
 }
 
-TEST_CASE("top-k gate: a number of sequences below 0 is refused", "[routing][gate]") {
+TEST_CASE("top-k gate: a number of sequences below 0, or that would overflow, is refused", "[routing][gate]") {
   const TopKGate<double> gate(everything(), 1);
   TopKTape<double> tape;
   const Matrix<double> x = random_matrix(6, 5, 2);
-  const std::string message = "moe: TopKGate: Pass.sequences = -1, must be at least 0";
+  const std::string message = "moe: TopKGate: Pass.sequences = -1, must be from 0 to 2147483648";
   CHECK_THROWS_WITH(gate.forward(x, tape, {.step = 0, .sequences = -1}), message);
   CHECK_THROWS_WITH(gate.evaluate(x, tape, {.sequences = -1}), message);
+  CHECK_THROWS_WITH(gate.evaluate(Matrix<double>(0, 5), tape, {.sequences = Index{1} << 40}),
+                    "moe: TopKGate: Pass.sequences = 1099511627776, must be from 0 to 2147483648");
 }
 
 TEST_CASE("top-k gate: rows that are no whole sequences are refused, and served without their loss",

@@ -145,9 +145,9 @@ TEST_CASE("layer: after a pass that the gate refused backward() refuses the tape
   layer.forward(x, tape, {.step = 1});
   CHECK_NOTHROW(layer.backward(x, tape));
   CHECK_THROWS_WITH(layer.forward(x, tape, {.step = 1, .sequences = -1}),
-                    "moe: MoELayer: Pass.sequences = -1, must be at least 0");
+                    "moe: MoELayer: Pass.sequences = -1, must be from 0 to 2147483648");
   CHECK_THROWS_WITH(layer.evaluate(x, tape, {.sequences = -1}),
-                    "moe: MoELayer: Pass.sequences = -1, must be at least 0");
+                    "moe: MoELayer: Pass.sequences = -1, must be from 0 to 2147483648");
   CHECK_NOTHROW(layer.backward(x, tape));  // the tape is as good as before
 }
 
