@@ -6,7 +6,7 @@
 #     sh bench/compile_time.sh [--resume] [RUNS]     (3)
 #
 # Ctrl-C ends it; --resume then goes on after the rows that are printed, which build/bench/compile_time.rows
-# keeps, where headers, compiler and RUNS are the same.
+# keeps, where headers, Eigen (its folder and its version), compiler and RUNS are the same.
 #
 # Besides `program`, which has nothing but the headers: `header` has them from a precompiled header,
 # `compiled` leaves to the library moe::compiled what is in there, `both` does both. What is made once
@@ -75,10 +75,11 @@ version=$("$compiler" --version | head -n 1)
 rows="$root/build/bench/compile_time.rows"
 mkdir -p "$root/build/bench"
 # What the rows depend on.
-key="$version, $runs runs, $(find "$root/include/moe" "$folder" -name '*.[ch]pp' -exec cksum {} + |
+key="$version, $runs runs, $eigen $(cksum <"$eigen/Eigen/src/Core/util/Macros.h"),"
+key="$key $(find "$root/include/moe" "$folder" -name '*.[ch]pp' -exec cksum {} + |
   awk '{ print $1, $2 }' | sort | cksum)"
 if [ $resume = yes ] && [ "$(head -n 1 "$rows" 2>/dev/null)" != "$key" ]; then
-  echo "begins anew: there are no rows of these headers, this compiler and $runs runs" >&2
+  echo "begins anew: there are no rows of these headers, this Eigen, this compiler and $runs runs" >&2
   resume=no
 fi
 [ $resume = yes ] || echo "$key" >"$rows"
@@ -138,6 +139,8 @@ for march in '' -march=native; do
     cat "$folder/row" >>"$rows"
   done
 done
+# clang would take that of the last `both`, and say nothing.
+rm -f "$folder/header.hpp.gch"
 timed made_header header.hpp.cxx -x c++-header "$@" -include "$folder/header.hpp"
 timed made_float instantiations_float.cpp "$@"
 timed made_double instantiations_double.cpp "$@"

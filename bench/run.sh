@@ -5,7 +5,7 @@
 # With names, those benchmarks only (layer, peers, ...; one a file of this folder). --no-peers does
 # without oneDNN and libtorch, whose packages take half a gigabyte. --small-pages leaves memory in
 # the pages that the system gives by itself; else all programs ask for large ones. Ctrl-C ends it; the
-# same command with --resume goes on, and leaves out what is measured.
+# same command with --resume goes on, and leaves out what is measured with this code, build and options.
 set -eu
 trap 'echo; echo "Stopped; with --resume it goes on."; exit 130' INT
 
@@ -38,6 +38,12 @@ if [ $resume = yes ] && [ "$(cat "$out/settings" 2>/dev/null)" != "$settings" ];
   echo "$0: nothing in $out goes on with $settings" >&2
   exit 2
 fi
+# Before the build, which Ctrl-C may end too.
+mkdir -p "$out"
+if [ $resume = no ]; then
+  for name in $names; do rm -f "$out/$name.json" "$out/$name.tsv"; done
+  echo "$settings" >"$out/settings"
+fi
 
 if [ $peers = ON ]; then
   echo "Comparing with oneDNN and libtorch, of which apt-get installs what is missing (--no-peers does without)."
@@ -50,13 +56,11 @@ fi
 
 echo "Building in $build"
 (cd "$root" && cmake --preset release -DMOE_BENCH_PEERS=$peers >/dev/null)
+# What each result depends on. Before the build, so that what is changed during it is measured anew.
+settings="$settings, $(cd "$root" &&
+  find include bench build/release/CMakeCache.txt -type f -exec cksum {} + | sort | cksum)"
 cmake --build "$build" --target benchmarks --parallel "$(getconf _NPROCESSORS_ONLN)"
 
-mkdir -p "$out"
-if [ $resume = no ]; then
-  for name in $names; do rm -f "$out/$name.json"; done
-  echo "$settings" >"$out/settings"
-fi
 # bench_exchange runs on two ranks, as root too, and on one core if there is no other.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 
@@ -70,9 +74,14 @@ echo "With GLIBC_TUNABLES=$GLIBC_TUNABLES; the system gives large pages:" \
 
 for name in $names; do
   if [ $resume = yes ] && [ -f "$out/$name.json" ]; then
-    echo "Measured already: $name"
-    continue
+    if [ "$(cat "$out/$name.settings" 2>/dev/null)" = "$settings" ]; then
+      echo "Measured already: $name"
+      continue
+    fi
+    echo "Measured with other code, another build or other options: $name"
   fi
+  rm -f "$out/$name.json" "$out/$name.tsv"
+  echo "$settings" >"$out/$name.settings"
   start=$(date +%s)
   printf 'Running %s' "$name"
   launcher=''
@@ -87,8 +96,9 @@ for name in $names; do
   $launcher "$build/bench/bench_$name" --benchmark_out="$out/$name.part" --benchmark_out_format=json \
     >>"$out/$name.log" 2>>"$errors" || { echo; cat "$out/$name.log"; exit 1; }
   [ ! -t 2 ] || printf '\rRunning %s' "$name"
+  # The JSON comes last: it says that all is there.
+  awk -f "$root/bench/rows.awk" "$out/$name.part" >"$out/$name.tsv"
   mv "$out/$name.part" "$out/$name.json"
-  awk -f "$root/bench/rows.awk" "$out/$name.json" >"$out/$name.tsv"
   echo ": $(($(date +%s) - start)) s"
 done
 
@@ -118,6 +128,7 @@ if [ $plotted = yes ]; then
 fi
 
 for name in $names; do
+  [ -f "$out/$name.tsv" ] || continue
   is_peers=0
   [ "$name" != peers ] || is_peers=1
   printf '\n## %s: %s\n\n' "$name" "$(sed -n '1s,^/// *,,p' "$root/bench/$name.cpp")"

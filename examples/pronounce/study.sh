@@ -27,6 +27,9 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 folder=${2:-$root/build/$default}
 mkdir -p "$folder"
 folder=$(CDPATH='' cd -- "$folder" && pwd)
+# Is there once Ctrl-C was pressed: a training in its last phase ends as if it had not been.
+stop="$folder/stop"
+rm -f "$stop"
 
 program=${PRONOUNCE:-}
 if [ -z "$program" ]; then
@@ -46,14 +49,15 @@ count_all() { for way in $ways; do for seed in $seeds; do echo "$way-$seed"; don
 
 # run NAME EVERY arguments...: prints the command that makes NAME.log, unless it is there, with an evaluation
 # EVERY updates. The model of a training that was stopped has the other arguments in it. Where the training does not
-# come to its end, 255 keeps xargs from beginning another.
+# come to its end, or would begin after Ctrl-C, 255 keeps xargs from beginning another.
 run() {
   name=$1
   every=$2
   shift 2
   [ ! -f "$folder/$name.log" ] || return 0
   [ ! -s "$folder/$name.safetensors" ] || set -- --resume "'$folder/$name.safetensors'"
-  printf '%s ' "OMP_NUM_THREADS=1 '$program' --threads 1 --model '$folder/$name.safetensors'" \
+  printf '%s ' "[ ! -e '$stop' ] || exit 255;" \
+    "OMP_NUM_THREADS=1 '$program' --threads 1 --model '$folder/$name.safetensors'" \
     "--csv '$folder/$name.csv' --evaluate-every $every $* >'$folder/$name.part' 2>&1" \
     "&& grep -q '^the model is in ' '$folder/$name.part'" \
     "&& mv '$folder/$name.part' '$folder/$name.log' || exit 255"
@@ -64,8 +68,7 @@ run() {
 two_at_a_time() {
   commands=$(mktemp)
   cat >"$commands"
-  stopped=no
-  trap 'stopped=yes' INT
+  trap ': >"$stop"' INT
   # In the background a shell keeps Ctrl-C from its programs, but the trainings catch it themselves.
   tr '\n' '\0' <"$commands" | xargs -0 -r -n 1 -P 2 sh -c 2>/dev/null &
   trainings=$!
@@ -74,8 +77,8 @@ two_at_a_time() {
   done
   clear_bar
   rm "$commands"
-  if wait "$trainings"; then return 0; fi
-  if [ "$stopped" = yes ]; then
+  if wait "$trainings" && [ ! -e "$stop" ]; then return 0; fi
+  if [ -e "$stop" ]; then
     echo "interrupted; the same command goes on" >&2
     exit 130
   fi
@@ -163,8 +166,9 @@ full() {
 }
 
 begin_bar "$(count_done)"
-trap : INT  # two_at_a_time() ends when the trainings are saved
+trap ': >"$stop"' INT  # two_at_a_time() ends when the trainings are saved
 "$part"
+trap - INT
 
 # The last rows of the logs, and their means.
 for way in $ways; do

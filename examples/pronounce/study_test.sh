@@ -18,7 +18,8 @@ fail() {
   exit 1
 }
 
-# Notes its arguments and saves its model: two of them half, on Ctrl-C, for which they wait.
+# Notes its arguments and saves its model: two of them half, on Ctrl-C, for which they wait. In the
+# folder `late` the first ones are in their last phase, and come to their end after Ctrl-C.
 cat >program <<'PROGRAM'
 #!/bin/sh
 set -eu
@@ -34,7 +35,18 @@ while [ $# -gt 0 ]; do
 done
 [ ! -f broken ] || { echo "pronounce: broken" >&2; exit 1; }
 case $model in
-  */cross_entropy-1.* | */annealed-1.*)
+  */late/start-*)
+    if [ ! -f "$model.waiting" ]; then
+      : >"$model.waiting"
+      # What tells the study of Ctrl-C, which this does not look at any more.
+      polls=0
+      until [ -e "${model%/*}/stop" ] || [ "$polls" -ge 50 ]; do
+        sleep 0.1
+        polls=$((polls + 1))
+      done
+    fi
+    ;;
+  */study/cross_entropy-1.* | */study/annealed-1.*)
     # Not by a trap: a shell cannot catch what it was started without.
     [ "$resume" = "$model" ] || [ -f "$model.waiting" ] || exec python3 -c 'import signal, sys
 signal.signal(signal.SIGINT, lambda *_: None)
@@ -75,3 +87,15 @@ for name in $half; do
 done
 [ "$(wc -l <calls.txt)" -eq 23 ] || fail "trainings were made twice"
 [ "$(grep -c '| 3 / 3 / 3 | ' study/table.md)" -eq 7 ] || fail "not all ways are in the table"
+
+# Ctrl-C in the last phase of two trainings, then in that of the one that is left.
+: >calls.txt
+interrupt third.txt "late/start-1.safetensors.waiting late/start-2.safetensors.waiting" sh "$study" reinforce late
+grep -q "^interrupted; the same command goes on" third.txt || fail "Ctrl-C in the last phase was swallowed"
+[ "$(wc -l <calls.txt)" -eq 2 ] || fail "it began more trainings after Ctrl-C in the last phase"
+for name in start-1 start-2; do [ -f "late/$name.log" ] || fail "$name came to its end, and does not count"; done
+interrupt fourth.txt late/start-3.safetensors.waiting sh "$study" reinforce late
+grep -q "^interrupted; the same command goes on" fourth.txt || fail "Ctrl-C in the very last phase was swallowed"
+[ "$(wc -l <calls.txt)" -eq 3 ] || fail "it began more trainings after Ctrl-C in the very last phase"
+sh "$study" reinforce late >fifth.txt 2>&1
+[ "$(wc -l <calls.txt)" -eq 21 ] || fail "trainings were made twice, or not all"
