@@ -173,7 +173,8 @@ TEST_CASE("top-k gate: rows that are no whole sequences are refused where each h
   CHECK_NOTHROW(gate.evaluate(random_matrix(7, 5, 2), tape, {.sequences = 7}));
 }
 
-TEST_CASE("top-k gate: a number of sequences below 0, or that would overflow, is refused", "[routing][gate]") {
+TEST_CASE("top-k gate: a number of sequences below 0, or that would overflow, is refused",
+          "[routing][gate]") {
   const TopKGate<double> gate(everything(), 1);
   TopKTape<double> tape;
   const Matrix<double> x = random_matrix(6, 5, 2);
