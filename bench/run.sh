@@ -4,7 +4,7 @@
 #     sh bench/run.sh [--resume] [--no-peers] [--small-pages] [NAME...]
 # With names, those benchmarks only (layer, peers, ...; one a file of this folder). --no-peers does
 # without oneDNN and libtorch, whose packages take half a gigabyte. --small-pages leaves memory in
-# the pages that the system gives by itself; else all programs ask for large ones. Ctrl-C ends it; the
+# the pages that the system gives by itself; else all programs use large ones. Ctrl-C ends it; the
 # same command with --resume goes on, and leaves out what is measured with this code, build and options.
 set -eu
 trap 'echo; echo "Stopped; with --resume it goes on."; exit 130' INT

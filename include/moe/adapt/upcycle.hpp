@@ -170,7 +170,7 @@ MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(
                                   .gate = config.gate,
                                   .seed = config.seed};
   of_layer = Layer::completed(of_layer);
-  Gate gate(of_layer.gate, derive_seed(config.seed, 0));
+  Gate gate(of_layer.gate, detail::gate_seed(config.seed));
   const Index experts = gate.experts();
   detail::check_slices(dense.config(), config, experts);
   detail::tie_slices(gate, config.slices, config.seed);

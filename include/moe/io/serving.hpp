@@ -334,13 +334,13 @@ Serving load_serving(const std::string& path, const NarrowOptions& options = {},
   const Index lanes = detail::packed_lanes(*file);
   const std::shared_ptr<const std::byte> mapped = lanes > 0 ? file->map() : nullptr;
 
-  Gate gate(config.gate, derive_seed(config.seed, 0));
+  Gate gate(config.gate, detail::gate_seed(config.seed));
   file->read_parameters(gate, "gate.");
   std::vector<Expert> experts;
   for (Index e = 0; e < gate.experts() - config.identity_experts; ++e) {
     const std::string prefix = "experts." + std::to_string(e) + ".";
     if (is_wide) {
-      FeedForward<float> wide(config.expert, 0);
+      auto wide = FeedForward<float>::zeros(config.expert);
       file->read_parameters(wide, prefix);
       experts.emplace_back(Network(wide, options, prefix), config.width);
       continue;

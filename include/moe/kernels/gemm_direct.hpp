@@ -53,9 +53,9 @@ Index distance_between(const Scalar* from, const Scalar* to) {
 /// C = A·B with B read in place, some rows of it side by side, from one end to the other. The depth
 /// is cut into steps, at each of which C is read and written, and the columns into slices that stay
 /// in L2 while all rows of A pass. With 16 registers and more than two tiles of rows (from gemm_serial() then
-/// more than gemm_strips() takes) the first tile packs a slice into strips, which the others read. The hardware prefetcher stops at the end of a page of
-/// memory, so rows are prefetched 32 KiB ahead, and near their ends the rows of the next step, the last of which
-/// may be in `prefetch_next`.
+/// more than gemm_strips() takes) the first tile packs a slice into strips, which the others read. The
+/// hardware prefetcher stops at the end of a page of memory, so rows are prefetched 32 KiB ahead, and near
+/// their ends the rows of the next step, the last of which may be in `prefetch_next`.
 template <class Scalar>
 void gemm_direct(const GemmNN<Scalar>& product) {
   constexpr Index size = packet_size<Scalar>;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <utility>
 
 #include "moe/kernels/activations.hpp"
@@ -35,6 +36,9 @@ struct MoELayerConfig {
 };
 
 namespace detail {
+
+/// The seed of a layer's gate.
+inline std::uint64_t gate_seed(std::uint64_t of_layer) { return derive_seed(of_layer, 0); }
 
 /// The configuration of a layer with other experts or another gate.
 template <class To, class Config, class ExpertConfig, class GateConfig>

@@ -406,7 +406,7 @@ MoELayer<Expert_, Gate_, Dispatch_>::MoELayer(const Config& config, DispatchPoli
     : policy_(std::move(policy)),
       config_(policy_.together("MoELayer::MoELayer", [&] { return completed(config); })),
       gate_(policy_.together("MoELayer: the gate", [&] {
-        return checked(Gate(config_.gate, derive_seed(config.seed, 0)), config_);
+        return checked(Gate(config_.gate, detail::gate_seed(config.seed)), config_);
       })) {
   if constexpr (detail::ChangesExperts<Gate>) config_.gate = gate_.config();  // completed too
   policy_.place(config_, gate_, networks());

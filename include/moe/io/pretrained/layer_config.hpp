@@ -74,10 +74,11 @@ typename Layer::Config layer_config(const std::string& path, const io::Mixture& 
 template <class Layer>
 Layer layer_of_zeros(const typename Layer::Config& config) {
   const auto whole = Layer::completed(config);
-  typename Layer::Gate gate(whole.gate, derive_seed(whole.seed, 0));
+  typename Layer::Gate gate(whole.gate, gate_seed(whole.seed));
   std::vector<typename Layer::Expert> experts;
-  experts.reserve(to_size(gate.experts()));
-  for (Index e = 0; e < gate.experts(); ++e) {
+  const Index networks = gate.experts() - whole.identity_experts;
+  experts.reserve(to_size(networks));
+  for (Index e = 0; e < networks; ++e) {
     experts.emplace_back(Layer::Expert::Network::zeros(whole.expert), whole.width);
   }
   return Layer(whole, std::move(gate), std::move(experts));
