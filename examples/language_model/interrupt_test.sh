@@ -6,15 +6,9 @@ set -eu
 
 folder=$1
 shift
-rm -rf "$folder"
-mkdir -p "$folder"
-cd "$folder"
-
-fail() {
-  echo "$1" >&2
-  cat "$folder"/*.log >&2
-  exit 1
-}
+# shellcheck source=examples/common/interrupted_training.sh
+. "$(dirname -- "$0")/../common/interrupted_training.sh"
+begin_in "$folder"
 
 # Perplexities and the balance of a model in a CSV, without what depends on time.
 figures() { awk -F, '{ print $1, $2, $3, $6, $7, $10, $11, $12, $13 }' "$1" | sort -u; }
@@ -32,37 +26,20 @@ train() {
 
 train whole "$@" >whole.log
 
-# While the text is read, by a pipe that several ranks cannot share: then there is nothing to evaluate.
+# Several ranks cannot share a pipe.
 if [ "$signal" = INT ]; then
-  mkfifo text
-  "$@" --data text --csv none.csv >none.log &
-  program=$!
-  exec 3>text # when the program opens it, which by then catches signals
-  kill -s INT "$program"
-  echo "the last words" >&3
-  exec 3>&-
-  wait "$program" || fail "the signal before the first update ended the program with $?"
-  grep -q "^interrupted before the first update" none.log || fail "it was not interrupted before the first update"
+  echo "the last words" >words
+  interrupt_while_reading text none.log "$@" --data text --csv none.csv <words
   ! grep -q "| sparse" none.log || fail "untrained models were evaluated"
   [ "$(wc -l <none.csv)" -eq 1 ] || fail "there are rows of untrained models"
 fi
 
-# In the background a shell keeps Ctrl-C from its programs, but this one catches it itself.
-# So the program itself is what the shell starts there, not a function.
 set -- "$@" --checkpoint training.safetensors
 if [ "$picture" = yes ]; then
-  "$@" --csv parts.csv --picture parts.svg >first.log &
+  interrupt_training "$signal" first.log training.safetensors "$@" --csv parts.csv --picture parts.svg
 else
-  "$@" --csv parts.csv >first.log &
+  interrupt_training "$signal" first.log training.safetensors "$@" --csv parts.csv
 fi
-program=$!
-# The first row says that the training is under way.
-until [ -s training.safetensors ] || [ -s training.safetensors.rank0 ]; do
-  kill -0 "$program" 2>/dev/null || fail "the training ended before it was interrupted"
-  sleep 0.02
-done
-kill -s "$signal" "$program"
-wait "$program" || fail "the signal ended the program with $?"
 grep -q "^interrupted after update [1-9][0-9]* of " first.log || fail "it was not interrupted"
 ! grep -q "| sparse" first.log || fail "the test part was read before the end"
 
