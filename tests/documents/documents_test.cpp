@@ -285,6 +285,7 @@ TEST_CASE("documents: pretrained.md", "[documents]") {
     moe::SafetensorsWriter writer;
     writer.add("model.embed_tokens.weight", numbers);
     writer.add("lm_head.weight", numbers);
+    writer.add("model.norm.weight", numbers);
     writer.write("model.safetensors");
 #include "pretrained_8.inc"
     CHECK(moe::test::same_bits(embedding, numbers));

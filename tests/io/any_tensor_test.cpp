@@ -2,7 +2,9 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <limits>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -118,6 +120,75 @@ TEST_CASE("safetensors: a tensor of any shape is a matrix, comes in blocks or in
   std::vector<std::byte> bytes(5);
   CHECK_THROWS_WITH(file.read_bytes("t", 83996, bytes),
                     Contains("bytes 83996 to 84001 of tensor \"t\", which has 84000"));
+}
+
+TEST_CASE("safetensors: a mapped tensor is read where it is, and outlives its file", "[io]") {
+  const TemporaryFolder folder;
+  const Matrix<float> numbers = random_matrix<float>(3 * 7, 10, 1);
+  SafetensorsWriter writer;
+  writer.add_made<float>("t", {3, 7, 10}, [&] { return numbers; });
+  writer.add_made<double>("vector", {2}, [] { return Matrix<double>{{1, -2}}; });
+  writer.add_made<float>("none", {0, 5}, [] { return Matrix<float>(); });
+  const Matrix<Eigen::half> half{{Eigen::half(1.f)}, {Eigen::half(-2.f)}};
+  writer.add("half", half);
+  const Matrix<Eigen::bfloat16> brain{{Eigen::bfloat16(1.f), Eigen::bfloat16(-2.f)}};
+  writer.add("brain", brain);
+  writer.write(folder.file("a"));
+
+  auto file = std::make_unique<SafetensorsFile>(folder.file("a"));
+  if (!file->map()) {
+    CHECK_THROWS_WITH(file->mapped_matrix<float>("t"), Contains("cannot be mapped"));
+    return;
+  }
+  const MappedMatrix<double> vector = file->mapped_matrix<double>("vector");
+  CHECK(vector.rows() == 1);
+  CHECK(vector.cols() == 2);
+  CHECK(vector.view()(0, 1) == -2);
+  CHECK(file->tensor("half").type == "F16");
+  CHECK(file->mapped_matrix<Eigen::half>("half").view() == half);
+  CHECK(file->matrix<float>("half")(1, 0) == -2);
+  CHECK(file->tensor("brain").type == "BF16");
+  CHECK(file->mapped_matrix<Eigen::bfloat16>("brain").view() == brain);
+  CHECK(file->matrix<float>("brain")(0, 1) == -2);
+  const MappedMatrix<float> none = file->mapped_matrix<float>("none");
+  CHECK(none.rows() == 0);
+  CHECK(none.cols() == 5);
+  auto first = std::make_unique<MappedMatrix<float>>(file->mapped_matrix<float>("t"));
+  const MappedMatrix<float> mapped = *first;
+  CHECK(mapped.view().data() == first->view().data());
+  first.reset();
+  file.reset();
+  CHECK(mapped.view() == numbers);
+}
+
+TEST_CASE("safetensors: what cannot be mapped as it is, is refused by name", "[io]") {
+  const TemporaryFolder folder;
+  std::string header = R"({"byte":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                       R"("odd":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}})";
+  header.append((4 - header.size() % 4) % 4,
+                ' ');  // so that "odd" begins one byte behind a multiple of 4
+  write_file(folder.file("a"), header, std::string("\x07\x00\x00\x80\x3f", 5));
+  const SafetensorsFile file(folder.file("a"));
+  CHECK_THROWS_WITH(file.mapped_matrix<double>("odd"),
+                    Contains("tensor \"odd\" is F32, must be F64"));
+  CHECK_THROWS_WITH(file.mapped_matrix<float>("even"), Contains("has no tensor \"even\""));
+  CHECK_THROWS_WITH(
+      file.mapped_matrix<float>("odd"),
+      Contains("tensor \"odd\" begins at byte " + std::to_string(8 + header.size() + 1) +
+               ", which must be a multiple of 4 to be mapped"));
+  CHECK(file.matrix<float>("odd")(0, 0) == 1);
+
+  const SafetensorsFile wide = one_tensor(folder, "F32", "[0,18446744073709551615]", "");
+  CHECK_THROWS_WITH(wide.mapped_matrix<float>("t"),
+                    Contains("whose size does not fit into 64 bits"));
+
+  if (!file.map()) return;
+  SafetensorsWriter writer;
+  writer.add_made<float>("t", {2}, [] { return Matrix<float>{{1, -2}}; });
+  writer.write(folder.file("b"));
+  const SafetensorsFile shrunk(folder.file("b"));
+  std::filesystem::resize_file(folder.file("b"), 20);
+  CHECK_THROWS_WITH(shrunk.mapped_matrix<float>("t"), Contains("was changed while it is in use"));
 }
 
 TEST_CASE("safetensors: what cannot be widened is refused by name", "[io]") {

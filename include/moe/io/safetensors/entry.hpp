@@ -45,11 +45,18 @@ inline std::uint64_t element_bits(std::string_view type) {
 /// The type of a tensor whose elements are Element.
 template <class Element>
 constexpr std::string_view element_type() {
-  static_assert(std::is_same_v<Element, float> || std::is_same_v<Element, double> ||
-                std::is_same_v<Element, Index>);
-  if constexpr (std::is_same_v<Element, float>) return "F32";
-  if constexpr (std::is_same_v<Element, double>) return "F64";
-  if constexpr (std::is_same_v<Element, Index>) return "I64";
+  if constexpr (std::is_same_v<Element, float>) {
+    return "F32";
+  } else if constexpr (std::is_same_v<Element, double>) {
+    return "F64";
+  } else if constexpr (std::is_same_v<Element, Eigen::half>) {
+    return "F16";
+  } else if constexpr (std::is_same_v<Element, Eigen::bfloat16>) {
+    return "BF16";
+  } else {
+    static_assert(std::is_same_v<Element, Index>);
+    return "I64";
+  }
 }
 
 /// Bits of a tensor of this shape; nothing if the number overflows. With a size of zero it is 0, whatever the

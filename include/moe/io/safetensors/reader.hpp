@@ -17,6 +17,7 @@
 #include "moe/io/safetensors/entry.hpp"
 #include "moe/io/safetensors/header.hpp"
 #include "moe/io/safetensors/input_file.hpp"
+#include "moe/io/safetensors/mapped_matrix.hpp"
 #include "moe/io/safetensors/widen.hpp"
 #include "moe/parameter.hpp"
 
@@ -101,9 +102,7 @@ class SafetensorsFile {
   /// becomes a·b x c. A vector is one row, a number 1 x 1.
   template <class Scalar>
   Matrix<Scalar> matrix(const std::string& name) const {
-    const auto [rows, columns] = detail::as_matrix(tensor(name).shape);
-    require(rows >= 0 && columns >= 0, detail::tensor_named(name), " has shape ",
-            detail::to_string(tensor(name).shape), ", whose size does not fit into 64 bits");
+    const auto [rows, columns] = matrix_shape(name);
     Matrix<Scalar> matrix(rows, columns);
     read_range(name, 0, std::span<Scalar>(matrix.data(), detail::to_size(matrix.size())));
     return matrix;
@@ -139,6 +138,25 @@ class SafetensorsFile {
   }
 
   /// \}
+
+  /// The whole tensor in the shape of matrix(), in the memory of the mapped file instead of a copy. Scalar is float,
+  /// double, Eigen::half or Eigen::bfloat16, and the tensor must be of this type: F32, F64, F16 or BF16. Throws
+  /// std::runtime_error if there is no tensor of this name, it has another type, it is not aligned in the file
+  /// (SafetensorsWriter aligns every tensor), or the file cannot be mapped; matrix() reads it all the same. Throws
+  /// too if the file was changed since it was opened.
+  template <class Scalar>
+  MappedMatrix<Scalar> mapped_matrix(const std::string& name) const {
+    require_type(tensor(name), name, detail::element_type<Scalar>());
+    const auto [rows, columns] = matrix_shape(name);
+    const std::uint64_t place = place_of(name);
+    require(place % alignof(Scalar) == 0, detail::tensor_named(name), " begins at byte ", place,
+            ", which must be a multiple of ", alignof(Scalar), " to be mapped");
+    check_unchanged();
+    auto file = map();
+    require(file != nullptr, "cannot be mapped");
+    const auto* const numbers = reinterpret_cast<const Scalar*>(file.get() + place);
+    return {std::move(file), numbers, rows, columns};
+  }
 
   /// Fills `bytes` with those of a tensor of any type from byte `first` on. Throws std::runtime_error if
   /// there is no tensor of this name, and std::invalid_argument if it does not have as many.
@@ -322,11 +340,24 @@ class SafetensorsFile {
   const Tensor& find(const std::string& name, std::string_view type,
                      const std::vector<std::uint64_t>& shape) const {
     const Tensor& found = tensor(name);
-    require(found.type == type, detail::tensor_named(name), " is ", detail::plain(found.type),
-            ", must be ", type);
+    require_type(found, name, type);
     require(detail::is_shape(found.shape, shape), detail::tensor_named(name), " has shape ",
             detail::to_string(found.shape), ", must be ", detail::to_string(shape));
     return found;
+  }
+
+  void require_type(const Tensor& entry, const std::string& name, std::string_view type) const {
+    require(entry.type == type, detail::tensor_named(name), " is ", detail::plain(entry.type),
+            ", must be ", type);
+  }
+
+  /// Rows and columns of a tensor as a matrix.
+  std::pair<Index, Index> matrix_shape(const std::string& name) const {
+    const std::vector<std::uint64_t>& shape = tensor(name).shape;
+    const auto [rows, columns] = detail::as_matrix(shape);
+    require(rows >= 0 && columns >= 0, detail::tensor_named(name), " has shape ",
+            detail::to_string(shape), ", whose size does not fit into 64 bits");
+    return {rows, columns};
   }
 
   /// The number of values of a tensor, which must be of a type that can be widened.

@@ -55,8 +55,9 @@ namespace moe {
 /// larger elements come first, so that each is aligned.
 class SafetensorsWriter {
  public:
-  /// Adds a matrix of float (F32) or double (F64); one of a single row becomes a vector, [N]. Throws
-  /// std::invalid_argument if the name was used before or is "__metadata__", which the format reserves.
+  /// Adds a matrix of float (F32), double (F64), Eigen::half (F16) or Eigen::bfloat16 (BF16); one of a single
+  /// row becomes a vector, [N]. Throws std::invalid_argument if the name was used before or is "__metadata__",
+  /// which the format reserves.
   template <class Scalar>
   void add(const std::string& name, const Matrix<Scalar>& matrix) {
     add({name,
