@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <moe/moe.hpp>
 #include <moe/weights/serving_layer.hpp>
-#include <span>
 #include <string>
 #include <utility>
 
@@ -55,9 +54,7 @@ class Mixture {
  public:
   using Config = MixtureConfig<typename Gate::Config>;
   struct State {};  ///< nothing is carried from one batch to the next
-  struct Tape : Layer::Tape {
-    moe::Matrix<double> noise;  ///< of the gate, where its factor is not 1
-  };
+  using Tape = typename Layer::Tape;
   /// With its experts in a narrow format.
   template <class Format>
   using Served = Mixture<Gate, moe::ServingLayer<Layer, Format>>;
@@ -102,14 +99,12 @@ class Mixture {
 
   State initial_state(Index) const { return {}; }
 
-  /// Multiplies the noise that the gate gets in forward(), from now on. Not for a layer that is spread over
-  /// processes: each would draw the same.
+  /// Multiplies the gate's noise in forward(), from now on.
   void set_noise(double factor) { noise_factor_ = factor; }
 
   const Matrix& forward(const Matrix& x, State&, Tape& tape, const moe::NoiseKey& key) const {
     return layer_.forward(
-        x, tape,
-        {.step = key.step, .first_token = key.first_token, .noise = noise(x.rows(), tape, key)});
+        x, tape, {.step = key.step, .first_token = key.first_token, .noise_factor = noise_factor_});
   }
   const Matrix& backward(const Matrix& dy, Tape& tape) { return layer_.backward(dy, tape); }
   const Matrix& evaluate(const Matrix& x, State&, Tape& tape) const {
@@ -131,24 +126,6 @@ class Mixture {
  private:
   template <class, class>
   friend class Mixture;
-
-  /// Nothing, where the gate is to draw the noise itself, or has none.
-  std::span<const double> noise(Index tokens, Tape& tape, const moe::NoiseKey& key) const {
-    if constexpr (requires { layer_.gate().noise_columns(); }) {
-      if (noise_factor_ == 1 || layer_.gate().noise_columns() == 0) return {};
-      tape.noise.resize(tokens, layer_.gate().noise_columns());
-      if (noise_factor_ == 0) {
-        tape.noise.setZero();
-      } else {
-        const std::uint64_t seed = moe::derive_seed(layer_.config().seed, 10);
-        moe::fill_normal(tape.noise, noise_factor_,
-                         moe::derive_seed(moe::derive_seed(seed, key.step), key.first_token));
-      }
-      return {tape.noise.data(), static_cast<std::size_t>(tape.noise.size())};
-    } else {
-      return {};
-    }
-  }
 
   /// The library's gates start with scores of 0, so that at first noise alone chooses. Where scores
   /// differ from the start, experts get tokens of their own from the start too.

@@ -1,3 +1,9 @@
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #include "law_runs.hpp"
 
 // Pass::noise: numbers that are given instead of drawn.
@@ -101,6 +107,88 @@ TEMPLATE_TEST_CASE("gates: a noise of zeros is none", "[gate][laws][noise]",
   if constexpr (requires { tape.noisy; }) CHECK(same_bits(tape.noisy, tape.clean));
 }
 
+TEMPLATE_TEST_CASE("gates: a factor of the noise multiplies what is drawn and what is given",
+                   "[gate][laws][noise]", test::NoisyTopKLaw<float>, test::NoisyTopKLaw<double>,
+                   test::ProductKeyLaw<float>,
+                   (test::SharedExpertLaw<test::NoisyTopKLaw<double>, true>)) {
+  const auto gate = make_gate<TestType>();
+  const auto x = random_rows<TestType>();
+  const Pass pass{.step = 3, .first_token = 4};
+  const std::vector<double> noise = TestType::drawn_noise(gate, TestType::seed, x, pass);
+  // A quarter of a number is exact, and so is the product of a quarter and a half.
+  const auto times = [&](double factor) {
+    std::vector<double> scaled = noise;
+    for (double& n : scaled) n *= factor;
+    return scaled;
+  };
+  const std::vector<double> quarter = times(0.25);
+  const std::vector<double> half = times(0.5);
+  const auto run = [&](const Pass& of) {
+    return GateRun<TestType>(gate, x, random_dweight<TestType>(), of);
+  };
+  auto expected = run({.step = 0, .noise = quarter});
+  auto drawn = run({.step = 3, .first_token = 4, .noise_factor = 0.25});
+  auto given = run({.step = 0, .noise = half, .noise_factor = 0.5});
+  check_same(drawn, expected);
+  check_same(given, expected);
+  CHECK_FALSE(same_bits(run(pass).dx, expected.dx));
+
+  // None at all, and then the given numbers are not read.
+  typename TestType::Tape clean;
+  gate.evaluate(x, clean);
+  const std::vector<double> unread(noise.size(), std::nan(""));
+  for (const std::vector<double>& numbers : {std::vector<double>(), unread}) {
+    typename TestType::Tape tape;
+    gate.forward(x, tape, {.step = 3, .noise = numbers, .noise_factor = 0});
+    CHECK(same_routing(tape.routing, clean.routing));
+  }
+}
+
+TEST_CASE("gates: a factor of the noise is one of both levels of a hierarchy",
+          "[gate][laws][noise]") {
+  using Law = test::HierarchicalLaw<double>;
+  const auto gate = make_gate<Law>();
+  const auto x = random_rows<Law>();
+  typename Law::Tape whole, part;
+  gate.forward(x, whole, {.step = 3});
+  gate.forward(x, part, {.step = 3, .noise_factor = 0.25});
+  CHECK(part.primary.noise == 0.25 * whole.primary.noise);
+  // Groups that both passes chose for a token; the others' noise is NaN.
+  const auto all = Law::drawn_noise(gate, Law::seed, x, {.step = 3});
+  const auto quarter = Law::drawn_noise(gate, Law::seed, x, {.step = 3, .noise_factor = 0.25});
+  int compared = 0;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (std::isnan(all[i]) || std::isnan(quarter[i])) continue;
+    CHECK(quarter[i] == 0.25 * all[i]);
+    ++compared;
+  }
+  CHECK(compared > 12 * 3 + 12 * 4);  // the first level, and a group a token and more
+
+  gate.forward(x, part, {.step = 3, .noise_factor = 0});
+  gate.evaluate(x, whole);
+  CHECK(same_routing(part.routing, whole.routing));
+}
+
+TEMPLATE_LIST_TEST_CASE("gates: gradients with a factor of the noise are derivatives",
+                        "[gate][laws][noise]", test::GateLawsInDouble) {
+  test::check_gradients<TestType>({.step = 3, .noise_factor = 0.375});
+}
+
+TEMPLATE_LIST_TEST_CASE("gates: a factor of the noise that is none is refused",
+                        "[gate][laws][noise]", test::GateLawsInDouble) {
+  const auto gate = make_gate<TestType>();
+  typename TestType::Tape tape;
+  CHECK_THROWS_WITH(gate.forward(random_rows<TestType>(), tape, {.step = 3, .noise_factor = -0.5}),
+                    std::string("moe: ") + TestType::name +
+                        ": Pass.noise_factor = -0.5, must be finite and at least 0");
+  for (const double factor : {std::nan(""), std::numeric_limits<double>::infinity()}) {
+    CHECK_THROWS_AS(
+        gate.forward(random_rows<TestType>(), tape, {.step = 3, .noise_factor = factor}),
+        std::invalid_argument);
+  }
+  CHECK_FALSE(tape.trained);
+}
+
 TEMPLATE_TEST_CASE("gates: jitter and second choices take the numbers that are given",
                    "[gate][laws][noise]", float, double) {
   using Law = test::JitterLaw<TestType>;
@@ -108,12 +196,14 @@ TEMPLATE_TEST_CASE("gates: jitter and second choices take the numbers that are g
   const Index columns = gate.noise_columns();
   REQUIRE(columns == 6);  // of the five entries of x, and the second choice
   const Matrix<TestType> x = random_rows<Law>();
-  const auto pass = [&](double jitter, double second) {
+  const auto pass = [&](double jitter, double second, double factor = 1) {
     Matrix<double> noise = Matrix<double>::Constant(12, columns, jitter);
     noise.col(5).setConstant(second);
     typename Law::Tape tape;
     gate.forward(x, tape,
-                 {.step = 0, .noise = {noise.data(), static_cast<std::size_t>(noise.size())}});
+                 {.step = 0,
+                  .noise = {noise.data(), static_cast<std::size_t>(noise.size())},
+                  .noise_factor = factor});
     return tape;
   };
   // No jitter, and every second choice kept.
@@ -125,6 +215,10 @@ TEMPLATE_TEST_CASE("gates: jitter and second choices take the numbers that are g
   // 1 + 0.2·u.
   const auto half = pass(0.5, 0);
   CHECK(test::relative_error(half.jittered, Matrix<TestType>(x * TestType(1.1))) < 1e-6);
+  CHECK(same_bits(pass(1, 0, 0.5).jittered, half.jittered));
+  CHECK(same_bits(pass(1, 0, 0).jittered, x));
+  // The number that decides about the second choice is none to be made smaller.
+  CHECK(same_routing(pass(1, 0.6, 0.5).routing, pass(0.5, 0.6).routing));
   const auto least = pass(-1, 0);
   CHECK(test::relative_error(least.jittered, Matrix<TestType>(x * TestType(0.8))) < 1e-6);
   // Kept if the number is below twice the weight, which is at most 1/2.

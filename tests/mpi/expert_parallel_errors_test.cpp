@@ -297,16 +297,19 @@ TEST_CASE("expert parallel: an evaluation cannot be gone back", "[mpi]") {
         std::string::npos);
 }
 
-TEST_CASE("expert parallel: ranks that scale the gate's losses differently hear of it", "[mpi]") {
+TEST_CASE("expert parallel: ranks that scale the gate's losses or its noise differently hear of it",
+          "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   const int last = communicator.size() - 1;
   if (last == 0) return;
   Small layer(small, communicator);
   Small::Tape tape;
   const double scale = communicator.rank() == last ? 0.5 : 1;
-  CHECK(error_of([&] {
-          layer.forward(random_matrix(5, 6, 1), tape, {.step = 0, .loss_scale = scale});
-        }).find("Pass.loss_scale") != std::string::npos);
+  const auto error = [&](const Pass& pass) {
+    return error_of([&] { layer.forward(random_matrix(5, 6, 1), tape, pass); });
+  };
+  CHECK(error({.step = 0, .loss_scale = scale}).find("Pass.loss_scale") != std::string::npos);
+  CHECK(error({.step = 0, .noise_factor = scale}).find("Pass.noise_factor") != std::string::npos);
 }
 
 TEST_CASE("expert parallel: ranks that see other numbers of sequences hear of it", "[mpi]") {

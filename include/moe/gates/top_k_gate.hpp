@@ -293,8 +293,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   void route(const MatrixRef<Scalar>& x, const Pass& pass, Tape& tape) const {
     const detail::NoiseSource noise = detail::noise_source(pass, noise_columns());
     if (config_.jitter > 0) {
-      detail::jitter_input(config_.jitter, jitter_seed_, noise, tape.tokens, x, tape.jitter,
-                           tape.jittered);
+      detail::jitter_input(config_.jitter * pass.noise_factor, jitter_seed_, noise, tape.tokens, x,
+                           tape.jitter, tape.jittered);
       linear_scores(tape.jittered, weight_, bias_, tape.router.logits);
     } else {
       detail::resize(tape.jitter, 0, 0);

@@ -186,7 +186,8 @@ class RankDispatch {
          {"Pass.sequences", pass.sequences},
          {"the layer", number_},
          {"the count of what the gate sums", most[0].numbers + most[1].numbers},
-         {"Pass.loss_scale, as bits,", std::bit_cast<std::int64_t>(pass.loss_scale)}},
+         {"Pass.loss_scale, as bits,", std::bit_cast<std::int64_t>(pass.loss_scale)},
+         {"Pass.noise_factor, as bits,", std::bit_cast<std::int64_t>(pass.noise_factor)}},
         {rows, tokens}, [&] {
           f();
           moe::detail::require(pass.batch == nullptr,

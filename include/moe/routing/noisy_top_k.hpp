@@ -58,7 +58,8 @@ void softmax_of_chosen_backward(const Routing<Scalar>& routing, Index top_k,
 ///
 ///     c = x·W_g                       clean scores                     N x E
 ///     s = softplus(x·W_noise) + s0    scale of the noise               N x E
-///     h = c + n ⊙ s                   n standard normal, keyed by (seed, step, token, expert)
+///     h = c + n ⊙ s                   n standard normal, keyed by (seed, step, token, expert), times
+///                                     Pass::noise_factor
 ///     G = softmax of h over its K largest, 0 elsewhere
 ///
 /// Calls for different rows of a tape may run at once; backward calls only if they are of different
@@ -276,7 +277,9 @@ class NoisyTopK {
     Scalar* noise = row_data(tape.noise, rows.first);
     Scalar* scale = row_data(tape.scale, rows.first);
     Scalar* noisy = row_data(tape.noisy, rows.first);
-    if (source.given == nullptr) {
+    if (source.factor == 0) {
+      std::fill_n(noise, scores_of(rows), Scalar{0});
+    } else if (source.given == nullptr) {
       fill_noise(seed_, source.key, rows.count, experts(), token_of, noise);
     } else {
       for (Index row = 0; row < rows.count; ++row) {
@@ -286,10 +289,13 @@ class NoisyTopK {
         }
       }
     }
+    const P factor = broadcast(static_cast<Scalar>(source.factor));
     for_each_packet<Scalar>(scores_of(rows), [&](const PacketSpan& at) {
       const P s = Eigen::internal::padd(softplus<Scalar>(at.load(raw)), floor);
+      const P n = Eigen::internal::pmul(at.load(noise), factor);
       at.store(scale, s);
-      at.store(noisy, Eigen::internal::pmadd(at.load(noise), s, at.load(clean)));
+      at.store(noise, n);
+      at.store(noisy, Eigen::internal::pmadd(n, s, at.load(clean)));
     });
   }
 
