@@ -25,7 +25,7 @@ struct Fact {
 struct Claim {
   /// The places in `numbers`.
   enum Number : std::size_t { failed, name, count, first_fact };
-  static constexpr std::size_t most_facts = 6;  ///< the largest number of facts
+  static constexpr std::size_t most_facts = 7;  ///< the largest number of facts
 
   Claim() = default;
   /// `said` is the call; `has_failed` whether this rank failed.
