@@ -34,7 +34,7 @@
 namespace moe::test::layer {
 #include "gates_4.inc"
 #include "layer_4.inc"
-#include "layer_7.inc"
+#include "layer_8.inc"
 }  // namespace moe::test::layer
 
 namespace {
@@ -92,7 +92,7 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
     CHECK(after.at("gate.weight") != before.at("gate.weight"));
   }
   {
-#include "layer_6.inc"
+#include "layer_7.inc"
     adam.update(layer, rate);
   }
 }
@@ -121,8 +121,16 @@ TEST_CASE("documents: a model and a network of one's own in layer.md", "[documen
     CHECK(model.config().mixture.gate.experts == model.mixture().gate().experts());
   }
   {
+    const std::vector<moe::Index> ids{3, 1, 4, 1, 5, 9, 2, 6};
+    const std::uint64_t step = 1;
+#include "layer_6.inc"
+    CHECK(n.rows() == 8);
+    CHECK(n.cols() == 8);
+    CHECK(state.hidden.rows() == 4);
+  }
+  {
     using own::ProductNetwork;
-#include "layer_8.inc"
+#include "layer_9.inc"
     CHECK(check.error < 1e-8);
     CHECK(check.checked == 24 + 2 * 4 * 3 + 3 * 2 * 16);
     CHECK(check.kinks == 0);

@@ -11,6 +11,7 @@
 
 using namespace moe;
 using Catch::Matchers::Contains;
+using Catch::Matchers::EndsWith;
 using test::same_bits;
 
 namespace {
@@ -229,4 +230,24 @@ TEST_CASE("safetensors config: a file without one, written by hand, is loaded", 
   }
   CHECK_THROWS_WITH(SafetensorsFile(path).config<Linear<float>>(),
                     Contains("has no metadata \"config.inputs\""));
+}
+
+TEST_CASE("safetensors: a prefix that is missing is shown", "[io]") {
+  const test::TemporaryFolder folder;
+  const Linear<float> saved({.inputs = 3, .outputs = 2}, 1);
+  SafetensorsWriter writer;
+  writer.add_module(saved, "model.in.");
+  writer.write(folder.file("a"));
+  const SafetensorsFile file(folder.file("a"));
+  Linear<float> linear({.inputs = 3, .outputs = 2}, 2);
+  CHECK_THROWS_WITH(
+      file.config<Linear<float>>(),
+      EndsWith("has no metadata \"config.inputs\"; there is \"model.in.config.inputs\","
+               " with the prefix \"model.in.\""));
+  CHECK_THROWS_WITH(file.metadata("config.inputs"), EndsWith("with the prefix \"model.in.\""));
+  CHECK_THROWS_WITH(file.read_parameters(linear, "in."),
+                    EndsWith("has no tensor \"in.weight\"; there is \"model.in.weight\", with the "
+                             "prefix \"model.\""));
+  // What only ends with the name has another one.
+  CHECK_THROWS_WITH(file.tensor("eight"), EndsWith("has no tensor \"eight\""));
 }

@@ -1,6 +1,9 @@
 #include "moe/testing/check_gradients.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -70,7 +73,77 @@ Layer make_layer(Activation activation) {
   return layer;
 }
 
+enum class Forgotten { nothing, scale, padding_in_loss, padding_in_y };
+
+/// The noisy gate, which forgets something of the pass in forward() and in backward() alike, with a loss of
+/// its own: the mean over tokens of the squares of x.
+template <Forgotten forgotten>
+class Forgetful : public NoisyTopKGate<double> {
+ public:
+  using Base = NoisyTopKGate<double>;
+  using Base::Base;
+
+  void forward(const MatrixRef<double>& x, Tape& tape, Pass pass) const {
+    if (forgotten == Forgotten::scale) pass.loss_scale = 1;
+    Base::forward(x, tape, pass);
+    for (Index row = 0; row < x.rows(); ++row) {
+      if (counts(tape, row)) tape.balance.loss += factor(tape) * x.row(row).squaredNorm();
+    }
+    if (forgotten != Forgotten::padding_in_y) return;
+    // Weights that depend on a row of padding, as those of a gate that normalises over all rows do.
+    if (std::isnan(x.sum())) std::fill(tape.routing.weight.begin(), tape.routing.weight.end(), 0.5);
+  }
+  void backward(const MatrixRef<double>& x, std::span<const double> dweight, Tape& tape,
+                Matrix<double>& dx) {
+    Base::backward(x, dweight, tape, dx);
+    for (Index row = 0; row < x.rows(); ++row) {
+      if (counts(tape, row)) dx.row(row) += 2 * factor(tape) * x.row(row);
+    }
+  }
+
+ private:
+  static double factor(const Tape& tape) {
+    return tape.loss_scale / static_cast<double>(tape.tokens.count);
+  }
+  static bool counts(const Tape& tape, Index row) {
+    return forgotten == Forgotten::padding_in_loss || tape.routing.slots_of_token(row).count > 0;
+  }
+};
+
+template <Forgotten forgotten>
+GradientCheck check_forgetful(const Pass& pass) {
+  MoELayer<Expert<FeedForward, double>, Forgetful<forgotten>> layer(
+      {.width = 4,
+       .expert = {.hidden = 5, .activation = Activation::gelu},
+       .gate = {.experts = 5, .top_k = 2},
+       .seed = 1});
+  test::randomize(layer, 2, 0.6);
+  return check_layer_gradients(layer, random_matrix(6, 4, 5), pass);
+}
+
 }  // namespace
+
+TEST_CASE("check gradients: a pass that is forgotten in forward and backward alike", "[testing]") {
+  using Catch::Matchers::StartsWith;
+  const std::vector<std::uint8_t> valid{1, 1, 0, 1, 1, 0};
+  const Pass padded{.step = 3, .valid = valid};
+  CHECK(check_forgetful<Forgotten::nothing>(padded).error < 1e-7);
+  CHECK(check_forgetful<Forgotten::nothing>({.step = 3, .loss_scale = 0.25}).error < 1e-7);
+  CHECK(check_forgetful<Forgotten::nothing>({.step = 3, .loss_scale = 0}).error < 1e-7);
+  CHECK_THROWS_WITH(check_forgetful<Forgotten::scale>({.step = 3}),
+                    StartsWith("moe: check_layer_gradients: the gate's loss is "));
+  CHECK_THROWS_WITH(check_forgetful<Forgotten::scale>({.step = 3}),
+                    Catch::Matchers::EndsWith(" with 0.5, must be in proportion"));
+  CHECK_THROWS_WITH(
+      check_forgetful<Forgotten::padding_in_loss>(padded),
+      Catch::Matchers::EndsWith(" and nan with NaN in padding, which must not be read"));
+  CHECK_THROWS_WITH(
+      check_forgetful<Forgotten::padding_in_y>(padded),
+      "moe: check_layer_gradients: row 0 of y is another with NaN in padding, which must "
+      "not be read");
+  // Without padding there is nothing to read.
+  CHECK(check_forgetful<Forgotten::padding_in_loss>({.step = 3}).error < 1e-7);
+}
 
 TEST_CASE("check gradients: right ones pass, and each fault is found and named", "[testing]") {
   const GradientCheck right = check(Fault::none);

@@ -404,6 +404,13 @@ class ExpertOf {
   Net network_;
 };
 
+/// Whether it is a network as a layer sees it, and not the network itself.
+template <class E>
+inline constexpr bool is_expert = requires {
+  typename E::Network;
+  requires std::derived_from<E, ExpertOf<typename E::Network>>;
+};
+
 }  // namespace detail
 
 /// A network over its slice of the slots. `Expert<FeedForward>` is float,

@@ -305,6 +305,8 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
 template <class Serving>
 Serving load_serving(const std::string& path, const NarrowOptions& options = {},
                      MappedCheck check = MappedCheck::none) {
+  static_assert(detail::is_serving<Serving>,
+                "load_serving makes a moe::ServingLayer<Layer, Format>: name that, not the Layer");
   detail::require(check == MappedCheck::none || check == MappedCheck::weights,
                   "load_serving: check = ", static_cast<int>(check), " is no MappedCheck");
   using Format = typename Serving::Format;

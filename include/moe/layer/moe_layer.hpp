@@ -50,6 +50,10 @@ namespace moe {
 template <class Expert_, class Gate_ = NoisyTopKGate<typename Expert_::Scalar>,
           class Dispatch_ = LocalDispatch>
 class MoELayer {
+  // First, so that a compiler's first error is this one.
+  static_assert(
+      detail::is_expert<Expert_>,
+      "the experts of a MoELayer are of type moe::Expert<Network>, not the network itself");
   static_assert(detail::check_gate_requirements<Gate_>());
   static_assert(std::is_same_v<typename Expert_::Scalar, typename Gate_::Scalar>,
                 "a layer's gate must have the Scalar of its experts");

@@ -167,12 +167,53 @@ GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss
   return comparison.worst();
 }
 
+namespace detail {
+
+/// Throws std::invalid_argument unless the gate's loss is in proportion to Pass::loss_scale, and neither it nor the
+/// y of a token depends on what padding holds. Differences do not show that: a gate that forgets it in
+/// forward() and in backward() alike has the gradient of its own, wrong, loss.
+template <class Layer>
+void check_pass_is_minded(const Layer& layer, const Matrix<double>& x, const Pass& pass) {
+  constexpr const char* caller = "check_layer_gradients";
+  typename Layer::Tape tape;
+  const Matrix<double> y = layer.forward(x, tape, pass);
+  const double loss = tape.balance().loss;
+  if (!std::isfinite(loss)) return;  // the comparison of gradients says so
+  const auto is_loss = [](double found, double expected) {
+    return std::abs(found - expected) <= 1e-9 * std::abs(expected);
+  };
+  Pass half = pass;
+  half.loss_scale /= 2;
+  layer.forward(x, tape, half);
+  require(is_loss(tape.balance().loss, loss / 2), caller, ": the gate's loss is ", loss,
+          " with Pass.loss_scale = ", pass.loss_scale, " and ", tape.balance().loss, " with ",
+          half.loss_scale, ", must be in proportion");
+
+  if (pass.valid.empty()) return;
+  Matrix<double> other = x;
+  for (Index row = 0; row < x.rows(); ++row) {
+    if (pass.valid[to_size(row)] == 0) other.row(row).setConstant(std::nan(""));
+  }
+  const Matrix<double>& other_y = layer.forward(other, tape, pass);
+  require(is_loss(tape.balance().loss, loss), caller, ": the gate's loss is ", loss, ", and ",
+          tape.balance().loss, " with NaN in padding, which must not be read");
+  for (Index row = 0; row < x.rows(); ++row) {
+    require(pass.valid[to_size(row)] == 0 || other_y.row(row) == y.row(row), caller, ": row ", row,
+            " of y is another with NaN in padding, which must not be read");
+  }
+}
+
+}  // namespace detail
+
 /// Checks a layer of doubles with its gate and its experts' network. The loss is a weighted sum of y plus
-/// the balance losses; dx and the gradients of all trained parameters are checked. x is T x D.
+/// the balance losses; dx and the gradients of all trained parameters are checked. x is T x D. Throws
+/// std::invalid_argument if the gate's loss is not in proportion to Pass::loss_scale, or if numbers in padding
+/// (Pass::valid) are read: a gate that does so in backward() too would have right gradients of a wrong loss.
 template <class Layer>
 GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& pass) {
   static_assert(std::is_same_v<typename Layer::Scalar, double>,
                 "gradients are checked in double: take a MoELayer<Expert<Network, double>>");
+  detail::check_pass_is_minded(layer, x, pass);
   typename Layer::Tape tape;
   const Matrix<double> weights = detail::loss_weights_like(layer.forward(x, tape, pass));
   const auto loss = [&] {

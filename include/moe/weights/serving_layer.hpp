@@ -153,4 +153,14 @@ class ServingLayer {
   std::function<void()> check_;
 };
 
+namespace detail {
+
+/// Whether it is a ServingLayer.
+template <class Layer>
+inline constexpr bool is_serving = false;
+template <class Layer, NarrowFormat Format>
+inline constexpr bool is_serving<ServingLayer<Layer, Format>> = true;
+
+}  // namespace detail
+
 }  // namespace moe

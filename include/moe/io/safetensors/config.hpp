@@ -154,7 +154,9 @@ class SavedConfig {
     for_each_named_field(config, [&]<class Field>(const std::string& name, Field& field) {
       const std::string& key = *known.insert(prefix_ + name).first;
       const auto said = metadata_.find(key);
-      if (said == metadata_.end()) fail_file(path_, "has no ", metadata_named(key));
+      if (said == metadata_.end()) {
+        fail_file(path_, "has no ", metadata_named(key), hint_of_prefix(metadata_, key));
+      }
       field = parsed<Field>(*said);
     });
     check_known(known);

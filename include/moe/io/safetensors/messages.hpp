@@ -46,4 +46,17 @@ inline std::string plain(std::string_view said) {
 
 inline std::string tensor_named(std::string_view name) { return "tensor \"" + plain(name) + '"'; }
 
+/// The end of a message that says that a name is missing: nothing, unless the map has it behind a prefix, such as
+/// "model.in.weight" for "in.weight".
+template <class Map>
+std::string hint_of_prefix(const Map& map, const std::string& missing) {
+  for (const auto& entry : map) {
+    const std::string& name = entry.first;
+    if (!name.ends_with("." + missing)) continue;
+    const std::string prefix = name.substr(0, name.size() - missing.size());
+    return "; there is \"" + plain(name) + "\", with the prefix \"" + plain(prefix) + '"';
+  }
+  return {};
+}
+
 }  // namespace moe::detail

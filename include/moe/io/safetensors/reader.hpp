@@ -81,14 +81,20 @@ class SafetensorsFile {
   /// The metadata of a key. Throws std::runtime_error if there is none.
   const std::string& metadata(const std::string& key) const {
     const auto found = metadata_.find(key);
-    require(found != metadata_.end(), "has no metadata \"", key, "\"");
+    if (found == metadata_.end()) {
+      detail::fail_file(path_, "has no metadata \"", key, "\"",
+                        detail::hint_of_prefix(metadata_, key));
+    }
     return found->second;
   }
 
   /// The tensor of a name. Throws std::runtime_error if there is none.
   const Tensor& tensor(const std::string& name) const {
     const auto found = tensors_.find(name);
-    require(found != tensors_.end(), "has no ", detail::tensor_named(name));
+    if (found == tensors_.end()) {
+      detail::fail_file(path_, "has no ", detail::tensor_named(name),
+                        detail::hint_of_prefix(tensors_, name));
+    }
     return found->second;
   }
 
