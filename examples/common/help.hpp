@@ -53,7 +53,8 @@ class HelpFormatter : public CLI::FormatterBase {
   /// "  --seed=1", or "  --data TEXT" where there is no default.
   static std::string left_of(const CLI::Option& option) {
     std::string text = "  " + option.get_name(option.get_positional(), !option.get_positional());
-    if (option.get_type_size() == 0) return text;  // a flag
+    // A flag; of one that clears what it is for, CLI11 tells the value that it sets: "--no-test{false}".
+    if (option.get_type_size() == 0) return text.substr(0, text.find('{'));
     const std::string type = option.get_type_name();
     const std::string value = option.get_default_str();
     text += value.empty() ? " " + type.substr(0, type.find(':')) : "=" + value;
