@@ -40,7 +40,7 @@ case $source,${1-} in
     sed -n '/^\/\/\/ /!q; s,^/// ,,p' "$root/examples/$source"
     words=$(echo "${source%.cpp}" | sed 's,/main$,,; s,/, ,')
     arguments=
-    ! sed '/^\/\/\/ /!q' "$root/examples/$source" | grep -q 'Arguments*:' || arguments=' [ARGUMENT...]'
+    ! sed '/^\/\/\/ /!q' "$root/examples/$source" | grep -q 'Arguments\{0,1\}:' || arguments=' [ARGUMENT...]'
     printf '\nUsage: sh examples/run.sh %s%s\n' "$words" "$arguments"
     exit
     ;;
