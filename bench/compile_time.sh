@@ -5,8 +5,9 @@
 #
 #     sh bench/compile_time.sh [--resume] [RUNS]     (3)
 #
-# Ctrl-C ends it; --resume then goes on after the rows that are printed, which build/bench/compile_time.rows
-# keeps, where headers, Eigen (its folder and its version), compiler and RUNS are the same.
+# Ctrl-C ends it; --resume then goes on after the rows that are printed, which
+# build/bench/compile_time.rows keeps, where headers, Eigen (its folder and its version), compiler and
+# RUNS are the same.
 #
 # Besides `program`, which has nothing but the headers: `header` has them from a precompiled header,
 # `compiled` leaves to the library moe::compiled what is in there, `both` does both. What is made once
@@ -16,6 +17,9 @@
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+case ${1-} in
+  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+esac
 resume=no
 if [ "${1-}" = --resume ]; then
   resume=yes

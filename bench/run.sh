@@ -5,7 +5,8 @@
 # With names, those benchmarks only (layer, peers, ...; one a file of this folder). --no-peers does
 # without oneDNN and libtorch, whose packages take half a gigabyte. --small-pages leaves memory in
 # the pages that the system gives by itself; else all programs use large ones. Ctrl-C ends it; the
-# same command with --resume goes on, and leaves out what is measured with this code, build and options.
+# same command with --resume goes on, and leaves out what is measured with this code, build and
+# options.
 set -eu
 trap 'echo; echo "Stopped; with --resume it goes on."; exit 130' INT
 
@@ -23,7 +24,7 @@ for argument in "$@"; do
     --resume) resume=yes ;;
     --no-peers) peers=OFF ;;
     --small-pages) hugetlb=0 ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;;
     -*) echo "$0: what is $argument?" >&2; exit 2 ;;
     *)
       [ -f "$root/bench/$argument.cpp" ] || { echo "$0: there is no $argument" >&2; exit 2; }

@@ -6,7 +6,7 @@
 #     sh examples/run.sh cookbook RECIPE [arguments], a recipe being a file of examples/cookbook
 #
 # Without a name it is language_model. `sh examples/run.sh pronounce --help` lists that program's
-# arguments. N, or RANKS in the environment, is the number of expert_parallel's processes, 2 without
+# arguments; of custom_gate and a recipe it shows the head of the source, and builds nothing. N, or RANKS in the environment, is the number of expert_parallel's processes, 2 without
 # either.
 set -eu
 
@@ -31,6 +31,21 @@ if [ "${1-}" = cookbook ]; then
   program=$2
   shift 2
 fi
+# These have no options.
+source=
+[ "$program" != custom_gate ] || source=custom_gate/main.cpp
+[ "$folder" != cookbook ] || source=cookbook/$program.cpp
+case $source,${1-} in
+  ?*,-h | ?*,--help)
+    sed -n '/^\/\/\/ /!q; s,^/// ,,p' "$root/examples/$source"
+    words=$(echo "${source%.cpp}" | sed 's,/main$,,; s,/, ,')
+    arguments=
+    ! sed '/^\/\/\/ /!q' "$root/examples/$source" | grep -q 'Arguments\{0,1\}:' || arguments=' [ARGUMENT...]'
+    printf '\nUsage: sh examples/run.sh %s%s\n' "$words" "$arguments"
+    exit
+    ;;
+esac
+
 target=$program
 [ "$folder" != cookbook ] || target=cookbook_$program
 

@@ -10,6 +10,9 @@
 # what was not there. EIGEN is the folder of Eigen's headers (/usr/include/eigen3).
 set -eu
 
+case ${1-} in
+  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+esac
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 eigen=${EIGEN:-/usr/include/eigen3}
 [ $# -gt 0 ] || set -- g++-12 clang++-14 clang++-19

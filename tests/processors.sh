@@ -7,6 +7,9 @@
 # that has more than this one are compiled all the same, and the last lines say that nobody ran them.
 set -eu
 
+case ${1-} in
+  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+esac
 cd -- "$(dirname -- "$0")/.."
 
 [ $# -gt 0 ] || set -- sse2 avx2 avx512 aarch64

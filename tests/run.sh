@@ -2,6 +2,9 @@
 # Installs what is missing, builds all tests and runs them. Arguments go to ctest.
 set -eu
 
+case ${1-} in
+  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+esac
 cd -- "$(dirname -- "$0")/.."
 
 sh cmake/install_packages.sh cmake/debian-packages-mpi.txt

@@ -53,6 +53,8 @@ class HelpFormatter : public CLI::FormatterBase {
   /// "  --seed=1", or "  --data TEXT" where there is no default.
   static std::string left_of(const CLI::Option& option) {
     std::string text = "  " + option.get_name(option.get_positional(), !option.get_positional());
+    // Of a flag that clears what it is for, CLI11 tells what it sets: "--no-test{false}".
+    text.resize(std::min(text.find('{'), text.size()));
     if (option.get_type_size() == 0) return text;  // a flag
     const std::string type = option.get_type_name();
     const std::string value = option.get_default_str();

@@ -2,7 +2,8 @@
 #
 #     include(help_test.cmake)
 #     moe_add_help_test(target [ALL])     adds the test; with ALL, --help-all is checked too
-#     cmake -DPROGRAM=path [-DALL=1] -P help_test.cmake     is the test
+#     moe_add_script_help_test(script [WORD...])     the same of a script; the words come before --help
+#     cmake -DPROGRAM="path[;WORD...]" [-DALL=1] -P help_test.cmake     is the test
 
 if(NOT CMAKE_SCRIPT_MODE_FILE)
   set(moe_help_test "${CMAKE_CURRENT_LIST_FILE}")
@@ -17,6 +18,13 @@ if(NOT CMAKE_SCRIPT_MODE_FILE)
     set_tests_properties("help: ${target}" PROPERTIES ENVIRONMENT
       "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;ASAN_OPTIONS=detect_leaks=0")
   endfunction()
+  function(moe_add_script_help_test script)
+    cmake_path(RELATIVE_PATH script BASE_DIRECTORY "${PROJECT_SOURCE_DIR}" OUTPUT_VARIABLE name)
+    list(JOIN ARGN " " words)
+    string(STRIP "help: ${name} ${words}" name)
+    add_test(NAME "${name}" COMMAND ${CMAKE_COMMAND} "-DPROGRAM=sh;${script};${ARGN}" -P "${moe_help_test}")
+    set_tests_properties("${name}" PROPERTIES TIMEOUT 30)  # a script that does not know it begins its work
+  endfunction()
   return()
 endif()
 
@@ -24,7 +32,7 @@ cmake_minimum_required(VERSION 3.25)
 
 # What a program prints for an argument, and how many lines.
 function(ask argument text_variable lines_variable)
-  execute_process(COMMAND "${PROGRAM}" ${argument} OUTPUT_VARIABLE text ERROR_VARIABLE errors
+  execute_process(COMMAND ${PROGRAM} ${argument} OUTPUT_VARIABLE text ERROR_VARIABLE errors
                   RESULT_VARIABLE code)
   if(NOT code EQUAL 0)
     message(FATAL_ERROR "${argument} ends with ${code}: ${errors}")
@@ -43,6 +51,9 @@ ask(--help help lines)
 message("${lines} lines")
 if(lines LESS 3 OR lines GREATER 24)
   message(FATAL_ERROR "--help has ${lines} lines, and a screen 24:\n${help}")
+endif()
+if(help MATCHES "\n *(-[^ \n]*{[^ \n]*)")
+  message(FATAL_ERROR "--help tells of a flag what it sets: ${CMAKE_MATCH_1}")
 endif()
 if(ALL)
   ask(--help-all all all_lines)

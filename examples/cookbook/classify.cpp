@@ -1,6 +1,6 @@
-/// Classifies Fashion-MNIST with a mixture of 16 experts, of which a picture uses 2, and with the dense
-/// network of equal arithmetic, 2 experts that every picture uses. Arguments: how many pictures to train
-/// on (55000), and the folder of the data.
+/// Classifies Fashion-MNIST with a mixture of 16 experts, of which a picture uses 2, and with the
+/// dense network of equal arithmetic, 2 experts that every picture uses. Arguments: how many pictures
+/// to train on (55000), and the folder of the data.
 
 #include <cstdio>
 #include <cstdlib>

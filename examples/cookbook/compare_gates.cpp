@@ -1,5 +1,5 @@
-/// The same task, the same experts, five gates: how much each leaves unexplained, and how evenly it uses
-/// the experts.
+/// The same task, the same experts, five gates: how much each leaves unexplained, and how evenly it
+/// uses the experts.
 
 #include <algorithm>
 #include <cstdio>

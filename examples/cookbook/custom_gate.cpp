@@ -1,5 +1,5 @@
-/// A gate of one's own: fixed random planes cut the space into 2^b parts, each with an expert. It trains a factor for
-/// each, whose gradient is checked against differences. (../custom_gate has a gate that learns its choice.)
+/// A gate of one's own: fixed random planes cut the space into 2^b parts, each with an expert. It
+/// trains a factor of each and checks its gradient. (../custom_gate has a gate that learns its choice.)
 
 #include <cstdint>
 #include <cstdio>

@@ -1,5 +1,5 @@
-/// An expert of one's own, a linear map under a gate: y = (x·V) ⊙ σ(x·W). Its gradients are checked against
-/// differences, then a mixture of such experts is trained.
+/// An expert of one's own, a linear map under a gate: y = (x·V) ⊙ σ(x·W). Its gradients are
+/// checked against differences, then a mixture of such experts is trained.
 
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
-/// A trained layer learns a second task, near the first one, in three ways: by the gate alone, with frozen
-/// experts; by low-rank adapters on frozen experts; and by all weights. Each starts from a copy.
+/// A trained layer learns a second task, near the first one, in three ways: by the gate alone, with
+/// frozen experts; by low-rank adapters on frozen experts; and by all weights. Each starts from a copy.
 
 #include <cstdint>
 #include <cstdio>

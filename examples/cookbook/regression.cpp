@@ -1,5 +1,6 @@
-/// Predicts a number from a table of 8 columns. The made-up function has four pieces, chosen by the signs of
-/// two columns, with another linear formula on each: the kind of task that experts divide among themselves.
+/// Predicts a number from a table of 8 columns. The made-up function has four pieces, chosen by the
+/// signs of two columns, with another linear formula on each: the kind of task that experts divide
+/// among themselves.
 
 #include <cstdint>
 #include <cstdio>

@@ -1,5 +1,6 @@
-/// A trained layer, its weights rounded to 8 bits, answers requests from four threads at once. Every answer
-/// has the bits of one that is computed alone, whoever computes it and whatever shares its batch.
+/// A trained layer, its weights rounded to 8 bits, answers requests from four threads at once. Every
+/// answer has the bits of one that is computed alone, whoever computes it and whatever shares its
+/// batch.
 
 #include <atomic>
 #include <cstdio>

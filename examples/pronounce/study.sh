@@ -9,11 +9,15 @@
 # FOLDER             by default build/study for the first, build/study_PART for the others
 #
 # Three seeds; two trainings at a time, a thread each. Ctrl-C ends the study and saves what is being
-# trained; the same command goes on from there, and does not train again what is in the folder already.
+# trained; the same command goes on from there, and does not train again what is in the folder
+# already.
 #
 # PRONOUNCE, in the environment, is a program that is there already; without it one is built.
 set -eu
 
+case ${1-} in
+  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+esac
 part=${1:-reinforce}
 case $part in
   reinforce) default=study ;;

@@ -1,5 +1,6 @@
 #include "moe/io/serving.hpp"
 
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <limits>
