@@ -17,6 +17,7 @@ using moe::Index;
 /// The model that is adapted and how it is trained on the old text.
 inline language_model::Options base_options() {
   language_model::Options o;
+  o.mixtures = 1;
   o.hidden = 240;
   o.gated = false;  // the adapters are those of plain experts
   o.noise = 1;
@@ -24,6 +25,7 @@ inline language_model::Options base_options() {
   o.sequences = 128;
   o.steps = 32;
   o.expert_rate = 0.3;
+  o.importance_weight = 0.1;
   o.epochs = 0.15;
   o.csv = "adapt.csv";
   return o;

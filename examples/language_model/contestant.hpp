@@ -71,7 +71,7 @@ Evaluation evaluate(const Model<Middle, Linear>& model, const Batches& batches, 
   Batches::Batch batch;
   Evaluation result;
   moe::Balance<float>& total = result.balance;
-  const Index experts = model.middle().experts();
+  const Index experts = model.experts();
   total.importance.setZero(experts);
   total.load.setZero(experts);
   total.tokens_per_expert.assign(static_cast<std::size_t>(experts), 0);
@@ -108,7 +108,12 @@ class ParametersWhere {
   Predicate chosen_;
 };
 
-inline bool is_of_expert(std::string_view name) { return name.starts_with("middle.experts."); }
+inline bool is_of_expert(std::string_view name) {
+  return name.starts_with("middle.experts.") || name.starts_with("last.experts.");
+}
+inline bool is_of_gate(std::string_view name) {
+  return name.starts_with("middle.gate.") || name.starts_with("last.gate.");
+}
 
 template <class Middle>
 struct ContestantConfig {
@@ -158,8 +163,8 @@ class Contestant {
 
   Figures figures() const {
     return {.name = config_.name,
-            .experts = model_.middle().experts(),
-            .active = model_.middle().top_k(),
+            .experts = model_.experts(),
+            .active = model_.top_k(),
             .operations = model_.operations(),
             .parameters = parameters_,
             .loss = loss_,
@@ -250,11 +255,11 @@ class Contestant {
     const auto groups = [expert = config_.expert_rate, noise = config_.noise_rate,
                          threshold = config_.threshold_rate,
                          gate = config_.gate_rate](std::string_view name) -> moe::ParameterGroup {
-      return {.rate_factor = is_of_expert(name)                  ? expert
-                             : !name.starts_with("middle.gate.") ? 1.0
-                             : name.ends_with("noise_weight")    ? noise
-                             : name.ends_with("threshold")       ? threshold
-                                                                 : gate};
+      return {.rate_factor = is_of_expert(name)               ? expert
+                             : !is_of_gate(name)              ? 1.0
+                             : name.ends_with("noise_weight") ? noise
+                             : name.ends_with("threshold")    ? threshold
+                                                              : gate};
     };
     adam_.set_groups(groups);
     factored_adam_.set_groups(groups);
@@ -318,6 +323,7 @@ ContestantConfig<Middle> mixture_config(const Options& o, std::vector<double> fr
   ContestantConfig<Middle> config = contestant_config<Middle>(o, std::move(frequencies));
   config.name = std::move(name);
   config.model.middle = {.gate = gate, .hidden = o.hidden};
+  config.model.mixtures = o.mixtures;
   set_style(config.model.middle, o);
   return config;
 }
@@ -328,6 +334,7 @@ ContestantConfig<Middle> sparse_config(const Options& o, std::vector<double> fre
   return mixture_config<Middle>(o, std::move(frequencies), "sparse",
                                 {.experts = o.experts,
                                  .top_k = o.top_k,
+                                 .noise = has_noise(o),
                                  .importance_weight = o.importance_weight,
                                  .load_weight = o.load_weight});
 }
@@ -340,6 +347,7 @@ ContestantConfig<Middle> hierarchical_config(const Options& o, std::vector<doubl
                                  .group_experts = o.group_experts,
                                  .top_k_groups = 2,
                                  .top_k = o.top_k / 2,
+                                 .noise = has_noise(o),
                                  .importance_weight = o.importance_weight,
                                  .load_weight = o.load_weight});
 }

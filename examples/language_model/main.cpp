@@ -58,9 +58,14 @@ void add_options(CLI::App& app, Options& o) {
   app.add_option("--group-experts", o.group_experts, "experts in each of its groups")
       ->check(at_least(1))
       ->capture_default_str();
+  app.add_option("--mixtures", o.mixtures,
+                 "1: a mixture between the LSTMs; 2: another behind the second one")
+      ->check(CLI::Range(1, 2))
+      ->capture_default_str();
   app.add_option("--gated", o.gated, "1: gated experts, with SiLU (SwiGLU); 0: plain, with ReLU")
       ->capture_default_str();
-  app.add_option("--noise", o.noise, "factor of the gates' noise at the start")
+  app.add_option("--noise", o.noise,
+                 "factor of the gates' noise at the start; 0: gates without noise")
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--noise-until", o.noise_until,
@@ -89,8 +94,8 @@ void add_options(CLI::App& app, Options& o) {
   auto* study = app.add_option("--study", o.study,
                                "folder: train the models of README.md's tables that are not in it");
   for (const char* other :
-       {"--experts", "--top-k", "--epochs", "--minutes", "--importance-weight", "--load-weight",
-        "--evaluations", "--seed", "--csv", "--serve", "--checkpoint", "--picture", "--no-test"}) {
+       {"--experts", "--top-k", "--epochs", "--minutes", "--evaluations", "--seed", "--csv",
+        "--serve", "--checkpoint", "--picture", "--no-test"}) {
     study->excludes(app.get_option(other));
   }
   app.add_option("--study-tables", o.tables, "which of the study's tables")
@@ -99,6 +104,11 @@ void add_options(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--study-updates", o.updates, "updates of each of the study's models")
       ->check(at_least(1))
+      ->needs(study)
+      ->capture_default_str();
+  app.add_option("--study-most-experts", o.most_experts,
+                 "leave out the study's models of more experts, which take long")
+      ->check(at_least(0))
       ->needs(study)
       ->capture_default_str();
   app.add_option("--study-seeds", o.seeds, "seeds 1, 2, ... of each of the study's models")

@@ -11,19 +11,22 @@
 #include "options.hpp"
 
 /// \file
-/// The mixture of experts in the middle of the model, with any gate.
+/// A mixture of experts of the model, with any gate.
 
 namespace language_model {
 
 using moe::Index;
 
-/// How many scores the gate makes for a token, each D multiply-adds: those of the noise count too.
-inline Index scores_of(const moe::NoisyTopKGate<float>::Config& gate) { return 2 * gate.experts; }
+/// How many scores the gate makes for a token, each D multiply-adds: those of the noise, where it has any,
+/// count too.
+inline Index scores_of(const moe::NoisyTopKGate<float>::Config& gate) {
+  return (gate.noise ? 2 : 1) * gate.experts;
+}
 inline Index scores_of(const moe::HierarchicalGate<float>::Config& gate) {
-  return 2 * (gate.groups + gate.top_k_groups * gate.group_experts);
+  return (gate.noise ? 2 : 1) * (gate.groups + gate.top_k_groups * gate.group_experts);
 }
 inline Index scores_of(const moe::ProductKeyGate<float>::Config& gate) {
-  return 2 * (gate.row_keys + gate.column_keys);
+  return (gate.noise ? 2 : 1) * (gate.row_keys + gate.column_keys);
 }
 inline Index scores_of(const moe::BalancedGate<float>::Config& gate) { return gate.experts; }
 inline Index scores_of(const moe::TopKConfig& gate) { return gate.experts; }

@@ -28,8 +28,9 @@ struct Options {
   std::vector<Index> cutoffs{};
   Index shrink = 2;
   Index width = 64;
-  Index memory = 40;  ///< hidden width of the LSTMs; 0 stands for `width`
-  Index hidden = 160;
+  Index memory = 40;   ///< hidden width of the LSTMs; 0 stands for `width`
+  Index mixtures = 2;  ///< 1: between the LSTMs; 2: another behind the second one
+  Index hidden = 80;
   bool gated = true;  ///< the experts are gated, with SiLU (SwiGLU); else plain, with ReLU
   Index experts = 256;
   Index top_k = 4;
@@ -37,8 +38,8 @@ struct Options {
   Index group_experts = 64;
   bool pre_norm = true;       ///< else the layers of the paper, the mixture with a sigmoid
   double gate_deviation = 1;  ///< of the gate's first scores; 0: all of them are 0 at first
-  double noise = 0.3;         ///< factor of the gate's noise at the start
-  double noise_until = 0.7;   ///< share of the training after which there is no noise; 0: it stays
+  double noise = 0;           ///< factor of the gate's noise at the start; 0: the gate has none
+  double noise_until = 0;     ///< share of the training after which there is no noise; 0: it stays
   bool factored = true;       ///< FactoredAdam for the experts
   Index sequences = 256;
   Index steps = 16;
@@ -55,7 +56,7 @@ struct Options {
   double embedding_deviation = 0.1;
   double dropout = 0;
   double clip = 1.0;
-  double importance_weight = 0.1;
+  double importance_weight = 0.3;
   double load_weight = 0.1;
   Index evaluations = 2;
   std::uint64_t seed = 1;
@@ -71,7 +72,11 @@ struct Options {
   std::vector<std::string> tables{"loss_weights", "experts", "balance"};
   Index updates = 1425;
   Index seeds = 3;
+  Index most_experts = 4096;  ///< of the study's models; larger ones are left out
 };
+
+/// Whether the gate has noise in training, which costs it as many operations as its scores.
+inline bool has_noise(const Options& o) { return o.noise > 0; }
 
 /// Those of --full.
 inline Options full_options() {
@@ -90,6 +95,7 @@ inline Options word_options() {
   o.cutoffs = {500, 2000};
   o.width = 96;
   o.memory = 0;
+  o.mixtures = 1;
   o.hidden = 96;
   o.gated = false;
   o.experts = 64;
@@ -104,6 +110,7 @@ inline Options word_options() {
   o.gate_rate = 3;
   o.expert_rate = 0.3;
   o.dense_expert_rate = o.expert_rate;
+  o.importance_weight = 0.1;
   return o;
 }
 

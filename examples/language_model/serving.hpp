@@ -84,19 +84,22 @@ Served serve(const Model<Middle>& trained, const Serving& serving, const Batches
     served.tokens_per_second = static_cast<double>(tokens) / (examples::seconds_now() - start);
   };
   if (serving.format == trained_format) {
-    for (const auto& expert : trained.middle().layer().experts()) {
-      moe::for_each_parameter(expert, [&](const std::string& name, const auto& parameter) {
-        if (!name.ends_with("weight")) return;
-        served.weight_bytes += parameter.size() * static_cast<Index>(sizeof(float));
-      });
-    }
+    trained.for_each_mixture([&](const Middle& mixture) {
+      for (const auto& expert : mixture.layer().experts()) {
+        moe::for_each_parameter(expert, [&](const std::string& name, const auto& parameter) {
+          if (!name.ends_with("weight")) return;
+          served.weight_bytes += parameter.size() * static_cast<Index>(sizeof(float));
+        });
+      }
+    });
     evaluate_both(trained);
   }
   for_each_format([&](auto format) {
     if (serving.format != format.name) return;
     const ServedModel<Middle, decltype(format)> model(trained,
                                                       {.activations = serving.activations});
-    served.weight_bytes = model.middle().layer().weight_bytes();
+    model.for_each_mixture(
+        [&](const auto& mixture) { served.weight_bytes += mixture.layer().weight_bytes(); });
     evaluate_both(model);
   });
   return served;

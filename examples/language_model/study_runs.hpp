@@ -88,6 +88,7 @@ inline std::string configuration_of(const Run& run, const Options& o) {
   count("seed", run.seed);
   if (o.unit == Unit::character) text += " unit=character";
   size("lstm_hidden", o.memory);
+  size("mixtures", o.mixtures);
   size("pre_norm", o.pre_norm ? 1 : 0);
   add("gate_deviation", o.gate_deviation);
   size("gated", o.gated ? 1 : 0);
@@ -165,24 +166,30 @@ inline Index lstm_width(Index operations, Index layers, Index width) {
   return operations - of(h) <= of(h + 1) - operations ? h : h + 1;
 }
 
-/// Multiply-adds a token of the sparse model that the options describe: of its two LSTMs, and of the
-/// mixture between them.
+/// Multiply-adds a token of the sparse model that the options describe: of its two LSTMs, of one of its
+/// mixtures, and of all together.
 inline Index recurrent_operations(const Options& o) {
   return 2 * lstm_operations(o.width, o.memory > 0 ? o.memory : o.width);
 }
-inline Index middle_operations(const Options& o) {
-  return 2 * o.experts * o.width + o.top_k * maps_of(o.gated) * o.width * o.hidden;
+inline Index mixture_operations(const Options& o) {
+  return (has_noise(o) ? 2 : 1) * o.experts * o.width +
+         o.top_k * maps_of(o.gated) * o.width * o.hidden;
+}
+inline Index operations_of_all(const Options& o) {
+  return recurrent_operations(o) + o.mixtures * mixture_operations(o);
 }
 
 /// [S17 table 7]: ever more experts and the dense models, at the operations of the sparse model that
-/// the options describe. A larger gate is paid for by narrower experts.
+/// the options describe. A larger gate is paid for by narrower experts. Where there are two mixtures, a row
+/// says what is in each.
 inline Table expert_table(const Options& o) {
   Table table{"experts", "model", {"paper: perplexity"}, {}};
   const Index width = o.width;
-  const Index middle = middle_operations(o);
+  const Index mixture = mixture_operations(o);
+  const Index scores_of_each = has_noise(o) ? 2 : 1;
   const auto hidden = [&](Index scores, Index top_k) {
     const Index unit = top_k * maps_of(o.gated) * width;
-    const Index units = (middle - scores * width + unit / 2) / unit;
+    const Index units = (mixture - scores * width + unit / 2) / unit;
     moe::detail::require(units >= 1, "the study needs wider experts than --hidden ", o.hidden,
                          ": a gate of ", scores, " scores takes all operations");
     return units;
@@ -192,9 +199,9 @@ inline Table expert_table(const Options& o) {
     table.rows.push_back({std::move(label),
                           {.experts = experts,
                            .top_k = top_k,
-                           .hidden = hidden(2 * experts, top_k),
-                           .importance_weight = 0.1,
-                           .load_weight = 0.1},
+                           .hidden = hidden(scores_of_each * experts, top_k),
+                           .importance_weight = o.importance_weight,
+                           .load_weight = o.load_weight},
                           std::move(series),
                           {std::move(paper)}});
   };
@@ -204,11 +211,11 @@ inline Table expert_table(const Options& o) {
                           {.kind = Kind::hierarchical,
                            .experts = experts,
                            .top_k = 4,
-                           .hidden = hidden(2 * (groups + 2 * group_experts), 4),
+                           .hidden = hidden(scores_of_each * (groups + 2 * group_experts), 4),
                            .groups = groups,
                            .top_k_groups = 2,
-                           .importance_weight = 0.1,
-                           .load_weight = 0.1},
+                           .importance_weight = o.importance_weight,
+                           .load_weight = o.load_weight},
                           "hierarchical",
                           {std::move(paper)}});
   };
@@ -218,21 +225,21 @@ inline Table expert_table(const Options& o) {
                           {.kind = Kind::product_keys,
                            .experts = experts,
                            .top_k = 4,
-                           .hidden = hidden(4 * keys, 4),
+                           .hidden = hidden(scores_of_each * 2 * keys, 4),
                            .groups = keys,
-                           .importance_weight = 0.1,
-                           .load_weight = 0.1},
+                           .importance_weight = o.importance_weight,
+                           .load_weight = o.load_weight},
                           "product keys",
                           {""}});
   };
   table.rows.push_back(
       {"no experts, 4 LSTMs",
-       {.kind = Kind::recurrent, .hidden = lstm_width(middle, 2, width), .layers = 2},
+       {.kind = Kind::recurrent, .hidden = lstm_width(o.mixtures * mixture, 2, width), .layers = 2},
        "4 LSTMs",
        {"46.0"}});
   table.rows.push_back(
       {"no experts, 2 wider LSTMs",
-       {.kind = Kind::recurrent, .memory = lstm_width(middle + recurrent_operations(o), 2, width)},
+       {.kind = Kind::recurrent, .memory = lstm_width(operations_of_all(o), 2, width)},
        "2 wider LSTMs",
        {""}});
   flat("1 wide expert", 1, 1, "1 wide expert", "");
@@ -278,8 +285,7 @@ inline Table scaling_table(const Options& o) {
 inline Table recurrent_table(const Options& o) {
   Table table{"recurrent", "model", {}, {}};
   for (const Index layers : {2, 3, 4}) {
-    const Index hidden =
-        lstm_width(middle_operations(o) + recurrent_operations(o), layers, o.width);
+    const Index hidden = lstm_width(operations_of_all(o), layers, o.width);
     table.rows.push_back(
         {std::to_string(layers) + " LSTMs of " + std::to_string(hidden),
          {.kind = Kind::recurrent, .hidden = hidden, .layers = layers - 2, .memory = hidden},
@@ -309,12 +315,13 @@ inline Table balance_table(const Options& o) {
   return table;
 }
 
-/// Those that the options name.
+/// Those that the options name, without the models that have too many experts for them.
 inline std::vector<Table> tables_of(const Options& o) {
   std::vector<Table> tables;
   for (Table& table : std::vector{loss_weight_table(o), expert_table(o), balance_table(o),
                                   recurrent_table(o), scaling_table(o)}) {
     if (std::find(o.tables.begin(), o.tables.end(), table.name) != o.tables.end()) {
+      std::erase_if(table.rows, [&](const Row& row) { return row.run.experts > o.most_experts; });
       tables.push_back(std::move(table));
     }
   }

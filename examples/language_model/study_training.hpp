@@ -25,30 +25,33 @@ struct Texts {
 };
 
 inline void configure(Mixture<moe::NoisyTopKGate<float>>::Config& config, const Run& run,
-                      const Options&) {
+                      const Options& o) {
   config = {.gate = {.experts = run.experts,
                      .top_k = run.top_k,
+                     .noise = has_noise(o),
                      .importance_weight = run.importance_weight,
                      .load_weight = run.load_weight},
             .hidden = run.hidden};
 }
 
 inline void configure(Mixture<moe::HierarchicalGate<float>>::Config& config, const Run& run,
-                      const Options&) {
+                      const Options& o) {
   config = {.gate = {.groups = run.groups,
                      .group_experts = run.experts / run.groups,
                      .top_k_groups = run.top_k_groups,
                      .top_k = run.top_k / run.top_k_groups,
+                     .noise = has_noise(o),
                      .importance_weight = run.importance_weight,
                      .load_weight = run.load_weight},
             .hidden = run.hidden};
 }
 
 inline void configure(Mixture<moe::ProductKeyGate<float>>::Config& config, const Run& run,
-                      const Options&) {
+                      const Options& o) {
   config = {.gate = {.row_keys = run.groups,
                      .column_keys = run.experts / run.groups,
                      .top_k = run.top_k,
+                     .noise = has_noise(o),
                      .importance_weight = run.importance_weight,
                      .load_weight = run.load_weight},
             .hidden = run.hidden};
@@ -81,7 +84,10 @@ typename Contestant<Middle>::Config run_config(const Run& run, const Options& o,
                                                const std::vector<double>& frequencies) {
   auto config = contestant_config<Middle>(o, frequencies);
   configure(config.model.middle, run, o);
-  if constexpr (requires { config.model.middle.gate; }) set_style(config.model.middle, o);
+  if constexpr (requires { config.model.middle.gate; }) {
+    set_style(config.model.middle, o);
+    config.model.mixtures = o.mixtures;
+  }
   // Where all experts see every token.
   if (run.kind == Kind::noisy_top_k && run.experts == run.top_k) {
     config.expert_rate = o.dense_expert_rate;

@@ -17,7 +17,7 @@ using Middle = Mixture<moe::NoisyTopKGate<float>>;
 
 constexpr Index vocabulary = 20;
 
-/// With every part that a model can have: projections, norms, and a softmax with two tails.
+/// With every part that a model can have: projections, norms, two mixtures, and a softmax with two tails.
 Model<Middle> small_model() {
   Model<Middle>::Config config{.vocabulary = vocabulary, .width = 40, .memory = 36};
   config.pre_norm = true;
@@ -26,6 +26,7 @@ Model<Middle> small_model() {
                    .hidden = 33,
                    .output = moe::Activation::identity,
                    .gate_deviation = 1};
+  config.mixtures = 2;
   config.embedding_deviation = 1;
   config.seed = 4;
   return Model<Middle>(config);
@@ -49,8 +50,8 @@ Model<Middle> rounded(Model<Middle> model) {
     parameter.value = moe::NarrowMatrix<Format>(parameter.value).decoded();
     ++changed;
   });
-  // Six experts of two, the projections of two LSTMs, the head, and two tails of two.
-  CHECK(changed == 6 * 2 + 2 + 1 + 2 * 2);
+  // Twice six experts of two, the projections of two LSTMs, the head, and two tails of two.
+  CHECK(changed == 2 * 6 * 2 + 2 + 1 + 2 * 2);
   return model;
 }
 
@@ -153,13 +154,14 @@ TEST_CASE("language model: the bytes of experts in each format", "[examples][lan
   // Blocks of 32 steps are filled up, columns to the packets of the processor: 64 is whole in both.
   Model<Middle>::Config config{.vocabulary = vocabulary, .width = 64, .memory = 4};
   config.middle = {.gate = {.experts = 3, .top_k = 1}, .hidden = 128};
+  config.mixtures = GENERATE(Index{1}, Index{2});
   const Model<Middle> model(config);
   const std::vector<Index> stream = made_up_stream(33, 1);
   const Batches text(stream, 2, 4);
   const auto bytes = [&](const char* format) {
     return serve(model, {format}, text, text, 2).weight_bytes;
   };
-  const Index weights = 3 * 2 * 64 * 128;
+  const Index weights = config.mixtures * 3 * 2 * 64 * 128;
   CHECK(bytes("float32") == weights * 4);
   CHECK(bytes("bfloat16") == weights * 2);
   CHECK(bytes("float16") == weights * 2);

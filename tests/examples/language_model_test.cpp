@@ -99,6 +99,15 @@ TEST_CASE("language model: the study's runs", "[examples][language_model]") {
   CHECK(updates_of(scaling.rows[8].run, characters) == 475);
   CHECK(updates_of(scaling.rows[14].run, characters) == 1425);
 
+  // Those of 4096 experts can be left out: one behind a hierarchical gate, one behind product keys.
+  characters.tables = {"experts"};
+  characters.most_experts = 1024;
+  const std::vector<Table> smaller = tables_of(characters);
+  REQUIRE(smaller.size() == 1);
+  REQUIRE(smaller[0].rows.size() == 10);
+  CHECK(smaller[0].rows[8].label == "1024 experts, hierarchical");
+  CHECK(smaller[0].rows[9].label == "1024 experts, product keys");
+
   Options too_narrow = o;
   too_narrow.hidden = 32;
   CHECK_THROWS_WITH(tables_of(too_narrow), Contains("--hidden 32"));
@@ -118,6 +127,7 @@ TEST_CASE("language model: every setting is part of a run's configuration",
   };
   option(&Options::unit, Unit::character);
   option(&Options::memory, Index{7});
+  option(&Options::mixtures, Index{2});
   option(&Options::pre_norm, true);
   option(&Options::gate_deviation, 0.5);
   option(&Options::gated, true);

@@ -173,7 +173,10 @@ TEST_CASE("language model: what the gate's noise is multiplied by", "[examples][
 TEST_CASE("language model: the options of the noise and of gated experts change the training",
           "[examples][language_model]") {
   const std::vector<Index> stream = made_up_text();
-  const Options o = small_options(Unit::character);
+  Options o = small_options(Unit::character);
+  o.mixtures = GENERATE(Index{1}, Index{2});
+  o.noise = 0.3;
+  o.noise_until = 0.7;
   const Batches text(stream, o.sequences, o.steps);
   const auto trained = [&](const Options& options) {
     auto training = std::make_unique<Training>(options, text);
@@ -183,17 +186,154 @@ TEST_CASE("language model: the options of the noise and of gated experts change 
   const auto whole = trained(o);
   Options changed = o;
   SECTION("the noise") { changed.noise = 0; }
+  SECTION("less of it") { changed.noise = 0.1; }
   SECTION("when it ends") { changed.noise_until = 0; }
   SECTION("the experts' form") { changed.gated = false; }
   const auto other = trained(changed);
   CHECK(other->model.figures().loss != whole->model.figures().loss);
   // An expert is of 3 maps of 8 x 4, or of 2 with 4 + 8 biases. LSTMs of 6 with a projection, a gate
-  // of 2 x 6 scores.
-  const Index beside = 2 * ((8 + 6) * 4 * 6 + 6 * 8) + 2 * 6 * 8;
-  CHECK(whole->model.figures().operations == beside + 2 * 3 * 8 * 4);
-  CHECK(other->model.figures().operations == beside + 2 * (changed.gated ? 3 : 2) * 8 * 4);
+  // of 6 scores, and as many of its noise.
+  const Index lstms = 2 * ((8 + 6) * 4 * 6 + 6 * 8);
+  const auto operations = [&](Index scores, Index maps) {
+    return lstms + o.mixtures * (scores * 8 + 2 * maps * 8 * 4);
+  };
+  CHECK(whole->model.figures().operations == operations(2 * 6, 3));
+  CHECK(other->model.figures().operations ==
+        operations(changed.noise > 0 ? 2 * 6 : 6, changed.gated ? 3 : 2));
+  // The weights of the noise stay, unused.
   const Index fewer = whole->model.figures().parameters - other->model.figures().parameters;
-  CHECK(fewer == (changed.gated ? 0 : 6 * (8 * 4 - (4 + 8))));
+  CHECK(fewer == (changed.gated ? 0 : o.mixtures * 6 * (8 * 4 - (4 + 8))));
+}
+
+namespace {
+
+/// Of the sparse model of the options, without what is drawn and without losses of the gate.
+Model<Flat>::Config plain_config(Options o) {
+  o.dropout = 0;
+  o.importance_weight = 0;
+  o.load_weight = 0;
+  o.embedding_deviation = 1;
+  return sparse_config<Flat>(o, std::vector<double>(12, 1. / 12)).model;
+}
+
+}  // namespace
+
+TEST_CASE("language model: the gradient of a model of two mixtures is that of its loss",
+          "[examples][language_model]") {
+  const std::vector<Index> stream = made_up_text();
+  Options o = small_options(Unit::character);
+  o.top_k = o.experts;  // so that no choice changes, which the gradient knows nothing of
+  Model<Flat> model(plain_config(o));
+  moe::for_each_parameter(model, [](const std::string& name, auto& parameter) {
+    if (name.ends_with("down.weight")) parameter.value *= 4;
+  });
+  const Batches text(stream, 4, 8);
+  Batches::Batch batch;
+  text.get(0, batch);
+  Model<Flat>::Tape tape;
+  auto state = model.initial_state(4);
+  moe::zero_gradients(model);
+  const double trained = model.train(batch.input, batch.target, state, tape, {.step = 1});
+  const auto loss = [&] {
+    Model<Flat>::Tape scratch;
+    auto first = model.initial_state(4);
+    return model.evaluate(batch.input, batch.target, first, scratch);
+  };
+  CHECK(std::abs(trained - loss()) < 1e-5);
+  // Along the gradient of a part, the loss rises by the gradient's square.
+  for (const std::string part : {"embedding", "first.", "middle.gate", "middle.experts", "second.",
+                                 "last.gate", "last.experts", "last.norm", "softmax."}) {
+    CAPTURE(part);
+    double square = 0;
+    moe::for_each_parameter(model, [&](const std::string& name, auto& parameter) {
+      if (name.starts_with(part)) square += static_cast<double>(parameter.gradient().squaredNorm());
+    });
+    REQUIRE(square > 1e-8);
+    const double step = 2e-3 / std::sqrt(square);
+    const auto move = [&](double by) {
+      moe::for_each_parameter(model, [&](const std::string& name, auto& parameter) {
+        if (name.starts_with(part))
+          parameter.value += static_cast<float>(by) * parameter.gradient();
+      });
+    };
+    move(step);
+    const double above = loss();
+    move(-2 * step);
+    const double below = loss();
+    move(step);
+    CHECK(std::abs((above - below) / (2 * step * square) - 1) < 0.02);
+  }
+}
+
+TEST_CASE("language model: a model of two mixtures has the experts of both",
+          "[examples][language_model]") {
+  const std::vector<Index> stream = made_up_text();
+  Options o = small_options(Unit::character);
+  const Batches text(stream, o.sequences, o.steps);
+  Training two(o, text);
+  two.update();
+  CHECK(two.model.figures().experts == 2 * 6);
+  CHECK(two.model.figures().active == 2 * 2);
+  // Of a batch of 2 x 4 characters each mixture gives a character to two of its own experts.
+  const moe::Balance<float>& balance = two.model.balance();
+  REQUIRE(balance.tokens_per_expert.size() == 12);
+  REQUIRE(balance.importance.size() == 12);
+  REQUIRE(balance.load.size() == 12);
+  for (const Index first : {0, 6}) {
+    Index slots = 0;
+    for (Index e = first; e < first + 6; ++e) {
+      slots += balance.tokens_per_expert[static_cast<std::size_t>(e)];
+    }
+    CHECK(slots == 2 * 8);
+    CHECK(std::abs(balance.importance.segment(first, 6).sum() - 8) < 1e-4f);
+    CHECK(balance.load.segment(first, 6).sum() == 16);
+  }
+  CHECK(balance.importance.head(6) != balance.importance.tail(6));
+  CHECK(evaluate(two.model.model(), text, o.sequences).balance.tokens_per_expert.size() == 12);
+
+  // Where the last mixture adds nothing, the model is the one without it, of the same seed.
+  Model<Flat> both(plain_config(o));
+  moe::for_each_parameter(both, [](const std::string& name, auto& parameter) {
+    if (name.starts_with("last.") && name.ends_with("down.weight")) parameter.value.setZero();
+  });
+  o.mixtures = 1;
+  const Model<Flat> one(plain_config(o));
+  CHECK(one.experts() == 6);
+  CHECK(evaluate(one, text, o.sequences).perplexity ==
+        evaluate(both, text, o.sequences).perplexity);
+  CHECK(evaluate(Model<Flat>(plain_config(small_options(Unit::character))), text, o.sequences)
+            .perplexity != evaluate(both, text, o.sequences).perplexity);
+
+  CHECK_THROWS_WITH(Model<Flat>(both, Flat(one.middle(), one.middle().layer())),
+                    Contains("two mixtures"));
+  o.mixtures = 3;
+  CHECK_THROWS_WITH(Model<Flat>(plain_config(o)), Contains("mixtures = 3"));
+}
+
+TEST_CASE("language model: both mixtures have the gate's and the experts' rates",
+          "[examples][language_model]") {
+  const std::vector<Index> stream = made_up_text();
+  Options o = small_options(Unit::character);
+  o.gate_rate = 0;
+  o.expert_rate = 0;
+  o.factored = GENERATE(true, false);
+  const Batches text(stream, o.sequences, o.steps);
+  Training training(o, text);
+  const Training before(o, text);
+  training.update();
+  std::vector<const moe::Matrix<float>*> values;
+  moe::for_each_parameter(before.model.model(), [&](const std::string&, const auto& parameter) {
+    values.push_back(&parameter.value);
+  });
+  std::size_t i = 0;
+  moe::for_each_parameter(
+      training.model.model(), [&](const std::string& name, const auto& parameter) {
+        CAPTURE(name);
+        CHECK((parameter.value == *values[i++]) == (is_of_gate(name) || is_of_expert(name)));
+      });
+  CHECK(is_of_expert("last.experts.5.down.weight"));
+  CHECK(is_of_gate("last.gate.weight"));
+  CHECK_FALSE(is_of_gate("last.norm.weight"));
 }
 
 TEST_CASE("language model: a training goes on with another number of evaluations",
