@@ -26,7 +26,7 @@ using Named = std::map<std::string, Matrix<double>>;
 template <class Module>
 Named values_of(const Module& module) {
   Named named;
-  for_each_parameter(module, [&](const std::string& name, const auto& parameter) {
+  visit_each(module, [&](const std::string& name, const auto& parameter) {
     named[name] = parameter.value.template cast<double>();
   });
   return named;
@@ -34,7 +34,7 @@ Named values_of(const Module& module) {
 template <class Module>
 Named gradients_of(Module& module) {
   Named named;
-  for_each_parameter(module, [&](const std::string& name, auto& parameter) {
+  visit_each(module, [&](const std::string& name, auto& parameter) {
     named[name] = parameter.gradient().template cast<double>();
   });
   return named;
@@ -43,7 +43,7 @@ Named gradients_of(Module& module) {
 /// Every parameter normal with the given deviation, so that no gradient is zero by chance.
 template <class Module>
 void randomize(Module& module, std::uint64_t seed, double deviation = 1.0) {
-  for_each_parameter(module, [&](const ParameterName&, auto& parameter) {
+  visit_each(module, [&](const std::string&, auto& parameter) {
     using Scalar = typename std::decay_t<decltype(parameter.value)>::Scalar;
     fill_normal(parameter.value, static_cast<Scalar>(deviation), derive_seed(seed++, 0xA11));
   });

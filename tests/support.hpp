@@ -7,9 +7,11 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "catch.hpp"
+#include "moe/function_ref.hpp"
 #include "moe/parallel.hpp"
 #include "moe/parameter.hpp"
 #include "moe/random.hpp"
@@ -38,10 +40,12 @@ double relative_error(const A& actual, const B& expected) {
   return scale == 0.0 ? error : error / scale;
 }
 
+/// A function of the parameters as they are. What takes one is compiled once, and not for every lambda.
+using Loss = moe::detail::FunctionRef<double()>;
+
 /// Derivative of loss() by every entry of `value`, by the five-point rule, whose error is of
 /// fourth order: with step 1e-4 about 1e-16 from cutting off and 1e-12·|loss| from rounding.
-template <class Loss>
-Matrix<double> difference_gradient(Matrix<double>& value, const Loss& loss, double step = 1e-4) {
+inline Matrix<double> difference_gradient(Matrix<double>& value, Loss loss, double step = 1e-4) {
   Matrix<double> gradient(value.rows(), value.cols());
   for (Index i = 0; i < value.size(); ++i) {
     double& x = value.data()[i];
@@ -58,12 +62,24 @@ Matrix<double> difference_gradient(Matrix<double>& value, const Loss& loss, doub
   return gradient;
 }
 
+/// for_each_parameter(), compiled once for each type of module that names its Scalar, and not for every lambda.
+template <class Module, class F>
+void visit_each(Module& module, F&& f) {
+  if constexpr (requires { typename Module::Scalar; }) {
+    using Found = Parameter<typename Module::Scalar>;
+    using Visited = std::conditional_t<std::is_const_v<Module>, const Found, Found>;
+    for_each_parameter(module, moe::detail::FunctionRef<void(const std::string&, Visited&)>(f));
+  } else {
+    for_each_parameter(module, f);
+  }
+}
+
 /// Checks the gradients that a backward pass left in every parameter of `module`; loss() must give
 /// the loss at the parameters as they are.
-template <class Module, class Loss>
-void check_parameter_gradients(Module& module, const Loss& loss, double tolerance = 1e-7,
+template <class Module>
+void check_parameter_gradients(Module& module, Loss loss, double tolerance = 1e-7,
                                double step = 1e-4) {
-  for_each_parameter(module, [&](const std::string& name, Parameter<double>& parameter) {
+  visit_each(module, [&](const std::string& name, Parameter<double>& parameter) {
     INFO("parameter " << name);
     const Matrix<double> expected = difference_gradient(parameter.value, loss, step);
     CHECK(relative_error(parameter.gradient(), expected) < tolerance);
@@ -74,10 +90,9 @@ void check_parameter_gradients(Module& module, const Loss& loss, double toleranc
 /// in proportion to what they change: 1e-4·steep of the parameters' and of x's scale, `steep` below 1
 /// where the loss is steep. A gradient that is small beside the loss cannot be seen better than the
 /// differences' rounding, which is allowed for.
-template <class Module, class Loss>
-void check_scaled_gradients(Module& module, const Matrix<double>& dx, Matrix<double>& x,
-                            const Loss& loss, double parameter_scale, double x_scale,
-                            double steep) {
+template <class Module>
+void check_scaled_gradients(Module& module, const Matrix<double>& dx, Matrix<double>& x, Loss loss,
+                            double parameter_scale, double x_scale, double steep) {
   const double size = std::max(1.0, std::abs(loss()));
   const auto check = [&](const Matrix<double>& actual, Matrix<double>& value, double scale) {
     const double step = 1e-4 * steep * scale;
@@ -89,7 +104,7 @@ void check_scaled_gradients(Module& module, const Matrix<double>& dx, Matrix<dou
     INFO("x");
     check(dx, x, x_scale);
   }
-  for_each_parameter(module, [&](const std::string& name, Parameter<double>& parameter) {
+  visit_each(module, [&](const std::string& name, Parameter<double>& parameter) {
     INFO("parameter " << name);
     check(parameter.gradient(), parameter.value, parameter_scale);
   });

@@ -19,7 +19,7 @@ template <class Module>
 auto& parameter(Module& gate, std::string_view wanted) {
   using Found = Parameter<typename Module::Scalar>;
   std::conditional_t<std::is_const_v<Module>, const Found, Found>* found = nullptr;
-  for_each_parameter(gate, [&](const std::string& name, auto& p) {
+  visit_each(gate, [&](const std::string& name, auto& p) {
     if (name == wanted) found = &p;
   });
   REQUIRE(found != nullptr);
@@ -29,7 +29,7 @@ auto& parameter(Module& gate, std::string_view wanted) {
 template <class Gate>
 bool has_zero_gradients(const Gate& gate) {
   bool zero = true;
-  for_each_parameter(gate, [&](const ParameterName&, const auto& parameter) {
+  visit_each(gate, [&](const std::string&, const auto& parameter) {
     zero = zero && (parameter.gradient().array() == 0).all();
   });
   return zero;

@@ -107,7 +107,7 @@ void check_gradients(const Pass& pass, Index rows, const Change& change) {
       return sum;
     };
     difference_gradient(x, loss);
-    for_each_parameter(gate, [&](const ParameterName&, Parameter<double>& p) {
+    visit_each(gate, [&](const std::string&, Parameter<double>& p) {
       if (same) difference_gradient(p.value, loss, 0.7e-4);
     });
     if (!same) continue;

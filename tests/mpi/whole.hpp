@@ -23,7 +23,7 @@ namespace moe::test {
 /// Values that depend on a parameter's name alone, not on the rank.
 template <class Module>
 void randomize_by_name(Module& module, double scale, std::uint64_t seed = 0) {
-  for_each_parameter(module, [&](const std::string& name, auto& parameter) {
+  visit_each(module, [&](const std::string& name, auto& parameter) {
     using Scalar = typename std::remove_cvref_t<decltype(parameter.value)>::Scalar;
     fill_normal(parameter.value, static_cast<Scalar>(scale),
                 derive_seed(std::hash<std::string>{}(name), seed));
@@ -160,10 +160,9 @@ class Beside {
   /// Every parameter of a rank is one of the whole layer, and the ranks together have all of them.
   void check_gradients(double tolerance) {
     std::map<std::string, Matrix<Scalar>> expected;
-    for_each_parameter(whole,
-                       [&](const std::string& name, auto& p) { expected[name] = p.gradient(); });
+    visit_each(whole, [&](const std::string& name, auto& p) { expected[name] = p.gradient(); });
     std::vector<Index> found(expected.size(), 0);
-    for_each_parameter(parallel, [&](const std::string& name, auto& p) {
+    visit_each(parallel, [&](const std::string& name, auto& p) {
       INFO("parameter " << name);
       const auto place = expected.find(name);
       REQUIRE(place != expected.end());
