@@ -72,9 +72,9 @@ void keep_strongest(std::vector<Surrounded>& kept, std::size_t most, double weig
   if (kept.size() > most) kept.pop_back();
 }
 
-/// The contexts of up to `count` experts that have the fewest, so that one sees what each is for: those
-/// whose five most frequent endings are the largest share of their tokens, but of experts that are
-/// mostly used after the same only one. Reads `batches` of a text.
+/// The contexts of up to `count` experts of the mixture between the LSTMs that have the fewest, so that one
+/// sees what each is for: those whose five most frequent endings are the largest share of their tokens, but of
+/// experts that are mostly used after the same only one. Reads `batches` of a text.
 template <class Middle>
 std::vector<Contexts> typical_contexts(const Model<Middle>& model, const Batches& text,
                                        const Vocabulary& vocabulary, Index sequences, Index batches,

@@ -342,7 +342,8 @@ void compare(const Options& o) {
                 competitor->sample(corpus.vocabulary, length, o.seed).c_str());
   }
   std::printf(
-      "What is routed to the six experts of the sparse model that have the fewest contexts\n\n");
+      "What is routed to the six experts between the sparse model's LSTMs that have the fewest "
+      "contexts\n\n");
   print_contexts(competitors.back()->contexts(validation, corpus.vocabulary, o.sequences,
                                               200000 / (o.sequences * o.steps) + 1, 6));
   std::printf("\nevery row is in %s\n", o.csv.c_str());

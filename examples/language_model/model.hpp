@@ -19,7 +19,7 @@
 /// The language model of N. Shazeer et al. 2017, App. C.1: embedding, LSTM, mixture of experts, LSTM
 /// and softmax. Each of the three layers in the middle is followed by dropout and added to its own
 /// input; the mixture works on all time steps of a batch at once. The paper's mixture has a sigmoid on
-/// its output. Today's models have none, normalise the input of each layer and of the softmax, and have a
+/// its output. Today's models have none, normalise the input of each layer and of the softmax, and many have a
 /// mixture behind every layer that mixes time steps: here, if asked for, another one behind the second LSTM.
 
 namespace language_model {
