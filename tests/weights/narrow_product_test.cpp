@@ -284,7 +284,8 @@ TEST_CASE("narrow product: denormal weights and scales, flushed or not", "[weigh
 
 TEMPLATE_TEST_CASE("integer product: against the sums over blocks in double", "[weights]",
                    MOE_TEST_SCALED_FORMATS) {
-  const Index rows = GENERATE(1, 2, 7, 33, 70);
+  // All heights of tiles, and 33 and 70 rows, of which 32 are rounded at a time.
+  const Index rows = GENERATE(1, 2, 3, 4, 5, 6, 7, 33, 70);
   const Index depth = GENERATE(1, 31, 32, 100, 4096 + 40);
   const Index columns = GENERATE(3, 64, 131);
   CAPTURE(rows, depth, columns);
@@ -314,12 +315,60 @@ TEMPLATE_TEST_CASE("integer product: against the sums over blocks in double", "[
   CHECK(relative_error(c.cast<double>(), expected) < 2e-4);
   // And a row alone.
   Matrix<float> alone(1, columns);
-  const Matrix<float> last = a.row(rows - 1);
-  gemm(GemmNN<float, NarrowOperand<TestType>>{.a = last,
-                                              .b = weights.operand(Activations::int8),
-                                              .c = alone,
-                                              .bias = {.values = bias.data()}});
-  CHECK(same_bits(alone, Matrix<float>(c.row(rows - 1))));
+  for (const Index r : {Index{0}, rows / 2, rows - 1}) {
+    const Matrix<float> row = a.row(r);
+    gemm(GemmNN<float, NarrowOperand<TestType>>{.a = row,
+                                                .b = weights.operand(Activations::int8),
+                                                .c = alone,
+                                                .bias = {.values = bias.data()}});
+    CHECK(same_bits(alone, Matrix<float>(c.row(r))));
+  }
+}
+
+TEMPLATE_TEST_CASE("integer product: the largest sums of a block, of either sign", "[weights]",
+                   MOE_TEST_SCALED_FORMATS) {
+  // 16 bits hold a sum of products of unsigned bytes up to 15, but barely.
+  const Index rows = GENERATE(1, 2, 3, 4, 5);
+  const int least = std::is_same_v<TestType, Int4> ? -8 : -127;
+  const int most = std::is_same_v<TestType, Int4> ? 7 : 127;
+  const int code = GENERATE_COPY(least, most);
+  const float value = GENERATE(-127.0f, 127.0f);
+  CAPTURE(rows, code, value);
+  const NarrowMatrix<TestType> weights(
+      96, 67, [&](Index, Index) { return static_cast<typename TestType::Code>(code); },
+      [](Index, Index) { return 0.5f; });
+  const Matrix<float> a = Matrix<float>::Constant(rows, 96, value);
+  Matrix<float> c(rows, 67);
+  gemm(GemmNN<float, NarrowOperand<TestType>>{
+      .a = a, .b = weights.operand(Activations::int8), .c = c});
+  CHECK((c.array() == 96 * 0.5f * static_cast<float>(code) * value).all());
+}
+
+TEMPLATE_TEST_CASE("integer product: every code of every step", "[weights]",
+                   MOE_TEST_SCALED_FORMATS) {
+  // Row k of 127 times the identity picks step k, with a scale of 1.
+  const Index rows = GENERATE(1, 2, 3, 4, 5);
+  const int least = std::is_same_v<TestType, Int4> ? -8 : -127;
+  const int codes = std::is_same_v<TestType, Int4> ? 16 : 255;
+  const NarrowMatrix<TestType> weights(
+      50, codes,
+      [&](Index k, Index j) {
+        return static_cast<typename TestType::Code>((j + 7 * k) % codes + least);
+      },
+      [](Index, Index) { return 0.5f; });
+  for (Index first = 0; first < 50; first += rows) {
+    const Index count = std::min(rows, 50 - first);
+    const Matrix<float> a = 127 * Matrix<float>::Identity(50, 50).middleRows(first, count);
+    Matrix<float> c(count, codes);
+    gemm(GemmNN<float, NarrowOperand<TestType>>{
+        .a = a, .b = weights.operand(Activations::int8), .c = c});
+    for (Index i = 0; i < count; ++i) {
+      for (Index j = 0; j < codes; ++j) {
+        const auto code = static_cast<float>((j + 7 * (first + i)) % codes + least);
+        REQUIRE(c(i, j) == 127 * 0.5f * code);
+      }
+    }
+  }
 }
 
 TEMPLATE_TEST_CASE("integer product: exact where activations are whole numbers to 127", "[weights]",

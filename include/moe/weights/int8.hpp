@@ -34,7 +34,7 @@ struct Int8 {
   static float decode(Code code, float scale) { return static_cast<float>(code) * scale; }
 
   /// A code is stored as q + zero: products of bytes take one unsigned operand.
-  static constexpr Index zero = 128;
+  static constexpr std::int32_t zero = 128;
 
   /// The code of step `step` in a lane.
   static Code get(const std::byte* lane, Index step) {

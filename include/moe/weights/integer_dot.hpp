@@ -20,25 +20,42 @@ namespace moe::detail {
           (defined(EIGEN_VECTORIZE_SSE) && !defined(EIGEN_VECTORIZE_AVX))
 #define MOE_INTEGER_DOT_PAIRS
 #endif
+#if defined(MOE_INTEGER_DOT_PAIRS) && defined(EIGEN_VECTORIZE_AVX2)
+#define MOE_INTEGER_DOT_BYTES
+#endif
 
-/// Adds to each lane of a sum the four products of its bytes in `unsigned_bytes` with four signed bytes,
-/// which are the same for all lanes and which store() has prepared in `bytes` bytes. `small`: the
-/// unsigned bytes are at most 15.
+/// Stores the lowest bytes of four numbers.
+inline void store_bytes(const std::int32_t* four, std::byte* to) {
+  std::uint32_t bytes = 0;
+  for (int i = 3; i >= 0; --i) bytes = bytes << 8 | (static_cast<std::uint32_t>(four[i]) & 0xFF);
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+
+/// Sums of a block of scaled_steps steps: each lane starts from a number, and add() adds to it the four products
+/// of its bytes in `unsigned_bytes` with four signed bytes from -127 to 127, which are the same for all lanes and
+/// which store() has prepared in `bytes` bytes. A sum is one of the block only after finish(), which gets the number
+/// that start() got. `small`: the unsigned bytes are at most 15.
 template <bool small>
 struct IntegerDot {
+  static Lanes start(std::int32_t number) { return broadcast_lanes(number); }
+  static Lanes finish(const Lanes& sum, std::int32_t) { return sum; }
+
 #if defined(MOE_INTEGER_DOT_VNNI)
   static constexpr Index bytes = 4;
 
-  static void store(const std::int8_t* four, std::byte* to) { std::memcpy(to, four, 4); }
+  static void store(const std::int32_t* four, std::byte* to) { store_bytes(four, to); }
 
-  EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Lanes& unsigned_bytes,
-                                       const std::byte* four) {
+  static Lanes unpack(const Lanes& unsigned_bytes) { return unsigned_bytes; }
+  EIGEN_ALWAYS_INLINE static Lanes share(const std::byte* four) {
     std::int32_t shared = 0;
     std::memcpy(&shared, four, 4);
+    return broadcast_lanes(shared);
+  }
+  EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Lanes& a, const Lanes& b) {
 #if defined(EIGEN_VECTORIZE_AVX512)
-    return _mm512_dpbusd_epi32(sum, unsigned_bytes, _mm512_set1_epi32(shared));
+    return _mm512_dpbusd_epi32(sum, a, b);
 #else
-    return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, _mm256_set1_epi32(shared));
+    return _mm256_dpbusd_avx_epi32(sum, a, b);
 #endif
   }
 #elif defined(MOE_INTEGER_DOT_PAIRS)
@@ -46,9 +63,12 @@ struct IntegerDot {
   // even places and those at odd places separately.
   static constexpr Index bytes = 8;
 
-  static void store(const std::int8_t* four, std::byte* to) {
-    const std::int16_t wide[4] = {four[0], four[2], four[1], four[3]};
-    std::memcpy(to, wide, sizeof(wide));
+  static void store(const std::int32_t* four, std::byte* to) {
+    const auto pair = [](std::int32_t low, std::int32_t high) {
+      return (static_cast<std::uint32_t>(low) & 0xFFFF) | static_cast<std::uint32_t>(high) << 16;
+    };
+    const std::uint32_t pairs[2] = {pair(four[0], four[2]), pair(four[1], four[3])};
+    std::memcpy(to, pairs, sizeof(pairs));
   }
 
   static Lanes multiply_pairs(const Lanes& a, const Lanes& b) {
@@ -69,23 +89,30 @@ struct IntegerDot {
     return _mm_srli_epi16(lanes, 8);
 #endif
   }
-  EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Lanes& unsigned_bytes,
-                                       const std::byte* four) {
-    using namespace Eigen::internal;
+  struct Bytes {
+    Lanes even;
+    Lanes odd;
+  };
+  EIGEN_ALWAYS_INLINE static Bytes unpack(const Lanes& unsigned_bytes) {
+    return {Eigen::internal::pand(unsigned_bytes, broadcast_lanes(0x00FF00FF)),
+            odd_bytes(unsigned_bytes)};
+  }
+  EIGEN_ALWAYS_INLINE static Bytes share(const std::byte* four) {
     std::int32_t shared[2];
     std::memcpy(shared, four, 8);
-    const Lanes even = pand(unsigned_bytes, broadcast_lanes(0x00FF00FF));
-    return padd(padd(sum, multiply_pairs(even, broadcast_lanes(shared[0]))),
-                multiply_pairs(odd_bytes(unsigned_bytes), broadcast_lanes(shared[1])));
+    return {broadcast_lanes(shared[0]), broadcast_lanes(shared[1])};
+  }
+  EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Bytes& a, const Bytes& b) {
+    using namespace Eigen::internal;
+    return padd(padd(sum, multiply_pairs(a.even, b.even)), multiply_pairs(a.odd, b.odd));
   }
 #else
   static constexpr Index bytes = 16;
 
-  static void store(const std::int8_t* four, std::byte* to) {
-    const std::int32_t wide[4] = {four[0], four[1], four[2], four[3]};
-    std::memcpy(to, wide, sizeof(wide));
-  }
+  static void store(const std::int32_t* four, std::byte* to) { std::memcpy(to, four, 16); }
 
+  static Lanes unpack(const Lanes& unsigned_bytes) { return unsigned_bytes; }
+  static const std::byte* share(const std::byte* four) { return four; }
   EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Lanes& unsigned_bytes,
                                        const std::byte* four) {
     using namespace Eigen::internal;
@@ -99,6 +126,42 @@ struct IntegerDot {
   }
 #endif
 };
+
+#if defined(MOE_INTEGER_DOT_BYTES)
+/// Products of small bytes are summed in pairs, each in 16 bits, and widened once a block.
+template <>
+struct IntegerDot<true> {
+  static constexpr Index bytes = 4;
+  static_assert(15 * 127 * scaled_steps / 2 <= 0x7FFF);
+
+  static Lanes start(std::int32_t) { return broadcast_lanes(0); }
+  EIGEN_ALWAYS_INLINE static Lanes finish(const Lanes& sum, std::int32_t number) {
+    const Lanes ones = broadcast_lanes(0x00010001);
+#if defined(EIGEN_VECTORIZE_AVX512)
+    const Lanes both = _mm512_madd_epi16(sum, ones);
+#else
+    const Lanes both = _mm256_madd_epi16(sum, ones);
+#endif
+    return Eigen::internal::padd(both, broadcast_lanes(number));
+  }
+
+  static void store(const std::int32_t* four, std::byte* to) { store_bytes(four, to); }
+
+  static Lanes unpack(const Lanes& unsigned_bytes) { return unsigned_bytes; }
+  EIGEN_ALWAYS_INLINE static Lanes share(const std::byte* four) {
+    std::int32_t shared = 0;
+    std::memcpy(&shared, four, 4);
+    return broadcast_lanes(shared);
+  }
+  EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Lanes& a, const Lanes& b) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+    return _mm512_add_epi16(sum, _mm512_maddubs_epi16(a, b));
+#else
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+#endif
+  }
+};
+#endif
 
 }  // namespace moe::detail
 

@@ -18,10 +18,13 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The highest tile, and the rows up to which a tile is as wide as a panel: with 16 registers the sums of more
-/// do not fit, see docs/experiments.md.
+/// The highest tile. All are as wide as a panel, which they read sequentially, as the hardware prefetcher expects.
 inline constexpr Index integer_tile_rows = l2_feeds_tiles ? 6 : 4;
-inline constexpr Index integer_whole_rows = 3;
+/// The highest tile of a number of rows. 16 registers hold the sums of three rows, but with four it is faster to read
+/// a panel once and leave some of the sums in memory.
+constexpr Index integer_tile_height(Index rows) {
+  return l2_feeds_tiles || rows == integer_tile_rows ? integer_tile_rows : 3;
+}
 
 /// Adds to R rows of C: the rounded rows from `first` on times V packets of a panel, from packet `v0` on,
 /// over `blocks` blocks. The panel is `packets` packets wide.
@@ -32,6 +35,8 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
   using namespace Eigen::internal;
   using Layout = NarrowLayout<Format>;
   constexpr Index size = lane_count;
+  // Packets of weights that share the broadcasts of A, where registers hold them.
+  constexpr Index together = !l2_feeds_tiles && R <= 2 ? 2 : 1;
   const std::byte* a[to_size(R)];
   float* to[to_size(R)];
   for (Index r = 0; r < R; ++r) {
@@ -42,21 +47,31 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
     const std::byte* scales = panel + v0 * Layout::scale_bytes;
     const std::byte* lanes = panel + packets * Layout::scale_bytes + v0 * Layout::group_bytes;
     Lanes sum[to_size(R)][to_size(V)];
+    std::int32_t shift[to_size(R)];
     MOE_UNROLL
     for (Index r = 0; r < R; ++r) {
       // Codes are stored as code + zero: zero·(sum of the row's codes) is subtracted once.
-      const auto shift = static_cast<std::int32_t>(-Format::zero * rows.sum[first + r][block]);
+      shift[r] = rows.shift[first + r][block];
       MOE_UNROLL
-      for (Index v = 0; v < V; ++v) sum[r][v] = broadcast_lanes(shift);
+      for (Index v = 0; v < V; ++v) sum[r][v] = Dot::start(shift[r]);
     }
     for (Index group = 0; group < Format::block / Format::group; ++group) {
-      for_each_constant<Format::group / 4>([&](auto part) {
+      for_each_constant<Format::group / 4>([&](auto part) MOE_INLINED {
         MOE_UNROLL
-        for (Index v = 0; v < V; ++v) {
-          const Lanes weights = Format::template bytes<part>(lanes + v * Layout::group_bytes);
+        for (Index v = 0; v < V; v += together) {
+          const auto weights = [&](Index i) MOE_INLINED {
+            return Dot::unpack(
+                Format::template bytes<part>(lanes + std::min(v + i, V - 1) * Layout::group_bytes));
+          };
+          const auto w0 = weights(0);
+          const auto w1 = together > 1 ? weights(1) : w0;
           MOE_UNROLL
           for (Index r = 0; r < R; ++r) {
-            sum[r][v] = Dot::add(sum[r][v], weights, a[r] + part * Dot::bytes);
+            const auto shared = Dot::share(a[r] + part * Dot::bytes);
+            sum[r][v] = to_register(Dot::add(sum[r][v], w0, shared));
+            if (together > 1 && v + 1 < V) {
+              sum[r][v + 1] = to_register(Dot::add(sum[r][v + 1], w1, shared));
+            }
           }
         }
       });
@@ -70,7 +85,8 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
       MOE_UNROLL
       for (Index r = 0; r < R; ++r) {
         const Packet<float> both = pmul(scale, broadcast(rows.scale[first + r][block]));
-        store(to[r] + v * size, pmadd(to_float(sum[r][v]), both, load(to[r] + v * size)));
+        const Packet<float> products = to_float(Dot::finish(sum[r][v], shift[r]));
+        store(to[r] + v * size, pmadd(products, both, load(to[r] + v * size)));
       }
     }
     panel += packets * Layout::block_bytes;
@@ -88,16 +104,16 @@ requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Form
   for_each_tile(product.a.count(), Rows::most_rows, [&](Index top, Index height) {
     for (Index k = 0; k == 0 || k < b.rows; k += Rows::most_steps) {
       const Index depth = std::min(Rows::most_steps, b.rows - k);
-      rounded.round(product.a.slice(top, height).columns(k, depth));
+      rounded.round(product.a.slice(top, height).columns(k, depth), Format::zero);
       for_each_panel(b, product.column_range(), [&](const PanelPart& part, Index begin) {
         const std::byte* panel = b.panel(begin, k / Format::block);
-        for_each_tile(height, integer_tile_rows, [&](Index first, Index count) {
+        const Index blocks = narrow_blocks<Format>(depth);
+        for_each_tile(height, integer_tile_height(height), [&](Index first, Index count) {
           with_panel_of_c(product, {top + first, count}, part, k == 0, [&](float* const* to) {
-            for_each_narrow_tile<Format, integer_tile_rows, integer_whole_rows>(
+            for_each_narrow_tile<Format, integer_tile_rows, integer_tile_rows>(
                 count, part, [&](auto R, auto V, Index v) {
-                  integer_tile<Format, Dot, R, V>(rounded, first, panel, part.packets, v,
-                                                  narrow_blocks<Format>(depth), to,
-                                                  (v - part.first) * lane_count);
+                  integer_tile<Format, Dot, R, V>(rounded, first, panel, part.packets, v, blocks,
+                                                  to, (v - part.first) * lane_count);
                 });
           });
         });

@@ -161,42 +161,80 @@ void narrow_rest(const GatheredRows<float>& a, const NarrowOperand<Format>& b,
   }
 }
 
-/// Calls f(rows, from, to) for tiles of at most `highest` rows: pointers to their rows of A from step k on, and
-/// to those of C as of with_panel_of_c().
-template <Index highest, class Format, class F>
-void for_each_tile_of_rows(const GemmNN<float, NarrowOperand<Format>>& product,
-                           const PanelPart& part, Index k, F&& f) {
-  for_each_tile(product.a.count(), highest, [&](Index first, Index count) {
-    const float* from[to_size(highest)];
-    for (Index r = 0; r < count; ++r) from[r] = product.a.row(first + r) + k;
-    with_panel_of_c(product, {first, count}, part, k == 0, [&](float* const* to) {
-      f(Range{first, count}, from, to);
+/// The blocks of a stretch for a number of rows, see for_each_stretch(); 0 stands for all blocks. With 16 registers and
+/// few rows a stretch has 8 KiB, which stay in L1.
+template <class Format>
+constexpr Index few_rows_stretch(Index rows) {
+  if (l2_feeds_tiles || Format::scaled || rows > 8) return 0;
+  return (Index{8} << 10) / (panel_packets * NarrowLayout<Format>::block_bytes);
+}
+
+/// Cuts rows into tiles, and the blocks of a panel into stretches of `most`, and calls
+/// f(rows of the tile, stretch, its first block, its blocks) for all tiles of a stretch, once at least. Meanwhile
+/// the next stretch is prefetched, since the hardware prefetcher stops where the first tile does. A single tile
+/// reads all blocks at once, and so do all tiles if `most` is 0.
+template <Index highest, class F>
+void for_each_stretch(Index rows, const std::byte* panel, Index block_bytes, Index blocks,
+                      Index most, F&& f) {
+  const Index tiles = (rows + highest - 1) / highest;
+  const bool prefetches = most > 0 && tiles > 1;
+  if (!prefetches) most = std::max<Index>(1, blocks);
+  for (Index block = 0; block == 0 || block < blocks; block += most) {
+    const Index count = std::min(most, blocks - block);
+    const std::byte* stretch = panel + block * block_bytes;
+    const Index bytes = count * block_bytes;
+    Index next = bytes;
+    const Index lines = prefetches ? (bytes / 64 + tiles) / tiles : 0;
+    for_each_tile(rows, highest, [&](Index first, Index height) {
+      for (Index line = 0; line < lines; ++line, next += 64) {
+        // With 16 registers as many lines as L1 awaits at once are too few.
+        if constexpr (l2_feeds_tiles) {
+          prefetch(stretch, next);
+        } else {
+          prefetch_far<1>(stretch, next);
+        }
+      }
+      f(Range{first, height}, stretch, block, count);
     });
-  });
+  }
+}
+
+/// Calls f(from, to) for some rows: pointers to the rows of A from step k on, and to those of C as of
+/// with_panel_of_c().
+template <class Format, class F>
+void with_tile_of_rows(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
+                       Range rows, Index k, F&& f) {
+  const float* from[to_size(max_tile_rows)];
+  for (Index r = 0; r < rows.count; ++r) from[r] = product.a.row(rows.first + r) + k;
+  with_panel_of_c(product, rows, part, k == 0, [&](float* const* to) { f(from, to); });
 }
 
 /// Adds to rows of C the products of a panel from a block on, which are widened in registers.
 template <class Format>
 void multiply_panel(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
                     Index begin, Index block) {
-  const std::byte* panel = product.b.panel(begin, block);
+  const Index block_bytes = part.packets * NarrowLayout<Format>::block_bytes;
   const Index whole = product.b.rows / Format::block - block;
-  for_each_tile_of_rows<narrow_tile_rows<Format>>(
-      product, part, block * Format::block,
-      [&](Range rows, const float* const* from, float* const* to) {
-        for_each_narrow_tile<Format>(rows.count, part, [&](auto R, auto V, Index v) {
-          narrow_tile<Format, R, V>(from, panel, part.packets, v, whole, to,
-                                    (v - part.first) * lane_count);
-        });
-        if (product.b.rows % Format::block > 0) {
-          narrow_rest<Format>(product.a.slice(rows.first, rows.count), product.b, part,
-                              panel + whole * part.packets * NarrowLayout<Format>::block_bytes, to);
-        }
+  for_each_stretch<narrow_tile_rows<Format>>(
+      product.a.count(), product.b.panel(begin, block), block_bytes, whole,
+      few_rows_stretch<Format>(product.a.count()),
+      [&](Range rows, const std::byte* stretch, Index first, Index blocks) {
+        const auto multiply = [&](const float* const* from, float* const* to) {
+          for_each_narrow_tile<Format>(rows.count, part, [&](auto R, auto V, Index v) {
+            narrow_tile<Format, R, V>(from, stretch, part.packets, v, blocks, to,
+                                      (v - part.first) * lane_count);
+          });
+          if (product.b.rows % Format::block > 0 && first + blocks == whole) {
+            narrow_rest<Format>(product.a.slice(rows.first, rows.count), product.b, part,
+                                stretch + blocks * block_bytes, to);
+          }
+        };
+        with_tile_of_rows(product, part, rows, (block + first) * Format::block, multiply);
       });
 }
 
 /// The same for many rows: the first tile leaves the codes of some blocks of the panel behind as floats, for the
-/// other tiles. Meanwhile the next blocks are prefetched, since the hardware prefetcher stops at the last one.
+/// other tiles.
 template <class Format>
 void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
                          Index begin) {
@@ -209,31 +247,29 @@ void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, co
   constexpr Index height = l2_feeds_tiles ? 8 : 4;
   alignas(64) float wide[to_size(height * panel_packets * wide_block_floats<Format>)];
   const Index whole = product.b.rows / Format::block;
-  const Index tiles = (product.a.count() + highest - 1) / highest;
-  for (Index block = 0; block < whole; block += height) {
-    const Index count = std::min(height, whole - block);
-    const std::byte* panel = product.b.panel(begin, block);
-    const Index bytes = count * part.packets * NarrowLayout<Format>::block_bytes;
-    Index next = bytes;
-    const Index lines = (bytes / 64 + tiles) / tiles;
-    for_each_tile_of_rows<highest>(
-        product, part, block * Format::block,
-        [&](Range rows, const float* const* from, float* const* to) {
-          for (Index line = 0; line < lines; ++line, next += 64) prefetch(panel, next);
-          for_each_narrow_tile<Wide>(rows.count, part, [&](auto R, auto V, Index v) {
-            const Index column = (v - part.first) * lane_count;
-            if (rows.first > 0) {
-              const auto* codes = reinterpret_cast<const std::byte*>(wide);
-              return narrow_tile<Wide, R, V>(from, codes, part.packets, v, count, to, column);
-            }
-            if constexpr (R >= fewest) {
-              narrow_tile<Format, R, V, true>(from, panel, part.packets, v, count, to, column,
-                                              wide);
-            } else {
-              MOE_ASSERT(false);
-            }
-          });
-        });
+  const auto multiply = [&](Range rows, const std::byte* stretch, Index first, Index blocks) {
+    with_tile_of_rows(product, part, rows, first * Format::block,
+                      [&](const float* const* from, float* const* to) {
+                        for_each_narrow_tile<Wide>(rows.count, part, [&](auto R, auto V, Index v) {
+                          const Index column = (v - part.first) * lane_count;
+                          if (rows.first > 0) {
+                            const auto* codes = reinterpret_cast<const std::byte*>(wide);
+                            return narrow_tile<Wide, R, V>(from, codes, part.packets, v, blocks, to,
+                                                           column);
+                          }
+                          if constexpr (R >= fewest) {
+                            narrow_tile<Format, R, V, true>(from, stretch, part.packets, v, blocks,
+                                                            to, column, wide);
+                          } else {
+                            MOE_ASSERT(false);
+                          }
+                        });
+                      });
+  };
+  if (whole > 0) {
+    for_each_stretch<highest>(product.a.count(), product.b.panel(begin),
+                              part.packets * NarrowLayout<Format>::block_bytes, whole, height,
+                              multiply);
   }
   // Without any step C gets its initial values there.
   if (whole == 0 || whole < narrow_blocks<Format>(product.b.rows)) {
