@@ -13,6 +13,10 @@ void evaluate(const moe::Matrix<float>& x) {
 #elif defined(UNSERVED)
 using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
 auto load() { return moe::load_serving<Layer>("layer.safetensors"); }
+#elif defined(OPTIMIZER)
+void update(moe::MoELayer<moe::Expert<moe::FeedForward>>& layer, moe::Adam<double>& adam) {
+  adam.update(layer, 1e-3);
+}
 #else
 using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
 auto load() { return moe::load_serving<moe::ServingLayer<Layer, moe::Int8>>("layer.safetensors"); }

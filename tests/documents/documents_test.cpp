@@ -33,8 +33,8 @@
 
 namespace moe::test::layer {
 #include "gates_4.inc"
-#include "layer_4.inc"
-#include "layer_8.inc"
+#include "layer_5.inc"
+#include "layer_9.inc"
 }  // namespace moe::test::layer
 
 namespace {
@@ -78,13 +78,16 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
   }
   {
 #include "layer_1.inc"
-  } {
 #include "layer_2.inc"
+    CHECK(pass.noise_factor == 0.5);
+  }
+  {
+#include "layer_3.inc"
     adam.update(layer, rate);
   }
   {
     const auto before = moe::test::values_of(layer);
-#include "layer_3.inc"
+#include "layer_4.inc"
     layer.backward(dy, tape);
     adam.update(layer, rate);
     const auto after = moe::test::values_of(layer);
@@ -92,7 +95,7 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
     CHECK(after.at("gate.weight") != before.at("gate.weight"));
   }
   {
-#include "layer_7.inc"
+#include "layer_8.inc"
     adam.update(layer, rate);
   }
 }
@@ -113,7 +116,7 @@ TEST_CASE("documents: a model and a network of one's own in layer.md", "[documen
     double first = 0;
     double last = 0;
     for (std::uint64_t step = 1; step <= 300; ++step) {
-#include "layer_5.inc"
+#include "layer_6.inc"
       if (step == 1) first = loss;
       last = loss;
     }
@@ -123,14 +126,14 @@ TEST_CASE("documents: a model and a network of one's own in layer.md", "[documen
   {
     const std::vector<moe::Index> ids{3, 1, 4, 1, 5, 9, 2, 6};
     const std::uint64_t step = 1;
-#include "layer_6.inc"
+#include "layer_7.inc"
     CHECK(n.rows() == 8);
     CHECK(n.cols() == 8);
     CHECK(state.hidden.rows() == 4);
   }
   {
     using own::ProductNetwork;
-#include "layer_9.inc"
+#include "layer_10.inc"
     CHECK(check.error < 1e-8);
     CHECK(check.checked == 24 + 2 * 4 * 3 + 3 * 2 * 16);
     CHECK(check.kinks == 0);
@@ -194,6 +197,8 @@ TEST_CASE("documents: gates.md", "[documents]") {
   {
     using moe::test::layer::PlainNoisyGate;
 #include "gates_5.inc"
+#include "gates_6.inc"
+    CHECK(all);
     CHECK(check.kinks == 0);
     CHECK(check.checked == 6 * 3 + 3 * 4 + 4 * (2 * 3 * 4 + 4 + 3));
     CHECK(check.error < 1e-7);

@@ -74,6 +74,8 @@ void for_each_parameter_block(Module& module, Updates updates, F&& f) {
     walk_parameters(module, [&](const ParameterName&, auto& parameter) {
       const Index size = parameter.size();
       const Index blocks = (size + optimizer_block - 1) / optimizer_block;
+      static_assert(std::is_invocable_v<F&, Index, Index, decltype(parameter), Index, Index>,
+                    "an optimizer has the Scalar of its module: Adam<float> for one of floats");
       if (!is_passed_by(parameter, updates)) {
         for (Index b = 0; b < blocks; ++b) {
           const Index lane = (dealt + b) % optimizer_lanes;
