@@ -31,10 +31,17 @@ inline void store_bytes(const std::int32_t* four, std::byte* to) {
   std::memcpy(to, &bytes, sizeof(bytes));
 }
 
-/// Sums of a block of scaled_steps steps: each lane starts from a number, and add() adds to it the four products
-/// of its bytes in `unsigned_bytes` with four signed bytes from -127 to 127, which are the same for all lanes and
-/// which store() has prepared in `bytes` bytes. A sum is one of the block only after finish(), which gets the number
-/// that start() got. `small`: the unsigned bytes are at most 15.
+/// Four bytes in each lane.
+EIGEN_ALWAYS_INLINE Lanes broadcast_bytes(const std::byte* four) {
+  std::int32_t shared = 0;
+  std::memcpy(&shared, four, sizeof(shared));
+  return broadcast_lanes(shared);
+}
+
+/// Sums over a block of scaled_steps steps. Each lane starts from a number, which start() and finish() both get. add()
+/// adds to it the four products of its unsigned bytes, of which unpack() makes a, with four signed bytes from -127 to
+/// 127, which are the same for all lanes, and of which store() makes `bytes` bytes and share() then b. finish() returns
+/// the sum. `small`: the unsigned bytes are at most 15.
 template <bool small>
 struct IntegerDot {
   static Lanes start(std::int32_t number) { return broadcast_lanes(number); }
@@ -46,11 +53,7 @@ struct IntegerDot {
   static void store(const std::int32_t* four, std::byte* to) { store_bytes(four, to); }
 
   static Lanes unpack(const Lanes& unsigned_bytes) { return unsigned_bytes; }
-  EIGEN_ALWAYS_INLINE static Lanes share(const std::byte* four) {
-    std::int32_t shared = 0;
-    std::memcpy(&shared, four, 4);
-    return broadcast_lanes(shared);
-  }
+  static Lanes share(const std::byte* four) { return broadcast_bytes(four); }
   EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Lanes& a, const Lanes& b) {
 #if defined(EIGEN_VECTORIZE_AVX512)
     return _mm512_dpbusd_epi32(sum, a, b);
@@ -137,22 +140,14 @@ struct IntegerDot<true> {
   static Lanes start(std::int32_t) { return broadcast_lanes(0); }
   EIGEN_ALWAYS_INLINE static Lanes finish(const Lanes& sum, std::int32_t number) {
     const Lanes ones = broadcast_lanes(0x00010001);
-#if defined(EIGEN_VECTORIZE_AVX512)
-    const Lanes both = _mm512_madd_epi16(sum, ones);
-#else
-    const Lanes both = _mm256_madd_epi16(sum, ones);
-#endif
-    return Eigen::internal::padd(both, broadcast_lanes(number));
+    return Eigen::internal::padd(IntegerDot<false>::multiply_pairs(sum, ones),
+                                 broadcast_lanes(number));
   }
 
   static void store(const std::int32_t* four, std::byte* to) { store_bytes(four, to); }
 
   static Lanes unpack(const Lanes& unsigned_bytes) { return unsigned_bytes; }
-  EIGEN_ALWAYS_INLINE static Lanes share(const std::byte* four) {
-    std::int32_t shared = 0;
-    std::memcpy(&shared, four, 4);
-    return broadcast_lanes(shared);
-  }
+  static Lanes share(const std::byte* four) { return broadcast_bytes(four); }
   EIGEN_ALWAYS_INLINE static Lanes add(const Lanes& sum, const Lanes& a, const Lanes& b) {
 #if defined(EIGEN_VECTORIZE_AVX512)
     return _mm512_add_epi16(sum, _mm512_maddubs_epi16(a, b));
