@@ -63,7 +63,8 @@ settings="$settings, $(cd "$root" &&
 cmake --build "$build" --target benchmarks --parallel "$(getconf _NPROCESSORS_ONLN)"
 
 # bench_exchange runs on two ranks, as root too, and on one core if there is no other.
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
 
 # Where malloc is the GNU C library's, for all parties alike: ours, the peers and the machine's limits.
 # What it gives a mapping of its own gets large pages only where it fills them, so matrices of less than
