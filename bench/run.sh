@@ -24,7 +24,7 @@ for argument in "$@"; do
     --resume) resume=yes ;;
     --no-peers) peers=OFF ;;
     --small-pages) hugetlb=0 ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
     -*) echo "$0: what is $argument?" >&2; exit 2 ;;
     *)
       [ -f "$root/bench/$argument.cpp" ] || { echo "$0: there is no $argument" >&2; exit 2; }

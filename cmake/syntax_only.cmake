@@ -1,5 +1,6 @@
-# Included in a scope: what is added in it is parsed, and its templates are instantiated, so that every warning of the
-# front end is seen, but no code is made and nothing linked. An empty file stands for each output.
+# Included in a scope: what is added in it is parsed, and its templates are instantiated, so that most warnings of the
+# front end are seen (not -Wunused-function and -Wreturn-type, which clang gives), but no code is made and nothing
+# linked. An empty file stands for each output.
 
 set(CMAKE_CXX_COMPILE_OBJECT
     "<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> -fsyntax-only -c <SOURCE>" "${CMAKE_COMMAND} -E touch <OBJECT>")

@@ -1,13 +1,14 @@
 #!/bin/sh
 # Builds and runs an example, installing what is missing:
 #
-#     sh examples/run.sh [language_model | adapt | pronounce | custom_gate | routing_map | inspect | pytorch] [arguments]
-#     sh examples/run.sh expert_parallel [--ranks N] [arguments for the program]
-#     sh examples/run.sh cookbook RECIPE [arguments], a recipe being a file of examples/cookbook
+#     sh examples/run.sh [EXAMPLE] [ARGUMENT...]
+#     sh examples/run.sh cookbook RECIPE [ARGUMENT...], a recipe being a file of examples/cookbook
+#     sh examples/run.sh expert_parallel [--ranks N] [ARGUMENT...]
 #
-# Without a name it is language_model. `sh examples/run.sh pronounce --help` lists that program's
-# arguments; of custom_gate and a recipe it shows the head of the source, and builds nothing. N, or RANKS in the environment, is the number of expert_parallel's processes, 2 without
-# either.
+# EXAMPLE is language_model (which it is without a name), adapt, pronounce, custom_gate, routing_map,
+# inspect, pytorch or expert_parallel. `sh examples/run.sh language_model --help` builds it and lists
+# its arguments; of custom_gate and a recipe --help shows the head of the source, and builds nothing.
+# N, or RANKS in the environment, is the number of expert_parallel's processes, 2 without either.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -15,9 +16,15 @@ build="$root/build/release"
 
 program=language_model
 case ${1-} in
+  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
   language_model | adapt | pronounce | custom_gate | routing_map | inspect | pytorch | expert_parallel)
     program=$1
     shift
+    ;;
+  cookbook | -* | '') ;;
+  *)
+    echo "$0: there is no example $1" >&2
+    exit 2
     ;;
 esac
 

@@ -1,14 +1,17 @@
 #!/bin/sh
-# Makes a release of the tree as it is, new and changed files included, in build/packaging, builds and runs
-# programs with its Conan package, and installs its vcpkg port:
+# Makes a release of the tree as it is, new and changed files included, in build/packaging, builds and
+# runs programs with its Conan package, and installs its vcpkg port:
 #
 #     sh packaging/test.sh
 #
-# Conan is the one of the system, else it is installed there from PyPI. The last line names what was not
-# there. Eigen and nlohmann-json are the system's, in a package of each made here, so that Conan needs no
-# network.
+# Conan is the one of the system, else it is installed there from PyPI. The last line names what was
+# not there. Eigen and nlohmann-json are the system's, in a package of each made here, so that Conan
+# needs no network.
 set -eu
 
+case ${1-} in
+  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+esac
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 work=$root/build/packaging
 if [ ! -e "$root/.git" ]; then

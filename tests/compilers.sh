@@ -1,13 +1,14 @@
 #!/bin/sh
-# Tries the headers as a user's own compiler sees them: found by -I, so that they must stand the user's
-# warnings, without CMake, and in the dialects that people use:
+# Tries the headers as a user's own compiler sees them: found by -I, so that they must stand the
+# user's warnings, without CMake, and in the dialects that people use:
 #
 #     sh tests/compilers.sh [COMPILER...]     (g++-12 clang++-14 clang++-19)
 #
-# With each of them, and with libc++ where a clang has it, in C++20 and C++23, the latter without RTTI:
-# all headers, and a program of tests/consumer, which is also run; the products that need AVX512-BF16, which
-# other processors only compile; then that -fno-exceptions gets an error that says so. The last line names
-# what was not there. EIGEN is the folder of Eigen's headers (/usr/include/eigen3).
+# With each of them, and with libc++ where a clang has it, in C++20 and C++23, the latter without
+# RTTI: all headers, and a program of tests/consumer, which is also run; the products that need
+# AVX512-BF16, which other processors only compile; then that -fno-exceptions gets an error that says
+# so. The last line names what was not there. EIGEN is the folder of Eigen's headers
+# (/usr/include/eigen3).
 set -eu
 
 case ${1-} in
@@ -63,6 +64,12 @@ try_all() {
   for dialect in -std=c++20 '-std=c++2b -fno-rtti'; do
     # shellcheck disable=SC2086
     try "$name, all headers" "$@" $dialect -fsyntax-only "$folder/headers.cpp"
+  done
+  # What is for processors that this one is not.
+  for march in x86-64-v3 x86-64-v4; do
+    case $(uname -m) in
+      x86_64) try "$name, products, $march" "$@" "-march=$march" -std=c++20 -fsyntax-only "$root/tests/compiled/products.cpp" ;;
+    esac
   done
   # shellcheck disable=SC2086
   try "$name, a program" "$@" $dialect -O1 "$root/tests/consumer/main.cpp" -o "$folder/program"

@@ -4,7 +4,8 @@
 #     sh tests/processors.sh [sse2] [avx2] [avx512] [aarch64]     (none: all)
 #
 # The first three are x86-64; aarch64 is cross-compiled and run by qemu-user. Tests for a processor
-# that has more than this one are compiled all the same, and the last lines say that nobody ran them.
+# that has more than this one are compiled all the same, and the last lines say that nobody ran
+# them.
 set -eu
 
 case ${1-} in

@@ -1,5 +1,9 @@
 #!/bin/sh
-# Installs what is missing, builds all tests and runs them. Arguments go to ctest.
+# Installs what is missing, builds all tests and runs them:
+#
+#     sh tests/run.sh [ARGUMENT...]
+#
+# Arguments go to ctest: -R "gates:" runs some of them.
 set -eu
 
 case ${1-} in

@@ -1,6 +1,6 @@
 # moe_compile_together(VARIABLE SOURCE...): puts up to fourteen tests of a folder into one generated source file, each
 # in a namespace of its own, and the list of these files into the variable. They instantiate the same templates, and
-# g++ does so anew in each file for what the functions of a precompiled header call: a second and a half a file. With
+# g++ does so anew in each file for what the functions of a precompiled header call. With
 # -DMOE_TEST_TOGETHER=OFF each is compiled alone, which is faster for who changes one of them.
 
 option(MOE_TEST_TOGETHER "Compile several files of tests as one" ON)
@@ -15,7 +15,7 @@ function(moe_compile_together variable)
   set(folders)
   foreach(source IN LISTS ARGN)
     cmake_path(GET source PARENT_PATH folder)
-    list(APPEND folders "${folder}|")
+    list(APPEND folders "${folder}|")  # so that an empty name, that of the folder itself, is not lost
     list(APPEND sources_in_${folder}| "${source}")
   endforeach()
   list(REMOVE_DUPLICATES folders)

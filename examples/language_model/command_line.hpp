@@ -46,7 +46,8 @@ inline void add_training_options(CLI::App& app, Options& o) {
                  "1: FactoredAdam for the experts; 0: Adam for everything")
       ->capture_default_str();
   app.add_option("--gate-deviation", o.gate_deviation,
-                 "deviation of the gate's scores at the start; 0: noise alone chooses at first")
+                 "deviation of the gate's scores at the start; 0: noise, if there is any, alone "
+                 "chooses at first")
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--hidden", o.hidden, "hidden width H of an expert")

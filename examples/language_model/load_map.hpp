@@ -106,7 +106,7 @@ inline examples::Svg load_picture(const std::vector<std::pair<std::string, LoadM
   constexpr std::size_t title = 20;
   constexpr std::size_t panel_width = 768;
   constexpr std::size_t legend_step = 96;
-  // Experts are as high as leaves room for text at few, and a screen at many.
+  // Experts are as high as leaves room for text at few, and can still be told apart at many.
   const auto cell_height = [](const LoadMap& map) {
     return static_cast<std::size_t>(std::clamp<Index>(512 / map.experts(), 2, 12));
   };

@@ -17,7 +17,7 @@
 
 /// \file
 /// The language model of N. Shazeer et al. 2017, App. C.1: embedding, LSTM, mixture of experts, LSTM
-/// and softmax. Each of the three layers in the middle is followed by dropout and added to its own
+/// and softmax. Each of the layers in the middle is followed by dropout and added to its own
 /// input; the mixture works on all time steps of a batch at once. The paper's mixture has a sigmoid on
 /// its output. Today's models have none, normalise the input of each layer and of the softmax, and many have a
 /// mixture behind every layer that mixes time steps: here, if asked for, another one behind the second LSTM.
@@ -285,6 +285,14 @@ class Model {
     join(middle.importance, last.importance, tape.of_both.importance);
     join(middle.load, last.load, tape.of_both.load);
     join(middle.tokens_per_expert, last.tokens_per_expert, tape.of_both.tokens_per_expert);
+    moe::GateLosses<float>& losses = tape.of_both.losses;
+    losses = middle.losses;
+    losses.importance += last.losses.importance;
+    losses.load += last.losses.load;
+    losses.switch_loss += last.losses.switch_loss;
+    losses.sequence += last.losses.sequence;
+    losses.z += last.losses.z;
+    losses.threshold += last.losses.threshold;
     tape.of_both.loss = middle.loss + last.loss;
   }
 

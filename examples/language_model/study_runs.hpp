@@ -298,20 +298,21 @@ inline Table recurrent_table(const Options& o) {
 /// Other ways to balance the load of 64 experts.
 inline Table balance_table(const Options& o) {
   Table table{"balance", "gate", {}, {}};
-  const auto add = [&](std::string label, Kind kind, double weight) {
+  const auto add = [&](std::string label, Kind kind, double importance, double load) {
     table.rows.push_back({std::move(label),
                           {.kind = kind,
                            .experts = 64,
                            .top_k = 4,
                            .hidden = o.hidden,
-                           .importance_weight = weight,
-                           .load_weight = weight},
+                           .importance_weight = importance,
+                           .load_weight = load},
                           "64 experts",
                           {}});
   };
-  add("noisy top-k, balance losses", Kind::noisy_top_k, 0.1);
-  add("strictly balanced", Kind::balanced, 0);
-  add("sigmoid top-k, loss-free balance", Kind::loss_free, 0);
+  add(has_noise(o) ? "noisy top-k, balance losses" : "top-k, importance loss", Kind::noisy_top_k,
+      o.importance_weight, o.load_weight);
+  add("strictly balanced", Kind::balanced, 0, 0);
+  add("sigmoid top-k, loss-free balance", Kind::loss_free, 0, 0);
   return table;
 }
 
@@ -321,6 +322,10 @@ inline std::vector<Table> tables_of(const Options& o) {
   for (Table& table : std::vector{loss_weight_table(o), expert_table(o), balance_table(o),
                                   recurrent_table(o), scaling_table(o)}) {
     if (std::find(o.tables.begin(), o.tables.end(), table.name) != o.tables.end()) {
+      moe::detail::require(
+          table.name != "loss_weights" || has_noise(o),
+          "--study-tables loss_weights needs --noise above 0: without noise the load "
+          "loss has no gradient");
       std::erase_if(table.rows, [&](const Row& row) { return row.run.experts > o.most_experts; });
       tables.push_back(std::move(table));
     }

@@ -13,6 +13,10 @@ void evaluate(const moe::Matrix<float>& x) {
 #elif defined(UNSERVED)
 using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>>;
 auto load() { return moe::load_serving<Layer>("layer.safetensors"); }
+#elif defined(FACTORED)
+void update(moe::MoELayer<moe::Expert<moe::FeedForward>>& layer, moe::FactoredAdam<double>& adam) {
+  adam.update(layer, 1e-3);
+}
 #elif defined(OPTIMIZER)
 void update(moe::MoELayer<moe::Expert<moe::FeedForward>>& layer, moe::Adam<double>& adam) {
   adam.update(layer, 1e-3);

@@ -156,8 +156,11 @@ TEST_CASE("safetensors: a mapped tensor is read where it is, and outlives its fi
   auto first = std::make_unique<MappedMatrix<float>>(file->mapped_matrix<float>("t"));
   const MappedMatrix<float> mapped = *first;
   CHECK(mapped.view().data() == first->view().data());
+  MappedMatrix<float> assigned = none;
+  assigned = *first;
   first.reset();
   file.reset();
+  CHECK(assigned.view() == numbers);
   CHECK(mapped.view() == numbers);
 }
 

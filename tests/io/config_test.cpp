@@ -248,6 +248,11 @@ TEST_CASE("safetensors: a prefix that is missing is shown", "[io]") {
   CHECK_THROWS_WITH(file.read_parameters(linear, "in."),
                     EndsWith("has no tensor \"in.weight\"; there is \"model.in.weight\", with the "
                              "prefix \"model.\""));
+  // Two of them do not say which is meant.
+  writer.add_module(saved, "model.out.");
+  writer.write(folder.file("b"));
+  CHECK_THROWS_WITH(SafetensorsFile(folder.file("b")).tensor("weight"),
+                    EndsWith("has no tensor \"weight\""));
   // What only ends with the name has another one.
   CHECK_THROWS_WITH(file.tensor("eight"), EndsWith("has no tensor \"eight\""));
 }

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "catch.hpp"
+#include "moe/mpi/ending.hpp"
 
 namespace {
 
@@ -21,7 +22,7 @@ class Ranks {
   Ranks() = default;
   ~Ranks() {
     // A rank that failed may have left the others in a call.
-    if (failed_) MPI_Abort(MPI_COMM_WORLD, 1);
+    if (failed_) moe::mpi::end_all_ranks();
   }
   Ranks(const Ranks&) = delete;
   Ranks& operator=(const Ranks&) = delete;

@@ -73,7 +73,7 @@ Layer make_layer(Activation activation) {
   return layer;
 }
 
-enum class Forgotten { nothing, scale, padding_in_loss, padding_in_y };
+enum class Forgotten { nothing, scale, padding_in_loss, padding_in_y, padding_in_maximum, weights };
 
 /// The noisy gate, which forgets something of the pass in forward() and in backward() alike, with a loss of
 /// its own: the mean over tokens of the squares of x.
@@ -89,9 +89,14 @@ class Forgetful : public NoisyTopKGate<double> {
     for (Index row = 0; row < x.rows(); ++row) {
       if (counts(tape, row)) tape.balance.loss += factor(tape) * x.row(row).squaredNorm();
     }
-    if (forgotten != Forgotten::padding_in_y) return;
-    // Weights that depend on a row of padding, as those of a gate that normalises over all rows do.
-    if (std::isnan(x.sum())) std::fill(tape.routing.weight.begin(), tape.routing.weight.end(), 0.5);
+    // Weights that depend on a row of padding, as those of a gate that normalises over all rows do; a maximum
+    // does not see a NaN.
+    double largest = 0;
+    for (Index i = 0; i < x.size(); ++i) largest = std::max(largest, x.data()[i]);
+    const bool sees = (forgotten == Forgotten::padding_in_y && std::isnan(x.sum())) ||
+                      (forgotten == Forgotten::padding_in_maximum && largest > 100);
+    if (sees) std::fill(tape.routing.weight.begin(), tape.routing.weight.end(), 0.5);
+    if (forgotten == Forgotten::weights) tape.routing.weight[0] = std::nan("");
   }
   void backward(const MatrixRef<double>& x, std::span<const double> dweight, Tape& tape,
                 Matrix<double>& dx) {
@@ -136,11 +141,17 @@ TEST_CASE("check gradients: a pass that is forgotten in forward and backward ali
                     Catch::Matchers::EndsWith(" with 0.5, must be in proportion"));
   CHECK_THROWS_WITH(
       check_forgetful<Forgotten::padding_in_loss>(padded),
-      Catch::Matchers::EndsWith(" and nan with NaN in padding, which must not be read"));
+      Catch::Matchers::EndsWith(" and nan with nan in padding, which must not be read"));
   CHECK_THROWS_WITH(
       check_forgetful<Forgotten::padding_in_y>(padded),
-      "moe: check_layer_gradients: row 0 of y is another with NaN in padding, which must "
+      "moe: check_layer_gradients: row 0 of y is another with nan in padding, which must "
       "not be read");
+  CHECK_THROWS_WITH(check_forgetful<Forgotten::padding_in_maximum>(padded),
+                    "moe: check_layer_gradients: row 0 of y is another with 1000 in padding, which "
+                    "must not be read");
+  // A y of NaN is not the fault of what reads padding: every difference is NaN and left out.
+  const GradientCheck none = check_forgetful<Forgotten::weights>(padded);
+  CHECK(none.kinks == none.checked);
   // Without padding there is nothing to read.
   CHECK(check_forgetful<Forgotten::padding_in_loss>({.step = 3}).error < 1e-7);
 }

@@ -16,7 +16,8 @@ namespace moe {
 ///
 ///     c = x·W_g                       clean scores                     T x E
 ///     s = softplus(x·W_noise) + s0    scale of the noise               T x E
-///     h = c + n ⊙ s                   n standard normal, keyed by (seed, step, token, expert)
+///     h = c + n ⊙ s                   n standard normal, keyed by (seed, step, token, expert), times
+///                                     Pass::noise_factor
 ///     G = softmax of h over its K largest, 0 elsewhere
 ///
 /// Both weight matrices start at zero [S17 App. A], so training starts in balance. With K = 1 the

@@ -26,6 +26,7 @@ namespace moe {
 ///     u = x·W_r + n_r ⊙ (softplus(x·V_r) + s0)   noisy scores of the row keys       T x a
 ///     v = x·W_c + n_c ⊙ (softplus(x·V_c) + s0)   noisy scores of the column keys    T x b
 ///     h_ij = u_i + v_j                           scores of the experts, T x E, never computed whole
+///                                                (n_r and n_c standard normal, times Pass::noise_factor)
 ///     G = softmax of h over its K largest, 0 elsewhere
 ///     loss = w_importance·CV²(Importance) + w_load·[(1 + CV²(Loadrow))·(1 + CV²(Loadcolumn)) − 1]
 ///

@@ -56,6 +56,13 @@ inline Index optimizer_tasks(Index scalars) {
   return std::clamp(scalars / worth_a_task, Index{1}, most);
 }
 
+/// A compiler's message in place of one about the arguments of F, an optimizer's part that takes its parameters.
+template <class F, class... Arguments>
+struct CheckScalarOfModule {
+  static_assert(std::is_invocable_v<F&, Arguments...>,
+                "an optimizer has the Scalar of its module: Adam<float> for one of floats");
+};
+
 /// Calls f(lane, index, parameter, first, count) for every block of every parameter that is not
 /// idle, the blocks of a lane in order, several lanes at once; index counts the parameters. The blocks
 /// of idle parameters are counted too, so that no other block moves to another lane when they are
@@ -74,8 +81,7 @@ void for_each_parameter_block(Module& module, Updates updates, F&& f) {
     walk_parameters(module, [&](const ParameterName&, auto& parameter) {
       const Index size = parameter.size();
       const Index blocks = (size + optimizer_block - 1) / optimizer_block;
-      static_assert(std::is_invocable_v<F&, Index, Index, decltype(parameter), Index, Index>,
-                    "an optimizer has the Scalar of its module: Adam<float> for one of floats");
+      (void)CheckScalarOfModule<F, Index, Index, decltype(parameter), Index, Index>();
       if (!is_passed_by(parameter, updates)) {
         for (Index b = 0; b < blocks; ++b) {
           const Index lane = (dealt + b) % optimizer_lanes;
@@ -109,6 +115,7 @@ void for_each_whole_parameter(Module& module, Updates updates, Chosen&& chosen, 
     walk_parameters(module, [&](const ParameterName&, auto& parameter) {
       const Index i = index++;
       if (!takes_part(parameter)) return;
+      (void)CheckScalarOfModule<F, Index, decltype(parameter), Index>();
       if (dealt * tasks / scalars == task) f(i, parameter, worker);
       dealt += parameter.size();
     });

@@ -21,6 +21,11 @@ void jitter_input(double size, std::uint64_t seed, const NoiseSource& noise,
   const Index width = x.cols();
   resize(factor, tokens.count, width);
   resize(jittered, tokens.count, width);
+  if (size == 0) {
+    factor.setOnes();
+    for (Index t = 0; t < tokens.count; ++t) jittered.row(t) = x.row(tokens.row_of(t));
+    return;
+  }
   const Work work = function_work(factor.size());
   parallel_for_blocks(tokens.count, 64, work, [&](Index first, Index count) {
     for (Index t = first; t < first + count; ++t) {

@@ -37,9 +37,10 @@ struct Pass {
   /// T x noise_columns() numbers, row by row, for the gate to use as noise instead of drawing it; or
   /// empty. See the gate for their range.
   std::span<const double> noise{};
-  /// A factor of the noise, drawn or given: of n in noisy top-k scores, and of TopKGate's jitter. A training that
-  /// lets it fall to 0 ends with the choices of evaluate(), which has no noise. The scale s of the noise, from which
-  /// the load of noisy top-k takes its probabilities, stays as it is. Finite and at least 0.
+  /// A factor of the noise, drawn or given, from 0 to 1: of n in noisy top-k scores, and of TopKGate's jitter. With 0
+  /// noisy top-k chooses as evaluate() does, and TopKGate has no jitter; whether TopKGate draws or drops a second
+  /// choice, and the capacities of training, do not depend on it. The scale s of the noise, from which the load of
+  /// noisy top-k takes its probabilities, stays as it is.
   double noise_factor = 1;
   /// The number of sequences in the batch (in that of all processes, if they share one), all of the same
   /// number of rows, for a gate with places or losses by sequence (TopKGate). At most 2^31; 0 stands for the
@@ -163,8 +164,8 @@ void insert_padding(const ValidTokens& tokens, Routing<Scalar>& routing) {
 inline void check_pass(const char* name, const Pass& pass, Index rows) {
   require(std::isfinite(pass.loss_scale) && pass.loss_scale >= 0, name,
           ": Pass.loss_scale = ", pass.loss_scale, ", must be finite and at least 0");
-  require(std::isfinite(pass.noise_factor) && pass.noise_factor >= 0, name,
-          ": Pass.noise_factor = ", pass.noise_factor, ", must be finite and at least 0");
+  require(pass.noise_factor >= 0 && pass.noise_factor <= 1, name,
+          ": Pass.noise_factor = ", pass.noise_factor, ", must be from 0 to 1");
   check_valid(name, pass.valid, rows);
   check_sequences(name, pass.sequences);
 }

@@ -58,7 +58,8 @@ inline constexpr Index scaled_steps = 32;
 ///                           codes times `unit`, exactly
 ///
 /// If scaled, also `unit`, a power of 2, and scale(values, count): the scale of a block, a float that float16
-/// can represent exactly.
+/// can represent exactly; and for rounded activations bytes<part>(lanes), four steps of k as unsigned bytes, which are the
+/// codes + `zero` and at most `most_stored`.
 template <class F>
 concept NarrowFormat = requires(const std::byte* lane, std::byte* changed, float value,
                                 typename F::Code code) {

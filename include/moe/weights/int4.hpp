@@ -35,6 +35,7 @@ struct Int4 {
   /// A code is stored as q + zero. Steps 0 to 3 are the low halves of a lane's bytes, steps 4 to 7 the
   /// high ones, so that a mask gives four consecutive steps as bytes.
   static constexpr std::int32_t zero = 8;
+  static constexpr std::int32_t most_stored = 15;  ///< the largest byte of bytes()
 
   /// The code of step `step` in a lane.
   static Code get(const std::byte* lane, Index step) {

@@ -35,6 +35,7 @@ struct Int8 {
 
   /// A code is stored as q + zero: products of bytes take one unsigned operand.
   static constexpr std::int32_t zero = 128;
+  static constexpr std::int32_t most_stored = 255;  ///< the largest byte of bytes()
 
   /// The code of step `step` in a lane.
   static Code get(const std::byte* lane, Index step) {

@@ -97,7 +97,7 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
 /// panels of B.
 template <class Format>
 requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Format>>& product) {
-  using Dot = IntegerDot<Format::zero <= 8>;
+  using Dot = IntegerDot<Format::most_stored <= 15>;
   using Rows = RoundedRows<Dot>;
   const NarrowOperand<Format>& b = product.b;
   Rows rounded;

@@ -247,7 +247,9 @@ void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, co
   constexpr Index height = l2_feeds_tiles ? 8 : 4;
   alignas(64) float wide[to_size(height * panel_packets * wide_block_floats<Format>)];
   const Index whole = product.b.rows / Format::block;
+  // There are two tiles at least, so that a stretch has at most `height` blocks and fits into `wide`.
   const auto multiply = [&](Range rows, const std::byte* stretch, Index first, Index blocks) {
+    MOE_ASSERT(blocks <= height);
     with_tile_of_rows(product, part, rows, first * Format::block,
                       [&](const float* const* from, float* const* to) {
                         for_each_narrow_tile<Wide>(rows.count, part, [&](auto R, auto V, Index v) {

@@ -54,7 +54,9 @@ constexpr std::string_view element_type() {
   } else if constexpr (std::is_same_v<Element, Eigen::bfloat16>) {
     return "BF16";
   } else {
-    static_assert(std::is_same_v<Element, Index>);
+    static_assert(
+        std::is_same_v<Element, Index>,
+        "a tensor's elements are float, double, Eigen::half, Eigen::bfloat16 or moe::Index");
     return "I64";
   }
 }

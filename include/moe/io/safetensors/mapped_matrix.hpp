@@ -18,17 +18,21 @@ class MappedMatrix {
   /// `numbers`, row-major, are part of what `file` owns.
   MappedMatrix(std::shared_ptr<const std::byte> file, const Scalar* numbers, Index rows,
                Index columns)
-      : file_(std::move(file)), view_(numbers, rows, columns, Eigen::OuterStride<>(columns)) {}
+      : file_(std::move(file)), numbers_(numbers), rows_(rows), columns_(columns) {}
 
-  Index rows() const { return view_.rows(); }
-  Index cols() const { return view_.cols(); }
+  Index rows() const { return rows_; }
+  Index cols() const { return columns_; }
 
   /// The matrix as an Eigen::Map, valid as long as this or a copy of it.
-  ConstMatrixView<Scalar> view() const { return view_; }
+  ConstMatrixView<Scalar> view() const {
+    return {numbers_, rows_, columns_, Eigen::OuterStride<>(columns_)};
+  }
 
  private:
   std::shared_ptr<const std::byte> file_;
-  ConstMatrixView<Scalar> view_;
+  const Scalar* numbers_;
+  Index rows_;
+  Index columns_;
 };
 
 }  // namespace moe

@@ -46,17 +46,19 @@ inline std::string plain(std::string_view said) {
 
 inline std::string tensor_named(std::string_view name) { return "tensor \"" + plain(name) + '"'; }
 
-/// The end of a message that says that a name is missing: nothing, unless the map has it behind a prefix, such as
-/// "model.in.weight" for "in.weight".
+/// The end of a message that says that a name is missing: nothing, unless just one name of the map has it behind a
+/// prefix, such as "model.in.weight" for "in.weight".
 template <class Map>
 std::string hint_of_prefix(const Map& map, const std::string& missing) {
+  const std::string* found = nullptr;
   for (const auto& entry : map) {
-    const std::string& name = entry.first;
-    if (!name.ends_with("." + missing)) continue;
-    const std::string prefix = name.substr(0, name.size() - missing.size());
-    return "; there is \"" + plain(name) + "\", with the prefix \"" + plain(prefix) + '"';
+    if (!entry.first.ends_with("." + missing)) continue;
+    if (found != nullptr) return {};
+    found = &entry.first;
   }
-  return {};
+  if (found == nullptr) return {};
+  const std::string prefix = found->substr(0, found->size() - missing.size());
+  return "; there is \"" + plain(*found) + "\", with the prefix \"" + plain(prefix) + '"';
 }
 
 }  // namespace moe::detail

@@ -148,10 +148,11 @@ class SafetensorsFile {
   /// The whole tensor in the shape of matrix(), in the memory of the mapped file instead of a copy. Scalar is float,
   /// double, Eigen::half or Eigen::bfloat16, and the tensor must be of this type: F32, F64, F16 or BF16. Throws
   /// std::runtime_error if there is no tensor of this name, it has another type, it is not aligned in the file
-  /// (SafetensorsWriter aligns every tensor), or the file cannot be mapped; matrix() reads it all the same. Throws
-  /// too if the file was changed since it was opened.
+  /// (SafetensorsWriter aligns every tensor), the file cannot be mapped, or it was changed since it was opened.
+  /// matrix() reads a tensor of another floating type, or one that is not aligned, all the same.
   template <class Scalar>
   MappedMatrix<Scalar> mapped_matrix(const std::string& name) const {
+    static_assert(!std::is_same_v<Scalar, Index>, "whole numbers are read by read()");
     require_type(tensor(name), name, detail::element_type<Scalar>());
     const auto [rows, columns] = matrix_shape(name);
     const std::uint64_t place = place_of(name);
