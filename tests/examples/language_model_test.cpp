@@ -108,6 +108,14 @@ TEST_CASE("language model: the study's runs", "[examples][language_model]") {
   CHECK(smaller[0].rows[8].label == "1024 experts, hierarchical");
   CHECK(smaller[0].rows[9].label == "1024 experts, product keys");
 
+  // Without noise its rows would differ by the weight of a loss that has no gradient.
+  characters.tables = {"loss_weights"};
+  REQUIRE(characters.noise == 0);
+  CHECK_THROWS_WITH(tables_of(characters), Contains("loss_weights needs --noise above 0"));
+  characters.tables = {"balance"};
+  CHECK(tables_of(characters)[0].rows[0].label == "top-k, importance loss");
+  CHECK(tables_of(characters)[0].rows[0].run.importance_weight == 0.3);
+
   Options too_narrow = o;
   too_narrow.hidden = 32;
   CHECK_THROWS_WITH(tables_of(too_narrow), Contains("--hidden 32"));
