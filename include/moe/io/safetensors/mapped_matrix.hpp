@@ -20,8 +20,8 @@ class MappedMatrix {
                Index columns)
       : file_(std::move(file)), numbers_(numbers), rows_(rows), columns_(columns) {}
 
-  Index rows() const { return rows_; }
-  Index cols() const { return columns_; }
+  Index rows() const { return rows_; }     ///< of the matrix
+  Index cols() const { return columns_; }  ///< of the matrix
 
   /// The matrix as an Eigen::Map, valid as long as this or a copy of it.
   ConstMatrixView<Scalar> view() const {
