@@ -33,8 +33,8 @@
 
 namespace moe::test::layer {
 #include "gates_4.inc"
+#include "layer_10.inc"
 #include "layer_5.inc"
-#include "layer_9.inc"
 }  // namespace moe::test::layer
 
 namespace {
@@ -95,7 +95,7 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
     CHECK(after.at("gate.weight") != before.at("gate.weight"));
   }
   {
-#include "layer_8.inc"
+#include "layer_9.inc"
     adam.update(layer, rate);
   }
 }
@@ -103,12 +103,12 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
 TEST_CASE("documents: a model and a network of one's own in layer.md", "[documents]") {
   namespace own = moe::test::layer;
   {
-    own::Classifier model(
+    own::Classifier<> model(
         {.inputs = 12,
          .classes = 3,
          .mixture = {
              .width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1}});
-    own::Classifier::Tape tape;
+    own::Classifier<>::Tape tape;
     moe::Adam<float> adam;
     const auto x = moe::test::random_matrix<float>(30, 12, 2);
     std::vector<moe::Index> labels(30);
@@ -122,18 +122,47 @@ TEST_CASE("documents: a model and a network of one's own in layer.md", "[documen
     }
     CHECK(last < 0.1 * first);
     CHECK(model.config().mixture.gate.experts == model.mixture().gate().experts());
+
+    // What changes in training is in the file.
+    const moe::test::TemporaryFolder folder;
+    model.mixture().set_loss_weights({.importance = 0.5, .load = 0.25});
+    model.mixture().copy_experts({1, 2}, {.noise_stddev = 0.1, .seed = 3});
+    moe::save_module(folder.file("model"), model);
+    const moe::SafetensorsFile file(folder.file("model"));
+    own::Classifier<> loaded(file.config<own::Classifier<>>());
+    file.read_module(loaded);
+    CHECK(loaded.mixture().gate().config().importance_weight == 0.5);
+    CHECK(loaded.mixture().gate().experts() == 6);
+    CHECK(loaded.evaluate(x) == model.evaluate(x));
+  }
+  {
+    own::Classifier<double> model(
+        {.inputs = 5,
+         .classes = 3,
+         .mixture = {.width = 4,
+                     .expert = {.hidden = 6, .activation = moe::Activation::gelu},
+                     .gate = {.experts = 4, .top_k = 2},
+                     .seed = 1}});
+    own::Classifier<double>::Tape tape;
+    moe::SoftmaxCrossEntropy<double> cross_entropy;
+    moe::SoftmaxCrossEntropy<double>::Tape loss_tape;
+    const moe::Matrix<double> x = moe::test::random_matrix(7, 5, 2);
+    const std::vector<moe::Index> labels{0, 1, 2, 0, 1, 2, 0};
+#include "layer_7.inc"
+    CHECK(check.error < 1e-7);
+    CHECK(check.checked == 5 * 4 + 4 + 4 * 3 + 3 + 2 * 4 * 4 + 4 * (2 * 4 * 6 + 6 + 4));
   }
   {
     const std::vector<moe::Index> ids{3, 1, 4, 1, 5, 9, 2, 6};
     const std::uint64_t step = 1;
-#include "layer_7.inc"
+#include "layer_8.inc"
     CHECK(n.rows() == 8);
     CHECK(n.cols() == 8);
     CHECK(state.hidden.rows() == 4);
   }
   {
     using own::ProductNetwork;
-#include "layer_10.inc"
+#include "layer_11.inc"
     CHECK(check.error < 1e-8);
     CHECK(check.checked == 24 + 2 * 4 * 3 + 3 * 2 * 16);
     CHECK(check.kinks == 0);

@@ -138,6 +138,13 @@ EIGEN_ALWAYS_INLINE P to_register(P packet) {
 #endif
   return packet;
 }
+/// The same for a packet of integers, which is a class around the processor's own type: clang takes no class.
+template <class P, int id>
+EIGEN_ALWAYS_INLINE Eigen::internal::eigen_packet_wrapper<P, id> to_register(
+    Eigen::internal::eigen_packet_wrapper<P, id> packet) {
+  packet.m_val = to_register(packet.m_val);
+  return packet;
+}
 
 /// What a step does with an element of A, one of B and the sum so far. Another operation may read
 /// several numbers from the 32 bits of an element: see bfloat16_words.hpp. prefetches_far says
