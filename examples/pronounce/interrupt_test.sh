@@ -10,8 +10,8 @@ shift 2
 . "$(dirname -- "$0")/../common/interrupted_training.sh"
 begin_in "$folder"
 
-# Rows and tables of a log, without seconds.
-figures() { sed -n 's/^\( *[0-9]*  .*\)  *[0-9]*$/\1/p; /^|/p' "$1"; }
+# Rows and tables of a log, without seconds, nor the blanks before them, of which 10 seconds have fewer than 9.
+figures() { sed -n 's/^\( *[0-9]*  .*[^ ]\)  *[0-9]*$/\1/p; /^|/p' "$1"; }
 
 "$@" --dictionary "$dictionary" --model whole.safetensors >whole.log
 
