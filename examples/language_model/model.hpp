@@ -20,7 +20,7 @@
 /// and softmax. Each of the layers in the middle is followed by dropout and added to its own
 /// input; the mixture works on all time steps of a batch at once. The paper's mixture has a sigmoid on
 /// its output. Today's models have none, normalise the input of each layer and of the softmax, and many have a
-/// mixture behind every layer that mixes time steps: here, if asked for, another one behind the second LSTM.
+/// mixture behind every layer that mixes time steps: here, with ModelConfig.mixtures = 2, another one behind the second LSTM.
 
 namespace language_model {
 
@@ -285,14 +285,8 @@ class Model {
     join(middle.importance, last.importance, tape.of_both.importance);
     join(middle.load, last.load, tape.of_both.load);
     join(middle.tokens_per_expert, last.tokens_per_expert, tape.of_both.tokens_per_expert);
-    moe::GateLosses<float>& losses = tape.of_both.losses;
-    losses = middle.losses;
-    losses.importance += last.losses.importance;
-    losses.load += last.losses.load;
-    losses.switch_loss += last.losses.switch_loss;
-    losses.sequence += last.losses.sequence;
-    losses.z += last.losses.z;
-    losses.threshold += last.losses.threshold;
+    tape.of_both.losses = middle.losses;
+    tape.of_both.losses += last.losses;
     tape.of_both.loss = middle.loss + last.loss;
   }
 

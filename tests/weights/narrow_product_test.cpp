@@ -96,27 +96,38 @@ TEMPLATE_TEST_CASE(
   CHECK(same_bits(both.narrow(a, Matrix<float>(rows, 201), [](auto&) {}), wide));
 }
 
+namespace {
+
+/// How many codes a scaled format has, and the one of row k and column j where each row has all of them.
+template <class Format>
+constexpr Index codes_of = std::is_same_v<Format, Int4> ? 16 : 255;
+template <class Format>
+Index code_at(Index k, Index j) {
+  const Index least = std::is_same_v<Format, Int4> ? -8 : -127;
+  return (j + 7 * k) % codes_of<Format> + least;
+}
+
+}  // namespace
+
 TEMPLATE_TEST_CASE("narrow product: every code of every step", "[weights]",
                    MOE_TEST_SCALED_FORMATS) {
   // Row k of the identity picks step k, in tiles of all heights.
   const Index rows = GENERATE(1, 2, 3, 4, 5, 6, 9, 50);
-  const int least = std::is_same_v<TestType, Int4> ? -8 : -127;
-  const int codes = std::is_same_v<TestType, Int4> ? 16 : 255;
   const NarrowMatrix<TestType> weights(
-      50, codes,
-      [&](Index k, Index j) {
-        return static_cast<typename TestType::Code>((j + 7 * k) % codes + least);
+      50, codes_of<TestType>,
+      [](Index k, Index j) {
+        return static_cast<typename TestType::Code>(code_at<TestType>(k, j));
       },
       [](Index block, Index) { return block == 0 ? 0.5f : 0x1p-24f; });
   for (Index first = 0; first < 50; first += rows) {
     const Index count = std::min(rows, 50 - first);
     const Matrix<float> a = Matrix<float>::Identity(50, 50).middleRows(first, count);
-    Matrix<float> c(count, codes);
+    Matrix<float> c(count, codes_of<TestType>);
     gemm(GemmNN<float, NarrowOperand<TestType>>{.a = a, .b = weights.operand(), .c = c});
     for (Index i = 0; i < count; ++i) {
       const Index k = first + i;
-      for (Index j = 0; j < codes; ++j) {
-        const auto code = static_cast<float>((j + 7 * k) % codes + least);
+      for (Index j = 0; j < codes_of<TestType>; ++j) {
+        const auto code = static_cast<float>(code_at<TestType>(k, j));
         REQUIRE(c(i, j) == code * (k < 32 ? 0.5f : 0x1p-24f));
       }
     }
@@ -348,23 +359,21 @@ TEMPLATE_TEST_CASE("integer product: every code of every step", "[weights]",
                    MOE_TEST_SCALED_FORMATS) {
   // Row k of 127 times the identity picks step k, with a scale of 1.
   const Index rows = GENERATE(1, 2, 3, 4, 5);
-  const int least = std::is_same_v<TestType, Int4> ? -8 : -127;
-  const int codes = std::is_same_v<TestType, Int4> ? 16 : 255;
   const NarrowMatrix<TestType> weights(
-      50, codes,
-      [&](Index k, Index j) {
-        return static_cast<typename TestType::Code>((j + 7 * k) % codes + least);
+      50, codes_of<TestType>,
+      [](Index k, Index j) {
+        return static_cast<typename TestType::Code>(code_at<TestType>(k, j));
       },
       [](Index, Index) { return 0.5f; });
   for (Index first = 0; first < 50; first += rows) {
     const Index count = std::min(rows, 50 - first);
     const Matrix<float> a = 127 * Matrix<float>::Identity(50, 50).middleRows(first, count);
-    Matrix<float> c(count, codes);
+    Matrix<float> c(count, codes_of<TestType>);
     gemm(GemmNN<float, NarrowOperand<TestType>>{
         .a = a, .b = weights.operand(Activations::int8), .c = c});
     for (Index i = 0; i < count; ++i) {
-      for (Index j = 0; j < codes; ++j) {
-        const auto code = static_cast<float>((j + 7 * (first + i)) % codes + least);
+      for (Index j = 0; j < codes_of<TestType>; ++j) {
+        const auto code = static_cast<float>(code_at<TestType>(first + i, j));
         REQUIRE(c(i, j) == 127 * 0.5f * code);
       }
     }

@@ -124,8 +124,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }  ///< E
   /// The number of values of Pass::noise for a row of x. With a jitter, D values in [-1, 1), which are
-  /// (j − 1) / (Config.jitter·Pass::noise_factor); then, with a drawn second choice, E Gumbel deviates, which are added to c;
-  /// then, with a random one, a value in [0, 1): the choice stays if it is below 2·w.
+  /// (j − 1) / (Config.jitter·Pass::noise_factor); then, with a drawn second choice, E Gumbel deviates, which are
+  /// added to c; then, with a random one, a value in [0, 1): the choice stays if it is below 2·w.
   Index noise_columns() const {
     return draw_column() + (config_.drawn_second ? experts() : 0) + (config_.random_second ? 1 : 0);
   }

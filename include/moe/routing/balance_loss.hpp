@@ -122,6 +122,17 @@ struct GateLosses {
 
   /// Their sum.
   Scalar sum() const { return importance + load + switch_loss + sequence + z + threshold; }
+
+  /// Adds those of another gate, one by one.
+  GateLosses& operator+=(const GateLosses& other) {
+    importance += other.importance;
+    load += other.load;
+    switch_loss += other.switch_loss;
+    sequence += other.sequence;
+    z += other.z;
+    threshold += other.threshold;
+    return *this;
+  }
 };
 
 /// How evenly a batch was spread over the experts, and the loss that makes it more even.

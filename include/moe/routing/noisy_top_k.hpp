@@ -289,13 +289,16 @@ class NoisyTopK {
         }
       }
     }
-    const P factor = broadcast(static_cast<Scalar>(source.factor));
+    if (source.factor != 1) {
+      const P factor = broadcast(static_cast<Scalar>(source.factor));
+      map(
+          scores_of(rows), noise, [&](const P& n) { return Eigen::internal::pmul(n, factor); },
+          noise);
+    }
     for_each_packet<Scalar>(scores_of(rows), [&](const PacketSpan& at) {
       const P s = Eigen::internal::padd(softplus<Scalar>(at.load(raw)), floor);
-      const P n = Eigen::internal::pmul(at.load(noise), factor);
       at.store(scale, s);
-      at.store(noise, n);
-      at.store(noisy, Eigen::internal::pmadd(n, s, at.load(clean)));
+      at.store(noisy, Eigen::internal::pmadd(at.load(noise), s, at.load(clean)));
     });
   }
 

@@ -163,10 +163,6 @@ class SavedConfig {
   }
 
  private:
-  static std::string metadata_named(std::string_view key) {
-    return "metadata \"" + plain(key) + '"';
-  }
-
   template <class Field>
   Field parsed(const SafetensorsMetadata::value_type& said) const {
     const auto field = field_of_text<Field>(said.second);

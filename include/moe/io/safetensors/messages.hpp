@@ -46,6 +46,8 @@ inline std::string plain(std::string_view said) {
 
 inline std::string tensor_named(std::string_view name) { return "tensor \"" + plain(name) + '"'; }
 
+inline std::string metadata_named(std::string_view key) { return "metadata \"" + plain(key) + '"'; }
+
 /// The end of a message that says that a name is missing: nothing, unless just one name of the map has it behind a
 /// prefix, such as "model.in.weight" for "in.weight".
 template <class Map>

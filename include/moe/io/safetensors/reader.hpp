@@ -82,7 +82,7 @@ class SafetensorsFile {
   const std::string& metadata(const std::string& key) const {
     const auto found = metadata_.find(key);
     if (found == metadata_.end()) {
-      detail::fail_file(path_, "has no metadata \"", key, "\"",
+      detail::fail_file(path_, "has no ", detail::metadata_named(key),
                         detail::hint_of_prefix(metadata_, key));
     }
     return found->second;
