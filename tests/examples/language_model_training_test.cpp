@@ -289,6 +289,19 @@ TEST_CASE("language model: a model of two mixtures has the experts of both",
     CHECK(balance.load.segment(first, 6).sum() == 16);
   }
   CHECK(balance.importance.head(6) != balance.importance.tail(6));
+  // Without noise the load's loss of each has a value too.
+  const auto of = [&](const auto& figures, double weight) {
+    const auto cv_squared = [](const auto& part) {
+      const double mean = part.template cast<double>().mean();
+      return (part.template cast<double>().array() - mean).square().mean() / (mean * mean);
+    };
+    return weight * (cv_squared(figures.head(6)) + cv_squared(figures.tail(6)));
+  };
+  const double importance = of(balance.importance, o.importance_weight);
+  const double load = of(balance.load, o.load_weight);
+  CHECK(std::abs(balance.losses.importance / importance - 1) < 1e-4);
+  CHECK(std::abs(balance.losses.load / load - 1) < 1e-4);
+  CHECK(std::abs(balance.loss / (importance + load) - 1) < 1e-4);
   CHECK(evaluate(two.model.model(), text, o.sequences).balance.tokens_per_expert.size() == 12);
 
   // Where the last mixture adds nothing, the model is the one without it, of the same seed.
