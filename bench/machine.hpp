@@ -156,7 +156,7 @@ inline double try_byte_dots() {
 #endif
 
 /// Memory to measure the bandwidth with: far larger than the cache, written once so that
-/// every page is a page of its own, in large pages where asked for and possible.
+/// every page is a page of its own, in large pages where wanted and possible.
 class Buffer {
  public:
   explicit Buffer(bool large_pages)

@@ -180,7 +180,7 @@ class Cell {
   std::vector<bench::ExpertArrays<const float*>> gradients_;
 };
 
-/// Measured when the first row of the cell is asked for.
+/// Measured when the first row of the cell is run.
 const std::vector<Times>& times_of(Index experts, Index tokens) {
   static std::map<std::pair<Index, Index>, std::vector<Times>> known;
   auto& times = known[{experts, tokens}];

@@ -60,7 +60,7 @@ class ProgressReporter : public benchmark::BenchmarkReporter {
   examples::ProgressBar bar_;
 };
 
-/// How many rows the arguments choose. Prints the help and ends the program where they ask for it. Says
+/// How many rows the arguments choose. Prints the help and ends the program if they say so. Says
 /// that there are none unless `is_silent`.
 inline std::size_t count_rows(std::vector<char*> arguments, bool is_silent) {
   std::string list = "--benchmark_list_tests=true";

@@ -167,7 +167,7 @@ class Made {
   bool is(Index experts) const {
     return experts_ == experts && gate_ == &typeid(Gate);
   }
-  /// Before the next one is made, and before anyone asks what memory there is for it.
+  /// Before the next one is made, and before the memory that it can have is measured.
   void clear() {
     layer_.reset();
     experts_ = 0;

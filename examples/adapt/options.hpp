@@ -8,7 +8,7 @@
 #include "../language_model/options.hpp"
 
 /// \file
-/// What can be asked of the program.
+/// The options of the program.
 
 namespace adapt {
 

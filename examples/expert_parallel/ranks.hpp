@@ -28,7 +28,7 @@ class Ranks {
   const moe::mpi::Communicator& communicator() const { return communicator_; }
   bool is_root() const { return communicator_.rank() == 0; }
 
-  // What language_model::Contestant asks of those who train it.
+  // What language_model::Contestant requires of those who train it.
 
   language_model::BatchPart part() const { return {communicator_.rank(), communicator_.size()}; }
 

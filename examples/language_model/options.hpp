@@ -6,7 +6,7 @@
 #include <vector>
 
 /// \file
-/// What can be asked of the program.
+/// The options of the program.
 
 namespace language_model {
 

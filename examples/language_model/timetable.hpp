@@ -63,7 +63,7 @@ class Timetable {
   /// Of the update.
   double noise() const { return noise_at(options_, fraction_); }
 
-  /// To be asked once an update.
+  /// To be called once for each update.
   bool evaluation_is_due() {
     if (fraction_ * static_cast<double>(options_.evaluations) <
         static_cast<double>(evaluations_ + 1)) {

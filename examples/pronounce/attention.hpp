@@ -6,7 +6,7 @@
 #include <vector>
 
 /// \file
-/// Which letters a phoneme looks at.
+/// Attention: which letters a phoneme depends on.
 
 namespace pronounce {
 

@@ -16,7 +16,7 @@
 
 namespace pronounce {
 
-/// One word to be pronounced. The reward looks at the listed pronunciations, the network does not.
+/// One word to be pronounced. The reward uses the listed pronunciations, the network does not.
 struct Word {
   std::span<const Index> letters;
   std::span<const Phonemes> pronunciations;
@@ -92,7 +92,7 @@ class Model {
     Matrix dlogits, doutput, dstate, dcontext, dall_states;
   };
 
-  // What moe::Policy asks for.
+  // What moe::Policy requires.
   using Input = Word;
   struct Tape {
     Index samples = 0;

@@ -10,7 +10,7 @@
 #include "dictionary.hpp"
 
 /// \file
-/// What can be asked of the program.
+/// The options of the program.
 
 namespace pronounce {
 

@@ -45,7 +45,7 @@
 #define MOE_UNROLL
 #endif
 
-/// Behind the parameters of a lambda that must be inlined: what it captures are registers.
+/// After the parameter list of a lambda that must be inlined, so that its captures stay in registers.
 #if defined(__GNUC__)
 #define MOE_INLINED __attribute__((always_inline))
 #else
@@ -127,7 +127,7 @@ inline std::string join_parts(std::initializer_list<Part> parts) {
   return text;
 }
 
-/// The parts one after the other, numbers as "%g" prints them.
+/// The parts one after the other, floating-point numbers as "%g" prints them.
 template <class... Parts>
 std::string join(const Parts&... parts) {
   return join_parts({Part(parts)...});

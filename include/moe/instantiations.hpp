@@ -2,7 +2,7 @@
 
 /// \file
 /// Explicit instantiations of what programs use most, in float and double. With MOE_EXTERN_TEMPLATES, moe.hpp
-/// includes this file, and the compiler does not instantiate them: for each of the two types
+/// includes this file, and the compiler makes no object code for them: for each of the two types
 /// another file must be compiled with MOE_INSTANTIATE defined as that type, and with the same
 /// flags. CMake's moe::compiled is such a library, and defines MOE_EXTERN_TEMPLATES for the targets
 /// that link it.

@@ -278,7 +278,7 @@ MOE_NOINLINE Matrix<Scalar> zeros(Index rows, Index columns) {
   return matrix;
 }
 
-/// The addresses from a first element up to just behind the last.
+/// The addresses from a first element up to just after the last.
 struct MemoryRange {
   std::uintptr_t begin = 0;
   std::uintptr_t end = 0;
@@ -303,7 +303,7 @@ struct MemoryRange {
   bool overlaps(const MemoryRange& other) const { return begin < other.end && other.begin < end; }
 };
 
-/// Throws std::invalid_argument if an argument of a pass overlaps memory that the pass writes to or
+/// Throws std::invalid_argument if an argument of a call overlaps memory that the call writes to or
 /// resizes: it would read numbers that it has overwritten, or memory that it has freed.
 MOE_NOINLINE inline void require_apart(std::string_view verb, std::string_view argument,
                                        const MemoryRange& of_argument,
@@ -311,8 +311,8 @@ MOE_NOINLINE inline void require_apart(std::string_view verb, std::string_view a
   for (const MemoryRange& range : written) {
     require(
         !of_argument.overlaps(range), verb, ": ", argument,
-        " lies in this tape's own memory, which the pass writes to; pass a copy, or use another "
-        "tape");
+        " overlaps memory that this call writes to; pass a copy, or use another tape or another "
+        "matrix for the result");
   }
 }
 

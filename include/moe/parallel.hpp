@@ -11,7 +11,8 @@
 #endif
 
 /// \file
-/// The only file that uses threads: those of OpenMP if the program is compiled with it, else none.
+/// The only file that computes with several threads: those of OpenMP if the program is compiled with it,
+/// else none.
 ///
 /// Work is split by what it writes, and the terms of every sum are added in one order, so the number
 /// of threads (omp_set_num_threads, OMP_NUM_THREADS) never changes a bit of any result. Workers

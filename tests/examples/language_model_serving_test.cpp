@@ -151,7 +151,7 @@ TEST_CASE("language model: the activations of every part are rounded",
 }
 
 TEST_CASE("language model: the bytes of experts in each format", "[examples][language_model]") {
-  // Blocks of 32 steps are filled up, columns to the packets of the processor: 64 is whole in both.
+  // Steps are padded to blocks of 32, columns to the packets of the processor: 64 is whole in both.
   Model<Middle>::Config config{.vocabulary = vocabulary, .width = 64, .memory = 4};
   config.middle = {.gate = {.experts = 3, .top_k = 1}, .hidden = 128};
   config.mixtures = GENERATE(Index{1}, Index{2});

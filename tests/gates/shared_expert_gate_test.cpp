@@ -410,7 +410,7 @@ TEST_CASE("shared expert gate: a bad configuration is refused with its field and
     return [is_tied](Config& c) { c.shared = 0, c.gated = true, c.tied = is_tied; };
   };
   const std::string nothing_to_weigh =
-      "SharedExpertGate::Config.gated = true with shared = 0, whose weights it makes";
+      "SharedExpertGate::Config.gated = true, must be false with shared = 0";
   refuse(none(false), nothing_to_weigh);
   refuse(none(true), nothing_to_weigh);
   refuse([](Config& c) { c.routed.width = 5; },

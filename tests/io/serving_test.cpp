@@ -174,7 +174,7 @@ TEMPLATE_TEST_CASE("served files: packed on a machine with other packets", "[io]
   const std::string bad = folder.file("bad.safetensors");
   change_tensor(other, bad, name, "U8", {bytes.size()}, bytes);
   CHECK_THROWS_WITH(load_serving<Served<TestType>>(bad),
-                    Contains("at [36,70], which is not one of "));
+                    Contains("at [36,70], which is not valid in "));
 }
 
 TEST_CASE("served files: plain ones are what they say", "[io][weights]") {
@@ -240,12 +240,12 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
   auto codes = bytes_of(name);
   codes[71 * 3 + 5] = std::byte{0x80};
   change_tensor(path, bad, name, "I8", {37, 71}, codes);
-  refused("\"experts.1.up.weight\" has -128 at [3,5], which is not one of int8");
+  refused("\"experts.1.up.weight\" has -128 at [3,5], which is not valid in int8");
   auto scales = bytes_of(name + ".scale");
   scales[2 * (71 + 4)] = std::byte{0x00};
   scales[2 * (71 + 4) + 1] = std::byte{0x7C};
   change_tensor(path, bad, name + ".scale", "F16", {2, 71}, scales);
-  refused("\"experts.1.up.weight.scale\" has the scale inf at [1,4], which is not one of int8");
+  refused("\"experts.1.up.weight.scale\" has the scale inf at [1,4], which is not valid in int8");
   CHECK_THROWS_WITH(load_serving<Served<Int4>>(path),
                     Contains("has weights in int8, must be int4"));
   CHECK_THROWS_WITH(load_serving<Served<Int8>>(folder.file("none")), Contains("cannot be read"));
@@ -257,7 +257,7 @@ TEST_CASE("served files: what is wrong is named", "[io][weights]") {
   infinite[1] = std::byte{0x7F};
   change_tensor(path, bad, name, "BF16", {37, 71}, infinite);
   CHECK_THROWS_WITH(load_serving<Served<BFloat16>>(bad),
-                    Contains("has inf at [0,0], which is not one of bfloat16"));
+                    Contains("has inf at [0,0], which is not valid in bfloat16"));
 
   save_serving(path, served, Packing::packed);
   {
@@ -304,7 +304,7 @@ TEMPLATE_TEST_CASE("served files: packed weights are checked when asked", "[io][
     for (const auto& [half, text] : {std::pair{0x7C00, "inf"}, std::pair{0x7E00, "nan"}}) {
       bytes[detail::to_size(at.scale)] = std::byte{0};
       bytes[detail::to_size(at.scale + 1)] = static_cast<std::byte>(half >> 8);
-      refused(bytes, std::string("the scale ") + text + " at [1,70], which is not one of " +
+      refused(bytes, std::string("the scale ") + text + " at [1,70], which is not valid in " +
                          TestType::name);
     }
   }
@@ -314,7 +314,7 @@ TEMPLATE_TEST_CASE("served files: packed weights are checked when asked", "[io][
                      : std::is_same_v<TestType, BFloat16> ? 0x7F80
                                                           : 0x7C00;
     TestType::set(bytes.data() + at.lane, at.step, static_cast<typename TestType::Code>(code));
-    refused(bytes, std::string(code < 0 ? "-128" : "inf") + " at [36,70], which is not one of " +
+    refused(bytes, std::string(code < 0 ? "-128" : "inf") + " at [36,70], which is not valid in " +
                        TestType::name);
   }
   CHECK_THROWS_WITH(load_serving<Loaded>(path, {}, static_cast<MappedCheck>(7)),

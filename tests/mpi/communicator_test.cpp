@@ -141,7 +141,7 @@ TEMPLATE_TEST_CASE("communicator: a rank that failed says so in a sum", "[mpi]",
   }
 }
 
-TEST_CASE("communicator: sums and prefixes in one call, and ranks that fail there", "[mpi]") {
+TEST_CASE("communicator: sums and prefix sums in one call, and ranks that fail there", "[mpi]") {
   const Communicator communicator(MPI_COMM_WORLD, 30);
   const int ranks = communicator.size();
   const Index rank = communicator.rank();
@@ -190,6 +190,24 @@ TEST_CASE("communicator: ranks that disagree all hear who does on what", "[mpi]"
         }) ==
         "moe: ranks disagree in \"sum\": the count of the numbers is 2 on rank 0 and 3 on rank " +
             at);
+  std::vector<double> numbers{static_cast<double>(rank)};
+  CHECK(error_of(
+            [&] { communicator.broadcast(std::span<double>(numbers), rank == last ? last : 0); }) ==
+        "moe: ranks disagree in \"broadcast\": root is 0 on rank 0 and " + at + " on rank " + at);
+  CHECK(numbers.front() == rank);
+  communicator.agree("and goes on");
+}
+
+TEST_CASE("communicator: numbers of a rank that does not exist", "[mpi]") {
+  const Communicator communicator(MPI_COMM_WORLD, 30);
+  const int ranks = communicator.size();
+  for (const int root : {-1, ranks}) {
+    std::vector<Index> numbers{Index{communicator.rank()}};
+    CHECK(error_of([&] { communicator.broadcast(std::span<Index>(numbers), root); }) ==
+          "rank 0: moe: broadcast: root = " + std::to_string(root) + ", must be one of " +
+              std::to_string(ranks) + " ranks");
+    CHECK(numbers.front() == communicator.rank());
+  }
   communicator.agree("and goes on");
 }
 

@@ -59,11 +59,13 @@ TEST_CASE("gather rows: what is wrong is named and changes nothing", "[nn]") {
 
   to = from;
   using Catch::Matchers::Contains;
-  CHECK_THROWS_WITH(gather_rows(to.bottomRows(2), std::vector<Index>{0}, to),
-                    Contains("gather_rows: from lies in this tape's own memory"));
+  CHECK_THROWS_WITH(
+      gather_rows(to.bottomRows(2), std::vector<Index>{0}, to),
+      Contains("gather_rows: from overlaps memory that this call writes to; pass a copy, or "
+               "use another tape or another matrix for the result"));
   labels = {0, 1, 2};
   CHECK_THROWS_WITH(gather_rows(labels, std::vector<Index>{0}, labels),
-                    Contains("gather_rows: from lies"));
+                    Contains("gather_rows: from overlaps"));
   CHECK_THROWS_WITH(gather_rows(std::vector<Index>{1, 2, 3}, labels, labels),
-                    Contains("gather_rows: rows lies"));
+                    Contains("gather_rows: rows overlaps"));
 }

@@ -292,8 +292,8 @@ TEMPLATE_LIST_TEST_CASE("nn modules: a tape's own output as input works or is re
   const std::string name = TestType::name;
   const auto refused = [&](const char* verb, const char* argument) {
     return "moe: " + name + "::" + verb + ": " + argument +
-           " lies in this tape's own memory, which the pass writes to; pass a copy, or use another "
-           "tape";
+           " overlaps memory that this call writes to; pass a copy, or use another tape or "
+           "another matrix for the result";
   };
   for (const Index rows : {6, 4, 2}) {  // all of it, and its last rows
     INFO(rows << " rows");

@@ -14,12 +14,15 @@ namespace moe {
 /// B (rank x outputs) are trained instead of W [E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language
 /// Models", 2021, eq. 3].
 struct LoraConfig {
-  Index rank = 8;     ///< r, at least 0; with 0 there are no adapters
-  double alpha = 16;  ///< factor = alpha / rank; both finite, the factor as a Scalar
+  Index rank = 8;  ///< r, at least 0; with 0 there are no adapters
+  /// factor = alpha / rank. alpha must be finite, and so must the factor as a Scalar.
+  double alpha = 16;
   /// factor = alpha / sqrt(rank) [D. Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning
   /// with LoRA", 2023].
   bool rank_stabilized = false;
-  bool gate = true;  ///< an adapter on W_1 of the gated form
+  /// An adapter on W_1 of the gated form; the plain form has no such map. Unless rank is 0, at least one map
+  /// of the network must have an adapter.
+  bool gate = true;
   bool up = true;    ///< on W_1 of the plain form and W_3 of the gated one
   bool down = true;  ///< on W_2
 
@@ -37,8 +40,9 @@ struct LoraConfig {
 /// Adapters on the parameters of a gate whose name is "weight" or ends in ".weight": W_g, but not
 /// the weights of the noise.
 struct LoraGateConfig {
-  Index rank = 8;                ///< r, at least 0; with 0 there are no adapters
-  double alpha = 16;             ///< factor = alpha / rank; both finite, the factor as a Scalar
+  Index rank = 8;  ///< r, at least 0; with 0 there are no adapters
+  /// factor = alpha / rank. alpha must be finite, and so must the factor as a Scalar.
+  double alpha = 16;
   bool rank_stabilized = false;  ///< factor = alpha / sqrt(rank)
 
   template <class Self, class Visitor>

@@ -38,7 +38,7 @@ template <class Scalar, class Base>
 struct LoraWeight {
   Base base;  ///< K x N
   LowRank<Scalar> low_rank{};
-  Index column = 0;  ///< of an expert's scratch, where t_a and t_b are
+  Index column = 0;  ///< the first column of t_a and t_b in an expert's scratch
 
   /// n x r, factor·(the rows that the matrix multiplies)·A.
   MatrixView<Scalar> t_a(const MatrixView<Scalar>& scratch) const {
@@ -248,7 +248,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     Index rows = weight_rows();
     visit_adapters(
         *this, [&](std::string_view, const auto& low_rank) { rows += low_rank.gradient_rows(); });
-    // Biases are of the first range, which there must be.
+    // The gradients of the biases are added with row 0, so there is at least one row.
     return std::max<Index>(1, rows);
   }
 
@@ -318,11 +318,12 @@ class LoraFeedForward : public detail::FeedForwardPasses<
     to.column = rank_column(number);
   }
 
-  /// Of the scratch, from which on a map has room.
+  /// The first column of a map's t_a and t_b in the scratch.
   Index rank_column(Index map) const {
     return Base::parts_column() + Base::panels() + 2 * config_.lora.rank * map;
   }
-  /// Of Base::gradient_rows(), filled up so that the others begin at a block.
+  /// Base::gradient_rows() rounded up to whole blocks of gradient_block_rows, so that the adapters' rows
+  /// begin at a block; 0 if no weight is trained.
   Index weight_rows() const {
     bool is_any_trained = false;
     Base::visit_parts(*this, [&](std::string_view, const auto& part) {

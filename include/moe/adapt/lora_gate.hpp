@@ -25,8 +25,8 @@ namespace moe {
 /// and the choice are those of the gate. With rank 0 it gives the same bits as the gate.
 ///
 /// A pass computes the sum in its tape, O(r·D·E). Backward computes the gradients of A and B from x and from the
-/// gradient of the scores, and not that of the sum, D x E. A gate that does not compute the latter by
-/// linear_scores_backward() has it computed all the same, and A's and B's from it.
+/// gradient of the scores, and not that of the sum, D x E. A gate that does not use linear_scores_backward()
+/// computes the gradient of the sum all the same, and those of A and B are computed from it.
 ///
 /// Parameters: those of the gate with their names and with `trained` false; and for each "weight" a
 /// "lora_A.weight" (A, D x r) and a "lora_B.weight" (B, r x E), with the same prefix. A user may set
@@ -54,7 +54,7 @@ class LoraGate {
 
   /// The gate's tape, and the gate whose weights are the sums.
   struct Tape : Adapted::Tape {
-    /// Memory that stays from pass to pass, and the gradients of an adapter.
+    /// Memory kept from pass to pass for one adapter; add() computes the adapter's gradients.
     struct Sum final : detail::GradientFactors<Scalar> {
       Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B, where a gate computes it
       Matrix<Scalar> scaled_a;  ///< D x r, factor·A

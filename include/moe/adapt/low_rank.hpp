@@ -32,8 +32,9 @@ struct LowRank {
   Index rank() const { return a.value.cols(); }
   Index size() const { return a.size() + b.size(); }
 
-  /// Rows of the gradients as add_low_rank_gradients() takes them, of A and of the transposed B; both are filled
-  /// up, so that no two ranges of them write to one cache line of B.
+  /// Rows of the gradients as add_low_rank_gradients() takes them, of A and of the transposed B. Both counts
+  /// are rounded up to a multiple of gradient_block_rows, so that no two ranges of rows write to one cache
+  /// line of B's gradient.
   Index gradient_rows() const {
     return rank() == 0 ? 0 : in_blocks(a.value.rows()) + in_blocks(b.value.cols());
   }
@@ -53,8 +54,8 @@ void scale_rows(double factor, MatrixView<Scalar> rows) {
   rows *= static_cast<Scalar>(factor);
 }
 
-// A product with the matrix is two. The first, n x r, is computed once, before the second, whose columns may be
-// split.
+// A product with A·B is computed as two products. The first, n x r, is computed once, before the second, whose
+// columns may be split.
 
 /// t = factor·x·A.
 template <class Scalar>

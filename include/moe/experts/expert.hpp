@@ -61,6 +61,7 @@ struct ExpertBlock {
 /// A plain, unfused network: dense rows in, dense rows out, nothing about routing. This is the concept
 /// for networks of users.
 ///
+///     Scalar, Config                  float or double; a struct with a member Index width
 ///     Network(config, seed)           config.width is D; 0 inside a layer's configuration stands
 ///                                     for the layer's width
 ///     tape_width()                    the number of values a row saves for backward
@@ -124,8 +125,8 @@ concept FusedNetwork =
       network.weight_gradients(block, in, dweight);
     };
 
-/// A FusedNetwork that fills columns of its scratch before a half of a pass, in which all columns of the
-/// half read them. The rows are split.
+/// A FusedNetwork that fills columns of its scratch before a half of a pass; every range of columns of that
+/// half reads them. The rows may be split into several calls.
 ///
 ///     prepares() const                       whether there is anything to fill; if not, none is called
 ///     prepare_hidden(block) const            before hidden()

@@ -25,17 +25,18 @@ namespace moe {
 /// The configuration of FeedForward, which defines the letters used here.
 struct FeedForwardConfig {
   Index width = 0;   ///< D; 0 inside a layer's configuration stands for the layer's width
-  Index hidden = 0;  ///< H
+  Index hidden = 0;  ///< H, at least 1
   Activation activation = Activation::relu;  ///< act
   bool gated = false;                        ///< whether it is the gated form
   bool bias = !gated;                        ///< b_1, b_2 and, gated, b_3
   /// The largest input of act, and the largest magnitude of the gated form's linear factor before
-  /// its offset; >= 0, and 0 means no limit.
+  /// its offset; finite, >= 0; 0 means no limit.
   double limit = 0;
-  double linear_offset = 0;     ///< of the gated form; finite; gpt-oss has 1, and a limit of 7
+  /// Of the gated form, finite; must be 0 in the plain form; gpt-oss has 1, and a limit of 7.
+  double linear_offset = 0;
   bool weighted_input = false;  ///< the slot's weight multiplies x and not y, as in Llama 4
   /// Whether backward computes the pre-activations again, and the tape does not save them [S17 App. D]:
-  /// the tape has S x H fewer numbers (gated, S x 2·H), and backward a quarter more arithmetic
+  /// the tape has H fewer numbers for each slot (gated, 2·H), and backward a quarter more arithmetic
   /// (gated, a third). All results keep their bits.
   bool recompute = false;
   /// The precision in which the tape stores the pre-activations. With bfloat16 they take half the
@@ -328,7 +329,7 @@ class FeedForwardPasses {
   }
   /// b_1.
   const Parameter<Scalar>& first_bias() const { return config_.gated ? gate_bias_ : up_bias_; }
-  /// The same for the products with x. Where the slots' weights multiply x, they are applied after
+  /// values_of() for the products with x. Where the slots' weights multiply x, they are applied after
   /// these products, and the biases after them.
   const Scalar* first_values_of(const Parameter<Scalar>& bias) const {
     return config_.weighted_input ? nullptr : values_of(bias);
@@ -538,7 +539,7 @@ class FeedForwardPasses {
     auto gradient = tile_of(pre_of(block), column);
     auto from = tile_of(pre, column);
     const bool rounded = config_.saved == Precision::bfloat16;
-    const auto ask = [&](Index row, Index further) {
+    const auto prefetch_row = [&](Index row, Index further) {
       for (Index part = 0; part < pre_parts(); ++part) {
         if (rounded) {
           prefetch_far<(strip_lines + 1) / 2>(code_of(pre, row, part * config_.hidden + column),
@@ -550,10 +551,10 @@ class FeedForwardPasses {
     };
     constexpr Index panel = expert_block_columns<Scalar>;
     if (column < columns.first + panel) {
-      for_each_next(block, rows, [&](Index row) { ask(row, 0); });
+      for_each_next(block, rows, [&](Index row) { prefetch_row(row, 0); });
     }
     if (column + panel < columns.first + columns.count) {
-      for (Index row = rows.first; row < rows.first + rows.count; ++row) ask(row, panel);
+      for (Index row = rows.first; row < rows.first + rows.count; ++row) prefetch_row(row, panel);
     }
     Tile first;
     Tile second;

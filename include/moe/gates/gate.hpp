@@ -30,8 +30,10 @@ struct GateTape {
 };
 
 /// A gate makes a Routing, and takes the gradient of the loss w.r.t. the slots' weights in
-/// backward.
+/// backward. It is made by Gate(config, seed). It has the types Scalar, Config and Tape, which derives from
+/// GateTape<Scalar>, and with set_loss_weights() a type LossWeights.
 ///
+///     experts()                        const; E, the number of experts
 ///     forward(x, tape, pass)           const; training: sets tape.routing and tape.balance
 ///     evaluate(x, tape, pass)          const; serving: the same without noise; pass is an
 ///                                      EvaluationPass
@@ -266,6 +268,7 @@ class GateBase {
     self().route(x, pass, tape);
     return tape.routing;
   }
+  /// The same with a tape of its own; returns a copy of the routing.
   Routing<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     typename Derived::Tape tape;
     return evaluate(x, tape);

@@ -27,7 +27,7 @@ namespace moe {
 /// tokens that the primary gate sent to group i; the secondary gate of the group computes only these.
 /// Their number |X_i| has no gradient. Without noise, and in evaluation, the load is the count of the
 /// slots and has no gradient. A token's noise depends on no other token. With top_k_groups = 1 the
-/// primary gate has a gradient from the losses only, a secondary gate with top_k = 1 from the load.
+/// primary gate has a gradient from the load loss only, and so has a secondary gate with top_k = 1.
 ///
 /// Scores cost O(T·D·(a + top_k_groups·b)), those of a flat gate O(T·D·a·b); memory is the same
 /// without the factor D. With 131,072 experts in groups of 256 a token has a thousand scores. A group

@@ -204,9 +204,8 @@ class SharedExpertGate
     detail::complete_width(name, "routed", config.width, config.routed.width);
     detail::require(config.gated || !config.tied,
                     "SharedExpertGate::Config.tied = true, must be false without gated");
-    detail::require(
-        config.shared > 0 || !config.gated,
-        "SharedExpertGate::Config.gated = true with shared = 0, whose weights it makes");
+    detail::require(config.shared > 0 || !config.gated,
+                    "SharedExpertGate::Config.gated = true, must be false with shared = 0");
     const auto scale = static_cast<Scalar>(config.scale);
     detail::require(std::isfinite(scale) && scale > 0,
                     "SharedExpertGate::Config.scale = ", config.scale,

@@ -154,7 +154,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
     check_batch(training_limit(), config_.sequence_loss_weight > 0, x.rows(), pass);
   }
-  /// The same with the capacity of evaluation. The loss by sequence is left out for such rows.
+  /// The same with the capacity of evaluation, but for the loss by sequence: evaluate() leaves it out if the
+  /// number of rows is not a multiple of the number of sequences.
   void check_evaluate(const MatrixRef<Scalar>& x, const EvaluationPass& pass) const {
     check_batch(evaluation_limit(), false, x.rows(), pass);
   }
@@ -309,8 +310,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     measure_losses(loss_weights(), sequences, pass.batch, tape);
   }
 
-  /// With the capacity of evaluation; the loss by sequence is left out where T is not a multiple of
-  /// the number of sequences.
+  /// With the capacity of evaluation; the loss by sequence is left out where the number of
+  /// rows is not a multiple of the number of sequences.
   void route(const MatrixRef<Scalar>& x, const EvaluationPass& pass, Tape& tape) const {
     linear_scores(tape.tokens.rows_of(x), weight_, bias_, tape.router.logits);
     choose(nullptr, tape);

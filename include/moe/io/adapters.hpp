@@ -202,7 +202,8 @@ void save_adapters(const std::string& folder, const Module& module,
 /// with the same rank, factor and shapes, and the folder must have no others under `prefix`.
 ///
 /// Throws std::runtime_error, which names the file and the mismatch, and std::invalid_argument if
-/// the module has no adapters; nothing is changed then.
+/// the module has no adapters or the prefix of a name does not end in a dot; nothing is changed
+/// then.
 template <class Module>
 void load_adapters(const std::string& folder, Module& module, const std::string& prefix = {}) {
   const detail::AdapterConfig config(detail::file_in(folder, detail::adapter_config_file));

@@ -26,7 +26,7 @@
 ///                in its low half, stored as q + 8; the scale as in int8
 ///
 /// A packed file has the weights in their layout in memory (U8 in one dimension). If that is the layout of
-/// this machine, the file is mapped: opening it reads only the header and the gate.
+/// this machine, the file is mapped: opening it reads only the header, the gate and the biases.
 ///
 /// The metadata has the configuration, "serving.format", and in a packed file "serving.layout".
 
@@ -133,12 +133,13 @@ bool is_code(typename Format::Code code) {
   return std::isfinite(Format::decode(code, 1));
 }
 
-/// The error for a code, at its row, or a scale, at its block of rows, that is not one of the format.
+/// Throws for a code or a scale that is not valid in the format; `row` is the row of the code, or the block
+/// of rows of the scale.
 template <class Format>
 [[noreturn]] void refuse_weight(const SafetensorsFile& file, const std::string& name, Index row,
                                 Index column, const char* what, float value) {
   fail_file(file.path(), tensor_named(name), " has ", what, value, " at [", row, ",", column,
-            "], which is not one of ", Format::name);
+            "], which is not valid in ", Format::name);
 }
 template <class Format>
 typename Format::Code checked_code(const SafetensorsFile& file, const std::string& name, Index row,
@@ -172,8 +173,8 @@ void check_packed(const NarrowMatrix<Format>& matrix, const SafetensorsFile& fil
   }
 }
 
-/// Throws std::runtime_error if a code or a scale gives a weight that is not finite, or a code is not one of
-/// the format.
+/// Throws std::runtime_error if a code or a scale gives a weight that is not finite, or a code is not valid
+/// in the format.
 template <class Format>
 NarrowMatrix<Format> read_plain(const SafetensorsFile& file, const std::string& name, Index rows,
                                 Index columns) {

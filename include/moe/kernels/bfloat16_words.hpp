@@ -16,11 +16,11 @@
 ///     Operation                   what a step of the micro-kernel does with words
 ///     round_row(count, from, to)  the words of a row that runs along K
 ///     interleave(rows, stride, to)  the words of rows that follow each other along K: `steps`
-///                                 rows become one row of words, the last packet filled up with
+///                                 rows become one row of words, the last packet padded with
 ///                                 zeros
 ///
 /// and round to nearest even; NaN stays NaN, and magnitudes below 2^-126 become 0, as in vdpbf16ps.
-/// Words are filled up with zeros beyond the end of K.
+/// Words are padded with zeros beyond the end of K.
 
 MOE_PACKETS_BEGIN
 

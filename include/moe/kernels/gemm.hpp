@@ -24,7 +24,7 @@
 /// where the processor fuses. Blocks, tiles and threads only decide when a chain is continued;
 /// hence a row of C has the same bits whatever other rows are multiplied with it, on any number of
 /// threads. Nothing allocates. gemm() throws std::invalid_argument for shapes that do not match;
-/// gemm_serial() does not look at them.
+/// gemm_serial() does not check them.
 
 MOE_PACKETS_BEGIN
 

@@ -86,7 +86,7 @@ MOE_NOINLINE void strip_tile(const Left<Scalar>& left, Panel<Scalar> right, Inde
 }
 
 /// strip_tile() of the `width` columns of a strip, where `rows` is known at run time. A strip that is
-/// narrower than a tile is in the panel already, filled up with zeros.
+/// narrower than a tile is in the panel already, padded with zeros.
 template <class Scalar>
 void strip_tile(Index rows, Index width, bool packs, const Left<Scalar>& left, Panel<Scalar> right,
                 Index depth, Start start, const Bias<Scalar>& bias, Scalar* const* c,

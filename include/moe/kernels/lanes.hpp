@@ -115,7 +115,7 @@ EIGEN_ALWAYS_INLINE L field(const L& lanes) {
 #define MOE_SHUFFLES_BYTES
 
 /// Which byte goes into each byte of a lane: the byte `step` of the lane into the highest, none into the
-/// others. A shuffle counts in four lanes.
+/// others. The indices of a shuffle are relative to its 16 bytes, four lanes.
 template <int step>
 inline constexpr auto byte_index = [] {
   std::array<std::uint8_t, sizeof(Lanes)> bytes{};
@@ -126,8 +126,8 @@ inline constexpr auto byte_index = [] {
 }();
 #endif
 
-/// 2^24 times the signed byte `step` of each lane: as the highest byte of an integer it brings its sign, and
-/// what it is multiplied by, a scale takes off without rounding.
+/// 2^24 times the signed byte `step` of each lane. The highest byte of an integer keeps its sign, and the
+/// scale, which is divided by this factor, removes it without rounding.
 template <int step>
 EIGEN_ALWAYS_INLINE Packet<float> byte_to_float(const Lanes& lanes) {
 #ifdef MOE_SHUFFLES_BYTES

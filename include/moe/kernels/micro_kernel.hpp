@@ -33,9 +33,10 @@ inline constexpr Index tile_rows = 6;
 #endif
 /// The highest tile on any processor: of one packet, with enough independent chains.
 inline constexpr Index max_tile_rows = 8;
-/// Whether a tile is so large, with 32 registers, that L2 can feed it from rows of B in place, 8
-/// bytes per cycle for 8 x 3 packets of 64 bytes. Smaller tiles need 11, which L2 delivers only
-/// where a tile reads contiguous memory: for many rows of A they need B packed.
+/// Whether a tile is so large, with 32 registers, that L2 can feed it from rows of B in place: 8 x 3
+/// packets of 64 bytes read 8 bytes of B for each multiply-add, 8 bytes per cycle at one a cycle. 6 x 2
+/// packets of 32 bytes read 5.3, 11 bytes per cycle at two a cycle, which L2 delivers only where a tile
+/// reads contiguous memory: for many rows of A these tiles need B packed.
 inline constexpr bool l2_feeds_tiles = tile_rows == max_tile_rows;
 inline constexpr Index tile_packets = l2_feeds_tiles ? 3 : 2;
 /// The highest tile of a product that reads B in place: 32 registers hold one row more if the

@@ -14,7 +14,7 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Packs rows `stride` apart, the last packet of each filled up with zeros.
+/// Packs rows `stride` apart, the last packet of each padded with zeros.
 template <class Scalar>
 void copy_rows(const GatheredRows<Scalar>& rows, Index stride, Scalar* buffer) {
   constexpr Index size = packet_size<Scalar>;
@@ -116,7 +116,7 @@ void transpose_rows(ScatteredRows<Scalar> from, ScatteredRows<Scalar> to) {
   }
 }
 
-/// The depth of a panel, at most: a panel of 3 packets is then 24 KiB, which leaves room in L1.
+/// The depth of a panel, at most: a panel of tile_packets packets is then 24 KiB, which leaves room in L1.
 /// Deeper ones would read and write C less often.
 inline constexpr Index panel_depth =
     (Index{24} << 10) / static_cast<Index>(tile_packets * sizeof(Packet<float>));
@@ -135,7 +135,7 @@ struct Strip {
 /// else.
 ///
 ///     pack(strip, buffer)            the strip as packets, in the buffer (panel_depth rows of
-///                                    tile_columns), the last packet of a row filled up with zeros
+///                                    tile_columns), the last packet of a row padded with zeros
 ///     prefetch(strip, first, count)  what pack() will read for steps [first, first + count)
 template <class Source, class Scalar>
 concept PacketSource = requires(const Source& source, const Strip& strip, Scalar* buffer,

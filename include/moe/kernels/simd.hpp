@@ -9,7 +9,7 @@
 /// SSE, AVX2, AVX-512 and NEON, float and double.
 ///
 /// Every element of a row goes through the same packet operation, the last few in a packet that is
-/// filled up with zeros. (Eigen's array expressions use other, scalar functions at the ends of a
+/// padded with zeros. (Eigen's array expressions use other, scalar functions at the ends of a
 /// row, and where the ends are depends on the address; a token would get other bits in another
 /// row.)
 
@@ -114,7 +114,7 @@ Scalar dot(Index count, const Scalar* a, const Scalar* b) {
   return Eigen::internal::predux(padd(padd(sum0, sum1), padd(sum2, sum3)));
 }
 
-/// Σ a[i], in the order of dot().
+/// Σ a[i] in one fixed order that depends on `count` alone, not that of dot().
 template <class Scalar>
 Scalar sum(Index count, const Scalar* a) {
   constexpr Index size = packet_size<Scalar>;

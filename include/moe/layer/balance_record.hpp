@@ -20,13 +20,14 @@ namespace moe {
 /// The balance of one layer after one pass, as a row of CSV (RFC 4180). Where processes share a batch,
 /// `loss` to `unused_experts` are of the whole batch, the others of this process's tokens.
 struct BalanceRecord {
-  std::uint64_t step = 0;         ///< number of the update
-  std::string layer;              ///< name of the layer
-  Index tokens = 0;               ///< T without padding
-  Index slots = 0;                ///< S
-  double loss = 0;                ///< Balance::loss
-  double cv_importance = 0;       ///< of the sums of an expert's weights
-  double cv_load = 0;             ///< of the numbers of an expert's tokens, see Balance::load
+  std::uint64_t step = 0;  ///< number of the update
+  std::string layer;       ///< name of the layer
+  Index tokens = 0;        ///< T without padding
+  Index slots = 0;         ///< S
+  double loss = 0;         ///< Balance::loss
+  /// The coefficient of variation, stddev / mean, of the importance: each expert's sum of weights.
+  double cv_importance = 0;
+  double cv_load = 0;             ///< the same of the load, see Balance::load
   double max_over_mean_load = 0;  ///< the largest load over the mean load
   Index unused_experts = 0;       ///< experts without a token
   /// Σ_i −p_i·ln(p_i) in nats, p being the weights of a token's slots, each at least 0, over their sum: 0
@@ -38,8 +39,9 @@ struct BalanceRecord {
 
   /// The names of the columns, without an end of line.
   static std::string csv_header();
-  /// The values, without an end of line: numbers with nine digits and a point whatever the locale, NaN as
-  /// "nan", the layer's name in quotes where it has a comma, a quote or an end of line.
+  /// The values, without an end of line: floating-point numbers with nine significant digits and a decimal
+  /// point in any locale, NaN as "nan", the layer's name in quotes where it has a comma, a quote or an end of
+  /// line.
   std::string csv_row() const;
 
   template <class Self, class Visitor>
@@ -65,7 +67,7 @@ template <std::integral Number>
 void append_csv(Number value, std::string& row) {
   row += std::to_string(value);
 }
-/// With a number of significant digits, at most 17, and a point whatever the locale.
+/// With a number of significant digits, at most 17, and a decimal point in any locale.
 inline void append_number(double value, int significant, std::string& text) {
   if (std::isnan(value)) {
     text += "nan";
@@ -142,8 +144,8 @@ inline std::string BalanceRecord::csv_row() const {
 /// The figures of the last pass on a gate's tape; a layer's is `tape.gate`. `top_k` is the number of experts
 /// that the gate chooses for a token, shared ones included, or 0 for a gate without a fixed number; drop_rate
 /// is 1 − S/(T·top_k), or 0 without a top_k. If a gate of your own does not set `tape.tokens`, padding counts
-/// as tokens. O(S + T + E). Throws std::invalid_argument if there was no pass on the tape, or if there are
-/// more slots than top_k allows.
+/// as tokens. O(S + T + E). Throws std::invalid_argument if there was no pass on the tape, if top_k is
+/// negative, or if there are more slots than top_k allows.
 template <class Scalar>
 BalanceRecord balance_record(const GateTape<Scalar>& tape, std::string_view layer,
                              std::uint64_t step, Index top_k = 0) {

@@ -49,7 +49,7 @@ struct ExpertTape {
   /// A part of the work of a group of experts, see ExpertPass::for_each_group().
   struct Task {
     enum Kind { prepare, hidden, output, add_gradients } kind;
-    Index block;  ///< but for an output task
+    Index block;  ///< the slice; not used by an output task
     Range rows;   ///< of the block, of the tokens in an output task, or of the gradients
     Range columns;
   };
@@ -293,8 +293,7 @@ class ExpertPass {
     }
   }
 
-  /// A bound of the number of tasks of a group: for each kind a task for each slice and some for its rows, and
-  /// the slice's share of the pieces, rounded up.
+  /// An upper bound of the number of tasks of a group of `rows` rows, see the plan_ functions.
   Index most_tasks(Index rows) const { return 4 * rows + 64 * workers_ + 32; }
 
   /// All experts have the same shape.

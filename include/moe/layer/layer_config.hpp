@@ -15,7 +15,7 @@ namespace moe {
 /// The configuration of MoELayer, whatever its dispatch policy.
 template <class Expert, class Gate>
 struct MoELayerConfig {
-  Index width = 0;                   ///< D
+  Index width = 0;                   ///< D, at least 1
   typename Expert::Config expert{};  ///< of every expert
   typename Gate::Config gate{};      ///< has the number of experts
   /// The number of the gate's experts, the last ones, that are the identity instead of a network:

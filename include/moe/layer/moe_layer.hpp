@@ -196,11 +196,12 @@ class MoELayer {
   /// bit, and so do their columns of the gate; gradients are zero afterwards, and config() has the new
   /// number of experts. backward() refuses a tape from before the change. Pass the returned change
   /// to the optimizer: optimizer.follow(model, layer, change). Each throws std::invalid_argument,
-  /// with nothing changed, if the gate or its Config cannot have these experts, or if `experts` is
-  /// empty or names one that does not exist.
+  /// with nothing changed, if the gate or its Config cannot have these experts, if `experts` is empty
+  /// or names one that does not exist, if remove_experts() gets one twice or would leave none, if
+  /// `count` is below 1, or if noise_stddev is negative or not finite.
   /// \{
 
-  /// Adds `count` fresh experts behind the others. Equal seeds draw equal numbers: give every layer
+  /// Adds `count` fresh experts after the others. Equal seeds draw equal numbers: give every layer
   /// and every call a seed of its own.
   template <detail::ChangesExperts G = Gate>
   ExpertChange add_experts(Index count, Seed seed) {
@@ -209,7 +210,7 @@ class MoELayer {
                           [&](Index before) { return detail::add_sources(verb, before, count); });
   }
 
-  /// Adds a copy of each of these experts behind the others, with normal noise of the given standard
+  /// Adds a copy of each of these experts after the others, with normal noise of the given standard
   /// deviation on its parameters and on its weights in the gate. Parameters that are frozen in the
   /// original are frozen in the copy. An expert may be named more than once.
   template <detail::ChangesExperts G = Gate>
@@ -320,7 +321,7 @@ class MoELayer {
     zero_gradients(*this, Updates::lazy);
     return change;
   }
-  /// The sources of the gate's experts: the identity stays behind the networks.
+  /// The sources of the gate's experts: the identity stays after the networks.
   ExpertSources with_identity_experts(const char* verb, const ExpertSources& sources) const {
     std::vector<Index> list = sources.list();
     for (Index e = networks(); e < gate_.experts(); ++e) list.push_back(e);

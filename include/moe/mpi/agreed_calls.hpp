@@ -15,7 +15,7 @@
 #include "moe/mpi/channel.hpp"
 
 /// \file
-/// Sums, prefixes, gathers and exchanges of numbers over the ranks, for callers that know that all ranks
+/// Sums, prefix sums, gathers and exchanges of numbers over the ranks, for callers that know that all ranks
 /// make the call.
 
 namespace moe::mpi {
@@ -38,8 +38,8 @@ class AgreedCalls {
   MPI_Comm handle() const { return channel().handle(); }  ///< for calls of MPI
   Traffic& traffic() const {
     return channel().traffic();
-  }  ///< what this rank has sent and waited so far
-  /// The channel, for calls of MPI that others wait for.
+  }  ///< what this rank has sent, and how long it has waited, so far
+  /// The channel, which completes calls of MPI within the timeout.
   Channel& channel() const { return *shared_->channel; }
 
   /// Replaces each number by its sum over the ranks, with the same bits on all of them. Call

@@ -75,7 +75,7 @@ class Channel {
 
   /// The duplicate, for calls of MPI.
   MPI_Comm handle() const { return handle_; }
-  /// What this rank has sent and waited so far.
+  /// What this rank has sent, and how long it has waited, so far.
   Traffic& traffic() { return traffic_; }
 
   /// The buffer for calls of MPI, with room for `count` numbers. Every call returns the same memory. If it

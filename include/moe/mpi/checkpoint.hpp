@@ -366,7 +366,8 @@ void copy_state(bool to_whole, Optimizer& optimizer, Module& module, Optimizer* 
 /// Copies the parameters of all ranks' modules to the whole model of rank `root`; if several ranks
 /// have a parameter, that of the lowest rank is copied. `whole` is null on the other ranks. When it
 /// returns on any rank, the whole model is complete. Throws Error on all ranks, with nothing
-/// changed, unless names and shapes are the same. If a rank has stopped, the others throw
+/// changed, if names or shapes differ, if `root` is not a rank or not the same on all ranks, or if
+/// `whole` is null on it. If a rank has stopped, the others throw
 /// std::runtime_error after the communicator's timeout; the whole model then has old and new
 /// numbers and must not be saved. Collective.
 template <class Module, class Whole>

@@ -61,7 +61,7 @@ class Communicator : public AgreedCalls {
 
   /// Returns when all ranks made the same call with the same facts and none failed. Otherwise
   /// throws Error on all ranks, with the first 64 KiB of the message of a rank that failed, or with
-  /// two ranks that disagree and the fact in which they do. At most 6 facts; the texts of `call`
+  /// two ranks that disagree and the fact in which they do. At most 7 facts; the texts of `call`
   /// and of the facts' names must never be freed.
   void agree(const char* call, std::initializer_list<Fact> facts = {},
              const std::exception_ptr& failure = nullptr) const {
@@ -175,11 +175,18 @@ class Communicator : public AgreedCalls {
     exchange_agreed(numbers, sent, received_numbers, received);
   }
 
-  /// Sets the numbers to those of rank `root`.
+  /// Sets the numbers to those of rank `root`, which must be from 0 to size() - 1 and the same on all
+  /// ranks: otherwise throws Error on all of them, with nothing changed.
   template <class Number>
   void broadcast(std::span<Number> numbers, int root) const {
-    attempt("broadcast", {{"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
-            [&] { room_for<Number>(numbers.size()); });
+    attempt(
+        "broadcast",
+        {{"root", root}, {"the count of the numbers", static_cast<std::int64_t>(numbers.size())}},
+        [&] {
+          detail::require(root >= 0 && root < size(), "broadcast: root = ", root,
+                          ", must be one of ", size(), " ranks");
+          room_for<Number>(numbers.size());
+        });
     auto* const room = room_for<Number>(numbers.size());
     for_each_piece<Number>(numbers.size(), [&](std::size_t first, int count) {
       if (rank() == root) std::copy_n(numbers.data() + first, count, room);

@@ -279,7 +279,8 @@ class GradientSum {
 /// last backward pass and before clipping. It leaves out the parameters of an ExpertParallel, whose
 /// backward() has summed the gate's gradients, and whose experts' gradients are complete. Gradients
 /// are those of a loss of the whole batch, so nothing is divided. The sums have the same bits on
-/// all ranks, so the copies stay equal. Collective.
+/// all ranks, so the copies stay equal. Throws Error on all ranks, with nothing changed, if their
+/// numbers of gradients differ, as where a parameter is trained on some ranks only. Collective.
 template <class Module>
 void sum_gradients(Module& module, const Communicator& communicator) {
   PartOf<Module, Residence::replicated> copies(module);

@@ -13,8 +13,8 @@ namespace moe::mpi {
 /// get every token and are in no unit, are on rank 0.
 class Placement {
  public:
-  /// Throws std::invalid_argument unless `unit`, at least 1, divides the experts that are not
-  /// shared.
+  /// Throws std::invalid_argument unless ranks >= 1, 0 <= shared <= experts, and `unit`, at least 1,
+  /// divides experts - shared.
   Placement(Index experts, int ranks, Index unit = 1, Index shared = 0)
       : experts_(experts), ranks_(ranks), unit_(unit), shared_(shared) {
     detail::require(ranks >= 1, "Placement: ", ranks, " ranks, must be at least 1");

@@ -320,7 +320,7 @@ class RankDispatch {
       });
       tape.gate_gradients.sum_packed(gate, counts, "the gate's gradients", failure, communicator_);
     } catch (...) {
-      // On the ranks that did not fail too, whose gradients were set aside as well.
+      // Also on the ranks that did not fail, since their gradients were set aside too.
       if (aside) tape.gate_gradients.restore(gate);
       throw;
     }

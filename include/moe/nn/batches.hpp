@@ -36,7 +36,7 @@ void shuffle(std::vector<Value>& values, std::uint64_t seed) {
 ///     }
 ///
 /// The order is a function of (seed, epoch) alone, so a run that was interrupted goes on with batch b of
-/// its epoch, batches[b]. It takes an Index for each row of the data, once.
+/// its epoch, batches[b]. A Batches holds one Index for each row of the data.
 class Batches {
  public:
   /// The configuration; the constructor checks it.
@@ -106,7 +106,7 @@ class Batches {
   }
 
   Iterator begin() const { return {*this, 0}; }      ///< the first batch
-  Iterator end() const { return {*this, count()}; }  ///< behind the last batch
+  Iterator end() const { return {*this, count()}; }  ///< after the last batch
 
  private:
   Config config_;

@@ -61,7 +61,7 @@ class Dropout {
   }
 
   /// Returns dx = dy ⊙ mask·1/(1 - rate), with the mask of forward(). Throws std::invalid_argument unless
-  /// dy has the shape of x and the last pass on the tape was a forward().
+  /// dy has the shape of x and the last pass on the tape was a forward(), or if dy overlaps tape.dx.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) const {
     detail::require(dy.rows() == tape.y.rows(), "Dropout::backward: dy has ", dy.rows(),
                     " rows, x had ", tape.y.rows());

@@ -76,7 +76,8 @@ class Linear {
   }
 
   /// Adds xᵀ·dy and the column sums of dy to the gradients and returns dx = dy·weightᵀ. Throws
-  /// std::invalid_argument unless dy is T x outputs and the last pass on the tape was a forward().
+  /// std::invalid_argument unless dy is T x outputs and the last pass on the tape was a forward(), or if dy
+  /// overlaps tape.dx.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::check_shapes(*this, "Linear");
     detail::require(tape.trained && tape.x.cols() == config_.inputs,

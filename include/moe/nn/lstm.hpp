@@ -182,7 +182,7 @@ class LSTM {
   ///     encoder.backward(dy_encoder, encoder_tape, decoder_tape.dstate);
   ///
   /// Throws std::invalid_argument unless dy is T x H, dfinal B x H, and the last pass on the tape was a
-  /// forward().
+  /// forward(), or if dy overlaps tape.dx, tape.dgates or tape.dstate.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape,
                                  const State& dfinal = {}) {
     const Index H = config_.hidden;
@@ -235,7 +235,8 @@ class LSTM {
     return tape.dx;
   }
 
-  /// forward() without the copy of x that backward() needs.
+  /// forward() without the copy of x that backward() needs. Throws as forward() does, and if x overlaps tape.y,
+  /// tape.gates or tape.cell.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
     detail::require_apart("LSTM::evaluate", "x", x, {tape.y, tape.gates, tape.cell});

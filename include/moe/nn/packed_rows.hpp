@@ -38,8 +38,10 @@ struct PackedRows {
   template <class Scalar>
   void unpack(const Matrix<Scalar>& packed, Index T, Matrix<Scalar>& padded) const {
     check(T);
-    detail::require(packed.rows() == count() && &packed != &padded,
-                    "PackedRows::unpack: ", packed.rows(), " packed rows, ", count(), " are real");
+    detail::require(&packed != &padded,
+                    "PackedRows::unpack: a matrix cannot be unpacked into itself");
+    detail::require(packed.rows() == count(), "PackedRows::unpack: ", packed.rows(),
+                    " packed rows, ", count(), " are real");
     detail::resize_to_zero(padded, T, packed.cols());
     for (Index i = 0; i < count(); ++i) padded.row(rows[detail::to_size(i)]) = packed.row(i);
   }

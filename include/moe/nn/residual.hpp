@@ -81,7 +81,7 @@ class Residual {
   /// The module's configuration.
   decltype(auto) config() const requires requires(const Module& module) { module.config(); }
   { return module_.config(); }
-  /// The module. Its own verbs may be called, such as MoELayer's set_loss_weights() or add_experts(), and
+  /// The module. Its own functions may be called, such as MoELayer's set_loss_weights() or add_experts(), and
   /// another one of another width may be assigned: each pass compares the shapes anew.
   const Module& module() const { return module_; }
   /// The same to change.
@@ -102,7 +102,8 @@ class Residual {
   }
 
   /// Adds to the gradients of the module's parameters and returns dx = dy + the module's dx. Throws
-  /// std::invalid_argument unless dy is T x D and the last pass on the tape was a forward().
+  /// std::invalid_argument unless dy is T x D and the last pass on the tape was a forward(), or if dy
+  /// overlaps tape.dx.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "Residual::backward without a forward pass on this tape");
     detail::require(dy.rows() == tape.y.rows(), "Residual::backward: dy has ", dy.rows(),

@@ -73,7 +73,8 @@ class RMSNorm {
   ///
   ///     dgain_j = Σ over tokens of dy_j·n_j      dx = scale·(g - n·mean(g ⊙ n))
   ///
-  /// Throws std::invalid_argument unless dy is T x D and the last pass on the tape was a forward().
+  /// Throws std::invalid_argument unless dy is T x D and the last pass on the tape was a forward(), or if dy
+  /// overlaps tape.dx.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::check_shapes(*this, "RMSNorm");
     detail::require(tape.trained && tape.y.cols() == config_.width,

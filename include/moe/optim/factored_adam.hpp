@@ -59,8 +59,9 @@ struct FactoredMatrix {
 ///
 /// Reads the gradient twice and the weights once, and writes the weights: four sevenths of Adam's
 /// traffic. After the first update of a module, later updates with as many threads do not allocate,
-/// except for parameters that were not trained until then. The optimizer needs a row of sums for
-/// every worker, and up to 16 where one matrix is cut.
+/// except for parameters that were not trained until then. It keeps one row of column sums, in double and
+/// as long as the widest matrix, for each worker, or for each of up to 16 pieces of a large matrix if
+/// these are more.
 template <class Scalar = float>
 class FactoredAdam {
  public:

@@ -56,7 +56,8 @@ inline Index optimizer_tasks(Index scalars) {
   return std::clamp(scalars / worth_a_task, Index{1}, most);
 }
 
-/// A compiler's message in place of one about the arguments of F, an optimizer's part that takes its parameters.
+/// Replaces the compiler's message about the arguments of F, the function of an optimizer that is called with
+/// a parameter.
 template <class F, class... Arguments>
 struct CheckScalarOfModule {
   static_assert(std::is_invocable_v<F&, Arguments...>,

@@ -27,7 +27,7 @@ inline void normalise(std::span<double> values, double scale) {
 }
 
 /// A_t = discount^t·(R_t - b_t) of every sampled step, t counted from the end of the row's forced
-/// prefix. Throws std::invalid_argument where R_t - b_t is not finite in the policy's numbers.
+/// prefix. Throws std::invalid_argument where R_t - b_t is not finite as the policy's Scalar.
 template <Policy P>
 void make_advantages(const SampledSteps<P>& steps, const Rollout& rollout,
                      std::span<const double> baselines, double discount, bool normalised,

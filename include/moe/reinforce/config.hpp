@@ -14,7 +14,7 @@ namespace moe {
 /// Reinforce::Config. `Baseline` is a std::variant of baselines, see baseline.hpp.
 template <class Baseline>
 struct ReinforceConfig {
-  Index end = 0;           ///< the symbol that ends a sequence
+  Index end = 0;           ///< the symbol that ends a sequence, in [0, V)
   Index start = -1;        ///< the number that the policy reads at the first step, at least 0, not
                            ///< necessarily one of the V symbols; -1 stands for the end symbol
   Index max_length = 0;    ///< the length limit, the end symbol included, in [1, 1,000,000]; a

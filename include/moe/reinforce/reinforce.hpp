@@ -130,11 +130,12 @@ class Reinforce {
   /// first_token + i·Config::samples + s, so that parts of a batch can draw the same symbols as the
   /// whole.
   ///
-  /// Throws std::invalid_argument for an empty batch, for a number of references that is not that of the
-  /// inputs, for a reference that is too long or has a symbol that is out of range or forbidden, for a
-  /// reward, return, baseline or logit that is not finite, and for logits of the wrong shape. Then no
-  /// gradient was added and the baseline's predictions are unchanged. The same holds for exceptions of
-  /// the reward and of the policy, except of its backward().
+  /// Throws std::invalid_argument for an empty batch, for a Config.end that is not a symbol of the policy, for
+  /// an objective out of range, for a number of references that is not that of the inputs, for a reference
+  /// that is too long or has a symbol that is out of range or forbidden, for a reward, return, baseline or
+  /// logit that is not finite, and for logits of the wrong shape. Then no gradient was added and the
+  /// baseline's predictions are unchanged. The same holds for exceptions of the reward and of the policy,
+  /// except of its backward().
   template <detail::RewardOf<Input> Reward>
   Statistics add_gradients(P& policy, std::span<const Input> inputs,
                            std::span<const Reference> references, Reward&& reward,
@@ -170,7 +171,8 @@ class Reinforce {
   }
 
   /// Samples Config::samples sequences for each input, at the temperature, as add_gradients() does with
-  /// the same key: tape.rollout. Throws std::invalid_argument for an empty batch.
+  /// the same key: tape.rollout. Throws std::invalid_argument for an empty batch, for a Config.end that is not
+  /// a symbol of the policy, and for logits that are not finite or of the wrong shape.
   void sample(const P& policy, std::span<const Input> inputs, const NoiseKey& key,
               Tape& tape) const {
     check_batch(policy, inputs);
@@ -180,7 +182,7 @@ class Reinforce {
   }
 
   /// Evaluation: writes a sequence for each input, with the most probable symbol at every step and without
-  /// noise: tape.rollout. Throws std::invalid_argument for an empty batch.
+  /// noise: tape.rollout. Throws as sample() does.
   void decode(const P& policy, std::span<const Input> inputs, Tape& tape) const {
     check_batch(policy, inputs);
     detail::reset(tape.rollout, static_cast<Index>(inputs.size()), 1, config_.max_length);

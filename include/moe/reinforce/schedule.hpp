@@ -71,7 +71,7 @@ struct Alternation {
 
 /// MIXER [R16 sec. 3.2.2]: cross-entropy for `warm_up` updates; then stages of `stage` updates each. In
 /// stage i = 1, 2, ... sampled sequences begin with max_length - i·shrink symbols of the reference,
-/// in the last stages with none.
+/// and from stage max_length / shrink, rounded up, on with none.
 struct ShrinkingPrefix {
   Index warm_up = 0;     ///< updates of cross-entropy alone, at least 0
   Index max_length = 0;  ///< symbols of the longest sequence, at least 1

@@ -35,8 +35,8 @@ enum class PlaceOrder {
   rows,            ///< token by token [F22]
   first_choices,   ///< all tokens' first choices, then all second ones, and so on [G21]
   largest_weight,  ///< by the gate's weight, so that those of lowest weight are dropped
-  best_tokens,  ///< as first_choices, the tokens by the weight of their first choice [R21]; not where
-                ///< processes share a batch
+  best_tokens,  ///< as first_choices, but tokens in descending order of the weight of their first
+                ///< choice [R21]; not where processes share a batch
 };
 constexpr std::array<std::string_view, 4> enumerator_names(PlaceOrder) {
   return {"rows", "first_choices", "largest_weight", "best_tokens"};
@@ -78,7 +78,7 @@ struct CapacityScratch {
   IndexedVector<Index> taken;      ///< sequences x E, or turns x sequences x E
 
   // For a batch that processes share.
-  IndexedVector<Index> of_turn;    ///< as large, the number of choices of all processes
+  IndexedVector<Index> of_turn;    ///< as large as `taken`: the numbers of choices of all processes
   SharedSelection<Scalar> shared;  ///< by weight
 };
 

@@ -53,9 +53,9 @@ inline void sort_slots(std::span<const Index> expert, IndexedVector<Index>& offs
 
 }  // namespace detail
 
-/// Sorts the slots by expert. Throws std::invalid_argument when the routing contradicts itself:
-/// offsets that do not ascend from 0 to S, an expert outside [0, E), or experts of a token that do
-/// not ascend. O(S + E + T).
+/// Sorts the slots by expert. Throws std::invalid_argument when the routing contradicts itself: a number of
+/// weights that is not S, offsets that do not ascend from 0 to S, an expert outside [0, E), or experts of a
+/// token that do not ascend. O(S + E + T).
 template <class Scalar>
 void sort_by_expert(const Routing<Scalar>& routing, Dispatch<Scalar>& dispatch) {
   detail::check_routing(routing);

@@ -30,8 +30,9 @@ struct Routing {
 
 namespace detail {
 
-/// Throws std::invalid_argument when a routing contradicts itself: offsets that do not ascend from 0
-/// to S, an expert outside [0, E), or experts of a token that do not ascend. O(S + T).
+/// Throws std::invalid_argument when a routing contradicts itself: a number of weights that is not S,
+/// offsets that do not ascend from 0 to S, an expert outside [0, E), or experts of a token that do not
+/// ascend. O(S + T).
 template <class Scalar>
 void check_routing(const Routing<Scalar>& routing) {
   const Index slots = routing.slots();

@@ -17,7 +17,7 @@ namespace moe {
 /// choice among tokens, finds it in Pass::batch; if that is null, x is all of the batch.
 /// mpi::ExpertParallel makes one.
 ///
-/// Sums, prefixes and gathers are collective: every process makes the same calls in the same order. If
+/// Sums, prefix sums and gathers are collective: every process makes the same calls in the same order. If
 /// a process has thrown since the call before, the call throws on every process. A gate uses the batch
 /// only during the forward() or evaluate() it is an argument of.
 class SharedBatch {

@@ -47,9 +47,10 @@ struct ShownQuantiles {
   }
 
   /// The largest number of candidates among which a search for one of them goes on after a gather, if it
-  /// was among `candidates` before. Between two that are shown, and outside of them, the processes have
-  /// no more than candidates / (quantiles + 1) others in all; the search goes on between two that are
-  /// shown, neither of them more than that and one away from the candidate which is searched.
+  /// was among `candidates` before. With g = candidates / (quantiles + 1), rounded down: between two
+  /// neighbouring shown candidates, before the first one and after the last, the processes have at most g
+  /// others in all. The search goes on between a shown candidate at most g + 1 before the one that is
+  /// searched for and one at most g + 1 after it.
   static Index remaining(Index candidates, Index quantiles) {
     return 2 * (candidates / (quantiles + 1)) + 1;
   }
@@ -77,9 +78,9 @@ struct ShownQuantiles {
 ///
 /// Then each process sorts its candidates and sends all others equally spaced ones of them, with the number
 /// of candidates they stand for. From these each process knows, for each candidate that is
-/// shown, the smallest and the largest number of candidates before it, and the search goes on among
-/// those between the last that is not too far down and the first that is not too far up. A process that
-/// has few candidates left shows all; when all processes do, the search ends. Scores that differ in
+/// shown, the smallest and the largest number of candidates before it, and the search goes on between the last
+/// one that cannot come after the candidate searched for and the first one that cannot come before it. A
+/// process that has few candidates left shows all; when all processes do, the search ends. Scores that differ in
 /// their last bits alone, or not at all, take no more gathers than others.
 ///
 /// The collective calls are a sum and at most three gathers, for any scores. The sum is of E·bins

@@ -45,7 +45,7 @@ namespace detail {
 inline Index sequence_of(Index row, Index rows, Index sequences, RowOrder order) {
   return order == RowOrder::time_major ? row % sequences : row / (rows / sequences);
 }
-/// That of a token, whose batch's rows are a multiple of `sequences`.
+/// The sequence of a token, where the number of rows of the whole batch is a multiple of `sequences`.
 inline Index sequence_of_token(const ValidTokens& tokens, Index token, Index sequences,
                                RowOrder order) {
   return sequence_of(tokens.first_row + tokens.row_of(token), tokens.batch_rows, sequences, order);

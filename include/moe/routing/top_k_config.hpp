@@ -40,12 +40,15 @@ struct TopKConfig {
   /// Hugging Face's code for sigmoids, 0 in most other models. Weights of tiny scores then add up to
   /// less than 1. With 0, scores that are all 0 get weights of 0.
   double renormalise_epsilon = 0;
-  double renormalise_norm = 1;           ///< p >= 1 of N = (Σ s^p)^(1/p)
-  bool renormalise_after_drops = false;  ///< renormalise once, over the choices left after drops
-  double scale = 1;                      ///< of all weights, above 0
+  /// p >= 1 of N = (Σ s^p)^(1/p); must be 1 without renormalise and with softmax_of_chosen.
+  double renormalise_norm = 1;
+  /// Renormalise once, over the choices left after drops; needs renormalise or softmax_of_chosen.
+  bool renormalise_after_drops = false;
+  double scale = 1;  ///< of all weights, above 0
 
-  Index groups = 1;        ///< divides E
-  Index top_k_groups = 1;  ///< groups chosen for a token; they must have at least K experts
+  Index groups = 1;  ///< divides E
+  /// Groups chosen for a token, 1 <= top_k_groups <= groups; they must have at least K experts.
+  Index top_k_groups = 1;
   /// The score by which a token's groups are chosen.
   GroupScore group_score = GroupScore::best;
 
@@ -60,13 +63,15 @@ struct TopKConfig {
   /// NLLB-MoE's code; not with a selection bias, which would have no part in it.
   bool drawn_second = false;
 
-  double capacity_factor = 0;             ///< of training; 0: no limit
-  double evaluation_capacity_factor = 0;  ///< of evaluate(); 0: no limit
+  /// In training an expert has factor·T·K/E places, rounded up, at most T; >= 0, 0: no limit.
+  double capacity_factor = 0;
+  double evaluation_capacity_factor = 0;  ///< the same in evaluate()
   /// The places of an expert in each of the batch's `sequences`, in training: a number of tokens, as
-  /// expert_capacity of Hugging Face's Switch Transformer. With 0, capacity_factor gives its places in the
-  /// whole batch.
+  /// expert_capacity of Hugging Face's Switch Transformer. At least 0; with 0, capacity_factor gives its
+  /// places in the whole batch, otherwise that must be 0.
   Index capacity = 0;
-  Index evaluation_capacity = 0;  ///< the same in evaluate(); with 0, evaluation_capacity_factor
+  /// The same in evaluate(): with 0, evaluation_capacity_factor counts, otherwise that must be 0.
+  Index evaluation_capacity = 0;
   PlaceOrder place_order = PlaceOrder::rows;  ///< which choices are dropped
 
   double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0

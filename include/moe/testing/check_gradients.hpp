@@ -39,7 +39,7 @@ struct GradientCheck {
   double gradient = 0;    ///< by backward()
   double difference = 0;  ///< the difference quotient
   /// |gradient − difference| over the largest |difference| in the same parameter, or over a millionth of
-  /// the largest in all parameters if that is more. NaN if the gradient is NaN or infinite.
+  /// the largest in all parameters, or over 1e-11, whichever is most. NaN if the gradient is NaN or infinite.
   double error = 0;
   Index checked = 0;  ///< entries in all, those left out included
   Index kinks = 0;    ///< entries left out

@@ -38,10 +38,11 @@ EIGEN_ALWAYS_INLINE Lanes broadcast_bytes(const std::byte* four) {
   return broadcast_lanes(shared);
 }
 
-/// Sums over a block of scaled_steps steps. Each lane starts from a number, which start() and finish() both get. add()
-/// adds to it the four products of its unsigned bytes, of which unpack() makes a, with four signed bytes from -127 to
-/// 127, which are the same for all lanes, and of which store() makes `bytes` bytes and share() then b. finish() returns
-/// the sum. `small`: the unsigned bytes are at most 15.
+/// Sums over a block of scaled_steps steps. Each lane starts from a number, which start() and finish() both
+/// get. add(sum, a, b) adds the four products of a lane's unsigned bytes and four signed bytes from -127 to
+/// 127, the same in all lanes. unpack() makes a from the unsigned bytes; store() packs the signed ones into
+/// `bytes` bytes, from which share() makes b. finish() returns the sum. `small`: the unsigned bytes are at
+/// most 15.
 template <bool small>
 struct IntegerDot {
   static Lanes start(std::int32_t number) { return broadcast_lanes(number); }

@@ -18,10 +18,11 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The highest tile. All are as wide as a panel, which they read sequentially, as the hardware prefetcher expects.
+/// The largest height of a tile. All tiles are as wide as a panel, which they read sequentially, as the
+/// hardware prefetcher expects.
 inline constexpr Index integer_tile_rows = l2_feeds_tiles ? 6 : 4;
-/// The highest tile of a number of rows. 16 registers hold the sums of three rows, but with four it is faster to read
-/// a panel once and leave some of the sums in memory.
+/// The largest height of the tiles for a number of rows. 16 registers hold the sums of three rows, but with
+/// four it is faster to read a panel once and leave some of the sums in memory.
 constexpr Index integer_tile_height(Index rows) {
   return l2_feeds_tiles || rows == integer_tile_rows ? integer_tile_rows : 3;
 }

@@ -24,7 +24,7 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
   static constexpr bool has_narrow_weights = true;  ///< which are no parameters
 
   /// Rounds the weights of a network. Throws std::invalid_argument, with `prefix` and the name of the
-  /// weight, if one cannot be narrowed.
+  /// weight, if one cannot be narrowed, or if the format does not support options.activations.
   explicit NarrowFeedForward(const FeedForward<float>& network, const NarrowOptions& options = {},
                              const std::string& prefix = {})
       : Base(network.config()) {
@@ -41,7 +41,8 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
   }
 
   /// A network of given weights: weight(name, rows, columns) returns a NarrowMatrix and bias(name, size) a
-  /// Matrix of one row, of these sizes.
+  /// Matrix of one row, of these sizes. Throws std::invalid_argument if the format does not support
+  /// options.activations.
   template <class WeightOf, class BiasOf>
   NarrowFeedForward(const Config& config, const NarrowOptions& options, WeightOf&& weight,
                     BiasOf&& bias)

@@ -17,8 +17,8 @@
 ///     C[r, j] = start + Σ over blocks of scale·(Σ_k a[r, k]·(unit·q[k, j]))
 ///
 /// The inner sum ascends from 0, the outer one from the initial value, fused where the processor fuses. So
-/// a row has the same bits whatever rows are multiplied with it. The unit is a power of 2, which the scale
-/// takes off again, so that nothing is rounded for it; but an activation of more than 2^92 can overflow.
+/// a row has the same bits whatever rows are multiplied with it. The unit is a power of 2 by which the
+/// scale is divided, so it causes no rounding; but an activation of more than 2^92 can overflow.
 
 MOE_PACKETS_BEGIN
 
@@ -133,7 +133,7 @@ void narrow_rest(const GatheredRows<float>& a, const NarrowOperand<Format>& b,
   const Index first = b.rows / Format::block * Format::block;
   const Range steps{first, b.rows - first};
   if constexpr (Format::scaled) {
-    // One more block, with zeros behind the rows of A.
+    // One more block, with zeros after the rows of A.
     constexpr Index highest = narrow_tile_rows<Format>;
     float padded[to_size(highest)][to_size(Format::block)] = {};
     const float* from[to_size(highest)];
@@ -187,7 +187,7 @@ void for_each_stretch(Index rows, const std::byte* panel, Index block_bytes, Ind
     const Index lines = prefetches ? (bytes / 64 + tiles) / tiles : 0;
     for_each_tile(rows, highest, [&](Index first, Index height) {
       for (Index line = 0; line < lines; ++line, next += 64) {
-        // With 16 registers as many lines as L1 awaits at once are too few.
+        // With 16 registers into L2: these lines are more than the line fill buffers of L1.
         if constexpr (l2_feeds_tiles) {
           prefetch(stretch, next);
         } else {
@@ -273,7 +273,7 @@ void multiply_wide_panel(const GemmNN<float, NarrowOperand<Format>>& product, co
                               part.packets * NarrowLayout<Format>::block_bytes, whole, height,
                               multiply);
   }
-  // Without any step C gets its initial values there.
+  // If K is 0, C gets its initial values there.
   if (whole == 0 || whole < narrow_blocks<Format>(product.b.rows)) {
     multiply_panel(product, part, begin, whole);
   }

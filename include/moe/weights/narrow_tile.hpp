@@ -14,8 +14,8 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The codes of a scaled format as floats, in the layout of a format that has them so; their scales are
-/// floats too, over the unit.
+/// The codes of a scaled format as floats, in the layout of a format whose codes are floats; their scales are
+/// floats too, divided by `unit`.
 template <class Format>
 struct WideCodes {
   static constexpr Index group = Format::group;
@@ -200,7 +200,8 @@ requires Format::scaled MOE_NOINLINE void narrow_tile(const float* const* a, con
       }
     }
     if constexpr (!holds_c) {
-      // Not beside the loads: a load waits for a store to a multiple of 4 KiB beside it.
+      // Not next to the loads: a load waits for an earlier store whose address differs from its own by a
+      // multiple of 4 KiB.
       MOE_UNROLL
       for (Index i = 0; i < R * V; ++i) store(to[i / V] + i % V * size, sum[i / V][i % V]);
     }

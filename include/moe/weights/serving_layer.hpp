@@ -62,7 +62,8 @@ class ServingLayer {
   using Tape = typename Narrow::Tape;      ///< as MoELayer's
 
   /// Rounds the weights of a layer, which it does not refer to afterwards. Throws std::invalid_argument,
-  /// which names the expert, the weight and the value, if a weight cannot be narrowed.
+  /// which names the expert, the weight and the value, if a weight cannot be narrowed, or if the format does
+  /// not support options.activations.
   explicit ServingLayer(const Layer& layer, const NarrowOptions& options = {})
       : ServingLayer(
             detail::config_with<Narrow>(layer.config(), layer.config().expert, layer.config().gate),

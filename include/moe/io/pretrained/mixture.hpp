@@ -53,7 +53,7 @@ struct Mixture {
   Index width = 0;                           ///< D
   Index hidden = 0;                          ///< H
   Activation activation = Activation::silu;  ///< of the experts
-  bool gated = true;            ///< two maps before the activation, as SwiGLU; else one
+  bool gated = true;            ///< the gated form of FeedForward, as SwiGLU; else the plain one
   bool bias = false;            ///< of the maps
   double limit = 0;             ///< as in FeedForward::Config
   double linear_offset = 0;     ///< likewise

@@ -22,7 +22,7 @@ struct SafetensorsEntry {
   std::string type;
   std::vector<std::uint64_t> shape;
   std::uint64_t begin = 0;  ///< offset of its first byte in the data
-  std::uint64_t end = 0;    ///< offset just behind its last byte
+  std::uint64_t end = 0;    ///< offset just after its last byte
 };
 
 /// Bits of an element of a type, 0 for a type that is not known. These are the types of version 0.8

@@ -187,7 +187,8 @@ class SafetensorsWriter {
   ///
   /// Throws std::runtime_error, which says why, if the file cannot be written, or if the path is not a
   /// regular file but a directory, a device, a FIFO, a socket, or a symbolic link to one of these (other
-  /// links are replaced, not followed); and std::invalid_argument for names or metadata that are not UTF-8.
+  /// links are replaced, not followed); and std::invalid_argument for names or metadata that are not UTF-8,
+  /// or a header of more than 100 MB.
   void write(const std::string& path) const {
     std::vector<const Entry*> order;
     for (const Entry& entry : entries_) order.push_back(&entry);
@@ -241,7 +242,10 @@ class SafetensorsWriter {
   }
 
   void add(Entry entry) {
-    detail::require(entry.name != "__metadata__" && !names_.contains(entry.name),
+    detail::require(entry.name != "__metadata__",
+                    "SafetensorsWriter: ", detail::tensor_named(entry.name),
+                    " has a name that the format reserves");
+    detail::require(!names_.contains(entry.name),
                     "SafetensorsWriter: ", detail::tensor_named(entry.name), " is there already");
     entries_.push_back(std::move(entry));
     try {
