@@ -277,7 +277,8 @@ class GateBase {
   /// Takes the x of forward() and dweight (S), the gradient of the loss with respect to the weight of
   /// each slot. Adds to the gradients of the parameters and to dx (T x D), the gate's own losses
   /// included once. At fixed noise and choice this is the exact derivative. Throws
-  /// std::invalid_argument, before anything is changed, when an argument does not fit the tape.
+  /// std::invalid_argument, before anything is changed, when an argument does not fit the tape, or x
+  /// overlaps dx.
   template <class Tape>
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {

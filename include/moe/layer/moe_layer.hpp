@@ -157,7 +157,7 @@ class MoELayer {
   /// Adds to every parameter's gradient, the gate's own losses included once; returns the gradient
   /// with respect to x (T x D), which is tape.dx. The parameters must be those of the forward pass.
   /// Throws std::invalid_argument, before anything is changed, when dy has another shape than y or
-  /// lies in tape.dx, or when the tape does not hold a forward pass of a layer of this shape. (That it
+  /// overlaps tape.dx or tape.dcombined, or when the tape does not hold a forward pass of a layer of this shape. (That it
   /// was this layer's is not checked.) A second backward() on a tape adds the same gradients once
   /// more. std::bad_alloc, which only the first pass of its shapes can throw, can leave gradients that
   /// were added to in part: zero them before going on.
@@ -165,8 +165,8 @@ class MoELayer {
 
   /// Inference over x (T x D): returns tape.y (T x D), without noise. Sets tape.routing() and
   /// tape.balance() too, so that they can be watched, but saves nothing for backward(). Throws
-  /// std::invalid_argument when x is not D wide, when the pass does not fit x, when x overlaps tape.y, or
-  /// when the gate refuses the pass or its routing contradicts itself.
+  /// std::invalid_argument when x is not D wide, when the pass does not fit x, when x overlaps tape.y or
+  /// tape.combined, or when the gate refuses the pass or its routing contradicts itself.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                  const EvaluationPass& pass = {}) const;
   /// The same with a tape of its own, which allocates.

@@ -59,7 +59,7 @@ class Embedding {
   const Config& config() const { return config_; }
 
   /// Training pass: returns tape.y (T x D). Throws std::invalid_argument if an id is not in
-  /// [0, vocabulary).
+  /// [0, vocabulary), or if ids overlap tape.ids.
   const Matrix<Scalar>& forward(IndexSpan ids, Tape& tape) const {
     detail::require_apart("Embedding::forward", "ids", ids, {tape.ids});
     evaluate(ids, tape);

@@ -115,7 +115,7 @@ class Residual {
     return tape.dx;
   }
 
-  /// forward() that saves nothing for backward().
+  /// forward() that saves nothing for backward(). Throws as forward() does.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_apart("Residual::evaluate", x, tape);
     return add(x, module_.evaluate(x, tape.module), tape);

@@ -112,7 +112,8 @@ class RMSNorm {
     return tape.dx;
   }
 
-  /// forward() that saves nothing for backward().
+  /// forward() that saves nothing for backward(). Throws std::invalid_argument if x is not T x D or overlaps
+  /// tape.y.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::require_apart("RMSNorm::evaluate", "x", x, {tape.y});

@@ -36,7 +36,7 @@ class SoftmaxCrossEntropy {
   /// Returns the loss, and writes its gradient to the tape. A row stays in L1 or L2 during its
   /// computation, so the pass reads the logits from memory once and writes the gradient once. Throws
   /// std::invalid_argument unless there are T targets, those of valid rows below V, and 0 or T entries
-  /// in `valid`.
+  /// in `valid`, or if logits overlap tape.dlogits.
   Scalar forward(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
                  std::span<const std::uint8_t> valid = {}) const {
     const Index counted =
