@@ -157,9 +157,9 @@ class MoELayer {
   /// Adds to every parameter's gradient, the gate's own losses included once; returns the gradient
   /// with respect to x (T x D), which is tape.dx. The parameters must be those of the forward pass.
   /// Throws std::invalid_argument, before anything is changed, when dy has another shape than y or
-  /// overlaps tape.dx or tape.dcombined, or when the tape does not hold a forward pass of a layer of this shape. (That it
-  /// was this layer's is not checked.) A second backward() on a tape adds the same gradients once
-  /// more. std::bad_alloc, which only the first pass of its shapes can throw, can leave gradients that
+  /// overlaps tape.dx or tape.dcombined, or when the tape does not hold a forward pass of a layer of this
+  /// shape. (That it was this layer's is not checked.) A second backward() on a tape adds the same gradients
+  /// once more. std::bad_alloc, which only the first pass of its shapes can throw, can leave gradients that
   /// were added to in part: zero them before going on.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape);
 
