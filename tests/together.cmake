@@ -1,4 +1,4 @@
-# moe_compile_together(VARIABLE SOURCE...): puts up to fourteen tests of a folder into one generated source file, each
+# moe_compile_together(VARIABLE SOURCE...): puts tests of up to 4000 lines in all into one generated source file, each
 # in a namespace of its own, and the list of these files into the variable. They instantiate the same templates, and
 # g++ does so anew in each file for what the functions of a precompiled header call. With
 # -DMOE_TEST_TOGETHER=OFF each is compiled alone, which is faster for who changes one of them.
@@ -25,24 +25,25 @@ function(moe_compile_together variable)
   endforeach()
 
   set(files)
-  set(count 0)
-  set(previous)
+  set(count 4000)
   foreach(source IN LISTS sources)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${source}")
     cmake_path(ABSOLUTE_PATH source)
     cmake_path(GET source PARENT_PATH folder)
     cmake_path(GET source STEM name)
-    if(count EQUAL 14 OR NOT folder STREQUAL previous)
+    file(READ "${source}" text)
+    string(REGEX MATCHALL "\n" text "${text}")
+    list(LENGTH text lines)
+    math(EXPR count "${count} + ${lines}")
+    if(count GREATER 4000)
       cmake_path(RELATIVE_PATH folder BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" OUTPUT_VARIABLE file)
       set(file "${CMAKE_CURRENT_BINARY_DIR}/together/${file}/${name}.cpp")
       list(APPEND files "${file}")
       list(LENGTH files index)
       set(includes_${index})
       set(tests_${index})
-      set(count 0)
-      set(previous "${folder}")
+      set(count ${lines})
     endif()
-    math(EXPR count "${count} + 1")
 
     # In a namespace nothing may be included that was not included before it.
     file(STRINGS "${source}" lines REGEX "^#include (<.*>|\".*\\.hpp\")")

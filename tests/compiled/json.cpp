@@ -1,0 +1,2 @@
+#define MOE_TEST_INSTANTIATE
+#include "json.hpp"
