@@ -63,6 +63,10 @@ TEST_CASE("matrix: views may be empty at either end", "[matrix]") {
   CHECK(columns_of(view(matrix), 3, 0).cols() == 0);
   Matrix<float> nothing(0, 3);
   CHECK(view(nothing).size() == 0);
+  // Such a matrix has no memory.
+  CHECK(columns_of(view(nothing), 1, 2).data() == nullptr);
+  CHECK(columns_of(view(std::as_const(nothing)), 1, 2).cols() == 2);
+  CHECK(GatheredRows<float>(nothing).columns(1, 2).width() == 2);
 }
 
 TEST_CASE("matrix: a view of a const matrix cannot be written", "[matrix]") {

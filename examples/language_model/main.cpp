@@ -108,7 +108,7 @@ void add_options(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--study-most-experts", o.most_experts,
                  "leave out the study's models of more experts, which take long")
-      ->check(at_least(0))
+      ->check(at_least(1))
       ->needs(study)
       ->capture_default_str();
   app.add_option("--study-seeds", o.seeds, "seeds 1, 2, ... of each of the study's models")

@@ -87,6 +87,12 @@ inline Range common_range(Range a, Range b) {
   return {first, std::max<Index>(0, end - first)};
 }
 
+/// Where column `first` of rows starts, of which there may be none: then at `data`, which may be null.
+template <class Entry>
+Entry* column_data(Entry* data, Index rows, Index first) {
+  return rows > 0 ? data + first : data;
+}
+
 }  // namespace detail
 
 /// `count` whole rows from row `first` on.
@@ -126,13 +132,15 @@ MatrixView<Scalar> rows_of(MatrixView<Scalar> matrix, Index first, Index count) 
 template <class Scalar>
 MatrixView<Scalar> columns_of(MatrixView<Scalar> matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
-  return {matrix.data() + first, matrix.rows(), count, Eigen::OuterStride<>(matrix.outerStride())};
+  return {detail::column_data(matrix.data(), matrix.rows(), first), matrix.rows(), count,
+          Eigen::OuterStride<>(matrix.outerStride())};
 }
 /// The same for a view that is only read.
 template <class Scalar>
 ConstMatrixView<Scalar> columns_of(ConstMatrixView<Scalar> matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.cols());
-  return {matrix.data() + first, matrix.rows(), count, Eigen::OuterStride<>(matrix.outerStride())};
+  return {detail::column_data(matrix.data(), matrix.rows(), first), matrix.rows(), count,
+          Eigen::OuterStride<>(matrix.outerStride())};
 }
 
 namespace detail {
@@ -151,7 +159,7 @@ class ListedRows {
             list_ ? list_ + first : nullptr};
   }
   Rows columns(Index first, Index count) const {
-    return {data_ + first, stride_, count_, count, list_};
+    return {column_data(data_, count_, first), stride_, count_, count, list_};
   }
 
  protected:

@@ -143,6 +143,39 @@ TEMPLATE_TEST_CASE("bfloat16 gemm: small and odd shapes", "[kernels][gemm]", Flo
   });
 }
 
+TEMPLATE_TEST_CASE(
+    "bfloat16 gemm: of depth 0, C keeps its initial values and operands need no memory",
+    "[kernels][gemm]", FloatWords, BFloat16Words) {
+  constexpr Index rows = 3;
+  const Index columns = tile_columns<float> + 3;
+  const Matrix<float> rows_without(rows, 0);
+  const Matrix<float> columns_without(columns, 0);
+  const Matrix<float> a(0, rows);
+  const Matrix<float> b(0, columns);
+  REQUIRE(b.data() == nullptr);
+  Vector<float> bias(columns);
+  for (Index j = 0; j < columns; ++j) bias[j] = static_cast<float>(j + 1);
+  const std::array<float, rows> factors{2, 3, 5};
+  Matrix<float> c = Matrix<float>::Constant(rows, columns, 7);
+  gemm_bfloat16<TestType>(GemmNN<float>{.a = rows_without,
+                                        .b = b,
+                                        .c = c,
+                                        .start = Start::accumulate,
+                                        .bias = {bias.data(), {factors.data(), 1}}});
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = 0; j < columns; ++j) {
+      CHECK(c(i, j) == 7 + factors[to_size(i)] * static_cast<float>(j + 1));
+    }
+  }
+  gemm_bfloat16<TestType>(GemmNT<float>{.a = rows_without, .b = columns_without, .c = c});
+  CHECK(c == Matrix<float>::Zero(rows, columns));
+  c.setConstant(7);
+  gemm_bfloat16<TestType>(
+      GemmTN<float>{.a = a, .b = b, .c = view(c), .rows = {1, 2}, .columns = {0, columns}});
+  CHECK(c.row(0) == Matrix<float>::Constant(1, columns, 7));
+  CHECK(c.bottomRows(2) == Matrix<float>::Zero(2, columns));
+}
+
 TEMPLATE_TEST_CASE("bfloat16 gemm: shapes around the sizes of blocks", "[kernels][gemm]",
                    FloatWords, BFloat16Words) {
   constexpr Index task = panel_columns<float>;

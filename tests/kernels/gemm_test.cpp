@@ -142,6 +142,61 @@ TEMPLATE_TEST_CASE("gemm: shapes around the sizes of blocks and tasks", "[kernel
   check(2 * tile_rows, 3, 2 * 128 + 1, true);
 }
 
+TEMPLATE_TEST_CASE("gemm: of depth 0, C keeps its initial values and operands need no memory",
+                   "[kernels][gemm]", float, double) {
+  using S = TestType;
+  const Index rows = GENERATE(Index{1}, small_m_rows + 1, 2 * tile_rows + 1, Index{65});
+  const Index columns = panel_columns<S> + GENERATE(Index{0}, tile_columns<S>, Index{3});
+  const Matrix<S> rows_without(rows, 0);
+  const Matrix<S> columns_without(columns, 0);
+  const Matrix<S> a(0, rows);
+  const Matrix<S> b(0, columns);
+  REQUIRE(b.data() == nullptr);
+  Vector<S> bias(columns);
+  for (Index j = 0; j < columns; ++j) bias[j] = static_cast<S>(j + 1);
+  Vector<S> factors(rows);
+  for (Index i = 0; i < rows; ++i) factors[i] = static_cast<S>(i + 2);
+  const Matrix<S> before = Matrix<S>::Constant(rows, columns, 7);
+  Matrix<S> zero_at_end = before;
+  zero_at_end.bottomRightCorner(rows - 1, 2).setZero();
+  const Range last_two{columns - 2, 2};
+  const Range from_one{1, rows - 1};
+
+  for (const bool accumulates : {false, true}) {
+    const Start start = start_of(!accumulates);
+    const Matrix<S> initial = accumulates ? before : Matrix<S>::Zero(rows, columns);
+    Matrix<S> c = before;
+    Matrix<int> calls = Matrix<int>::Zero(rows, columns);
+    const auto count = [&](Index row, Index height, Index column, Index width) {
+      calls.block(row, column, height, width).array() += 1;
+    };
+    gemm(GemmNN<S>{.a = rows_without,
+                   .b = b,
+                   .c = c,
+                   .start = start,
+                   .bias = {bias.data(), {factors.data(), 1}},
+                   .epilogue = Epilogue(count)});
+    CHECK(c == initial + factors * bias.transpose());
+    CHECK(calls == Matrix<int>::Ones(rows, columns));
+    c = before;
+    gemm(GemmNT<S>{.a = rows_without, .b = columns_without, .c = c, .start = start});
+    CHECK(c == initial);
+    c = before;
+    gemm(GemmTN<S>{.a = a, .b = b, .c = view(c), .start = start});
+    CHECK(c == initial);
+    c = before;
+    gemm_serial(GemmTN<S>{
+        .a = a, .b = b, .c = view(c), .rows = from_one, .columns = last_two, .start = start});
+    CHECK(c == (accumulates ? before : zero_at_end));
+  }
+  // Some columns, and no bias.
+  Matrix<S> c = before;
+  const Range last{panel_columns<S>, columns - panel_columns<S>};
+  gemm_serial(GemmNN<S>{.a = rows_without, .b = b, .c = c, .columns = last});
+  CHECK(c.leftCols(last.first) == before.leftCols(last.first));
+  CHECK((c.rightCols(last.count).array() == 0).all());
+}
+
 TEMPLATE_TEST_CASE("gemm: long sums keep their accuracy", "[kernels][gemm]", float, double) {
   for_each_form_and_start<TestType>([&](Form form, Start start, Added added) {
     check_product<TestType>(form, 9, 35, 5000, start, added, false, false);

@@ -6,6 +6,7 @@
 #include "moe/kernels/gemm_direct.hpp"
 #include "moe/kernels/gemm_packed.hpp"
 #include "moe/kernels/gemm_strips.hpp"
+#include "moe/kernels/initial_values.hpp"
 #include "moe/kernels/small_k.hpp"
 #include "moe/kernels/small_m.hpp"
 #include "moe/kernels/small_n.hpp"
@@ -36,6 +37,7 @@ template <class Scalar>
 void gemm_serial(const GemmNN<Scalar>& product) {
   const Index columns = product.column_range().count;
   if (product.a.count() == 0 || columns == 0) return;
+  if (product.a.width() == 0) return gemm_depth_zero(product);
   if (columns == product.b.columns &&
       is_small_m<Scalar>(product.a.count(), columns, product.b.stride)) {
     return gemm_small_m(product);

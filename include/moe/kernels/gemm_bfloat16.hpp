@@ -124,6 +124,7 @@ static_assert(left_rows >= packet_size<float>);
 /// words, and multiplies each block with the words of B.
 template <class Words, class Source, class PackLeft>
 void gemm_words(Index depth, const GemmNN<float, Source>& product, const PackLeft& pack_left) {
+  if (depth == 0) return gemm_depth_zero(product);
   alignas(64) float left[to_size(left_capacity)];
   constexpr Index line = cache_line<float>;
   const Index words = word_count<Words>(depth);

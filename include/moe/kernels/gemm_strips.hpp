@@ -39,7 +39,7 @@ struct Pieces {
   Pieces take(Index share) {
     Pieces taken = *this;
     taken.count = std::min(share, count);
-    address += taken.count * stride;
+    address = prefetched_after(address, taken.count * stride);
     count -= taken.count;
     return taken;
   }
@@ -72,7 +72,7 @@ MOE_NOINLINE void strip_tile(const Left<Scalar>& left, Panel<Scalar> right, Inde
       // piece is in the last line of the piece before.
       prefetch_far<piece_columns<Scalar> / cache_line<Scalar>>(ahead.address,
                                                                cache_line<Scalar> - 1);
-      ahead.address += ahead.stride;
+      ahead.address = prefetched_after(ahead.address, ahead.stride);
       --ahead.count;
       pause = std::min(depth, k + ahead.every);
     }
@@ -183,7 +183,7 @@ void gemm_strips(const GemmNN<Scalar>& product) {
         } else if (last < end) {
           ahead.address = b.data + last;
         } else if (product.prefetch_next != nullptr) {
-          ahead.address = product.prefetch_next + columns.first;
+          ahead.address = prefetched_after(product.prefetch_next, columns.first);
         } else {
           ahead.count = 0;
         }

@@ -78,7 +78,7 @@ inline constexpr Index strip_lines =
 template <class Scalar>
 EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
   MOE_UNROLL
-  for (Index line = 0; line < strip_lines; ++line) prefetch(place + line * cache_line<Scalar>);
+  for (Index line = 0; line < strip_lines; ++line) prefetch(place, 64 * line);
 }
 
 /// Prefetches `lines` cache lines, `further` elements after an address, into L2, since L1 would not
@@ -96,6 +96,14 @@ EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
   }
   asm volatile("");
 #endif
+}
+
+/// The address `further` elements after another, to prefetch only: it may be beyond the memory there, or in
+/// another matrix, so it is computed as an integer.
+template <class Scalar>
+EIGEN_ALWAYS_INLINE const Scalar* prefetched_after(const Scalar* place, Index further) {
+  return reinterpret_cast<const Scalar*>(reinterpret_cast<std::uintptr_t>(place) +
+                                         sizeof(Scalar) * to_size(further));
 }
 
 /// The left operand: the first value of each row, and the distance of its values along the depth.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "moe/kernels/initial_values.hpp"
 #include "moe/kernels/pack.hpp"
 
 /// \file
@@ -98,14 +99,12 @@ constexpr bool is_small_m(Index rows, Index columns, Index stride) {
 template <class Scalar>
 void gemm_small_m(const GemmNN<Scalar>& product) {
   const MatrixOperand<Scalar>& b = product.b;
-  const Bias<Scalar>& bias = product.bias;
   const Scalar* from[to_size(small_m_rows)];
   Scalar* to[to_size(small_m_rows)];
+  set_initial_values(product);
   for (Index r = 0; r < product.a.count(); ++r) {
     from[r] = product.a.row(r);
     to[r] = product.c.row(r);
-    if (product.start == Start::zero) std::fill_n(to[r], b.columns, Scalar{0});
-    if (bias.values != nullptr) add_scaled(b.columns, *bias.factors.at(r), bias.values, to[r]);
   }
   with_constant<small_m_rows>(product.a.count(),
                               [&](auto R) { gemm_small_m<R>(from, b, to, product.prefetch_next); });
