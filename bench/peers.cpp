@@ -85,6 +85,10 @@ class Cell {
 #ifdef MOE_BENCH_TORCH
     peers.push_back(bench::make_torch_peer(problem_));
     peers.push_back(bench::make_torch_sorted_peer(problem_));
+    peers.push_back(bench::make_torch_bmm_peer(problem_));
+#endif
+#ifdef MOE_BENCH_TORCH_GROUPED
+    peers.push_back(bench::make_torch_grouped_peer(problem_));
 #endif
     std::vector<Times> times{{.name = "moe"}};
     std::vector<bench::Party> forward{[this] { layer_.forward(x_, tape_, {.step = 0}); }};
@@ -233,6 +237,10 @@ const bool registered = [] {
 #ifdef MOE_BENCH_TORCH
   names.emplace_back("libtorch");
   names.emplace_back("libtorch_sorted");
+  names.emplace_back("libtorch_bmm");
+#endif
+#ifdef MOE_BENCH_TORCH_GROUPED
+  names.emplace_back("libtorch_grouped");
 #endif
   for (const Index experts : {8, 64, 256}) {
     for (const Index tokens : {4, 32, 128}) {

@@ -62,5 +62,10 @@ std::unique_ptr<Peer> make_onednn_peer(const Problem& problem);
 std::unique_ptr<Peer> make_torch_peer(const Problem& problem);
 /// As one writes it who knows what autograd makes of that: one index_select and one index_add.
 std::unique_ptr<Peer> make_torch_sorted_peer(const Problem& problem);
+/// With the weights of all experts in one tensor, and one batched product for all; of experts with equally
+/// many slots.
+std::unique_ptr<Peer> make_torch_bmm_peer(const Problem& problem);
+/// With the weights of all experts in one tensor, by grouped_mm, which a libtorch of today has.
+std::unique_ptr<Peer> make_torch_grouped_peer(const Problem& problem);
 
 }  // namespace bench
