@@ -315,6 +315,39 @@ TEST_CASE("parameter: accumulate says where to add and what the memory holds",
   }
 }
 
+TEST_CASE("parameter: a gradient that was moved out goes on from zero in the memory given",
+          "[parameter][lazy]") {
+  using Holds = Accumulation<double>::Holds;
+  for (const bool tracked : {false, true}) {
+    INFO("tracked " << tracked);
+    Parameter<double> p(2, 3);
+    if (tracked) detail::track_gradients(p);
+    p.accumulate().memory.setOnes();
+    Matrix<double> out = std::move(p.gradient());
+    CHECK(out.isOnes(0));
+    CHECK(p.gradient().isZero(0));  // shown, so that it counts as zero below
+
+    const double* const place = out.data();
+    p.zero_gradient_in(std::move(out));
+    CHECK(std::as_const(p).gradient().isZero(0));
+    CHECK(p.stored.memory.data() == place);
+    const auto [memory, holds] = p.accumulate();
+    CHECK(memory.data() == place);
+    CHECK(holds == (tracked ? Holds::stale : Holds::sum));  // a sum of nothing
+
+    memory.setOnes();
+    p.zero_gradient_in({});
+    CHECK(std::as_const(p).gradient().isZero(0));
+    CHECK(p.stored.memory.size() == 0);
+    CHECK(p.accumulate().holds == Holds::stale);
+
+    p.gradient().setOnes();
+    CHECK_THROWS_WITH(p.zero_gradient_in(Matrix<double>(3, 2)),
+                      "moe: Parameter::zero_gradient_in: memory is 3 x 2, must be 2 x 3 or empty");
+    CHECK(p.gradient().isOnes(0));
+  }
+}
+
 TEST_CASE("parameter: nobody keeps track unless told", "[parameter][lazy]") {
   Model model = make_model(1);
   for_each_parameter(model, [](const ParameterName&, auto& p) { p.gradient().setOnes(); });

@@ -30,17 +30,21 @@ void define(torch::Library& library, const char* name) {
   library.class_<Bound>(name)
       .def(torch::init([](Int width, Int hidden, Int experts, Int top_k, double balance, Int seed) {
              return c10::make_intrusive<Bound>(
-                 typename Layer::Config{.width = width,
-                                        .expert = {.hidden = hidden},
-                                        .gate = gate_config<Gate>(experts, top_k, balance),
-                                        .seed = static_cast<std::uint64_t>(seed)});
+                 Layer({.width = width,
+                        .expert = {.hidden = hidden},
+                        .gate = gate_config<Gate>(experts, top_k, balance),
+                        .seed = static_cast<std::uint64_t>(seed)}));
            }),
            "",
            {torch::arg("width"), torch::arg("hidden"), torch::arg("experts"), torch::arg("top_k"),
             torch::arg("balance"), torch::arg("seed")})
       .def("parameters", &Bound::parameters)
       .def("evaluate", &Bound::evaluate)
-      .def("forward", &Bound::forward);
+      .def("forward", [](const c10::intrusive_ptr<Bound>& layer, const torch::Tensor& x,
+                         const std::vector<torch::Tensor>& parameters, Int step) {
+        return Bound::apply(layer, static_cast<std::uint64_t>(step), x,
+                            torch::TensorList(parameters));
+      });
 }
 
 }  // namespace

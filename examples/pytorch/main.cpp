@@ -29,8 +29,7 @@ using torch::Tensor;
 using Tensors = std::vector<Tensor>;
 
 template <class Scalar>
-using Layer = examples::TorchLayer<
-    moe::MoELayer<moe::Expert<moe::FeedForward, Scalar>, moe::TopKGate<Scalar>>>;
+using Layer = moe::MoELayer<moe::Expert<moe::FeedForward, Scalar>, moe::TopKGate<Scalar>>;
 
 struct Shape {
   std::int64_t width = 512;
@@ -42,19 +41,22 @@ struct Shape {
 /// A layer among PyTorch's tensors, and its parameters.
 template <class Scalar>
 struct Ours {
-  c10::intrusive_ptr<Layer<Scalar>> layer;
+  using Bound = examples::TorchLayer<Layer<Scalar>>;
+  c10::intrusive_ptr<Bound> layer;
   Tensors parameters;
-  std::int64_t step = 0;
+  std::uint64_t step = 0;
 
   explicit Ours(const Shape& shape) {
-    layer = c10::make_intrusive<Layer<Scalar>>(typename Layer<Scalar>::Config{
-        .width = shape.width,
-        .expert = {.hidden = shape.hidden},
-        .gate = {.experts = shape.experts, .top_k = shape.top_k, .renormalise = true},
-        .seed = 1});
+    layer = c10::make_intrusive<Bound>(Layer<Scalar>(
+        {.width = shape.width,
+         .expert = {.hidden = shape.hidden},
+         .gate = {.experts = shape.experts, .top_k = shape.top_k, .renormalise = true},
+         .seed = 1}));
     for (const auto& item : layer->parameters()) parameters.push_back(item.value());
   }
-  Tensor operator()(const Tensor& x) { return layer->forward(layer, x, parameters, ++step); }
+  Tensor operator()(const Tensor& x) {
+    return Bound::apply(layer, ++step, x, torch::TensorList(parameters));
+  }
 };
 
 Tensors copies(const Tensors& tensors) {

@@ -7,95 +7,113 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "moe/moe.hpp"
-#include "parameter_tensors.hpp"
-#include "tensors.hpp"
 
 namespace examples {
 
-/// A MoELayer for PyTorch's autograd, without copies: parameters and gradients are tensors in the layer's
-/// memory, y and dx take the tape's, and x and dy are read where they are (one that is not contiguous is
-/// made so first, and the layer saves an x of its own). A gradient that is still held when the next
-/// backward pass begins keeps its memory, and the layer takes other. Passes may run in several threads;
-/// backward passes wait for each other.
+/// A MoELayer as a function of PyTorch's autograd, without copies:
+///
+///     auto layer = c10::make_intrusive<examples::TorchLayer<Layer>>(Layer(config));
+///     auto y = examples::TorchLayer<Layer>::apply(layer, step, x, parameters);
+///
+/// Parameters are tensors in the layer's memory. y, dx and gradients are matrices that become tensors. The memory
+/// of a gradient goes back to the layer when the next backward pass begins, unless a tensor still refers to it.
+/// x and dy are read in place (one that is not contiguous is copied first), and the layer saves a copy of x.
+/// Passes may run in several threads; backward passes wait for each other.
 template <class Layer>
-class TorchLayer : public torch::CustomClassHolder {
+struct TorchLayer : torch::CustomClassHolder, torch::autograd::Function<TorchLayer<Layer>> {
   using Scalar = typename Layer::Scalar;
+  using Matrix = moe::Matrix<Scalar>;
   using Tensor = torch::Tensor;
-  using Tensors = std::vector<Tensor>;
-  using Self = c10::intrusive_ptr<TorchLayer>;
+  using Context = torch::autograd::AutogradContext;
 
- public:
-  using Config = typename Layer::Config;
-
-  explicit TorchLayer(const Config& config)
-      : layer_(std::make_shared<Layer>(config)), parameters_(layer_) {}
-
-  /// By name, in the order in which forward() takes them; a bias is 1 x N.
-  c10::Dict<std::string, Tensor> parameters() const { return parameters_.by_name(); }
-
-  /// y (T x D) of a training pass over x (T x D). `parameters` are those of parameters(), or others that
-  /// share their memory; one that requires no gradient is not trained. The gate's losses are part of the
-  /// backward pass. Throws c10::Error, or std::invalid_argument as MoELayer::forward() does.
-  static Tensor forward(const Self& self, const Tensor& x, const Tensors& parameters,
-                        std::int64_t step) {
-    return Function::apply(x, torch::TensorList(parameters), self, step);
+  /// Takes the layer, whose parameters PyTorch trains from here on.
+  explicit TorchLayer(Layer layer) : layer_(std::make_shared<Layer>(std::move(layer))) {
+    moe::for_each_parameter(*layer_, [&](const std::string& name, auto& p) {
+      own_.insert(name, as_tensor({layer_, &p.value}).requires_grad_(p.trained));
+      lent_.emplace_back(&p, nullptr);
+    });
   }
+
+  /// By name, in the order in which apply() takes them; a bias is 1 x N. They are the same tensors at each call.
+  c10::Dict<std::string, Tensor> parameters() const { return own_.copy(); }
 
   /// y (T x D) without noise and without a graph, as MoELayer::evaluate(). `parameters` are as for
   /// forward(). Throws c10::Error, or std::invalid_argument as MoELayer::evaluate() does.
-  Tensor evaluate(const Tensor& x, const Tensors& parameters) const {
-    parameters_.check(parameters);
-    typename Layer::Tape tape;
-    layer_->evaluate(view<Scalar>(x.contiguous()), tape);
-    return take(tape.y);
+  Tensor evaluate(const Tensor& x, const std::vector<Tensor>& parameters) const {
+    check(parameters);
+    return take(layer_->evaluate(view(x.contiguous())));
   }
 
- private:
-  struct Pass : torch::CustomClassHolder {
-    Self self;
-    typename Layer::Tape tape;
-  };
+  /// What apply() calls: y (T x D) of a training pass over x (T x D). `parameters` are those of parameters(), or
+  /// others that share their storage; one that requires no gradient is not trained. The gate's losses are part
+  /// of the backward pass. Throws c10::Error, or std::invalid_argument as MoELayer::forward() does.
+  static Tensor forward(Context* context, const c10::intrusive_ptr<TorchLayer>& self,
+                        std::uint64_t step, const Tensor& x, torch::TensorList parameters) {
+    self->check(parameters);
+    const auto tape = c10::make_intrusive<Tape>();
+    self->layer_->forward(view(x.contiguous()), *tape, {.step = step});
+    context->save_for_backward(parameters.vec());
+    context->saved_data["layer"] = c10::IValue::make_capsule(self);
+    context->saved_data["tape"] = c10::IValue::make_capsule(tape);
+    return take(std::move(tape->y));
+  }
 
-  struct Function : torch::autograd::Function<Function> {
-    using Context = torch::autograd::AutogradContext;
-
-    static Tensor forward(Context* context, const Tensor& x, torch::TensorList parameters,
-                          const Self& self, std::int64_t step) {
-      self->parameters_.check(parameters);
-      const auto pass = c10::make_intrusive<Pass>();
-      pass->self = self;
-      self->layer_->forward(view<Scalar>(x.contiguous()), pass->tape,
-                            {.step = static_cast<std::uint64_t>(step)});
-      context->save_for_backward(parameters.vec());
-      context->saved_data["pass"] = c10::IValue::make_capsule(pass);
-      return take(pass->tape.y);
+  /// What autograd calls: the gradients with respect to the arguments of apply(), undefined for the layer, the step
+  /// and parameters that are not trained. Throws c10::Error where a parameter was changed since forward().
+  static std::vector<Tensor> backward(Context* context, const std::vector<Tensor>& dy) {
+    TORCH_CHECK(!torch::GradMode::is_enabled(), "TorchLayer has no second derivatives");
+    auto& self = static_cast<TorchLayer&>(*context->saved_data["layer"].toCapsule());
+    auto& tape = static_cast<Tape&>(*context->saved_data["tape"].toCapsule());
+    const std::lock_guard lock(self.mutex_);
+    for (auto next = self.lent_.begin(); const Tensor& given : context->get_saved_variables()) {
+      auto& [p, gradient] = *next++;
+      p->trained = given.requires_grad();
+      p->zero_gradient_in(gradient.use_count() == 1 ? std::move(*gradient) : Matrix());
     }
-
-    static Tensors backward(Context* context, const Tensors& dy) {
-      TORCH_CHECK(!torch::GradMode::is_enabled(), "TorchLayer has no second derivatives");
-      const Tensors parameters = context->get_saved_variables();  // throws where one was changed
-      const auto pass =
-          c10::static_intrusive_pointer_cast<Pass>(context->saved_data["pass"].toCapsule());
-      return pass->self->backward(dy[0].contiguous(), parameters, pass->tape);
+    self.layer_->backward(view(dy[0].contiguous()), tape);
+    std::vector<Tensor> gradients = {Tensor(), Tensor(), take(std::move(tape.dx))};
+    for (auto& [p, gradient] : self.lent_) {
+      gradient = p->trained ? std::make_shared<Matrix>(std::move(p->gradient())) : nullptr;
+      gradients.push_back(gradient ? as_tensor(gradient) : Tensor());
     }
-  };
-
-  /// dx, the gradients, and nothing for `self` and `step`.
-  Tensors backward(const Tensor& dy, const Tensors& parameters, typename Layer::Tape& tape) {
-    const std::lock_guard lock(mutex_);
-    parameters_.begin_backward(parameters);
-    layer_->backward(view<Scalar>(dy), tape);
-    Tensors gradients = {take(tape.dx)};
-    parameters_.append_gradients(gradients);
-    gradients.resize(gradients.size() + 2);
     return gradients;
   }
 
+ private:
+  struct Tape : torch::CustomClassHolder, Layer::Tape {};
+
+  /// Throws c10::Error unless these are the tensors of parameters(), or others of their storage and shape.
+  void check(torch::TensorList given) const {
+    TORCH_CHECK(given.size() == own_.size(), given.size(), " parameters, must be ", own_.size());
+    for (auto next = given.begin(); const auto& own : own_) {
+      const Tensor &tensor = *next++, value = own.value();
+      TORCH_CHECK(tensor.is_set_to(value), own.key(), " has shape ", tensor.sizes(), ", strides ",
+                  tensor.strides(), ", must be ", value.sizes(), " in the layer's memory");
+    }
+  }
+
+  /// A contiguous tensor of T x D as a matrix, valid as long as the tensor.
+  static Eigen::Map<const Matrix> view(const Tensor& rows) {
+    TORCH_CHECK(rows.dim() == 2 && rows.is_cpu(), "a tensor of shape ", rows.sizes(), " on ",
+                rows.device(), ", must be T x D and on the CPU");
+    return {rows.data_ptr<Scalar>(), rows.size(0), rows.size(1)};
+  }
+
+  /// A matrix as a tensor, which owns it.
+  static Tensor as_tensor(const std::shared_ptr<Matrix>& owner) {
+    return torch::from_blob(
+        owner->data(), {owner->rows(), owner->cols()}, [owner](void*) {}, torch::dtype<Scalar>());
+  }
+  static Tensor take(Matrix rows) { return as_tensor(std::make_shared<Matrix>(std::move(rows))); }
+
   std::shared_ptr<Layer> layer_;
-  ParameterTensors<Layer> parameters_;
+  c10::Dict<std::string, Tensor> own_;
+  /// The parameters, and the memory of their last gradients, which tensors own too.
+  std::vector<std::pair<moe::Parameter<Scalar>*, std::shared_ptr<Matrix>>> lent_;
   std::mutex mutex_;
 };
 

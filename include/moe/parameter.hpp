@@ -146,6 +146,22 @@ struct Parameter {
     return {stored.memory, holds};
   }
 
+  /// Sets the gradient to zero in other memory: `memory`, of the shape of the value, or empty for memory to be
+  /// taken by the next backward pass. Its numbers do not matter. For a program that has moved the last
+  /// gradient out of gradient(), and gives the memory back. Throws std::invalid_argument for another shape.
+  void zero_gradient_in(Matrix<Scalar> memory) {
+    detail::require(
+        memory.size() == 0 || (memory.rows() == stored.rows && memory.cols() == stored.columns),
+        "Parameter::zero_gradient_in: memory is ", memory.rows(), " x ", memory.cols(),
+        ", must be ", stored.rows, " x ", stored.columns, " or empty");
+    stored.memory.swap(memory);
+    if (stored.state == detail::GradientState::untracked) {
+      stored.memory.setZero();
+    } else {
+      stored.state = detail::GradientState::stale;
+    }
+  }
+
   /// The gradient, to read. Takes no memory: a stale gradient is seen as zeros.
   GradientView<Scalar> gradient() const {
     static constexpr Scalar zero{0};

@@ -82,6 +82,17 @@ class TensorsTest(unittest.TestCase):
                 self.assertTrue(torch.equal(held, copy))
                 del others
 
+    def test_what_a_program_writes_into_a_gradient_does_not_reach_the_next(self):
+        expected = self.gradients()
+        layer = self.layer
+        layer.zero_grad(set_to_none=True)
+        layer(self.x[:1], 1).backward(self.dy[:1])  # two of the four experts get no token
+        for parameter in layer.parameters():
+            parameter.grad.add_(1)
+        layer.zero_grad(set_to_none=True)
+        for a, b in zip(self.gradients(), expected):
+            self.assertTrue(torch.equal(a, b))
+
     def test_each_tensor_keeps_its_memory_alone(self):
         for make in (
             lambda: torch.autograd.grad(self.layer(self.x, 1), self.weight, self.dy)[0],
@@ -232,12 +243,13 @@ class TensorsTest(unittest.TestCase):
     def test_parameters_that_are_not_the_layers_any_more_are_refused(self):
         data = self.weight.data
         for other, message in (
-            (data.clone(), "experts.0.up.weight is not in the layer's memory any more"),
-            (data.double(), "experts.0.up.weight is not in the layer's memory any more"),
-            (data.t(), r"experts.0.up.weight has shape \[5, 6\] and strides \[1, 5\], must be 6 x 5"),
-            (data[:5], r"experts.0.up.weight has shape \[5, 5\] and strides \[5, 1\], must be 6 x 5"),
-            (torch.as_strided(data, (6, 5), (1, 6)), r"strides \[1, 6\], must be 6 x 5 and contiguous"),
+            (data.clone(), r"\[6, 5\], strides \[5, 1\]"),
+            (data.double(), r"\[6, 5\], strides \[5, 1\]"),
+            (data.t(), r"\[5, 6\], strides \[1, 5\]"),
+            (data[:5], r"\[5, 5\], strides \[5, 1\]"),
+            (torch.as_strided(data, (6, 5), (1, 6)), r"\[6, 5\], strides \[1, 6\]"),
         ):
+            message = f"experts.0.up.weight has shape {message}, must be \\[6, 5\\] in the layer's memory"
             self.weight.data = other
             for layer in (self.layer.train(), self.layer.eval()):
                 with self.assertRaisesRegex(RuntimeError, message):

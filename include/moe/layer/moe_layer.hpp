@@ -172,7 +172,8 @@ class MoELayer {
   /// The same with a tape of its own, which allocates.
   Matrix<Scalar> evaluate(const MatrixRef<Scalar>& x) const {
     Tape tape;
-    return evaluate(x, tape);
+    evaluate(x, tape);
+    return std::move(tape.y);
   }
 
   /// Puts an expert with the same shapes in the place of expert `e`, one of this process. Throws
