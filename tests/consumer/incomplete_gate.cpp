@@ -2,10 +2,12 @@
 // then the message says which (tests/CMakeLists.txt).
 //     WITHOUT_SCALAR WITHOUT_CONFIG WITHOUT_TAPE WITHOUT_GATE_TAPE WITHOUT_SEED WITHOUT_WIDTH
 //     WITHOUT_EXPERTS WITHOUT_FORWARD WITHOUT_EVALUATE WITHOUT_BACKWARD WITHOUT_PARAMETERS
+//     WITHOUT_PRESENT_CONFIG, and with OF_SHARED too for the gate inside a SharedExpertGate
 
 #include <cstdint>
 #include <span>
 
+#include "moe/gates/shared_expert_gate.hpp"
 #include "moe/layer/moe_layer.hpp"
 
 namespace {
@@ -19,12 +21,20 @@ struct AllToOne {
 #ifndef WITHOUT_WIDTH
     moe::Index width = 0;
 #endif
+    double loss_weight = 0;
   };
 #ifdef WITHOUT_SEED
-  explicit AllToOne(const Config&) {}
+  explicit AllToOne(const Config& config) : config_(config) {}
 #else
-  AllToOne(const Config&, std::uint64_t) {}
+  AllToOne(const Config& config, std::uint64_t) : config_(config) {}
 #endif
+#ifndef WITHOUT_PRESENT_CONFIG
+  const Config& config() const { return config_; }
+#endif
+  struct LossWeights {
+    double own = 0;
+  };
+  void set_loss_weights(const LossWeights& weights) { config_.loss_weight = weights.own; }
 #endif
 #if defined(WITHOUT_GATE_TAPE)
   struct Tape {};
@@ -56,6 +66,10 @@ struct AllToOne {
 #endif
 
  private:
+#ifndef WITHOUT_CONFIG
+  Config config_;
+#endif
+
   static void route(moe::Index rows, AnyTape& tape) {
     tape.routing.experts = 1;
     tape.routing.token_offsets.clear();
@@ -67,7 +81,16 @@ struct AllToOne {
 
 }  // namespace
 
-using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, AllToOne>;
+#ifdef OF_SHARED
+using Gate = moe::SharedExpertGate<AllToOne>;
+#else
+using Gate = AllToOne;
+#endif
+using Layer = moe::MoELayer<moe::Expert<moe::FeedForward>, Gate>;
+
+#ifndef WITHOUT_CONFIG
+void fade(Layer& layer) { layer.set_loss_weights({.own = 0.5}); }
+#endif
 
 const moe::Matrix<float>& pass(const Layer& layer, const moe::Matrix<float>& x, Layer::Tape& tape) {
   return layer.forward(x, tape, {.step = 0});

@@ -7,17 +7,28 @@
 #include <string>
 #include <vector>
 
+#include "../layer/user_parts.hpp"
 #include "../naive_layer.hpp"
 #include "../reinforce/policies.hpp"
 #include "../support.hpp"
 #include "moe/layer/moe_layer.hpp"
+#include "moe/nn/linear.hpp"
 
 using namespace moe;
 using moe::test::random_matrix;
 
 namespace {
 
-enum class Fault { none, sign, transposed, lost_term, off_by_one, not_a_number };
+enum class Fault {
+  none,
+  sign,
+  transposed,
+  lost_term,
+  off_by_one,
+  not_a_number,
+  written_over,
+  row_written_over
+};
 
 /// y = x·W + b with faults to choose from in the gradients of a 3 x 3 matrix and of b.
 struct Faulty {
@@ -36,6 +47,8 @@ struct Faulty {
   }
   void backward(const Matrix<double>& x, const Matrix<double>& dy) {
     const Matrix<double> dweight = x.transpose() * dy;
+    if (fault == Fault::written_over) weight.gradient().setZero();
+    if (fault == Fault::row_written_over) weight.gradient().row(2).setZero();
     weight.gradient() += fault == Fault::sign         ? Matrix<double>(-dweight)
                          : fault == Fault::transposed ? Matrix<double>(dweight.transpose())
                                                       : dweight;
@@ -126,6 +139,56 @@ GradientCheck check_forgetful(const Pass& pass) {
   return check_layer_gradients(layer, random_matrix(6, 4, 5), pass);
 }
 
+/// A network whose gradient is that of its last call.
+template <class Scalar>
+struct WritesOver : test::SineMap<Scalar> {
+  using test::SineMap<Scalar>::SineMap;
+  void backward(ConstMatrixView<Scalar> x, ConstMatrixView<Scalar> saved,
+                ConstMatrixView<Scalar> dy, MatrixView<Scalar> dx) {
+    this->w.gradient().setZero();
+    test::SineMap<Scalar>::backward(x, saved, dy, dx);
+  }
+};
+
+/// A network that takes the memory of dx for zeros.
+template <class Scalar>
+struct AddsToDx : test::SineMap<Scalar> {
+  using test::SineMap<Scalar>::SineMap;
+  void backward(ConstMatrixView<Scalar> x, ConstMatrixView<Scalar> saved,
+                ConstMatrixView<Scalar> dy, MatrixView<Scalar> dx) {
+    const Matrix<Scalar> before = dx;
+    test::SineMap<Scalar>::backward(x, saved, dy, dx);
+    dx += before;
+  }
+};
+
+struct GateThatWritesOver : NoisyTopKGate<double> {
+  using NoisyTopKGate::NoisyTopKGate;
+  void backward(const MatrixRef<double>& x, std::span<const double> dweight, Tape& tape,
+                Matrix<double>& dx) {
+    zero_gradients(*this);
+    NoisyTopKGate::backward(x, dweight, tape, dx);
+  }
+};
+
+struct PolicyThatWritesOver : test::SmallPolicy<double> {
+  PolicyThatWritesOver() : SmallPolicy({.mixture = false}) {}
+  void backward(const Matrix<double>& dlogits, Tape& tape) {
+    for_each_parameter(*this, [](const std::string& name, Parameter<double>& p) {
+      if (name == "symbol.weight") p.gradient().setZero();
+    });
+    SmallPolicy::backward(dlogits, tape);
+  }
+};
+
+template <template <class> class Network, class Gate>
+GradientCheck check_parts() {
+  MoELayer<Expert<Network, double>, Gate> layer(
+      {.width = 3, .gate = {.experts = 4, .top_k = 2}, .seed = 1});
+  test::randomize(layer, 2, 0.6);
+  return check_layer_gradients(layer, random_matrix(7, 3, 5), {.step = 3});
+}
+
 }  // namespace
 
 TEST_CASE("check gradients: a pass that is forgotten in forward and backward alike", "[testing]") {
@@ -179,6 +242,89 @@ TEST_CASE("check gradients: right ones pass, and each fault is found and named",
   CHECK(nan.row == 2);
   CHECK(nan.column == 1);
   CHECK(nan.text().starts_with("weight(2, 1) is nan, differences say "));
+}
+
+TEST_CASE("check gradients: a gradient that is written over instead of added to", "[testing]") {
+  using Catch::Matchers::EndsWith;
+  using Catch::Matchers::StartsWith;
+  CHECK_THROWS_WITH(check(Fault::written_over),
+                    StartsWith("moe: check_gradients: weight(0, 0) is "));
+  CHECK_THROWS_WITH(check(Fault::written_over),
+                    EndsWith(": backward must add to the gradient, not write over it"));
+  CHECK_THROWS_WITH(check(Fault::row_written_over),
+                    StartsWith("moe: check_gradients: weight(2, 0) is "));
+
+  // A loss of 3·w.
+  Linear<double> linear({.inputs = 1, .outputs = 1, .bias = false}, 1);
+  CHECK_THROWS_WITH(
+      check_gradients(
+          linear, [&] { return 3 * linear.weight.value(0, 0); },
+          [&] { linear.weight.gradient()(0, 0) = 3; }),
+      "moe: check_gradients: weight(0, 0) is 3 after one backward pass and 3 after a second one, "
+      "must be 6: backward must add to the gradient, not write over it");
+}
+
+TEST_CASE("check gradients: a network, a gate and a policy that write over a gradient",
+          "[testing]") {
+  using Catch::Matchers::StartsWith;
+  CHECK(check_parts<test::SineMap, NoisyTopKGate<double>>().error < 1e-7);
+  CHECK_THROWS_WITH((check_parts<WritesOver, NoisyTopKGate<double>>()),
+                    StartsWith("moe: check_layer_gradients: experts.0.w(0, 0) is "));
+  CHECK_THROWS_WITH((check_parts<test::SineMap, GateThatWritesOver>()),
+                    StartsWith("moe: check_layer_gradients: gate.weight(0, 0) is "));
+
+  PolicyThatWritesOver policy;
+  const std::vector<Index> inputs{0, 2};
+  const std::vector<Index> previous{0, 0, 0, 0, 1, -1, 2, 1};
+  CHECK_THROWS_WITH(check_policy_gradients(policy, inputs, 2, previous),
+                    StartsWith("moe: check_policy_gradients: symbol.weight(0, 0) is "));
+}
+
+TEST_CASE("check gradients: a dx that is added to what its memory held", "[testing]") {
+  const GradientCheck wrong = check_parts<AddsToDx, NoisyTopKGate<double>>();
+  CHECK(wrong.error > 1e-2);
+  CHECK(wrong.parameter == "x");
+}
+
+TEST_CASE("check gradients: afterwards the gradients are those of one pass", "[testing]") {
+  Layer layer = make_layer(Activation::gelu);
+  const Matrix<double> x = random_matrix(6, 4, 5);
+  const auto gradients = [&] {
+    std::vector<Matrix<double>> all;
+    for_each_parameter(layer, [&](const std::string&, Parameter<double>& parameter) {
+      all.push_back(parameter.gradient());
+    });
+    return all;
+  };
+  check_layer_gradients(layer, x, {.step = 3});
+  const auto checked = gradients();
+  zero_gradients(layer);
+  Layer::Tape tape;
+  const Matrix<double> dy = detail::loss_weights_like(layer.forward(x, tape, {.step = 3}));
+  layer.backward(dy, tape);
+  const bool same = gradients() == checked;
+  CHECK(same);
+}
+
+TEST_CASE("check gradients: the rounding of a gradient of zero is no lost pass", "[testing]") {
+  // Numbers of 1e6 that cancel but for their last bits: w·(Σ x - Σ x), added up in two orders.
+  for (std::uint64_t seed = 0; seed < 50; ++seed) {
+    const Matrix<double> x = random_matrix(1, 40, seed, 1e6);
+    Linear<double> linear({.inputs = 1, .outputs = 1, .bias = false}, 1);
+    const auto sum = [&] {
+      double forwards = 0;
+      for (Index i = 0; i < x.size(); ++i) forwards += x(0, i);
+      for (Index i = x.size(); i-- > 0;) forwards -= x(0, i);
+      return forwards;
+    };
+    const auto once = [&] {
+      double& gradient = linear.weight.gradient()(0, 0);
+      for (Index i = 0; i < x.size(); ++i) gradient += x(0, i);
+      for (Index i = x.size(); i-- > 0;) gradient -= x(0, i);
+    };
+    check_gradients(
+        linear, [&] { return linear.weight.value(0, 0) * sum(); }, once);
+  }
 }
 
 TEST_CASE("check gradients: a layer, with its gate, its experts and dx", "[testing]") {

@@ -52,7 +52,8 @@ struct GateTape {
 ///                                      mpi::RankDispatch should place on the same rank, by default 1
 ///     shared_experts()                 const; the number of experts, the first ones, that get every
 ///                                      token, which are placed on rank 0, by default 0
-///     set_loss_weights(LossWeights)    changes the weights of the gate's losses between updates
+///     set_loss_weights(LossWeights)    changes the weights of the gate's losses between updates. Needs
+///                                      config()
 ///     update_selection_bias(tape)      moves the gate's selection bias after an update of the weights
 ///     config()                         const; its Config, as it is now
 ///     change_experts(sources, seed, noise_stddev)
@@ -126,6 +127,18 @@ requires requires { typename G::LossWeights; }
 struct LossWeightsOf<G> {
   using type = typename G::LossWeights;
 };
+
+/// The compile error for a gate whose loss weights can be changed, but that cannot say what they are now.
+template <class G>
+constexpr bool check_loss_weights_requirements() {
+  static_assert(
+      requires(const G& gate) {
+        { gate.config() } -> std::convertible_to<typename G::Config>;
+      },
+      "a gate with set_loss_weights must have config() const, its Config with the loss weights as "
+      "they are now, for files");
+  return true;
+}
 
 /// The compile errors for a class that is not a Gate: a message for each missing member.
 template <class G>

@@ -133,10 +133,9 @@ class SharedExpertGate
   template <class G = RoutedGate>
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {
+    static_assert(detail::check_loss_weights_requirements<G>());
     routed_.set_loss_weights(weights);
-    if constexpr (requires { config_.routed = routed_.config(); }) {
-      config_.routed = routed_.config();
-    }
+    config_.routed = routed_.config();
   }
   /// Moves the wrapped gate's selection bias, see TopKGate::update_selection_bias().
   template <class G = RoutedGate>

@@ -236,9 +236,10 @@ class MoELayer {
   template <class G = Gate>
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {
+    static_assert(detail::check_loss_weights_requirements<G>());
     gate_.set_loss_weights(weights);
     // Files of the layer store config(), so it must follow.
-    if constexpr (requires { config_.gate = gate_.config(); }) config_.gate = gate_.config();
+    config_.gate = gate_.config();
   }
 
   /// Moves the gate's selection bias, after each update: see TopKGate::update_selection_bias().

@@ -21,6 +21,9 @@
 /// models of users. Not part of moe/moe.hpp. Everything is computed in double, by differences of fourth
 /// order, with about four forward passes for each number that is checked.
 ///
+/// Gradients are added up over the passes of an update. So the passes are made twice without zeroing between
+/// them, and std::invalid_argument is thrown for a gradient that the second backward pass writes over.
+///
 ///     using Layer = moe::MoELayer<moe::Expert<MyNetwork, double>, MyGate<double>>;
 ///     Layer layer({...});
 ///     const moe::GradientCheck check = moe::check_layer_gradients(layer, x, {.step = 0});
@@ -87,17 +90,37 @@ class GradientComparison {
       entry.disagreement.data()[i] =
           std::max(std::abs(narrow.mean - wide.mean), std::abs(narrow.bend - wide.bend / 2));
     }
+    largest_ = std::max(largest_, entry.largest());
     entries_.push_back(std::move(entry));
   }
 
+  /// The gradient that was given to the n-th add().
+  const Matrix<double>& gradient(std::size_t n) const { return entries_[n].gradient; }
+
+  /// Throws std::invalid_argument unless `sum`, after a second pass, is twice the n-th gradient.
+  void check_sum(const char* caller, std::size_t n, const Matrix<double>& sum) const {
+    const Entry& entry = entries_[n];
+    // A hundredth of the largest number: rounding is far below it, a pass that is lost far above.
+    const double scale = std::max(scale_of(entry), largest_of(entry.gradient));
+    const double tolerance = std::max(1e-2 * scale, 1e-11);
+    for (Index row = 0; row < sum.rows(); ++row) {
+      for (Index column = 0; column < sum.cols(); ++column) {
+        const double once = entry.gradient(row, column);
+        if (!std::isfinite(2 * once)) continue;  // which worst() reports
+        const double twice = sum(row, column);
+        require(std::isfinite(twice) && !(std::abs(twice - 2 * once) > tolerance), caller, ": ",
+                entry.name, "(", row, ", ", column, ") is ", once, " after one backward pass and ",
+                twice, " after a second one, must be ", 2 * once,
+                ": backward must add to the gradient, not write over it");
+      }
+    }
+  }
+
   GradientCheck worst() const {
-    double largest = 0;
-    for (const Entry& entry : entries_) largest = std::max(largest, entry.largest());
     GradientCheck check;
     bool first = true;
     for (const Entry& entry : entries_) {
-      // Differences of a loss of size 1 cannot be told from 0 below 1e-11.
-      const double scale = std::max({entry.largest(), 1e-6 * largest, 1e-11});
+      const double scale = scale_of(entry);
       check.checked += entry.gradient.size();
       for (Index row = 0; row < entry.gradient.rows(); ++row) {
         for (Index column = 0; column < entry.gradient.cols(); ++column) {
@@ -124,16 +147,28 @@ class GradientComparison {
   }
 
  private:
+  static double largest_of(const Matrix<double>& matrix) {
+    return matrix.size() > 0 ? matrix.cwiseAbs().maxCoeff() : 0;
+  }
+
   struct Entry {
     std::string name;
     Matrix<double> gradient;
     Matrix<double> difference;
     Matrix<double> disagreement;
 
-    double largest() const { return difference.size() > 0 ? difference.cwiseAbs().maxCoeff() : 0; }
+    double largest() const { return largest_of(difference); }
   };
+
+  /// What errors of an entry's gradient are measured by.
+  double scale_of(const Entry& entry) const {
+    // Differences of a loss of size 1 cannot be told from 0 below 1e-11.
+    return std::max({entry.largest(), 1e-6 * largest_, 1e-11});
+  }
+
   FunctionRef<double()> loss_;
   std::vector<Entry> entries_;
+  double largest_ = 0;  ///< of all differences
 };
 
 template <class Module>
@@ -143,6 +178,33 @@ void compare_parameters(Module& module, GradientComparison& comparison) {
     const Matrix<double> gradient = parameter.gradient();
     comparison.add(name, parameter.value, gradient);
   });
+}
+
+/// Throws std::invalid_argument unless the gradients of a second pass were added to those that
+/// compare_parameters() saw, and sets them back to these. `first` is the index of the first one.
+template <class Module>
+void check_added(const char* caller, Module& module, const GradientComparison& comparison,
+                 std::size_t first) {
+  std::size_t n = first;
+  for_each_parameter(module, [&](const std::string&, Parameter<double>& parameter) {
+    if (!parameter.trained) return;
+    comparison.check_sum(caller, n, parameter.gradient());
+    parameter.gradient() = comparison.gradient(n);
+    ++n;
+  });
+}
+
+/// check_gradients() with the caller's name for messages.
+template <class Module>
+GradientCheck check_module_gradients(const char* caller, Module& module, FunctionRef<double()> loss,
+                                     FunctionRef<void()> backward) {
+  zero_gradients(module);
+  backward();
+  GradientComparison comparison(loss);
+  compare_parameters(module, comparison);
+  backward();
+  check_added(caller, module, comparison, 0);
+  return comparison.worst();
 }
 
 /// Random weights, of the shape of y: the loss of a check is the weighted sum of y.
@@ -155,16 +217,14 @@ inline Matrix<double> loss_weights_like(const Matrix<double>& y) {
 }  // namespace detail
 
 /// Checks the gradients of every trained parameter of a module: `loss` computes the loss with the present
-/// parameters, `backward` makes forward and backward passes that add its gradients. Both must draw the
-/// same noise each time. Afterwards the module has the gradients that were checked.
+/// parameters, `backward` makes forward and backward passes that add its gradients, without zeroing them.
+/// Both are called several times and must draw the same noise each time. Afterwards the module has the
+/// gradients that were checked. Throws std::invalid_argument, which names the parameter, if calling
+/// `backward` twice does not give twice its gradient.
 template <class Module>
 GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss,
                               detail::FunctionRef<void()> backward) {
-  zero_gradients(module);
-  backward();
-  detail::GradientComparison comparison(loss);
-  detail::compare_parameters(module, comparison);
-  return comparison.worst();
+  return detail::check_module_gradients("check_gradients", module, loss, backward);
 }
 
 namespace detail {
@@ -212,6 +272,7 @@ void check_pass_is_minded(const Layer& layer, const Matrix<double>& x, const Pas
 /// the balance losses; dx and the gradients of all trained parameters are checked. x is T x D. Throws
 /// std::invalid_argument if the gate's loss is not in proportion to Pass::loss_scale, or if numbers in padding
 /// (Pass::valid) are read: a gate that does so in backward() too would have right gradients of a wrong loss.
+/// Throws it as well, and names the parameter, if a second pass does not give twice its gradient.
 template <class Layer>
 GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& pass) {
   static_assert(std::is_same_v<typename Layer::Scalar, double>,
@@ -223,19 +284,25 @@ GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& 
     const double sum = layer.forward(x, tape, pass).cwiseProduct(weights).sum();
     return sum + tape.balance().loss;
   };
+  const auto backward = [&]() -> const Matrix<double>& {
+    layer.forward(x, tape, pass);
+    return layer.backward(weights, tape);
+  };
   zero_gradients(layer);
-  layer.forward(x, tape, pass);
-  const Matrix<double> dx = layer.backward(weights, tape);
+  const Matrix<double> dx = backward();
   detail::GradientComparison comparison(loss);
   comparison.add("x", x, dx);
   detail::compare_parameters(layer, comparison);
+  backward();
+  detail::check_added("check_layer_gradients", layer, comparison, 1);  // 0 is x
   return comparison.worst();
 }
 
 /// Checks a policy of doubles: the gradients of all trained parameters, for a weighted sum of the logits as
 /// the loss. `previous` are the symbols that its rows read, steps·R numbers with R = inputs·samples,
 /// negative in padding; `noise` is the key of its random numbers. `balance_loss` returns, from the tape of
-/// a forward pass, the losses of mixtures in the policy, which their backward passes include.
+/// a forward pass, the losses of mixtures in the policy, which their backward passes include. Throws
+/// std::invalid_argument, which names the parameter, if a second pass does not give twice its gradient.
 template <Policy P>
 GradientCheck check_policy_gradients(
     P& policy, std::span<const typename P::Input> inputs, Index samples,
@@ -259,7 +326,7 @@ GradientCheck check_policy_gradients(
     }
     return sum;
   };
-  return check_gradients(policy, loss, [&] {
+  return detail::check_module_gradients("check_policy_gradients", policy, loss, [&] {
     forward();
     policy.backward(weights, tape);
   });
