@@ -1,6 +1,8 @@
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -32,9 +34,9 @@
 #pragma GCC diagnostic ignored "-Wunused-but-set-variable"
 
 namespace moe::test::layer {
-#include "gates_4.inc"
-#include "layer_10.inc"
-#include "layer_5.inc"
+#include "gates_5.inc"
+#include "layer_11.inc"
+#include "layer_6.inc"
 }  // namespace moe::test::layer
 
 namespace {
@@ -57,6 +59,16 @@ struct Context {
   double rate = 0.01;
   double decay = 0.5;
 };
+
+/// The fields of a configuration as text, by name.
+template <class Config>
+std::map<std::string, std::string> fields_of(const Config& config) {
+  std::map<std::string, std::string> fields;
+  moe::detail::for_each_field(config, [&](const std::string& name, const auto& field) {
+    fields[name] = moe::detail::field_text(field);
+  });
+  return fields;
+}
 
 Context<> noisy() { return Context<>({.experts = 8, .top_k = 2}); }
 
@@ -83,11 +95,22 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
   }
   {
 #include "layer_3.inc"
+    const Layer sigmoid(config);
+    Layer::Config without = config;
+    without.output = moe::Activation::identity;
+    const Layer identity(without);
+    const auto rows = moe::test::random_matrix<float>(5, 8, 2);
+    const moe::Matrix<float> expected = 1 / (1 + (-identity.evaluate(rows).array()).exp());
+    CHECK(moe::test::relative_error(sigmoid.evaluate(rows), expected) < 1e-5);
+    CHECK(fields_of(config).at("output") == "sigmoid");
+  }
+  {
+#include "layer_4.inc"
     adam.update(layer, rate);
   }
   {
     const auto before = moe::test::values_of(layer);
-#include "layer_4.inc"
+#include "layer_5.inc"
     layer.backward(dy, tape);
     adam.update(layer, rate);
     const auto after = moe::test::values_of(layer);
@@ -95,7 +118,7 @@ TEST_CASE("documents: README.md and layer.md", "[documents]") {
     CHECK(after.at("gate.weight") != before.at("gate.weight"));
   }
   {
-#include "layer_9.inc"
+#include "layer_10.inc"
     adam.update(layer, rate);
   }
 }
@@ -108,6 +131,17 @@ TEST_CASE("documents: a model and a network of one's own in layer.md", "[documen
          .classes = 3,
          .mixture = {
              .width = 8, .expert = {.hidden = 16}, .gate = {.experts = 4, .top_k = 2}, .seed = 1}});
+    const auto in_weight_of = [](std::uint64_t seed) {
+      const own::Classifier<> other({.inputs = 12,
+                                     .classes = 3,
+                                     .mixture = {.width = 8,
+                                                 .expert = {.hidden = 16},
+                                                 .gate = {.experts = 4, .top_k = 2},
+                                                 .seed = seed}});
+      return moe::test::values_of(other).at("in.weight");
+    };
+    CHECK(in_weight_of(1) == in_weight_of(1));
+    CHECK(in_weight_of(1) != in_weight_of(2));
     own::Classifier<>::Tape tape;
     moe::Adam<float> adam;
     const auto x = moe::test::random_matrix<float>(30, 12, 2);
@@ -116,7 +150,7 @@ TEST_CASE("documents: a model and a network of one's own in layer.md", "[documen
     double first = 0;
     double last = 0;
     for (std::uint64_t step = 1; step <= 300; ++step) {
-#include "layer_6.inc"
+#include "layer_7.inc"
       if (step == 1) first = loss;
       last = loss;
     }
@@ -148,24 +182,32 @@ TEST_CASE("documents: a model and a network of one's own in layer.md", "[documen
     moe::SoftmaxCrossEntropy<double>::Tape loss_tape;
     const moe::Matrix<double> x = moe::test::random_matrix(7, 5, 2);
     const std::vector<moe::Index> labels{0, 1, 2, 0, 1, 2, 0};
-#include "layer_7.inc"
+#include "layer_8.inc"
     CHECK(check.error < 1e-7);
     CHECK(check.checked == 5 * 4 + 4 + 4 * 3 + 3 + 2 * 4 * 4 + 4 * (2 * 4 * 6 + 6 + 4));
   }
   {
     const std::vector<moe::Index> ids{3, 1, 4, 1, 5, 9, 2, 6};
     const std::uint64_t step = 1;
-#include "layer_8.inc"
+#include "layer_9.inc"
     CHECK(n.rows() == 8);
     CHECK(n.cols() == 8);
     CHECK(state.hidden.rows() == 4);
   }
   {
     using own::ProductNetwork;
-#include "layer_11.inc"
+#include "layer_12.inc"
     CHECK(check.error < 1e-8);
     CHECK(check.checked == 24 + 2 * 4 * 3 + 3 * 2 * 16);
     CHECK(check.kinks == 0);
+
+    using Layer = decltype(layer);
+    const moe::test::TemporaryFolder folder;
+    moe::save_module(folder.file("layer"), layer);
+    const moe::SafetensorsFile file(folder.file("layer"));
+    Layer loaded(file.config<Layer>());
+    file.read_module(loaded);
+    CHECK(loaded.evaluate(x) == layer.evaluate(x));
   }
 }
 
@@ -206,27 +248,46 @@ TEST_CASE("documents: training.md, batches and accuracy", "[documents]") {
 
 TEST_CASE("documents: gates.md", "[documents]") {
   {
+    // The numbers that are called defaults are.
+#include "gates_1.inc"
+    const auto check_defaults = []<class Config>(const Config& shown,
+                                                 std::vector<std::string> given) {
+      const auto defaults = fields_of(Config{});
+      for (const auto& [name, value] : fields_of(shown)) {
+        INFO(name << " = " << value);
+        const bool is_given = std::find(given.begin(), given.end(), name) != given.end();
+        CHECK((value == defaults.at(name)) != is_given);
+      }
+    };
+    check_defaults(noisy, {"experts", "top_k"});
+    check_defaults(hierarchical, {"groups", "group_experts", "top_k_groups", "top_k"});
+    check_defaults(product_key, {"row_keys", "column_keys", "top_k"});
+    check_defaults(balanced, {"experts", "top_k"});
+    check_defaults(expert_choice, {"experts"});
+    check_defaults(shared, {"routed.experts", "routed.top_k"});
+  }
+  {
     auto [layer, tape, adam, x, dy, valid, step, rate, decay] =
         Context<moe::TopKGate<float>>({.experts = 8, .top_k = 2, .selection_bias = true});
     const auto before = moe::test::values_of(layer);
-#include "gates_1.inc"
+#include "gates_2.inc"
     const auto after = moe::test::values_of(layer);
     CHECK(after.at("gate.selection_bias") != before.at("gate.selection_bias"));
     CHECK(after.at("gate.weight") != before.at("gate.weight"));
   }
   {
     auto [layer, tape, adam, x, dy, valid, step, rate, decay] = noisy();
-#include "gates_2.inc"
+#include "gates_3.inc"
     CHECK(layer.gate().config().load_weight == 0.05);
     valid[7] = 0;
-#include "gates_3.inc"
+#include "gates_4.inc"
     layer.forward(x, tape, {.step = step, .valid = valid});
     CHECK(tape.routing().slots() == 2 * 63);
   }
   {
     using moe::test::layer::PlainNoisyGate;
-#include "gates_5.inc"
 #include "gates_6.inc"
+#include "gates_7.inc"
     CHECK(all);
     CHECK(check.kinks == 0);
     CHECK(check.checked == 6 * 3 + 3 * 4 + 4 * (2 * 3 * 4 + 4 + 3));
