@@ -151,16 +151,16 @@ void check_foreign_tape(const typename Gate::Config& own,
 /// Checks every weight of a gate of noisy scores, and x, at a point away from ties: there
 /// `margin(gate, tape)` is no longer small.
 template <class Gate, class Margin>
-void check_gate_gradients(const typename Gate::Config& config, Index tokens, double weights,
-                          double inputs, const Margin& margin) {
+void check_gate_gradients(const typename Gate::Config& config, Index tokens, double weight_scale,
+                          double x_scale, const Margin& margin) {
   Gate gate(config, 77);
   typename Gate::Tape tape;
   const Pass key{.step = 3, .first_token = 5};
   Matrix<double> x;
   bool clear = false;
   for (std::uint64_t seed = 1; !clear && seed < 400; ++seed) {
-    randomize(gate, seed, weights);
-    x = random_matrix(tokens, config.width, seed, inputs);
+    randomize(gate, seed, weight_scale);
+    x = random_matrix(tokens, config.width, seed, x_scale);
     gate.forward(x, tape, key);
     clear = margin(gate, tape) > 2e-3;
   }
@@ -169,9 +169,9 @@ void check_gate_gradients(const typename Gate::Config& config, Index tokens, dou
   const Matrix<double> dx = gate_dx(gate, x, dweight_of(tape.routing, r), tape);
 
   // e^h and Φ are steep where scores are large.
-  const double steep = weights * inputs > 5 ? 0.02 : 1;
+  const double steep = weight_scale * x_scale > 5 ? 0.02 : 1;
   const auto loss = [&] { return loss_of(gate, x, r, key); };
-  check_scaled_gradients(gate, dx, x, loss, weights, inputs, steep);
+  check_scaled_gradients(gate, dx, x, loss, weight_scale, x_scale, steep);
 }
 
 /// Gradients of a whole layer with this gate against differences, away from the gate's ties:

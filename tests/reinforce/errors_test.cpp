@@ -90,7 +90,7 @@ TEST_CASE("reinforce: logits that are not finite are reported", "[reinforce]") {
                                            {.step = 1}, tape),
                       Contains("the logits of row 0 at step 0 are not finite"));
   }
-  CHECK(gradients_of(policy).isZero(0));
+  CHECK(joined_gradients(policy).isZero(0));
   CHECK_THROWS_WITH(helper.decode(policy, inputs, tape), Contains("are not finite"));
 }
 
@@ -102,7 +102,7 @@ TEST_CASE("reinforce: a float policy's numbers end sooner than the reward's", "[
   CHECK_THROWS_WITH(
       helper.add_gradients(policy, inputs, {}, huge, {.reinforce = 1}, {.step = 1}, tape),
       Contains("not finite"));
-  CHECK(gradients_of(policy).isZero(0));
+  CHECK(joined_gradients(policy).isZero(0));
   CHECK(running_mean(helper).weight == 0);
   CHECK_THROWS_WITH(Helper<float>({.max_length = 4, .temperature = 1e-40}),
                     Contains("temperature"));
@@ -118,7 +118,7 @@ TEST_CASE("reinforce: a reference that the policy forbids is reported", "[reinfo
   Helper<>::Tape tape;
   CHECK_THROWS_WITH(helper.add_gradients(policy, inputs, references, reward, {}, {.step = 0}, tape),
                     Contains("symbol 2 of row 2 at step 0 has probability 0"));
-  CHECK(gradients_of(policy).isZero(0));
+  CHECK(joined_gradients(policy).isZero(0));
 }
 
 TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
@@ -147,7 +147,7 @@ TEST_CASE("reinforce: configurations out of range", "[reinforce]") {
   CHECK_THROWS_WITH(
       wrong_width.add_gradients(policy, inputs, {}, reward, {.reinforce = 1}, {.step = 0}, tape),
       Contains("Config.hidden = 4"));
-  CHECK(gradients_of(policy).isZero(0));
+  CHECK(joined_gradients(policy).isZero(0));
   Helper<> helper({.max_length = 3});
   CHECK_THROWS_WITH(
       helper.set_baseline(RunningMeanBaseline{.mean = {.sum = std::nan(""), .weight = 1}}),

@@ -188,7 +188,7 @@ class SmallPolicy {
 
 /// All gradients of a module, one after the other.
 template <class Module>
-Vector<double> gradients_of(Module& module) {
+Vector<double> joined_gradients(Module& module) {
   Vector<double> all(parameter_count(module));
   Index at = 0;
   for_each_parameter(module, [&](const ParameterName&, const auto& p) {
@@ -208,7 +208,7 @@ Vector<double> update_gradients(R& reinforce, P& policy,
   zero_gradients(policy);
   zero_gradients(reinforce);
   reinforce.add_gradients(policy, inputs, references, reward, objective, key, tape);
-  return gradients_of(policy);
+  return joined_gradients(policy);
 }
 
 }  // namespace moe::test

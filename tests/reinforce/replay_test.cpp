@@ -70,5 +70,5 @@ TEST_CASE("reinforce: balance losses join once and unscaled", "[reinforce]") {
   zero_gradients(policy);
   policy.backward(Matrix<double>::Zero(logits.rows(), logits.cols()), policy_tape);
   CHECK(balance.cwiseAbs().maxCoeff() > 1e-6);
-  CHECK((balance - gradients_of(policy)).cwiseAbs().maxCoeff() < 1e-12);
+  CHECK((balance - joined_gradients(policy)).cwiseAbs().maxCoeff() < 1e-12);
 }

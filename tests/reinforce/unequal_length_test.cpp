@@ -32,7 +32,7 @@ TEST_CASE("reinforce: padding filled with NaN changes nothing", "[reinforce]") {
                      .seed = 4});
     const Vector<double> gradients =
         update_gradients(helper, policy, inputs, references, reward, objective, key, tape);
-    of_helper = gradients_of(helper);
+    of_helper = joined_gradients(helper);
     return gradients;
   };
   Vector<double> helper_clean;
