@@ -21,8 +21,8 @@
 /// models of users. Not part of moe/moe.hpp. Everything is computed in double, by differences of fourth
 /// order, with about four forward passes for each number that is checked.
 ///
-/// Gradients are added up over the passes of an update. So the passes are made twice without zeroing between
-/// them, and std::invalid_argument is thrown for a gradient that the second backward pass writes over.
+/// Gradients are added up over the passes of an update. So a second pass is made, from gradients that are
+/// not zero, and std::invalid_argument is thrown for one that backward() writes over.
 ///
 ///     using Layer = moe::MoELayer<moe::Expert<MyNetwork, double>, MyGate<double>>;
 ///     Layer layer({...});
@@ -97,20 +97,27 @@ class GradientComparison {
   /// The gradient that was given to the n-th add().
   const Matrix<double>& gradient(std::size_t n) const { return entries_[n].gradient; }
 
-  /// Throws std::invalid_argument unless `sum`, after a second pass, is twice the n-th gradient.
-  void check_sum(const char* caller, std::size_t n, const Matrix<double>& sum) const {
+  /// A number that no rounding of a gradient of a pass comes near.
+  double start() const {
+    double largest = 1;
+    for (const Entry& entry : entries_) {
+      const double in_entry = largest_of(entry.gradient);
+      if (in_entry > largest && std::isfinite(in_entry)) largest = in_entry;
+    }
+    return largest;
+  }
+
+  /// Throws std::invalid_argument unless `sum` is the n-th gradient, added to start().
+  void check_sum(const char* caller, std::size_t n, const Matrix<double>& sum, double start) const {
     const Entry& entry = entries_[n];
-    // A hundredth of the largest number: rounding is far below it, a pass that is lost far above.
-    const double scale = std::max(scale_of(entry), largest_of(entry.gradient));
-    const double tolerance = std::max(1e-2 * scale, 1e-11);
     for (Index row = 0; row < sum.rows(); ++row) {
       for (Index column = 0; column < sum.cols(); ++column) {
-        const double once = entry.gradient(row, column);
-        if (!std::isfinite(2 * once)) continue;  // which worst() reports
-        const double twice = sum(row, column);
-        require(std::isfinite(twice) && !(std::abs(twice - 2 * once) > tolerance), caller, ": ",
-                entry.name, "(", row, ", ", column, ") is ", once, " after one backward pass and ",
-                twice, " after a second one, must be ", 2 * once,
+        const double expected = start + entry.gradient(row, column);
+        if (!std::isfinite(expected)) continue;  // which worst() reports
+        const double found = sum(row, column);
+        require(std::abs(found - expected) <= 1e-3 * start, caller, ": the gradient of ",
+                entry.name, "(", row, ", ", column, ") was ", start,
+                " before a backward pass and is ", found, " after it, must be ", expected,
                 ": backward must add to the gradient, not write over it");
       }
     }
@@ -120,7 +127,8 @@ class GradientComparison {
     GradientCheck check;
     bool first = true;
     for (const Entry& entry : entries_) {
-      const double scale = scale_of(entry);
+      // Differences of a loss of size 1 cannot be told from 0 below 1e-11.
+      const double scale = std::max({entry.largest(), 1e-6 * largest_, 1e-11});
       check.checked += entry.gradient.size();
       for (Index row = 0; row < entry.gradient.rows(); ++row) {
         for (Index column = 0; column < entry.gradient.cols(); ++column) {
@@ -160,12 +168,6 @@ class GradientComparison {
     double largest() const { return largest_of(difference); }
   };
 
-  /// What errors of an entry's gradient are measured by.
-  double scale_of(const Entry& entry) const {
-    // Differences of a loss of size 1 cannot be told from 0 below 1e-11.
-    return std::max({entry.largest(), 1e-6 * largest_, 1e-11});
-  }
-
   FunctionRef<double()> loss_;
   std::vector<Entry> entries_;
   double largest_ = 0;  ///< of all differences
@@ -180,17 +182,23 @@ void compare_parameters(Module& module, GradientComparison& comparison) {
   });
 }
 
-/// Throws std::invalid_argument unless the gradients of a second pass were added to those that
-/// compare_parameters() saw, and sets them back to these. `first` is the index of the first one.
+/// Makes another pass, from gradients that are not zero. Throws std::invalid_argument unless it adds to them
+/// what compare_parameters() saw, and sets them back to that. `first` is the index of the first one.
 template <class Module>
-void check_added(const char* caller, Module& module, const GradientComparison& comparison,
-                 std::size_t first) {
-  std::size_t n = first;
-  for_each_parameter(module, [&](const std::string&, Parameter<double>& parameter) {
-    if (!parameter.trained) return;
-    comparison.check_sum(caller, n, parameter.gradient());
-    parameter.gradient() = comparison.gradient(n);
-    ++n;
+void check_added(const char* caller, Module& module, FunctionRef<void()> backward,
+                 const GradientComparison& comparison, std::size_t first) {
+  const double start = comparison.start();
+  const auto for_each_trained = [&](auto&& f) {
+    std::size_t n = first;
+    for_each_parameter(module, [&](const std::string&, Parameter<double>& parameter) {
+      if (parameter.trained) f(n++, parameter.gradient());
+    });
+  };
+  for_each_trained([&](std::size_t, Matrix<double>& gradient) { gradient.setConstant(start); });
+  backward();
+  for_each_trained([&](std::size_t n, Matrix<double>& gradient) {
+    comparison.check_sum(caller, n, gradient, start);
+    gradient = comparison.gradient(n);
   });
 }
 
@@ -202,8 +210,7 @@ GradientCheck check_module_gradients(const char* caller, Module& module, Functio
   backward();
   GradientComparison comparison(loss);
   compare_parameters(module, comparison);
-  backward();
-  check_added(caller, module, comparison, 0);
+  check_added(caller, module, backward, comparison, 0);
   return comparison.worst();
 }
 
@@ -219,8 +226,8 @@ inline Matrix<double> loss_weights_like(const Matrix<double>& y) {
 /// Checks the gradients of every trained parameter of a module: `loss` computes the loss with the present
 /// parameters, `backward` makes forward and backward passes that add its gradients, without zeroing them.
 /// Both are called several times and must draw the same noise each time. Afterwards the module has the
-/// gradients that were checked. Throws std::invalid_argument, which names the parameter, if calling
-/// `backward` twice does not give twice its gradient.
+/// gradients that were checked. Throws std::invalid_argument, which names the parameter, if
+/// `backward` does not add to a gradient that is not zero.
 template <class Module>
 GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss,
                               detail::FunctionRef<void()> backward) {
@@ -272,7 +279,7 @@ void check_pass_is_minded(const Layer& layer, const Matrix<double>& x, const Pas
 /// the balance losses; dx and the gradients of all trained parameters are checked. x is T x D. Throws
 /// std::invalid_argument if the gate's loss is not in proportion to Pass::loss_scale, or if numbers in padding
 /// (Pass::valid) are read: a gate that does so in backward() too would have right gradients of a wrong loss.
-/// Throws it as well, and names the parameter, if a second pass does not give twice its gradient.
+/// Throws it as well, and names the parameter, if backward() does not add to a gradient that is not zero.
 template <class Layer>
 GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& pass) {
   static_assert(std::is_same_v<typename Layer::Scalar, double>,
@@ -293,8 +300,8 @@ GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& 
   detail::GradientComparison comparison(loss);
   comparison.add("x", x, dx);
   detail::compare_parameters(layer, comparison);
-  backward();
-  detail::check_added("check_layer_gradients", layer, comparison, 1);  // 0 is x
+  constexpr std::size_t after_x = 1;
+  detail::check_added("check_layer_gradients", layer, backward, comparison, after_x);
   return comparison.worst();
 }
 
@@ -302,7 +309,7 @@ GradientCheck check_layer_gradients(Layer& layer, Matrix<double> x, const Pass& 
 /// the loss. `previous` are the symbols that its rows read, steps·R numbers with R = inputs·samples,
 /// negative in padding; `noise` is the key of its random numbers. `balance_loss` returns, from the tape of
 /// a forward pass, the losses of mixtures in the policy, which their backward passes include. Throws
-/// std::invalid_argument, which names the parameter, if a second pass does not give twice its gradient.
+/// std::invalid_argument, which names the parameter, if backward() does not add to a gradient that is not zero.
 template <Policy P>
 GradientCheck check_policy_gradients(
     P& policy, std::span<const typename P::Input> inputs, Index samples,
