@@ -1,5 +1,6 @@
 # moe_compile_together(VARIABLE SOURCE...): puts tests of up to 4000 lines in all into one generated source file, each
-# in a namespace of its own, and the list of these files into the variable. They instantiate the same templates, and
+# in a namespace of its own, and the list of these files into the variable. A test that grows may move others into the
+# next file. They instantiate the same templates, and
 # g++ does so anew in each file for what the functions of a precompiled header call. With
 # -DMOE_TEST_TOGETHER=OFF each is compiled alone, which is faster for who changes one of them.
 
@@ -55,7 +56,9 @@ function(moe_compile_together variable)
       endif()
       list(APPEND includes_${index} "${line}\n")
     endforeach()
-    string(APPEND tests_${index} "\nnamespace ${name} {\n#include \"${source}\"\n}\n")
+    cmake_path(RELATIVE_PATH source BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" OUTPUT_VARIABLE space)
+    string(MAKE_C_IDENTIFIER "of_${space}" space)
+    string(APPEND tests_${index} "\nnamespace ${space} {\n#include \"${source}\"\n}\n")
   endforeach()
 
   set(index 0)

@@ -108,7 +108,7 @@ void add_options(CLI::App& app, Options& o) {
       ->capture_default_str();
   app.add_option("--study-most-experts", o.most_experts,
                  "leave out the study's models of more experts, which take long")
-      ->check(at_least(1))
+      ->check(at_least(0))
       ->needs(study)
       ->capture_default_str();
   app.add_option("--study-seeds", o.seeds, "seeds 1, 2, ... of each of the study's models")
@@ -383,8 +383,9 @@ int main(int argc, char** argv) {
   bool asked = false;
   auto* words = app.add_flag("--words", asked,
                              "the paper's model of words, by default on WordNet's definitions");
-  app.add_flag("--full", asked,
-               "one reading of the text, and a third model of 1024 grouped experts")
+  app.add_flag(
+         "--full", asked,
+         "one reading of the text, and a third model with 1024 grouped experts in each mixture")
       ->excludes(words);
   language_model::add_options(app, options);
   examples::set_help(

@@ -327,11 +327,11 @@ inline std::vector<Table> tables_of(const Options& o) {
           "--study-tables loss_weights needs --noise above 0: without noise the load "
           "loss has no gradient");
       std::erase_if(table.rows, [&](const Row& row) { return row.run.experts > o.most_experts; });
-      moe::detail::require(!table.rows.empty(), "--study-most-experts ", o.most_experts,
-                           " leaves none of the models of --study-tables ", table.name);
-      tables.push_back(std::move(table));
+      if (!table.rows.empty()) tables.push_back(std::move(table));
     }
   }
+  moe::detail::require(!tables.empty(), "--study-most-experts ", o.most_experts,
+                       " leaves none of the models of --study-tables");
   return tables;
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -250,7 +251,7 @@ TEST_CASE("check gradients: a gradient that is written over instead of added to"
   CHECK_THROWS_WITH(check(Fault::written_over),
                     StartsWith("moe: check_gradients: the gradient of weight(0, 0) was "));
   CHECK_THROWS_WITH(check(Fault::written_over),
-                    EndsWith(": backward must add to the gradient, not write over it"));
+                    EndsWith(": backward must add to the gradient, the same in every pass"));
   CHECK_THROWS_WITH(check(Fault::row_written_over),
                     StartsWith("moe: check_gradients: the gradient of weight(2, 0) was "));
 
@@ -261,7 +262,32 @@ TEST_CASE("check gradients: a gradient that is written over instead of added to"
           linear, [&] { return 3 * linear.weight.value(0, 0); },
           [&] { linear.weight.gradient()(0, 0) = 3; }),
       "moe: check_gradients: the gradient of weight(0, 0) was 3 before a backward pass and is 3 "
-      "after it, must be 6: backward must add to the gradient, not write over it");
+      "after it, must be 6: backward must add to the gradient, the same in every pass");
+}
+
+TEST_CASE(
+    "check gradients: a second pass that is lost, or throws, leaves the gradients of the first",
+    "[testing]") {
+  // A loss of w/10000: the gradient is small beside what it is set to before the second pass.
+  Linear<double> linear({.inputs = 1, .outputs = 1, .bias = false}, 1);
+  double& gradient = linear.weight.gradient()(0, 0);
+  const auto loss = [&] { return 1e-4 * linear.weight.value(0, 0); };
+  CHECK_THROWS_WITH(check_gradients(linear, loss,
+                                    [&] {
+                                      if (gradient == 0) gradient = 1e-4;
+                                    }),
+                    "moe: check_gradients: the gradient of weight(0, 0) was 1 before a backward "
+                    "pass and is 1 after it, must be 1.0001: backward must add to the gradient, "
+                    "the same in every pass");
+  CHECK(gradient == 1e-4);
+
+  CHECK_THROWS_WITH(check_gradients(linear, loss,
+                                    [&] {
+                                      if (gradient != 0) throw std::runtime_error("twice");
+                                      gradient += 1e-4;
+                                    }),
+                    "twice");
+  CHECK(gradient == 1e-4);
 }
 
 TEST_CASE("check gradients: a network, a gate and a policy that write over a gradient",

@@ -273,6 +273,19 @@ TEMPLATE_TEST_CASE("narrow product: the transposed one against double", "[weight
   CHECK(same_bits(alone, Matrix<float>(all.row(rows - 1))));
 }
 
+TEMPLATE_TEST_CASE("narrow product: the transposed one of depth 0 has the initial values of C",
+                   "[weights]", MOE_TEST_FORMATS) {
+  const NarrowMatrix<TestType> weights(Matrix<float>(5, 0));
+  const Matrix<float> dy(3, 0);
+  const auto before = random_matrix<float>(3, 5, 1);
+  for (const Start start : {Start::zero, Start::accumulate}) {
+    Matrix<float> dx = before;
+    gemm(GemmNT<float, NarrowOperand<TestType>>{
+        .a = dy, .b = weights.operand(), .c = dx, .start = start});
+    CHECK(same_bits(dx, start == Start::zero ? Matrix<float>(Matrix<float>::Zero(3, 5)) : before));
+  }
+}
+
 TEST_CASE("narrow product: denormal weights and scales, flushed or not", "[weights]") {
   // All of Float16, and scales of Int8 that are denormal halves, but no denormal floats.
   const auto check = [] {

@@ -22,7 +22,7 @@
 /// order, with about four forward passes for each number that is checked.
 ///
 /// Gradients are added up over the passes of an update. So a second pass is made, from gradients that are
-/// not zero, and std::invalid_argument is thrown for one that backward() writes over.
+/// not zero, and std::invalid_argument is thrown for one to which backward() does not add the same again.
 ///
 ///     using Layer = moe::MoELayer<moe::Expert<MyNetwork, double>, MyGate<double>>;
 ///     Layer layer({...});
@@ -97,28 +97,26 @@ class GradientComparison {
   /// The gradient that was given to the n-th add().
   const Matrix<double>& gradient(std::size_t n) const { return entries_[n].gradient; }
 
-  /// A number that no rounding of a gradient of a pass comes near.
-  double start() const {
-    double largest = 1;
-    for (const Entry& entry : entries_) {
-      const double in_entry = largest_of(entry.gradient);
-      if (in_entry > largest && std::isfinite(in_entry)) largest = in_entry;
-    }
-    return largest;
+  /// What the n-th gradient is set to before the second pass: its largest entry, at least 1.
+  double start(std::size_t n) const {
+    const double largest = largest_of(entries_[n].gradient);
+    return largest > 1 && std::isfinite(largest) ? largest : 1;
   }
 
-  /// Throws std::invalid_argument unless `sum` is the n-th gradient, added to start().
-  void check_sum(const char* caller, std::size_t n, const Matrix<double>& sum, double start) const {
+  /// Throws std::invalid_argument unless `sum` is the n-th gradient, added to start(n).
+  void check_sum(const char* caller, std::size_t n, const Matrix<double>& sum) const {
     const Entry& entry = entries_[n];
+    // Far above the rounding of terms of a million that cancel, and below all but the least gradients.
+    const double tolerance = std::max(1e-6 * start(n), 1e-3 * largest_of(entry.gradient));
     for (Index row = 0; row < sum.rows(); ++row) {
       for (Index column = 0; column < sum.cols(); ++column) {
-        const double expected = start + entry.gradient(row, column);
+        const double expected = start(n) + entry.gradient(row, column);
         if (!std::isfinite(expected)) continue;  // which worst() reports
         const double found = sum(row, column);
-        require(std::abs(found - expected) <= 1e-3 * start, caller, ": the gradient of ",
-                entry.name, "(", row, ", ", column, ") was ", start,
-                " before a backward pass and is ", found, " after it, must be ", expected,
-                ": backward must add to the gradient, not write over it");
+        require(std::abs(found - expected) <= tolerance, caller, ": the gradient of ", entry.name,
+                "(", row, ", ", column, ") was ", start(n), " before a backward pass and is ",
+                found, " after it, must be ", expected,
+                ": backward must add to the gradient, the same in every pass");
       }
     }
   }
@@ -182,24 +180,34 @@ void compare_parameters(Module& module, GradientComparison& comparison) {
   });
 }
 
-/// Makes another pass, from gradients that are not zero. Throws std::invalid_argument unless it adds to them
-/// what compare_parameters() saw, and sets them back to that. `first` is the index of the first one.
+/// Makes another pass, from gradients that are not zero, and sets them back to what compare_parameters() saw.
+/// Throws std::invalid_argument unless the pass added that to them. `first` is the index of the first one.
 template <class Module>
 void check_added(const char* caller, Module& module, FunctionRef<void()> backward,
                  const GradientComparison& comparison, std::size_t first) {
-  const double start = comparison.start();
   const auto for_each_trained = [&](auto&& f) {
     std::size_t n = first;
     for_each_parameter(module, [&](const std::string&, Parameter<double>& parameter) {
       if (parameter.trained) f(n++, parameter.gradient());
     });
   };
-  for_each_trained([&](std::size_t, Matrix<double>& gradient) { gradient.setConstant(start); });
-  backward();
-  for_each_trained([&](std::size_t n, Matrix<double>& gradient) {
-    comparison.check_sum(caller, n, gradient, start);
-    gradient = comparison.gradient(n);
-  });
+  std::vector<Matrix<double>> sums;
+  const auto set_back = [&] {
+    for_each_trained([&](std::size_t n, Matrix<double>& gradient) {
+      sums.push_back(gradient);
+      gradient = comparison.gradient(n);
+    });
+  };
+  for_each_trained(
+      [&](std::size_t n, Matrix<double>& gradient) { gradient.setConstant(comparison.start(n)); });
+  try {
+    backward();
+  } catch (...) {
+    set_back();
+    throw;
+  }
+  set_back();
+  for (std::size_t i = 0; i < sums.size(); ++i) comparison.check_sum(caller, first + i, sums[i]);
 }
 
 /// check_gradients() with the caller's name for messages.

@@ -306,7 +306,8 @@ void gemm_serial(const GemmNT<float, NarrowOperand<Format>>& product) {
   const Index end = columns.first + columns.count;
   for (Index first = columns.first; first < end; first += height) {
     const Range steps{first, std::min(height, end - first)};
-    for (Index k = 0; k < b.columns; k += Layout::panel_columns) {
+    // Without any column C gets its initial values.
+    for (Index k = 0; k == 0 || k < b.columns; k += Layout::panel_columns) {
       const Index packets = narrow_packets(b.columns, k);
       const Index width = std::min(packets * lane_count, b.columns - k);
       for (Index v = 0; v < packets; ++v) {
