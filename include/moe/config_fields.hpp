@@ -46,8 +46,8 @@ struct AnyField {
 
 inline constexpr std::size_t most_fields = 24;
 
-/// The number of fields of an aggregate, up to one more than most_fields: the largest number of values that
-/// can initialise it.
+/// The number of fields of an aggregate, that is, the largest number of values that can initialise it;
+/// counted up to most_fields + 1.
 template <class Type, class... Fields>
 constexpr std::size_t field_count() {
   if constexpr (sizeof...(Fields) <= most_fields) {
@@ -260,7 +260,7 @@ void for_each_named_field(Config& config, F&& f) {
   walk_fields<Unnamed::passed_by>(config, ParameterName(), f);
 }
 
-/// A field as 64 bits, equal for equal values, and back.
+/// A field as 64 bits (a floating-point number as the bits of a double), and back.
 template <class Field>
 std::int64_t field_bits(const Field& field) {
   if constexpr (std::is_floating_point_v<Field>) {

@@ -16,7 +16,7 @@
 
 namespace moe {
 
-/// Which parameters zeroing, clipping and an optimizer's update go to. Where a gradient of zero has no
+/// Which parameters zeroing, clipping and an optimizer's update apply to. Where a gradient of zero has no
 /// effect (zeroing, clipping) both give the same bits; each optimizer says what a lazy update does
 /// to its decay and momentum.
 ///

@@ -178,8 +178,9 @@ EIGEN_ALWAYS_INLINE float erfinv_tail(float w) {
 
 }  // namespace detail
 
-/// Standard normal deviates, each from 32 random bits: the quantile of ((bits >> 1) + 1/2) / 2^32,
-/// with the lowest bit as its sign, so |n| < 6.4. The result has the same bits on every platform.
+/// Standard normal deviates, each from 32 random bits: the magnitude of the normal quantile of
+/// ((bits >> 1) + 1/2) / 2^32, negated if the lowest bit is 1, so |n| < 6.4. The result has the same bits
+/// on every platform.
 template <std::size_t N>
 std::array<float, N> standard_normals(const std::array<std::uint32_t, N>& bits) {
   std::array<float, N> w;

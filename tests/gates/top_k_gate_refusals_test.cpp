@@ -93,7 +93,7 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
       },
       plain_norm);
   refuse([](Config& c) { c.renormalise_after_drops = true; },
-         "renormalise_after_drops = true, must be false without renormalise");
+         "renormalise_after_drops = true, must be false without renormalise or softmax_of_chosen");
   refuse([](Config& c) { c.sequences = 0; }, "sequences = 0, must be at least 1");
   refuse([](Config& c) { c.row_order = static_cast<RowOrder>(2); },
          "row_order = 2, must be one of the 2 orders");

@@ -76,7 +76,8 @@ Module unfrozen(Module module, const typename Module::Config& config) {
 ///     auto plain = moe::merged(adapted);
 ///
 /// A layer whose experts are spread over ranks needs a dispatch policy for the new layer, `policy`.
-/// Equal seeds draw equal adapters. Throws std::invalid_argument for a configuration out of range.
+/// Equal seeds draw equal adapters. Throws std::invalid_argument for a configuration out of range, or if
+/// a parameter of an expert has another shape than its Config says.
 template <class Scalar, class Gate, class Dispatch>
 MoELayer<Lora<FeedForward, Scalar>, Gate, Dispatch> adapt(
     const MoELayer<Expert<FeedForward, Scalar>, Gate, Dispatch>& layer, const LoraConfig& lora,

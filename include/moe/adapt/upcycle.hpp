@@ -30,8 +30,8 @@ template <class Gate>
 struct UpcycleConfig {
   typename Gate::Config gate{};  ///< has the number of experts, E; its width is 0 or D
   /// G, the number of slices of the network, of H/G hidden units each; every slice is an expert. At
-  /// least 1; it divides H, E and, where the gate's Config or the one of the gate inside it has them,
-  /// top_k and the experts of a group.
+  /// least 1. Must divide H and E, and, if the gate's Config (or its `routed` Config) has these fields, top_k
+  /// and the experts of a group.
   Index slices = 1;
   /// Standard deviation of the normal noise on the parameters of all experts but the first G, finite and
   /// at least 0. At 0 all copies are equal, and only the gate makes them differ in training.
@@ -155,8 +155,8 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 /// `trained` in the network are not trained in the copies either. mpi::scatter_parameters() spreads
 /// such a layer over ranks. Throws std::invalid_argument for a field out of range, as the gate does
 /// for its Config, where a parameter of the network has another shape than its Config says, and for
-/// G > 1 where the network has weighted_input, the second choice is random or the gate cannot give two experts the same score:
-/// HierarchicalGate, ProductKeyGate, SharedExpertGate with shared experts, and a gate without
+/// G > 1 where the network has weighted_input, the second choice is random or the gate cannot give two
+/// experts the same score: HierarchicalGate, ProductKeyGate, SharedExpertGate with shared experts, and a gate without
 /// change_experts().
 template <class Gate>
 MoELayer<Expert<FeedForward, typename Gate::Scalar>, Gate> upcycle(

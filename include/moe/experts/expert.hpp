@@ -405,7 +405,7 @@ class ExpertOf {
   Net network_;
 };
 
-/// Whether it is a network as a layer sees it, and not the network itself.
+/// Whether E is an expert of a layer, such as Expert<Network>, and not a bare network.
 template <class E>
 inline constexpr bool is_expert = requires {
   typename E::Network;

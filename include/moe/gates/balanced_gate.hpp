@@ -45,13 +45,13 @@ namespace moe {
 /// as the token's own loss. The default is 1/T for a thousand tokens. Thresholds are about 1/E, and
 /// their learning rate should be small accordingly.
 ///
-/// A token that no expert takes has no slots, so a layer's y is act(0) for it. With one expert G is
-/// the constant 1 and has no gradient. The paper does not give initial weights for this gate. Zeros,
-/// as in its noisy gate, would tie all tokens, and every expert would take the first m of a batch. So
+/// A token that no expert takes has no slots, so a layer's y for it is its output activation of 0 (0 by
+/// default). With one expert G is the constant 1 and has no gradient. The paper does not give initial
+/// weights for this gate. Zeros, as in its noisy gate, would tie all tokens, and every expert would take the first m of a batch. So
 /// W_g is uniform in ±1/√D initially, and thresholds are 1/E, the mean of p.
 ///
 /// A token with NaN or infinity in x has NaN in its row of p and in its weights. In training it comes
-/// last and the loss is NaN; in evaluation it goes to expert 0.
+/// last, and the loss is NaN unless threshold_weight is 0; in evaluation it goes to expert 0.
 ///
 /// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>

@@ -23,7 +23,7 @@ namespace moe {
 ///
 /// Ties go to the lower token. C is rounded down, but is at least 1. All experts get the same number
 /// of tokens, so there is no balance loss. A token may have any number of experts, also none (then a
-/// layer's y is act(0) for it), and its weights need not add up to one.
+/// layer's y for it is its output activation of 0), and its weights need not add up to one.
 ///
 /// A token's experts depend on the other tokens of the batch, those of later time steps included. So
 /// in training a causal model gets information about the future that it does not have when it

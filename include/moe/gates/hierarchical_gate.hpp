@@ -29,9 +29,9 @@ namespace moe {
 /// slots and has no gradient. A token's noise depends on no other token. With top_k_groups = 1 the
 /// primary gate has a gradient from the load loss only, and so has a secondary gate with top_k = 1.
 ///
-/// Scores cost O(T·D·(a + top_k_groups·b)), those of a flat gate O(T·D·a·b); memory is the same
-/// without the factor D. With 131,072 experts in groups of 256 a token has a thousand scores. A group
-/// without tokens takes almost no time, in lazy updates too (Updates::lazy).
+/// Scores cost O(T·D·(a + top_k_groups·b)) time and O(T·(a + top_k_groups·b)) memory; those of a flat
+/// gate O(T·D·a·b) and O(T·a·b). With 131,072 experts in groups of 256 and top_k_groups = 2 a token has
+/// 1,024 scores. A group without tokens takes almost no time, in lazy updates too (Updates::lazy).
 ///
 /// A token with NaN or infinity in x gets as many experts as any other, but its weights and the losses
 /// are NaN.

@@ -57,10 +57,12 @@ class SharedExpertGate
   struct Config {
     Index width = 0;   ///< D; 0 inside a layer's configuration stands for the layer's width
     Index shared = 1;  ///< experts that every token uses, at least 0
-    /// Their weights are sigmoid(x·W_shared) instead of 1, times `scale`; false if there are none.
+    /// Their weights are sigmoid(x·W_shared) instead of 1, times `scale`; must be false if
+    /// `shared` is 0.
     bool gated = false;
-    bool tied = false;  ///< if gated: W_shared has one column, and all of them one weight
-    double scale = 1;   ///< of their weights, above 0
+    /// W_shared has one column, and all of them one weight; must be false without `gated`.
+    bool tied = false;
+    double scale = 1;                      ///< of their weights, above 0
     typename RoutedGate::Config routed{};  ///< the wrapped gate's; width 0 stands for D
 
     template <class Self, class Visitor>

@@ -149,8 +149,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
   }
 
   /// Throws std::invalid_argument if there is a loss or a capacity by sequence and the batch's rows are not a
-  /// multiple of the number of sequences, and if processes share the batch and places go to
-  /// PlaceOrder::best_tokens.
+  /// multiple of the number of sequences, or if there is a capacity, processes share the batch, and
+  /// Config.place_order is PlaceOrder::best_tokens.
   void check_forward(const MatrixRef<Scalar>& x, const Pass& pass) const {
     check_batch(training_limit(), config_.sequence_loss_weight > 0, x.rows(), pass);
   }

@@ -119,7 +119,7 @@ inline std::pair<std::string, std::string> adapter_tensors(const std::string& ma
   return {begin + ".lora_A.weight", begin + ".lora_B.weight"};
 }
 
-/// [inputs, outputs] of PyTorch's transposed matrix.
+/// The shape of the matrix in PyTorch's layout, which is transposed: [columns, rows].
 template <class Scalar>
 std::vector<std::uint64_t> transposed_shape(const Matrix<Scalar>& matrix) {
   return {static_cast<std::uint64_t>(matrix.cols()), static_cast<std::uint64_t>(matrix.rows())};
@@ -155,7 +155,7 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 /// load_adapters() and PEFT read; it is created if it does not exist. Each of its two files is
 /// replaced whole or not at all. A name in the files is `prefix` followed by the module's name; for
 /// a gate alone, which has no names of its own, `prefix` must be the whole name. "r" and
-/// "lora_alpha" have the values of most adapters, "rank_pattern" and "alpha_pattern" those of the
+/// "lora_alpha" have the most frequent values, "rank_pattern" and "alpha_pattern" those of the
 /// others.
 ///
 /// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias

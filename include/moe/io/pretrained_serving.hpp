@@ -23,8 +23,8 @@ namespace moe::io {
 /// expert, the weight and the value, if a weight cannot be narrowed or the format does not support
 /// the activations of `options`.
 ///
-/// `config` is model.layer_config<Layer>(layer) with changes that leave the shapes as they are: more
-/// places for an expert, for example.
+/// `config` is model.layer_config<Layer>(layer) with changes that leave the shapes as they are, such as a
+/// larger capacity; std::invalid_argument is thrown for other shapes.
 template <class Serving>
 Serving load_serving(const Pretrained& model, Index layer,
                      const typename Serving::Layer::Config& config,

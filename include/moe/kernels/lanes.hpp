@@ -126,8 +126,8 @@ inline constexpr auto byte_index = [] {
 }();
 #endif
 
-/// 2^24 times the signed byte `step` of each lane. The highest byte of an integer keeps its sign, and the
-/// scale, which is divided by this factor, removes it without rounding.
+/// 2^24 times the signed byte `step` of each lane. In the highest byte of an integer the byte keeps its
+/// sign. The caller's scale is divided by 2^24, which is exact.
 template <int step>
 EIGEN_ALWAYS_INLINE Packet<float> byte_to_float(const Lanes& lanes) {
 #ifdef MOE_SHUFFLES_BYTES

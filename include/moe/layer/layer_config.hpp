@@ -21,8 +21,9 @@ struct MoELayerConfig {
   /// The number of the gate's experts, the last ones, that are the identity instead of a network:
   /// at least 0, and fewer than all.
   Index identity_experts = 0;
-  Activation output = Activation::identity;  ///< [S17 App. C.1] has a sigmoid here
-  Seed seed;                                 ///< of the initial weights and of the gate's noise
+  /// Of the weighted sum of the experts' outputs, which gives y; [S17 App. C.1] has a sigmoid.
+  Activation output = Activation::identity;
+  Seed seed;  ///< of the initial weights and of the gate's noise
 
   template <class Self, class Visitor>
   static constexpr void visit_fields(Self& self, Visitor visit) {

@@ -69,8 +69,8 @@ class LocalDispatch {
   void set_placement(const Placement&) {}
   /// In a policy of several processes, throws on all of them if the changes differ.
   void agree_on_change(const char*, std::uint64_t, const detail::ChangeDraws&) const {}
-  /// Sends each rank its bytes, and receives the bytes that it sent, whose number is known. `moves`
-  /// is whether any rank sends something.
+  /// Sends bytes to each rank and receives bytes from each; the numbers of bytes are known on both sides.
+  /// `moves` is whether any rank sends something.
   void exchange(const char*, bool, std::vector<std::vector<char>>&,
                 std::vector<std::vector<char>>&) const {}
 

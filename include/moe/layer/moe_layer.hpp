@@ -28,6 +28,7 @@ namespace moe {
 
 /// y_t = act(Σ over the slots of t of G·E_i(x_t)) [S17 eq. 1]: a gate sends every token to a few
 /// experts, each expert computes the rows it got, and the outputs are summed with the gate's weights.
+/// act is Config.output, by default the identity.
 /// (With FeedForward::Config.weighted_input the rows of x are weighted and not the outputs.) The
 /// layer drops no token, and an expert without tokens takes no time. A token to which the gate gave
 /// no slot (some gates do that, see docs/gates.md) has y = act(0). With Config.identity_experts the

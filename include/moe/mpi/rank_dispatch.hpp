@@ -119,8 +119,8 @@ class RankDispatch {
                                {"seed", static_cast<std::int64_t>(draws.seed)},
                                {"noise_stddev", std::bit_cast<std::int64_t>(draws.noise_stddev)}});
   }
-  /// Sends each rank its bytes, and receives the bytes that it sent, whose number is known. `moves`
-  /// is whether any rank sends something.
+  /// Sends bytes to each rank and receives bytes from each; the numbers of bytes are known on both sides.
+  /// `moves` is whether any rank sends something.
   void exchange(const char* call, bool moves, std::vector<std::vector<char>>& sent,
                 std::vector<std::vector<char>>& received) const {
     std::optional<RowExchange> exchange;

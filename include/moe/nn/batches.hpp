@@ -27,7 +27,8 @@ void shuffle(std::vector<Value>& values, std::uint64_t seed) {
 }
 
 /// The rows of a data set in an order drawn for one epoch, cut into batches; the last batch is smaller if
-/// they do not divide. Every row comes once. With gather_rows() a batch is copied out of the data:
+/// batch_rows does not divide the number of rows. Every row comes once. With gather_rows() a batch is copied
+/// out of the data:
 ///
 ///     for (const moe::IndexSpan rows :
 ///          moe::Batches({.rows = images.rows(), .batch_rows = 64, .seed = 1}, epoch)) {

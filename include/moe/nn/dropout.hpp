@@ -78,7 +78,8 @@ class Dropout {
     return tape.dx;
   }
 
-  /// tape.y = x. Saves nothing for backward().
+  /// tape.y = x. Saves nothing for backward(). Throws std::invalid_argument if x is a part of tape.y, but not
+  /// all of it.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape) const {
     tape.kept.clear();
     detail::copy_matrix(x, tape.y);

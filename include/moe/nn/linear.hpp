@@ -66,7 +66,8 @@ class Linear {
   /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Training pass: returns tape.y (T x outputs). Throws std::invalid_argument if x is not T x inputs.
+  /// Training pass: returns tape.y (T x outputs). Throws std::invalid_argument if x is not T x inputs, or is a
+  /// part of tape.x, but not all of it.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::copy_matrix(x, tape.x);  // first, since x may be this tape's y of a pass before

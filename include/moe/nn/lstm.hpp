@@ -165,7 +165,8 @@ class LSTM {
   }
 
   /// Training pass: returns tape.y (T x H) and sets `state` to the state after the last step. Throws
-  /// std::invalid_argument unless x is T x inputs, T a multiple of B, and the state B x H.
+  /// std::invalid_argument unless x is T x inputs, T a multiple of B, and the state B x H, or if x is a part of
+  /// tape.x, but not all of it.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
     detail::copy_matrix(x, tape.x);  // first, since x may be this tape's y of a pass before

@@ -73,7 +73,7 @@ class UpdateCounts {
  public:
   void match(Index parameters) { of_parameter_.resize(to_size(parameters)); }
 
-  /// The counts of other parameters, see ModelChange.
+  /// The counts after a change of the experts, see ModelChange.
   template <class Module>
   UpdateCounts after(const Module&, const ModelChange& change) const {
     UpdateCounts counts;

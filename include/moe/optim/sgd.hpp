@@ -47,8 +47,8 @@ class SGD {
   void set_groups(ParameterGroups groups) { groups_.set(std::move(groups)); }
 
   /// Moves every parameter by its gradient. Throws std::invalid_argument, with nothing changed, if
-  /// the learning rate or a field of a group is negative or not finite, or if the module is not that
-  /// of the first update.
+  /// the learning rate or a field of a group is negative or not finite, or, with momentum, if the module is
+  /// not that of the first update.
   template <class Module>
   void update(Module& module, double learning_rate) {
     groups_.match(module, "SGD", config_.weight_decay, learning_rate);

@@ -21,7 +21,7 @@ namespace moe {
 ///     layer.forward(x, tape, {.step = step, .valid = valid});
 ///
 /// A row that is not valid is padding: it gets no slot and no gradient, does not count in any loss or
-/// statistic, its numbers are not read, and its y is act(0).
+/// statistic, its numbers are not read, and its y is the layer's output activation of 0 (0 by default).
 struct Pass {
   /// The number of the update: the same step draws the same noise.
   Step step;

@@ -69,7 +69,8 @@ struct ShownQuantiles {
 
 /// The `count` largest candidates of each of E experts over all processes of a batch, ties going to
 /// the lower token, NaN counting as -infinity. Candidates with equal scores are in the order of
-/// processes, then of tokens, so all candidates of an expert have an order, and `count` names one.
+/// processes, then of tokens, so the candidates of an expert are totally ordered, and the search is for
+/// the `count`-th.
 ///
 /// First the processes sum, for each expert, how many candidates have each value of the leading bits of
 /// their scores. This shows which leading bits the last candidate has that is taken; those with larger

@@ -33,9 +33,9 @@ struct TopKConfig {
   Index top_k = 0;    ///< K, experts chosen for a token, 1 <= K <= E
 
   bool bias = false;             ///< a bias of the logits, a parameter that is zero initially
-  Score score = Score::softmax;  ///< of s
-  bool renormalise =
-      false;  ///< divide w by its sum over the chosen; softmax_of_chosen does so anyway
+  Score score = Score::softmax;  ///< the function that makes the scores s of the logits c
+  /// Divide w by N + ε, see below; the weights of softmax_of_chosen add up to 1 anyway.
+  bool renormalise = false;
   /// ε >= 0, added to N, by which weights are divided if they are renormalised: 1e-20 in DeepSeek's and
   /// Hugging Face's code for sigmoids, 0 in most other models. Weights of tiny scores then add up to
   /// less than 1. With 0, scores that are all 0 get weights of 0.
@@ -67,19 +67,19 @@ struct TopKConfig {
   double capacity_factor = 0;
   double evaluation_capacity_factor = 0;  ///< the same in evaluate()
   /// The places of an expert in each of the batch's `sequences`, in training: a number of tokens, as
-  /// expert_capacity of Hugging Face's Switch Transformer. At least 0; with 0, capacity_factor gives its
-  /// places in the whole batch, otherwise that must be 0.
+  /// expert_capacity of Hugging Face's Switch Transformer. At least 0. With 0, capacity_factor is used, for
+  /// the whole batch; above 0, capacity_factor must be 0.
   Index capacity = 0;
-  /// The same in evaluate(): with 0, evaluation_capacity_factor counts, otherwise that must be 0.
+  /// The same in evaluate(), with evaluation_capacity_factor.
   Index evaluation_capacity = 0;
   PlaceOrder place_order = PlaceOrder::rows;  ///< which choices are dropped
 
   double switch_loss_weight = 0;                     ///< of the Switch loss of a batch, >= 0
   double sequence_loss_weight = 0;                   ///< of its mean over sequences, >= 0
   SwitchCount switch_count = SwitchCount::per_slot;  ///< what f counts in both
-  /// The number of sequences in a batch whose pass does not say it (Pass::sequences). forward() refuses a batch
-  /// whose rows are not a multiple of it if capacity or sequence_loss_weight is set; evaluate() if
-  /// evaluation_capacity is. Nothing else uses it.
+  /// The number of sequences in a batch whose pass does not say it (Pass::sequences), at least 1. forward()
+  /// refuses a batch whose rows are not a multiple of it if capacity or sequence_loss_weight is set; evaluate()
+  /// does so if evaluation_capacity is set, and otherwise leaves out the loss by sequence for such a batch.
   Index sequences = 1;
   RowOrder row_order = RowOrder::time_major;  ///< of the rows of these sequences
   double z_loss_weight = 0;                   ///< of the router z-loss [Z22], >= 0
@@ -143,7 +143,8 @@ inline const TopKConfig& checked(const TopKConfig& config) {
           "TopKGate::Config.renormalise_norm = ", config.renormalise_norm,
           ", must be 1 without renormalise, and with softmax_of_chosen");
   require(!config.renormalise_after_drops || config.renormalise || of_chosen,
-          "TopKGate::Config.renormalise_after_drops = true, must be false without renormalise");
+          "TopKGate::Config.renormalise_after_drops = true, must be false without renormalise "
+          "or softmax_of_chosen");
   require(config.groups >= 1 && config.experts % config.groups == 0,
           "TopKGate::Config.groups = ", config.groups, ", must divide experts = ", config.experts);
   check_choice(gate, "top_k_groups", config.top_k_groups, "groups", config.groups);

@@ -181,7 +181,8 @@ void compare_parameters(Module& module, GradientComparison& comparison) {
 }
 
 /// Makes another pass, from gradients that are not zero, and sets them back to what compare_parameters() saw.
-/// Throws std::invalid_argument unless the pass added that to them. `first` is the index of the first one.
+/// Throws std::invalid_argument unless the pass added that to them. `first` is the index in `comparison`
+/// of the module's first trained parameter.
 template <class Module>
 void check_added(const char* caller, Module& module, FunctionRef<void()> backward,
                  const GradientComparison& comparison, std::size_t first) {

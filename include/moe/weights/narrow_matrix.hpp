@@ -100,8 +100,8 @@ struct NarrowOperand {
 
 }  // namespace detail
 
-/// K x N weights in a narrow format, not changed after construction. Copies share their memory. A product
-/// with it is one with decoded(), unless activations are rounded: to the same bits if the format has no scales,
+/// K x N weights in a narrow format, not changed after construction. Copies share their memory. Unless
+/// activations are rounded, a product with it is one with decoded(): to the same bits if the format has no scales,
 /// else up to the order of roundings, since scales are applied to sums of blocks.
 template <detail::NarrowFormat Format>
 class NarrowMatrix {

@@ -120,7 +120,7 @@ inline nlohmann::json plain_number(double value) {
   return static_cast<std::int64_t>(value);
 }
 
-/// The value of a setting that most maps have.
+/// The most frequent value of a setting; of equally frequent ones the smallest.
 template <class Value>
 Value commonest(const std::map<Value, Index>& counts) {
   const auto most =

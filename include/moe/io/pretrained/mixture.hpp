@@ -61,7 +61,7 @@ struct Mixture {
   TopKConfig gate{};            ///< E, K and how experts are chosen; no losses, no noise
   Index shared = 0;             ///< the number of experts of width H that get every token
   bool shared_gated = false;  ///< whether their weight is sigmoid(x·w), with one vector w for all
-  /// The rows of a block that has one scale in tensors of type F8_E4M3.
+  /// Rows of a block that shares one scale, in tensors of type F8_E4M3; at least 1.
   Index scale_rows = 128;
   /// The same for columns.
   Index scale_columns = 128;
@@ -158,8 +158,8 @@ inline void check_family(const std::string& model_type, const io::Mixture& mixtu
   }
 }
 
-/// The mixtures of a model by its family, with the blocks of FP8 tensors that have one scale, where
-/// config.json says that they are not of 128 x 128.
+/// The mixtures of a model, as its family lists them, with scale_rows and scale_columns from
+/// weight_block_size in config.json, if it is there.
 inline std::vector<io::Mixture> mixtures_of(const io::Family& family,
                                             const io::ModelConfig& config) {
   std::vector<io::Mixture> mixtures = family.mixtures(config);
