@@ -59,7 +59,7 @@ echo "Building in $build"
 (cd "$root" && cmake --preset release -DMOE_BENCH_PEERS=$peers >/dev/null)
 # What each result depends on. Before the build, so that what is changed during it is measured anew.
 settings="$settings, $(cd "$root" &&
-  find include bench build/release/CMakeCache.txt -type f -exec cksum {} + | sort | cksum)"
+  find CMakeLists.txt cmake include bench examples/common build/release/CMakeCache.txt -type f -exec cksum {} + | sort | cksum)"
 cmake --build "$build" --target benchmarks --parallel "$(getconf _NPROCESSORS_ONLN)"
 
 # bench_exchange runs on two ranks, as root too, and on one core if there is no other.

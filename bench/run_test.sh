@@ -8,12 +8,15 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 . "$here/../examples/common/interrupt.sh"
 folder=$1
 rm -rf "$folder"
-mkdir -p "$folder/bench" "$folder/include" "$folder/cmake" "$folder/tools" "$folder/build/release/bench"
+mkdir -p "$folder/bench" "$folder/include" "$folder/cmake" "$folder/examples/common" "$folder/tools" \
+  "$folder/build/release/bench"
 cd "$folder"
 # In a tree of its own, so that real results stay, and with nothing to install or to build.
 cp "$here"/*.sh "$here"/*.awk "$here"/layer.cpp "$here"/routing.cpp bench
 echo 'exit 0' >cmake/install_packages.sh
 echo "// code" >include/code.hpp
+echo "// code" >examples/common/bar.hpp
+echo "# code" >CMakeLists.txt
 : >option
 # Where the build is to be interrupted, it waits; and so do the rows of a result.
 cat >tools/cmake <<'CMAKE'
@@ -86,9 +89,9 @@ sh bench/run.sh --resume --no-peers layer routing >built.txt 2>&1
 [ "$(cat calls.txt)" = "$(printf 'bench_layer\nbench_routing')" ] || fail "results of before the build were taken"
 
 # Code, then an option of the build, then nothing is changed before --resume.
-for change in include/code.hpp bench/layer.cpp; do
+for change in include/code.hpp bench/layer.cpp examples/common/bar.hpp cmake/install_packages.sh CMakeLists.txt; do
   : >calls.txt
-  echo "// changed" >>"$change"
+  echo "# changed" >>"$change"
   sh bench/run.sh --resume --no-peers layer >changed.txt 2>&1
   grep -q '^Measured with other code, another build or other options: layer' changed.txt ||
     fail "it does not say why layer is measured anew"

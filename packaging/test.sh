@@ -29,8 +29,10 @@ tree=$(git -C "$root" write-tree)
 unset GIT_INDEX_FILE
 COMMIT=$(git -C "$root" -c user.name=moe -c user.email=moe@localhost commit-tree -m "The tree as it is" "$tree")
 export COMMIT
+# release.sh takes no spaces in an address.
+address=file://$(printf %s "$work/release" | sed 's/ /%20/g')
 rm -rf "$work/release"
-sh "$root/packaging/release.sh" "file://$work/release" https://localhost/moe "$work/release"
+sh "$root/packaging/release.sh" "$address" https://localhost/moe "$work/release"
 
 fail() {
   echo "$0: $*" >&2
@@ -45,7 +47,7 @@ cp "$root/packaging/release.sh" "$checkout/packaging"
 touch "$checkout/build/release/CMakeCache.txt"
 release_again() {
   GIT_DIR=$(git -C "$root" rev-parse --absolute-git-dir) \
-    sh "$checkout/packaging/release.sh" "file://$work/release" https://localhost/moe "$@" 2>&1
+    sh "$checkout/packaging/release.sh" "$address" https://localhost/moe "$@" 2>&1
 }
 if said=$(release_again "$checkout/build/release"); then
   fail "release.sh took a folder that is not empty"

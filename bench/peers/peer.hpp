@@ -62,10 +62,10 @@ std::unique_ptr<Peer> make_onednn_peer(const Problem& problem);
 std::unique_ptr<Peer> make_torch_peer(const Problem& problem);
 /// As one writes it who knows what autograd makes of that: one index_select and one index_add.
 std::unique_ptr<Peer> make_torch_sorted_peer(const Problem& problem);
-/// With the weights of all experts in one tensor, and one batched product for all; of experts with equally
-/// many slots.
+/// With the weights of all experts in one tensor, and one batched product for all; of experts with the same
+/// number of slots.
 std::unique_ptr<Peer> make_torch_bmm_peer(const Problem& problem);
-/// With the weights of all experts in one tensor, by grouped_mm, which a libtorch of today has.
+/// With the weights of all experts in one tensor, by grouped_mm; only with MOE_BENCH_TORCH_GROUPED.
 std::unique_ptr<Peer> make_torch_grouped_peer(const Problem& problem);
 
 }  // namespace bench

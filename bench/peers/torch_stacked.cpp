@@ -54,7 +54,7 @@ class TorchStackedPeer : public TorchPeer {
   Tensor weight_, up_, up_bias_, down_, down_bias_;
 };
 
-/// One batched product for all experts, which must have as many slots each.
+/// One batched product for all experts, which must have the same number of slots each.
 class TorchBatchedPeer : public TorchStackedPeer {
  public:
   explicit TorchBatchedPeer(const Problem& problem) : TorchStackedPeer(problem) {

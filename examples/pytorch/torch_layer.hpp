@@ -42,7 +42,7 @@ struct TorchLayer : torch::CustomClassHolder, torch::autograd::Function<TorchLay
   c10::Dict<std::string, Tensor> parameters() const { return own_.copy(); }
 
   /// y (T x D) without noise and without a graph, as MoELayer::evaluate(). `parameters` are as for
-  /// forward(). Throws c10::Error, or std::invalid_argument as MoELayer::evaluate() does.
+  /// apply(). Throws c10::Error, or std::invalid_argument as MoELayer::evaluate() does.
   Tensor evaluate(const Tensor& x, const std::vector<Tensor>& parameters) const {
     check(parameters);
     return take(layer_->evaluate(view(x.contiguous())));
