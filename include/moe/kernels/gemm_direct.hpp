@@ -180,7 +180,8 @@ void gemm_direct(const GemmNT<Scalar>& product) {
     // The tiles of rows [from, to) of B and of some rows of A.
     const auto multiply = [&](Index from, Index to, Index first, Index parts, Index reach) {
       const Panel<Scalar> panel{buffer + first * count, parts == 0 ? half : parts * size};
-      const Index tall = parts == 1 ? max_tile_rows : tile_rows;
+      Index tall = tile_rows;
+      if (parts == 1) tall = max_tile_rows;  // no ?:, whose branches are the same with 32 registers
       for (Index column = from; column < to; column += tall) {
         const Index height = std::min(tall, to - column);
         const Scalar* place = product.b.row(column) + k;
