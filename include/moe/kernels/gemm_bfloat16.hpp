@@ -131,15 +131,14 @@ void gemm_words(Index depth, const GemmNN<float, Source>& product, const PackLef
   const auto stride_of = [](Index count) { return padded_stride<float>(round_up(count, line)); };
   // A block has all words of its rows if they fit, since C is then read and written less often.
   constexpr Index unit = packet_size<float>;  // pack_left() may fill whole packets of rows
-  const Index fitting_rows = left_capacity / std::max(line, stride_of(words)) / unit * unit;
+  const Index fitting_rows = left_capacity / stride_of(words) / unit * unit;
   const Index rows = std::max(left_rows, fitting_rows);
   for_each_tile(product.c.count(), rows, [&](Index first, Index count) {
     const Index whole = round_up(count, unit);
     const Index fitting = (left_capacity / whole - line) / panel_depth * panel_depth;
-    const Index block =
-        whole * stride_of(words) <= left_capacity ? std::max<Index>(1, words) : fitting;
+    const Index block = whole * stride_of(words) <= left_capacity ? words : fitting;
     const PartEpilogue epilogue{product.epilogue, first, 0};
-    for (Index word = 0; word == 0 || word < words; word += block) {
+    for (Index word = 0; word < words; word += block) {
       const Range range{word, std::min(block, words - word)};
       const Index stride = stride_of(range.count);
       pack_left(Range{first, count}, range, stride, left);

@@ -12,7 +12,7 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// C = A·B: columns in groups whose part of C stays in L2, for each group the depth in blocks, and
+/// C = A·B of a depth of at least 1: columns in groups whose part of C stays in L2, for each group the depth in blocks, and
 /// in each block one strip of columns after the other.
 ///
 /// A strip of B is packed into a panel, which stays in L1 while the tiles of the strip are computed.
@@ -69,7 +69,7 @@ void gemm_packed(const GemmNN<Scalar, Source>& product) {
   const Index end = columns.first + columns.count;
   for (Index column = columns.first; column < end; column += group) {
     const Index width = std::min(group, end - column);
-    for (Index k = 0; k == 0 || k < depth; k += panel_depth) {
+    for (Index k = 0; k < depth; k += panel_depth) {
       for_each_strip<Scalar>(column, width, [&](Index at, Index packets, Index strip_width) {
         const Strip next{k, std::min(panel_depth, depth - k), at, packets, strip_width};
         if (pending) run(strip, &next);

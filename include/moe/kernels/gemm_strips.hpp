@@ -110,7 +110,8 @@ void strip_tile(Index rows, Index width, bool packs, const Left<Scalar>& left, P
 
 /// C = A·B with strips of B as panels in L1, one after the other: columns in groups whose part of C stays
 /// in L2, for each group the depth in blocks, and in each block one strip after the other. While the tiles
-/// of some strips are computed, they prefetch the strips after those, each tile the same share.
+/// of some strips are computed, they prefetch the strips after those, each tile the same share. The depth is at
+/// least 1.
 template <class Scalar>
 void gemm_strips(const GemmNN<Scalar>& product) {
   constexpr Index strip = tile_columns<Scalar>;
@@ -124,8 +125,8 @@ void gemm_strips(const GemmNN<Scalar>& product) {
   const Index rows = a.count();
   const Index depth = a.width();
   const Index end = columns.first + columns.count;
-  const Index blocks = std::max<Index>(1, (depth + strip_steps - 1) / strip_steps);
-  const Index steps = std::max<Index>(1, (depth + blocks - 1) / blocks);
+  const Index blocks = (depth + strip_steps - 1) / strip_steps;
+  const Index steps = (depth + blocks - 1) / blocks;
   const Index tiles = (rows + tile_rows - 1) / tile_rows;
   const Index group = std::max<Index>(1, cached_elements<Scalar> / (rows * piece)) * piece;
 
@@ -170,7 +171,7 @@ void gemm_strips(const GemmNN<Scalar>& product) {
 
   for (Index first = columns.first; first < end; first += group) {
     const Index last = std::min(end, first + group);
-    for (Index k = 0; k == 0 || k < depth; k += steps) {
+    for (Index k = 0; k < depth; k += steps) {
       const Index count = std::min(steps, depth - k);
       for (Index column = first; column < last; column += piece) {
         Pieces<Scalar> ahead{.stride = b.stride, .count = std::min(steps, depth)};

@@ -11,15 +11,20 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// Sets C to its initial values, the bias among them.
+/// Sets `count` columns of a row of C to their initial values, the bias of row r among them.
+template <class Scalar>
+void set_initial_values(Start start, const Bias<Scalar>& bias, Index r, Index count, Scalar* row) {
+  if (start == Start::zero) std::fill_n(row, count, Scalar{0});
+  if (bias.values != nullptr) add_scaled(count, *bias.factors.at(r), bias.values, row);
+}
+
+/// The same for C.
 template <class Scalar, class B>
 void set_initial_values(const GemmNN<Scalar, B>& product) {
   const Range columns = product.column_range();
+  const Bias<Scalar> bias = product.bias.at(0, columns.first);
   for (Index r = 0; r < product.c.count(); ++r) {
-    Scalar* row = product.c.row(r) + columns.first;
-    const Bias<Scalar> bias = product.bias.at(r, columns.first);
-    if (product.start == Start::zero) std::fill_n(row, columns.count, Scalar{0});
-    if (bias.values != nullptr) add_scaled(columns.count, *bias.factors.at(0), bias.values, row);
+    set_initial_values(product.start, bias, r, columns.count, product.c.row(r) + columns.first);
   }
 }
 

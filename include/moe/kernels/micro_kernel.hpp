@@ -59,13 +59,17 @@ void with_constant(Index value, F&& f) {
   f(std::integral_constant<Index, N>{});
 }
 
-/// Prefetches the cache line some bytes after an address. It may be beyond the memory there, so its address is
-/// computed as an integer.
+/// The address some bytes after another, to prefetch only: it may be beyond the memory there, or in another
+/// matrix, so it is computed as an integer.
+EIGEN_ALWAYS_INLINE std::uintptr_t address_after(const void* place, Index bytes) {
+  return reinterpret_cast<std::uintptr_t>(place) + to_size(bytes);
+}
+
+/// Prefetches the cache line some bytes after an address.
 EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* place,
                                   [[maybe_unused]] Index bytes = 0) {
 #if defined(__GNUC__)
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(place) + to_size(bytes);
-  __builtin_prefetch(reinterpret_cast<const void*>(address));
+  __builtin_prefetch(reinterpret_cast<const void*>(address_after(place, bytes)));
   asm volatile("");  // else GCC leaves out a function that does nothing but prefetch
 #endif
 }
@@ -82,14 +86,12 @@ EIGEN_ALWAYS_INLINE void prefetch_strip(const Scalar* place) {
 }
 
 /// Prefetches `lines` cache lines, `further` elements after an address, into L2, since L1 would not
-/// hold them until they are read. The address may be in another matrix, so it is computed as an
-/// integer.
+/// hold them until they are read.
 template <Index lines, class Scalar>
 EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
                                       [[maybe_unused]] Index further = 0) {
 #if defined(__GNUC__)
-  const std::uintptr_t first =
-      reinterpret_cast<std::uintptr_t>(place) + sizeof(Scalar) * to_size(further);
+  const std::uintptr_t first = address_after(place, further * Index{sizeof(Scalar)});
   MOE_UNROLL
   for (std::uintptr_t line = 0; line < lines; ++line) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + 64 * line), 0, 2);
@@ -98,12 +100,10 @@ EIGEN_ALWAYS_INLINE void prefetch_far([[maybe_unused]] const Scalar* place,
 #endif
 }
 
-/// The address `further` elements after another, to prefetch only: it may be beyond the memory there, or in
-/// another matrix, so it is computed as an integer.
+/// address_after() `further` elements, as a pointer.
 template <class Scalar>
 EIGEN_ALWAYS_INLINE const Scalar* prefetched_after(const Scalar* place, Index further) {
-  return reinterpret_cast<const Scalar*>(reinterpret_cast<std::uintptr_t>(place) +
-                                         sizeof(Scalar) * to_size(further));
+  return reinterpret_cast<const Scalar*>(address_after(place, further * Index{sizeof(Scalar)}));
 }
 
 /// The left operand: the first value of each row, and the distance of its values along the depth.

@@ -106,16 +106,17 @@ class GradientComparison {
   /// Throws std::invalid_argument unless `sum` is the n-th gradient, added to start(n).
   void check_sum(const char* caller, std::size_t n, const Matrix<double>& sum) const {
     const Entry& entry = entries_[n];
+    const double before = start(n);
     // Far above the rounding of terms of a million that cancel, and below all but the least gradients.
-    const double tolerance = std::max(1e-6 * start(n), 1e-3 * largest_of(entry.gradient));
+    const double tolerance = std::max(1e-6 * before, 1e-3 * largest_of(entry.gradient));
     for (Index row = 0; row < sum.rows(); ++row) {
       for (Index column = 0; column < sum.cols(); ++column) {
-        const double expected = start(n) + entry.gradient(row, column);
+        const double expected = before + entry.gradient(row, column);
         if (!std::isfinite(expected)) continue;  // which worst() reports
         const double found = sum(row, column);
         require(std::abs(found - expected) <= tolerance, caller, ": the gradient of ", entry.name,
-                "(", row, ", ", column, ") was ", start(n), " before a backward pass and is ",
-                found, " after it, must be ", expected,
+                "(", row, ", ", column, ") was ", before, " before a backward pass and is ", found,
+                " after it, must be ", expected,
                 ": backward must add to the gradient, the same in every pass");
       }
     }
@@ -196,7 +197,7 @@ void check_added(const char* caller, Module& module, FunctionRef<void()> backwar
   const auto set_back = [&] {
     for_each_trained([&](std::size_t n, Matrix<double>& gradient) {
       sums.push_back(gradient);
-      gradient = comparison.gradient(n);
+      gradient = comparison.gradient(n);  // in its memory, which the caller may refer to
     });
   };
   for_each_trained(

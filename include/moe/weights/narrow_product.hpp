@@ -97,10 +97,7 @@ void with_panel_of_c(const GemmNN<float, NarrowOperand<Format>>& product, Range 
   const Bias<float> bias = product.bias.at(rows.first, part.column);
   for (Index r = 0; r < rows.count; ++r) {
     float* row = product.c.row(rows.first + r) + part.column;
-    if (begins) {
-      if (product.start == Start::zero) std::fill_n(row, part.width, 0.0f);
-      if (bias.values != nullptr) add_scaled(part.width, *bias.factors.at(r), bias.values, row);
-    }
+    if (begins) set_initial_values(product.start, bias, r, part.width, row);
     to[r] = is_whole ? row : beside + r * stride;
     if (is_whole) continue;
     std::fill_n(to[r], stride, 0.0f);
