@@ -40,7 +40,7 @@ case $model in
       : >"$model.waiting"
       # What tells the study of Ctrl-C, which this does not look at any more.
       polls=0
-      until [ -e "${model%/*}/stop" ] || [ "$polls" -ge 50 ]; do
+      until [ -e "${model%/*}/stop" ] || [ "$polls" -ge 600 ]; do
         sleep 0.1
         polls=$((polls + 1))
       done

@@ -59,18 +59,23 @@ TEST_CASE("gemm: shapes that do not match are refused", "[kernels][gemm]") {
   Matrix<double> c = Matrix<double>::Constant(2, 5, 7);
   using S = double;
   CHECK_THROWS_WITH(gemm(GemmNN<S>{.a = a, .b = b, .c = c}),
-                    "moe: gemm(GemmNN): C is 2 x 5, but the product of 2 x 3 and 4 x 5");
+                    "moe: gemm(GemmNN): the factors, transposed where the form says so, are 2 x 3 "
+                    "and 4 x 5, and C is 2 x 5");
   CHECK_THROWS_WITH(gemm(GemmNT<S>{.a = a, .b = b, .c = c}),
-                    "moe: gemm(GemmNT): C is 2 x 5, but the product of 2 x 3 and 5 x 4");
+                    "moe: gemm(GemmNT): the factors, transposed where the form says so, are 2 x 3 "
+                    "and 5 x 4, and C is 2 x 5");
   CHECK_THROWS_WITH(gemm(GemmTN<S>{.a = a, .b = b, .c = view(c)}),
-                    "moe: gemm(GemmTN): C is 2 x 5, but the product of 3 x 2 and 4 x 5");
+                    "moe: gemm(GemmTN): the factors, transposed where the form says so, are 3 x 2 "
+                    "and 4 x 5, and C is 2 x 5");
   const Matrix<double> fits(3, 5);
   Matrix<double> tall(3, 5);
   CHECK_THROWS_WITH(gemm(GemmNN<S>{.a = a, .b = fits, .c = tall}),
-                    "moe: gemm(GemmNN): C is 3 x 5, but the product of 2 x 3 and 3 x 5");
+                    "moe: gemm(GemmNN): the factors, transposed where the form says so, are 2 x 3 "
+                    "and 3 x 5, and C is 3 x 5");
   Matrix<double> narrow(2, 4);
   CHECK_THROWS_WITH(gemm(GemmNN<S>{.a = a, .b = fits, .c = narrow}),
-                    "moe: gemm(GemmNN): C is 2 x 4, but the product of 2 x 3 and 3 x 5");
+                    "moe: gemm(GemmNN): the factors, transposed where the form says so, are 2 x 3 "
+                    "and 3 x 5, and C is 2 x 4");
   CHECK(c == Matrix<double>::Constant(2, 5, 7));
 }
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs a program that is to fail, under mpirun, and sees that all its ranks end within seconds:
+# Runs a program that is to fail, under mpirun, and sees that all its ranks end:
 #
 #     sh ends.sh SECONDS MPIRUN ARGUMENTS...
 #

@@ -1,19 +1,21 @@
 #!/bin/sh
 # Stops or kills a rank of a training program at some moments, one run each, and sees that all other
-# ranks end in time and say why:
+# ranks end and say why:
 #
-#     sh stops.sh COUNT TIMEOUT MPIRUN ARGUMENTS... PROGRAM
+#     sh stops.sh COUNT TIMEOUT ALLOWED MPIRUN ARGUMENTS... PROGRAM
 #
 # PROGRAM is moe_mpi_stops, which is given a folder, the numbers 1 to COUNT as seeds, and the timeout in
-# seconds. What it prints is shown for a run that fails. The time allowed after the stop is the timeout
-# and one second. (Of a rank that is killed the launcher ends the others, so nobody says a thing.)
+# seconds. What it prints is shown for a run that fails. The ranks may live for ALLOWED whole seconds after the
+# timeout; how long they lived at most is printed. On a quiet machine it is a fraction of one second: by hand
+# let 1 be allowed. (Of a rank that is killed the launcher ends the others, so nobody says a thing.)
 # On a busy machine the others can time out before a rank stops: such a run is made again with a longer
 # timeout.
 set -eu
 
 count=$1
 timeout=$2
-shift 2
+allowed=$((100 * $3))
+shift 3
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -40,7 +42,6 @@ lives() {
 # second.
 run_once() {
   patience=$1
-  allowed=$((patience + 100))
   shift
   rm -f "$folder"/*
   "$@" "$folder" $seed "$((patience / 100)).$(printf '%02d' $((patience % 100)))" >"$folder/output" 2>&1 &
@@ -61,7 +62,6 @@ run_once() {
     for rank in "$folder"/[0-9]*; do
       [ "${rank##*/}" = "$victim" ] || others="$others $(cat "$rank")"
     done
-    # Twice as long, to tell late from never.
     while :; do
       alive=
       for process in $others; do
@@ -69,13 +69,11 @@ run_once() {
       done
       set_now
       elapsed=$((now - stopped))
-      [ -n "$alive" ] && [ $elapsed -lt $((2 * allowed)) ] || break
+      [ -n "$alive" ] && [ $elapsed -lt $((patience + allowed)) ] || break
       sleep 0.02
     done
     if [ -n "$alive" ]; then
       problem="still live:$alive"
-    elif [ $elapsed -gt $allowed ]; then
-      problem="late"
     elif grep -q ', stopped, ' "$folder/output" && ! grep -q 'for a rank that never came' "$folder/output"; then
       problem="nobody said why"
     fi
@@ -108,5 +106,5 @@ while [ $seed -lt "$count" ]; do
     status=1
   fi
 done
-echo "$count stops, the others ended within $longest hundredths of a second after the timeout, allowed were 100"
+echo "$count stops, the others ended within $longest hundredths of a second after the timeout, allowed were $allowed"
 exit $status

@@ -241,13 +241,12 @@ TEMPLATE_LIST_TEST_CASE("optimizers: what is wrong is named and changes nothing"
   if (TestType::remembers) {
     Linear<Scalar> other({.inputs = 3, .outputs = 4}, 1);
     CHECK_THROWS_WITH(optimizer.update(other, 0.1),
-                      "moe: " + name + "::update: weight is 3 x 4, was 3 x 2 at the first update");
+                      "moe: " + name + ": weight is 3 x 4, was 3 x 2 at the first update");
     Linear<Scalar> less({.inputs = 3, .outputs = 2, .bias = false}, 1);
     less.weight.gradient().setOnes();
     const Matrix<Scalar> untouched = less.weight.value;
-    CHECK_THROWS_WITH(
-        optimizer.update(less, 0.1),
-        "moe: " + name + "::update: the module has 1 parameters, had 2 at the first update");
+    CHECK_THROWS_WITH(optimizer.update(less, 0.1),
+                      "moe: " + name + ": the module has 1 parameters, had 2 at the first update");
     CHECK(same_bits(less.weight.value, untouched));
   }
 

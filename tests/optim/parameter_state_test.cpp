@@ -42,7 +42,7 @@ TEST_CASE("parameter state: another shape is named", "[optim][parameter_state]")
   state.match(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}, 0), "Test");
   CHECK_THROWS_WITH(
       state.match(Linear<float>({.inputs = 2, .outputs = 3, .bias = false}, 0), "Test"),
-      "moe: Test::update: weight is 2 x 3, was 3 x 2 at the first update");
+      "moe: Test: weight is 2 x 3, was 3 x 2 at the first update");
 }
 
 TEST_CASE("parameter state: more parameters than before are named too",
@@ -50,5 +50,5 @@ TEST_CASE("parameter state: more parameters than before are named too",
   detail::ParameterState<float> state;
   state.match(Linear<float>({.inputs = 3, .outputs = 2, .bias = false}, 0), "Test");
   CHECK_THROWS_WITH(state.match(Linear<float>({.inputs = 3, .outputs = 2}, 0), "Test"),
-                    "moe: Test::update: the module has 2 parameters, had 1 at the first update");
+                    "moe: Test: the module has 2 parameters, had 1 at the first update");
 }

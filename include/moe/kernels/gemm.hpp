@@ -127,9 +127,9 @@ struct ProductShape {
 
 /// Throws std::invalid_argument unless C has the shape of the product of A and B, each as it is multiplied.
 inline void check_product_shapes(const char* form, ProductShape a, ProductShape b, ProductShape c) {
-  require(a.columns == b.rows && c.rows == a.rows && c.columns == b.columns, form, ": C is ",
-          c.rows, " x ", c.columns, ", but the product of ", a.rows, " x ", a.columns, " and ",
-          b.rows, " x ", b.columns);
+  require(a.columns == b.rows && c.rows == a.rows && c.columns == b.columns, form,
+          ": the factors, transposed where the form says so, are ", a.rows, " x ", a.columns,
+          " and ", b.rows, " x ", b.columns, ", and C is ", c.rows, " x ", c.columns);
 }
 
 /// C = A·B on all workers.

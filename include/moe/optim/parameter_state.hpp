@@ -57,13 +57,13 @@ void require_same_parameters(const Module& module, std::string_view optimizer,
     // The name is made only for a message, since an update must not allocate.
     const bool same_experts = p.structure == before.structure;
     if (same_experts && p.value.rows() == before.rows && p.value.cols() == before.columns) return;
-    require(same_experts, optimizer, "::update: ", name.string(),
+    require(same_experts, optimizer, ": ", name.string(),
             " is of a layer whose experts were changed without a follow() of this optimizer: call "
             "it after every change");
-    require(false, optimizer, "::update: ", name.string(), " is ", p.value.rows(), " x ",
-            p.value.cols(), ", was ", before.rows, " x ", before.columns, " at the first update");
+    require(false, optimizer, ": ", name.string(), " is ", p.value.rows(), " x ", p.value.cols(),
+            ", was ", before.rows, " x ", before.columns, " at the first update");
   });
-  require(count == known.size(), optimizer, "::update: the module has ", count, " parameters, had ",
+  require(count == known.size(), optimizer, ": the module has ", count, " parameters, had ",
           known.size(), " at the first update");
 }
 
