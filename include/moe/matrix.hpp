@@ -87,7 +87,7 @@ inline Range common_range(Range a, Range b) {
   return {first, std::max<Index>(0, end - first)};
 }
 
-/// Where column `first` of rows starts, of which there may be none: then at `data`, which may be null.
+/// The start of column `first`. Without rows it is `data`, which may be null.
 template <class Entry>
 Entry* column_data(Entry* data, Index rows, Index first) {
   return rows > 0 ? data + first : data;
@@ -120,7 +120,7 @@ ConstMatrixView<Scalar> view(const Matrix<Scalar>& matrix) {
   return rows_of(matrix, 0, matrix.rows());
 }
 
-/// The same for a view.
+/// `count` whole rows of a view from row `first` on.
 template <class Scalar>
 MatrixView<Scalar> rows_of(MatrixView<Scalar> matrix, Index first, Index count) {
   MOE_ASSERT(first >= 0 && count >= 0 && first + count <= matrix.rows());

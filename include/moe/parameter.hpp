@@ -25,7 +25,7 @@ namespace moe {
 /// was written by hand into an expert or a secondary gate without tokens. The gradients of all
 /// other modules, other gates included, are not tracked and always count as added to. Lazy zeroing
 /// does not touch the memory of tracked gradients: backward writes over it, as after PyTorch's
-/// zero_grad(set_to_none=True). (A plain network, which can only add, finds zeros there.)
+/// zero_grad(set_to_none=True). (A network that can only add finds zeros there.)
 enum class Updates {
   dense,  ///< all parameters
   lazy    ///< leaves out those of experts that got no token since zero_gradients()

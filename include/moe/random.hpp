@@ -303,9 +303,9 @@ void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index colum
 /// A uniform deviate in [0, 1) with 24 random bits, exact in float.
 inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
-/// A standard Gumbel deviate −log(−log(u)) from 23 random bits, u being their place among the middles of
-/// 2^23 equal parts of (0, 1), so that it is within (-2.9, 16.7). The result has the same bits on every
-/// platform. The largest of c_i + Gumbel deviates is i with the probability softmax(c)_i.
+/// A standard Gumbel deviate −log(−log(u)) from 23 random bits: u is the middle of one of 2^23
+/// equal parts of (0, 1), so the deviate is within (-2.9, 16.7). The result has the same bits on
+/// every platform. The largest of c_i + Gumbel deviates is i with the probability softmax(c)_i.
 inline float standard_gumbel(std::uint32_t bits) {
   const float u = (static_cast<float>(bits >> 9) + 0.5f) * 0x1p-23f;  // exact
   return -detail::portable_log(-detail::portable_log(u));

@@ -208,10 +208,10 @@ TEST_CASE("check gradients: a pass that is forgotten in forward and backward ali
       Catch::Matchers::EndsWith(" and nan with nan in padding, which must not be read"));
   CHECK_THROWS_WITH(
       check_forgetful<Forgotten::padding_in_y>(padded),
-      "moe: check_layer_gradients: row 0 of y is another with nan in padding, which must "
+      "moe: check_layer_gradients: row 0 of y changes with nan in padding, which must "
       "not be read");
   CHECK_THROWS_WITH(check_forgetful<Forgotten::padding_in_maximum>(padded),
-                    "moe: check_layer_gradients: row 0 of y is another with 1000 in padding, which "
+                    "moe: check_layer_gradients: row 0 of y changes with 1000 in padding, which "
                     "must not be read");
   // A y of NaN is not the fault of what reads padding: every difference is NaN and left out.
   const GradientCheck none = check_forgetful<Forgotten::weights>(padded);

@@ -199,8 +199,8 @@ class MoELayer {
   /// number of experts. backward() refuses a tape from before the change. Pass the returned change
   /// to the optimizer: optimizer.follow(model, layer, change). Each throws std::invalid_argument,
   /// with nothing changed, if the gate or its Config cannot have these experts, if `experts` is empty
-  /// or names one that does not exist, if remove_experts() gets one twice or would leave none, if
-  /// `count` is below 1, or if noise_stddev is negative or not finite.
+  /// or names one that does not exist or is the identity, if remove_experts() gets one twice or
+  /// would leave none, if `count` is below 1, or if noise_stddev is negative or not finite.
   /// \{
 
   /// Adds `count` fresh experts after the others. Equal seeds draw equal numbers: give every layer

@@ -79,8 +79,8 @@ class AgreedCalls {
   }
 
   /// Sets `numbers` to the result of prefix_agreed() and `sums`, of the same length, to that of
-  /// sum_agreed(), if no rank failed. Returns whether one did. One call of MPI for up to 64 KiB over all
-  /// ranks, otherwise two.
+  /// sum_agreed(), if no rank failed. Returns whether one did. One call of MPI for up to 64 KiB
+  /// over all ranks, otherwise two for each MiB of `numbers`.
   [[nodiscard]] bool sum_and_prefix_or_fail(std::span<Index> numbers, std::span<Index> sums) const {
     if (is_small<Index>(numbers.size() + 1)) {
       return gather_or_fail(numbers.data(), sums.data(), numbers.size());
@@ -119,7 +119,8 @@ class AgreedCalls {
   /// Room for gather_agreed() of `numbers` numbers, those of all ranks. Local; may throw std::bad_alloc.
   void make_room_to_gather(std::size_t numbers) const { channel().room<Index>(numbers); }
 
-  /// Replaces each number by its sum over the ranks before this one, 0 on rank 0.
+  /// Replaces each number by its sum over the ranks before this one, 0 on rank 0. Call
+  /// make_room_for_sum<Index>() with this count before.
   void prefix_agreed(std::span<Index> numbers) const {
     auto* const room = room_for<Index>(numbers.size());
     for_each_piece<Index>(numbers.size(), [&](std::size_t first, int count) {

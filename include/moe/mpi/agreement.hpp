@@ -68,8 +68,8 @@ class Agreement {
   }
 
   /// A number is equal on all ranks if its minimum and maximum over the ranks are. Returns the numbers of
-  /// every rank, or nothing if the claims differ. Numbers must be at least 0: each rank has 0 in the
-  /// places of the others, and the reduction takes the maximum.
+  /// every rank, or nothing if a rank failed or the claims differ. Numbers must be at least 0: each
+  /// rank has 0 in the places of the others, and the reduction takes the maximum.
   std::span<const Index> all_agree(const Claim& claim, std::initializer_list<Index> numbers) {
     static_assert(std::is_signed_v<Index> && sizeof(Index) == sizeof(std::int64_t));
     MOE_ASSERT(numbers.size() <= most_numbers);

@@ -25,9 +25,10 @@ namespace moe::mpi {
 
 /// What this rank sent, and how long it waited for others, sending and receiving included.
 struct Traffic {
-  double seconds = 0;            ///< waited
-  std::int64_t row_bytes = 0;    ///< of the rows of tokens that went to other ranks
-  std::int64_t other_bytes = 0;  ///< of the counts and weights that went with them
+  double seconds = 0;          ///< waited
+  std::int64_t row_bytes = 0;  ///< of the rows of tokens that went to other ranks
+  /// Of other numbers sent to single ranks: counts, weights, moved experts, checkpoints.
+  std::int64_t other_bytes = 0;
   std::int64_t collectives = 0;  ///< calls of MPI in which all ranks took part
 };
 

@@ -16,12 +16,12 @@
 
 namespace moe::mpi {
 
-/// Starts MPI, unless that was done before, and ends it at the end of its scope. If an exception leaves the
-/// scope, it ends the processes of all ranks with MPI_Abort() instead, since the others would wait for this
-/// one for ever. The exception's message is then lost unless it was printed before; run() prints it. After
-/// a time-out of a Communicator it ends all ranks too, since MPI cannot be finalized. If another rank does
-/// not come while MPI starts or ends, this process ends with a message after `timeout` seconds; 0 is no
-/// timeout.
+/// Starts MPI and ends it at the end of its scope; does neither if MPI was started before. If an
+/// exception leaves the scope, it ends the processes of all ranks with MPI_Abort() instead, since
+/// the others would wait for this one for ever. The exception's message is then lost unless it was
+/// printed before; run() prints it. After a time-out of a Communicator it ends all ranks too, since
+/// MPI cannot be finalized. If another rank does not come while MPI starts or ends, this process
+/// ends with a message after `timeout` seconds; 0 is no timeout.
 ///
 /// Threads of OpenMP may compute, but only the thread that made this object may call MPI
 /// (MPI_THREAD_FUNNELED).

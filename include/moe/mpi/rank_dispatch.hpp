@@ -50,10 +50,11 @@ struct Shard {
 /// The experts are spread over the ranks of a communicator, see Placement. It has the functions of
 /// LocalDispatch; ExpertParallel describes a layer with it. It can be moved, not copied.
 ///
-/// A slot whose expert is on another rank costs messages of D numbers in both directions, in forward and
-/// in backward, and one more for its weight. The sending rank packs the rows; the receiving rank
-/// does not sort them by expert. During the exchange a rank computes the slots that stay. Experts
-/// of the dispatch after the placed ones (a layer's identity experts) are left to the layer.
+/// In forward and in backward, a slot whose expert is on another rank costs D numbers in each
+/// direction, and one more number for its weight or the weight's gradient. The sending rank packs
+/// the rows; the receiving rank does not sort them by expert. During the exchange a rank computes
+/// the slots that stay. Experts of the dispatch after the placed ones (a layer's identity experts)
+/// are left to the layer.
 class RankDispatch {
  public:
   /// The experts will be on these ranks.

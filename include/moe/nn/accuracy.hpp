@@ -15,8 +15,8 @@ namespace moe {
 /// Tokens are ignored as in SoftmaxCrossEntropy: those with a negative target and, where `valid` has T
 /// entries, those whose entry is 0; neither their logits nor, with `valid`, their targets are read. If all
 /// are ignored, the share is 0. Of equal logits the first is the largest, as in PyTorch's argmax, and a
-/// token with a NaN among its logits counts as wrong. Allocates nothing. Throws std::invalid_argument under
-/// the conditions of SoftmaxCrossEntropy.
+/// token with a NaN among its logits counts as wrong. Allocates nothing if logits are a row-major
+/// matrix, block or map. Throws std::invalid_argument under the conditions of SoftmaxCrossEntropy.
 template <class Derived>
 double accuracy(const Eigen::MatrixBase<Derived>& logits, IndexSpan targets,
                 std::span<const std::uint8_t> valid = {}) {

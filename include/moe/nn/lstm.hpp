@@ -42,8 +42,9 @@ void lstm_step(Index H, Scalar* z, const Scalar* c_before, Scalar* c, Scalar* h)
   moe::detail::map(H, h, next_hidden, o, c);
 }
 
-/// The backward of lstm_step(). On entry dh and dc are the gradients with respect to h and c from the
-/// steps after; on return dc is the gradient with respect to c_before, and dz that with respect to z.
+/// The backward of lstm_step(). On entry dh is the gradient with respect to h, from dy and the
+/// steps after, and dc that with respect to c from the steps after; on return dc is the gradient
+/// with respect to c_before, and dz that with respect to z.
 ///
 ///     dc += dh ⊙ o ⊙ (1 - tanh²(c)) = dh ⊙ (o - h ⊙ tanh(c))
 ///     dz_i = dc ⊙ g ⊙ i ⊙ (1 - i)       dz_f = dc ⊙ c_before ⊙ f ⊙ (1 - f)
@@ -236,8 +237,8 @@ class LSTM {
     return tape.dx;
   }
 
-  /// forward() without the copy of x that backward() needs. Throws as forward() does, and if x overlaps tape.y,
-  /// tape.gates or tape.cell.
+  /// forward() without the copy of x that backward() needs. Throws std::invalid_argument for shapes
+  /// that forward() refuses, and if x overlaps tape.y, tape.gates or tape.cell.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
     detail::require_apart("LSTM::evaluate", "x", x, {tape.y, tape.gates, tape.cell});

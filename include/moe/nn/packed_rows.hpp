@@ -23,8 +23,8 @@ struct PackedRows {
     }
   }
 
-  /// packed[i] = padded[rows[i]]. The padding is not read. Throws std::invalid_argument if `padded` has
-  /// fewer rows, or if both are one matrix.
+  /// packed[i] = padded[rows[i]]. The padding is not read. Throws std::invalid_argument if `rows`
+  /// names a row that `padded` does not have, or if both are one matrix.
   template <class Scalar>
   void pack(const Matrix<Scalar>& padded, Matrix<Scalar>& packed) const {
     check(padded.rows());

@@ -48,7 +48,7 @@ class Residual {
   static_assert(
       detail::TakesRows<Module> || detail::TakesPass<Module>,
       "the module of a Residual must have forward(x, tape) const or forward(x, tape, const "
-      "moe::Pass&) const, x being as tape.y");
+      "moe::Pass&) const, x being of the type of tape.y");
 
  public:
   using Config = typename Module::Config;  ///< the module's

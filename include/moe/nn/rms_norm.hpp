@@ -17,8 +17,9 @@ namespace moe {
 ///     y_j = gain_j · x_j / √(mean over i of x_i² + epsilon)
 ///
 /// B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019. The gain is 1 initially;
-/// PyTorch's RMSNorm calls it weight and has a smaller default epsilon. A token of zeros stays zero. In
-/// float a token with entries above 1e19 becomes 0, since its squares are infinite.
+/// PyTorch's RMSNorm calls it weight and has a smaller default epsilon. A token of zeros stays
+/// zero. In float a token whose sum of squares is above 3.4e38 becomes 0, since that sum is
+/// infinite.
 template <class Scalar = float>
 class RMSNorm {
  public:

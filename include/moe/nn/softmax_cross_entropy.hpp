@@ -55,7 +55,8 @@ class SoftmaxCrossEntropy {
     return tape.dlogits;
   }
 
-  /// The loss, with the same bits as in forward(), without its gradient.
+  /// The loss, with the same bits as in forward(), without its gradient. Throws
+  /// std::invalid_argument for targets and `valid` that forward() refuses.
   Scalar evaluate(const MatrixRef<Scalar>& logits, IndexSpan targets, Tape& tape,
                   std::span<const std::uint8_t> valid = {}) const {
     const Index counted =

@@ -36,12 +36,12 @@ struct FactoredMatrix {
 ///     v = r·cᵀ / mean(r)               v̂ = v / (1 - β2^t)
 ///     w = (1 - η·weight_decay)·w - η·g / (√v̂ + ε)         η the learning rate
 ///
-/// Where g² = a·bᵀ at every update, with one a or with one b for all of them, v is Adam's and the
-/// update is Adam's with β1 = 0. This holds for every vector: a bias is a matrix of one row, its c
-/// the full second moment. Elsewhere v is the matrix of rank one that has the row and column means
-/// of Adam's. An element that is large for its row and its column then moves by more than η, and by
-/// far more if most of mean(r) comes from other rows and columns: of a gradient diag(1000, 1) the
-/// first update moves the second element by 1000·η. A lower learning rate than Adam's helps.
+/// Where g² = a·bᵀ at every update, with the same a at all updates or the same b, v is Adam's and
+/// the update is Adam's with β1 = 0. This holds for every vector: a bias is a matrix of one row,
+/// its c the full second moment. Elsewhere v is the matrix of rank one that has the row and column
+/// means of Adam's. An element that is large for its row and its column then moves by more than η,
+/// and by far more if most of mean(r) comes from other rows and columns: of a gradient diag(1000,
+/// 1) the first update moves the second element by 1000·η. A lower learning rate than Adam's helps.
 ///
 /// N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018
 /// (arXiv 1804.04235) appeared a year later. Adafactor factors v in the same way, but does not

@@ -69,8 +69,8 @@ struct CheckScalarOfModule {
 /// of idle parameters are counted too, so that no other block moves to another lane when they are
 /// left out. There is one parallel region for the whole module: a layer of many experts has
 /// thousands of small parameters, and waking the workers for each would take longer than the work.
-/// Does not allocate. Throws std::invalid_argument, before the first call, if a gradient has
-/// another shape than its value.
+/// Allocates only the memory of gradients that have none yet. Throws std::invalid_argument, before the
+/// first call, if a gradient has another shape than its value.
 template <class Module, class F>
 void for_each_parameter_block(Module& module, Updates updates, F&& f) {
   const Index tasks = optimizer_tasks(prepare_gradients(module, updates));

@@ -122,8 +122,8 @@ class ResolvedGroups {
   template <class Module>
   static constexpr char type_tag = 0;
 
-  /// Compares the type of the module and the addresses of its parameters: the names depend on
-  /// nothing else.
+  /// Compares the type of the module, and the addresses and structure numbers of its parameters:
+  /// the names depend on nothing else.
   template <class Module>
   bool is_resolved(const Module& module) const {
     if (module_type_ != &type_tag<Module>) return false;

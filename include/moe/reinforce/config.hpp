@@ -43,7 +43,7 @@ template <class Scalar, class Baseline>
 ReinforceConfig<Baseline> checked(ReinforceConfig<Baseline> config) {
   require(config.end >= 0, "Reinforce::Config.end = ", config.end, ", must be at least 0");
   require(config.start >= -1, "Reinforce::Config.start = ", config.start,
-          ", must be a symbol, or -1 for the end symbol");
+          ", must be at least 0, or -1 for the end symbol");
   require(config.max_length >= 1 && config.max_length <= 1'000'000,
           "Reinforce::Config.max_length = ", config.max_length, ", must be in [1, 1000000]");
   require(

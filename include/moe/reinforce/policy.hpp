@@ -37,8 +37,8 @@ namespace moe {
 /// Given the same numbers, step and forward give the same logits. `noise` is the key of all random
 /// numbers of the policy: those of a mixture's gate, of dropout. Without a key nothing is drawn, as in
 /// evaluation. With the same key forward must draw the same numbers as the steps. For that, step()
-/// counts the rows that it passed to a mixture at earlier steps (padding too, if a mask marks it), and
-/// passes their number as NoiseKey::first_token.
+/// counts the rows that it passed to a mixture at earlier steps (padding too, if a mask marks it),
+/// and adds their number to NoiseKey::first_token.
 ///
 /// A logit of -infinity forbids a symbol. The backward of a MoELayer in the policy includes the layer's
 /// own losses, once and unscaled, whatever the objective.

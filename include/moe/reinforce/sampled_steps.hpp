@@ -75,7 +75,7 @@ class SampledSteps {
   }
 
   /// Copies the policy's state at the sampled steps to `packed` (count() x W). Throws
-  /// std::invalid_argument unless the policy has a row for each row of the logits.
+  /// std::invalid_argument unless the policy's hidden(tape) has a row for each row of the logits.
   void pack_hidden(Matrix<Scalar>& packed) const requires PolicyWithHidden<P> {
     const Matrix<Scalar>& hidden = policy_.hidden(tape_);
     const Index rows = rollout_.steps * rollout_.rows();

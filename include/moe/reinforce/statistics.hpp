@@ -17,7 +17,7 @@ struct ReinforceStatistics {
   Index forced_steps = 0;     ///< symbols trained by cross-entropy
   double cross_entropy = 0;   ///< nats per forced symbol
   double mean_reward = 0;     ///< mean over sampled sequences of the sum of rewards
-  double reward_stddev = 0;   ///< its standard deviation
+  double reward_stddev = 0;   ///< standard deviation of that sum over sampled sequences
   double mean_return = 0;     ///< mean over sampled sequences of R at the first sampled step
   double entropy = 0;         ///< nats per sampled step, of π_τ
   double mean_length = 0;     ///< of sampled sequences, the end symbol included

@@ -55,7 +55,7 @@ inline Index expert_capacity(double factor, Index tokens, Index top_k, Index exp
 
 /// The sequences of a batch, if each has places of its own.
 struct PlaceSequences {
-  Index count = 1;  ///< if not 1, of a number of rows that is a multiple of it
+  Index count = 1;                        ///< divides the number of rows
   RowOrder order = RowOrder::time_major;  ///< of the rows
   const ValidTokens* tokens = nullptr;  ///< the rows of the choices' tokens; null for one sequence
 
@@ -82,9 +82,9 @@ struct CapacityScratch {
   SharedSelection<Scalar> shared;  ///< by weight
 };
 
-/// Drops the choices that find no place of the `capacity` of an expert in each sequence; choices that were
-/// dropped before take none. Ties of weights go to the lower token, and NaN comes last. O(T·K + E), for
-/// largest_weight and best_tokens O(T·K·log(T·K)).
+/// Drops the choices that find no place left: each expert has `capacity` places in each sequence.
+/// Choices that were dropped before take none. Ties of weights go to the lower token, and NaN comes
+/// last. O(T·K + E), for largest_weight and best_tokens O(T·K·log(T·K)).
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
                         const PlaceSequences& sequences, Choices<Scalar>& choices,

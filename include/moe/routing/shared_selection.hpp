@@ -46,11 +46,11 @@ struct ShownQuantiles {
     return candidates <= quantiles ? i : (i + 1) * candidates / (quantiles + 1);
   }
 
-  /// The largest number of candidates among which a search for one of them goes on after a gather, if it
-  /// was among `candidates` before. With g = candidates / (quantiles + 1), rounded down: between two
-  /// neighbouring shown candidates, before the first one and after the last, the processes have at most g
-  /// others in all. The search goes on between a shown candidate at most g + 1 before the one that is
-  /// searched for and one at most g + 1 after it.
+  /// The largest number of candidates that can be left to a search after a gather, if `candidates`
+  /// were left before it. With g = candidates / (quantiles + 1), rounded down: between two
+  /// neighbouring shown candidates, before the first one and after the last, the processes have at
+  /// most g others in all. The search goes on between a shown candidate at most g + 1 before the
+  /// one that is searched for and one at most g + 1 after it.
   static Index remaining(Index candidates, Index quantiles) {
     return 2 * (candidates / (quantiles + 1)) + 1;
   }
@@ -93,9 +93,9 @@ template <class Scalar>
 class SharedSelection {
  public:
   /// for_each(visit) calls visit(expert, score) for every candidate of this process, in any order, but
-  /// not from two threads at once for one expert; it is called three times. No expert has more candidates in
-  /// all processes than the batch has tokens. Collective: `experts` and `count` are the same in all
-  /// processes.
+  /// not from two threads at once for one expert; it is called at most three times. No expert has
+  /// more candidates in all processes than the batch has tokens. Collective: `experts` and `count`
+  /// are the same in all processes.
   template <class ForEach>
   void find(Index experts, Index count, const SharedBatch& batch, ForEach&& for_each) {
     const int digit = digit_bits(experts);

@@ -56,9 +56,10 @@ struct TopKConfig {
   bool selection_bias = false;
   double bias_rate = 0.001;  ///< by how much update_selection_bias() moves an entry, >= 0
 
-  /// j is uniform in [1 - a, 1 + a), where a = jitter·Pass::noise_factor [F22 app. C]. In [0, 1).
+  /// In [0, 1). j is uniform in [1 - a, 1 + a), where a = jitter·Pass::noise_factor [F22 app. C].
   double jitter = 0;
-  bool random_second = false;  ///< K = 2: the second choice is kept with probability 2·w [G21]
+  /// K = 2: in training the second choice is kept with probability 2·w, at most 1 [G21].
+  bool random_second = false;
   /// K = 2: in training the second choice is drawn, with the probabilities softmax(c), by Gumbel noise, as in
   /// NLLB-MoE's code; not with a selection bias, which would have no part in it.
   bool drawn_second = false;

@@ -278,7 +278,7 @@ void check_pass_is_minded(const Layer& layer, const Matrix<double>& x, const Pas
             tape.balance().loss, " with ", held, " in padding, which must not be read");
     for (Index row = 0; row < x.rows(); ++row) {
       require(pass.valid[to_size(row)] == 0 || other_y.row(row) == y.row(row), caller, ": row ",
-              row, " of y is another with ", held, " in padding, which must not be read");
+              row, " of y changes with ", held, " in padding, which must not be read");
     }
   }
 }

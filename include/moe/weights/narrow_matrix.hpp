@@ -139,7 +139,7 @@ class NarrowMatrix {
     }
   }
 
-  /// Refers to packed memory, of bytes_of(rows, columns) bytes.
+  /// Refers to memory of bytes_of(rows, columns) bytes, packed for packets of this machine's width.
   NarrowMatrix(Index rows, Index columns, std::shared_ptr<const std::byte> packed)
       : rows_(rows), columns_(columns), data_(std::move(packed)) {}
 

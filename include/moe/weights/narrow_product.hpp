@@ -196,8 +196,8 @@ void for_each_stretch(Index rows, const std::byte* panel, Index block_bytes, Ind
   }
 }
 
-/// Calls f(from, to) for some rows: pointers to the rows of A from step k on, and to those of C as of
-/// with_panel_of_c().
+/// Calls f(from, to) for some rows: pointers to the rows of A from step k on, and the pointers to
+/// rows of C that with_panel_of_c() passes.
 template <class Format, class F>
 void with_tile_of_rows(const GemmNN<float, NarrowOperand<Format>>& product, const PanelPart& part,
                        Range rows, Index k, F&& f) {

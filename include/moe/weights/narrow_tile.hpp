@@ -46,8 +46,8 @@ template <class Format>
 inline constexpr Index narrow_tile_rows = is_wide<Format>                    ? 5
                                           : l2_feeds_tiles || Format::scaled ? 6
                                                                              : 2;
-/// Packets of a tile of some rows: a panel's, or if there are only 16 registers and more than `whole` rows, as
-/// many as fit.
+/// Packets of a tile of some rows: a panel's, or as many as fit if the format has scales, there are
+/// only 16 registers, and more than `whole` rows.
 template <class Format>
 constexpr Index narrow_tile_packets(Index rows, Index whole) {
   return l2_feeds_tiles || rows <= whole || !Format::scaled ? panel_packets : 2;
