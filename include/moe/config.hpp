@@ -79,18 +79,18 @@ namespace moe::detail {
 static_assert(sizeof(Eigen::Index) >= 8, "moe needs a 64-bit Eigen::Index");
 
 /// A piece of a message: a text, a whole number, or a floating-point number.
-class Part {
+class MessagePart {
  public:
   template <class T>
   requires std::is_signed_v<T> && std::is_integral_v<T>
-  explicit Part(T value) : kind_(Kind::whole), whole_(value) {}
+  explicit MessagePart(T value) : kind_(Kind::whole), whole_(value) {}
   template <class T>
   requires std::is_unsigned_v<T> && std::is_integral_v<T>
-  explicit Part(T value) : kind_(Kind::count), count_(value) {}
+  explicit MessagePart(T value) : kind_(Kind::count), count_(value) {}
   template <class T>
   requires std::is_floating_point_v<T>
-  explicit Part(T value) : kind_(Kind::number), number_(static_cast<double>(value)) {}
-  explicit Part(std::string_view value) : kind_(Kind::text), text_(value) {}
+  explicit MessagePart(T value) : kind_(Kind::number), number_(static_cast<double>(value)) {}
+  explicit MessagePart(std::string_view value) : kind_(Kind::text), text_(value) {}
 
   void append_to(std::string& text) const {
     char digits[32] = "";
@@ -121,16 +121,16 @@ class Part {
   };
 };
 
-inline std::string join_parts(std::initializer_list<Part> parts) {
+inline std::string join_parts(std::initializer_list<MessagePart> parts) {
   std::string text;
-  for (const Part& part : parts) part.append_to(text);
+  for (const MessagePart& part : parts) part.append_to(text);
   return text;
 }
 
 /// The parts one after the other, floating-point numbers as "%g" prints them.
 template <class... Parts>
 std::string join(const Parts&... parts) {
-  return join_parts({Part(parts)...});
+  return join_parts({MessagePart(parts)...});
 }
 
 /// One function throws for all checks: inlined into each of them, the code that throws would be a
@@ -139,16 +139,23 @@ std::string join(const Parts&... parts) {
 [[gnu::noinline, gnu::cold]]
 #endif
 // clang-format off
-[[noreturn]] inline void fail(std::initializer_list<Part> parts) {
+[[noreturn]] inline void throw_invalid_argument(std::initializer_list<MessagePart> parts) {
   throw std::invalid_argument("moe: " + join_parts(parts));
 }
 // clang-format on
 
-/// Throws std::invalid_argument with the concatenated parts unless the condition holds. Every
-/// message names the field and the numbers, since it may be all that reaches a log.
+/// Throws std::invalid_argument with the concatenated parts. Every message names the field and the numbers,
+/// since it may be all that reaches a log.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw_invalid_argument({MessagePart(parts)...});
+}
+
+/// fail(parts...) unless the condition holds. (A call of it would be one more function to compile for each
+/// message.)
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
-  if (!condition) fail({Part(parts)...});
+  if (!condition) throw_invalid_argument({MessagePart(parts)...});
 }
 
 }  // namespace moe::detail

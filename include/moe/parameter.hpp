@@ -189,7 +189,7 @@ class ParameterName {
     if (parent_ == nullptr) return {};
     std::string text = parent_->string();
     if (!text.empty()) text += '.';
-    (part_.empty() ? detail::Part(index_) : detail::Part(part_)).append_to(text);
+    (part_.empty() ? detail::MessagePart(index_) : detail::MessagePart(part_)).append_to(text);
     return text;
   }
   /// The same, implicitly.
@@ -291,9 +291,8 @@ template <class Module>
 void check_shapes(const Module& module, std::string_view of) {
   walk_parameters(module, [&](const ParameterName& name, const auto& p) {
     if (p.value.rows() == p.stored.rows && p.value.cols() == p.stored.columns) return;
-    fail({Part(of), Part(": "), Part(name.string()), Part(" is "), Part(p.value.rows()),
-          Part(" x "), Part(p.value.cols()), Part(", must be "), Part(p.stored.rows), Part(" x "),
-          Part(p.stored.columns)});
+    fail(of, ": ", name.string(), " is ", p.value.rows(), " x ", p.value.cols(), ", must be ",
+         p.stored.rows, " x ", p.stored.columns);
   });
 }
 
@@ -320,9 +319,8 @@ void check_same_shapes(const Module& there, const Module& here, std::string_view
     const auto [rows, columns] =
         next < shapes.size() ? shapes[next++] : std::pair<Index, Index>{0, 0};
     if (rows == p.value.rows() && columns == p.value.cols()) return;
-    fail({Part(of), Part(name.string()), Part(" would become "), Part(rows), Part(" x "),
-          Part(columns), Part(", must be "), Part(p.value.rows()), Part(" x "),
-          Part(p.value.cols())});
+    fail(of, name.string(), " would become ", rows, " x ", columns, ", must be ", p.value.rows(),
+         " x ", p.value.cols());
   });
   require(next == shapes.size(), of, ": the numbers of parameters differ");
 }

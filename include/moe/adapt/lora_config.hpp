@@ -20,8 +20,8 @@ struct LoraConfig {
   /// factor = alpha / sqrt(rank) [D. Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning
   /// with LoRA", 2023].
   bool rank_stabilized = false;
-  /// An adapter on W_1 of the gated form; the plain form has no such map. Unless rank is 0, at least one map
-  /// of the network must have an adapter.
+  /// An adapter on W_1 of the gated form (gate.weight); ignored in the plain form. Unless rank is
+  /// 0, at least one map of the network must have an adapter.
   bool gate = true;
   bool up = true;    ///< on W_1 of the plain form and W_3 of the gated one
   bool down = true;  ///< on W_2

@@ -88,7 +88,8 @@ class LoraGate {
   }
 
   /// A copy of a gate with fresh adapters. Its parameters stay trained or frozen as they are.
-  /// Throws std::invalid_argument for a configuration out of range.
+  /// Throws std::invalid_argument for a configuration out of range, or if rank > 0 and the gate has no
+  /// parameter to adapt.
   LoraGate(Adapted gate, const LoraGateConfig& lora, std::uint64_t seed)
       : config_{gate.config().width, gate.config(),
                 detail::checked_lora<Scalar>("LoraGateConfig", lora)},

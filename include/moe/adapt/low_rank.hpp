@@ -84,9 +84,10 @@ void multiply_low_rank(const LowRank<Scalar>& w, const MatrixView<Scalar>& t,
                       .start = product.start});
 }
 
-/// Adds to the gradients of A and B, if they are trained, or writes over them: some of their gradient_rows().
-/// With G = xᵀ·dy, the gradient of the sum of the matrices, dA = factor·G·Bᵀ = xᵀ·t_b and
-/// dB = factor·Aᵀ·G = t_aᵀ·dy; t_a = factor·x·A and t_b = factor·dy·Bᵀ are n x r, and G is not formed.
+/// Adds to, or overwrites, the range `rows` of the gradient_rows() of A and B, where they are
+/// trained. With G = xᵀ·dy, the gradient of the sum of the matrices, dA = factor·G·Bᵀ = xᵀ·t_b and
+/// dB = factor·Aᵀ·G = t_aᵀ·dy; t_a = factor·x·A and t_b = factor·dy·Bᵀ are n x r, and G is not
+/// formed.
 template <class Scalar>
 void add_low_rank_gradients(LowRank<Scalar>& w, const GatheredRows<Scalar>& x,
                             const GatheredRows<Scalar>& dy, const MatrixView<Scalar>& t_a,

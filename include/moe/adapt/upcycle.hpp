@@ -138,8 +138,8 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 ///
 /// which is dense(x_t) where weights add up to 1:
 /// - NoisyTopKGate, HierarchicalGate, and TopKGate with `renormalise` or Score::softmax_of_chosen, a
-///   renormalise_epsilon of 0 and a scale of 1. The weights of a TopKGate without these add up to about K/E
-///   at first; a scale of E/K makes that about 1.
+///   renormalise_epsilon of 0 and a scale of 1. With Score::softmax and without these, the weights of a
+///   TopKGate add up to about K/E at first; a scale of E/K makes that about 1.
 /// - BalancedGate, for the tokens that an expert took.
 /// - SharedExpertGate, if its `scale`, taken for each shared expert, and the wrapped gate's weights add up
 ///   to 1. ExpertChoiceGate's weights do not.

@@ -56,8 +56,9 @@ class FeedForward : public detail::FeedForwardPasses<Scalar_, Parameter<Scalar_>
     fill_uniform(gate_bias_.value, up_bound, derive_seed(seed, 5));
   }
 
-  /// A network whose parameters are all 0, to be overwritten: those of a file, for example. (Trained as it is, all
-  /// its hidden units would stay equal.) Throws std::invalid_argument for a configuration out of range.
+  /// A network whose parameters are all 0, to be overwritten, for example with those of a file.
+  /// (Trained as it is, all its hidden units would stay equal.) Throws std::invalid_argument for a
+  /// configuration out of range.
   static FeedForward zeros(const Config& config) { return FeedForward(config); }
 
   /// The parameters named above.

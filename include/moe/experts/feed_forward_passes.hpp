@@ -299,9 +299,9 @@ class FeedForwardPasses {
   /// The number of pre-activations of a hidden unit.
   Index pre_parts() const { return config_.gated ? 2 : 1; }
   Index pre_width() const { return pre_parts() * config_.hidden; }
-  bool keeps_unweighted() const { return config_.weighted_input && config_.bias; }
+  bool saves_unweighted() const { return config_.weighted_input && config_.bias; }
   Index parts_column() const {
-    const Index matrices = 1 + (config_.recompute ? 1 : 0) + (keeps_unweighted() ? 1 : 0);
+    const Index matrices = 1 + (config_.recompute ? 1 : 0) + (saves_unweighted() ? 1 : 0);
     return config_.hidden + matrices * pre_width();
   }
   Index panels() const {
@@ -611,7 +611,7 @@ class FeedForwardPasses {
       auto unweighted = tile_of(unweighted_of(block), column);
       for (Index part = 0; part < pre_parts(); ++part) {
         const ScatteredRows<Scalar> d(gradient(rows.first, part), stride, rows.count, width);
-        for (Index r = 0; r < rows.count && keeps_unweighted(); ++r) {
+        for (Index r = 0; r < rows.count && saves_unweighted(); ++r) {
           std::copy_n(d.row(r), width, unweighted(rows.first + r, part));
         }
         weigh_rows_backward(part == 0 ? saved_first : saved_second, {block.weight + rows.first, 1},

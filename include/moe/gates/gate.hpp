@@ -56,6 +56,8 @@ struct GateTape {
 ///                                      config()
 ///     update_selection_bias(tape)      moves the gate's selection bias after an update of the weights
 ///     config()                         const; its Config, as it is now
+///     noise_columns()                  const; the number of values of Pass::noise for a row of x. Without
+///                                      it a SharedExpertGate around the gate refuses Pass::noise
 ///     change_experts(sources, seed, noise_stddev)
 ///                                      adds, copies and removes experts as listed in `sources`: in the
 ///                                      Config, and in each parameter that has a column per expert.

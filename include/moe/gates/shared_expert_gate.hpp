@@ -131,7 +131,8 @@ class SharedExpertGate
     if constexpr (requires { routed_.check_evaluate(x, pass); }) routed_.check_evaluate(x, pass);
   }
 
-  /// Changes the weights of the wrapped gate's losses from the next pass on.
+  /// Changes the weights of the wrapped gate's losses from the next pass on. Throws as the wrapped
+  /// gate does.
   template <class G = RoutedGate>
   requires requires(G& gate, const LossWeights& weights) { gate.set_loss_weights(weights); }
   void set_loss_weights(const LossWeights& weights) {

@@ -115,8 +115,8 @@ class Pretrained {
 /// Opens a folder with config.json and model.safetensors, or the shards in model.safetensors.index.json.
 /// `more` are families in addition to known_families(), searched first. Throws std::runtime_error, which
 /// names the file and what is wrong with it, if a file is missing or damaged, a setting is missing or out of
-/// range, or the family is not known; and std::invalid_argument if a family in `more` does not name a tensor
-/// that it must name.
+/// range, or the family is not known; and std::invalid_argument if a mixture of a family in `more`
+/// lacks the name of a tensor or has a field out of range.
 inline Pretrained open_pretrained(const std::string& folder, std::span<const Family> more = {}) {
   return {folder, more};
 }

@@ -129,7 +129,7 @@ inline std::vector<std::byte> checked_bytes(const SafetensorsFile& file, const s
 /// Whether a code stands for a weight of the format.
 template <class Format>
 bool is_code(typename Format::Code code) {
-  if constexpr (Format::scaled) return code != -128;  // of Int8; Int4 has all codes of 4 bits
+  if constexpr (Format::scaled) return code != -128;  // every 4-bit code of Int4 is valid
   return std::isfinite(Format::decode(code, 1));
 }
 

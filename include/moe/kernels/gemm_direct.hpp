@@ -123,7 +123,7 @@ void gemm_direct(const GemmNN<Scalar>& product) {
         // The first tile waits for memory, so it is as high as can be.
         const Index highest = a.count() <= tallest ? a.count() : tile_rows;
         multiply(0, highest);
-        right.cached = true;  // but it is prefetched again, since some of it was not
+        right.cached = true;  // prefetching stays on: the first tile did not prefetch all of it
         if (packs) right = DirectB<Scalar>::of_strips(strips, count);
         for_each_tile(a.count() - highest, tile_rows,
                       [&](Index first, Index rows) { multiply(highest + first, rows); });

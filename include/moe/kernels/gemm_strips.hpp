@@ -150,8 +150,8 @@ void gemm_strips(const GemmNN<Scalar>& product) {
           left.row[r] = a.row(first + r) + k;
           to[r] = c.row(first + r) + column;
         }
-        // C comes from memory in the first block only. Its rows are far apart, so a tile of the first
-        // strip prefetches what all strips need of the next tile's.
+        // C comes from memory in the first block only. Its rows are far apart, so a tile of the
+        // first strip prefetches, for all strips, the rows of C of the next tile.
         if (k == 0 && column == first_column) {
           const bool is_last = first + height == rows;
           const Index from_row = is_last ? 0 : first + height;

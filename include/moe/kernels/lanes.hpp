@@ -105,7 +105,7 @@ EIGEN_ALWAYS_INLINE L as_lanes(const Packet<float>& value) {
   }
 }
 
-/// The number of `bits` bits of each lane, from bit `first` on.
+/// Bits [first, first + bits) of each lane, as an unsigned integer.
 template <int first, int bits, class L>
 EIGEN_ALWAYS_INLINE L field(const L& lanes) {
   return Eigen::internal::pand(shift_right<first>(lanes), broadcast_lanes((1 << bits) - 1));

@@ -271,7 +271,7 @@ void compute_beside(Index rows, Index width, Start start, const Bias<Scalar>& bi
   for (Index r = 0; r < rows; ++r) std::copy_n(to[r], width, c[r]);
 }
 
-/// The same with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
+/// multiply_tile() with `rows` from 1 to tile_rows and `packets` from 1 to tile_packets known at run time,
 /// of whose columns `width` belong to C: a wider tile is computed in a buffer and copied.
 template <class Operation = MultiplyAdd, class Scalar>
 void multiply_tile(Index rows, Index packets, Index width, const Left<Scalar>& left,

@@ -70,7 +70,7 @@ class LocalDispatch {
   /// In a policy of several processes, throws on all of them if the changes differ.
   void agree_on_change(const char*, std::uint64_t, const detail::ChangeDraws&) const {}
   /// Sends bytes to each rank and receives bytes from each; the numbers of bytes are known on both sides.
-  /// `moves` is whether any rank sends something.
+  /// The flag is whether any rank sends something.
   void exchange(const char*, bool, std::vector<std::vector<char>>&,
                 std::vector<std::vector<char>>&) const {}
 

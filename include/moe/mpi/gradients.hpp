@@ -82,12 +82,12 @@ class GradientSum {
   /// Saves the gradients of the trained parameters of a module and sets them to zero.
   template <class Module>
   void set_aside(Module& module) {
-    kept_.clear();
-    kept_states_.clear();
+    saved_.clear();
+    saved_states_.clear();
     moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
       if (!p.trained) return;
-      kept_.push_back(p.gradient());
-      kept_states_.push_back(p.stored.state);
+      saved_.push_back(p.gradient());
+      saved_states_.push_back(p.stored.state);
     });
     moe::detail::walk_parameters(module, [&](const ParameterName&, auto& p) {
       if (!p.trained) return;
@@ -99,12 +99,12 @@ class GradientSum {
   /// Restores the gradients that set_aside() saved.
   template <class Module>
   void restore(Module& module) {
-    kept_.rewind();
-    auto state = kept_states_.begin();
+    saved_.rewind();
+    auto state = saved_states_.begin();
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
           if (!p.trained) return;
-          std::copy_n(kept_.next<Scalar>(p.size()), p.size(), p.gradient().data());
+          std::copy_n(saved_.next<Scalar>(p.size()), p.size(), p.gradient().data());
           p.stored.state = *state++;
         });
   }
@@ -112,12 +112,12 @@ class GradientSum {
   /// Adds the gradients that set_aside() saved.
   template <class Module>
   void add_back(Module& module) {
-    kept_.rewind();
-    auto state = kept_states_.begin();
+    saved_.rewind();
+    auto state = saved_states_.begin();
     moe::detail::walk_parameters(
         module, [&]<class Scalar>(const ParameterName&, Parameter<Scalar>& p) {
           if (!p.trained) return;
-          moe::detail::add_scaled(p.size(), Scalar{1}, kept_.next<Scalar>(p.size()),
+          moe::detail::add_scaled(p.size(), Scalar{1}, saved_.next<Scalar>(p.size()),
                                   p.gradient().data());
           if (*state++ == State::added_to) p.stored.state = State::added_to;
         });
@@ -270,8 +270,8 @@ class GradientSum {
     }
   };
 
-  Numbers kept_;
-  std::vector<State> kept_states_;
+  Numbers saved_;
+  std::vector<State> saved_states_;
   Numbers packed_;
 };
 

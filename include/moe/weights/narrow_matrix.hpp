@@ -210,9 +210,7 @@ class NarrowMatrix {
   void pack(const MatrixRef<float>& weights, Range columns, std::string_view name,
             std::byte* data) const {
     const auto fail = [&](Index k, Index column, const char* why) {
-      detail::fail({detail::Part(name), detail::Part("("), detail::Part(k), detail::Part(", "),
-                    detail::Part(column), detail::Part(") = "), detail::Part(weights(k, column)),
-                    detail::Part(why), detail::Part(Format::name)});
+      detail::fail(name, "(", k, ", ", column, ") = ", weights(k, column), why, Format::name);
     };
     float block[detail::to_size(Format::block)];
     for (Index j = columns.first; j < columns.first + columns.count; ++j) {

@@ -220,7 +220,8 @@ TEST_CASE("stored tensors: another shape, another type and missing scales are na
   fails("twice", {2, 3},
         "has both tensor \"twice_scale_inv\" and tensor \"twice_scale\", of which one must be the "
         "scales of tensor \"twice\"");
-  fails("vector", {3}, "tensor \"vector\" is F8_E4M3 of shape [3], which is no map");
+  fails("vector", {3},
+        "tensor \"vector\" is F8_E4M3 of shape [3], must have at least 2 dimensions");
   const std::string needed =
       ", must be [1,1] for blocks of 128 x 128, [2,1] for rows, [1,3] for columns, [1,1] or [1]";
   fails("odd", {2, 3}, "tensor \"odd_scale_inv\" has shape [2,3]" + needed);

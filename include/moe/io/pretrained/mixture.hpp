@@ -124,8 +124,8 @@ inline std::string numbered(std::string name, Index number) {
   return name;
 }
 
-/// Throws std::invalid_argument if a family does not name a tensor that its mixture must have, or
-/// if it has biases and several shared experts.
+/// Throws std::invalid_argument if a mixture lacks the name of a tensor that it must have, or has a
+/// field out of range.
 inline void check_family(const std::string& model_type, const io::Mixture& mixture) {
   const auto need = [&](bool condition, std::string_view what) {
     require(condition, "family ", model_type, ": ", what);

@@ -104,7 +104,7 @@ class StoredTensor {
     kind_ = Kind::scaled;
     find_scales(checkpoint);
     require_file(shape.size() >= 2, file_->path(), tensor_named(name_), " is F8_E4M3 of shape ",
-                 to_string(shape), ", which is no map");
+                 to_string(shape), ", must have at least 2 dimensions");
     const Shape& scales = scale_file_->tensor(scale_name_).shape;
     const auto rows = static_cast<Index>(shape[shape.size() - 2]);
     const auto columns = static_cast<Index>(shape.back());

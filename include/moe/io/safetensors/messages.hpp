@@ -17,7 +17,7 @@ namespace moe::detail {
 template <class... Parts>
 [[noreturn]] void fail_file(const std::string& path, const Parts&... parts) {
   std::string text = "moe: " + path + ": ";
-  (Part(parts).append_to(text), ...);
+  (MessagePart(parts).append_to(text), ...);
   throw std::runtime_error(text);
 }
 

@@ -34,11 +34,11 @@ namespace moe {
 /// tensor.
 ///
 /// It accepts the files that the Python package safetensors 0.8 accepts, with these differences. A
-/// file with a type that is not known is refused by the package; here only that tensor cannot be
-/// read, and its size is given by its offsets. Only the Python package accepts: white space before
-/// the header's {, a tensor or metadata key that occurs twice, a tensor as a list or a type as an
-/// object (which is not in the format), and more than 64 dimensions. Only this class accepts: sizes
-/// whose product overflows before a size of zero, and unknown values nested deeper than 127.
+/// file with a type that is not known is refused by the package; here only read_bytes() can read
+/// that tensor, and its size is given by its offsets. Only the Python package accepts: white space
+/// before the header's {, a tensor or metadata key that occurs twice, a tensor as a list or a type
+/// as an object (which is not in the format), and more than 64 dimensions. Only this class accepts:
+/// sizes whose product overflows before a size of zero, and unknown values nested deeper than 127.
 ///
 /// The file is opened once. If the file at its path is replaced, as SafetensorsWriter does, tensors are
 /// still read from the file that was opened. If a file is written over in place, reading gives the new

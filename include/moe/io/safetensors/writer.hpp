@@ -168,8 +168,9 @@ class SafetensorsWriter {
   template <class Module>
   void add_parameters(const Module&& module, const std::string& prefix = {}) = delete;
 
-  /// Adds the whole state of an optimizer for a module by its names, after `prefix`; before the first update,
-  /// zeros.
+  /// Adds the whole state of an optimizer for a module by its names, after `prefix`; before the
+  /// first update, zeros. Throws std::invalid_argument if a name was used before, or if the state
+  /// belongs to another module.
   template <class Optimizer, class Module>
   void add_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) {
     optimizer.for_each_state(
@@ -285,7 +286,7 @@ class SafetensorsWriter {
     try {
       return nlohmann::json(text).dump();
     } catch (const nlohmann::json::exception& error) {
-      detail::fail({detail::Part("SafetensorsWriter: "), detail::Part(error.what())});
+      detail::fail("SafetensorsWriter: ", error.what());
     }
   }
 
