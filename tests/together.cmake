@@ -1,8 +1,9 @@
-# moe_compile_together(VARIABLE SOURCE...): puts tests of up to 4000 lines in all into one generated source file, each
+# moe_compile_together(VARIABLE SOURCE...): puts tests of up to 8000 lines in all into one generated source file, each
 # in a namespace of its own, and the list of these files into the variable. A test that grows may move others into the
-# next file. They instantiate the same templates, and
-# g++ does so anew in each file for what the functions of a precompiled header call. With
-# -DMOE_TEST_TOGETHER=OFF each is compiled alone, which is faster for who changes one of them.
+# next file. They instantiate the same templates, and g++ does so anew in each file for what the functions of a
+# precompiled header call. With -DMOE_TEST_TOGETHER=OFF each is compiled alone, which is faster for who changes one of
+# them. A compiler takes half a gigabyte for a thousand lines: where there is less than 6 GB a processor, files have up
+# to 4000 lines.
 
 option(MOE_TEST_TOGETHER "Compile several files of tests as one" ON)
 
@@ -10,6 +11,15 @@ function(moe_compile_together variable)
   if(NOT MOE_TEST_TOGETHER)
     set(${variable} ${ARGN} PARENT_SCOPE)
     return()
+  endif()
+
+  cmake_host_system_information(RESULT megabytes QUERY TOTAL_PHYSICAL_MEMORY)
+  cmake_host_system_information(RESULT processors QUERY NUMBER_OF_LOGICAL_CORES)
+  math(EXPR megabytes "${megabytes} / ${processors}")
+  if(megabytes LESS 6000)
+    set(most_lines 4000)
+  else()
+    set(most_lines 8000)
   endif()
 
   # One folder's sources next to each other; in the order of names a folder within is between them.
@@ -26,7 +36,7 @@ function(moe_compile_together variable)
   endforeach()
 
   set(files)
-  set(count 4000)
+  set(count ${most_lines})
   foreach(source IN LISTS sources)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${source}")
     cmake_path(ABSOLUTE_PATH source)
@@ -36,7 +46,7 @@ function(moe_compile_together variable)
     string(REGEX MATCHALL "\n" text "${text}")
     list(LENGTH text lines)
     math(EXPR count "${count} + ${lines}")
-    if(count GREATER 4000)
+    if(count GREATER most_lines)
       cmake_path(RELATIVE_PATH folder BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" OUTPUT_VARIABLE file)
       set(file "${CMAKE_CURRENT_BINARY_DIR}/together/${file}/${name}.cpp")
       list(APPEND files "${file}")
