@@ -410,8 +410,8 @@ void zero_gradients(Module& module, Updates updates = Updates::dense) {
 
 namespace detail {
 
-/// Begins to track the gradients of a module, which must have none yet. From then on everything that adds
-/// to a gradient must call accumulate().
+/// Begins to track the gradients of a module, which are zero afterwards. From then on everything
+/// that adds to a gradient must call accumulate().
 template <class Module>
 void track_gradients(Module& module) {
   walk_parameters(module, [](const ParameterName&, auto& p) {

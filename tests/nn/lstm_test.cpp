@@ -232,3 +232,21 @@ TEST_CASE("lstm: what is wrong is named and changes nothing", "[nn][lstm]") {
                     "moe: LSTM: state.hidden is 3 x 4, must be 2 x 4");
   CHECK(lstm.weight_ih.gradient().isZero(0));
 }
+
+TEST_CASE(
+    "lstm: x in the memory of the initial state, which evaluate writes before it reads x, is "
+    "refused",
+    "[nn][lstm]") {
+  const LSTM<float> lstm({.inputs = 4, .hidden = 4}, 1);
+  Tape<float> tape;
+  State<float> state = random_state<float>(2, 4, 2);
+  lstm.forward(random_matrix<float>(6, 4, 3), state, tape);
+  const State<float> before = tape.initial;
+  for (const Matrix<float>* x : {&tape.initial.hidden, &tape.initial.cell}) {
+    CHECK_THROWS_WITH(lstm.evaluate(*x, state, tape),
+                      Catch::Matchers::Contains("LSTM::evaluate: x overlaps memory"));
+  }
+  CHECK(same_bits(tape.initial.hidden, before.hidden));
+  CHECK(same_bits(tape.initial.cell, before.cell));
+  CHECK(tape.trained);
+}

@@ -101,7 +101,7 @@ class MoELayer {
   explicit MoELayer(const Config& config, DispatchPolicy policy = DispatchPolicy());
 
   /// A layer made of an existing gate and existing experts: those of this process, see experts().
-  /// Throws std::invalid_argument if they do not fit the configuration.
+  /// Throws std::invalid_argument for a configuration out of range, or if they do not fit it.
   MoELayer(const Config& config, Gate gate, std::vector<Expert> experts,
            DispatchPolicy policy = DispatchPolicy())
       : policy_(std::move(policy)),
@@ -149,9 +149,9 @@ class MoELayer {
   /// Training pass over x (T x D); returns tape.y (T x D). The losses and the figures to watch are
   /// in tape.balance(). Give every update its own step: the same step draws the same noise.
   /// O(S·D·H), and what the gate costs. x may be tape.x as a whole, or any part of tape.y. Throws
-  /// std::invalid_argument when x is not D wide or is only a part of tape.x, and when the pass does not
-  /// fit x. Also throws it when the gate refuses the pass or its routing contradicts itself; then backward()
-  /// refuses the tape until another forward().
+  /// std::invalid_argument when x is not D wide or the pass does not fit x. Also throws it when x
+  /// is only a part of tape.x, when the gate refuses the pass, or when its routing contradicts
+  /// itself; then backward() refuses the tape until another forward().
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const;
 
   /// Takes dy, the gradient of the loss with respect to y (T x D), after forward() on the same tape.

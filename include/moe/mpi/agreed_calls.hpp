@@ -161,8 +161,9 @@ class AgreedCalls {
     channel().room<Index>(numbers);
   }
 
-  /// Bytes that sums, gathers and broadcasts move at a time. A piece stays in the cache, which
-  /// makes a long sum faster than in one message.
+  /// Bytes that sums, prefix sums, broadcasts and Communicator::gather() move at a time
+  /// (gather_agreed() moves all at once). A piece stays in the cache, which makes a long sum faster
+  /// than in one message.
   static constexpr std::size_t most_bytes = std::size_t{1} << 20;
 
   /// Calls f(first, count) for the pieces in which `numbers` numbers are moved. The last piece may

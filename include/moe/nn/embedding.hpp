@@ -93,7 +93,8 @@ class Embedding {
                         });
   }
 
-  /// forward() without the copy of the ids that backward() needs.
+  /// forward() without the copy of the ids that backward() needs. Throws std::invalid_argument if
+  /// an id is not in [0, vocabulary).
   const Matrix<Scalar>& evaluate(IndexSpan ids, Tape& tape) const {
     detail::check_shapes(*this, "Embedding");
     for (const Index id : ids) {

@@ -31,8 +31,9 @@ inline void check_rows(std::span<const Index> rows, Index count) {
 
 }  // namespace detail
 
-/// to[i] = from[rows[i]], whole rows of a matrix. Allocates only if the size of `to` changes. Throws
-/// std::invalid_argument, with `to` unchanged, if there is no such row, or if `from` overlaps `to`.
+/// to[i] = from[rows[i]], whole rows of a matrix. Allocates only if the size of `to` changes, or if
+/// `from` is not a row-major matrix, block or map. Throws std::invalid_argument, with `to`
+/// unchanged, if there is no such row, or if `from` overlaps `to`.
 template <class Derived, class Scalar>
 void gather_rows(const Eigen::MatrixBase<Derived>& from, IndexSpan rows, Matrix<Scalar>& to) {
   const MatrixRef<Scalar> read(from.derived());

@@ -238,10 +238,11 @@ class LSTM {
   }
 
   /// forward() without the copy of x that backward() needs. Throws std::invalid_argument for shapes
-  /// that forward() refuses, and if x overlaps tape.y, tape.gates or tape.cell.
+  /// that forward() refuses, and if x overlaps tape.y, tape.gates, tape.cell or tape.initial.
   const Matrix<Scalar>& evaluate(const MatrixRef<Scalar>& x, State& state, Tape& tape) const {
     check_input(x, state);
-    detail::require_apart("LSTM::evaluate", "x", x, {tape.y, tape.gates, tape.cell});
+    detail::require_apart("LSTM::evaluate", "x", x,
+                          {tape.y, tape.gates, tape.cell, tape.initial.hidden, tape.initial.cell});
     tape.trained = false;
     run_all(x, state, tape);
     return tape.y;

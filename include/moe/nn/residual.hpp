@@ -102,8 +102,8 @@ class Residual {
   }
 
   /// Adds to the gradients of the module's parameters and returns dx = dy + the module's dx. Throws
-  /// std::invalid_argument unless dy is T x D and the last pass on the tape was a forward(), or if dy
-  /// overlaps tape.dx.
+  /// std::invalid_argument unless dy is T x D and the last pass on the tape was a forward(), if dy
+  /// overlaps tape.dx, or if the module refuses dy or its tape.
   const Matrix<Scalar>& backward(const MatrixRef<Scalar>& dy, Tape& tape) {
     detail::require(tape.trained, "Residual::backward without a forward pass on this tape");
     detail::require(dy.rows() == tape.y.rows(), "Residual::backward: dy has ", dy.rows(),

@@ -60,8 +60,8 @@ class RMSNorm {
   /// The configuration.
   const Config& config() const { return config_; }
 
-  /// Training pass: returns tape.y (T x D). Throws std::invalid_argument if x is not T x D or overlaps
-  /// the tape's results.
+  /// Training pass: returns tape.y (T x D). Throws std::invalid_argument if x is not T x D or
+  /// overlaps tape.y or tape.normalized.
   const Matrix<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape) const {
     check_input(x);
     detail::require_apart("RMSNorm::forward", "x", x, {tape.y, tape.normalized});

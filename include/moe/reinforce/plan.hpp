@@ -33,7 +33,8 @@ struct Plan {
 };
 
 /// Throws std::invalid_argument for an objective out of range, for a number of references that is not
-/// that of the inputs, and for a reference that is too long or has a number that is not a symbol.
+/// that of the inputs, and for a reference that is too long, contains the end symbol, or has a number that
+/// is not a symbol.
 template <class Baseline>
 void check_references(const ReinforceConfig<Baseline>& config, Index symbols, std::size_t inputs,
                       std::span<const std::vector<Index>> references, const Objective& objective) {

@@ -131,11 +131,11 @@ class Reinforce {
   /// whole.
   ///
   /// Throws std::invalid_argument for an empty batch, for a Config.end that is not a symbol of the policy, for
-  /// an objective out of range, for a number of references that is not that of the inputs, for a reference
-  /// that is too long or has a symbol that is out of range or forbidden, for a reward, return, baseline or
-  /// logit that is not finite, and for logits of the wrong shape. Then no gradient was added and the
-  /// baseline's predictions are unchanged. The same holds for exceptions of the reward and of the policy,
-  /// except of its backward().
+  /// an objective out of range, for a number of references that is not that of the inputs, for a
+  /// reference that is too long, contains Config.end, or has a symbol that is out of range or
+  /// forbidden, for a reward, return, baseline or logit that is not finite, and for logits of the
+  /// wrong shape. Then no gradient was added and the baseline's predictions are unchanged. The same
+  /// holds for exceptions of the reward and of the policy, except of its backward().
   template <detail::RewardOf<Input> Reward>
   Statistics add_gradients(P& policy, std::span<const Input> inputs,
                            std::span<const Reference> references, Reward&& reward,

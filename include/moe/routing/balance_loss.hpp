@@ -176,7 +176,7 @@ struct Balance {
 
 namespace detail {
 
-/// to = from. Does not allocate if `to` has enough memory.
+/// to = from. Does not allocate if both have the same number of experts.
 template <class Scalar>
 void copy_balance(const Balance<Scalar>& from, Balance<Scalar>& to) {
   to.loss = from.loss;

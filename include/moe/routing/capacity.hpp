@@ -84,7 +84,7 @@ struct CapacityScratch {
 
 /// Drops the choices that find no place left: each expert has `capacity` places in each sequence.
 /// Choices that were dropped before take none. Ties of weights go to the lower token, and NaN comes
-/// last. O(T·K + E), for largest_weight and best_tokens O(T·K·log(T·K)).
+/// last. O(T·K + sequences·E); for largest_weight and best_tokens O(T·K·log(T·K) + sequences·E).
 template <class Scalar>
 void drop_over_capacity(PlaceOrder how, Index capacity, Index experts,
                         const PlaceSequences& sequences, Choices<Scalar>& choices,

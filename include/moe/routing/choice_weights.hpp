@@ -96,7 +96,8 @@ class ChoiceWeights {
     }
   }
 
-  /// N of the scores s(0), s(1), ..., in units of the largest, whose powers are in range.
+  /// N of the scores s(0), s(1), ..., computed from their ratios to the largest, so that no power
+  /// overflows.
   template <class F>
   Scalar norm_of(const F& s) const {
     Scalar largest = s(0);

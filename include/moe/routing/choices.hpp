@@ -23,8 +23,8 @@ struct Choices {
   Index tokens() const { return size() / top_k; }
 
   /// Makes room for `tokens` tokens, with no choice dropped.
-  void resize(Index tokens, Index active_experts) {
-    top_k = active_experts;
+  void resize(Index tokens, Index chosen) {
+    top_k = chosen;
     detail::resize(expert, tokens * top_k);
     detail::resize(weight, tokens * top_k);
     detail::assign(keeps, tokens * top_k, static_cast<unsigned char>(1));

@@ -77,12 +77,13 @@ struct ShownQuantiles {
 /// ones are taken, and the search goes on among those with the same ones. An expert is finished when all of
 /// these are taken.
 ///
-/// Then each process sorts its candidates and sends all others equally spaced ones of them, with the number
-/// of candidates they stand for. From these each process knows, for each candidate that is
-/// shown, the smallest and the largest number of candidates before it, and the search goes on between the last
-/// one that cannot come after the candidate searched for and the first one that cannot come before it. A
-/// process that has few candidates left shows all; when all processes do, the search ends. Scores that differ in
-/// their last bits alone, or not at all, take no more gathers than others.
+/// Then each process sorts its candidates and sends some of them, equally spaced, to all other
+/// processes, with the number of its candidates. From these each process knows, for each candidate
+/// that is shown, the smallest and the largest number of candidates before it, and the search goes
+/// on between the last one that cannot come after the candidate searched for and the first one that
+/// cannot come before it. A process that has few candidates left shows all; when all processes do,
+/// the search ends. Scores that differ in their last bits alone, or not at all, take no more
+/// gathers than others.
 ///
 /// The collective calls are a sum and at most three gathers, for any scores. The sum is of E·bins
 /// numbers, with 2048 bins, or as many as fit into 1 MiB, at least 2. A gather is of as

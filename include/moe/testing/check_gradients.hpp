@@ -41,8 +41,8 @@ struct GradientCheck {
   Index column = 0;       ///< of the entry
   double gradient = 0;    ///< by backward()
   double difference = 0;  ///< the difference quotient
-  /// |gradient − difference| over the largest |difference| in the same parameter, or over a millionth of
-  /// the largest in all parameters, or over 1e-11, whichever is most. NaN if the gradient is NaN or infinite.
+  /// |gradient − difference| / max(a, b, 1e-11), a being the largest |difference| in the same parameter and
+  /// b a millionth of the largest in all parameters. NaN if the gradient is NaN or infinite.
   double error = 0;
   Index checked = 0;  ///< entries in all, those left out included
   Index kinks = 0;    ///< entries left out

@@ -16,8 +16,8 @@
 ///
 ///     panel   ⌈K / block⌉ blocks
 ///     block   the scales of its columns, if the format has any, in float16; then block / group groups
-///     group   for each column of the panel the codes of `group` steps of k, the lowest in the lowest
-///             bits: 32 bits, or 16 where group is 1
+///     group   for each column of the panel a lane with the codes of `group` steps of k, where the
+///             format's get() reads them: 32 bits, or 16 where group is 1
 ///
 /// K is padded with zero weights to whole blocks. The last panel has only as many packets as its columns
 /// need.

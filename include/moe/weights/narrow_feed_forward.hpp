@@ -41,8 +41,8 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
   }
 
   /// A network of given weights: weight(name, rows, columns) returns a NarrowMatrix and bias(name, size) a
-  /// Matrix of one row, of these sizes. Throws std::invalid_argument if the format does not support
-  /// options.activations.
+  /// Matrix of one row, of these sizes. Throws std::invalid_argument for a configuration out of
+  /// range, or if the format does not support options.activations.
   template <class WeightOf, class BiasOf>
   NarrowFeedForward(const Config& config, const NarrowOptions& options, WeightOf&& weight,
                     BiasOf&& bias)

@@ -16,9 +16,10 @@
 ///
 ///     C[r, j] = start + Σ over blocks of scale·(Σ_k a[r, k]·(unit·q[k, j]))
 ///
-/// The inner sum ascends from 0, the outer one from the initial value, fused where the processor fuses. So
-/// a row has the same bits whatever rows are multiplied with it. The unit is a power of 2 by which the
-/// scale is divided, so it causes no rounding; but an activation of more than 2^92 can overflow.
+/// Both sums are added in ascending order, the inner one from 0 and the outer one from the initial
+/// value, with fused multiply-adds where the processor has them. So a row has the same bits
+/// whatever rows are multiplied with it. The unit is a power of 2 by which the scale is divided, so
+/// it causes no rounding; but an activation of more than 2^92 can overflow.
 
 MOE_PACKETS_BEGIN
 
@@ -295,7 +296,7 @@ void gemm_widening(const GemmNN<float, NarrowOperand<Format>>& product) {
 template <class Format>
 void gemm_serial(const GemmNT<float, NarrowOperand<Format>>& product) {
   using Layout = NarrowLayout<Format>;
-  constexpr Index height = 64;  // rows of B at a time: 16 KiB of floats
+  constexpr Index height = 64;  // rows of B at a time: at most 16 KiB of floats
   static_assert(height % Format::block == 0);
   alignas(64) float wide[to_size(height * Layout::panel_columns)];
   const NarrowOperand<Format>& b = product.b;
