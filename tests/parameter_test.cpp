@@ -344,6 +344,10 @@ TEST_CASE("parameter: a gradient that was moved out goes on from zero in the mem
     p.gradient().setOnes();
     CHECK_THROWS_WITH(p.zero_gradient_in(Matrix<double>(3, 2)),
                       "moe: Parameter::zero_gradient_in: memory is 3 x 2, must be 2 x 3 or empty");
+    CHECK_THROWS_WITH(p.zero_gradient_in(Matrix<double>(2, 4)),
+                      "moe: Parameter::zero_gradient_in: memory is 2 x 4, must be 2 x 3 or empty");
+    CHECK_THROWS_WITH(p.zero_gradient_in(Matrix<double>(4, 3)),
+                      "moe: Parameter::zero_gradient_in: memory is 4 x 3, must be 2 x 3 or empty");
     CHECK(p.gradient().isOnes(0));
   }
 }
