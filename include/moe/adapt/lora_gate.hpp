@@ -28,9 +28,10 @@ namespace moe {
 /// gradient of the scores, and not that of the sum, D x E. A gate that does not use linear_scores_backward()
 /// computes the gradient of the sum all the same, and those of A and B are computed from it.
 ///
-/// Parameters: those of the gate with their names and with `trained` false; and for each "weight" a
-/// "lora_A.weight" (A, D x r) and a "lora_B.weight" (B, r x E), with the same prefix. A user may set
-/// `trained` of any of them. Experts cannot be added, copied or removed before merged().
+/// Parameters: those of the gate with their names, with `trained` false unless the gate was given
+/// to the constructor; and for each "weight" a "lora_A.weight" (A, D x r) and a "lora_B.weight" (B,
+/// r x E), with the same prefix. A user may set `trained` of any of them. Experts cannot be added,
+/// copied or removed before merged().
 template <class Gate_>
 class LoraGate {
  public:
@@ -174,7 +175,8 @@ class LoraGate {
     });
   }
 
-  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of such a gate.
+  /// Throws std::invalid_argument unless the last pass on the tape was a forward() of a gate like
+  /// this one, and the parameters have their original shapes.
   void check_tape(const Tape& tape) const {
     detail::require(tape.gate.has_value() && tape.trained,
                     "LoraGate::backward without a forward pass on this tape");

@@ -33,8 +33,8 @@ struct LowRank {
   Index size() const { return a.size() + b.size(); }
 
   /// Rows of the gradients as add_low_rank_gradients() takes them, of A and of the transposed B. Both counts
-  /// are rounded up to a multiple of gradient_block_rows, so that no two ranges of rows write to one cache
-  /// line of B's gradient.
+  /// are rounded up to a multiple of gradient_block_rows, so that ranges of B's gradient begin at
+  /// multiples of gradient_block_rows columns, and seldom share a cache line.
   Index gradient_rows() const {
     return rank() == 0 ? 0 : in_blocks(a.value.rows()) + in_blocks(b.value.cols());
   }

@@ -33,8 +33,8 @@ namespace moe {
 /// gate O(T·D·a·b) and O(T·a·b). With 131,072 experts in groups of 256 and top_k_groups = 2 a token has
 /// 1,024 scores. A group without tokens takes almost no time, in lazy updates too (Updates::lazy).
 ///
-/// A token with NaN or infinity in x gets as many experts as any other, but its weights and the losses
-/// are NaN.
+/// A token with NaN or infinity in x gets as many experts as any other, but its weights, the
+/// importance loss and, with noise, the load loss are NaN.
 ///
 /// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>
@@ -383,8 +383,9 @@ class HierarchicalGate : public detail::GateBase<HierarchicalGate<Scalar_>, Scal
     return {x.data(), x.outerStride(), rows.count, x.cols(), rows_of_x(rows, tape)};
   }
 
-  /// Calls f(i, rows) for every group that has rows. A group with more rows than a worker's share is computed
-  /// alone, and its own loops use all workers; the other groups are computed in parallel.
+  /// Calls f(i, rows) for every group that has rows. A group with more rows than a quarter of a
+  /// worker's share is computed alone, and its own loops use all workers; the other groups are
+  /// computed in parallel.
   template <class F>
   void for_each_group(const Tape& tape, F&& f) const {
     const Dispatch<Scalar>& groups = tape.groups;

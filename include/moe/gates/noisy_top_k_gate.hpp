@@ -23,7 +23,8 @@ namespace moe {
 /// Both weight matrices start at zero [S17 App. A], so training starts in balance. With K = 1 the
 /// softmax is the constant 1 and the gate learns from the load loss only. With K = E every expert
 /// is always chosen and the load has no gradient. A token with NaN or infinity in x gets K experts
-/// like any other, but its weights and the losses are NaN.
+/// like any other, but its weights, the importance loss and, where the load has a gradient, the
+/// load loss are NaN.
 ///
 /// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>

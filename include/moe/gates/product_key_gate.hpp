@@ -55,7 +55,7 @@ namespace moe {
 /// the slots' weights are the constant 1, and the gate's only gradient is that of the load loss.
 ///
 /// A token with NaN or infinity in x gets K experts like any other, but its weights and all losses
-/// whose weight is not 0 are NaN.
+/// whose weight is not 0, except a load loss without gradient, are NaN.
 ///
 /// It has the functions forward(), evaluate() and backward() of the concept Gate.
 template <class Scalar_ = float>

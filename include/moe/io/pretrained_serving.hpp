@@ -24,7 +24,8 @@ namespace moe::io {
 /// the activations of `options`.
 ///
 /// `config` is model.layer_config<Layer>(layer) with changes that leave the shapes as they are, such as a
-/// larger capacity; std::invalid_argument is thrown for other shapes.
+/// larger capacity; std::invalid_argument is thrown for other shapes, and std::runtime_error for a
+/// field out of range.
 template <class Serving>
 Serving load_serving(const Pretrained& model, Index layer,
                      const typename Serving::Layer::Config& config,

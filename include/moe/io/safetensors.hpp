@@ -40,7 +40,7 @@ void load_module(const std::string& path, Module& module) {
 }
 
 /// Saves every parameter of a module by its name, without its configuration. Throws as
-/// SafetensorsWriter::write() does.
+/// SafetensorsWriter::add_parameters() and write() do.
 template <class Module>
 void save_parameters(const std::string& path, const Module& module) {
   SafetensorsWriter writer;

@@ -302,7 +302,8 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
 ///
 /// Throws std::runtime_error, which names file and tensor, if a tensor is missing, has another type or shape
 /// or a value that is not a weight of the format, or if the file is in another format; and
-/// std::invalid_argument if a weight cannot be rounded or the configuration is out of range.
+/// std::invalid_argument if a weight cannot be rounded, the configuration is out of range, or the
+/// format does not support the activations of `options`.
 template <class Serving>
 Serving load_serving(const std::string& path, const NarrowOptions& options = {},
                      MappedCheck check = MappedCheck::none) {

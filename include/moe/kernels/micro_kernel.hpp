@@ -74,8 +74,8 @@ EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* place,
 #endif
 }
 
-/// The number of cache lines that a tile reads of a row. All are prefetched, since the hardware
-/// prefetcher does not fetch any that are left out.
+/// The number of cache lines of a row that are prefetched for a tile: those that it reads, at least
+/// two. All are prefetched, since the hardware prefetcher does not fetch any that are left out.
 inline constexpr Index strip_lines =
     std::max<Index>(2, (tile_columns<float> + cache_line<float> - 1) / cache_line<float>);
 

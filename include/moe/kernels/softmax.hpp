@@ -50,7 +50,7 @@ struct SoftmaxRow {
   Scalar shift;
   double sum;
 
-  /// -log softmax(x)[target], for the x of one class.
+  /// -log softmax(x)[target], given the logit x[target].
   double loss(Scalar x) const {
     return std::log(sum) + (static_cast<double>(shift) - static_cast<double>(x));
   }

@@ -31,8 +31,9 @@ struct BalanceRecord {
   double max_over_mean_load = 0;  ///< the largest load over the mean load
   Index unused_experts = 0;       ///< experts without a token
   /// Σ_i −p_i·ln(p_i) in nats, p being the weights of a token's slots, each at least 0, over their sum: 0
-  /// where one expert has all the weight, ln(K) where K experts share it evenly. The mean over the tokens
-  /// whose sum is above 0; NaN if one of these has a negative weight, or if any weight is NaN.
+  /// where one expert has all the weight, ln(K) where K experts share it evenly. The mean over the
+  /// tokens whose sum is above 0, 0 if there are none; NaN if one of these has a negative weight,
+  /// or if any weight is NaN.
   double gate_entropy = 0;
   double unrouted_tokens = 0;  ///< share of the tokens that got no expert, 0 to 1
   double drop_rate = 0;        ///< share of the tokens' choices that found no place, 0 to 1

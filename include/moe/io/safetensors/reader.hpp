@@ -266,11 +266,12 @@ class SafetensorsFile {
         module, [&](const ParameterName&, auto& parameter) { take(waiting, parameter.value); });
   }
 
-  /// Reads the whole state of an optimizer for a module from the tensors with its names, after `prefix`. If
-  /// one is missing or has another shape, or a count of updates below 0, it throws std::runtime_error, which
-  /// names the tensor, with the optimizer unchanged. Throws std::invalid_argument for a module that the
-  /// optimizer's state does not belong to. A tensor of shape [0,0] stands for the zeros of a parameter that was
-  /// never trained; the zeros of a parameter that is not trained take no memory.
+  /// Reads the whole state of an optimizer for a module from the tensors with its names, after
+  /// `prefix`. If one is missing, has another type or shape or a count of updates below 0, or the
+  /// file cannot be read any more, it throws std::runtime_error, which names the tensor, with the
+  /// optimizer unchanged. Throws std::invalid_argument for a module that the optimizer's state does
+  /// not belong to. A tensor of shape [0,0] stands for the zeros of a parameter that was never
+  /// trained; the zeros of a parameter that is not trained take no memory.
   template <class Optimizer, class Module>
   void read_optimizer(Optimizer& optimizer, const Module& module, const std::string& prefix) const {
     Waiting waiting;

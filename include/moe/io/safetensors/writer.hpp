@@ -101,8 +101,9 @@ class SafetensorsWriter {
   }
 
   /// Adds a tensor of a type of the format, "BF16" for example, whose bytes make() returns. write() calls
-  /// make(), and throws std::invalid_argument if the bytes are not as many as the shape needs. Throws as
-  /// add() of a matrix does, and for a type that is not known.
+  /// make(), and throws std::invalid_argument if the bytes are not as many as the shape needs.
+  /// Throws as add() of a matrix does, and for a type that is not known or a shape that does not
+  /// take a whole number of bytes.
   void add_made_bytes(const std::string& name, std::string_view type,
                       std::vector<std::uint64_t> shape,
                       std::function<std::vector<std::byte>()> make) {

@@ -8,9 +8,9 @@
 namespace moe::io {
 
 /// Fedus, Zoph, Shazeer 2022, "Switch Transformers" (arXiv 2101.03961). The numbers of the decoder's blocks
-/// follow those of the encoder's. The places of an expert, expert_capacity, are those of a sequence, in training
-/// and in evaluation. Pass::sequences is the number of sequences in the batch, 1 if it is not set; the rows
-/// of a sequence are consecutive, as in transformers.
+/// follow those of the encoder's. expert_capacity is the number of places of an expert in each
+/// sequence, in training and in evaluation. Pass::sequences is the number of sequences in the
+/// batch, 1 if it is not set; the rows of a sequence are consecutive, as in transformers.
 inline std::vector<Mixture> switch_transformers_mixtures(const ModelConfig& config) {
   Mixture mixture{.width = config.count("d_model"),
                   .hidden = config.count("d_ff"),
