@@ -383,9 +383,9 @@ int main(int argc, char** argv) {
   bool asked = false;
   auto* words = app.add_flag("--words", asked,
                              "the paper's model of words, by default on WordNet's definitions");
-  app.add_flag(
-         "--full", asked,
-         "one reading of the text, and a third model with 1024 grouped experts in each mixture")
+  app.add_flag("--full", asked,
+               "one reading of the text, and a third model, whose 256 experts in each mixture are "
+               "in 4 groups")
       ->excludes(words);
   language_model::add_options(app, options);
   examples::set_help(

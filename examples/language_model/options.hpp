@@ -81,7 +81,7 @@ inline bool has_noise(const Options& o) { return o.noise > 0; }
 /// Those of --full.
 inline Options full_options() {
   Options o;
-  o.groups = 16;
+  o.groups = 4;
   o.epochs = 1;
   o.evaluations = 8;
   return o;
