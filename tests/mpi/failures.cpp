@@ -1,11 +1,11 @@
-// A program whose rank 1 goes wrong in the way that the argument says, while the others want to train,
-// to gather a checkpoint, to exchange rows, or to end.
+// A program whose rank 1 goes wrong in the way that the first argument says, while the others want to
+// train, to gather a checkpoint, to exchange rows, or to end. The second is the timeout in seconds.
 
 #include <mpi.h>
 
-#include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <stdexcept>
 #include <string_view>
@@ -45,8 +45,10 @@ namespace {
 using Whole = moe::MoELayer<moe::Expert<moe::FeedForward>>;
 using Layer = moe::mpi::ExpertParallel<Whole>;
 
+double timeout = 1;
+
 int train(std::string_view failure) {
-  const moe::mpi::Communicator communicator(MPI_COMM_WORLD, failure == "stops" ? 2 : 600);
+  const moe::mpi::Communicator communicator(MPI_COMM_WORLD, failure == "stops" ? timeout : 600);
   const bool fails = communicator.rank() == 1;
   Layer layer({.width = 4, .expert = {.hidden = 8}, .gate = {.experts = 4, .top_k = 2}, .seed = 0},
               communicator);
@@ -61,15 +63,12 @@ int train(std::string_view failure) {
   } catch (const moe::mpi::Error&) {
     throw;
   } catch (const std::runtime_error& error) {
-    // The second call does not wait again.
-    const auto start = std::chrono::steady_clock::now();
+    // The second call does not wait again, and says so.
     try {
       layer.backward(x, tape);
     } catch (const std::runtime_error& again) {
-      if (std::chrono::steady_clock::now() - start < std::chrono::seconds(1)) {
-        std::printf("%s, and then: %s\n", error.what(), again.what());
-        std::fflush(stdout);
-      }
+      std::printf("%s, and then: %s\n", error.what(), again.what());
+      std::fflush(stdout);
     }
     throw;
   }
@@ -81,7 +80,7 @@ int train(std::string_view failure) {
 moe::mpi::Communicator impatient_root() {
   int rank = 0;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-  return moe::mpi::Communicator(MPI_COMM_WORLD, rank == 0 ? 1 : 5);
+  return moe::mpi::Communicator(MPI_COMM_WORLD, rank == 0 ? timeout : 5 * timeout);
 }
 
 int gather_a_checkpoint(Sending of_rank_1) {
@@ -138,9 +137,10 @@ int act(std::string_view failure) {
 
 int main(int argc, char** argv) {
   const std::string_view failure = argc > 1 ? argv[1] : "";
+  if (argc > 2) timeout = std::atof(argv[2]);
   if (failure != "throws_in_a_scope") {
     return moe::mpi::run(
-        &argc, &argv, [&] { return act(failure); }, 3);
+        &argc, &argv, [&] { return act(failure); }, 3 * timeout);
   }
   try {
     const moe::mpi::Environment environment(&argc, &argv);
