@@ -1,11 +1,12 @@
-# moe_compile_together(VARIABLE SOURCE...): puts tests of up to 8000 lines in all into one generated source file, each
-# in a namespace of its own, and the list of these files into the variable. A test that grows may move others into the
-# next file. They instantiate the same templates, and g++ does so anew in each file for what the functions of a
+# moe_compile_together(VARIABLE SOURCE...): puts tests of up to MOE_TEST_LINES lines in all into one generated source
+# file, each in a namespace of its own, and the list of these files into the variable. A test that grows may move others
+# into the next file. They instantiate the same templates, and g++ does so anew in each file for what the functions of a
 # precompiled header call. With -DMOE_TEST_TOGETHER=OFF each is compiled alone, which is faster for who changes one of
-# them. A compiler takes half a gigabyte for a thousand lines: where there is less than 6 GB a processor, files have up
-# to 4000 lines.
+# them. A compiler takes half a gigabyte for a thousand lines.
 
 option(MOE_TEST_TOGETHER "Compile several files of tests as one" ON)
+set(MOE_TEST_LINES "" CACHE STRING
+    "The most lines of tests in one such file; empty: 8000, or 4000 where there is less than 6 GB for a processor")
 
 function(moe_compile_together variable)
   if(NOT MOE_TEST_TOGETHER)
@@ -13,13 +14,15 @@ function(moe_compile_together variable)
     return()
   endif()
 
-  cmake_host_system_information(RESULT megabytes QUERY TOTAL_PHYSICAL_MEMORY)
-  cmake_host_system_information(RESULT processors QUERY NUMBER_OF_LOGICAL_CORES)
-  math(EXPR megabytes "${megabytes} / ${processors}")
-  if(megabytes LESS 6000)
-    set(most_lines 4000)
-  else()
+  set(most_lines "${MOE_TEST_LINES}")
+  if(NOT most_lines)
+    cmake_host_system_information(RESULT megabytes QUERY TOTAL_PHYSICAL_MEMORY)
+    cmake_host_system_information(RESULT processors QUERY NUMBER_OF_LOGICAL_CORES)
+    math(EXPR megabytes "${megabytes} / ${processors}")
     set(most_lines 8000)
+    if(megabytes LESS 6000)
+      set(most_lines 4000)
+    endif()
   endif()
 
   # One folder's sources next to each other; in the order of names a folder within is between them.

@@ -3,11 +3,11 @@
 #
 #     sh ends.sh SECONDS MESSAGE MPIRUN ARGUMENTS... PROGRAM FAILURE
 #
-# PROGRAM is moe_mpi_failures, which is given a timeout of 1 second too. Prints what the ranks said. Fails if a rank
-# still lives after SECONDS. Where nobody said MESSAGE, an extended regular expression, the run is made again with a
-# timeout of 4, then of 16: on a busy machine a rank that is only slow times out first. It watches the ranks and not
-# mpirun, since that of Open MPI 4.1 on Debian 12 waits for ever, in about one of four such ends, for a thread of its
-# own, when all ranks are gone (as in openpmix issue 1244); then it is killed.
+# PROGRAM is moe_mpi_failures; a timeout in seconds, at first 1, is added to its arguments. Prints what the ranks said.
+# Fails if a rank still lives after SECONDS. On a busy machine a rank that is only slow can time out first: where a
+# timeout was said, and not MESSAGE, an extended regular expression, the run is made again with a timeout of 4, then of
+# 16. It watches the ranks and not mpirun, since that of Open MPI 4.1 on Debian 12 waits for ever, in about one of four
+# such ends, for a thread of its own, when all ranks are gone (as in openpmix issue 1244); then it is killed.
 set -eu
 
 seconds=$1
@@ -49,7 +49,11 @@ for timeout in 1 4 16; do
     sleep 0.2
   done
   wait "$launcher" 2>/dev/null || true
-  if [ $status -ne 0 ] || grep -Eq "$message" "$output"; then break; fi
+  cat "$output"
+  if [ $status -ne 0 ] || grep -Eq "$message" "$output" ||
+    ! grep -Eq 'for a rank that never came|was not over after' "$output"; then
+    break
+  fi
+  echo "again, with more patience"
 done
-cat "$output"
 exit $status

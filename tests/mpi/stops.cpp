@@ -70,7 +70,7 @@ struct Stop {
   }
 
   void act() const {
-    double uptime = 0;
+    std::string uptime;  // a number would lose its hundredths after a day
     std::ifstream("/proc/uptime") >> uptime;
     // Under another name first: who finds the file finds the number in it.
     std::ofstream(folder + "/stopping") << uptime << '\n';

@@ -104,7 +104,9 @@ while [ $seed -lt "$count" ]; do
     echo "seed $seed: $problem, $elapsed hundredths of a second after the stop"
     cat "$folder/output"
     status=1
+    # Ten of them would take longer than CTest allows.
+    case $problem in "still live"*) break ;; esac
   fi
 done
-echo "$count stops, the others ended within $longest hundredths of a second after the timeout, allowed were $allowed"
+echo "$seed stops, the others ended within $longest hundredths of a second after the timeout, allowed were $allowed"
 exit $status

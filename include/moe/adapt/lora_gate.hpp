@@ -119,7 +119,7 @@ class LoraGate {
   /// The configuration as it is now.
   const Config& config() const { return config_; }
   Index experts() const { return gate_.experts(); }  ///< E
-  /// The frozen gate.
+  /// The gate without adapters.
   const Adapted& gate() const { return gate_; }
 
   /// The gate that computes the same, with weights W_g + factor·A·B. It trains the parameters that

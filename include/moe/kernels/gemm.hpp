@@ -127,9 +127,10 @@ struct ProductShape {
 
 /// Throws std::invalid_argument unless C has the shape of the product of A and B, each as it is multiplied.
 inline void check_product_shapes(const char* form, ProductShape a, ProductShape b, ProductShape c) {
-  require(a.columns == b.rows && c.rows == a.rows && c.columns == b.columns, form,
-          ": the factors, transposed where the form says so, are ", a.rows, " x ", a.columns,
-          " and ", b.rows, " x ", b.columns, ", and C is ", c.rows, " x ", c.columns);
+  require(a.columns == b.rows, form, ": A, transposed where the form says so, is ", a.rows, " x ",
+          a.columns, ", so B, likewise, must have ", a.columns, " rows, and has ", b.rows);
+  require(c.rows == a.rows && c.columns == b.columns, form, ": C is ", c.rows, " x ", c.columns,
+          ", must be ", a.rows, " x ", b.columns);
 }
 
 /// C = A·B on all workers.

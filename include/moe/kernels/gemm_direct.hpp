@@ -123,7 +123,8 @@ void gemm_direct(const GemmNN<Scalar>& product) {
         // The first tile waits for memory, so it is as high as can be.
         const Index highest = a.count() <= tallest ? a.count() : tile_rows;
         multiply(0, highest);
-        right.cached = true;  // prefetching stays on: the first tile did not prefetch all of it
+        // B in place is prefetched again: the first tile did not prefetch all of it.
+        right.cached = true;
         if (packs) right = DirectB<Scalar>::of_strips(strips, count);
         for_each_tile(a.count() - highest, tile_rows,
                       [&](Index first, Index rows) { multiply(highest + first, rows); });

@@ -80,7 +80,7 @@ class AgreedCalls {
 
   /// Sets `numbers` to the result of prefix_agreed() and `sums`, of the same length, to that of
   /// sum_agreed(), if no rank failed. Returns whether one did. One call of MPI for up to 64 KiB
-  /// over all ranks, otherwise two for each MiB of `numbers`.
+  /// over all ranks, otherwise two for each MiB of `numbers` or part of one.
   [[nodiscard]] bool sum_and_prefix_or_fail(std::span<Index> numbers, std::span<Index> sums) const {
     if (is_small<Index>(numbers.size() + 1)) {
       return gather_or_fail(numbers.data(), sums.data(), numbers.size());
