@@ -178,7 +178,7 @@ constexpr bool takes_fields(std::index_sequence<numbers...>) {
   return requires { Type{AnyFieldOf<Type, numbers>{}...}; };
 }
 
-/// The number of fields that visit_fields visits, 0 if it visits one twice.
+/// The number of fields that visit_fields visits, 0 if it visits one twice or more than 64.
 template <HasNamedFields Type>
 constexpr std::size_t visited_fields() {
   constexpr std::size_t most = 64;

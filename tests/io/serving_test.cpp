@@ -347,6 +347,9 @@ TEST_CASE("served files: a mapped one that is cut or written to gives an error",
   std::fstream(path, std::ios::in | std::ios::out | std::ios::binary).seekp(200).put('x');
   std::filesystem::last_write_time(path, before + std::chrono::seconds(3));
   CHECK_THROWS_WITH(served.evaluate(x), Contains("was written to"));
+  // Nor are its weights saved to another file.
+  CHECK_THROWS_WITH(save_serving(folder.file("copy"), served), Contains("was written to"));
+  CHECK(!std::filesystem::exists(folder.file("copy")));
 }
 #endif
 

@@ -135,7 +135,9 @@ const auto& merged_gate_config(const LoraGate<Gate>&,
 
 /// The layer without adapters that computes the same up to rounding. Its weights are W +
 /// factor·A·B, where W are the decoded weights if they are narrow, and its parameters are trained
-/// as in a fresh layer. `policy` is the new layer's dispatch policy, as in adapt().
+/// as in a fresh layer. `policy` is the new layer's dispatch policy, as in adapt(). Throws
+/// std::invalid_argument if a parameter of an expert or of an adapted gate no longer has its
+/// original shape.
 template <class Stored, class Gate, class Dispatch>
 auto merged(const MoELayer<Lora<FeedForward, Stored>, Gate, Dispatch>& layer,
             Dispatch policy = Dispatch()) {

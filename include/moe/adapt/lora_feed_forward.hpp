@@ -180,7 +180,8 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   /// The configuration, with the widths filled in where they were 0.
   const Config& config() const { return config_; }
 
-  /// The FeedForward that computes the same up to rounding, with weights W + factor·A·B.
+  /// The FeedForward that computes the same up to rounding, with weights W + factor·A·B. Throws
+  /// std::invalid_argument if a parameter no longer has its original shape.
   FeedForward<Scalar> merged() const {
     detail::check_shapes(*this, "LoraFeedForward");
     auto network = FeedForward<Scalar>::zeros(config_.network);
@@ -213,7 +214,7 @@ class LoraFeedForward : public detail::FeedForwardPasses<
   /// That of a FeedForward, and room for x·A and dy·Bᵀ of every map; see FusedNetwork.
   Index scratch_width() const { return Base::odd_lines(rank_column(Base::pre_parts() + 1)); }
 
-  // The next five fill that room.
+  // prepares() is whether there is such room to fill, and the next four fill it.
 
   /// See PreparedNetwork.
   bool prepares() const { return config_.lora.rank > 0; }

@@ -20,17 +20,19 @@
 
 namespace moe {
 
-/// Any gate with weights W_g + factor·A·B instead of W_g (D x E). In NoisyTopKGate these are the weights of
-/// the clean scores, in HierarchicalGate those of the primary and of every secondary gate. Noise, losses
-/// and the choice are those of the gate. With rank 0 it gives the same bits as the gate.
+/// Any gate with weights W_g + factor·A·B instead of W_g (D x N). In NoisyTopKGate these are the weights of
+/// the clean scores, N = E; in HierarchicalGate those of the primary and of every secondary gate, N = groups
+/// or group_experts; in ProductKeyGate those of both kinds of keys, N = row_keys or column_keys. Noise,
+/// losses and the choice are those of the gate. With rank 0 it gives the same bits as the gate.
 ///
-/// A pass computes the sum in its tape, O(r·D·E). Backward computes the gradients of A and B from x and from the
-/// gradient of the scores, and not that of the sum, D x E. A gate that does not use linear_scores_backward()
-/// computes the gradient of the sum all the same, and those of A and B are computed from it.
+/// A pass computes the sum in its tape, O(r·D·N). While W_g is frozen, backward computes the gradients of A
+/// and B from x and from the gradient of the scores, and not that of the sum, D x N. If W_g is trained, or
+/// the gate does not use linear_scores_backward(), it computes the gradient of the sum, and those of A and B
+/// from it.
 ///
 /// Parameters: those of the gate with their names, with `trained` false unless the gate was given
 /// to the constructor; and for each "weight" a "lora_A.weight" (A, D x r) and a "lora_B.weight" (B,
-/// r x E), with the same prefix. A user may set `trained` of any of them. Experts cannot be added,
+/// r x N), with the same prefix. A user may set `trained` of any of them. Experts cannot be added,
 /// copied or removed before merged().
 template <class Gate_>
 class LoraGate {
@@ -57,7 +59,7 @@ class LoraGate {
   struct Tape : Adapted::Tape {
     /// Memory kept from pass to pass for one adapter; add() computes the adapter's gradients.
     struct Sum final : detail::GradientFactors<Scalar> {
-      Matrix<Scalar> gradient;  ///< D x E, of W_g + factor·A·B, where a gate computes it
+      Matrix<Scalar> gradient;  ///< D x N, of W_g + factor·A·B, where a gate computes it
       Matrix<Scalar> scaled_a;  ///< D x r, factor·A
       Matrix<Scalar> t_a;       ///< T x r, see add_low_rank_gradients()
       Matrix<Scalar> t_b;       ///< T x r, likewise
@@ -123,7 +125,7 @@ class LoraGate {
   const Adapted& gate() const { return gate_; }
 
   /// The gate that computes the same, with weights W_g + factor·A·B. It trains the parameters that
-  /// gate() trains.
+  /// gate() trains. Throws std::invalid_argument if a parameter no longer has its original shape.
   Adapted merged() const {
     detail::check_shapes(*this, "LoraGate");
     Adapted gate = gate_;
@@ -134,8 +136,8 @@ class LoraGate {
     return gate;
   }
 
-  /// As the gate's. Throws std::invalid_argument, with the tape unchanged, when x is not D wide or the
-  /// pass does not fit x.
+  /// As the gate's. Throws std::invalid_argument, with the tape unchanged, when x is not D wide,
+  /// the pass does not fit x, or a parameter no longer has its original shape.
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
     detail::check_gate_forward(*this, "LoraGate", x, pass);
     tape.trained = false;
@@ -153,8 +155,8 @@ class LoraGate {
     return tape.routing;
   }
 
-  /// As the gate's, but with the gradients of A and B instead of those of W_g. The parameters must
-  /// have the values that they had in forward().
+  /// As the gate's, with the gradients of A and B; that of W_g is computed only if W_g is trained.
+  /// The parameters must have the values that they had in forward().
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {
     check_tape(tape);

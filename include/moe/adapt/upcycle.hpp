@@ -137,12 +137,13 @@ void check_slices(const FeedForwardConfig& dense, const UpcycleConfig<Gate>& con
 ///     y_t = (sum of the weights of t's slots)·dense(x_t)
 ///
 /// which is dense(x_t) where weights add up to 1:
-/// - NoisyTopKGate, HierarchicalGate, and TopKGate with `renormalise` or Score::softmax_of_chosen, a
-///   renormalise_epsilon of 0 and a scale of 1. With Score::softmax and without these, the weights of a
-///   TopKGate add up to about K/E at first; a scale of E/K makes that about 1.
+/// - NoisyTopKGate, HierarchicalGate, ProductKeyGate, and TopKGate with `renormalise` or
+///   Score::softmax_of_chosen, a renormalise_norm of 1, a renormalise_epsilon of 0 and a scale of 1. With
+///   Score::softmax and without these, the weights of a TopKGate add up to about K/E at first; a scale of
+///   E/K makes that about 1.
 /// - BalancedGate, for the tokens that an expert took.
-/// - SharedExpertGate, if its `scale`, taken for each shared expert, and the wrapped gate's weights add up
-///   to 1. ExpertChoiceGate's weights do not.
+/// - SharedExpertGate, if the weights of the shared experts (`scale` each, at first scale/2 if `gated`) and
+///   those of the wrapped gate add up to 1. ExpertChoiceGate's weights do not.
 ///
 /// Two things break the sum of slices. In a noisy gate's training passes noise separates experts of equal
 /// scores, so a token may get one slice twice and another one not at all; evaluate() has no noise.

@@ -104,9 +104,11 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///                                            multiplies x, its gradient
 ///
 /// The second half, add_gradients and weight_gradients are called after all columns of the first half
-/// are computed. Ranges begin at multiples of expert_block_columns. hidden and output may have one
-/// argument more: a pointer to the network that is called next in the same way, or null, so that they
-/// can prefetch its weights. A PreparedNetwork computes before a half what all of its columns need.
+/// are computed. Ranges of the first half begin at multiples of expert_block_columns, those of the
+/// second half at multiples of the elements of a cache line. hidden and output may have one
+/// argument more: a pointer to the network that is called next in the same way, or null, so that
+/// they can prefetch its weights. A PreparedNetwork computes before a half what all of its columns
+/// need.
 // clang-format off
 template <class N>
 concept FusedNetwork =

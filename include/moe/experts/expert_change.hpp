@@ -76,7 +76,7 @@ struct ExpertChange {
   std::vector<ParameterSource> parameters;  ///< of the layer's parameters on this rank
   Index parameters_before = 0;         ///< the number of the layer's parameters on this rank before
   std::uint64_t structure_before = 0;  ///< Parameter::structure of the layer's parameters
-  std::uint64_t structure = 0;         ///< the same number after the change
+  std::uint64_t structure = 0;         ///< Parameter::structure after the change
   std::vector<Move> sent;              ///< what this rank sent to others
   std::vector<Move> received;  ///< what it received from others, in the order in which they sent it
 };

@@ -44,7 +44,7 @@ struct FeedForwardConfig {
   /// precision; y keeps its bits. Must be `full` with recompute, which saves nothing.
   Precision saved = Precision::full;
   /// The precision to which the operands of the products with the weights, forward and backward,
-  /// are rounded. With bfloat16 copies of both operands are rounded to 8 bits of precision (to
+  /// are rounded. With bfloat16, copies of both operands are rounded to 8 bits of precision (to
   /// nearest even; NaN stays NaN, a magnitude below 2^-126 becomes 0), and the sums are floats;
   /// weights, biases, gradients, activations and y stay float. Where the program is compiled for
   /// AVX512-BF16, vdpbf16ps adds two products at once: it replaces results below 2^-126 by 0 and

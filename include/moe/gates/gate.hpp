@@ -258,8 +258,9 @@ class GateBase {
   Index noise_columns() const { return 0; }
 
   /// Training pass over x (T x D). Give every update its own step: the same step draws the same
-  /// noise. Throws std::invalid_argument, with the tape unchanged, when x is not D wide or the pass
-  /// does not fit x. O(T·D·E) unless the class says otherwise.
+  /// noise. Throws std::invalid_argument, with the tape unchanged, when x is not D wide, the pass
+  /// does not fit x, or a parameter no longer has its original shape. O(T·D·E) unless the class
+  /// says otherwise.
   template <class Tape>
   const Routing<Scalar>& forward(const MatrixRef<Scalar>& x, Tape& tape, const Pass& pass) const {
     check_gate_forward(self(), Derived::name, x, pass);
@@ -272,7 +273,8 @@ class GateBase {
   }
 
   /// Routing without noise, and its balance. Saves nothing for backward(). Throws
-  /// std::invalid_argument, with the tape unchanged, when x is not D wide or the pass does not fit x.
+  /// std::invalid_argument, with the tape unchanged, when x is not D wide, the pass does not fit x,
+  /// or a parameter no longer has its original shape.
   template <class Tape>
   const Routing<Scalar>& evaluate(const MatrixRef<Scalar>& x, Tape& tape,
                                   const EvaluationPass& pass = {}) const {
@@ -292,8 +294,9 @@ class GateBase {
   /// Takes the x of forward() and dweight (S), the gradient of the loss with respect to the weight of
   /// each slot. Adds to the gradients of the parameters and to dx (T x D), the gate's own losses
   /// included once. At fixed noise and choice this is the exact derivative. Throws
-  /// std::invalid_argument, before anything is changed, when an argument does not fit the tape, or x
-  /// overlaps dx.
+  /// std::invalid_argument, before anything is changed, when the last pass on the tape was no
+  /// forward(), an argument or the shape of a parameter does not fit the tape, x overlaps dx, or
+  /// dweight overlaps the tape.
   template <class Tape>
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {

@@ -160,10 +160,10 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 ///
 /// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias
 /// that has changed, must be saved separately. Throws std::invalid_argument if the module has no
-/// adapters, an adapted expert or gate has a trained parameter that does not belong to an adapter,
-/// the prefix of a name does not end in a dot, a name is empty or has anything but letters, digits,
-/// '_', '-' and '.', or an alpha is too large for the file; and std::runtime_error, which says why,
-/// if a file cannot be written.
+/// adapters, a parameter no longer has its original shape, an adapted expert or gate has a trained
+/// parameter that does not belong to an adapter, the prefix of a name does not end in a dot, a name
+/// is empty or has anything but letters, digits, '_', '-' and '.', or an alpha is too large for the
+/// file; and std::runtime_error, which says why, if a file cannot be written.
 template <class Module>
 void save_adapters(const std::string& folder, const Module& module,
                    const std::string& prefix = {}) {
@@ -258,7 +258,8 @@ void load_adapters(const std::string& folder, Module& module, const std::string&
 
 /// The configuration with which adapt() makes experts that have the adapters of a folder: those of
 /// the maps "gate", "up" and "down" whose names begin with `prefix` + "experts.". Throws
-/// std::runtime_error, which names the file, if their ranks or alphas differ, or there are none.
+/// std::runtime_error, which names the file, if a file is missing or damaged, a setting is not
+/// supported, their ranks or alphas differ, or there are none.
 inline LoraConfig load_lora_config(const std::string& folder, const std::string& prefix = {}) {
   LoraConfig lora{.gate = false, .up = false, .down = false};
   const std::string begin = prefix + "experts.";

@@ -250,10 +250,12 @@ inline Index packed_lanes(const SafetensorsFile& file) {
 
 }  // namespace detail
 
-/// Saves a layer with narrow weights. Throws as SafetensorsWriter::write() does.
+/// Saves a layer with narrow weights. Throws as SafetensorsWriter::write() does, and std::runtime_error, with
+/// nothing written, if the layer's weights are in a mapped file that has changed.
 template <class Layer, class Format>
 void save_serving(const std::string& path, const ServingLayer<Layer, Format>& layer,
                   Packing packing = Packing::plain) {
+  layer.check_weights();
   SafetensorsWriter writer;
   detail::SafetensorsMetadata config;
   detail::write_config(layer.config(), "config.", config);
@@ -300,10 +302,12 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
 /// to or cut while it is in use, the next pass throws std::runtime_error, but a pass that is running may end
 /// the program by a signal. So replace a file (as the library's writer does) instead of writing over it.
 ///
-/// Throws std::runtime_error, which names file and tensor, if a tensor is missing, has another type or shape
-/// or a value that is not a weight of the format, or if the file is in another format; and
-/// std::invalid_argument if a weight cannot be rounded, the configuration is out of range, or the
-/// format does not support the activations of `options`.
+/// Throws std::runtime_error, which names the file and the tensor or field, if a tensor is missing,
+/// has another type or shape or a value that is not a weight of the format, if a field of the
+/// configuration is missing, has a text that is not a value of its type or is not in
+/// Serving::Config, or if the file is in another format; and std::invalid_argument if a weight
+/// cannot be rounded, the configuration is out of range, or the format does not support the
+/// activations of `options`.
 template <class Serving>
 Serving load_serving(const std::string& path, const NarrowOptions& options = {},
                      MappedCheck check = MappedCheck::none) {

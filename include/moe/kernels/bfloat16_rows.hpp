@@ -17,10 +17,10 @@ MOE_PACKETS_BEGIN
 
 namespace moe {
 
-/// The precision in which numbers are stored.
+/// The precision to which numbers are rounded, to be stored or to be multiplied.
 enum class Precision {
   full,     ///< that of the Scalar
-  bfloat16  ///< the upper half of a float: two bytes per number, 8 bits of precision
+  bfloat16  ///< the upper half of a float: 8 bits of precision; two bytes per number if stored
 };
 constexpr std::array<std::string_view, 2> enumerator_names(Precision) {
   return {"full", "bfloat16"};

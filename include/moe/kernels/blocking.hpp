@@ -11,8 +11,8 @@ MOE_PACKETS_BEGIN
 
 namespace moe::detail {
 
-/// The largest number of columns of C in one task: a whole number of tiles, whether the rows of a
-/// tile or its packets run along the columns.
+/// The number of columns of a panel, the unit in which columns are cut into tasks and strips: a
+/// whole number of tiles, whether the rows of a tile or its packets run along the columns.
 template <class Scalar>
 inline constexpr Index panel_columns = (l2_feeds_tiles ? 4 : 6) * tile_columns<Scalar>;
 
@@ -20,7 +20,8 @@ inline constexpr Index panel_columns = (l2_feeds_tiles ? 4 : 6) * tile_columns<S
 template <class Scalar>
 inline constexpr Index cached_elements = (Index{128} << 10) / static_cast<Index>(sizeof(Scalar));
 
-/// The largest number of rows of C in one task: the part of A for these rows stays in L2.
+/// The largest number of rows of C in a task of gemm() or of an expert's first half: the part of A
+/// for these rows stays in L2.
 inline constexpr Index task_rows = 256;
 
 /// Cuts [0, count) into `parts` as evenly as possible, the longer ones first, and calls

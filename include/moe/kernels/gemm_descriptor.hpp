@@ -83,10 +83,11 @@ constexpr Range range_within(Range range, Index count) {
 /// packets.
 template <class Scalar, class B = MatrixOperand<Scalar>>
 struct GemmNN {
-  GatheredRows<Scalar> a;       ///< M x K
-  B b;                          ///< K x N
-  ScatteredRows<Scalar> c;      ///< M x N
-  Range columns = whole_range;  ///< of C, from a multiple of panel_columns on
+  GatheredRows<Scalar> a;   ///< M x K
+  B b;                      ///< K x N
+  ScatteredRows<Scalar> c;  ///< M x N
+  /// Of C, from a multiple of cache_line on; with an epilogue, of panel_columns.
+  Range columns = whole_range;
   Start start = Start::zero;
   Bias<Scalar> bias{};  ///< N values and maybe M factors
   Epilogue epilogue{};
@@ -98,10 +99,11 @@ struct GemmNN {
 /// C = A·Bᵀ, or some of its columns.
 template <class Scalar, class B = MatrixOperand<Scalar>>
 struct GemmNT {
-  GatheredRows<Scalar> a;       ///< M x K
-  B b;                          ///< N x K
-  ScatteredRows<Scalar> c;      ///< M x N
-  Range columns = whole_range;  ///< of C, from a multiple of panel_columns on
+  GatheredRows<Scalar> a;   ///< M x K
+  B b;                      ///< N x K
+  ScatteredRows<Scalar> c;  ///< M x N
+  /// Of C, from a multiple of cache_line on; with an epilogue, of panel_columns.
+  Range columns = whole_range;
   Start start = Start::zero;
   Epilogue epilogue{};
 

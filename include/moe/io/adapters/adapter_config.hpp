@@ -92,7 +92,8 @@ class AdapterConfig {
     std::string found;
     const auto look_for = [&](const std::string& pattern) {
       if (!patterns->has(pattern)) return;
-      // Of several patterns PEFT uses the first in the file.
+      // Of several patterns PEFT uses the first in the file, but nlohmann::json does not keep their
+      // order.
       if (!found.empty()) {
         fail_file(path(), "\"", found, "\" and \"", pattern, "\" are both patterns of ",
                   plain(map));

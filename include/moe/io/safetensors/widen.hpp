@@ -22,7 +22,8 @@ constexpr float power_of_two(int exponent) {
 }
 
 /// F8_E4M3, "fn": a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, the largest is
-/// 448, and all bits set but the sign are NaN (Micikevicius et al. 2022, arXiv 2209.05433).
+/// 448, and the two codes whose exponent and mantissa have all bits set are NaN (Micikevicius et
+/// al. 2022, arXiv 2209.05433).
 inline constexpr auto e4m3_values = [] {
   std::array<float, 256> values{};
   for (int code = 0; code < 256; ++code) {

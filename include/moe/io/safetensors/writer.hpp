@@ -70,7 +70,7 @@ class SafetensorsWriter {
   template <class Scalar>
   void add(const std::string& name, Matrix<Scalar>&& matrix) = delete;  // would be gone by write()
 
-  /// Adds whole numbers (I64), in one dimension.
+  /// Adds whole numbers (I64), in one dimension. Throws as add() of a matrix does.
   void add(const std::string& name, IndexSpan numbers) {
     add({name,
          detail::element_type<Index>(),
@@ -118,7 +118,8 @@ class SafetensorsWriter {
   }
 
   /// Adds bytes in memory (U8, in one dimension), padded with zeros to a multiple of 64. They begin at a
-  /// multiple of 64 in the file, so that they can be used in place if the file is mapped.
+  /// multiple of 64 in the file, so that they can be used in place if the file is mapped. Throws as
+  /// add() of a matrix does.
   void add_aligned_bytes(const std::string& name, std::span<const std::byte> bytes) {
     const std::size_t size = (bytes.size() + 63) / 64 * 64;
     add({name,
