@@ -23,7 +23,7 @@ set logscale x 2
 set xtics ("no experts, or one" 1, "4" 4, "16" 16, "64" 64, "256" 256, "1024" 1024, "4096" 4096)
 set xlabel "experts"
 set ylabel "test perplexity"
-set key outside bottom center horizontal noenhanced
+set key outside right center vertical noenhanced
 set offsets 0, 0, graph 0.05, graph 0.05
 
 # ---- Perplexity over experts: a point for every seed, a line through the means.
