@@ -253,8 +253,9 @@ struct NoiseLanes {
   }
 };
 
-/// Fills n (rows x columns) with normal noise keyed by (seed, step, token(row), column). The ends of
-/// rows, where fewer counters are left than NoiseLanes has, are drawn together.
+/// Fills n (rows x columns) with normal noise keyed by (seed, step, first_token + token(row),
+/// column). The ends of rows, where fewer counters are left than NoiseLanes has, are drawn
+/// together.
 template <class Scalar>
 void fill_noise(std::uint64_t seed, const NoiseKey& key, Index rows, Index columns,
                 FunctionRef<Index(Index)> token, Scalar* n) {
@@ -305,7 +306,8 @@ inline float uniform(std::uint32_t bits) { return static_cast<float>(bits >> 8) 
 
 /// A standard Gumbel deviate −log(−log(u)) from 23 random bits: u is the middle of one of 2^23
 /// equal parts of (0, 1), so the deviate is within (-2.9, 16.7). The result has the same bits on
-/// every platform. The largest of c_i + Gumbel deviates is i with the probability softmax(c)_i.
+/// every platform. With a deviate g_i of its own for each i, c_i + g_i is the largest with
+/// probability softmax(c)_i.
 inline float standard_gumbel(std::uint32_t bits) {
   const float u = (static_cast<float>(bits >> 9) + 0.5f) * 0x1p-23f;  // exact
   return -detail::portable_log(-detail::portable_log(u));

@@ -33,8 +33,8 @@ TEST_CASE("top-k gate: a bad configuration is refused with its field and numbers
     CHECK_NOTHROW(
         TopKGate<double>(Config{.width = 4, .experts = 6, .top_k = 2, .scale = scale}, 0));
   }
-  refuse([](Config& c) { c.groups = 0; }, "groups = 0, must divide experts = 6");
-  refuse([](Config& c) { c.groups = 4; }, "groups = 4, must divide experts = 6");
+  refuse([](Config& c) { c.groups = 0; }, "groups = 0, must be at least 1 and divide experts = 6");
+  refuse([](Config& c) { c.groups = 4; }, "groups = 4, must be at least 1 and divide experts = 6");
   refuse([](Config& c) { c.top_k_groups = 0; }, "top_k_groups = 0, must be from 1 to groups = 3");
   refuse([](Config& c) { c.top_k_groups = 4; }, "top_k_groups = 4, must be from 1 to groups = 3");
   refuse([](Config& c) { c.group_score = static_cast<GroupScore>(-1); },

@@ -66,8 +66,9 @@ TEST_CASE("experts come and go: groups of a top-k gate must divide them", "[laye
                        .expert = {.hidden = 3},
                        .gate = {.experts = 6, .top_k = 2, .groups = 3, .top_k_groups = 2},
                        .seed = 3});
-  CHECK_THROWS_WITH(layer.add_experts(1, 1),
-                    Catch::Matchers::Contains("groups = 3, must divide experts = 7"));
+  CHECK_THROWS_WITH(
+      layer.add_experts(1, 1),
+      Catch::Matchers::Contains("groups = 3, must be at least 1 and divide experts = 7"));
   layer.add_experts(3, 1);
   CHECK(layer.config().gate.experts == 9);
 }

@@ -79,7 +79,7 @@ TEST_CASE("batches: no rows", "[nn][batches]") {
   const Batches batches({.rows = 0, .batch_rows = 3, .seed = 4}, 0);
   CHECK(batches.count() == 0);
   CHECK(batches.begin() == batches.end());
-  CHECK_THROWS_WITH(batches[0], "moe: Batches: batch 0 of 0");
+  CHECK_THROWS_WITH(batches[0], "moe: Batches: batch = 0, must be in [0, 0)");
 }
 
 TEST_CASE("batches: each place gets each row equally often", "[nn][batches]") {
@@ -101,6 +101,6 @@ TEST_CASE("batches: what is wrong is named", "[nn][batches]") {
   CHECK_THROWS_WITH(Batches({.rows = 4, .batch_rows = 0, .seed = 1}, 0),
                     "moe: Batches::Config.batch_rows = 0, must be at least 1");
   const Batches batches({.rows = 4, .batch_rows = 3, .seed = 1}, 0);
-  CHECK_THROWS_WITH(batches[2], "moe: Batches: batch 2 of 2");
-  CHECK_THROWS_WITH(batches[-1], "moe: Batches: batch -1 of 2");
+  CHECK_THROWS_WITH(batches[2], "moe: Batches: batch = 2, must be in [0, 2)");
+  CHECK_THROWS_WITH(batches[-1], "moe: Batches: batch = -1, must be in [0, 2)");
 }

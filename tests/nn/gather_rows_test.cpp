@@ -49,12 +49,13 @@ TEST_CASE("gather rows: what is wrong is named and changes nothing", "[nn]") {
   const Matrix<float> from = Matrix<float>::Ones(4, 2);
   Matrix<float> to = Matrix<float>::Zero(1, 1);
   CHECK_THROWS_WITH(gather_rows(from, std::vector<Index>{0, 4}, to),
-                    "moe: gather_rows: row 4 of 4");
-  CHECK_THROWS_WITH(gather_rows(from, std::vector<Index>{-1}, to), "moe: gather_rows: row -1 of 4");
+                    "moe: gather_rows: row = 4, must be in [0, 4)");
+  CHECK_THROWS_WITH(gather_rows(from, std::vector<Index>{-1}, to),
+                    "moe: gather_rows: row = -1, must be in [0, 4)");
   CHECK(to == Matrix<float>::Zero(1, 1));
   std::vector<Index> labels{7};
   CHECK_THROWS_WITH(gather_rows(std::vector<Index>{1, 2}, std::vector<Index>{2}, labels),
-                    "moe: gather_rows: row 2 of 2");
+                    "moe: gather_rows: row = 2, must be in [0, 2)");
   CHECK(labels == std::vector<Index>{7});
 
   to = from;

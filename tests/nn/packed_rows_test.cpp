@@ -37,7 +37,7 @@ TEST_CASE("packed rows: rows that do not fit", "[nn]") {
   Matrix<double> out;
   CHECK_THROWS_WITH(real.pack(two, out), Contains("row 2 of 2"));
   CHECK_THROWS_WITH(real.unpack(two, 2, out), Contains("row 2 of 2"));
-  CHECK_THROWS_WITH(real.unpack(three, 3, out), Contains("3 packed rows, 2 are real"));
+  CHECK_THROWS_WITH(real.unpack(three, 3, out), Contains("packed has 3 rows, must have 2"));
   CHECK_THROWS_WITH(real.pack(three, three), Contains("packed into itself"));
   CHECK_THROWS_WITH(real.unpack(two, 3, two),
                     Contains("PackedRows::unpack: a matrix cannot be unpacked into itself"));

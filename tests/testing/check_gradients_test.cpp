@@ -216,6 +216,9 @@ TEST_CASE("check gradients: a pass that is forgotten in forward and backward ali
   // A y of NaN is not the fault of what reads padding: every difference is NaN and left out.
   const GradientCheck none = check_forgetful<Forgotten::weights>(padded);
   CHECK(none.kinks == none.checked);
+  CHECK(std::isnan(none.error));  // so that error < 1e-7 is false where nothing was compared
+  CHECK(none.text() ==
+        "all " + std::to_string(none.checked) + " entries were left out: nothing was compared");
   // Without padding there is nothing to read.
   CHECK(check_forgetful<Forgotten::padding_in_loss>({.step = 3}).error < 1e-7);
 }

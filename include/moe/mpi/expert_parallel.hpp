@@ -30,7 +30,9 @@ namespace moe::mpi {
 ///
 /// The constructor, forward(), backward(), evaluate() and the functions that add, copy and remove
 /// experts are collective, also on a rank that has no tokens: all ranks make the same call with the
-/// same Pass.step. An exception on one rank is thrown on all, as an Error.
+/// same Pass.step, first_token, sequences, loss_scale and noise_factor, and with Pass.batch null.
+/// first_token is that of the first row of rank 0. An exception on one rank is thrown on all, as an
+/// Error.
 ///
 /// An expert's gradients include those of all ranks' tokens, on the rank that has the expert; they are
 /// never divided by the number of ranks. backward() sums the gradients of the gate over the ranks, so

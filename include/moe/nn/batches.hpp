@@ -99,7 +99,8 @@ class Batches {
   /// The rows of a batch, 0 <= batch < count(), valid as long as this object. Throws
   /// std::invalid_argument for another one.
   IndexSpan operator[](Index batch) const {
-    detail::require(batch >= 0 && batch < count(), "Batches: batch ", batch, " of ", count());
+    detail::require(batch >= 0 && batch < count(), "Batches: batch = ", batch, ", must be in [0, ",
+                    count(), ")");
     const Index first = batch * config_.batch_rows;
     return std::span(order_).subspan(
         detail::to_size(first),

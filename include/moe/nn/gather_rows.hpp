@@ -25,7 +25,7 @@ void copy_rows(const MatrixRef<Scalar>& from, std::span<const Index> rows, Matri
 /// Throws std::invalid_argument unless all rows are in [0, count).
 inline void check_rows(std::span<const Index> rows, Index count) {
   for (const Index row : rows) {
-    require(row >= 0 && row < count, "gather_rows: row ", row, " of ", count);
+    require(row >= 0 && row < count, "gather_rows: row = ", row, ", must be in [0, ", count, ")");
   }
 }
 

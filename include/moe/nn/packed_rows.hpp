@@ -32,16 +32,16 @@ struct PackedRows {
     detail::copy_rows<Scalar>(padded, rows, packed);
   }
 
-  /// padded[rows[i]] = packed[i]; the other rows of the T are 0. unpack() of gradients is the backward of
-  /// pack(), and pack() that of unpack(). Throws std::invalid_argument if the rows do not fit, or if both
-  /// are one matrix.
+  /// Sets padded to T rows: padded[rows[i]] = packed[i], and the others are 0. unpack() of
+  /// gradients is the backward of pack(), and pack() that of unpack(). Throws std::invalid_argument
+  /// if the rows do not fit, or if both are one matrix.
   template <class Scalar>
   void unpack(const Matrix<Scalar>& packed, Index T, Matrix<Scalar>& padded) const {
     check(T);
     detail::require(&packed != &padded,
                     "PackedRows::unpack: a matrix cannot be unpacked into itself");
-    detail::require(packed.rows() == count(), "PackedRows::unpack: ", packed.rows(),
-                    " packed rows, ", count(), " are real");
+    detail::require(packed.rows() == count(), "PackedRows::unpack: packed has ", packed.rows(),
+                    " rows, must have ", count());
     detail::resize_to_zero(padded, T, packed.cols());
     for (Index i = 0; i < count(); ++i) padded.row(rows[detail::to_size(i)]) = packed.row(i);
   }

@@ -81,8 +81,9 @@ class Residual {
   /// The module's configuration.
   decltype(auto) config() const requires requires(const Module& module) { module.config(); }
   { return module_.config(); }
-  /// The module. Its own functions may be called, such as MoELayer's set_loss_weights() or add_experts(), and
-  /// another one of another width may be assigned: each pass compares the shapes anew.
+  /// The module. Its own functions may be called, such as MoELayer's set_loss_weights() or
+  /// add_experts(), and a module of another width may be assigned: each pass compares the shapes
+  /// anew.
   const Module& module() const { return module_; }
   /// The same to change.
   Module& module() { return module_; }

@@ -18,9 +18,9 @@ inline Index target_of(std::span<const Index> targets, std::span<const std::uint
   return ignored ? -1 : targets[to_size(t)];
 }
 
-/// Returns the number of rows that are not ignored. Throws std::invalid_argument, which begins with
-/// `name`, unless there are a target and no or one entry of `valid` for each row of logits, and the
-/// targets of valid rows are below the number of classes.
+/// Returns the number of rows that are not ignored. Throws std::invalid_argument, whose message
+/// begins with `name`, unless there is one target for each row of logits, `valid` is empty or has
+/// one entry for each row, and the targets of valid rows are below the number of classes.
 inline Index count_targets(std::string_view name, Index rows, Index classes,
                            std::span<const Index> targets, std::span<const std::uint8_t> valid) {
   const auto count = static_cast<Index>(targets.size());

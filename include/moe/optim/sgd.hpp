@@ -68,8 +68,8 @@ class SGD {
   /// Changes the optimizer's state in step with the experts of a layer that is a part of the model of
   /// update(). Call it right after each change of the experts. The velocities of parameters that stayed
   /// keep their bits; copies get those of their original, fresh parameters and columns zeros. Throws
-  /// std::invalid_argument, with nothing changed, if the change is not the layer's last, or if follow()
-  /// was not called for an earlier one.
+  /// std::invalid_argument, with nothing changed, if the change is not the layer's last, or, with
+  /// momentum, if follow() was not called for an earlier one.
   template <class Module, class Layer>
   void follow(const Module& model, const Layer& layer, const ExpertChange& change) {
     detail::follow_change("SGD", model, layer, change, velocity_.known(), velocity_);

@@ -26,8 +26,9 @@ inline void normalise(std::span<double> values, double scale) {
   for (double& value : values) value = constant ? 0 : (value - mean) / stddev;
 }
 
-/// A_t = discount^t·(R_t - b_t) of every sampled step, t counted from the end of the row's forced
-/// prefix. Throws std::invalid_argument where R_t - b_t is not finite as the policy's Scalar.
+/// A_t = discount^t·(R_t - b_t) of every sampled step, R_t - b_t being normalised first if
+/// `normalised`; t counts from the end of the row's forced prefix. Throws std::invalid_argument
+/// where R_t - b_t is not finite as the policy's Scalar.
 template <Policy P>
 void make_advantages(const SampledSteps<P>& steps, const Rollout& rollout,
                      std::span<const double> baselines, double discount, bool normalised,

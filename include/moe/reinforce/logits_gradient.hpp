@@ -57,7 +57,8 @@ void sampled_row_gradient(const LogitsObjective& objective, const SoftmaxRow<Sca
 
 /// Computes dlogits, (steps·R) x V, and for the statistics log_probability and entropy, R x max_length.
 /// `advantages` has an entry for each of `sampled`. Rows of padding are not read, and dlogits is 0
-/// there. Throws std::invalid_argument for logits that are not finite and symbols of probability 0.
+/// there. Throws std::invalid_argument if a row has a logit that is NaN or +infinity or only logits
+/// of -infinity, or if a symbol has probability 0.
 template <class Scalar>
 void make_dlogits(const LogitsObjective& objective, const Plan& plan, const Rollout& rollout,
                   const PackedRows& sampled, std::span<const double> advantages,

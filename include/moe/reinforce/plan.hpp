@@ -56,7 +56,7 @@ void check_references(const ReinforceConfig<Baseline>& config, Index symbols, st
   }
 }
 
-/// Writes the first `count` symbols of a reference, of which the end symbol is the last, to a row.
+/// Writes to a row the first `count` symbols of a reference followed by the end symbol.
 inline void force(std::span<const Index> reference, Index count, Index end, Index row,
                   Rollout& rollout) {
   const auto length = static_cast<Index>(reference.size()) + 1;

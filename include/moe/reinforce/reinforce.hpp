@@ -86,7 +86,7 @@ class Reinforce {
   struct Tape {
     Rollout rollout;                      ///< the sequences, rows() = R
     std::vector<double> rewards;          ///< R x max_length
-    std::vector<double> returns;          ///< R x max_length, from the first sampled step on
+    std::vector<double> returns;          ///< R x max_length, of forced steps too; 0 for references
     std::vector<double> log_probability;  ///< R x max_length, as the gradient pass computed them
     std::vector<double> entropy;          ///< R x max_length, at sampled steps
     std::vector<double> advantages;       ///< A_t, one per sampled step, time-major
@@ -133,9 +133,10 @@ class Reinforce {
   /// Throws std::invalid_argument for an empty batch, for a Config.end that is not a symbol of the policy, for
   /// an objective out of range, for a number of references that is not that of the inputs, for a
   /// reference that is too long, contains Config.end, or has a symbol that is out of range or
-  /// forbidden, for a reward, return, baseline or logit that is not finite, and for logits of the
-  /// wrong shape. Then no gradient was added and the baseline's predictions are unchanged. The same
-  /// holds for exceptions of the reward and of the policy, except of its backward().
+  /// forbidden, for a reward, return or baseline that is not finite, for a logit that is NaN or
+  /// +infinity, for a row of logits that are all -infinity, and for logits of the wrong shape. Then
+  /// no gradient was added and the baseline's predictions are unchanged. The same holds for
+  /// exceptions of the reward and of the policy, except of its backward().
   template <detail::RewardOf<Input> Reward>
   Statistics add_gradients(P& policy, std::span<const Input> inputs,
                            std::span<const Reference> references, Reward&& reward,
@@ -172,7 +173,8 @@ class Reinforce {
 
   /// Samples Config::samples sequences for each input, at the temperature, as add_gradients() does with
   /// the same key: tape.rollout. Throws std::invalid_argument for an empty batch, for a Config.end that is not
-  /// a symbol of the policy, and for logits that are not finite or of the wrong shape.
+  /// a symbol of the policy, for a logit that is NaN or +infinity, for a row of logits that are all
+  /// -infinity, and for logits of the wrong shape.
   void sample(const P& policy, std::span<const Input> inputs, const NoiseKey& key,
               Tape& tape) const {
     check_batch(policy, inputs);

@@ -12,8 +12,9 @@
 namespace moe::detail {
 
 /// The noise of Switch Transformer's gate [F22 app. C, cited in capacity.hpp]: factor (N x D) =
-/// 1 + size·u and jittered = x ⊙ factor over the N tokens of x. u is uniform in [-1, 1), keyed by (seed,
-/// step, row of x, column), or given; `size` is the gate's times Pass::noise_factor.
+/// 1 + size·u and jittered = x ⊙ factor over the N tokens of x. u is uniform in [-1, 1), keyed by
+/// (seed, step, first_token + row of x, column), or given; `size` is the gate's times
+/// Pass::noise_factor.
 template <class Scalar>
 void jitter_input(double size, std::uint64_t seed, const NoiseSource& noise,
                   const ValidTokens& tokens, const MatrixRef<Scalar>& x, Matrix<Scalar>& factor,

@@ -44,7 +44,8 @@ void linear_scores(const std::type_identity_t<GatheredRows<Scalar>>& x,
 
 /// Adds xᵀ·dscores to W's gradient and the column sums of dscores to b's, if they are trained, and
 /// dscores·Wᵀ to dx (N x D, a matrix or scattered rows of one). Throws std::invalid_argument, with
-/// nothing changed, unless x, dscores and dx have the same number of rows, and the widths of W and b.
+/// nothing changed, unless x, dscores and dx have the same number of rows, x and dx are D wide,
+/// dscores is E wide, and b is 1 x E or empty.
 template <class Scalar>
 void linear_scores_backward(const std::type_identity_t<GatheredRows<Scalar>>& x,
                             const std::type_identity_t<GatheredRows<Scalar>>& dscores,

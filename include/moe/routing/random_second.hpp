@@ -35,8 +35,9 @@ void drop_second_choices(std::uint64_t seed, const NoiseSource& noise, const Val
 
 /// Draws the second of a token's two choices, `chosen`, from the softmax of its logits over the experts other
 /// than the first: the largest logit plus a Gumbel deviate. Experts whose score is -infinity are in no
-/// chosen group and are not drawn. The deviates are keyed by (seed, step, row, expert), or given, from
-/// column `first_column` of the row on. Without a finite logit the choice stays.
+/// chosen group and are not drawn. The deviates are keyed by (seed, step, first_token + row,
+/// expert), or given, from column `first_column` of the row on. Without a finite logit the choice
+/// stays.
 template <class Scalar>
 void draw_second_choice(std::uint64_t seed, const NoiseSource& noise, Index row, Index first_column,
                         Index experts, const Scalar* logits, const Scalar* scores, Index* chosen) {

@@ -28,7 +28,7 @@ inline bool is_elementwise(Score score) {
 
 inline constexpr Index router_block = 64;  ///< tokens in a task
 
-/// 1 / sum, but 0 for a sum so small that its inverse would be infinite.
+/// 1 / sum, but 0 for a sum below the smallest normal number, whose inverse can be infinite.
 template <class Scalar>
 Scalar finite_inverse(Scalar sum) {
   return sum < std::numeric_limits<Scalar>::min() ? Scalar{0} : Scalar{1} / sum;

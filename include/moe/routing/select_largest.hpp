@@ -12,7 +12,8 @@
 namespace moe {
 namespace detail {
 
-/// An order of indices: larger scores first, of equal ones the lower index, NaN last.
+/// An order of indices: larger scores first, of equal ones the lower index; NaN counts as
+/// -infinity.
 template <class Scalar>
 class ByScore {
  public:

@@ -154,7 +154,8 @@ class SharedSelection {
   static constexpr Index gathers = 3;
   /// The number of values in a message of Communicator::most_bytes.
   static constexpr Index message = Index{1} << 17;
-  /// The number of leading bits: as many as fit into one message.
+  /// The number of leading bits: 11, or as many as fit into one message if these are fewer, at
+  /// least 1.
   static int digit_bits(Index experts) {
     int bits = 11;
     while (bits > 1 && experts << bits > message) --bits;
@@ -306,8 +307,9 @@ class SharedSelection {
   template <class ShownBy>
   Index narrow(ShownBy&& shown_by, Index candidates, const SharedBatch& batch, Bound& bound,
                List& list) {
-    // The candidate searched has `target` others before it, of those among which the search goes on. The
-    // one at the head of the heap has at least `least` and at most `most`.
+    // Counted among the candidates on which the search goes on: the one that is searched for has
+    // `target` others before it, the one at the head of the heap at least `least` and at most
+    // `most`.
     Index target = bound.left - 1;
     Index least = 0;
     Index most = 0;

@@ -147,7 +147,8 @@ inline const TopKConfig& checked(const TopKConfig& config) {
           "TopKGate::Config.renormalise_after_drops = true, must be false without renormalise "
           "or softmax_of_chosen");
   require(config.groups >= 1 && config.experts % config.groups == 0,
-          "TopKGate::Config.groups = ", config.groups, ", must divide experts = ", config.experts);
+          "TopKGate::Config.groups = ", config.groups,
+          ", must be at least 1 and divide experts = ", config.experts);
   check_choice(gate, "top_k_groups", config.top_k_groups, "groups", config.groups);
   const Index reachable = config.experts / config.groups * config.top_k_groups;
   require(config.top_k <= reachable, "TopKGate::Config.top_k = ", config.top_k,

@@ -21,8 +21,9 @@
 /// models of users. Not part of moe/moe.hpp. Everything is computed in double, by differences of fourth
 /// order, with about four forward passes for each number that is checked.
 ///
-/// Gradients are added up over the passes of an update. So a second pass is made, from gradients that are
-/// not zero, and std::invalid_argument is thrown for one to which backward() does not add the same again.
+/// Gradients are added up over the passes of an update. So a second pass is made, with gradients
+/// that are not zero before it, and std::invalid_argument is thrown unless backward() adds the same
+/// numbers to them again.
 ///
 ///     using Layer = moe::MoELayer<moe::Expert<MyNetwork, double>, MyGate<double>>;
 ///     Layer layer({...});
@@ -36,19 +37,23 @@ namespace moe {
 
 /// The result of a check: the entry of a gradient that is farthest from its difference quotient.
 struct GradientCheck {
-  std::string parameter;  ///< its name, or "x"
+  std::string parameter;  ///< its name, or "x"; empty if all entries were left out
   Index row = 0;          ///< of the entry
   Index column = 0;       ///< of the entry
   double gradient = 0;    ///< by backward()
   double difference = 0;  ///< the difference quotient
   /// |gradient − difference| / max(a, b, 1e-11), a being the largest |difference| in the same parameter and
-  /// b a millionth of the largest in all parameters. NaN if the gradient is NaN or infinite.
+  /// b a millionth of the largest in all parameters. NaN if the gradient is NaN or infinite,
+  /// and if all entries were left out, as when the loss is NaN.
   double error = 0;
   Index checked = 0;  ///< entries in all, those left out included
   Index kinks = 0;    ///< entries left out
 
   /// "gate.weight(3, 1) is 0.25, differences say 0.5: an error of 0.5; 2 of 340 entries left out".
   std::string text() const {
+    if (kinks > 0 && kinks == checked) {
+      return detail::join("all ", checked, " entries were left out: nothing was compared");
+    }
     return detail::join(parameter, "(", row, ", ", column, ") is ", gradient, ", differences say ",
                         difference, ": an error of ", error, "; ", kinks, " of ", checked,
                         " entries left out");
@@ -97,7 +102,8 @@ class GradientComparison {
   /// The gradient that was given to the n-th add().
   const Matrix<double>& gradient(std::size_t n) const { return entries_[n].gradient; }
 
-  /// What the n-th gradient is set to before the second pass: its largest entry, at least 1.
+  /// What the n-th gradient is set to before the second pass: its largest magnitude, at least 1; 1
+  /// if that is not finite.
   double start(std::size_t n) const {
     const double largest = largest_of(entries_[n].gradient);
     return largest > 1 && std::isfinite(largest) ? largest : 1;
@@ -107,7 +113,8 @@ class GradientComparison {
   void check_sum(const char* caller, std::size_t n, const Matrix<double>& sum) const {
     const Entry& entry = entries_[n];
     const double before = start(n);
-    // Far above the rounding of terms of a million that cancel, and below all but the least gradients.
+    // Far above the rounding errors of terms of magnitude 1e6 that cancel, and below all but the
+    // smallest gradients.
     const double tolerance = std::max(1e-6 * before, 1e-3 * largest_of(entry.gradient));
     for (Index row = 0; row < sum.rows(); ++row) {
       for (Index column = 0; column < sum.cols(); ++column) {
@@ -150,6 +157,7 @@ class GradientComparison {
         }
       }
     }
+    if (first && check.checked > 0) check.error = std::nan("");
     return check;
   }
 
@@ -247,8 +255,9 @@ GradientCheck check_gradients(Module& module, detail::FunctionRef<double()> loss
 namespace detail {
 
 /// Throws std::invalid_argument unless the gate's loss is in proportion to Pass::loss_scale, and neither it nor the
-/// y of a token depends on what padding holds. Differences do not show that: a gate that forgets it in
-/// forward() and in backward() alike has the gradient of its own, wrong, loss.
+/// y of a token depends on what padding holds. Difference quotients do not show that: a gate that
+/// ignores loss_scale or padding in both forward() and backward() has the right gradient of a wrong
+/// loss.
 template <class Layer>
 void check_pass_is_minded(const Layer& layer, const Matrix<double>& x, const Pass& pass) {
   constexpr const char* caller = "check_layer_gradients";
