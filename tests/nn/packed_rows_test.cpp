@@ -35,13 +35,16 @@ TEST_CASE("packed rows: rows that do not fit", "[nn]") {
   Matrix<double> three = Matrix<double>::Zero(3, 2);
   Matrix<double> two = Matrix<double>::Zero(2, 2);
   Matrix<double> out;
-  CHECK_THROWS_WITH(real.pack(two, out), Contains("row 2 of 2"));
-  CHECK_THROWS_WITH(real.unpack(two, 2, out), Contains("row 2 of 2"));
+  CHECK_THROWS_WITH(real.pack(two, out), Contains("row = 2, must be in [0, 2)"));
+  CHECK_THROWS_WITH(real.unpack(two, 2, out), Contains("row = 2, must be in [0, 2)"));
   CHECK_THROWS_WITH(real.unpack(three, 3, out), Contains("packed has 3 rows, must have 2"));
   CHECK_THROWS_WITH(real.pack(three, three), Contains("packed into itself"));
   CHECK_THROWS_WITH(real.unpack(two, 3, two),
                     Contains("PackedRows::unpack: a matrix cannot be unpacked into itself"));
   CHECK(two.rows() == 2);
+  real.rows = {-1, 1};
+  CHECK_THROWS_WITH(real.pack(two, out), "moe: PackedRows: row = -1, must be in [0, 2)");
+  CHECK_THROWS_WITH(real.unpack(two, 2, out), "moe: PackedRows: row = -1, must be in [0, 2)");
 }
 
 TEST_CASE("packed rows: none is real", "[nn]") {

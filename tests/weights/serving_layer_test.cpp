@@ -243,7 +243,7 @@ TEST_CASE("serving: what it refuses", "[weights]") {
 
   std::vector<Served::Expert> three(served.experts().begin(), served.experts().end() - 1);
   CHECK_THROWS_WITH(Served(served.config(), served.gate(), three),
-                    Contains("MoELayer: 3 experts, the gate has 4 here"));
+                    Contains("MoELayer: 3 experts, must be 4 in this process"));
 
   for_each_parameter(layer, [](const std::string& name, auto& p) {
     if (name == "experts.2.down.weight") p.value(7, 3) = 1e6f;

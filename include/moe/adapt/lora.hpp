@@ -92,7 +92,8 @@ MoELayer<Lora<FeedForward, Scalar>, Gate, Dispatch> adapt(
       std::move(policy));
 }
 
-/// The same with adapters on the gate's weights too.
+/// The same with adapters on the gate's weights too. It also throws std::invalid_argument if
+/// gate.rank > 0 and the gate has no parameter to adapt.
 template <class Scalar, class Gate, class Dispatch>
 MoELayer<Lora<FeedForward, Scalar>, LoraGate<Gate>, Dispatch> adapt(
     const MoELayer<Expert<FeedForward, Scalar>, Gate, Dispatch>& layer, const LoraConfig& lora,

@@ -24,8 +24,8 @@ namespace moe {
 /// a piece and its scratch stay in L2.
 inline constexpr Index expert_block_rows = 128;
 
-/// Ranges of a network's columns begin at multiples of this number, so that a column has the same bits
-/// however the columns are split.
+/// Ranges of the columns of a network's first half begin at multiples of this number, so that a
+/// column has the same bits however the columns are split.
 template <class Scalar>
 inline constexpr Index expert_block_columns = detail::panel_columns<Scalar>;
 
@@ -91,17 +91,17 @@ concept PlainNetwork = requires(const N& network, N& trained,
 ///                                            scratch; with save also block.saved
 ///     output(block, columns, y) const        second half: adds columns of weight·network(x), or of
 ///                                            network(weight·x), to the block's rows of y
-///     hidden_backward(block, dy, columns)    first half of backward, from dy (T x D), the gradient
-///                                            w.r.t. y
-///     output_backward(block, columns, dx)    second half: adds columns of the gradient w.r.t. x,
+///     hidden_backward(block, dy, columns) const  first half of backward, from dy (T x D), the
+///                                            gradient w.r.t. y
+///     output_backward(block, columns, dx) const  second half: adds columns of the gradient w.r.t. x,
 ///                                            which has the weight as a factor, to the block's rows
 ///                                            of dx
 ///     add_gradients(block, dy, rows, replace)  adds to some rows of the parameters' gradients, which
 ///                                            are gradient_rows() rows stacked on each other. With
 ///                                            replace it writes over them; then the calls for all
 ///                                            rows must write every gradient, biases too
-///     weight_gradients(block, dy, dweight)   dweight (n) = ⟨network(x), dy⟩, or, where the weight
-///                                            multiplies x, its gradient
+///     weight_gradients(block, dy, dweight) const  dweight (n) = ⟨network(x), dy⟩, or, where the
+///                                            weight multiplies x, its gradient
 ///
 /// The second half, add_gradients and weight_gradients are called after all columns of the first half
 /// are computed. Ranges of the first half begin at multiples of expert_block_columns, those of the

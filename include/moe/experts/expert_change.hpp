@@ -39,7 +39,8 @@ class ExpertSources {
 
   Index before() const { return before_; }  ///< the number of experts before the change
   Index experts() const { return static_cast<Index>(sources_.size()); }  ///< after it
-  /// The source of expert e: an expert of before, or fresh_source.
+  /// The source of expert e: the number that it, or the expert that it copies, had before the
+  /// change, or fresh_source.
   Index operator[](Index e) const { return sources_[detail::to_size(e)]; }
   /// Whether expert e is new.
   bool is_fresh(Index e) const { return (*this)[e] == fresh_source; }

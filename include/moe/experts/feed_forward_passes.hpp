@@ -48,11 +48,11 @@ struct FeedForwardConfig {
   /// nearest even; NaN stays NaN, a magnitude below 2^-126 becomes 0), and the sums are floats;
   /// weights, biases, gradients, activations and y stay float. Where the program is compiled for
   /// AVX512-BF16, vdpbf16ps adds two products at once: it replaces results below 2^-126 by 0 and
-  /// rounds sums differently from multiply-adds. It is for many tokens per expert: docs/layer.md
-  /// says how many. Without AVX512-BF16, multiply-adds of the same rounded numbers give the same up
-  /// to the rounding of sums. A token's bits depend neither on the other tokens nor on the number
-  /// of threads. Must be `full` unless Scalar is float. This does not change the products of
-  /// adapters' low-rank matrices, nor those with narrow weights.
+  /// rounds sums differently from multiply-adds. bfloat16 is faster only with AVX512-BF16 and many
+  /// tokens per expert: docs/layer.md says how many. Without AVX512-BF16, multiply-adds of the same
+  /// rounded numbers give the same up to the rounding of sums. A token's bits depend neither on the
+  /// other tokens nor on the number of threads. Must be `full` unless Scalar is float. This does
+  /// not change the products of adapters' low-rank matrices, nor those with narrow weights.
   Precision products = Precision::full;
 
   template <class Self, class Visitor>

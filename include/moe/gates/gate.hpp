@@ -293,10 +293,10 @@ class GateBase {
 
   /// Takes the x of forward() and dweight (S), the gradient of the loss with respect to the weight of
   /// each slot. Adds to the gradients of the parameters and to dx (T x D), the gate's own losses
-  /// included once. At fixed noise and choice this is the exact derivative. Throws
-  /// std::invalid_argument, before anything is changed, when the last pass on the tape was no
-  /// forward(), an argument or the shape of a parameter does not fit the tape, x overlaps dx, or
-  /// dweight overlaps the tape.
+  /// included once. At fixed noise and choice this is the exact derivative. dweight must not
+  /// overlap the tape. Throws std::invalid_argument, before anything is changed, when the last pass
+  /// on the tape was no forward(), an argument or the shape of a parameter does not fit the tape,
+  /// or x overlaps dx.
   template <class Tape>
   void backward(const MatrixRef<Scalar>& x, std::span<const Scalar> dweight, Tape& tape,
                 Matrix<Scalar>& dx) {

@@ -226,7 +226,8 @@ class TopKGate : public detail::GateBase<TopKGate<Scalar_>, Scalar_> {
     detail::move_selection_bias(load, static_cast<Scalar>(config_.bias_rate),
                                 selection_bias_.value);
   }
-  /// The same with the load of one training pass.
+  /// The same with the load of one training pass; throws std::invalid_argument also if the last
+  /// pass on the tape was no forward().
   void update_selection_bias(const Tape& tape) {
     detail::require(tape.trained,
                     "TopKGate::update_selection_bias without a forward pass on this tape");

@@ -153,10 +153,10 @@ LoraGateConfig common_settings(const std::string& folder, std::string_view owner
 
 /// Saves the adapters of a module, which may be a layer or a whole model, in a folder that
 /// load_adapters() and PEFT read; it is created if it does not exist. Each of its two files is
-/// replaced whole or not at all. A name in the files is `prefix` followed by the module's name; for
-/// a gate alone, which has no names of its own, `prefix` must be the whole name. "r" and
-/// "lora_alpha" have the most frequent values, "rank_pattern" and "alpha_pattern" those of the
-/// others.
+/// replaced whole or not at all. The name of a map in the files is `prefix` followed by its name in
+/// the module; for a gate alone whose parameter is named "weight" that name is empty, and `prefix`
+/// must be the whole name. "r" and "lora_alpha" have the most frequent values, "rank_pattern" and
+/// "alpha_pattern" those of the others.
 ///
 /// Nothing else is saved: a parameter that is trained outside of adapted parts, or a selection bias
 /// that has changed, must be saved separately. Throws std::invalid_argument if the module has no
@@ -201,14 +201,14 @@ void save_adapters(const std::string& folder, const Module& module,
 /// Loads the adapters of a module, converted to its Scalar. Every adapter of the module must be in the folder
 /// with the same rank, factor and shapes, and the folder must have no others under `prefix`.
 ///
-/// Throws std::runtime_error, which names the file and the mismatch, and std::invalid_argument if
-/// the module has no adapters or the prefix of a name does not end in a dot; nothing is changed
-/// then.
+/// Throws std::runtime_error, which names the file, if a file is missing or damaged, a setting is
+/// not supported, or the adapters differ, and std::invalid_argument if the module has no adapters
+/// or the prefix of a name does not end in a dot; nothing is changed then.
 template <class Module>
 void load_adapters(const std::string& folder, Module& module, const std::string& prefix = {}) {
   const detail::AdapterConfig config(detail::file_in(folder, detail::adapter_config_file));
   const SafetensorsFile file(detail::file_in(folder, detail::adapter_tensors_file));
-  // For a gate alone, the prefix is its whole name.
+  // For a gate alone whose parameter is named "weight", the prefix is the whole name.
   const bool is_whole_name = !prefix.empty() && prefix.back() != '.';
   const std::string begin = std::string(detail::adapter_key) + prefix + (is_whole_name ? "." : "");
   std::set<std::string> left;

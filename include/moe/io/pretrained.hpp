@@ -122,9 +122,9 @@ inline Pretrained open_pretrained(const std::string& folder, std::span<const Fam
 }
 
 /// Adds the parameters of a layer to a file, with the names and in the layout of a mixture's family, so that
-/// transformers can read them; the configuration is not stored. All experts must be in this process. Throws
-/// std::invalid_argument, with nothing added, if the layer has other shapes than the mixture, and as
-/// SafetensorsWriter::add() does.
+/// transformers can read them; the configuration is not stored. All experts must be in this
+/// process. Throws std::invalid_argument, with nothing added, if Mixture.layouts is empty or the
+/// layer has other shapes than the mixture, and as SafetensorsWriter::add() does.
 ///
 ///     moe::SafetensorsWriter writer;
 ///     moe::io::add_layer(writer, model.mixture(0), layer);

@@ -32,8 +32,9 @@ void save_module(const std::string& path, const Module& module) {
 }
 
 /// Loads the parameters of a module that has the same configuration. Throws std::runtime_error, with the
-/// module unchanged, if the file is damaged, lacks a parameter with its name, type and shape, or was saved
-/// with another configuration; the message names the field.
+/// module unchanged, if the file cannot be read, is damaged, lacks a parameter with its name, type
+/// and shape, or was saved with another configuration; the message names the file and the tensor or
+/// field.
 template <class Module>
 void load_module(const std::string& path, Module& module) {
   SafetensorsFile(path).read_module(module);
@@ -49,8 +50,8 @@ void save_parameters(const std::string& path, const Module& module) {
 }
 
 /// Loads the parameters of a module, whatever configuration they were saved with. Throws
-/// std::runtime_error, with the module unchanged, if the file is damaged or lacks a parameter with its
-/// name, type and shape.
+/// std::runtime_error, with the module unchanged, if the file cannot be read, is damaged or lacks a
+/// parameter with its name, type and shape.
 template <class Module>
 void load_parameters(const std::string& path, Module& module) {
   SafetensorsFile(path).read_parameters(module);

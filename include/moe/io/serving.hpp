@@ -302,12 +302,12 @@ void save_serving(const std::string& path, const ServingLayer<Layer, Format>& la
 /// to or cut while it is in use, the next pass throws std::runtime_error, but a pass that is running may end
 /// the program by a signal. So replace a file (as the library's writer does) instead of writing over it.
 ///
-/// Throws std::runtime_error, which names the file and the tensor or field, if a tensor is missing,
-/// has another type or shape or a value that is not a weight of the format, if a field of the
-/// configuration is missing, has a text that is not a value of its type or is not in
-/// Serving::Config, or if the file is in another format; and std::invalid_argument if a weight
-/// cannot be rounded, the configuration is out of range, or the format does not support the
-/// activations of `options`.
+/// Throws std::runtime_error, which names the file and, if one is the cause, the tensor or field,
+/// if the file cannot be read or is damaged, if a tensor is missing, has another type or shape or a
+/// value that is not a weight of the format, if a field of the configuration is missing, has a text
+/// that is not a value of its type or is not in Serving::Config, or if the file is in another
+/// format; and std::invalid_argument if a weight cannot be rounded, the configuration is out of
+/// range, or the format does not support the activations of `options`.
 template <class Serving>
 Serving load_serving(const std::string& path, const NarrowOptions& options = {},
                      MappedCheck check = MappedCheck::none) {

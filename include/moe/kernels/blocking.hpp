@@ -37,9 +37,10 @@ void for_each_part(Index count, Index parts, F&& f) {
 }
 
 /// Calls f(column, packets, width) for strips of at most tile_packets that cover the columns. Each
-/// panel of panel_columns is cut by itself, as evenly as possible (4 packets by at most 3 are 2 +
-/// 2, since a tile of one packet wastes the broadcasts). So where a strip begins does not depend on
-/// how the columns are split over tasks, as long as tasks begin at multiples of panel_columns.
+/// panel of panel_columns is cut by itself, as evenly as possible (4 packets in strips of at most 3
+/// become 2 + 2, since a tile of one packet wastes the broadcasts). So where a strip begins does
+/// not depend on how the columns are split over tasks, as long as tasks begin at multiples of
+/// panel_columns.
 template <class Scalar, class F>
 void for_each_strip(Index first_column, Index columns, F&& f) {
   constexpr Index size = packet_size<Scalar>;

@@ -55,7 +55,7 @@ void gemm_serial(const GemmNT<Scalar>& product) {
   if (product.a.width() <= small_k_depth && product.a.count() >= 2 * tile_rows) {
     return gemm_small_k(product);
   }
-  // With more rows at once, their columns would be packed in too many short pieces.
+  // With more rows at once, the depth would be cut into more and shorter blocks.
   for_each_tile(product.a.count(), 64, [&](Index first, Index rows) {
     const PartEpilogue epilogue{product.epilogue, first, 0};
     GemmNT<Scalar> part = product;
@@ -141,7 +141,7 @@ void gemm(const GemmNN<Scalar, B>& product) {
   check_product_shapes("gemm(GemmNN)", {product.a.count(), product.a.width()},
                        {product.b.rows, product.b.columns}, {rows, width});
   const Range columns = product.column_range();
-  // For few rows one worker reads all of a matrix sequentially.
+  // Where few rows are multiplied on one worker, it reads all of B sequentially.
   bool whole = false;
   if constexpr (std::is_same_v<B, MatrixOperand<Scalar>>) {
     whole = columns.count == width && worker_count(Work{rows * width * product.a.width()}) == 1 &&

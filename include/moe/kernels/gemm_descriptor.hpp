@@ -34,8 +34,8 @@ struct Bias {
   }
 };
 
-/// Called with (row, rows, column, width) for each tile of C as soon as it is complete and while it
-/// is in L1, for what comes after the product element by element. A tile has at most direct_rows
+/// Called with (row, rows, column, width) for each tile of C once it is complete and while it is in
+/// L1 or L2, for what comes after the product element by element. A tile has at most direct_rows
 /// rows and tile_columns columns.
 using Epilogue = FunctionRef<void(Index, Index, Index, Index)>;
 

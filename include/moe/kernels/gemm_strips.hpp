@@ -46,8 +46,8 @@ struct Pieces {
 };
 
 /// One tile of gemm_strips(): R rows of C, V packets of columns. If it `packs`, it stores what it reads
-/// of B in the panel. A tile that prefetched its pieces at once would wait for them, since they take
-/// the few buffers for lines that L1 misses.
+/// of B in the panel. A tile that prefetched its pieces at once would wait for them, since they
+/// take the few line fill buffers of L1.
 template <Index R, Index V, bool packs, class Scalar>
 MOE_NOINLINE void strip_tile(const Left<Scalar>& left, Panel<Scalar> right, Index depth,
                              Start start, const Bias<Scalar>& bias, Scalar* const* c,
@@ -68,8 +68,8 @@ MOE_NOINLINE void strip_tile(const Left<Scalar>& left, Panel<Scalar> right, Inde
   for (Index k = 0; k < depth;) {
     Index pause = depth;
     if (ahead.count > 0) {
-      // By the last element of each line: if rows begin in the middle of a line, the first half of a
-      // piece is in the last line of the piece before.
+      // By the last element of each line: if rows begin in the middle of a line, the first half
+      // line of a piece is in the last line of the piece before.
       prefetch_far<piece_columns<Scalar> / cache_line<Scalar>>(ahead.address,
                                                                cache_line<Scalar> - 1);
       ahead.address = prefetched_after(ahead.address, ahead.stride);

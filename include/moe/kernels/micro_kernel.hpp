@@ -20,8 +20,8 @@
 /// tiles with the same number of multiply-adds, the higher one reads fewer bytes of `right`: 4 x 3
 /// packets would need half as many again as 6 x 2.
 
-// A packet as a template argument of Eigen's PacketBlock loses its alignment attribute, which is
-// harmless there; Eigen's own headers silence it the same way.
+// GCC warns that a packet as a template argument loses its alignment attribute, which is harmless
+// here; Eigen's own headers turn this warning off in the same way.
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {

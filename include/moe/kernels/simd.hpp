@@ -13,8 +13,8 @@
 /// row, and where the ends are depends on the address; a token would get other bits in another
 /// row.)
 
-// A packet as a template argument loses its alignment attribute, which is harmless there; Eigen's
-// own headers silence it the same way.
+// GCC warns that a packet as a template argument loses its alignment attribute, which is harmless
+// here; Eigen's own headers turn this warning off in the same way.
 MOE_PACKETS_BEGIN
 
 namespace moe::detail {

@@ -40,9 +40,9 @@ struct BalanceRecord {
 
   /// The names of the columns, without an end of line.
   static std::string csv_header();
-  /// The values, without an end of line: floating-point numbers with nine significant digits and a decimal
-  /// point in any locale, NaN as "nan", the layer's name in quotes where it has a comma, a quote or an end of
-  /// line.
+  /// The values, without an end of line: floating-point numbers with at most nine significant
+  /// digits and a decimal point in any locale, NaN as "nan", the layer's name in quotes where it
+  /// has a comma, a quote or an end of line.
   std::string csv_row() const;
 
   template <class Self, class Visitor>

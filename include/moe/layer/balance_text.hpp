@@ -16,9 +16,10 @@ namespace moe {
 ///     loss 0.0212, cv_importance 0.107, cv_load 0.0905, max/mean 1.2, unused 0 of 4
 ///     tokens of experts, most first: 2: 38, 0: 33, 3: 30, 1: 27
 ///
-/// With most_experts = 0, or before the first pass, the second line is left out. Numbers that are not
-/// counts have three significant digits and a decimal point in any locale; NaN is "nan". balance_record()
-/// makes a row of CSV instead. O(E·log(E)). Throws std::invalid_argument if most_experts is negative.
+/// With most_experts = 0, or before the first pass, the second line is left out. Numbers that are
+/// not counts have at most three significant digits and a decimal point in any locale; NaN is
+/// "nan". balance_record() makes a row of CSV instead. O(E·log(E)). Throws std::invalid_argument if
+/// most_experts is negative.
 template <class Scalar>
 std::string to_string(const Balance<Scalar>& balance, Index most_experts = 16) {
   detail::require(most_experts >= 0, "to_string(Balance): most_experts = ", most_experts,

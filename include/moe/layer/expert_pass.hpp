@@ -230,8 +230,9 @@ class ExpertPass {
     flush();
   }
 
-  // These append tasks. On one worker a task is as large as possible, since each reads its weights and
-  // rows again; on several workers the number of tasks of a slice is in proportion to its rows.
+  // These append tasks. On one worker a task is as large as possible (rows of a first half are
+  // still cut at task_rows, if they may be cut), since each reads its weights and rows again; on
+  // several workers the number of tasks of a slice is in proportion to its rows.
 
   Index group_rows() const {
     return tape_.slices.back().first + tape_.slices.back().count - tape_.slices.front().first;

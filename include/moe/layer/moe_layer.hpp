@@ -83,7 +83,7 @@ class MoELayer {
     Matrix<Scalar> y;                                         ///< T x D, the result
     Matrix<Scalar> dx;            ///< T x D, the gradient with respect to x
     bool trained = false;         ///< whether the last pass was a forward() that completed
-    std::uint64_t structure = 0;  ///< of the layer in the last pass: which experts it had
+    std::uint64_t structure = 0;  ///< of the layer in the last forward(): which experts it had
     Index networks = 0;           ///< the number of experts that were not the identity
 
     Matrix<Scalar> combined;   ///< T x D, y before the output activation, if there is one
@@ -114,8 +114,8 @@ class MoELayer {
     policy_.together("MoELayer: the experts", [&] {
       const Range here = policy_.experts_here(networks());
       detail::require(static_cast<Index>(experts_.size()) == here.count,
-                      "MoELayer: ", experts_.size(), " experts, the gate has ", here.count,
-                      " here");
+                      "MoELayer: ", experts_.size(), " experts, must be ", here.count,
+                      " in this process");
       for (const Expert& expert : experts_) {
         detail::require(expert.width() == config_.width, "MoELayer: an expert of width ",
                         expert.width(), ", Config.width = ", config_.width);

@@ -76,7 +76,7 @@ class PartOf {
   Module& module_;
 };
 
-/// Sums the gradients of copies over the ranks, packed into one message for each type of number.
+/// Sums the gradients of copies over the ranks, packed into one array for each type of number.
 class GradientSum {
  public:
   /// Saves the gradients of the trained parameters of a module and sets them to zero.

@@ -116,9 +116,10 @@ class RankDispatch {
   /// Throws Error on all ranks if their changes differ.
   void agree_on_change(const char* verb, std::uint64_t structure,
                        const moe::detail::ChangeDraws& draws) const {
-    communicator_.agree(verb, {{"the experts", static_cast<std::int64_t>(structure)},
-                               {"seed", static_cast<std::int64_t>(draws.seed)},
-                               {"noise_stddev", std::bit_cast<std::int64_t>(draws.noise_stddev)}});
+    communicator_.agree(
+        verb, {{"the hash of the experts", static_cast<std::int64_t>(structure)},
+               {"seed", static_cast<std::int64_t>(draws.seed)},
+               {"noise_stddev, as bits,", std::bit_cast<std::int64_t>(draws.noise_stddev)}});
   }
   /// Sends bytes to each rank and receives bytes from each; the numbers of bytes are known on both sides.
   /// `moves` is whether any rank sends something.

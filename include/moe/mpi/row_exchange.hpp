@@ -31,8 +31,8 @@ namespace moe::mpi {
 /// most `most_bytes`, which must be the same on all ranks; a row is never cut.
 class RowExchange {
  public:
-  /// `most_bytes` is the size of the largest message. May throw std::bad_alloc; the other
-  /// functions do not unless messages are cut.
+  /// `most_bytes` is the size of the largest message. May throw std::bad_alloc; the other functions
+  /// do not for the messages of a layer's pass, unless one is cut.
   explicit RowExchange(const Communicator& communicator,
                        std::int64_t most_bytes = std::int64_t{1} << 30)
       : communicator_(communicator), most_bytes_(most_bytes) {

@@ -36,7 +36,7 @@ class Embedding {
   struct Tape {
     Matrix<Scalar> y;        ///< T x D
     std::vector<Index> ids;  ///< T, a copy
-    Index vocabulary = 0;    ///< of the embedding in the last pass
+    Index vocabulary = 0;    ///< of the embedding in the last forward()
     bool trained = false;    ///< whether the last pass was a forward()
   };
 

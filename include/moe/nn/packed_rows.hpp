@@ -11,7 +11,7 @@ namespace moe {
 /// The rows of a padded batch that are not padding. Packed, they can be the input of a layer that has no
 /// mask for padding.
 struct PackedRows {
-  std::vector<Index> rows;  ///< ascending
+  std::vector<Index> rows;  ///< ascending, each at least 0
 
   Index count() const { return static_cast<Index>(rows.size()); }  ///< the number of real rows
 
@@ -48,8 +48,10 @@ struct PackedRows {
 
  private:
   void check(Index T) const {
-    detail::require(rows.empty() || rows.back() < T, "PackedRows: row ",
-                    rows.empty() ? 0 : rows.back(), " of ", T, " is out of range");
+    if (rows.empty()) return;
+    for (const Index row : {rows.front(), rows.back()}) {
+      detail::require(row >= 0 && row < T, "PackedRows: row = ", row, ", must be in [0, ", T, ")");
+    }
   }
 };
 

@@ -29,8 +29,8 @@ inline bool is_plain_name(std::string_view name) {
   return !name.empty() && name.find_first_not_of(plain_characters) == std::string_view::npos;
 }
 
-/// The settings of adapters in a file. Settings that are missing or null have PEFT's defaults; rank and alpha
-/// must not be missing.
+/// The settings of adapters in a file. Settings that are missing or null have PEFT's defaults;
+/// peft_type, and the rank and the alpha of each map, must not be missing.
 class AdapterConfig {
  public:
   /// Throws std::runtime_error, which names the key, for a setting that the library does not

@@ -17,9 +17,10 @@ namespace moe::io {
 /// The tensors in a folder in which transformers saved a model: all in model.safetensors, or in several files
 /// (shards) that are listed in model.safetensors.index.json.
 ///
-/// The constructor opens every file and checks its header. It throws std::runtime_error, which names the file
-/// and the tensor, if the folder has neither file, a shard is missing or damaged, a name in the index leads
-/// out of the folder, or a tensor is not in the file that the index names. Tensors of a shard that are not in
+/// The constructor opens every file and checks its header. It throws std::runtime_error, which
+/// names the file and, if one is the cause, the tensor, if the folder has neither file, the index
+/// or a file of tensors is damaged, a shard is missing, a name in the index leads out of the
+/// folder, or a tensor is not in the file that the index names. Tensors of a shard that are not in
 /// the index are ignored. const members may be called by several threads at once.
 class Checkpoint {
  public:

@@ -59,13 +59,15 @@ struct Mixture {
   double linear_offset = 0;     ///< likewise
   bool weighted_input = false;  ///< likewise
   TopKConfig gate{};            ///< E, K and how experts are chosen; no losses, no noise
-  Index shared = 0;             ///< the number of experts of width H that get every token
-  bool shared_gated = false;  ///< whether their weight is sigmoid(x·w), with one vector w for all
+  /// The number of experts of width H that get every token; at most 1 with `bias`.
+  Index shared = 0;
+  /// Whether their weight is sigmoid(x·w), with one vector w for all; must be false if `shared` is 0.
+  bool shared_gated = false;
   /// Rows of a block that shares one scale, in tensors of type F8_E4M3; at least 1.
   Index scale_rows = 128;
   /// The same for columns.
   Index scale_columns = 128;
-  /// The layouts that files may have. Reading uses the first whose router and experts a checkpoint has;
+  /// The layouts that files may have, at least one. Reading uses the first whose router and experts a checkpoint has;
   /// writing uses the first.
   std::vector<MixtureTensors> layouts{};
 };

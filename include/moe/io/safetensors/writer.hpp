@@ -182,10 +182,11 @@ class SafetensorsWriter {
   /// Sets the metadata of a key.
   void set_metadata(const std::string& key, const std::string& text) { metadata_[key] = text; }
 
-  /// Writes a temporary file in the same folder, flushes it and renames it: at any time the path has either
-  /// the whole old file or the whole new one, and after an exception the old one. The new file gets the
-  /// permissions of the file it replaces, and its owner and group if the system permits that; without an old
-  /// file, the permissions that the umask allows. Temporary files for this path that killed processes left
+  /// Writes a temporary file in the same folder, flushes it to the disk (on POSIX systems) and
+  /// renames it: at any time the path has either the whole old file or the whole new one, and after
+  /// an exception the old one. On POSIX systems the new file gets the permissions of the file it
+  /// replaces, and its owner and group if the system permits that; without an old file, the
+  /// permissions that the umask allows. Temporary files for this path that killed processes left
   /// are removed.
   ///
   /// Throws std::runtime_error, which says why, if the file cannot be written, or if the path is not a
