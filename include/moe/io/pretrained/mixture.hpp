@@ -67,8 +67,8 @@ struct Mixture {
   Index scale_rows = 128;
   /// The same for columns.
   Index scale_columns = 128;
-  /// The layouts that files may have, at least one. Reading uses the first whose router and experts a checkpoint has;
-  /// writing uses the first.
+  /// The layouts that files may have, at least one. Reading uses the first whose router and experts a
+  /// checkpoint has; writing uses the first.
   std::vector<MixtureTensors> layouts{};
 };
 
