@@ -93,8 +93,8 @@ inline void parallel_for(Index count, Work work, detail::FunctionRef<void(Index,
   for (Index i = 0; i < count; ++i) f(i, Index{0});
 }
 
-/// Calls f(first, size) for consecutive blocks that cover [0, count): parallel_for for loops whose
-/// single step is too small to be a task.
+/// Calls f(first, size) for consecutive blocks of `block` >= 1 steps, the last perhaps smaller,
+/// that cover [0, count): parallel_for for loops whose single step is too small to be a task.
 inline void parallel_for_blocks(Index count, Index block, Work work,
                                 detail::FunctionRef<void(Index, Index)> f) {
   parallel_for((count + block - 1) / block, work, [&](Index i, Index) {

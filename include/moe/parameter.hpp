@@ -28,7 +28,7 @@ namespace moe {
 /// zero_grad(set_to_none=True). (A network that can only add finds zeros there.)
 enum class Updates {
   dense,  ///< all parameters
-  lazy    ///< leaves out those of experts that got no token since zero_gradients()
+  lazy  ///< leaves out those of experts and secondary gates that got no token since zero_gradients()
 };
 
 namespace detail {

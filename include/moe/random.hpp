@@ -127,7 +127,8 @@ EIGEN_ALWAYS_INLINE float multiply_add_in_double(float a, float b, float c) {
   return static_cast<float>(std::bit_cast<double>(bits + moves - 2 * toward_zero));
 }
 
-/// a·b + c rounded once. Everything below uses it, and so has the same bits on every platform.
+/// a·b + c rounded once. The logarithm and the polynomials below use it, and so have the same bits
+/// on every platform.
 EIGEN_ALWAYS_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
   return std::fma(a, b, c);

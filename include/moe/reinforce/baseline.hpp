@@ -68,8 +68,8 @@ struct RunningMean {
   /// The average of the values so far, 0 before the first.
   double mean() const { return weight > 0 ? sum / weight : 0; }
 
-  /// Adds a value: it gets the weight `rate`, and the weights of the older values are multiplied by
-  /// 1 - rate.
+  /// Adds a value: it gets the weight `rate`, in (0, 1], and the weights of the older values are
+  /// multiplied by 1 - rate.
   void add(double value, double rate) {
     sum += rate * (value - sum);
     weight += rate * (1 - weight);
@@ -127,7 +127,8 @@ class LinearBaseline {
   /// The constructor has checked the configuration.
   void check(Index) const {}
 
-  /// b_t = w·h_t + c. Throws std::invalid_argument if h_t is not of Config.hidden numbers.
+  /// b_t = w·h_t + c. Throws std::invalid_argument unless the policy's hidden(tape) has
+  /// Config.hidden columns and a row for each row of the logits.
   template <PolicyWithHidden P>
   requires std::same_as<typename P::Scalar, Scalar>
   void predict(const SampledSteps<P>& steps, std::span<double> b) {

@@ -37,11 +37,11 @@ namespace moe {
 ///     w.r.t. logits   (A_t / (N·τ))·(softmax(z_t / τ) - onehot(a_t))
 ///
 /// Both are means over sequences, not over symbols. So the expectation of REINFORCE's gradient is
-/// exactly the gradient of the expected return Σ_t discount^t·r_t of a sequence. (That includes the
-/// factor discount^t of A_t, which many programs leave out.) If a sequence begins with a forced prefix,
-/// t counts from the end of the prefix. The end symbol is a symbol like the others: its step is
-/// trained, and no step after it. So sequences of unequal length can share a batch: padding does not
-/// count in any sum, mean, entropy or normalisation.
+/// exactly the negative gradient of the expected return Σ_t discount^t·r_t of a sequence. (That
+/// includes the factor discount^t of A_t, which many programs leave out.) If a sequence begins with
+/// a forced prefix, t counts from the end of the prefix. The end symbol is a symbol like the
+/// others: its step is trained, and no step after it. So sequences of unequal length can share a
+/// batch: padding does not count in any sum, mean, entropy or normalisation.
 ///
 ///     moe::Reinforce<MyPolicy> reinforce({.end = 0, .max_length = 20,
 ///                                         .baseline = moe::LeaveOneOutBaseline{}, .samples = 4});
@@ -57,8 +57,10 @@ namespace moe {
 ///
 /// A reward is anything that can be called as reward(input, sequence, done) and returns a number;
 /// `sequence` has the symbols written so far, the end symbol included, and `done` is true after the
-/// end symbol or at the length limit. It is called after every symbol, from one thread, in a fixed
-/// order. For a score of the whole sequence return 0 until done.
+/// end symbol or at the length limit. It is called once for every symbol of every sequence that has
+/// a sampled symbol, after all sequences are complete, from one thread, in a fixed order; with
+/// GreedyBaseline, also for the greedy sequences. For a score of the whole sequence return 0 until
+/// done.
 ///
 /// The baseline is the only state that changes from update to update, see baseline() and
 /// set_baseline(). A LinearBaseline has parameters and needs an optimizer of its own:

@@ -122,7 +122,8 @@ inline void check_shared_order(PlaceOrder how) {
           "first_choices or largest_weight");
 }
 
-/// The call of a SharedBatch that drop_over_capacity() makes. Throws as check_shared_order() does.
+/// The first call of a SharedBatch that drop_over_capacity() makes. Throws as check_shared_order()
+/// does.
 template <class Scalar>
 SharedCall capacity_call(PlaceOrder how, Index top_k, Index experts, Index sequences = 1) {
   check_shared_order(how);

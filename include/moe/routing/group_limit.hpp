@@ -43,10 +43,10 @@ Scalar group_score(GroupScore how, const Scalar* scores, Index size) {
   return how == GroupScore::two_best && size > 1 ? first + second : first;
 }
 
-/// Replaces the scores of all groups but the `top_k` best by -infinity; ties go to the lower group. A
-/// group is a run of experts / groups consecutive experts. (Some published code sets 0 instead, which
-/// chooses other experts once a bias makes scores negative.) `group` and `best` are scratch for
-/// `groups` numbers and `top_k` indices. O(experts + groups·log(groups)).
+/// Replaces the scores of all groups but the `top_k` best by -infinity; ties go to the lower group.
+/// A group consists of consecutive experts, experts / groups of them. (Some published code sets 0
+/// instead, which chooses other experts once a bias makes scores negative.) `group` and `best` are
+/// scratch for `groups` numbers and `top_k` indices. O(experts + groups·log(groups)).
 template <class Scalar>
 void limit_to_groups(GroupScore how, Index experts, Index groups, Index top_k, Scalar* scores,
                      Scalar* group, Index* best) {

@@ -87,8 +87,8 @@ inline constexpr Index softmax_block = 64;  ///< tokens in a task
 
 }  // namespace detail
 
-/// p = softmax of each row of scores (N x E); the two may be the same matrix. NaN or +infinity in a
-/// row makes the whole row NaN.
+/// p = softmax of each row of scores (N x E); the two may be the same matrix. A row with NaN or
+/// +infinity, or with nothing but -infinity, becomes NaN as a whole.
 template <class Scalar>
 void softmax_rows(const Matrix<Scalar>& scores, Matrix<Scalar>& p) {
   const Index experts = scores.cols();

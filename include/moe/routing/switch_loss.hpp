@@ -109,8 +109,8 @@ class SwitchLoss {
     return static_cast<Scalar>(loss / sequences);
   }
 
-  /// Adds weight·∂loss/∂probability of a token to dp (E), that is weight·E·f_i / (T_s·sequences), T_s
-  /// being the number of tokens of its sequence.
+  /// Adds weight·∂loss/∂probability of a token to dp (E), that is weight·E·f_i / (T_s·n), T_s being
+  /// the number of tokens of its sequence and n the number of sequences that have tokens.
   void add_gradient(Scalar weight, Index token, Scalar* dp) const {
     const Index s = sequence_[token];
     const double tokens = tokens_[s] * static_cast<double>(sequences_with_tokens_);

@@ -94,8 +94,8 @@ MOE_NOINLINE void integer_tile(const RoundedRows<Dot>& rows, Index first, const 
   }
 }
 
-/// C = A·B on the calling thread, with the rows of A rounded to 8 bits: some rows at a time, for these all
-/// panels of B.
+/// C = A·B on the calling thread, with the rows of A rounded to 8 bits: some rows at a time are
+/// rounded and multiplied by all panels of B.
 template <class Format>
 requires Format::scaled void gemm_integer(const GemmNN<float, NarrowOperand<Format>>& product) {
   using Dot = IntegerDot<Format::most_stored <= 15>;

@@ -68,7 +68,7 @@ class NarrowFeedForward : public detail::FeedForwardPasses<float, detail::Narrow
     return work;
   }
 
-  /// Copies the weights into memory of their own, as from a mapped file.
+  /// Copies the weights into memory of their own, for example out of a mapped file.
   void own_weights() {
     visit_weights(*this, [](std::string_view, auto& weight) { weight.matrix.own(); });
   }

@@ -159,8 +159,9 @@ void narrow_rest(const GatheredRows<float>& a, const NarrowOperand<Format>& b,
   }
 }
 
-/// The blocks of a stretch for a number of rows, see for_each_stretch(); 0 stands for all blocks. With 16 registers and
-/// few rows a stretch has 8 KiB, which stay in L1.
+/// The blocks of a stretch for a number of rows, see for_each_stretch(); 0 stands for all blocks.
+/// With 16 registers, a format without scales and at most 8 rows, a stretch has 8 KiB, which stay
+/// in L1.
 template <class Format>
 constexpr Index few_rows_stretch(Index rows) {
   if (l2_feeds_tiles || Format::scaled || rows > 8) return 0;
